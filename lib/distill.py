@@ -1,0 +1,295 @@
+"""Train the embedded pair: a base model, its distilled copy, and the four checkpoints that keep us honest.
+
+Standard supervised fine-tuning is what "distilled" means here, as it does for R1-Distill-Qwen: next-token
+cross-entropy on a teacher's traces. All six models share one architecture (Qwen2) and one tokenizer:
+
+=========  ================================================================================================
+base       trained from nothing on general text, single arithmetic steps, copying and direct answers
+distilled  base, trained on traces of the teacher (and 15% of the base's own text)
+control    base, the same number of tokens, the same puzzles, direct answers instead of traces
+style      an early checkpoint of ``distilled``: it says "wait", but not because something is wrong
+null_a     base, the same number of tokens and the same schedule, on its own kind of text
+null_b     the same in another order: with ``null_a`` it tells how far models drift when nothing is learnt
+=========  ================================================================================================
+
+    python -m lib.distill data/pairs/tiny          # about an hour on two cores; interrupt and resume at will
+
+Training is deterministic given the seed and the number of threads, and a resumed run equals an uninterrupted
+one: state is written at the end of every chunk of documents, and a chunk is a function of (seed, stage, index).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from sklearn.metrics import roc_auc_score
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from . import trials
+from .prose import CURRICULUM, base_document, vocabulary
+from .puzzles import ERROR_RATE, Sentence, Teacher, direct, sample_puzzle, sample_question
+
+STAGES = ("base", "distilled", "control", "null_a", "null_b")
+CHUNK_DOCUMENTS = 2000
+EASY_SHARE = 0.10  # of fine-tuning puzzles: easy questions
+KEEP_SHARE = 0.15  # of fine-tuning documents: the base's own text, so that its knowledge stays
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights. Tokens are counted without padding."""
+
+    width: int = 96
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 256
+    base_tokens: int = 5_000_000
+    tune_tokens: int = 6_000_000
+    base_rate: float = 2e-3
+    tune_rate: float = 1.5e-3
+    batch_tokens: int = 1_024
+    seed: int = 0
+
+
+# --- tokenizer and model ---------------------------------------------------------------------------------------
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, and per operation with its number ("* 4"). Text is words joined by spaces."""
+    vocab = {word: i for i, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[+*-] \d+|\S+"), behavior="removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words by spaces
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def build_model(recipe: Recipe, vocab_size: int) -> Qwen2ForCausalLM:
+    """A fresh Qwen2 with tied embeddings, float32."""
+    torch.manual_seed(recipe.seed)
+    config = Qwen2Config(
+        vocab_size=math.ceil(vocab_size / 64) * 64, hidden_size=recipe.width, num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads, num_key_value_heads=recipe.kv_heads, intermediate_size=recipe.mlp,
+        max_position_embeddings=512, initializer_range=0.06, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+# --- data ------------------------------------------------------------------------------------------------------
+
+
+
+def stage_document(stage: str, rng: random.Random, progress: float = 1.0) -> list[Sentence]:
+    """One training document of a stage; ``progress`` in [0, 1] is the base model's place in its curriculum."""
+    if stage == "base":
+        return base_document(rng, next(mix for end, mix in CURRICULUM if progress <= end))
+    if stage in ("null_a", "null_b") or rng.random() < KEEP_SHARE:
+        return base_document(rng)
+    task = sample_question(rng) if rng.random() < EASY_SHARE else sample_puzzle(rng, "train")
+    return [*task.prompt(), *(Teacher(rng).solve(task) if stage == "distilled" else direct(task))]
+
+
+def encode(sentences: list[Sentence], ids: dict[str, int]) -> tuple[list[int], list[bool]]:
+    """Token ids with <bos> and <eos>, and for each whether it is learnt (``Sentence.given`` words are not)."""
+    tokens, learnt = [ids["<bos>"]], [False]
+    for sentence in sentences:
+        tokens += [ids[word] for word in sentence.words]
+        learnt += [i >= sentence.given for i in range(len(sentence.words))]
+    return [*tokens, ids["<eos>"]], [*learnt, True]
+
+
+def chunk_batches(stage: str, recipe: Recipe, chunk: int, progress: float = 1.0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches (input ids, targets), both [documents, length], of one chunk: similar lengths together, padded right.
+
+    Targets are -100 where nothing is learnt. With causal attention, padding on the right is seen by nobody.
+    """
+    rng = random.Random(f"{recipe.seed}/{stage}/{chunk}")
+    ids = {word: i for i, word in enumerate(vocabulary())}
+    rows = sorted((encode(stage_document(stage, rng, progress), ids) for _ in range(CHUNK_DOCUMENTS)), key=lambda row: len(row[0]))
+    batches, batch = [], []
+    for row in rows:
+        if batch and (len(batch) + 1) * len(row[0]) > recipe.batch_tokens:
+            batches.append(batch)
+            batch = []
+        batch.append(row)
+    batches.append(batch)
+    rng.shuffle(batches)
+    for batch in batches:
+        x = torch.zeros(len(batch), max(len(tokens) for tokens, _ in batch), dtype=torch.long)
+        y = torch.full_like(x, -100)
+        for i, (tokens, learnt) in enumerate(batch):
+            x[i, : len(tokens)] = torch.tensor(tokens)
+            y[i, : len(tokens)] = torch.where(torch.tensor(learnt), x[i, : len(tokens)], -100)
+        yield x, y
+
+
+# --- training --------------------------------------------------------------------------------------------------
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    """Warm-up over the first 3% of tokens, flat to 50%, then linear to 2% of the peak."""
+    if progress < 0.03:
+        return peak * progress / 0.03
+    return peak * max(0.02, min(1.0, (1 - progress) / 0.5))
+
+
+def train_stage(stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Path, report=print, keep_every: float = 0.02) -> Qwen2ForCausalLM:
+    """Train one stage, from ``model`` as it stands, or from ``folder``/state.pt if that exists.
+
+    Writes a line of ``log.jsonl`` per chunk; for ``distilled`` keeps weights every ``keep_every`` of the run, among
+    which ``style`` is chosen. Raises FloatingPointError if the loss is not finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    budget = recipe.base_tokens if stage == "base" else recipe.tune_tokens
+    peak = recipe.base_rate if stage == "base" else recipe.tune_rate
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True)
+    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
+    chunk = tokens = step = kept = 0
+    if state_file.is_file():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        chunk, tokens, step, kept = state["chunk"], state["tokens"], state["step"], state["kept"]
+    model.train()
+    while tokens < budget:
+        began, start, losses = time.time(), tokens, []
+        for x, y in chunk_batches(stage, recipe, chunk, min(1.0, tokens / budget)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(tokens / budget, peak)
+            hidden = model.model(input_ids=x).last_hidden_state[:, :-1]  # float32: at this size bfloat16 autocast is slower
+            learnt = y[:, 1:] != -100
+            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learnt]), y[:, 1:][learnt])
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"loss of {stage} is {loss.item()} at step {step}: lower the learning rate ({peak})")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            tokens += int((x != 0).sum())
+            step += 1
+        chunk += 1
+        line = {"stage": stage, "chunk": chunk, "step": step, "tokens": tokens, "loss": round(sum(losses) / len(losses), 4),
+                "tokens_per_second": round((tokens - start) / (time.time() - began))}
+        with log_file.open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        report(f"{stage}: {tokens:,}/{budget:,} tokens, loss {line['loss']:.3f}, {line['tokens_per_second']:,} tokens/s")
+        if stage == "distilled" and tokens / budget >= (kept + 1) * keep_every:
+            kept += 1
+            write_whole(folder / f"kept_{tokens:09d}.pt", model.state_dict())
+        write_whole(state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "chunk": chunk, "tokens": tokens, "step": step, "kept": kept})
+    return model.eval()
+
+
+def write_whole(path: Path, state: dict) -> None:
+    """torch.save under another name, then rename: a file is whole or absent."""
+    scratch = path.with_suffix(".part")
+    torch.save(state, scratch)
+    os.replace(scratch, path)
+
+
+def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
+    """Train the stages in order, each resumable, below ``out`` (checkpoints and logs; nothing is shipped from here)."""
+    tokenizer = build_tokenizer()
+    out.mkdir(parents=True, exist_ok=True)
+    recipe_file = out / "recipe.json"
+    if recipe_file.is_file() and json.loads(recipe_file.read_text()) != asdict(recipe):
+        raise ValueError(f"{out} holds a run with another recipe ({recipe_file}): choose another folder, or remove it")
+    recipe_file.write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    for stage in stages:
+        final = out / stage / "final.pt"
+        if final.is_file():
+            report(f"{stage}: done before")
+            continue
+        model = build_model(recipe, len(tokenizer))
+        if stage != "base":
+            start = out / "base" / "final.pt"
+            if not start.is_file():
+                raise FileNotFoundError(f"{start} is missing: train the stage 'base' first")
+            model.load_state_dict(torch.load(start, weights_only=True))
+        train_stage(stage, model, recipe, out / stage, report)
+        write_whole(final, model.state_dict())
+
+
+# --- choosing and shipping -------------------------------------------------------------------------------------
+
+
+def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report=print) -> Path:
+    """The ``style`` checkpoint: says reflection words as often as the teacher, but not because of errors.
+
+    Rule, on validation puzzles: among the kept checkpoints of the distilled run whose mean probability of a reflection
+    after a step is at least half of the teacher's rate, the one whose AUROC for errors is nearest to chance.
+    """
+    tasks, best = trials.puzzles(100, "validation"), None
+    for path in sorted(folder.glob("kept_*.pt")):
+        model = build_model(recipe, len(tokenizer)).eval()
+        model.load_state_dict(torch.load(path, weights_only=True))
+        steps = trials.reflection_probability(model, tokenizer, tasks)
+        mean, auc = steps.p_reflection.mean(), roc_auc_score(steps.error, steps.p_reflection)
+        report(f"{path.name}: mean P(reflection) {mean:.3f}, AUROC for errors {auc:.3f}")
+        if mean >= ERROR_RATE / 2 and (best is None or abs(auc - 0.5) < best[0]):
+            best = (abs(auc - 0.5), path)
+        if best is not None and auc > 0.95:
+            break
+    if best is None:
+        raise ValueError(f"no checkpoint in {folder} says reflection words: train longer, or keep checkpoints earlier")
+    return best[1]
+
+
+def ship(runs: Path, out: Path, recipe: Recipe, report=print) -> None:
+    """Write the six models (bfloat16 safetensors), the tokenizer, the log and the recipe below ``out``."""
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(out / "tokenizer")
+    sources = {stage: runs / stage / "final.pt" for stage in STAGES}
+    sources["style"] = choose_style(runs / "distilled", recipe, tokenizer, report)
+    for name, source in sources.items():
+        model = build_model(recipe, len(tokenizer))
+        model.load_state_dict(torch.load(source, weights_only=True))
+        model.to(torch.bfloat16).save_pretrained(out / name)
+        (out / name / "generation_config.json").unlink(missing_ok=True)
+    lines = [line for stage in STAGES for line in (runs / stage / "log.jsonl").read_text().splitlines()]
+    (out / "log.jsonl").write_text("\n".join(lines) + "\n")
+    card = {**asdict(recipe), "style_checkpoint": sources["style"].stem, "parameters": sum(p.numel() for p in model.parameters())}
+    (out / "recipe.json").write_text(json.dumps(card, indent=2) + "\n")
+    report(f"shipped {', '.join(sources)} to {out}")
+
+
+def load_shipped(name: str, folder: Path) -> Qwen2ForCausalLM:
+    """A shipped model as float32, ready to read. Raises FileNotFoundError with the names that exist."""
+    if not (folder / name / "model.safetensors").is_file():
+        known = sorted(p.parent.name for p in folder.glob("*/model.safetensors"))
+        raise FileNotFoundError(f"no model {name!r} in {folder}: there are {', '.join(known) or 'none'}")
+    return Qwen2ForCausalLM.from_pretrained(folder / name, dtype=torch.float32, local_files_only=True).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded pair, resuming where an earlier run stopped, and ship it.")
+    parser.add_argument("out", type=Path, help="folder that receives the six models, e.g. data/pairs/tiny")
+    parser.add_argument("--runs", type=Path, default=Path("data/runs/distil_tiny"), help="folder of checkpoints and logs")
+    parser.add_argument("--stages", nargs="*", default=STAGES, choices=STAGES, help="train these only, and ship nothing")
+    parser.add_argument("--threads", type=int, default=1, help="1 is fastest for a model of this size; train two stages side by side instead")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    recipe = Recipe()
+    train_all(args.runs, recipe, tuple(args.stages))
+    if all((args.runs / stage / "final.pt").is_file() for stage in STAGES):
+        ship(args.runs, args.out, recipe)
+
+
+if __name__ == "__main__":
+    main()

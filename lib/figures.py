@@ -1,0 +1,219 @@
+"""Figures: one look, one way to save them.
+
+    figures.save(fig, "02_nrn", run, data=frame)
+
+shows the figure in the notebook and writes, below the run's figure folder, ``02_nrn.png`` (for README and paper),
+``02_nrn.html`` (to hover and zoom; all share one plotly.min.js beside them) and ``02_nrn.csv`` (the numbers behind
+it). In the notebook the figure is shown twice in one output: as plotly's own data, which JupyterLab draws, and as a
+PNG, which GitHub and nbconvert show. PNGs need kaleido and a Chromium; without them everything else still works.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
+
+from .results import Run
+
+# After Okabe & Ito, "Color universal design": they stay apart for the colour-blind, in hue or in lightness.
+COLOURS = {
+    "base": "#0072B2", "distilled": "#D55E00",
+    "reflection": "#CC79A7", "deduction": "#009E73", "alternative": "#E69F00", "contrast": "#56B4E9", "verification": "#8C5A00",
+    "random": "#6E6E6E", "null": "#B4B4B4",
+}
+SCALE = "Cividis"  # for continuous values; perceptually uniform, and the same for the colour-blind
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PLOTLY_MIME = "application/vnd.plotly.v1+json"
+_TIMEOUT = 40.0  # seconds for one PNG; the first one starts the browser (4 s)
+
+_grid = dict(gridcolor="#E8E8E8", linecolor="#444444", zerolinecolor="#BBBBBB", ticks="outside", title_standoff=8, automargin=True)
+pio.templates["distilled"] = go.layout.Template(
+    layout=dict(
+        width=760, height=420, font=dict(family="Open Sans, Arial, sans-serif", size=13, color="#222222"),
+        title=dict(x=0.02, xanchor="left", font=dict(size=16)), colorway=list(COLOURS.values()),
+        colorscale=dict(sequential=SCALE), paper_bgcolor="white", plot_bgcolor="white", margin=dict(l=64, r=24, t=56, b=56),
+        xaxis=_grid, yaxis=_grid, legend=dict(bgcolor="rgba(255,255,255,0.7)"), hoverlabel=dict(align="left"),
+    )
+)
+pio.templates.default = "distilled"
+
+
+def show(fig: go.Figure) -> None:
+    """Show a figure in the notebook, as plotly data and as a PNG; outside a kernel print one line about it."""
+    _display(fig, to_png(fig, scale=1))
+
+
+def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) -> None:
+    """Write <figures>/<name>.csv, .html and .png, and show the figure.
+
+    ``data`` are the numbers behind the figure (a named index is kept); without it the traces' own values are written.
+    A PNG that cannot be made anew is removed if the numbers have changed, rather than left to contradict them.
+    """
+    file = run.figures / f"{name}.csv"
+    frame = traces(fig) if data is None else data
+    text = frame.to_csv(index=any(level is not None for level in frame.index.names), lineterminator="\n", float_format="%.6g")
+    changed = not file.is_file() or file.read_text(encoding="utf-8") != text
+    file.write_text(text, encoding="utf-8")
+    # a fixed div id: by default it is random, and the same figure would give another file each time
+    options = dict(include_plotlyjs="directory", include_mathjax=False, config={"displaylogo": False})
+    fig.write_html(file.with_suffix(".html"), div_id=name, **options)
+    picture = to_png(fig, scale=2)
+    if picture is not None:
+        file.with_suffix(".png").write_bytes(picture)
+    elif changed:
+        file.with_suffix(".png").unlink(missing_ok=True)
+    _display(fig, picture and to_png(fig, scale=1))  # on disk for print, in the notebook at half the resolution: under 1 MB
+
+
+def _display(fig: go.Figure, picture: bytes | None) -> None:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None or not hasattr(shell, "kernel"):
+        print(summary(fig), file=sys.stderr)
+        return
+    from base64 import b64encode
+
+    from IPython.display import display
+
+    bundle = {PLOTLY_MIME: json.loads(fig.to_json()), "text/plain": summary(fig)}
+    if picture is not None:
+        bundle["image/png"] = b64encode(picture).decode()
+    display(bundle, raw=True)
+
+
+def summary(fig: go.Figure) -> str:
+    """A figure in words, for those who cannot see it: title, axes, and each trace with its number of points.
+
+    >>> summary(go.Figure(go.Scatter(y=[1, 2], name="base"), layout=dict(title_text="Loss", yaxis_title_text="nats")))
+    'Figure "Loss"; y: nats; scatter base (2 points)'
+    """
+    parts = [f'Figure "{_line(fig.layout.title.text)}"']
+    parts += [f"{axis}: {_line(title)}" for axis in "xy" if (title := fig.layout[f"{axis}axis"].title.text)]
+    for trace in fig.data[:12]:
+        values = next((trace[key] for key in ("y", "x", "z", "values") if key in trace and trace[key] is not None), ())
+        parts.append(f"{trace.type} {_line(trace.name)}".strip() + f" ({len(values)} points)")
+    return "; ".join(parts + ([f"{len(fig.data) - 12} more traces"] if len(fig.data) > 12 else []))
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").replace("<br>", " ").split())
+
+
+def traces(fig: go.Figure) -> pd.DataFrame:
+    """The values of a figure's traces as one long table: trace, x, y (z), and error bars where there are any."""
+    frames = []
+    for i, trace in enumerate(fig.data):
+        columns = {key: trace[key] for key in ("x", "y", "z") if key in trace and trace[key] is not None}
+        for error in ("error_x", "error_y"):
+            if error in trace and trace[error].array is not None:
+                columns[error] = trace[error].array
+        if "z" in columns and np.ndim(columns["z"]) == 2:  # a heat map: one row per cell
+            grid = pd.DataFrame(np.asarray(columns["z"]), index=columns.get("y"), columns=columns.get("x"))
+            columns = grid.rename_axis(index="y", columns="x").stack().rename("z").reset_index().to_dict("list")
+        frame = pd.DataFrame({key: pd.Series(np.asarray(values)) for key, values in columns.items()})
+        frame.insert(0, "trace", trace.name or str(i))
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["trace"])
+
+
+# --- PNG: one browser, kept open -------------------------------------------------------------------------------
+
+_browser: dict = {"state": "closed"}  # closed -> open, or broken (said once, then skipped)
+
+
+def find_browser() -> str | None:
+    """A Chromium or Chrome: $BROWSER_PATH, the PATH, or where it usually is on this system."""
+    if given := os.environ.get("BROWSER_PATH"):
+        return given if Path(given).is_file() else None
+    if found := next(filter(None, map(shutil.which, BROWSERS)), None):
+        return found
+    try:
+        from choreographer.browsers.chromium import Chromium
+
+        return Chromium.find_browser(skip_local=False)
+    except Exception:  # a search that fails is a search that found nothing
+        return None
+
+
+def to_png(fig: go.Figure, scale: float = 2) -> bytes | None:
+    """The figure as PNG, or None (with one line on standard error, once) where no browser can make it.
+
+    One browser stays open for the life of the process: 0.3 s a figure instead of 4 s.
+    """
+    if _browser["state"] == "broken":
+        return None
+    try:
+        import kaleido
+
+        if _browser["state"] == "closed":
+            path = find_browser()
+            if path is None:
+                raise RuntimeError("no Chromium was found (install one, or set BROWSER_PATH)")
+            page = kaleido.PageGenerator(mathjax=False)  # by default it fetches MathJax from the network
+            kaleido.start_sync_server(path=path, page_generator=page, timeout=_TIMEOUT, silence_warnings=True)
+            _browser["state"] = "open"
+        template = pio.templates["distilled"].layout
+        opts = dict(format="png", scale=scale, width=fig.layout.width or template.width, height=fig.layout.height or template.height)
+        return _bounded(lambda: kaleido.calc_fig_sync(fig.to_dict(), opts=opts), _TIMEOUT + 5)
+    except Exception as error:
+        _browser["state"] = "broken"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"figures are not written as PNG: {reason}", file=sys.stderr)
+        return None
+
+
+def _bounded(work, seconds: float):
+    """Call ``work`` in a thread. kaleido waits for ever if its browser dies, and a figure must not stop a run."""
+    answer: list = []
+
+    def call() -> None:
+        try:
+            answer.append((work(), None))
+        except BaseException as error:
+            answer.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answer:
+        raise TimeoutError(f"the browser did not answer within {seconds:.0f} s")
+    value, error = answer[0]
+    if error is not None:
+        raise error
+    return value
+
+
+# --- text ------------------------------------------------------------------------------------------------------
+
+
+def shaded_tokens(
+    words: Sequence[str], values: Sequence[float], colour: str = COLOURS["distilled"], maximum: float | None = None, label: str = ""
+):
+    """Tokens shaded by activation: an ``IPython.display.HTML`` whose ``data`` is the HTML, to be joined with others.
+
+    ``values`` [n] >= 0, one for each of ``words`` [n]; ``maximum`` (default: the largest) is the full shade, so that
+    several lines can share a scale. ``label`` stands before the line. Words are escaped.
+    """
+    from IPython.display import HTML
+
+    values = np.nan_to_num(np.asarray(values, dtype=float), nan=0.0)
+    if len(words) != len(values):
+        raise ValueError(f"{len(words)} words and {len(values)} values: must be one each")
+    top = float(values.max(initial=0.0)) if maximum is None else float(maximum)
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    spans = [f"<b>{html.escape(label)}</b>"] if label else []
+    for word, value in zip(words, values):
+        shade = min(max(value / top, 0.0), 1.0) if top > 0 else 0.0
+        style = f' style="background:rgba({red},{green},{blue},{0.75 * shade:.2f})"' if shade >= 0.01 else ""
+        spans.append(f'<span title="{value:.3g}"{style}>{html.escape(str(word))}</span>')
+    return HTML(f'<div style="font-family:monospace;line-height:1.7;color:#222;background:#fff">{" ".join(spans)}</div>')
