@@ -1,0 +1,229 @@
+"""Pairs of models: where they come from, how they are loaded, and at which layer they are read.
+
+``data/pairs.yaml`` is the registry; a user's own registry file can be passed instead of it. A pair has two models
+(``base`` and ``distilled``), told apart by name and never by position, and any number of further checkpoints::
+
+    pair = load_pair("tiny")
+    model = pair.load("distilled")          # a transformers model in eval mode
+    layer = half_depth(model)               # its residual stream after half of the layers is what we read
+    nulls = pair.between("null_a", "null_b")
+
+Weights are safetensors; no code of a model repository is run, nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from .results import ROOT, UserError, check, fingerprint
+
+REGISTRY = ROOT / "data" / "pairs.yaml"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KEYS = {"base", "distilled", "others", "tokenizer", "differing_ids", "layer", "dtype", "store_dtype", "corpus", "dictionary", "tokens"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Models that are compared, by name; an entry of the registry, with its folders resolved.
+
+    ``models`` maps names to a folder (Path) or a hub id (str, "org/name@revision"); nothing relies on there being two.
+    ``layer`` None means half depth. ``dictionary`` and ``tokens`` are defaults for notebooks.
+    """
+
+    name: str
+    models: dict[str, str | Path]
+    others: dict[str, str | Path] = field(default_factory=dict)
+    tokenizer_source: str | Path | None = None
+    differing_ids: tuple[int, ...] = ()
+    layer: int | None = None
+    dtype: str = "float32"
+    store_dtype: str = "float16"
+    corpus: str | tuple = "generated"
+    dictionary: int = 1024
+    tokens: int = 1_000_000
+
+    @property
+    def base(self) -> str | Path:
+        return self.models["base"]
+
+    @property
+    def distilled(self) -> str | Path:
+        return self.models["distilled"]
+
+    def source(self, model_name: str) -> str | Path:
+        """Folder or hub id of a model. UserError for a name that this pair does not have."""
+        known = {**self.models, **self.others}
+        if model_name not in known:
+            raise UserError(f"pair {self.name!r} has no model {model_name!r}: it has {', '.join(known)}")
+        return known[model_name]
+
+    def between(self, *names: str) -> Pair:
+        """The same pair, comparing other checkpoints: ``pair.between("base", "null_a")``."""
+        everything = {**self.models, **self.others}
+        return replace(self, models={n: self.source(n) for n in names}, others={n: s for n, s in everything.items() if n not in names})
+
+    def load(self, model_name: str, dtype: str | None = None) -> PreTrainedModel:
+        """The model in eval mode, without gradients, in the pair's dtype. UserError if it is missing or has no safetensors."""
+        source = self.source(model_name)
+        model = _from(source, AutoModelForCausalLM, f"model {model_name!r} of pair {self.name!r}",
+                      dtype=DTYPES[dtype or self.dtype], use_safetensors=True)
+        return model.eval().requires_grad_(False)
+
+    def config(self, model_name: str):
+        """The model's configuration alone, without its weights."""
+        return _from(self.source(model_name), AutoConfig, f"model {model_name!r} of pair {self.name!r}")
+
+    def tokenizer(self, model_name: str | None = None) -> PreTrainedTokenizerBase:
+        """The tokenizer of the pair (or of one model, where they have their own). The first model's stands for all:
+        ``check_vocabularies`` makes sure that it may."""
+        source = self.tokenizer_source or self.source(model_name or next(iter(self.models)))
+        return _from(source, AutoTokenizer, f"tokenizer of pair {self.name!r}")
+
+    def fingerprint(self, model_name: str) -> str:
+        """Hash of a local model's configuration and weights, or of a hub model's id and revision."""
+        source = self.source(model_name)
+        if not isinstance(source, Path):
+            return fingerprint(source)
+        _must_exist(source, f"model {model_name!r} of pair {self.name!r}")
+        return fingerprint([source / "config.json", *sorted(source.glob("*.safetensors"))])
+
+
+def load_pair(name: str, registry: str | Path | None = None) -> Pair:
+    """The entry ``name`` of data/pairs.yaml, or of a registry file of one's own. UserError lists the known pairs."""
+    file = Path(registry) if registry else REGISTRY
+    if not file.is_file():
+        raise UserError(f"the registry of pairs {file} does not exist: give a YAML file like data/pairs.yaml")
+    try:
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file.name} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, Mapping) or name not in entries:
+        raise UserError(f"unknown pair {name!r}: {file.name} has {', '.join(entries or ())}")
+    entry = dict(entries[name])
+    if "like" in entry:
+        model = entry.pop("like")
+        if model not in entries or "like" in entries[model]:
+            raise UserError(f"pair {name!r} is like {model!r}, which must be an entry of {file.name} that is like no other")
+        entry = {**entries[model], **entry}
+    if unknown := set(entry) - _KEYS:
+        raise UserError(f"pair {name!r} has the unknown key {sorted(unknown)[0]!r}: known keys are {', '.join(sorted(_KEYS))}")
+    if missing := {"base", "distilled"} - set(entry):
+        raise UserError(f"pair {name!r} lacks {' and '.join(sorted(missing))}: give a folder or a hub id with revision")
+    sources = {n: _resolve(str(entry.pop(n)), file) for n in ("base", "distilled")}
+    others = {n: _resolve(str(s), file) for n, s in (entry.pop("others", None) or {}).items()}
+    tokenizer = entry.pop("tokenizer", None)
+    for key in ("dtype", "store_dtype"):
+        check(f"{key} of pair {name!r}", entry.get(key, "float32"), str, choices=tuple(DTYPES))
+    for key in ("dictionary", "tokens"):
+        check(f"{key} of pair {name!r}", entry.get(key, 1), int, low=1)
+    check(f"layer of pair {name!r}", entry.get("layer"), (int, None), low=0)
+    return Pair(name, sources, others, _resolve(str(tokenizer), file) if tokenizer else None,
+                tuple(entry.pop("differing_ids", None) or ()), corpus=_corpus(name, entry.pop("corpus", "generated"), file), **entry)
+
+
+def _corpus(name: str, corpus, file: Path) -> str | tuple:
+    if corpus == "generated":
+        return corpus
+    entries = corpus if isinstance(corpus, list) else []
+    if not entries or not all(isinstance(c, dict) and set(c) == {"path", "kind"} and c["kind"] in ("trace", "general") for c in entries):
+        raise UserError(f"corpus of pair {name!r} must be 'generated' or a list of {{path: FILE, kind: trace or general}}")
+    return tuple((str(_resolve(c["path"], file, folder=False)), c["kind"]) for c in corpus)
+
+
+def _resolve(source: str, registry: Path, folder: bool = True) -> str | Path:
+    """A path if there is one (from the root, or from the registry's folder), or if it looks like one; else a hub id."""
+    for start in (ROOT, registry.resolve().parent):
+        if (start / source).exists():
+            return (start / source).resolve()
+    looks_like_hub = folder and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    return source if looks_like_hub else ROOT / source
+
+
+def _from(source: str | Path, loader, what: str, **options):
+    """``loader.from_pretrained`` of a folder or a hub id, with the errors a user can make turned into one sentence."""
+    if isinstance(source, Path):
+        _must_exist(source, what)
+        where, options = str(source), {**options, "local_files_only": True}
+    else:
+        where, _, revision = source.partition("@")
+        options = {**options, "revision": revision or "main"}
+    disable_progress_bar()  # its bars freeze in executed notebooks
+    try:
+        return loader.from_pretrained(where, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"the {what} cannot be loaded from {_shown(source)} (config.json and safetensors are needed): {reason}") from None
+
+
+def _must_exist(source: Path, what: str) -> None:
+    if not source.exists():
+        raise UserError(f"the {what} is missing: {_shown(source)} does not exist (data/pairs.yaml says where it is looked for)")
+
+
+def _shown(source: str | Path) -> str:
+    return source.relative_to(ROOT).as_posix() if isinstance(source, Path) and source.is_relative_to(ROOT) else str(source)
+
+
+# --- layers ----------------------------------------------------------------------------------------------------
+
+
+def decoder_path(model: nn.Module) -> str:
+    """Dotted name of the list of decoder layers: ``model.layers`` in Qwen2, Llama and their kin, found wherever it is."""
+    depth = model.config.get_text_config().num_hidden_layers
+    found = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(found) != 1:
+        raise UserError(f"{type(model).__name__} has {len(found)} lists of {depth} layers: it must have one, the decoder layers")
+    return found[0]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a transformers model, in order."""
+    return model.get_submodule(decoder_path(model))
+
+
+def half_depth(model: nn.Module) -> int:
+    """Index of the decoder layer whose output is the residual stream after half of the layers: n // 2 - 1.
+
+    With transformers' numbering this output is ``hidden_states[half_depth(model) + 1]``.
+    """
+    return check_layer(model, None)
+
+
+def check_layer(model: nn.Module, layer: int | None) -> int:
+    """``layer`` if the model has it, half depth if it is None."""
+    depth = len(decoder_layers(model))
+    if layer is None:
+        return max(depth // 2 - 1, 0)
+    return check("layer", layer, int, low=0, high=depth - 1)
+
+
+# --- vocabularies ----------------------------------------------------------------------------------------------
+
+
+def check_vocabularies(tokenizers: Mapping[str, PreTrainedTokenizerBase], differing_ids: Iterable[int] = ()) -> tuple[int, ...]:
+    """The ids on which the vocabularies differ, all of them among the known ``differing_ids``; UserError otherwise.
+
+    Both models are fed the same ids, which is only meaningful if an id is the same token for both. Ids that are known
+    to differ (chat templates, think tags) are kept out of the corpus by ``lib.corpus``.
+    """
+    vocabularies = {name: {i: token for token, i in t.get_vocab().items()} for name, t in tokenizers.items()}
+    (first, reference), *rest = vocabularies.items()
+    differing: dict[int, str] = {}
+    for name, vocabulary in rest:
+        for i in reference.keys() | vocabulary.keys():
+            if reference.get(i) != vocabulary.get(i):
+                differing.setdefault(i, f"id {i} is {reference.get(i)!r} in {first} and {vocabulary.get(i)!r} in {name}")
+    unexpected = sorted(set(differing) - set(differing_ids))
+    if unexpected:
+        some = "; ".join(differing[i] for i in unexpected[:3])
+        raise UserError(f"the vocabularies differ in {len(unexpected)} ids ({some}): models can only be compared on the same tokens; "
+                        "if these ids may be left out, list them as differing_ids of the pair")
+    return tuple(sorted(differing))
