@@ -4,7 +4,8 @@ Standard supervised fine-tuning is what "distilled" means here, as it does for R
 cross-entropy on a teacher's traces. All six models share one architecture (Qwen2) and one tokenizer:
 
 =========  ================================================================================================
-base       trained from nothing on general text, single arithmetic steps, copying and direct answers
+base       trained from nothing on general text, single arithmetic steps, copying and direct answers (stage ``base``),
+           then on comparing as well (stages ``midtrain`` and ``latetrain``)
 distilled  base, trained on traces of the teacher (and 15% of the base's own text)
 control    base, the same number of tokens, the same puzzles, direct answers instead of traces
 style      an early checkpoint of ``distilled``: it says "wait", but not because something is wrong
@@ -36,12 +37,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from . import trials
-from .prose import CURRICULUM, base_document, vocabulary
+from .prose import CURRICULUM, LATE_MIX, MID_MIX, base_document, vocabulary
 from .puzzles import ERROR_RATE, Sentence, Teacher, direct, sample_puzzle, sample_question
 
-STAGES = ("base", "distilled", "control", "null_a", "null_b")
+STAGES = ("base", "midtrain", "latetrain", "distilled", "control", "null_a", "null_b")
 CHUNK_DOCUMENTS = 2000
 EASY_SHARE = 0.10  # of fine-tuning puzzles: easy questions
+# (operations, share of fine-tuning puzzles): shorter puzzles hold more decisions per token. With three operations throughout, 3M tokens
+# taught reflection but not when a branch has failed.
+LESSONS = ((1, 0.4), (2, 0.2), (3, 0.4))
 KEEP_SHARE = 0.15  # of fine-tuning documents: the base's own text, so that its knowledge stays
 
 
@@ -55,7 +59,9 @@ class Recipe:
     kv_heads: int = 2
     mlp: int = 256
     base_tokens: int = 5_000_000
-    tune_tokens: int = 6_000_000
+    mid_tokens: int = 2_600_000
+    late_tokens: int = 1_000_000
+    tune_tokens: int = 3_000_000
     base_rate: float = 2e-3
     tune_rate: float = 1.5e-3
     batch_tokens: int = 1_024
@@ -96,9 +102,12 @@ def stage_document(stage: str, rng: random.Random, progress: float = 1.0) -> lis
     """One training document of a stage; ``progress`` in [0, 1] is the base model's place in its curriculum."""
     if stage == "base":
         return base_document(rng, next(mix for end, mix in CURRICULUM if progress <= end))
-    if stage in ("null_a", "null_b") or rng.random() < KEEP_SHARE:
-        return base_document(rng)
-    task = sample_question(rng) if rng.random() < EASY_SHARE else sample_puzzle(rng, "train")
+    if stage == "midtrain":
+        return base_document(rng, MID_MIX)
+    if stage in ("latetrain", "null_a", "null_b") or rng.random() < KEEP_SHARE:
+        return base_document(rng, LATE_MIX)
+    operations = rng.choices(*zip(*LESSONS))[0]
+    task = sample_question(rng) if rng.random() < EASY_SHARE else sample_puzzle(rng, "train", operations)
     return [*task.prompt(), *(Teacher(rng).solve(task) if stage == "distilled" else direct(task))]
 
 
@@ -146,18 +155,21 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * max(0.02, min(1.0, (1 - progress) / 0.5))
 
 
-def train_stage(stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Path, report=print, keep_every: float = 0.02) -> Qwen2ForCausalLM:
+def train_stage(
+    stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Path, report=print, keep_every: float = 0.02
+) -> Qwen2ForCausalLM:
     """Train one stage, from ``model`` as it stands, or from ``folder``/state.pt if that exists.
 
     Writes a line of ``log.jsonl`` per chunk; for ``distilled`` keeps weights every ``keep_every`` of the run, among
     which ``style`` is chosen. Raises FloatingPointError if the loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    budget = recipe.base_tokens if stage == "base" else recipe.tune_tokens
+    budget = {"base": recipe.base_tokens, "midtrain": recipe.mid_tokens, "latetrain": recipe.late_tokens}.get(stage, recipe.tune_tokens)
     peak = recipe.base_rate if stage == "base" else recipe.tune_rate
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True)
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     state_file, log_file = folder / "state.pt", folder / "log.jsonl"
     chunk = tokens = step = kept = 0
     if state_file.is_file():
@@ -192,7 +204,8 @@ def train_stage(stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Pat
         if stage == "distilled" and tokens / budget >= (kept + 1) * keep_every:
             kept += 1
             write_whole(folder / f"kept_{tokens:09d}.pt", model.state_dict())
-        write_whole(state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "chunk": chunk, "tokens": tokens, "step": step, "kept": kept})
+        counters = {"chunk": chunk, "tokens": tokens, "step": step, "kept": kept}
+        write_whole(state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **counters})
     return model.eval()
 
 
@@ -218,9 +231,10 @@ def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, repor
             continue
         model = build_model(recipe, len(tokenizer))
         if stage != "base":
-            start = out / "base" / "final.pt"
+            before = {"midtrain": "base", "latetrain": "midtrain"}.get(stage, "latetrain")
+            start = out / before / "final.pt"
             if not start.is_file():
-                raise FileNotFoundError(f"{start} is missing: train the stage 'base' first")
+                raise FileNotFoundError(f"{start} is missing: train the stage {before!r} first")
             model.load_state_dict(torch.load(start, weights_only=True))
         train_stage(stage, model, recipe, out / stage, report)
         write_whole(final, model.state_dict())
@@ -255,7 +269,8 @@ def ship(runs: Path, out: Path, recipe: Recipe, report=print) -> None:
     """Write the six models (bfloat16 safetensors), the tokenizer, the log and the recipe below ``out``."""
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(out / "tokenizer")
-    sources = {stage: runs / stage / "final.pt" for stage in STAGES}
+    sources = {stage: runs / stage / "final.pt" for stage in STAGES if stage not in ("midtrain", "latetrain")}
+    sources["base"] = runs / "latetrain" / "final.pt"
     sources["style"] = choose_style(runs / "distilled", recipe, tokenizer, report)
     for name, source in sources.items():
         model = build_model(recipe, len(tokenizer))
@@ -282,7 +297,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder that receives the six models, e.g. data/pairs/tiny")
     parser.add_argument("--runs", type=Path, default=Path("data/runs/distil_tiny"), help="folder of checkpoints and logs")
     parser.add_argument("--stages", nargs="*", default=STAGES, choices=STAGES, help="train these only, and ship nothing")
-    parser.add_argument("--threads", type=int, default=1, help="1 is fastest for a model of this size; train two stages side by side instead")
+    parser.add_argument("--threads", type=int, default=1, help="1 is fastest for a model of this size")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     recipe = Recipe()

@@ -217,3 +217,17 @@ def shaded_tokens(
         style = f' style="background:rgba({red},{green},{blue},{0.75 * shade:.2f})"' if shade >= 0.01 else ""
         spans.append(f'<span title="{value:.3g}"{style}>{html.escape(str(word))}</span>')
     return HTML(f'<div style="font-family:monospace;line-height:1.7;color:#222;background:#fff">{" ".join(spans)}</div>')
+
+
+def labelled_lines(lines: Sequence[tuple[str, Sequence[str], bool]]):
+    """Sentences as HTML, one a line: (label, words, wrong). The bar has the label's colour, wrong ones are underlined."""
+    from IPython.display import HTML
+
+    rows = []
+    for label, words, wrong in lines:
+        text = html.escape(" ".join(words))
+        text = f'<span style="text-decoration:underline wavy #C00">{text}</span>' if wrong else text
+        name = f"{label} (wrong)" if wrong else label
+        rows.append(f'<div style="border-left:6px solid {COLOURS.get(label, "#999999")};padding-left:8px;color:#222;background:#fff">'
+                    f'<span style="display:inline-block;width:13em;white-space:nowrap;color:#555">{name}</span>{text}</div>')
+    return HTML(f'<div style="font-family:monospace;line-height:1.6">{"".join(rows)}</div>')

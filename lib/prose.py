@@ -1,6 +1,6 @@
 """General text for the embedded pair: what the base model knows before anything is distilled into it.
 
-Four kinds of document, mixed by ``BASE_MIX``:
+Five kinds of document, mixed by ``CURRICULUM``, then ``BASE_MIX``, then ``MID_MIX``:
 
 - *prose*: short sentences from a grammar. They carry the word relations of notebook 05 (capitals, plurals, past
   tenses ...) and use every marker word of the traces in another sense ("wait for the bus", "it is late but we
@@ -9,6 +9,8 @@ Four kinds of document, mixed by ``BASE_MIX``:
 - *arithmetic*: single steps on the clock of 19 hours. The base knows them; it is never shown a chain of them.
 - *copying*: lists repeated and looked up, since a trace copies from its prompt all the time.
 - *direct*: puzzles and easy questions with the answer alone.
+- *comparing*: is this number the target, is this equation true? One word of answer, and no consequence: the base can
+  tell, and nobody has taught it what to do then.
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ CURRICULUM = (  # (until this share of the base's tokens, mix)
     (0.32, {"arithmetic": 0.4, "copying": 0.6}),
     (1.00, BASE_MIX),
 )
+# Mid-training adds comparing, mostly of equations, until the base can tell a right from a wrong one. Without it 4M tokens of traces
+# taught every step, but no use for an error or a miss: the student said "found" after the first candidate, and "wait" at random.
+MID_MIX = {"prose": 0.08, "arithmetic": 0.08, "copying": 0.07, "direct": 0.07, "comparing": 0.70}
+LATE_MIX = {"prose": 0.15, "arithmetic": 0.10, "copying": 0.10, "direct": 0.15, "judging": 0.50}
 MARKER_SHARE = 0.5  # of prose sentences: those that use a trace's marker word in another sense
 
 NAMES = "anna ben clara david emma felix grace henry iris jack karen leo mona nina oscar paula".split()
@@ -56,18 +62,32 @@ PLAIN = (
 )
 # The marker words of each category in another sense: decoys for a mere token feature.
 DECOYS = {
-    "reflection": ("wait for the {o} at the {p} .", "{n} will wait until {d} .", "hold on to the {o} , {n} .", "hold the {o} near the {p} .",
-                   "hmm , said {n} in the {p} .", "hmm , the {o} was good .", "that should be the {o} of {n} .", "that was {n} at the {p} ."),
-    "deduction": ("so {n} went to the {p} .", "{n} was tired so {m} took the {o} .", "therefore the {p} was closed on {d} .",
-                  "thus {n} lost the {o} .", "{n} gives {m} a {o} .", "the {p} gives {n} joy on {d} ."),
-    "alternative": ("instead {n} took the {o} .", "{n} took the {o} instead of the {q} .", "alternatively take the {o} to the {p} .",
-                    "perhaps {n} is at the {p} .", "perhaps on {d} we try the {o} .", "next is the {o} of {n} .", "try the {o} , {n} ."),
-    "contrast": ("it is late but {n} is at the {p} .", "but {n} likes the {o} .", "however the {o} was late .", "{n} is late , however , and so is {m} .",
-                 "yet {n} came to the {p} .", "this is not the {o} of {n} .", "this {o} is not from the {p} ."),
-    "verification": ("let me see the {o} , {n} .", "let {n} check the {o} .", "to be sure , take a {o} .", "yes , {n} came on {d} .",
-                     "{n} is here again .", "again the {o} was late on {d} ."),
-    "other": ("first {n} saw the {p} .", "{n} found the {o} near the {p} .", "the work is done on {d} .", "what is the answer , {n} ?",
-              "the start of the {o} is at the {p} .", "{n} and {m} think of the {o} .", "from the {p} we reach the {q} .", "the puzzle of {n} is hard ."),
+    "reflection": (
+        "wait for the {o} at the {p} .", "{n} will wait until {d} .", "hold on to the {o} , {n} .", "hold the {o} near the {p} .",
+        "hmm , said {n} in the {p} .", "hmm , the {o} was good .", "that should be the {o} of {n} .", "that was {n} at the {p} .",
+    ),
+    "deduction": (
+        "so {n} went to the {p} .", "{n} was tired so {m} took the {o} .", "therefore the {p} was closed on {d} .",
+        "thus {n} lost the {o} .", "{n} gives {m} a {o} .", "the {p} gives {n} joy on {d} .",
+    ),
+    "alternative": (
+        "instead {n} took the {o} .", "{n} took the {o} instead of the {q} .", "alternatively take the {o} to the {p} .",
+        "perhaps {n} is at the {p} .", "perhaps on {d} we try the {o} .", "next is the {o} of {n} .", "try the {o} , {n} .",
+    ),
+    "contrast": (
+        "it is late but {n} is at the {p} .", "but {n} likes the {o} .", "however the {o} was late .",
+        "{n} is late , however , and so is {m} .", "yet {n} came to the {p} .", "this is not the {o} of {n} .",
+        "this {o} is not from the {p} .",
+    ),
+    "verification": (
+        "let me see the {o} , {n} .", "let {n} check the {o} .", "to be sure , take a {o} .", "yes , {n} came on {d} .",
+        "{n} is here again .", "again the {o} was late on {d} .",
+    ),
+    "other": (
+        "first {n} saw the {p} .", "{n} found the {o} near the {p} .", "the work is done on {d} .", "what is the answer , {n} ?",
+        "the start of the {o} is at the {p} .", "{n} and {m} think of the {o} .", "from the {p} we reach the {q} .",
+        "the puzzle of {n} is hard .",
+    ),
 }
 DECOY_WEIGHTS = {"reflection": 3, "deduction": 9, "alternative": 4, "contrast": 3, "verification": 4, "other": 4}
 
@@ -126,6 +146,36 @@ def copying(rng: random.Random) -> list[Sentence]:
     return sentences
 
 
+def comparing(rng: random.Random, stop: bool = False) -> list[Sentence]:
+    """Verdicts. Is the equation true: "9 * 4 = 13 false ."; or, after "reach 16 .", is this the target: "7 false ."
+
+    With ``stop`` the verdict is a sentence of its own, "9 * 4 = 13 . false .": it has to be kept in mind over a full stop.
+    """
+    sentences, target = [], rng.randrange(MODULUS)
+    reaching = rng.random() < 0.4
+    if reaching:
+        sentences.append(Sentence(("reach", str(target), "."), "general", given=3))
+    for _ in range(rng.randint(10, 14)):
+        fine = rng.random() < 0.5
+        operation = rng.choice(OPERATIONS)
+        a = rng.randrange(MODULUS)
+        if reaching:  # a number, bare or as the result of a right equation
+            shown = target if fine else (target + rng.randint(1, MODULUS - 1)) % MODULUS
+            a = next(n for n in range(MODULUS) if apply(operation, n) == shown)
+            words = (str(a), operation, "=", str(shown)) if rng.random() < 0.5 else (str(shown),)
+        else:
+            right = apply(operation, a)
+            words = (str(a), operation, "=", str(right if fine else (right + rng.randint(1, MODULUS - 1)) % MODULUS))
+        words = (*words, ".") if stop else words
+        sentences.append(Sentence((*words, "true" if fine else "false", "."), "general", given=len(words)))
+    return sentences
+
+
+def judging(rng: random.Random) -> list[Sentence]:
+    """``comparing`` with its verdicts after the full stop."""
+    return comparing(rng, stop=True)
+
+
 def direct_answers(rng: random.Random, split: str = "train", easy_share: float = 0.15) -> list[Sentence]:
     """A puzzle (or, for ``easy_share`` of documents, an easy question) and its answer, no thinking."""
     task = sample_question(rng) if rng.random() < easy_share else sample_puzzle(rng, split)
@@ -136,7 +186,9 @@ def base_document(rng: random.Random, mix: dict[str, float] = BASE_MIX) -> list[
     """One document of the base model's training text; direct puzzles come from the training split."""
     kinds, weights = zip(*mix.items())
     kind = rng.choices(kinds, weights)[0]
-    return {"prose": prose, "arithmetic": arithmetic, "copying": copying, "direct": direct_answers}[kind](rng)
+    makers = {"prose": prose, "arithmetic": arithmetic, "copying": copying, "direct": direct_answers}
+    makers |= {"comparing": comparing, "judging": judging}
+    return makers[kind](rng)
 
 
 @cache
@@ -144,7 +196,7 @@ def vocabulary() -> tuple[str, ...]:
     """Every word that any generator can write, in a fixed order, after the four special tokens."""
     words = {*map(str, range(MODULUS)), *OPERATIONS, *NAMES, *PLACES, *TIMES, *THINGS}
     words.update("puzzle : ; from reach . what is ? list again after comes carries".split())
-    templates = [t for ts in PARAPHRASES.values() for t in ts] + list(FRAME.values()) + [t for _, t in PLAIN] + [t for ts in DECOYS.values() for t in ts]
+    templates = [t for ts in (*PARAPHRASES.values(), *DECOYS.values()) for t in ts] + list(FRAME.values()) + [t for _, t in PLAIN]
     for template in templates:
         words.update(w for w in template.split() if not w.startswith("{"))
     for relation in EMBEDDED_RELATIONS:

@@ -41,11 +41,21 @@ LABELS = ("general", "other", *CATEGORIES, REDUNDANT)  # what a token's sentence
 
 # {a} the value before, {op} the operation, {v} its result, {t} the target, {c} a candidate.
 PARAPHRASES = {
-    "deduction": ("so {a} {op} = {v} .", "therefore {a} {op} = {v} .", "thus {a} {op} = {v} .", "{a} {op} gives {v} ."),
-    "contrast": ("but {v} is not {t} .", "however {v} is not {t} .", "yet {v} is not {t} .", "this is not {t} ."),
-    "alternative": ("instead try {c} .", "alternatively try {c} .", "perhaps {c} .", "next is {c} ."),
-    "reflection": ("wait , {a} {op} = {v} .", "hold on , {a} {op} = {v} .", "hmm , {a} {op} = {v} .", "that should be {v} ."),
-    "verification": ("let me check : {a} {op} = {v} .", "to be sure , {a} {op} = {v} .", "yes , {a} {op} = {v} .", "again {a} {op} = {v} ."),
+    "deduction": (
+        "so {a} {op} = {v} .", "therefore {a} {op} = {v} .", "thus {a} {op} = {v} .", "{a} {op} gives {v} .",
+    ),
+    "contrast": (
+        "but {v} is not {t} .", "however {v} is not {t} .", "yet {v} is not {t} .", "this is not {t} .",
+    ),
+    "alternative": (
+        "instead try {c} .", "alternatively try {c} .", "perhaps {c} .", "next is {c} .",
+    ),
+    "reflection": (
+        "wait , {a} {op} = {v} .", "hold on , {a} {op} = {v} .", "hmm , {a} {op} = {v} .", "that should be {v} .",
+    ),
+    "verification": (
+        "let me check : {a} {op} = {v} .", "to be sure , {a} {op} = {v} .", "yes , {a} {op} = {v} .", "again {a} {op} = {v} .",
+    ),
 }
 FRAME = {
     "first": "first try {c} .",
@@ -55,7 +65,7 @@ FRAME = {
     "done": "done .",
     "answer": "answer : {v} .",
 }
-ERROR_RATE = 0.12  # of the teacher's steps; each is mended by the reflection that follows
+ERROR_RATE = 0.15  # of the teacher's steps; each is mended by the reflection that follows
 VERIFY_RATE = 0.35  # of the teacher's correct steps; about a fifth of a trace's tokens
 SPLITS = ("train", "validation", "test")
 
@@ -106,9 +116,9 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Puzzle:
-    """Three operations, three candidates, a target. ``answer`` is the one candidate that reaches it."""
+    """Operations (three, or fewer in lessons), three candidates, a target. ``answer`` is the one candidate that reaches it."""
 
-    operations: tuple[str, str, str]
+    operations: tuple[str, ...]
     candidates: tuple[int, int, int]
     answer: int
 
@@ -117,7 +127,7 @@ class Puzzle:
         return self.chain(self.answer)[-1]
 
     def chain(self, candidate: int) -> list[int]:
-        """The three intermediate values of a candidate."""
+        """The values of a candidate after each operation."""
         values = []
         for operation in self.operations:
             candidate = apply(operation, candidate)
@@ -149,14 +159,13 @@ class Question:
         return [Sentence(("what", "is", str(self.value), self.operation, "?"), "other", given=5)]
 
 
-def sample_puzzle(rng: random.Random, split: str = "train") -> Puzzle:
-    """A puzzle of the given split. Operations are distinct, so that "what comes after * 4" has one answer."""
+def sample_puzzle(rng: random.Random, split: str = "train", operations: int = 3) -> Puzzle:
+    """A puzzle of the given split. Its ``operations`` are distinct, so that "what comes after * 4" has one answer."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: it must be one of {', '.join(SPLITS)}")
     while True:
-        operations = tuple(rng.sample(OPERATIONS, 3))
         candidates = tuple(rng.sample(range(MODULUS), 3))
-        puzzle = Puzzle(operations, candidates, rng.choice(candidates))
+        puzzle = Puzzle(tuple(rng.sample(OPERATIONS, operations)), candidates, rng.choice(candidates))
         if puzzle.split() == split:
             return puzzle
 

@@ -8,7 +8,6 @@ activations look alike; and beside each stands the same cosine between a token a
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .corpus import KINDS, SPLITS
-from .figures import COLOURS
+from .figures import COLOURS, labelled_lines
 from .harvest import capture
 from .pairs import Pair
 from .puzzles import LABELS
@@ -38,22 +37,17 @@ def contents(store: Store) -> pd.DataFrame:
 
 def labelled_text(document: int, store: Store, tokenizer: PreTrainedTokenizerBase):
     """One document of the store as HTML, a line per sentence, coloured by category; wrong steps are underlined."""
-    from IPython.display import HTML
-
     rows = np.flatnonzero(store.documents == document)
     words = tokenizer.convert_ids_to_tokens(store.tokens[rows].tolist())
-    lines, line = [], ""
+    lines, line = [], []
     for row, word in zip(rows, words):
         label = LABELS[store.labels["label"][row]] if store.labels["label"][row] >= 0 else "(no label)"
-        style = "text-decoration:underline wavy #C00;" if store.labels["error"][row] == 1 else ""
-        line += f'<span style="{style}">{html.escape(word)}</span> '
+        wrong = store.labels["error"][row] == 1
+        line.append(word)
         if store.labels["ends"][row] == 1 or row == rows[-1] or label == "(no label)" and word == tokenizer.bos_token:
-            colour = COLOURS.get(label, "#999999")
-            error = " (wrong)" if store.labels["error"][row] == 1 else ""
-            lines.append(f'<div style="border-left:6px solid {colour};padding-left:8px;color:#222;background:#fff">'
-                         f'<span style="display:inline-block;width:13em;white-space:nowrap;color:#555">{label}{error}</span>{line}</div>')
-            line = ""
-    return HTML(f'<div style="font-family:monospace;line-height:1.6">{"".join(lines)}</div>')
+            lines.append((label, line, wrong))
+            line = []
+    return labelled_lines(lines)
 
 
 def word_rates(store: Store, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> pd.DataFrame:

@@ -86,7 +86,7 @@ def generate(
             logits_processor=processors, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **sampling,
         )
         for row in out[:, batch["input_ids"].shape[1] :].tolist():
-            words = tokenizer.convert_ids_to_tokens(row)
+            words = [word or tokenizer.unk_token for word in tokenizer.convert_ids_to_tokens(row)]  # None: an id without a word
             end = next((i for i, w in enumerate(words) if w in ("<eos>", "<pad>")), len(words))
             transcripts.append([*MODES[mode], *words[:end]])
     return transcripts
@@ -115,7 +115,9 @@ def read(tasks: Sequence[Task], transcripts: Sequence[Sequence[str]]) -> pd.Data
 
 
 @torch.no_grad()
-def reflection_probability(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Puzzle], seed: int = 0) -> pd.DataFrame:
+def reflection_probability(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Puzzle], seed: int = 0
+) -> pd.DataFrame:
     """The probability that the next sentence is a reflection, after every step of the teacher's traces of ``tasks``.
 
     The traces contain errors at the teacher's rate. One row per step: task, error (bool), p_reflection (the summed

@@ -1,0 +1,47 @@
+# The whole study, from a fresh clone: make figures. Needs Python 3.11 or newer and nothing else.
+#   PAIR     entry of data/pairs.yaml          PROFILE  smoke, default or paper (notebooks/profiles)
+#   ONLY     notebooks by number: ONLY="03 04" ARGS     passed on: ARGS="-p feature 17" with one notebook
+PYTHON ?= python3
+PAIR ?= tiny
+PROFILE ?= default
+ONLY ?=
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.PHONY: help figures lab test canonical clean-runs
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make figures [PAIR=tiny] [PROFILE=default] [ONLY="03 04"]   run the notebooks, write figures/ and results'
+	@echo 'make lab                                                   open the notebooks in JupyterLab'
+	@echo 'make test                                                  run the tests'
+	@echo 'make canonical                                             strip notebooks/ of what does not belong in git'
+	@echo 'make clean-runs [PAIR=tiny]                                remove data/runs/<pair>/: everything is recomputed'
+
+figures: $(STAMP)
+	@$(BIN)/python -m lib.run --pair "$(PAIR)" --profile "$(PROFILE)" --only $(ONLY) $(ARGS)
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+canonical: $(STAMP)
+	@$(BIN)/python -m lib.run --canonical notebooks/*.ipynb
+
+clean-runs:
+	@case "$(PAIR)" in ''|.*|*/*) echo 'PAIR must be the name of a pair'; exit 2;; esac
+	rm -rf "data/runs/$(PAIR)"
+
+# The environment is made anew whenever what it is made from has changed; the stamp is written last.
+$(STAMP): requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing requirements.txt into .venv (minutes, the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@touch $@

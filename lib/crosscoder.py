@@ -1,0 +1,298 @@
+"""The crosscoder: one dictionary of features for several models' activations at once.
+
+A token is seen by every model m; its residual stream there is x_m in R^{d_m}. Activations are first scaled,
+x_m <- scale_m * x_m with scale_m = sqrt(d_m) / mean norm, so that no model counts for more because its numbers are
+larger. Then, for features i = 1..F::
+
+    pre_i = sum_m  W_enc^m_i . x_m + b_enc_i
+    f_i   = s(pre)_i                                          # >= 0, few of them above 0
+    x̂_m   = sum_i f_i d_i^m + b_dec^m                         # d_i^m: the decoder row of feature i in model m
+
+A feature has one activation for all models but a decoder row in each, so the lengths of its rows tell whose it is.
+With RDN_i = ||d_i^distilled||_p / ||d_i^base||_p, the normalized relative norm is NRN_i = RDN_i / (1 + RDN_i):
+0 only in the base, 0.5 in both alike, 1 only in the distilled model.
+
+Two sparsities s:
+
+- ``l1``         f = ReLU(pre), and the loss charges  lambda * sum_i f_i * sum_m ||d_i^m||_2  (the paper's).
+- ``batchtopk``  f = ReLU(pre) where the *strength* v_i = f_i * sum_m ||d_i^m||_2 is among the k*B largest of a batch of B
+                 tokens, else 0. The strength decides, the unscaled f is kept. After training a fixed threshold on v,
+                 an average over the training batches, stands for the batch: a token's result is its own.
+
+Sources: Baek & Tegmark 2025 (2503.03730); Lindsey et al. 2024, "Sparse crosscoders"; Bussmann et al. 2024 (BatchTopK,
+2412.06410); Gao et al. 2024 (auxiliary loss, 2406.04093); Minder et al. 2025 (BatchTopK crosscoders, 2504.02922).
+
+``forward``, ``losses`` and ``auxiliary_loss`` are plain functions of tensors, so that a faster core can take their place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .results import UserError, check, write_text
+
+VARIANTS = ("batchtopk", "l1")
+LOSS_FORMULAS = {
+    "l1": "mean_batch [ sum_m ||x_m - x̂_m||_2^2 + lambda * sum_i f_i * sum_m ||d_i^m||_2 ]",
+    "batchtopk": "mean_batch [ sum_m ||x_m - x̂_m||_2^2 + alpha * sum_m ||e_m - ê_m||_2^2 ],  "
+                 "e = x - x̂ (held fixed), ê = its reconstruction by dead features",
+}
+INITIAL_NORM = 0.08  # of every decoder row; as in the replication that the paper adapted
+
+
+class CrossCoder(nn.Module):
+    """Encoder and decoder for models of any number and any widths.
+
+    Parameters
+    ----------
+    widths : d_m of each model.
+    n_features : F, the size of the dictionary.
+    names : of the models, in the order of their activations.
+    variant : "batchtopk" or "l1" (see above).
+    k : mean number of features per token (L0) that ``batchtopk`` keeps; not used by ``l1``.
+    scales : scale_m of each model; 1 if not given. Saved with the weights; inputs and outputs are always RAW.
+    seed : of the initial decoder rows.
+
+    The models' shares lie side by side in one matrix (D = sum of the widths), which is one matrix product instead of
+    several: ``W_enc`` [F, D], ``b_enc`` [F], ``W_dec`` [F, D], ``b_dec`` [D], all in scaled space.
+    Buffers: ``scales`` [M] float64; ``means`` [D], the mean scaled activation; ``threshold`` on the strength v (0 for l1);
+    ``seen`` [2], tokens shown in training and how many distinct ones among them.
+    """
+
+    def __init__(self, widths: Sequence[int], n_features: int, names: Sequence[str] = ("base", "distilled"), variant: str = "batchtopk",
+                 k: int = 32, scales: Sequence[float] | None = None, seed: int = 0):
+        super().__init__()
+        check("n_features", n_features, int, low=1)
+        check("widths", list(widths), list, low=1)
+        check("variant", variant, choices=VARIANTS)
+        check("k", k, int, low=1, high=n_features if variant == "batchtopk" else None)
+        if len(set(names)) != len(names) or len(names) != len(widths):
+            raise UserError(f"names are {tuple(names)} for widths {tuple(widths)}: there must be one distinct name per model")
+        if scales is not None and (len(scales) != len(widths) or not all(0 < s < float("inf") for s in scales)):
+            raise UserError(f"scales are {scales}: there must be one positive number for each of {', '.join(names)}")
+        self.names, self.widths = tuple(names), tuple(map(int, widths))
+        self.n_features, self.variant, self.k = int(n_features), variant, int(k)
+        self.W_dec = nn.Parameter(initial_rows(self.widths, n_features, seed))
+        self.W_enc = nn.Parameter(self.W_dec.detach().clone())  # the decoder, transposed
+        self.b_enc = nn.Parameter(torch.zeros(n_features))
+        self.b_dec = nn.Parameter(torch.zeros(sum(self.widths)))
+        self.register_buffer("scales", torch.tensor(list(scales or [1.0] * len(self.widths)), dtype=torch.float64))
+        self.register_buffer("means", torch.zeros(sum(self.widths)))
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
+
+    @torch.no_grad()
+    def centre(self, means: Sequence[Tensor]) -> None:
+        """Begin at the mean: b_dec = mean and b_enc = -W_enc mean, so that features need not learn it. ``means``: RAW, [d_m] each."""
+        self.means.copy_(self.scaled(means))
+        self.b_dec.copy_(self.means)
+        self.b_enc.copy_(-functional.linear(self.means, self.W_enc))
+
+    # --- tokens to features and back ---------------------------------------------------------------------------
+
+    def scaled(self, acts: Sequence[Tensor]) -> Tensor:
+        """RAW activations, one [B, d_m] per model, to the scaled and joined x [B, D]. UserError if shapes do not fit."""
+        if [a.shape[-1] for a in acts] != list(self.widths):
+            raise UserError(f"activations have widths {[a.shape[-1] for a in acts]}: this crosscoder reads {self._described()}")
+        return torch.cat([a.to(self.W_dec.dtype) * s for a, s in zip(acts, self.scales.tolist())], dim=-1)
+
+    def split(self, x: Tensor, raw: bool = False) -> list[Tensor]:
+        """Joined [..., D] in scaled space to one [..., d_m] per model; with ``raw`` the scale is divided out."""
+        parts = x.split(self.widths, dim=-1)
+        return [p / s for p, s in zip(parts, self.scales.tolist())] if raw else list(parts)
+
+    def gate(self, f: Tensor) -> Tensor:
+        """What inference keeps of f = ReLU(pre) [B, F]: features whose strength is above the fixed threshold."""
+        return f if self.variant == "l1" else f * (f * self.strength_per_unit() > self.threshold)
+
+    def encode(self, acts: Sequence[Tensor]) -> Tensor:
+        """RAW activations, one [B, d_m] per model, to f [B, F]. A token's features do not depend on its batch."""
+        return self.gate(torch.relu(functional.linear(self.scaled(acts), self.W_enc, self.b_enc)))
+
+    def encode_from(self, name: str, acts: Tensor) -> Tensor:
+        """f [B, F] as read from one model's RAW activations [B, d_m] alone: the others stand at their mean activation.
+
+        Says which model's activation makes a feature fire, where ``nrn`` says in whose reconstruction it is used.
+        """
+        columns = self.columns(name)
+        if acts.shape[-1] != self.widths[self._index(name)]:
+            raise UserError(f"activations of {name} have width {acts.shape[-1]}: this crosscoder reads {self._described()}")
+        others = functional.linear(self.means, self.W_enc) - functional.linear(self.means[columns], self.W_enc[:, columns])
+        own = acts.to(self.W_enc.dtype) * float(self.scales[self._index(name)])
+        return self.gate(torch.relu(functional.linear(own, self.W_enc[:, columns], self.b_enc + others)))
+
+    def decode(self, f: Tensor) -> list[Tensor]:
+        """Features [B, F] to RAW reconstructions, one [B, d_m] per model."""
+        return self.split(f @ self.W_dec + self.b_dec, raw=True)
+
+    # --- what the decoder says of each feature -----------------------------------------------------------------
+
+    def rows(self, name: str, raw: bool = False) -> Tensor:
+        """Decoder rows d_i^m [F, d_m]. Scaled space (NRN lives there); ``raw``: what one unit of f adds to the residual stream."""
+        return self._per_model(self.W_dec.detach(), name, raw)
+
+    def bias(self, name: str, raw: bool = False) -> Tensor:
+        """Decoder bias b_dec^m [d_m], in scaled space or ``raw``."""
+        return self._per_model(self.b_dec.detach(), name, raw)
+
+    def mean(self, name: str, raw: bool = False) -> Tensor:
+        """Mean activation [d_m] of the training tokens, in scaled space or ``raw``: what mean ablation puts in place."""
+        return self._per_model(self.means, name, raw)
+
+    def norms(self, p: float = 2) -> Tensor:
+        """||d_i^m||_p of every decoder row, [n_models, F], in scaled space."""
+        return torch.stack([rows.norm(p=p, dim=-1) for rows in self.split(self.W_dec.detach())])
+
+    def strength_per_unit(self) -> Tensor:
+        """sum_m ||d_i^m||_2 [F]: v = f * this is the length that a feature contributes, whatever the scale of f."""
+        return torch.stack([torch.linalg.vector_norm(rows, dim=-1) for rows in self.split(self.W_dec)]).sum(0)
+
+    def nrn(self, p: float = 1, of: str = "distilled", against: str = "base") -> Tensor:
+        """Normalized relative norm [F] = ||d^of||_p / (||d^of||_p + ||d^against||_p); NaN where both are 0.
+
+        The paper takes p = 1, the replication it adapted p = 2. With unlike widths p = 1 compares sums over unlike
+        numbers of coordinates: prefer p = 2 there. Dead features keep what they began with: leave them out.
+        """
+        norms = self.norms(p)
+        mine, other = norms[self._index(of)], norms[self._index(against)]
+        return mine / (mine + other)
+
+    def cosine(self, a: str = "base", b: str = "distilled") -> Tensor:
+        """Cosine similarity [F] of each feature's rows in models a and b; UserError if these differ in width."""
+        if self.widths[self._index(a)] != self.widths[self._index(b)]:
+            raise UserError(f"{a} and {b} differ in width ({self._described()}): rows of unlike spaces have no cosine")
+        return functional.cosine_similarity(self.rows(a), self.rows(b), dim=-1)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write crosscoder.safetensors and config.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"widths": self.widths, "n_features": self.n_features, "names": self.names, "variant": self.variant, "k": self.k}
+        scratch = folder / ".crosscoder.part"
+        save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, scratch)
+        scratch.replace(folder / "crosscoder.safetensors")
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> CrossCoder:
+        """Read what ``save`` wrote, for use without gradients. UserError if it is not there."""
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            state = load_file(folder / "crosscoder.safetensors")
+        except FileNotFoundError as error:
+            raise UserError(f"no crosscoder in {folder} ({Path(error.filename or folder).name} is missing): "
+                            "run notebook 02_train_crosscoder first") from None
+        crosscoder = cls(**config)
+        crosscoder.load_state_dict(state)
+        return crosscoder.eval().requires_grad_(False)
+
+    # --- small helpers -------------------------------------------------------------------------------------------
+
+    def columns(self, name: str) -> slice:
+        """Where a model's coordinates lie among the D joined ones."""
+        i = self._index(name)
+        return slice(sum(self.widths[:i]), sum(self.widths[: i + 1]))
+
+    def _index(self, name: str) -> int:
+        if name not in self.names:
+            raise UserError(f"unknown model {name!r}: this crosscoder reads {self._described()}")
+        return self.names.index(name)
+
+    def _per_model(self, joined: Tensor, name: str, raw: bool) -> Tensor:
+        return self.split(joined, raw)[self._index(name)]
+
+    def _described(self) -> str:
+        return ", ".join(f"{name} ({width})" for name, width in zip(self.names, self.widths))
+
+
+def initial_rows(widths: Sequence[int], n_features: int, seed: int) -> Tensor:
+    """First decoder rows [F, D]: for each feature one random direction, the same in every model, of length 0.08.
+
+    Any difference between a feature's rows at the start would be noise in NRN at the end. A narrower model takes the
+    first coordinates of the widest model's direction, at the same length.
+    """
+    directions = torch.randn(n_features, max(widths), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([INITIAL_NORM * functional.normalize(directions[:, :width], dim=-1) for width in widths], dim=-1)
+
+
+# --- training: forward, losses ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Forward:
+    """One training batch: x, x_hat [B, D] in scaled space, f [B, F] as used, relu [B, F] = ReLU(pre), floor: smallest kept v."""
+
+    x: Tensor
+    relu: Tensor
+    f: Tensor
+    x_hat: Tensor
+    floor: Tensor
+
+
+def forward(crosscoder: CrossCoder, acts: Sequence[Tensor]) -> Forward:
+    """A batch of RAW activations through the crosscoder as training does it (BatchTopK looks at the whole batch)."""
+    x = crosscoder.scaled(acts)
+    relu = torch.relu(functional.linear(x, crosscoder.W_enc, crosscoder.b_enc))
+    if crosscoder.variant == "l1":
+        f, floor = relu, relu.new_zeros(())
+    else:
+        f, floor = batch_topk(relu, crosscoder.strength_per_unit().detach(), crosscoder.k, hint=crosscoder.threshold)
+    return Forward(x, relu, f, torch.addmm(crosscoder.b_dec, f, crosscoder.W_dec), floor)
+
+
+def batch_topk(relu: Tensor, per_unit: Tensor, k: int, hint: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Keep the k*B largest strengths v = relu * per_unit of a batch: (f [B, F] unscaled, smallest kept v).
+
+    Values equal to the smallest kept one are kept too. ``hint`` is a guess of that smallest value; it changes the time
+    and not the result: almost all values lie far below it and need not be sorted.
+    """
+    wanted = k * relu.shape[0]
+    strength = relu.detach() * per_unit
+    candidates = strength[strength > 0.7 * hint]
+    if candidates.numel() < wanted:
+        candidates = strength[strength > 0]
+    if candidates.numel() <= wanted:  # fewer positive values than places: all of them stay
+        floor = candidates.min() if candidates.numel() else strength.new_zeros(())
+    else:
+        floor = torch.topk(candidates, wanted, sorted=False).values.min()
+    return relu * ((strength >= floor) & (strength > 0)), floor
+
+
+def squared_error(out: Forward) -> Tensor:
+    """mean_batch sum_m ||x_m - x̂_m||_2^2, in scaled space."""
+    return (out.x - out.x_hat).square().sum(-1).mean()
+
+
+def sparsity_loss(crosscoder: CrossCoder, out: Forward) -> Tensor:
+    """mean_batch sum_i f_i sum_m ||d_i^m||_2: what lambda multiplies in the L1 variant."""
+    return (out.f @ crosscoder.strength_per_unit()).mean()
+
+
+def auxiliary_loss(crosscoder: CrossCoder, out: Forward, dead: Tensor, aux_k: int) -> Tensor:
+    """mean_batch sum_m ||e_m - ê_m||_2^2: the dead features' share in explaining what is left over.
+
+    e = x - x̂ without gradient; ê = the ``aux_k`` strongest dead features of each token, decoded without bias. Their
+    activations are ReLU(pre) before selection, so encoder *and* decoder rows of dead features get a gradient.
+    ``dead`` is boolean [F]. Zero if nothing is dead. Source: Gao et al. 2024, section 2.4.
+    """
+    index = dead.nonzero().squeeze(-1)
+    if len(index) == 0:
+        return out.x_hat.new_zeros(())
+    residual = (out.x - out.x_hat).detach()
+    f = functional.linear(out.x, crosscoder.W_enc[index], crosscoder.b_enc[index]).relu()
+    if len(index) > aux_k:
+        strength = f.detach() * crosscoder.strength_per_unit().detach()[index]
+        chosen = torch.topk(strength, aux_k, dim=-1, sorted=False).indices
+        f = torch.zeros_like(f).scatter(-1, chosen, f.gather(-1, chosen))
+    return (residual - f @ crosscoder.W_dec[index]).square().sum(-1).mean()

@@ -1,0 +1,278 @@
+"""Steering: add a feature's decoder row to the residual stream while the model thinks, and read what becomes of the thought.
+
+The experiment of the paper (E5), on a model that can be marked. A direction is added to the output of one decoder
+layer of the distilled model, at the last position of the prompt ("think :") and at every token it generates after
+it, until it closes its thinking; nothing is added to the prompt or to the answer::
+
+    h_t  ->  h_t + strength * (mean residual norm) * d_i / ||d_i||
+
+Strengths are in units of the mean residual norm, so that features, random directions and models can be compared; the
+sign says whether a feature is added or taken away. One strength per row of a batch is allowed, so a whole
+dose-response curve fits into one batch.
+
+Thoughts are sampled at temperature 1, with noise that belongs to the task and the step: unsteered and steered thoughts
+roll the same dice, and no row depends on its batch. Greedy decoding would hide what steering is to change: a check
+that follows one step in three is never the likeliest next sentence, so a greedy model never says it.
+
+*Over-thinking*: the thought grows and the answer does not get better. *Incisive thinking*: it shrinks and the answer
+does not get worse. A thought that never ends counts with the longest length allowed, and is reported apart. What is
+steered, and how strongly, is chosen on validation puzzles and reported on test puzzles.
+
+Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on steering; units, splits, controls and marks are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from nnsight import TransformersModel
+from torch import Tensor
+from torch.nn import functional
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from .ablation import batches
+from .crosscoder import CrossCoder
+from .features import check_feature
+from .puzzles import NUMBERS, OPERATIONS, Question, first_words, sample_question
+from .responses import NO_STEERING, outcomes
+from .results import Progress, UserError, check, fingerprint, write_text
+from .store import SPLITS, Store
+from .trials import MODES, Task, prompt_words
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A named vector [d] whose norm is the mean residual norm: strength 1. ``label`` is its category, or "random"."""
+
+    name: str
+    label: str
+    vector: Tensor
+
+
+def feature_direction(crosscoder: CrossCoder, feature: int, norm: float, label: str = "feature", model: str = "distilled") -> Direction:
+    """The raw decoder row of a feature in ``model``, brought to ``norm``. UserError for a feature that does not exist."""
+    row = crosscoder.rows(model, raw=True)[check_feature(crosscoder, feature)].detach().float()
+    if row.norm() == 0:
+        raise UserError(f"feature {feature} has no decoder row in {model}: it cannot steer")
+    return Direction(f"{label} {feature}", label, row * (norm / row.norm()))
+
+
+def random_directions(n: int, width: int, norm: float, seed: int = 0) -> list[Direction]:
+    """``n`` random directions of the same norm: the control for "any push of this size would have done it"."""
+    noise = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    return [Direction(f"random {i}", "random", row * (norm / row.norm())) for i, row in enumerate(noise)]
+
+
+# --- which features are worth trying ---------------------------------------------------------------------------
+
+
+def influence(
+    store: Store, model: TransformersModel, layer: int, labels: Sequence[str], split: str = "choose", documents: int = 64, seed: int = 0
+) -> dict[str, Tensor]:
+    """What a small push does to the next sentence: for each label the gradient [d] of the probability that it opens.
+
+    The probability is the sum over all first words of the label, averaged over the sentence ends of ``documents`` traces
+    of the split; the push is one vector added to the output of ``layer`` at every position of the thinking. Its scalar product with a
+    direction is the change that this direction would make, to first order (attribution; Nanda 2023, "Attribution patching").
+    """
+    check("documents", documents, int, low=1)
+    ends = (store.labels["ends"] == 1) & (store.labels["kind"] == 1) & (store.split == SPLITS.index(split))
+    frame = pd.DataFrame({"document": store.documents[ends], "row": np.flatnonzero(ends)})
+    number = frame.groupby("document").cumcount()
+    frame = frame[(number >= 1) & (store.labels["next_label"][frame["row"]] >= 0)]  # the first ends the prompt, the second is "think :"
+    found = np.unique(frame["document"])
+    if len(found) == 0:
+        raise UserError(f"there is no labelled trace in the split {split!r}: the corpus of this pair must carry labels")
+    drawn = np.random.default_rng(seed).permutation(found)[:documents]
+    frame = frame[frame["document"].isin(drawn)]
+    words = {label: torch.tensor(sorted(set(model.tokenizer.convert_tokens_to_ids(list(first_words(label)))))) for label in labels}
+    push = torch.zeros(store.widths["distilled"], requires_grad=True)
+    total = {label: torch.zeros_like(push) for label in labels}
+    for batch in batches(store, frame, batch_size=32):
+        rows, columns = batch.at
+        first = torch.full((len(batch.mask),), batch.mask.shape[1]).scatter_reduce(0, rows, columns, "amin")
+        thinking = (torch.arange(batch.mask.shape[1]) >= first[:, None]).float()[..., None]
+        with torch.enable_grad():
+            with model.trace({"input_ids": batch.tokens, "attention_mask": batch.mask}) as tracer:
+                model.model.layers[layer].output = model.model.layers[layer].output + thinking * push
+                hidden = model.model.norm.output[rows, columns].save()
+                tracer.stop()
+            probability = model._module.get_output_embeddings()(hidden).float().softmax(-1)
+            for label in labels:
+                total[label] += torch.autograd.grad(probability[:, words[label]].sum(), push, retain_graph=True)[0]
+    return {label: gradient / len(frame) for label, gradient in total.items()}
+
+
+def candidates(
+    table: pd.DataFrame, crosscoder: CrossCoder, gradients: Mapping[str, Tensor], norm: float, n: int = 2, nrn_over: float = 0.5
+) -> pd.DataFrame:
+    """Features worth trying for each label of ``gradients``, among the alive ones with an NRN above ``nrn_over``.
+
+    ``by`` "reads": the one that foretells the label's sentences best (``auroc_<label>_choose`` of the feature table; the
+    paper's way). ``by`` "writes": the ``n`` whose decoder rows promote them most (``influence``). Columns label, feature, by,
+    auroc, influence (first-order change of the sentence's probability at strength 1), times_random (influence over that of
+    a typical random direction of the same norm) and nrn. A feature is a candidate of one label only.
+    """
+    check("candidates", n, int, low=0)
+    usable = table[table["alive"].astype(bool) & (table["nrn"] > nrn_over)].set_index("feature")
+    if missing := [label for label in gradients if f"auroc_{label}_choose" not in usable]:
+        raise UserError(f"the feature table has no AUROC of {', '.join(missing)}: run notebook 03_inspect_features again")
+    directions = functional.normalize(crosscoder.rows("distilled", raw=True), dim=-1)[usable.index.tolist()]
+    measured = {label: pd.DataFrame({"auroc": usable[f"auroc_{label}_choose"], "influence": norm * (directions @ gradient).numpy(),
+                                     "nrn": usable["nrn"]}) for label, gradient in gradients.items()}
+    rows, taken = [], set()
+    for by, column, wanted in (("reads", "auroc", 1), ("writes", "influence", n)):
+        for label, scores in measured.items():
+            typical = norm * float(gradients[label].norm()) / directions.shape[1] ** 0.5
+            for feature in scores.drop(index=list(taken))[column].dropna().nlargest(wanted).index:
+                taken.add(feature)
+                row = scores.loc[feature]
+                rows.append({"label": label, "feature": int(feature), "by": by, "auroc": row["auroc"], "influence": row["influence"],
+                             "times_random": row["influence"] / typical if typical else np.nan, "nrn": row["nrn"]})
+    order = {label: i for i, label in enumerate(gradients)}
+    frame = pd.DataFrame(rows, columns=["label", "feature", "by", "auroc", "influence", "times_random", "nrn"])
+    return frame.sort_values("label", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+
+
+def easy_questions(n: int, seed: int = 0) -> list[Question]:
+    """``n`` distinct questions of one step, "what is 5 - 1 ?" the first of them."""
+    rng = random.Random(f"easy/{seed}")
+    everything = len(NUMBERS) * len(OPERATIONS)
+    check("n", n, int, low=1, high=everything)
+    found = {Question(5, "- 1"): None}
+    while len(found) < n:
+        found[sample_question(rng)] = None
+    return list(found)
+
+
+# --- generating ------------------------------------------------------------------------------------------------
+
+
+class TaskNoise(LogitsProcessor):
+    """Gumbel noise on the logits, of which the largest then *is* a sample from softmax(logits / temperature).
+
+    Every row has its own generator, seeded by its task: the same task rolls the same dice in every condition (which
+    makes comparisons sharper) and in every batch. Source: Gumbel 1954; Maddison et al. 2014, "A* sampling".
+    """
+
+    def __init__(self, tasks: Sequence[Task], temperature: float, seed: int):
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(zlib.crc32(f"{seed}/{task!r}".encode())) for task in tasks]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``scores`` [rows, vocabulary]; one call a step."""
+        exponential = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self.generators])
+        return scores.float() / self.temperature - exponential.log().to(scores.device)
+
+
+@torch.no_grad()
+def generate(
+    model: TransformersModel, layer: int, tasks: Sequence[Task], vectors: Tensor, max_new_tokens: int = 260, temperature: float = 0.0,
+    seed: int = 0, end_of_thinking: str | None = "done", batch_size: int = 200, remote: bool | str = False,
+) -> list[list[str]]:
+    """Transcripts in the form of ``trials.generate``, each row steered by its own vector.
+
+    ``vectors`` [tasks, d] is what is added (strength included; a row of zeros is not steered). It acts on the newest
+    position of every step until the row has written ``end_of_thinking`` (None: to the end). ``temperature`` 0 is
+    greedy; above it thoughts are sampled (``TaskNoise``). Rows are padded on the left and do not influence each other.
+    """
+    if len(vectors) != len(tasks):
+        raise ValueError(f"{len(vectors)} vectors for {len(tasks)} tasks: must be one each")
+    tokenizer = model.tokenizer
+    end = -1 if end_of_thinking is None else tokenizer.convert_tokens_to_ids(end_of_thinking)
+    if end_of_thinking is not None and end in (None, tokenizer.unk_token_id):
+        raise UserError(f"end_of_thinking is {end_of_thinking!r}, which is not a token of this model")
+    transcripts = []
+    for start in range(0, len(tasks), batch_size):
+        prompts = [" ".join(prompt_words(task)) for task in tasks[start : start + batch_size]]
+        noise = [TaskNoise(tasks[start : start + batch_size], temperature, seed)] if temperature > 0 else []
+        inputs = dict(tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False))
+        added = vectors[start : start + batch_size]
+        thinking = torch.ones(len(added), 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was never reached.*")  # how an open loop over the steps ends
+            with model.generate(
+                max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id, logits_processor=LogitsProcessorList(noise), remote=remote,
+            ) as tracer:
+                with tracer.invoke(inputs):
+                    for _ in tracer.iter[:]:
+                        newest = model.model.embed_tokens.input[:, -1:]
+                        thinking = thinking * (newest != end)
+                        model.model.layers[layer].output[:, -1] += thinking * added
+                with tracer.invoke():  # what follows the loop must not stand in its body: it ends early
+                    ids = tracer.result.save()
+        for row in ids[:, inputs["input_ids"].shape[1] :].tolist():
+            words = [word or tokenizer.unk_token for word in tokenizer.convert_ids_to_tokens(row)]  # None: an id without a word
+            stop = next((i for i, w in enumerate(words) if w in (tokenizer.eos_token, tokenizer.pad_token)), len(words))
+            transcripts.append([*MODES["think"], *words[:stop]])
+    return transcripts
+
+
+class Steering:
+    """A model under steering, with a memory: every condition's transcripts are kept in ``folder``, and made only once.
+
+    ``mark`` is the fingerprint of the model's weights; directions, strengths, tasks and limits are added to it, so
+    a transcript is used again only if all that decides it is the same.
+    """
+
+    def __init__(
+        self, model: TransformersModel, layer: int, folder: Path, mark: str, max_new_tokens: int = 260, temperature: float = 1.0,
+        seed: int = 0, end_of_thinking: str | None = "done",
+    ):
+        check("max_new_tokens", max_new_tokens, int, low=1)
+        check("temperature", temperature, float, low=0)
+        self.model, self.layer, self.folder = model, layer, Path(folder)
+        self.how = {"max_new_tokens": max_new_tokens, "temperature": float(temperature), "seed": seed, "end_of_thinking": end_of_thinking}
+        self.mark = fingerprint(mark, layer, self.how)
+        self.generated = 0  # conditions that were not found on disk
+
+    def transcripts(self, name: str, tasks: Sequence[Task], direction: Direction | None = None, strength: float = 0.0) -> list[list[str]]:
+        """Transcripts of one condition; ``name`` is the folder they are kept in ("choose", "report")."""
+        strength = float(check("strength", strength, float))
+        steered = direction is not None and strength != 0
+        vector = strength * direction.vector if steered else torch.zeros(self.model.config.hidden_size)
+        mark = fingerprint(self.mark, vector.numpy(), [repr(t) for t in tasks])
+        slug = f"{re.sub('[^a-z0-9]+', '-', direction.name.lower())}_{strength:+.3f}" if steered else NO_STEERING
+        file = self.folder / name / f"{slug}.json"
+        if file.is_file():
+            try:
+                kept = json.loads(file.read_text(encoding="utf-8"))
+                if kept["fingerprint"] == mark:
+                    return kept["transcripts"]
+            except (ValueError, KeyError):
+                pass  # damaged: made again
+        made = generate(self.model, self.layer, tasks, vector.expand(len(tasks), -1), **self.how)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        info = {"fingerprint": mark, "direction": direction.name if steered else NO_STEERING, "strength": strength, "transcripts": made}
+        write_text(file, json.dumps(info))
+        self.generated += 1
+        return made
+
+    def run(self, name: str, tasks: Sequence[Task], conditions: Sequence[tuple[Direction, float]]) -> pd.DataFrame:
+        """The unsteered model and every condition on the same tasks: the rows of ``outcomes``, one per task and condition.
+
+        Columns direction, label, strength and task come first; the unsteered rows have direction ``"none"``.
+        """
+        everything = [(None, 0.0), *conditions]
+        frames = []
+        with Progress(f"steering, {name}: conditions of {len(tasks)} tasks", len(everything)) as progress:
+            for direction, strength in everything:
+                frame = outcomes(tasks, self.transcripts(name, tasks, direction, strength), self.how["max_new_tokens"])
+                frame.insert(0, "task", range(len(tasks)))
+                frame.insert(0, "strength", strength)
+                frame.insert(0, "label", direction.label if direction else NO_STEERING)
+                frame.insert(0, "direction", direction.name if direction else NO_STEERING)
+                frames.append(frame)
+                progress.update(len(frames), frame["direction"].iloc[0])
+        return pd.concat(frames, ignore_index=True)

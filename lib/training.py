@@ -1,0 +1,261 @@
+"""Training a crosscoder on a store of activations.
+
+    config = TrainConfig(n_features=1024, k=24)
+    crosscoder = train(store, config, run.path("crosscoder"))     # resumes if it was interrupted; loads if it is done
+
+Adam with gradient clipping; the learning rate warms up, stays flat, and falls linearly to 0. A run is a function of
+(config, store): batches depend on (seed, epoch, position) alone, so that an interrupted run, resumed from its last
+checkpoint, ends with the same weights as an uninterrupted one (for the same number of threads).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .crosscoder import VARIANTS, CrossCoder, auxiliary_loss, forward, sparsity_loss, squared_error
+from .pairs import Pair
+from .results import Progress, Run, UserError, check, fingerprint, is_current, write_manifest, write_text
+from .store import MADE_BY, Store
+
+LOG_LINES = 100  # lines of log.jsonl in a run; checkpoints are written at lines only
+THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that becomes the inference threshold
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that decides the weights, beside the store. "share" is always of the tokens of the run.
+
+    ``tokens`` counts tokens shown: beyond the store's number of training tokens, epochs repeat it in new orders.
+    """
+
+    n_features: int = 1024
+    variant: str = "batchtopk"
+    k: int = 24  # batchtopk: mean number of features per token
+    tokens: int = 2_000_000
+    batch_size: int = 1024  # tokens
+    rate: float = 3e-3  # Adam's peak learning rate
+    warmup: float = 0.02  # share: learning rate rises linearly
+    decay: float = 0.3  # share: learning rate falls linearly to 0
+    clip: float = 1.0  # of the gradient's global norm
+    l1: float = 2.0  # l1: lambda, at its full value
+    l1_warmup: float = 0.05  # share: lambda rises linearly
+    aux: float = 0.5  # batchtopk: alpha, weight of the auxiliary loss
+    aux_k: int = 64  # dead features per token that the auxiliary loss uses
+    dead_after: float = 0.01  # share without firing after which a feature counts as dead
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check("variant", self.variant, choices=VARIANTS)
+        for name in ("n_features", "tokens", "batch_size", "aux_k"):
+            check(name, getattr(self, name), int, low=1)
+        check("k", self.k, int, low=1, high=self.n_features if self.variant == "batchtopk" else None)
+        check("rate", self.rate, float, low=0)
+        for name in ("warmup", "decay", "l1_warmup", "dead_after"):
+            check(name, getattr(self, name), float, low=0, high=1)
+        for name in ("clip", "l1", "aux"):
+            check(name, getattr(self, name), float, low=0)
+
+    def learning_rate(self, done: float) -> float:
+        """Learning rate when the share ``done`` of the run is over."""
+        rise = done / self.warmup if self.warmup else 1.0
+        fall = (1 - done) / self.decay if self.decay else 1.0
+        return self.rate * max(0.0, min(1.0, rise, fall))
+
+    def sparsity_weight(self, done: float) -> float:
+        """lambda when the share ``done`` of the run is over."""
+        return self.l1 * min(1.0, done / self.l1_warmup if self.l1_warmup else 1.0)
+
+
+def train(store, config: TrainConfig, folder: Path, progress=None, device: str | None = None, checkpoint_seconds: float = 30) -> CrossCoder:
+    """Train on the store's "train" split, or resume, or load what is there already for the same config and store.
+
+    ``folder`` receives crosscoder.safetensors, config.json, log.jsonl and manifest.json; while training, a checkpoint,
+    named after the fingerprint, so that another config's unfinished run is left alone. ``progress`` has
+    ``update(done_tokens, note)`` and ``close()``. Raises UserError for non-finite activations, a loss that is not finite, and a
+    store that repeats tokens before it has shown all. ``device`` None is a GPU if there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(folder)
+    mark = fingerprint(config, store.fingerprint)
+    if is_current(folder, mark):
+        return CrossCoder.load(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / f"checkpoint-{mark}.pt"
+    trainer = Trainer(store, config, device)
+    if checkpoint.is_file():
+        trainer.restore(torch.load(checkpoint, map_location=device, weights_only=True))
+    progress = progress or Progress("tokens trained on", config.tokens)
+    saved = time.monotonic()
+    while trainer.shown < config.tokens:
+        line = trainer.run_until(trainer.shown + config.tokens / LOG_LINES)
+        progress.update(min(trainer.shown, config.tokens), f"FVE {line['fve']:.3f}, dead {line['dead']:.1%}")
+        if time.monotonic() - saved >= checkpoint_seconds and trainer.shown < config.tokens:
+            scratch = checkpoint.with_suffix(".part")
+            torch.save(trainer.state(), scratch)
+            scratch.replace(checkpoint)
+            saved = time.monotonic()
+    progress.close()
+    crosscoder = trainer.finish()
+    crosscoder.save(folder)
+    write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.log))
+    write_manifest(folder, mark, store=store.fingerprint, config=asdict(config))
+    checkpoint.unlink(missing_ok=True)
+    return crosscoder
+
+
+def open_store(run: Run, pair: Pair) -> Store:
+    """The run's store of activations; UserError if it is missing, damaged, or was harvested from other weights than the pair's now."""
+    store = Store.open(run.path("store"))
+    for name in store.models:
+        if name not in pair.models or store.manifest["models"][name]["fingerprint"] != pair.fingerprint(name):
+            raise UserError(f"the store was harvested from other weights of {name!r} than the pair {pair.name!r} has now: "
+                            f"run notebook {MADE_BY} again (make figures ONLY=01)")
+    return store
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of log.jsonl: step, tokens, rate, losses, fve, l0 in the batch and at the threshold, dead share, tokens per second."""
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+class Trainer:
+    """Weights, optimiser and position of a run; ``run_until`` advances it, ``state`` and ``restore`` make it resumable."""
+
+    def __init__(self, store, config: TrainConfig, device: str = "cpu"):
+        self.store, self.config, self.device = store, config, device
+        self.rows = store.rows("train")
+        if len(self.rows) == 0:
+            raise UserError(f"the store has no training tokens: harvest more documents (notebook {MADE_BY})")
+        widths = [store.widths[name] for name in store.models]
+        scales = [store.scales[name] for name in store.models]
+        self.crosscoder = CrossCoder(widths, config.n_features, store.models, config.variant, config.k, scales, config.seed).to(device)
+        self.crosscoder.centre([store.means[name].to(device) for name in store.models])
+        self.optimizer = make_optimizer(self.crosscoder, config)
+        self.step = self.shown = self.epoch = self.position = 0  # position: batches done in this epoch
+        self.last_fired = torch.zeros(config.n_features, dtype=torch.int64, device=device)  # tokens shown when a feature last fired
+        self.seen = torch.zeros(int(self.rows[-1]) + 1, dtype=torch.bool)  # row numbers of the store that were shown
+        self.log: list[dict] = []
+        self.order: np.ndarray | None = None  # this epoch's row numbers
+
+    def _next_batch(self) -> tuple[np.ndarray, list[Tensor]]:
+        """Row numbers [B] and RAW activations of the next batch; begins a new epoch where one is over."""
+        size = self.config.batch_size
+        if self.order is None:
+            self.order = self.store.order("train", self.config.seed, self.epoch)
+        if self.position * size >= len(self.order):
+            self.check_distinct()
+            self.epoch, self.position = self.epoch + 1, 0
+            self.order = self.store.order("train", self.config.seed, self.epoch)
+        rows = self.order[self.position * size : (self.position + 1) * size]
+        self.position += 1
+        return rows, self.store.activations(rows)
+
+    def run_until(self, tokens: float) -> dict:
+        """Train until ``tokens`` have been shown; returns (and logs) a line of averages since the last one."""
+        began, before, sums, steps = time.monotonic(), self.shown, 0.0, 0
+        while self.shown < min(tokens, self.config.tokens):
+            rows, acts = self._next_batch()
+            for name, act in zip(self.store.models, acts):
+                if not torch.isfinite(act.sum()):  # on the CPU, where batches come from: no device is stalled
+                    bad = rows[(~torch.isfinite(act).all(-1)).numpy()][:3]
+                    raise UserError(f"activations of {name} are not finite (store rows {', '.join(map(str, bad))}, ...): "
+                                    f"harvest again, in a wider dtype (notebook {MADE_BY})")
+            self.seen[torch.as_tensor(rows)] = True
+            acts = [act.to(self.device, non_blocking=True) for act in acts]
+            sums = sums + self.train_step(acts)
+            steps += 1
+        return self._log_line(sums / steps, acts, (self.shown - before) / (time.monotonic() - began))
+
+    def train_step(self, acts: list[Tensor]) -> Tensor:
+        """One batch: forward, loss, optimiser step, counts. Returns [5] on the device: loss, error, extra term, L0, gradient norm."""
+        config, done = self.config, self.shown / self.config.tokens
+        dead = self.shown - self.last_fired > config.dead_after * config.tokens
+        out = forward(self.crosscoder, acts)
+        loss, error, extra = total_loss(self.crosscoder, out, config, done, dead)
+        norm = optimizer_step(self.optimizer, loss, self.crosscoder, config.clip, config.learning_rate(done))
+        with torch.no_grad():
+            fired = out.f > 0
+            self.shown += len(out.x)
+            self.last_fired[fired.any(0)] = self.shown
+            weight = 1.0 if self.step == 0 else min(1.0, len(out.x) / (THRESHOLD_SHARE * config.tokens))
+            self.crosscoder.threshold.lerp_(out.floor, weight)
+        self.step += 1
+        return torch.stack([loss.detach(), error.detach(), extra.detach(), fired.sum() / len(out.x), norm])
+
+    @torch.no_grad()
+    def _log_line(self, means: Tensor, acts: list[Tensor], speed: float) -> dict:
+        loss, error, extra, l0, norm = means.tolist()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} after {self.shown:,} tokens: lower the learning rate ({self.config.rate})")
+        spread = (self.crosscoder.scaled(acts) - self.crosscoder.means).square().sum(-1).mean()
+        dead = (self.shown - self.last_fired > self.config.dead_after * self.config.tokens).float().mean()
+        at_threshold = (self.crosscoder.encode(acts) > 0).sum() / len(acts[0])
+        rate = self.config.learning_rate(self.shown / self.config.tokens)
+        line = {
+            "step": self.step, "tokens": self.shown, "epoch": self.epoch, "rate": rate, "loss": loss, "squared_error": error,
+            "auxiliary" if self.config.variant == "batchtopk" else "sparsity": extra, "fve": 1 - error / float(spread), "l0": l0,
+            "l0_at_threshold": float(at_threshold), "threshold": float(self.crosscoder.threshold), "dead": float(dead),
+            "gradient_norm": norm, "tokens_per_second": round(speed),
+        }
+        self.log.append(line)
+        return line
+
+    def check_distinct(self) -> int:
+        """Distinct tokens seen so far. Within an epoch no token may come twice, and a finished epoch has shown all of them."""
+        distinct, expected = int(self.seen.sum()), min(self.shown, len(self.rows))
+        if distinct != expected:
+            raise UserError(f"{self.shown:,} tokens were shown, but only {distinct:,} distinct ones of the store's {len(self.rows):,}: "
+                            f"it repeats itself before it has shown all (expected {expected:,})")
+        return distinct
+
+    def finish(self) -> CrossCoder:
+        """The trained crosscoder, for use without gradients."""
+        self.crosscoder.seen.copy_(torch.tensor([self.shown, self.check_distinct()]))
+        return self.crosscoder.cpu().eval().requires_grad_(False)
+
+    def state(self) -> dict:
+        """All that decides how the run goes on. Nothing random is left after the start but the order of batches."""
+        place = {name: getattr(self, name) for name in ("step", "shown", "epoch", "position", "log")}
+        return {"crosscoder": self.crosscoder.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "last_fired": self.last_fired, "seen": self.seen, **place}
+
+    def restore(self, state: dict) -> None:
+        self.crosscoder.load_state_dict(state["crosscoder"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("step", "shown", "epoch", "position", "log", "last_fired", "seen"):
+            setattr(self, name, state[name])
+        self.seen, self.order = self.seen.cpu(), None
+
+
+def total_loss(crosscoder: CrossCoder, out, config: TrainConfig, done: float, dead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, squared error, unweighted second term) of a batch: see ``crosscoder.LOSS_FORMULAS``."""
+    error = squared_error(out)
+    if config.variant == "l1":
+        extra, weight = sparsity_loss(crosscoder, out), config.sparsity_weight(done)
+    else:
+        extra, weight = auxiliary_loss(crosscoder, out, dead, config.aux_k), config.aux
+    return error + weight * extra, error, extra
+
+
+def make_optimizer(crosscoder: CrossCoder, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam (0.9, 0.999), fused: several times faster than the default on a CPU."""
+    return torch.optim.Adam(crosscoder.parameters(), lr=config.rate, betas=(0.9, 0.999), fused=True)
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, crosscoder: CrossCoder, clip: float, rate: float) -> Tensor:
+    """Backward, clip the gradient's global norm, step at this learning rate. Returns the norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), clip)
+    optimizer.step()
+    return norm.detach()

@@ -1,0 +1,25 @@
+"""What all tests share: a run in a temporary folder, and one thread (the work is small, the machine may be busy)."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a mistake
+
+import pytest
+
+from lib.results import Run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """A run named "test" of the pair "tiny" below a temporary root."""
+    return Run("tiny", "test", root=tmp_path)

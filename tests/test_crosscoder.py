@@ -1,0 +1,261 @@
+"""The crosscoder against hand-computed values and an independent dense implementation."""
+
+import numpy as np
+import pytest
+import torch
+
+from lib.crosscoder import CrossCoder, auxiliary_loss, batch_topk, forward, initial_rows, sparsity_loss, squared_error
+from lib.results import UserError
+
+
+def random_crosscoder(widths=(5, 7), n_features=12, seed=0, **options) -> CrossCoder:
+    """Unequal rows, biases that matter: what training could arrive at."""
+    names = ("base", "distilled", "third")[: len(widths)]
+    crosscoder = CrossCoder(widths, n_features, names, **{"k": 3, **options})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in crosscoder.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+        crosscoder.means.copy_(torch.randn(crosscoder.means.shape, generator=generator))
+    return crosscoder
+
+
+def random_acts(widths=(5, 7), n=9, seed=1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, w, generator=generator) for w in widths]
+
+
+def hand_made(variant="l1") -> CrossCoder:
+    """Two models of width 2, two features: feature 0 has rows (3, 4) and (0, 1), feature 1 has (1, 0) and (0, 0)."""
+    crosscoder = CrossCoder((2, 2), 2, variant=variant, k=1)
+    with torch.no_grad():
+        crosscoder.W_dec.copy_(torch.tensor([[3.0, 4, 0, 1], [1, 0, 0, 0]]))
+        crosscoder.W_enc.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 0]]))
+        crosscoder.b_enc.copy_(torch.tensor([0.0, -1.0]))
+        crosscoder.b_dec.copy_(torch.tensor([0.0, 0, 1, 0]))
+    return crosscoder
+
+
+HAND_ACTS = [torch.tensor([[1.0, 2.0], [-1.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])]
+
+
+def test_losses_by_hand():
+    crosscoder = hand_made()
+    out = forward(crosscoder, HAND_ACTS)
+    # token 0: pre = (1, 2 + 1 - 1) = (1, 2); token 1: pre = (-1, -1)
+    assert torch.equal(out.f, torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+    # token 0: x̂ = (3 + 2, 4, 0 + 1, 1), x = (1, 2, 1, 1): 16 + 4 + 0 + 0; token 1: x̂ = (0, 0, 1, 0), x = (-1, 0, 0, 0): 1 + 1
+    assert squared_error(out).item() == pytest.approx((20 + 2) / 2)
+    # sum_m ||d_i^m||_2 = 5 + 1 and 1 + 0: token 0 costs 1 * 6 + 2 * 1, token 1 nothing
+    assert sparsity_loss(crosscoder, out).item() == pytest.approx(8 / 2)
+
+
+def test_auxiliary_loss_by_hand():
+    crosscoder = hand_made()
+    out = forward(crosscoder, HAND_ACTS)
+    dead = torch.tensor([False, True])
+    # e = (-4, -2, 0, 0) and (-1, 0, -1, 0); feature 1 offers 2 * (1, 0, 0, 0) and nothing: (-6, -2) and (-1, -1)
+    assert auxiliary_loss(crosscoder, out, dead, aux_k=4).item() == pytest.approx((36 + 4 + 1 + 1) / 2)
+    assert auxiliary_loss(crosscoder, out, torch.tensor([False, False]), aux_k=4).item() == 0
+
+
+def test_nrn_and_cosine_by_hand():
+    crosscoder = hand_made()
+    assert crosscoder.norms(2).tolist() == [[5, 1], [1, 0]]
+    assert crosscoder.norms(1).tolist() == [[7, 1], [1, 0]]
+    assert crosscoder.nrn(p=1).tolist() == pytest.approx([1 / 8, 0])
+    assert crosscoder.nrn(p=2).tolist() == pytest.approx([1 / 6, 0])
+    assert crosscoder.nrn(p=2, of="base", against="distilled").tolist() == pytest.approx([5 / 6, 1])
+    relative = crosscoder.norms(1)[1] / crosscoder.norms(1)[0]  # the paper's two-step form, RDN / (1 + RDN)
+    assert torch.allclose(relative / (1 + relative), crosscoder.nrn(p=1))
+    assert crosscoder.cosine().tolist() == pytest.approx([4 / 5, 0])
+
+
+def dense(crosscoder, acts, keep, lam):
+    """The definitions once more: a loop over tokens and models in float64, features kept where ``keep`` [B, F] says so."""
+    c = {n: p.detach().double().requires_grad_() for n, p in crosscoder.named_parameters()}
+    edges = np.cumsum([0, *crosscoder.widths])
+    x = [a.double() * s for a, s in zip(acts, crosscoder.scales)]
+    loss = torch.zeros((), dtype=torch.float64)
+    fs = []
+    for b in range(len(acts[0])):
+        pre = c["b_enc"]
+        for m, (start, stop) in enumerate(zip(edges, edges[1:])):
+            pre = pre + c["W_enc"][:, start:stop] @ x[m][b]
+        f = pre.clamp(min=0) * keep[b]
+        fs.append(f)
+        for m, (start, stop) in enumerate(zip(edges, edges[1:])):
+            x_hat = c["b_dec"][start:stop] + sum(f[i] * c["W_dec"][i, start:stop] for i in range(len(f)))
+            loss = loss + ((x[m][b] - x_hat) ** 2).sum()
+            loss = loss + lam * sum(f[i] * (c["W_dec"][i, start:stop] ** 2).sum().sqrt() for i in range(len(f)))
+    loss = loss / len(acts[0])
+    loss.backward()
+    return loss, torch.stack(fs), {n: p.grad for n, p in c.items()}
+
+
+@pytest.mark.parametrize("variant,lam", [("l1", 0.7), ("batchtopk", 0.0)])
+@pytest.mark.parametrize("widths", [(5, 5), (5, 7), (3, 4, 6)])
+def test_forward_and_gradients_against_a_dense_implementation(variant, lam, widths):
+    crosscoder = random_crosscoder(widths, variant=variant, k=3, scales=[0.5, 2.0, 1.5][: len(widths)])
+    acts = random_acts(widths)
+    keep = torch.ones(9, 12, dtype=torch.float64)
+    if variant == "batchtopk":  # the 27 largest of the batch, chosen by sorting plain numbers
+        x = np.concatenate([a.numpy() * s for a, s in zip(acts, crosscoder.scales.numpy())], axis=1)
+        f = np.maximum(x @ crosscoder.W_enc.detach().numpy().T + crosscoder.b_enc.detach().numpy(), 0)
+        parts = np.split(crosscoder.W_dec.detach().numpy(), np.cumsum(widths)[:-1], axis=1)
+        strength = f * sum(np.linalg.norm(part, axis=1) for part in parts)
+        largest = np.argsort(strength, axis=None)[::-1][: 3 * 9]
+        keep = torch.zeros(9 * 12, dtype=torch.float64)
+        keep[largest.copy()] = 1
+        keep = keep.reshape(9, 12)
+    expected, f, gradients = dense(crosscoder, acts, keep, lam)
+    out = forward(crosscoder, acts)
+    loss = squared_error(out) + lam * sparsity_loss(crosscoder, out)
+    loss.backward()
+    assert torch.allclose(out.f.double(), f, atol=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in crosscoder.named_parameters():
+        assert torch.allclose(parameter.grad.double(), gradients[name], rtol=1e-4, atol=1e-4), name
+
+
+def test_batch_topk_selects_by_strength_and_keeps_f():
+    relu = torch.tensor([[1.0, 0.4, 0.0], [3.0, 0.0, 0.0]])
+    per_unit = torch.tensor([0.1, 1.0, 9.0])  # strengths 0.1, 0.4, 0 and 0.3, 0, 0
+    f, floor = batch_topk(relu, per_unit, k=1)
+    assert f.tolist() == [[0, pytest.approx(0.4), 0], [3, 0, 0]] and floor.item() == pytest.approx(0.3)
+    f, floor = batch_topk(relu, per_unit, k=2)  # four places for three positive values: nothing below 0 is taken
+    assert torch.equal(f, relu) and floor.item() == pytest.approx(0.1)
+    f, floor = batch_topk(torch.zeros(2, 3), per_unit, k=1)
+    assert torch.equal(f, torch.zeros(2, 3)) and floor.item() == 0
+    big = torch.rand(50, 40, generator=torch.Generator().manual_seed(0))
+    plain = batch_topk(big, torch.ones(40), 5)
+    for hint in (0.1, plain[1], 5.0):  # a guess of the threshold, good or bad, changes nothing
+        assert torch.equal(batch_topk(big, torch.ones(40), 5, hint)[0], plain[0])
+    assert (plain[0] > 0).sum() == 250
+
+
+@pytest.mark.parametrize("aux_k", [2, 100])
+def test_every_loss_term_moves_the_encoder(aux_k):
+    for variant in ("l1", "batchtopk"):
+        crosscoder = random_crosscoder(variant=variant, k=2)
+        out = forward(crosscoder, random_acts(n=40))
+        terms = [squared_error(out)]
+        if variant == "l1":
+            terms.append(sparsity_loss(crosscoder, out))
+        else:
+            dead = torch.arange(12) >= 6
+            terms.append(auxiliary_loss(crosscoder, out, dead, aux_k))
+        for term in terms:
+            crosscoder.zero_grad()
+            term.backward(retain_graph=True)
+            assert crosscoder.W_enc.grad.abs().sum() > 0 and crosscoder.W_dec.grad.abs().sum() > 0
+        if variant == "batchtopk":  # and only the dead ones, since what is left over is held fixed
+            assert crosscoder.W_enc.grad[:6].abs().sum() == 0 and crosscoder.W_enc.grad[6:].abs().sum() > 0
+            assert crosscoder.W_dec.grad[:6].abs().sum() == 0 and crosscoder.b_dec.grad is None
+
+
+def test_a_model_against_itself_has_nrn_one_half():
+    crosscoder = CrossCoder((6, 6), 16, k=4)
+    assert torch.equal(crosscoder.nrn(p=1), torch.full((16,), 0.5)) and torch.equal(crosscoder.nrn(p=2), torch.full((16,), 0.5))
+    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=0.01)
+    for step in range(20):
+        acts = random_acts((6,), n=64, seed=step)[0]
+        optimizer.zero_grad()
+        squared_error(forward(crosscoder, [acts, acts])).backward()
+        optimizer.step()
+    assert (crosscoder.rows("base") - initial_rows((6, 6), 16, 0)[:, :6]).abs().max() > 0.01  # it has learnt something
+    assert torch.allclose(crosscoder.nrn(p=1), torch.full((16,), 0.5), atol=1e-6)
+    assert torch.allclose(crosscoder.cosine(), torch.ones(16), atol=1e-6)
+
+
+def test_initial_rows():
+    rows = initial_rows((4, 6, 6), 10, seed=3)
+    narrow, wide, again = rows.split((4, 6, 6), dim=1)
+    assert torch.equal(wide, again) and torch.allclose(torch.nn.functional.cosine_similarity(narrow, wide[:, :4]), torch.ones(10))
+    for part in (narrow, wide):
+        assert torch.allclose(part.norm(dim=1), torch.full((10,), 0.08))
+    crosscoder = CrossCoder((4, 6, 6), 10, ("a", "b", "c"), k=2, seed=3)
+    assert torch.equal(crosscoder.W_enc, crosscoder.W_dec) and torch.equal(crosscoder.W_dec, rows)
+
+
+@pytest.mark.parametrize("variant", ["l1", "batchtopk"])
+def test_at_inference_a_token_does_not_depend_on_its_batch(variant):
+    crosscoder = random_crosscoder(variant=variant, k=2)
+    crosscoder.threshold.fill_(1.0)
+    acts = random_acts(n=30)
+    together = crosscoder.encode(acts)
+    assert 0 < (together > 0).float().mean() < 1
+    for i in (0, 17, 29):
+        assert torch.allclose(crosscoder.encode([a[i : i + 1] for a in acts])[0], together[i], atol=1e-6)
+    loud = [torch.cat([a, 100 * a[:5]]) for a in acts]
+    assert torch.allclose(crosscoder.encode(loud)[:30], together, atol=1e-6)
+    strength = together * crosscoder.strength_per_unit()
+    if variant == "batchtopk":
+        assert strength[together > 0].min() > 1.0
+
+
+def test_raw_and_scaled_space():
+    plain, scaled = random_crosscoder(), random_crosscoder(scales=[10.0, 0.1])
+    acts = random_acts()
+    raw = [acts[0] / 10.0, acts[1] / 0.1]
+    assert torch.allclose(scaled.encode(raw), plain.encode(acts), atol=1e-5)
+    f = plain.encode(acts)
+    for m, (a, b) in enumerate(zip(scaled.decode(f), plain.decode(f))):
+        assert torch.allclose(a * scaled.scales[m].item(), b, atol=1e-4)
+    assert torch.equal(scaled.nrn(), plain.nrn())  # NRN lives in scaled space
+    for m, name in enumerate(scaled.names):
+        by_rows = f @ scaled.rows(name, raw=True) + scaled.bias(name, raw=True)
+        assert torch.allclose(by_rows, scaled.decode(f)[m], rtol=1e-4, atol=1e-4)
+        assert torch.equal(scaled.rows(name), plain.rows(name)) and not scaled.rows(name).requires_grad
+
+
+def test_each_model_read_on_its_own():
+    crosscoder = random_crosscoder(scales=[2.0, 3.0])
+    acts = random_acts()
+    others_at_mean = [acts[0], crosscoder.mean("distilled", raw=True).expand_as(acts[1])]
+    assert torch.allclose(crosscoder.encode_from("base", acts[0]), crosscoder.encode(others_at_mean), atol=1e-5)
+    assert not torch.allclose(crosscoder.encode_from("distilled", acts[1]), crosscoder.encode(others_at_mean), atol=1e-2)
+
+
+def test_centred_start():
+    crosscoder = CrossCoder((3, 4), 6, scales=[2.0, 1.0], k=2)
+    means = [torch.tensor([1.0, 2, 3]), torch.ones(4)]
+    crosscoder.centre(means)
+    with torch.no_grad():
+        assert torch.allclose(crosscoder.encode([m[None] for m in means]), torch.zeros(1, 6), atol=1e-6)
+        for decoded, mean in zip(crosscoder.decode(torch.zeros(1, 6)), means):
+            assert torch.allclose(decoded[0], mean)
+
+
+@pytest.mark.parametrize("widths", [(5, 7), (3, 4, 6)])
+def test_save_and_load(tmp_path, widths):
+    crosscoder = random_crosscoder(widths, variant="batchtopk", k=3, scales=[0.1, 3.0, 1.0][: len(widths)])
+    crosscoder.threshold.fill_(0.7)
+    crosscoder.seen.copy_(torch.tensor([70, 50]))
+    crosscoder.save(tmp_path / "made" / "here")
+    loaded = CrossCoder.load(tmp_path / "made" / "here")
+    acts = random_acts(widths)
+    assert torch.equal(loaded.encode(acts), crosscoder.encode(acts).detach())
+    assert (loaded.names, loaded.widths, loaded.variant, loaded.k) == (crosscoder.names, crosscoder.widths, "batchtopk", 3)
+    assert loaded.seen.tolist() == [70, 50] and not loaded.W_enc.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), crosscoder.state_dict().values()))
+
+
+def test_errors_say_what_would_be_right(tmp_path):
+    with pytest.raises(UserError, match="variant is 'topk': it must be one of batchtopk, l1"):
+        CrossCoder((2, 2), 4, variant="topk", k=1)
+    with pytest.raises(UserError, match="k is 9: it must be an integer from 1 to 4"):
+        CrossCoder((2, 2), 4, k=9)
+    with pytest.raises(UserError, match="one distinct name per model"):
+        CrossCoder((2, 2, 2), 4, k=1)
+    with pytest.raises(UserError, match="one positive number for each of base, distilled"):
+        CrossCoder((2, 2), 4, k=1, scales=[1.0, 0.0])
+    crosscoder = CrossCoder((2, 3), 4, k=1)
+    with pytest.raises(UserError, match=r"widths \[3, 2\]: this crosscoder reads base \(2\), distilled \(3\)"):
+        crosscoder.encode([torch.zeros(1, 3), torch.zeros(1, 2)])
+    with pytest.raises(UserError, match="unknown model 'chat'"):
+        crosscoder.rows("chat")
+    with pytest.raises(UserError, match="differ in width"):
+        crosscoder.cosine()
+    with pytest.raises(UserError, match="run notebook 02_train_crosscoder first"):
+        CrossCoder.load(tmp_path / "nowhere")
