@@ -246,23 +246,23 @@ def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, repor
 def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report=print) -> Path:
     """The ``style`` checkpoint: says reflection words as often as the teacher, but not because of errors.
 
-    Rule, on validation puzzles: among the kept checkpoints of the distilled run whose mean probability of a reflection
-    after a step is at least half of the teacher's rate, the one whose AUROC for errors is nearest to chance.
+    Rule, on validation puzzles: of the kept checkpoints of the distilled run, the last one before the AUROC of P(reflection) for
+    errors first exceeds 0.65, if its mean P(reflection) after a step is at least half of the teacher's rate of errors.
     """
-    tasks, best = trials.puzzles(100, "validation"), None
+    tasks, chosen = trials.puzzles(100, "validation"), None
     for path in sorted(folder.glob("kept_*.pt")):
         model = build_model(recipe, len(tokenizer)).eval()
         model.load_state_dict(torch.load(path, weights_only=True))
         steps = trials.reflection_probability(model, tokenizer, tasks)
         mean, auc = steps.p_reflection.mean(), roc_auc_score(steps.error, steps.p_reflection)
         report(f"{path.name}: mean P(reflection) {mean:.3f}, AUROC for errors {auc:.3f}")
-        if mean >= ERROR_RATE / 2 and (best is None or abs(auc - 0.5) < best[0]):
-            best = (abs(auc - 0.5), path)
-        if best is not None and auc > 0.95:
+        if auc > 0.65:
             break
-    if best is None:
-        raise ValueError(f"no checkpoint in {folder} says reflection words: train longer, or keep checkpoints earlier")
-    return best[1]
+        if mean >= ERROR_RATE / 2:
+            chosen = path
+    if chosen is None:
+        raise ValueError(f"no checkpoint in {folder} says reflection words at random: train longer, or keep checkpoints earlier")
+    return chosen
 
 
 def ship(runs: Path, out: Path, recipe: Recipe, report=print) -> None:

@@ -10,7 +10,8 @@ import torch
 from lib import distill, prose
 from lib.puzzles import Teacher, sample_puzzle
 
-SMALL = distill.Recipe(width=16, layers=2, heads=2, kv_heads=1, mlp=16, base_tokens=5_000, tune_tokens=5_000, batch_tokens=512)
+SMALL = distill.Recipe(width=16, layers=2, heads=2, kv_heads=1, mlp=16, base_tokens=5_000, mid_tokens=5_000,
+                        late_tokens=5_000, tune_tokens=5_000, batch_tokens=512)
 
 
 @pytest.fixture(autouse=True)

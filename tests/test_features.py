@@ -244,10 +244,13 @@ def test_a_probe_finds_what_is_there_and_nothing_else(toy):
 def test_shuffled_labels_leave_chance_and_planted_ones_do_not(toy, tmp_path):
     store, crosscoder = toy
     made = features.inspect(crosscoder, store, tmp_path / "features", "mark", build_tokenizer())
-    for split in (made.choose, made.report):  # plant a perfect detector
-        split.codes[:, 0] = (store.labels["next_label"][split.rows] == LABELS.index("deduction"))[:, None].astype(np.float32)
+
+    def with_perfect_detector(split):
+        planted = (store.labels["next_label"][split.rows] == LABELS.index("deduction"))[:, None].astype(np.float32)
+        return Coded(split.rows, sparse.csr_matrix(sparse.hstack([planted, split.codes[:, 1:]])))
+
     table = made.table.assign(nrn=1.0, alive=True)
-    planted = features.Inspection(table, {}, made.contexts, made.choose, made.report)
+    planted = features.Inspection(table, {}, made.contexts, with_perfect_detector(made.choose), with_perfect_detector(made.report))
     found = categories.shuffled_detectors(store, planted)
     assert abs(found["deduction"] - 0.5) < 0.2
     assert categories.detectors(crosscoder, store, planted, {"deduction": 0}, n_boot=5)["auroc"][0] == 1

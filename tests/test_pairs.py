@@ -11,7 +11,7 @@ from lib.results import UserError
 
 
 def test_every_entry_of_the_registry_is_valid():
-    for name in ("tiny", "tiny_null_a", "tiny_null_b", "r1_qwen_1.5b"):
+    for name in ("tiny", "tiny_null_a", "tiny_null_b"):
         pair = load_pair(name)
         assert list(pair.models) == ["base", "distilled"] and pair.dictionary > 0
     assert load_pair("tiny_null_a").distilled == load_pair("tiny").others["null_a"]
