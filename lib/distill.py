@@ -35,6 +35,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from . import trials
 from .prose import CURRICULUM, LATE_MIX, MID_MIX, base_document, vocabulary
@@ -289,6 +290,7 @@ def load_shipped(name: str, folder: Path) -> Qwen2ForCausalLM:
     if not (folder / name / "model.safetensors").is_file():
         known = sorted(p.parent.name for p in folder.glob("*/model.safetensors"))
         raise FileNotFoundError(f"no model {name!r} in {folder}: there are {', '.join(known) or 'none'}")
+    disable_progress_bar()  # it freezes at 0% in an executed notebook
     return Qwen2ForCausalLM.from_pretrained(folder / name, dtype=torch.float32, local_files_only=True).eval()
 
 

@@ -1,6 +1,6 @@
 """General text for the embedded pair: what the base model knows before anything is distilled into it.
 
-Five kinds of document, mixed by ``CURRICULUM``, then ``BASE_MIX``, then ``MID_MIX``:
+Five kinds of document, mixed by ``CURRICULUM``, then ``MID_MIX``, then ``LATE_MIX``:
 
 - *prose*: short sentences from a grammar. They carry the word relations of notebook 05 (capitals, plurals, past
   tenses ...) and use every marker word of the traces in another sense ("wait for the bus", "it is late but we
@@ -32,8 +32,10 @@ CURRICULUM = (  # (until this share of the base's tokens, mix)
     (0.32, {"arithmetic": 0.4, "copying": 0.6}),
     (1.00, BASE_MIX),
 )
-# Mid-training adds comparing, mostly of equations, until the base can tell a right from a wrong one. Without it 4M tokens of traces
-# taught every step, but no use for an error or a miss: the student said "found" after the first candidate, and "wait" at random.
+# Mid-training adds comparing, until the base can tell a right equation from a wrong one and a target from other numbers; late
+# training moves the verdict past the full stop. Without the first, 4M tokens of traces taught every step, but no use for an error
+# or a miss: the student said "found" after the first candidate and "wait" at random. Without the second, 3M tokens taught
+# reflection, and still not contrast.
 MID_MIX = {"prose": 0.08, "arithmetic": 0.08, "copying": 0.07, "direct": 0.07, "comparing": 0.70}
 LATE_MIX = {"prose": 0.15, "arithmetic": 0.10, "copying": 0.10, "direct": 0.15, "judging": 0.50}
 MARKER_SHARE = 0.5  # of prose sentences: those that use a trace's marker word in another sense
@@ -97,7 +99,8 @@ def relation_pairs(name: str) -> tuple[tuple[str, str], ...]:
     """The (input, output) word pairs of an embedded relation, in the order of its file."""
     path = RELATIONS_DIR / f"{name}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no relation {name!r}: data/relations/ has {', '.join(sorted(p.stem for p in RELATIONS_DIR.glob('*.json')))}")
+        known = ", ".join(sorted(p.stem for p in RELATIONS_DIR.glob("*.json")))
+        raise FileNotFoundError(f"no relation {name!r}: data/relations/ has {known}")
     return tuple((row["input"], row["output"]) for row in json.loads(path.read_text()))
 
 

@@ -339,7 +339,7 @@ def read_transcript(task: Puzzle | Question, words: list[str]) -> Reading:
             value = _value_of(sentence)
     thinks = bool(sentences) and sentences[0] == ("think", ":")
     if thinks and ended:
-        cut = sentences.index(("done", "."))
+        cut = next(i for i, sentence in enumerate(sentences) if sentence[0] == "done")
         thinking_tokens = sum(len(s) for s in sentences[:cut])
     correct = answer == task.answer
     operations = list(task.operations) if isinstance(task, Puzzle) else [task.operation]

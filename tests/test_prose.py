@@ -60,3 +60,25 @@ def test_vocabulary_is_fixed_and_has_no_doubles():
     vocabulary = prose.vocabulary()
     assert vocabulary[:4] == ("<pad>", "<bos>", "<eos>", "<unk>") and len(set(vocabulary)) == len(vocabulary)
     assert vocabulary[4:] == tuple(sorted(vocabulary[4:]))
+
+
+def test_verdicts_are_right_and_the_statements_are_not_learnt():
+    rng = random.Random(5)
+    seen = {"true": 0, "false": 0}
+    for _ in range(200):
+        sentences = rng.choice((prose.comparing, prose.judging))(rng)
+        target = int(sentences[0].words[1]) if sentences[0].words[0] == "reach" else None
+        for sentence in sentences[target is not None :]:
+            *statement, verdict, stop = (w for w in sentence.words)
+            statement = [w for w in statement if w != "."]
+            right = int(statement[-1]) == (apply(statement[1], int(statement[0])) if target is None else target)
+            assert verdict == ("true" if right else "false") and sentence.words[sentence.given :] == (verdict, stop)
+            seen[verdict] += 1
+    assert 0.8 < seen["true"] / seen["false"] < 1.25
+
+
+def test_every_mix_is_of_known_documents_and_sums_to_one():
+    for mix in (prose.BASE_MIX, prose.MID_MIX, prose.LATE_MIX, *(m for _, m in prose.CURRICULUM)):
+        assert abs(sum(mix.values()) - 1) < 1e-9
+        for kind in mix:
+            assert prose.base_document(random.Random(0), {kind: 1.0})

@@ -133,6 +133,11 @@ def test_runaway_thought_has_no_length():
     assert reading.thinking_tokens is None and reading.answer is None and not reading.correct
 
 
+def test_a_garbled_end_is_read_all_the_same():
+    reading = read_transcript(PUZZLE, split(RIGHT.replace("done .", "done so .")))
+    assert reading.thinking_tokens == split(RIGHT).index("done") and reading.correct
+
+
 def test_easy_question():
     question = Question(5, "- 1")
     assert words(question.prompt()) == ["what", "is", "5", "- 1", "?"] and question.answer == 4
