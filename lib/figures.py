@@ -51,7 +51,7 @@ pio.templates.default = "distilled"
 
 def show(fig: go.Figure) -> None:
     """Show a figure in the notebook, as plotly data and as a PNG; outside a kernel print one line about it."""
-    _display(fig, to_png(fig, scale=1))
+    _display(fig, to_png(fig, scale=_small(fig)))
 
 
 def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) -> None:
@@ -73,7 +73,13 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) 
         file.with_suffix(".png").write_bytes(picture)
     elif changed:
         file.with_suffix(".png").unlink(missing_ok=True)
-    _display(fig, picture and to_png(fig, scale=1))  # on disk for print, in the notebook at half the resolution: under 1 MB
+    _display(fig, picture and to_png(fig, scale=_small(fig)))  # on disk for print, in the notebook small: under 1 MB in all
+
+
+def _small(fig: go.Figure) -> float:
+    """The scale at which a figure is at most as wide as a standard one."""
+    standard = pio.templates["distilled"].layout.width
+    return min(1.0, standard / (fig.layout.width or standard))
 
 
 def _display(fig: go.Figure, picture: bytes | None) -> None:
