@@ -12,23 +12,24 @@ A feature has one activation for all models but a decoder row in each, so the le
 With RDN_i = ||d_i^distilled||_p / ||d_i^base||_p, the normalized relative norm is NRN_i = RDN_i / (1 + RDN_i):
 0 only in the base, 0.5 in both alike, 1 only in the distilled model.
 
-Two sparsities s:
+Three sparsities s:
 
 - ``l1``         f = ReLU(pre), and the loss charges  lambda * sum_i f_i * sum_m ||d_i^m||_2  (the paper's).
 - ``batchtopk``  f = ReLU(pre) where the *strength* v_i = f_i * sum_m ||d_i^m||_2 is among the k*B largest of a batch of B
                  tokens, else 0. The strength decides, the unscaled f is kept. After training a fixed threshold on v,
                  an average over the training batches, stands for the batch: a token's result is its own.
+- ``topk``       the same with the k largest strengths of each token, in training and after it.
 
 Sources: Baek & Tegmark 2025 (2503.03730); Lindsey et al. 2024, "Sparse crosscoders"; Bussmann et al. 2024 (BatchTopK,
 2412.06410); Gao et al. 2024 (auxiliary loss, 2406.04093); Minder et al. 2025 (BatchTopK crosscoders, 2504.02922).
 
-``forward``, ``losses`` and ``auxiliary_loss`` are plain functions of tensors, so that a faster core can take their place.
+A training step costs one dense product, the encoder's; all others follow the sparse code (``lib.sparse``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +39,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .results import UserError, check, write_text
+from .sparse import Code, encode, reconstruct, select_batch, select_positive, select_rows
 
-VARIANTS = ("batchtopk", "l1")
+VARIANTS = ("batchtopk", "topk", "l1")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOSS_FORMULAS = {
     "l1": "mean_batch [ sum_m ||x_m - x̂_m||_2^2 + lambda * sum_i f_i * sum_m ||d_i^m||_2 ]",
     "batchtopk": "mean_batch [ sum_m ||x_m - x̂_m||_2^2 + alpha * sum_m ||e_m - ê_m||_2^2 ],  "
                  "e = x - x̂ (held fixed), ê = its reconstruction by dead features",
 }
+LOSS_FORMULAS["topk"] = LOSS_FORMULAS["batchtopk"]
 INITIAL_NORM = 0.08  # of every decoder row; as in the replication that the paper adapted
 
 
@@ -56,14 +60,14 @@ class CrossCoder(nn.Module):
     widths : d_m of each model.
     n_features : F, the size of the dictionary.
     names : of the models, in the order of their activations.
-    variant : "batchtopk" or "l1" (see above).
-    k : mean number of features per token (L0) that ``batchtopk`` keeps; not used by ``l1``.
+    variant : "batchtopk", "topk" or "l1" (see above).
+    k : number of features per token (L0) that ``topk`` keeps, and ``batchtopk`` on average; not used by ``l1``.
     scales : scale_m of each model; 1 if not given. Saved with the weights; inputs and outputs are always RAW.
     seed : of the initial decoder rows.
 
     The models' shares lie side by side in one matrix (D = sum of the widths), which is one matrix product instead of
     several: ``W_enc`` [F, D], ``b_enc`` [F], ``W_dec`` [F, D], ``b_dec`` [D], all in scaled space.
-    Buffers: ``scales`` [M] float64; ``means`` [D], the mean scaled activation; ``threshold`` on the strength v (0 for l1);
+    Buffers: ``scales`` [M] float64; ``means`` [D], the mean scaled activation; ``threshold`` on the strength v (batchtopk);
     ``seen`` [2], tokens shown in training and how many distinct ones among them.
     """
 
@@ -73,7 +77,7 @@ class CrossCoder(nn.Module):
         check("n_features", n_features, int, low=1)
         check("widths", list(widths), list, low=1)
         check("variant", variant, choices=VARIANTS)
-        check("k", k, int, low=1, high=n_features if variant == "batchtopk" else None)
+        check("k", k, int, low=1, high=n_features if variant != "l1" else None)
         if len(set(names)) != len(names) or len(names) != len(widths):
             raise UserError(f"names are {tuple(names)} for widths {tuple(widths)}: there must be one distinct name per model")
         if scales is not None and (len(scales) != len(widths) or not all(0 < s < float("inf") for s in scales)):
@@ -110,8 +114,13 @@ class CrossCoder(nn.Module):
         return [p / s for p, s in zip(parts, self.scales.tolist())] if raw else list(parts)
 
     def gate(self, f: Tensor) -> Tensor:
-        """What inference keeps of f = ReLU(pre) [B, F]: features whose strength is above the fixed threshold."""
-        return f if self.variant == "l1" else f * (f * self.strength_per_unit() > self.threshold)
+        """What inference keeps of f = ReLU(pre) [B, F]: features whose strength is above the fixed threshold, or of the k largest."""
+        if self.variant == "l1":
+            return f
+        strength = f * self.strength_per_unit()
+        if self.variant == "topk":
+            return f * (strength >= strength.topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True))
+        return f * (strength > self.threshold)
 
     def encode(self, acts: Sequence[Tensor]) -> Tensor:
         """RAW activations, one [B, d_m] per model, to f [B, F]. A token's features do not depend on its batch."""
@@ -231,42 +240,46 @@ def initial_rows(widths: Sequence[int], n_features: int, seed: int) -> Tensor:
 
 @dataclass
 class Forward:
-    """One training batch: x, x_hat [B, D] in scaled space, f [B, F] as used, relu [B, F] = ReLU(pre), floor: smallest kept v."""
+    """One training batch in scaled space: x, x_hat [B, D], and the code f [n] at its places ``code``, differentiable.
+
+    ``aux_hat`` [B, D]: what dead features make of the batch, without bias; None if nothing is dead.
+    """
 
     x: Tensor
-    relu: Tensor
+    code: Code
     f: Tensor
     x_hat: Tensor
-    floor: Tensor
+    aux_hat: Tensor | None = None
 
 
-def forward(crosscoder: CrossCoder, acts: Sequence[Tensor]) -> Forward:
-    """A batch of RAW activations through the crosscoder as training does it (BatchTopK looks at the whole batch)."""
-    x = crosscoder.scaled(acts)
-    relu = torch.relu(functional.linear(x, crosscoder.W_enc, crosscoder.b_enc))
-    if crosscoder.variant == "l1":
-        f, floor = relu, relu.new_zeros(())
-    else:
-        f, floor = batch_topk(relu, crosscoder.strength_per_unit().detach(), crosscoder.k, hint=crosscoder.threshold)
-    return Forward(x, relu, f, torch.addmm(crosscoder.b_dec, f, crosscoder.W_dec), floor)
+def forward(crosscoder: CrossCoder, acts: Sequence[Tensor], dead: Tensor | None = None, aux_k: int = 0, precision: str = "float32",
+            wanted: int | None = None, hint: float = 0.0, gather: Callable[[Tensor], Tensor] = lambda own: own,
+            buffers: dict | None = None) -> Forward:
+    """A batch of RAW activations through the crosscoder as training does it (BatchTopK looks at the whole batch).
 
-
-def batch_topk(relu: Tensor, per_unit: Tensor, k: int, hint: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """Keep the k*B largest strengths v = relu * per_unit of a batch: (f [B, F] unscaled, smallest kept v).
-
-    Values equal to the smallest kept one are kept too. ``hint`` is a guess of that smallest value; it changes the time
-    and not the result: almost all values lie far below it and need not be sorted.
+    ``dead`` [F] bool: features of which the ``aux_k`` strongest of each token are decoded too, for ``auxiliary_loss``. ``precision`` is
+    that of the encoder's product; ``wanted`` (entries that BatchTopK keeps; k for each token), ``hint``, ``gather`` and ``buffers`` are
+    those of ``lib.sparse``.
     """
-    wanted = k * relu.shape[0]
-    strength = relu.detach() * per_unit
-    candidates = strength[strength > 0.7 * hint]
-    if candidates.numel() < wanted:
-        candidates = strength[strength > 0]
-    if candidates.numel() <= wanted:  # fewer positive values than places: all of them stay
-        floor = candidates.min() if candidates.numel() else strength.new_zeros(())
+    x = crosscoder.scaled(acts)
+    weights = crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec
+    encoded = encode(x, crosscoder.W_enc, crosscoder.b_enc, PRECISIONS[precision], crosscoder.means, buffers)
+    if crosscoder.variant == "l1":
+        code = select_positive(encoded)
     else:
-        floor = torch.topk(candidates, wanted, sorted=False).values.min()
-    return relu * ((strength >= floor) & (strength > 0)), floor
+        with torch.no_grad():
+            per_unit = crosscoder.strength_per_unit()
+        if crosscoder.variant == "topk":
+            code = select_rows(encoded, per_unit, crosscoder.k)
+        else:
+            code = select_batch(encoded, per_unit, wanted or crosscoder.k * len(x), hint, gather)
+    index = None if dead is None or aux_k == 0 else dead.nonzero().squeeze(-1)
+    if index is None or len(index) == 0:
+        f, sums = reconstruct(*weights, x, code, buffers)
+        return Forward(x, code, f, sums + crosscoder.b_dec)
+    both = code.above(select_rows(encoded, per_unit, aux_k, among=index))  # in one pass over the weights
+    f, sums = reconstruct(*weights, torch.cat([x, x]), both, buffers)
+    return Forward(x, code, f[: len(code.features)], sums[: len(x)] + crosscoder.b_dec, sums[len(x) :])
 
 
 def squared_error(out: Forward) -> Tensor:
@@ -276,23 +289,17 @@ def squared_error(out: Forward) -> Tensor:
 
 def sparsity_loss(crosscoder: CrossCoder, out: Forward) -> Tensor:
     """mean_batch sum_i f_i sum_m ||d_i^m||_2: what lambda multiplies in the L1 variant."""
-    return (out.f @ crosscoder.strength_per_unit()).mean()
+    totals = torch.zeros_like(crosscoder.b_enc).index_add(0, out.code.features, out.f)
+    return (totals * crosscoder.strength_per_unit()).sum() / len(out.x)
 
 
-def auxiliary_loss(crosscoder: CrossCoder, out: Forward, dead: Tensor, aux_k: int) -> Tensor:
+def auxiliary_loss(out: Forward) -> Tensor:
     """mean_batch sum_m ||e_m - ê_m||_2^2: the dead features' share in explaining what is left over.
 
-    e = x - x̂ without gradient; ê = the ``aux_k`` strongest dead features of each token, decoded without bias. Their
+    e = x - x̂ without gradient; ê = ``aux_hat``: the strongest dead features of each token, decoded without bias. Their
     activations are ReLU(pre) before selection, so encoder *and* decoder rows of dead features get a gradient.
-    ``dead`` is boolean [F]. Zero if nothing is dead. Source: Gao et al. 2024, section 2.4.
+    Zero if nothing is dead. Source: Gao et al. 2024, section 2.4.
     """
-    index = dead.nonzero().squeeze(-1)
-    if len(index) == 0:
+    if out.aux_hat is None:
         return out.x_hat.new_zeros(())
-    residual = (out.x - out.x_hat).detach()
-    f = functional.linear(out.x, crosscoder.W_enc[index], crosscoder.b_enc[index]).relu()
-    if len(index) > aux_k:
-        strength = f.detach() * crosscoder.strength_per_unit().detach()[index]
-        chosen = torch.topk(strength, aux_k, dim=-1, sorted=False).indices
-        f = torch.zeros_like(f).scatter(-1, chosen, f.gather(-1, chosen))
-    return (residual - f @ crosscoder.W_dec[index]).square().sum(-1).mean()
+    return ((out.x - out.x_hat).detach() - out.aux_hat).square().sum(-1).mean()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .crosscoder import VARIANTS, CrossCoder, auxiliary_loss, forward, sparsity_loss, squared_error
+from .crosscoder import PRECISIONS, VARIANTS, CrossCoder, Forward, auxiliary_loss, forward, sparsity_loss, squared_error
 from .pairs import Pair
 from .results import Progress, Run, UserError, check, fingerprint, is_current, write_manifest, write_text
 from .store import MADE_BY, Store
@@ -38,25 +38,27 @@ class TrainConfig:
 
     n_features: int = 1024
     variant: str = "batchtopk"
-    k: int = 24  # batchtopk: mean number of features per token
+    k: int = 24  # batchtopk: mean number of features per token; topk: their number
     tokens: int = 2_000_000
     batch_size: int = 1024  # tokens
     rate: float = 3e-3  # Adam's peak learning rate
     warmup: float = 0.02  # share: learning rate rises linearly
     decay: float = 0.3  # share: learning rate falls linearly to 0
-    clip: float = 1.0  # of the gradient's global norm
+    clip: float = 1.0  # of the gradient's global norm; 0: never
     l1: float = 2.0  # l1: lambda, at its full value
     l1_warmup: float = 0.05  # share: lambda rises linearly
-    aux: float = 0.5  # batchtopk: alpha, weight of the auxiliary loss
+    aux: float = 0.5  # batchtopk, topk: alpha, weight of the auxiliary loss
     aux_k: int = 64  # dead features per token that the auxiliary loss uses
     dead_after: float = 0.01  # share without firing after which a feature counts as dead
+    precision: str = "float32"  # of the encoder's product (not l1): bfloat16 is faster on processors that have it
     seed: int = 0
 
     def __post_init__(self) -> None:
         check("variant", self.variant, choices=VARIANTS)
+        check("precision", self.precision, choices=("float32",) if self.variant == "l1" else PRECISIONS)
         for name in ("n_features", "tokens", "batch_size", "aux_k"):
             check(name, getattr(self, name), int, low=1)
-        check("k", self.k, int, low=1, high=self.n_features if self.variant == "batchtopk" else None)
+        check("k", self.k, int, low=1, high=self.n_features if self.variant != "l1" else None)
         check("rate", self.rate, float, low=0)
         for name in ("warmup", "decay", "l1_warmup", "dead_after"):
             check(name, getattr(self, name), float, low=0, high=1)
@@ -144,6 +146,8 @@ class Trainer:
         self.seen = torch.zeros(int(self.rows[-1]) + 1, dtype=torch.bool)  # row numbers of the store that were shown
         self.log: list[dict] = []
         self.order: np.ndarray | None = None  # this epoch's row numbers
+        self.floor = 0.0  # smallest strength kept in the last batch: where the next selection begins to look
+        self.buffers: dict = {}  # memory for the products and gradients of a step
 
     def _next_batch(self) -> tuple[np.ndarray, list[Tensor]]:
         """Row numbers [B] and RAW activations of the next batch; begins a new epoch where one is over."""
@@ -178,17 +182,20 @@ class Trainer:
         """One batch: forward, loss, optimiser step, counts. Returns [5] on the device: loss, error, extra term, L0, gradient norm."""
         config, done = self.config, self.shown / self.config.tokens
         dead = self.shown - self.last_fired > config.dead_after * config.tokens
-        out = forward(self.crosscoder, acts)
-        loss, error, extra = total_loss(self.crosscoder, out, config, done, dead)
+        aux_k = config.aux_k if config.variant != "l1" and config.aux else 0
+        out = forward(self.crosscoder, acts, dead, aux_k, config.precision, hint=self.floor, buffers=self.buffers)
+        loss, error, extra = total_loss(self.crosscoder, out, config, done)
         norm = optimizer_step(self.optimizer, loss, self.crosscoder, config.clip, config.learning_rate(done))
         with torch.no_grad():
-            fired = out.f > 0
             self.shown += len(out.x)
-            self.last_fired[fired.any(0)] = self.shown
-            weight = 1.0 if self.step == 0 else min(1.0, len(out.x) / (THRESHOLD_SHARE * config.tokens))
-            self.crosscoder.threshold.lerp_(out.floor, weight)
+            self.last_fired[out.code.fired()] = self.shown
+            self.floor = float(out.code.floor)
+            if config.variant == "batchtopk":
+                weight = 1.0 if self.step == 0 else min(1.0, len(out.x) / (THRESHOLD_SHARE * config.tokens))
+                self.crosscoder.threshold.lerp_(out.code.floor, weight)
         self.step += 1
-        return torch.stack([loss.detach(), error.detach(), extra.detach(), fired.sum() / len(out.x), norm])
+        l0 = torch.tensor(len(out.code.features) / len(out.x), device=norm.device)
+        return torch.stack([loss.detach(), error.detach(), extra.detach(), l0, norm])
 
     @torch.no_grad()
     def _log_line(self, means: Tensor, acts: list[Tensor], speed: float) -> dict:
@@ -201,7 +208,7 @@ class Trainer:
         rate = self.config.learning_rate(self.shown / self.config.tokens)
         line = {
             "step": self.step, "tokens": self.shown, "epoch": self.epoch, "rate": rate, "loss": loss, "squared_error": error,
-            "auxiliary" if self.config.variant == "batchtopk" else "sparsity": extra, "fve": 1 - error / float(spread), "l0": l0,
+            "sparsity" if self.config.variant == "l1" else "auxiliary": extra, "fve": 1 - error / float(spread), "l0": l0,
             "l0_at_threshold": float(at_threshold), "threshold": float(self.crosscoder.threshold), "dead": float(dead),
             "gradient_norm": norm, "tokens_per_second": round(speed),
         }
@@ -235,13 +242,13 @@ class Trainer:
         self.seen, self.order = self.seen.cpu(), None
 
 
-def total_loss(crosscoder: CrossCoder, out, config: TrainConfig, done: float, dead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def total_loss(crosscoder: CrossCoder, out: Forward, config: TrainConfig, done: float) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, squared error, unweighted second term) of a batch: see ``crosscoder.LOSS_FORMULAS``."""
     error = squared_error(out)
     if config.variant == "l1":
         extra, weight = sparsity_loss(crosscoder, out), config.sparsity_weight(done)
     else:
-        extra, weight = auxiliary_loss(crosscoder, out, dead, config.aux_k), config.aux
+        extra, weight = auxiliary_loss(out), config.aux
     return error + weight * extra, error, extra
 
 
@@ -256,6 +263,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, crosscoder: C
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), clip)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in crosscoder.parameters()])
+    # The fused Adam divides gradients by this as it reads them: clipping costs no pass of its own.
+    optimizer.grad_scale = (norm / clip).clamp(min=1.0) if clip else None
     optimizer.step()
     return norm.detach()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.crosscoder import CrossCoder, auxiliary_loss, batch_topk, forward, initial_rows, sparsity_loss, squared_error
+from lib.crosscoder import CrossCoder, auxiliary_loss, forward, initial_rows, sparsity_loss, squared_error
 from lib.results import UserError
 
 
@@ -43,7 +43,7 @@ def test_losses_by_hand():
     crosscoder = hand_made()
     out = forward(crosscoder, HAND_ACTS)
     # token 0: pre = (1, 2 + 1 - 1) = (1, 2); token 1: pre = (-1, -1)
-    assert torch.equal(out.f, torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+    assert torch.equal(out.code.dense(out.f), torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
     # token 0: x̂ = (3 + 2, 4, 0 + 1, 1), x = (1, 2, 1, 1): 16 + 4 + 0 + 0; token 1: x̂ = (0, 0, 1, 0), x = (-1, 0, 0, 0): 1 + 1
     assert squared_error(out).item() == pytest.approx((20 + 2) / 2)
     # sum_m ||d_i^m||_2 = 5 + 1 and 1 + 0: token 0 costs 1 * 6 + 2 * 1, token 1 nothing
@@ -51,12 +51,12 @@ def test_losses_by_hand():
 
 
 def test_auxiliary_loss_by_hand():
-    crosscoder = hand_made()
-    out = forward(crosscoder, HAND_ACTS)
-    dead = torch.tensor([False, True])
-    # e = (-4, -2, 0, 0) and (-1, 0, -1, 0); feature 1 offers 2 * (1, 0, 0, 0) and nothing: (-6, -2) and (-1, -1)
-    assert auxiliary_loss(crosscoder, out, dead, aux_k=4).item() == pytest.approx((36 + 4 + 1 + 1) / 2)
-    assert auxiliary_loss(crosscoder, out, torch.tensor([False, False]), aux_k=4).item() == 0
+    crosscoder = hand_made("batchtopk")
+    out = forward(crosscoder, HAND_ACTS, dead=torch.tensor([False, True]), aux_k=4)
+    # strengths of token 0: 1 * 6 and 2 * 1, both among the two largest of the batch: e = (-4, -2, 0, 0) and (-1, 0, -1, 0);
+    # feature 1 offers 2 * (1, 0, 0, 0) and nothing: (-6, -2) and (-1, -1) are left
+    assert auxiliary_loss(out).item() == pytest.approx((36 + 4 + 1 + 1) / 2)
+    assert auxiliary_loss(forward(crosscoder, HAND_ACTS, dead=torch.tensor([False, False]), aux_k=4)).item() == 0
 
 
 def test_nrn_and_cosine_by_hand():
@@ -93,63 +93,45 @@ def dense(crosscoder, acts, keep, lam):
     return loss, torch.stack(fs), {n: p.grad for n, p in c.items()}
 
 
-@pytest.mark.parametrize("variant,lam", [("l1", 0.7), ("batchtopk", 0.0)])
+@pytest.mark.parametrize("variant,lam,precision", [("l1", 0.7, "float32"), *((v, 0.0, p) for v in ("batchtopk", "topk") for p in ("float32", "bfloat16"))])
 @pytest.mark.parametrize("widths", [(5, 5), (5, 7), (3, 4, 6)])
-def test_forward_and_gradients_against_a_dense_implementation(variant, lam, widths):
+def test_forward_and_gradients_against_a_dense_implementation(variant, lam, widths, precision):
     crosscoder = random_crosscoder(widths, variant=variant, k=3, scales=[0.5, 2.0, 1.5][: len(widths)])
     acts = random_acts(widths)
     keep = torch.ones(9, 12, dtype=torch.float64)
-    if variant == "batchtopk":  # the 27 largest of the batch, chosen by sorting plain numbers
+    if variant != "l1":  # the 27 largest of the batch, or the 3 largest of each row, chosen by sorting plain numbers
         x = np.concatenate([a.numpy() * s for a, s in zip(acts, crosscoder.scales.numpy())], axis=1)
         f = np.maximum(x @ crosscoder.W_enc.detach().numpy().T + crosscoder.b_enc.detach().numpy(), 0)
         parts = np.split(crosscoder.W_dec.detach().numpy(), np.cumsum(widths)[:-1], axis=1)
         strength = f * sum(np.linalg.norm(part, axis=1) for part in parts)
-        largest = np.argsort(strength, axis=None)[::-1][: 3 * 9]
-        keep = torch.zeros(9 * 12, dtype=torch.float64)
-        keep[largest.copy()] = 1
-        keep = keep.reshape(9, 12)
+        ranks = np.argsort(np.argsort(-strength, axis=None if variant == "batchtopk" else 1)).reshape(9, 12)
+        keep = torch.from_numpy(ranks < (3 * 9 if variant == "batchtopk" else 3)).double()
     expected, f, gradients = dense(crosscoder, acts, keep, lam)
-    out = forward(crosscoder, acts)
+    out = forward(crosscoder, acts, precision=precision)
     loss = squared_error(out) + lam * sparsity_loss(crosscoder, out)
     loss.backward()
-    assert torch.allclose(out.f.double(), f, atol=1e-5)
+    assert torch.allclose(out.code.dense(out.f).double(), f, atol=1e-5)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in crosscoder.named_parameters():
         assert torch.allclose(parameter.grad.double(), gradients[name], rtol=1e-4, atol=1e-4), name
 
 
-def test_batch_topk_selects_by_strength_and_keeps_f():
-    relu = torch.tensor([[1.0, 0.4, 0.0], [3.0, 0.0, 0.0]])
-    per_unit = torch.tensor([0.1, 1.0, 9.0])  # strengths 0.1, 0.4, 0 and 0.3, 0, 0
-    f, floor = batch_topk(relu, per_unit, k=1)
-    assert f.tolist() == [[0, pytest.approx(0.4), 0], [3, 0, 0]] and floor.item() == pytest.approx(0.3)
-    f, floor = batch_topk(relu, per_unit, k=2)  # four places for three positive values: nothing below 0 is taken
-    assert torch.equal(f, relu) and floor.item() == pytest.approx(0.1)
-    f, floor = batch_topk(torch.zeros(2, 3), per_unit, k=1)
-    assert torch.equal(f, torch.zeros(2, 3)) and floor.item() == 0
-    big = torch.rand(50, 40, generator=torch.Generator().manual_seed(0))
-    plain = batch_topk(big, torch.ones(40), 5)
-    for hint in (0.1, plain[1], 5.0):  # a guess of the threshold, good or bad, changes nothing
-        assert torch.equal(batch_topk(big, torch.ones(40), 5, hint)[0], plain[0])
-    assert (plain[0] > 0).sum() == 250
-
-
 @pytest.mark.parametrize("aux_k", [2, 100])
 def test_every_loss_term_moves_the_encoder(aux_k):
-    for variant in ("l1", "batchtopk"):
+    for variant in ("l1", "batchtopk", "topk"):
         crosscoder = random_crosscoder(variant=variant, k=2)
-        out = forward(crosscoder, random_acts(n=40))
+        dead = torch.arange(12) >= 6
+        out = forward(crosscoder, random_acts(n=40), dead, 0 if variant == "l1" else aux_k)
         terms = [squared_error(out)]
         if variant == "l1":
             terms.append(sparsity_loss(crosscoder, out))
         else:
-            dead = torch.arange(12) >= 6
-            terms.append(auxiliary_loss(crosscoder, out, dead, aux_k))
+            terms.append(auxiliary_loss(out))
         for term in terms:
             crosscoder.zero_grad()
             term.backward(retain_graph=True)
             assert crosscoder.W_enc.grad.abs().sum() > 0 and crosscoder.W_dec.grad.abs().sum() > 0
-        if variant == "batchtopk":  # and only the dead ones, since what is left over is held fixed
+        if variant != "l1":  # and only the dead ones, since what is left over is held fixed
             assert crosscoder.W_enc.grad[:6].abs().sum() == 0 and crosscoder.W_enc.grad[6:].abs().sum() > 0
             assert crosscoder.W_dec.grad[:6].abs().sum() == 0 and crosscoder.b_dec.grad is None
 
@@ -242,8 +224,8 @@ def test_save_and_load(tmp_path, widths):
 
 
 def test_errors_say_what_would_be_right(tmp_path):
-    with pytest.raises(UserError, match="variant is 'topk': it must be one of batchtopk, l1"):
-        CrossCoder((2, 2), 4, variant="topk", k=1)
+    with pytest.raises(UserError, match="variant is 'gated': it must be one of batchtopk, topk, l1"):
+        CrossCoder((2, 2), 4, variant="gated", k=1)
     with pytest.raises(UserError, match="k is 9: it must be an integer from 1 to 4"):
         CrossCoder((2, 2), 4, k=9)
     with pytest.raises(UserError, match="one distinct name per model"):

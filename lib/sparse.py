@@ -1,0 +1,489 @@
+"""Products with sparse codes: the part of a crosscoder's training step that grows with k instead of F.
+
+A code has B rows of F entries, of which about k a row are not zero. Dense, a training step multiplies B x F with F x D
+five times: 10 B D F operations. Only the encoder needs that (2 B D F: it must look at every feature to know which fire).
+What follows costs 8 B D k::
+
+    encoded = encode(x, W_enc, b_enc)                           # every feature's pre-activation
+    code = select_batch(encoded, per_unit, wanted)              # who fires
+    f, sums = reconstruct(W_enc, b_enc, W_dec, x, code)         # sums = f @ W_dec; exact gradients of the parameters
+
+With ``dtype=torch.bfloat16`` the encoder only screens. Whoever comes near the threshold is computed again in float32 from
+x and the feature's weights, and selected by that value: the code and its gradients are those of float32 arithmetic.
+
+Every product is there twice, with equal results: as compiled loops for a CPU (numba, which umap-learn brings along), and in
+torch's own operations for other devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MARGIN = 0.96  # of the last threshold: where screening begins. It decides the time, not the result
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 1 / 128}  # share by which a strength may be misjudged: twice the last bit
+ROOM = 8  # places per row that screening begins with, in multiples of those wanted
+THREAD_WORK = 1 << 20  # multiplications that are worth a thread
+CROWDED = 1 / 16  # share of entries that are not zero above which dense products are faster
+CHUNK = 1 << 14  # entries at once in torch's versions: they gather a row of weights for each
+COMPILED = True  # False takes torch's versions on the CPU too
+
+
+@dataclass
+class Code:
+    """A sparse code [B, F], row by row: the entries of row b are those from ``indptr[b]`` to ``indptr[b + 1]``.
+
+    indptr [B + 1] int64; features [n] int64, ascending in a row; values [n] float32, positive; floor: smallest strength kept.
+    """
+
+    indptr: Tensor
+    features: Tensor
+    values: Tensor
+    floor: Tensor
+    n_features: int
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of each entry, [n]."""
+        return torch.arange(len(self.indptr) - 1, device=self.indptr.device).repeat_interleave(self.indptr.diff(), output_size=len(self.features))
+
+    @property
+    def crowded(self) -> bool:
+        return len(self.features) > CROWDED * (len(self.indptr) - 1) * self.n_features
+
+    def fired(self) -> Tensor:
+        """Which features have an entry, [F] bool."""
+        found = torch.zeros(self.n_features, dtype=torch.bool, device=self.features.device)
+        found[self.features] = True
+        return found
+
+    def dense(self, values: Tensor | None = None) -> Tensor:
+        """[B, F] with its zeros; with ``values`` [n] in place of its own, differentiable in them."""
+        values = self.values if values is None else values
+        return values.new_zeros(len(self.indptr) - 1, self.n_features).index_put((self.rows, self.features), values)
+
+    def where(self, kept: Tensor, floor: Tensor) -> Code:
+        """The entries that a mask [n] leaves."""
+        before = functional.pad(kept.cumsum(0), (1, 0))
+        return Code(before[self.indptr], self.features[kept], self.values[kept], floor, self.n_features)
+
+    def above(self, other: Code) -> Code:
+        """These rows, then those of ``other``."""
+        return Code(torch.cat([self.indptr, other.indptr[1:] + self.indptr[-1]]), torch.cat([self.features, other.features]),
+                    torch.cat([self.values, other.values]), self.floor, self.n_features)
+
+
+# --- who fires -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Encoded:
+    """Pre-activations [B, F] of a batch: ``products`` + ``offset``, the products in the dtype that they were computed in.
+
+    x [B, D], W_enc, b_enc are what they come from, in float32: where the products are narrower, a value that matters is
+    computed again. ``names`` [F]: which features the columns are, if these are some of many.
+    """
+
+    products: Tensor
+    offset: Tensor
+    x: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    names: Tensor | None = None
+
+    @property
+    def rounding(self) -> float:
+        return ROUNDING[self.products.dtype]
+
+    def __len__(self) -> int:
+        return len(self.products)
+
+    def floats(self, rows: slice = slice(None)) -> Tensor:
+        """As float32 [rows, F]."""
+        return self.products[rows].float() + self.offset
+
+    def among(self, features: Tensor) -> Encoded:
+        """Of some features [n] only."""
+        return Encoded(self.products.index_select(1, features), self.offset[features], self.x, self.W_enc, self.b_enc, features)
+
+
+@torch.no_grad()
+def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype = torch.float32, centre: Tensor | None = None,
+           buffers: dict | None = None) -> Encoded:
+    """Pre-activations x W_enc^T + b_enc of x [B, D], in float32 or bfloat16 products.
+
+    ``centre`` [D] is subtracted from x before rounding and made up for in the offset: activations far from 0, as those of
+    language models are, would lose to it the bits that tell them apart. ``buffers`` is as in ``reconstruct``.
+    """
+    buffers = {} if buffers is None else buffers
+    inputs, weights, offset = x, W_enc.detach(), b_enc.detach()
+    if dtype != torch.float32:
+        if centre is not None:
+            inputs, offset = x - centre, offset + weights @ centre
+        inputs, weights = inputs.to(dtype), _buffer(buffers, "weights", W_enc.shape, dtype, x.device).copy_(weights)
+    products = _buffer(buffers, "products", (len(x), len(W_enc)), dtype, x.device)
+    return Encoded(torch.mm(inputs, weights.T, out=products), offset, x, W_enc.detach(), b_enc.detach())
+
+
+def _buffer(buffers: dict, name: str, shape: tuple, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """Memory that is used again in the next step, if it has the right shape."""
+    if name not in buffers or buffers[name].shape != torch.Size(shape) or buffers[name].dtype != dtype:
+        buffers[name] = torch.empty(shape, dtype=dtype, device=device)
+    return buffers[name]
+
+
+@torch.no_grad()
+def select_batch(encoded: Encoded, per_unit: Tensor, wanted: int, hint: float = 0.0, gather: Callable[[Tensor], Tensor] = lambda own: own) -> Code:
+    """BatchTopK: the ``wanted`` largest strengths v = f * per_unit of the batch, f = ReLU of the pre-activation.
+
+    ``per_unit`` [F] >= 0. Values equal to the smallest one kept are kept too, zeros never. ``hint`` is a guess of that
+    smallest value; it changes the time and not the result. ``gather`` joins the processes' 1-d tensors where each has a
+    part of the batch or of the features: ``wanted`` counts over all of them.
+    """
+    precise, expected = 1 - encoded.rounding, max(wanted // len(encoded), 1)
+    low = MARGIN * hint
+    if low <= 0:
+        low = float(gather(_guess(encoded, per_unit, wanted)).mean())
+    while True:
+        code = _above(encoded, per_unit, torch.full((len(encoded),), low, device=per_unit.device), expected)
+        strength = code.values * per_unit[code.features]
+        everyone = gather(strength)
+        enough = len(everyone) >= wanted
+        if enough:
+            floor = torch.topk(everyone, wanted, sorted=False).values.min()
+        else:
+            floor = everyone.min() if len(everyone) else per_unit.new_zeros(())
+        # Passed over was only what lies below low, give or take the rounding: no matter if all that was wanted lies above.
+        if low == 0 or (enough and float(floor) * precise >= low):
+            return code.where(strength >= floor, floor)
+        low = MARGIN * precise * float(floor) if enough else (low / 2 if len(everyone) > wanted // 8 else 0.0)
+
+
+@torch.no_grad()
+def select_rows(encoded: Encoded, per_unit: Tensor, k: int, among: Tensor | None = None) -> Code:
+    """TopK: the k largest strengths of each row, else as ``select_batch``; of the features ``among`` [n] only, if given.
+
+    The floor is the mean of the rows' floors.
+    """
+    part, units = (encoded, per_unit) if among is None else (encoded.among(among), per_unit[among])
+    k = min(k, len(units))
+    code = _above(part, units, _row_floors(part, units, k) * (1 - 2 * encoded.rounding), k)
+    strength, counts = code.values * per_unit[code.features], code.indptr.diff()
+    rows, columns = code.rows, torch.arange(len(strength), device=strength.device) - code.indptr[:-1].repeat_interleave(counts)
+    square = strength.new_zeros(len(counts), max(int(counts.max()), k)).index_put((rows, columns), strength)
+    floors = square.topk(k, dim=-1, sorted=False).values.amin(-1)
+    return code.where(strength >= floors[rows], floors.mean())
+
+
+@torch.no_grad()
+def select_positive(encoded: Encoded) -> Code:
+    """Every positive entry, as the L1 variant has it: in float32, since rounding may take what is close to 0 for negative."""
+    sample = encoded.floats(slice(None, None, max(len(encoded) // 16, 1)))
+    units = torch.ones_like(encoded.offset)
+    return _above(encoded, units, torch.zeros(len(encoded), device=units.device), int((sample > 0).sum(-1).max()) // ROOM * 2 + 1)
+
+
+def _guess(encoded: Encoded, per_unit: Tensor, wanted: int) -> Tensor:
+    """A strength [1] that the wanted number of entries, and some more, exceed: from a sample of the rows."""
+    step = max(len(encoded) // 32, 1)
+    sample = (encoded.floats(slice(None, None, step)) * per_unit).flatten()
+    return torch.topk(sample, min(max(int(1.2 * wanted / step), 1), len(sample)), sorted=False).values.min().clamp(min=0)[None]
+
+
+def _row_floors(encoded: Encoded, per_unit: Tensor, k: int) -> Tensor:
+    """A strength [B] that k entries of each row reach and not many more do."""
+    if not _on_cpu(per_unit):
+        return torch.topk(encoded.floats().clamp(min=0) * per_unit, k, dim=-1, sorted=False).values.amin(-1)
+    floors = torch.empty(len(encoded))
+    with _threads(4 * encoded.products.numel()):
+        _row_floors_loop(*_bits(encoded.products), encoded.offset.numpy(), per_unit.numpy(), k, floors.numpy())
+    return floors
+
+
+def _above(encoded: Encoded, per_unit: Tensor, low: Tensor, expected: int) -> Code:
+    """The entries whose strength is positive and at least ``low`` [B], with float32 values. ``expected``: entries per row."""
+    B, F = encoded.products.shape
+    if _on_cpu(per_unit):
+        counts, room = np.zeros(B, dtype=np.int64), ROOM * expected
+        while True:
+            room = min(room, F)
+            found, values = np.empty((B, room), dtype=np.int32), np.empty((B, room), dtype=np.float32)
+            with _threads(B * F):
+                _screen_loop(*_bits(encoded.products), encoded.offset.numpy(), per_unit.numpy(), low.numpy(), found, values, counts)
+            if counts.max(initial=0) <= room:
+                break
+            room = int(counts.max())
+        indptr = torch.from_numpy(counts).cumsum(0)
+        features, f = torch.empty(int(indptr[-1]), dtype=torch.int64), torch.empty(int(indptr[-1]))
+        indptr = functional.pad(indptr, (1, 0))
+        _flatten_loop(indptr.numpy(), found, values, features.numpy(), f.numpy())
+    else:
+        pre = encoded.floats()
+        strength = pre * per_unit
+        rows, features = ((strength >= low[:, None]) & (strength > 0)).nonzero(as_tuple=True)
+        indptr, f = functional.pad(torch.bincount(rows, minlength=B).cumsum(0), (1, 0)), pre[rows, features]
+    if encoded.names is not None:
+        features = encoded.names[features]
+    code = Code(indptr, features, f, f.new_zeros(()), len(encoded.W_enc))
+    if encoded.rounding:
+        code.values = _dots(code, encoded.x, encoded.W_enc) + encoded.b_enc[features]
+        code = code.where(code.values > 0, code.floor)
+    return code
+
+
+# --- the products ----------------------------------------------------------------------------------------------------
+
+
+def reconstruct(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, x: Tensor, code: Code, buffers: dict | None = None) -> tuple[Tensor, Tensor]:
+    """(f [n], sums [B, D]): the code's values, f = x W_enc^T + b_enc where it has entries, and their sums f @ W_dec.
+
+    Differentiable, exactly, in W_enc, b_enc and W_dec, [F, D], [F] and [F, D]; x [B, D] is data. ``buffers``, a dict that
+    the caller keeps, receives the memory of the weights' gradients for use in the next step, as large new arrays take
+    longer to get from the system than to fill: with it, a ``.grad`` is overwritten once it was set to None.
+    """
+    return _Reconstruct.apply(W_enc, b_enc, W_dec, x, code, {} if buffers is None else buffers, buffers is not None)
+
+
+class _Reconstruct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, W_enc, b_enc, W_dec, x, code, buffers, keep):
+        ctx.save_for_backward(W_enc, W_dec, x)
+        ctx.code, ctx.buffers = code, (buffers if keep and W_enc.grad is None and W_dec.grad is None else {})
+        ctx.set_materialize_grads(False)
+        return code.values.clone(), _sums(code, W_dec)
+
+    @staticmethod
+    def backward(ctx, grad_f, grad_sums):
+        W_enc, W_dec, x = ctx.saved_tensors
+        code = ctx.code
+        at_code = torch.zeros_like(code.values) if grad_f is None else grad_f
+        if grad_sums is None:
+            grad_sums = x.new_zeros(len(x), W_dec.shape[1])
+        else:
+            grad_sums = grad_sums.contiguous()
+            at_code = at_code + _dots(code, grad_sums, W_dec)
+        grads = _weight_gradients(code, at_code, x, grad_sums, ctx.buffers)
+        return (*grads, None, None, None, None)
+
+
+def _sums(code: Code, W: Tensor) -> Tensor:
+    """f @ W, [B, D]."""
+    if code.crowded:
+        return code.dense() @ W
+    if not _on_cpu(W):
+        return functional.embedding_bag(code.features, W, code.indptr, mode="sum", per_sample_weights=code.values, include_last_offset=True)
+    out = torch.empty(len(code.indptr) - 1, W.shape[1])
+    with _threads(len(code.features) * W.shape[1]):
+        _sums_loop(code.indptr.numpy(), code.features.numpy(), code.values.numpy(), W.numpy(), out.numpy())
+    return out
+
+
+def _dots(code: Code, x: Tensor, W: Tensor) -> Tensor:
+    """x_b . W_i for every entry (b, i) of the code, [n]."""
+    if code.crowded:
+        return (x @ W.T)[code.rows, code.features]
+    if not _on_cpu(W):
+        parts = zip(code.rows.split(CHUNK), code.features.split(CHUNK))
+        return torch.cat([x.new_empty(0), *((x[rows] * W[features]).sum(-1) for rows, features in parts)])
+    out = torch.empty(len(code.features))
+    with _threads(len(code.features) * W.shape[1]):
+        _dots_loop(code.indptr.numpy(), code.features.numpy(), x.numpy(), W.numpy(), out.numpy())
+    return out
+
+
+def _weight_gradients(code: Code, at_code: Tensor, x: Tensor, at_sums: Tensor, buffers: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of W_enc, b_enc, W_dec from those of f [n] and of the sums [B, D]: at_code^T x, its row sums, f^T at_sums."""
+    shape = (code.n_features, x.shape[1])
+    if code.crowded:
+        at_pre = code.dense(at_code)
+        return at_pre.T @ x, at_pre.sum(0), code.dense().T @ at_sums
+    if not _on_cpu(x):
+        order = torch.argsort(code.features, stable=True)
+        columns = torch.searchsorted(code.features[order], torch.arange(code.n_features + 1, device=x.device))
+        rows = code.rows[order]
+
+        def transposed(values: Tensor) -> Tensor:
+            return torch.sparse_csr_tensor(columns, rows, values[order], (code.n_features, len(x)), check_invariants=False)
+
+        return transposed(at_code) @ x, at_code.new_zeros(code.n_features).index_add(0, code.features, at_code), transposed(code.values) @ at_sums
+    enc, dec = (_buffer(buffers, name, shape).detach() for name in ("grad_enc", "grad_dec"))  # detach: autograd may keep these names
+    bias = torch.empty(code.n_features)
+    columns, order = np.empty(code.n_features + 1, dtype=np.int64), np.empty(len(at_code), dtype=np.int64)
+    rows = np.empty(len(at_code), dtype=np.int32)
+    _by_feature_loop(code.indptr.numpy(), code.features.numpy(), columns, order, rows)
+    with _threads(4 * (len(at_code) + code.n_features) * shape[1]):
+        _weight_gradients_loop(columns, rows, code.values.numpy()[order], at_code.numpy()[order], x.numpy(), at_sums.numpy(),
+                               enc.numpy(), bias.numpy(), dec.numpy())
+    return enc, bias, dec
+
+
+# --- compiled loops ----------------------------------------------------------------------------------------------------
+
+_loops = numba.njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+_loop = numba.njit(cache=True, nogil=True)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return COMPILED and tensor.device.type == "cpu"
+
+
+class _threads:
+    """As many threads in the compiled loops as torch may use, but none for less than THREAD_WORK multiplications."""
+
+    def __init__(self, work: int):
+        self.wanted = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, work // THREAD_WORK))
+
+    def __enter__(self) -> None:
+        numba.set_num_threads(self.wanted)
+
+    def __exit__(self, *_) -> None:
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+
+def _bits(pre: Tensor) -> tuple[np.ndarray, int]:
+    """The numbers as integers, and by how many bits these are shifted to be those of float32: numpy has no bfloat16."""
+    return (pre.view(torch.int16).numpy(), 16) if pre.dtype == torch.bfloat16 else (pre.view(torch.int32).numpy(), 0)
+
+
+@_loops
+def _screen_loop(bits, shift, offset, per_unit, low, found, values, counts):
+    F, room = bits.shape[1], found.shape[1]
+    whole = F // 16 * 16
+    for b in numba.prange(bits.shape[0]):
+        row, places, kept = bits[b], found[b], values[b]
+        raw, v = np.empty(F, dtype=np.int32), np.empty(F, dtype=np.float32)
+        f = raw.view(np.float32)
+        for i in range(F):
+            raw[i] = np.int32(row[i]) << shift
+        for i in range(F):
+            f[i] += offset[i]
+            v[i] = f[i] * per_unit[i]
+        least, n = max(low[b], np.float32(1e-30)), 0
+        for start in range(0, whole, 16):  # most stretches hold nothing: they are passed over at a glance
+            highest = v[start]
+            for i in range(16):
+                highest = max(highest, v[start + i])
+            if highest >= least:
+                for i in range(start, start + 16):
+                    if v[i] >= least:
+                        if n < room:
+                            places[n], kept[n] = i, f[i]
+                        n += 1
+        for i in range(whole, F):
+            if v[i] >= least:
+                if n < room:
+                    places[n], kept[n] = i, f[i]
+                n += 1
+        counts[b] = n
+
+
+@_loop
+def _flatten_loop(indptr, found, values, flat, flat_values):
+    for b in range(len(indptr) - 1):
+        n = indptr[b + 1] - indptr[b]
+        flat[indptr[b] : indptr[b + 1]] = found[b, :n]
+        flat_values[indptr[b] : indptr[b + 1]] = values[b, :n]
+
+
+@_loops
+def _row_floors_loop(bits, shift, offset, per_unit, k, floors):
+    F = bits.shape[1]
+    for b in numba.prange(bits.shape[0]):
+        row, raw = bits[b], np.empty(F, dtype=np.int32)
+        v, high = raw.view(np.float32), np.float32(0)
+        for i in range(F):
+            raw[i] = np.int32(row[i]) << shift
+        for i in range(F):
+            v[i] = (v[i] + offset[i]) * per_unit[i]
+        for i in range(F):
+            high = max(high, v[i])
+        low = np.float32(0)  # at least k reach low, or low is 0; fewer than k reach high
+        for _ in range(40):
+            middle = np.float32(0.5) * (low + high)
+            count = 0
+            for i in range(F):
+                count += v[i] >= middle
+            if count >= k:
+                low = middle
+                if count <= k + k // 4:
+                    break
+            else:
+                high = middle
+        floors[b] = low
+
+
+@_loops
+def _sums_loop(indptr, features, values, W, out):
+    for b in numba.prange(out.shape[0]):
+        total, j, end = out[b], indptr[b], indptr[b + 1]
+        total[:] = 0
+        while j + 3 < end:  # four rows in one pass over the sum
+            f0, f1, f2, f3 = values[j], values[j + 1], values[j + 2], values[j + 3]
+            w0, w1, w2, w3 = W[features[j]], W[features[j + 1]], W[features[j + 2]], W[features[j + 3]]
+            for d in range(len(total)):
+                total[d] += f0 * w0[d] + f1 * w1[d] + f2 * w2[d] + f3 * w3[d]
+            j += 4
+        while j < end:
+            f, w = values[j], W[features[j]]
+            for d in range(len(total)):
+                total[d] += f * w[d]
+            j += 1
+
+
+@_loops
+def _dots_loop(indptr, features, x, W, out):
+    for b in numba.prange(len(indptr) - 1):
+        row = x[b]
+        for j in range(indptr[b], indptr[b + 1]):
+            w, total = W[features[j]], np.float32(0)
+            for d in range(len(row)):
+                total += row[d] * w[d]
+            out[j] = total
+
+
+@_loop
+def _by_feature_loop(indptr, features, columns, order, rows):
+    """Counting sort of the entries by feature: where each feature's begin, their order, and their rows in that order."""
+    columns[:] = 0
+    for i in features:
+        columns[i + 1] += 1
+    for i in range(len(columns) - 1):
+        columns[i + 1] += columns[i]
+    place = columns.copy()
+    for b in range(len(indptr) - 1):
+        for j in range(indptr[b], indptr[b + 1]):
+            at = place[features[j]]
+            order[at], rows[at] = j, b
+            place[features[j]] = at + 1
+
+
+@_loops
+def _weight_gradients_loop(columns, rows, f, at_code, x, at_sums, enc, bias, dec):
+    for i in numba.prange(len(columns) - 1):
+        e, d, b = enc[i], dec[i], np.float32(0)
+        j, end = columns[i], columns[i + 1]
+        e[:] = 0
+        d[:] = 0
+        while j + 1 < end:
+            b += at_code[j] + at_code[j + 1]
+            x0, x1, p0, p1 = x[rows[j]], x[rows[j + 1]], at_code[j], at_code[j + 1]
+            for c in range(len(e)):
+                e[c] += p0 * x0[c] + p1 * x1[c]
+            g0, g1, f0, f1 = at_sums[rows[j]], at_sums[rows[j + 1]], f[j], f[j + 1]
+            for c in range(len(d)):
+                d[c] += f0 * g0[c] + f1 * g1[c]
+            j += 2
+        if j < end:
+            b += at_code[j]
+            x0, p0, g0, f0 = x[rows[j]], at_code[j], at_sums[rows[j]], f[j]
+            for c in range(len(e)):
+                e[c] += p0 * x0[c]
+            for c in range(len(d)):
+                d[c] += f0 * g0[c]
+        bias[i] = b
