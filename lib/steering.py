@@ -38,16 +38,20 @@ import torch
 from nnsight import TransformersModel
 from torch import Tensor
 from torch.nn import functional
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from .ablation import batches
 from .crosscoder import CrossCoder
+from .decoding import RowNoise, decode
 from .features import check_feature
 from .puzzles import NUMBERS, OPERATIONS, Question, first_words, sample_question
 from .responses import NO_STEERING, outcomes
 from .results import Progress, UserError, check, fingerprint, write_text
 from .store import SPLITS, Store
-from .trials import MODES, Task, prompt_words
+from .trials import Task, prompt_words, transcript
+
+BATCH_ROWS = 400  # decoded together
+GROUP_ROWS = 1600  # generated between two writings to disk: what an interruption can cost
 
 
 @dataclass(frozen=True)
@@ -158,65 +162,96 @@ def easy_questions(n: int, seed: int = 0) -> list[Question]:
 # --- generating ------------------------------------------------------------------------------------------------
 
 
-class TaskNoise(LogitsProcessor):
+class TaskNoise(RowNoise):
     """Gumbel noise on the logits, of which the largest then *is* a sample from softmax(logits / temperature).
 
-    Every row has its own generator, seeded by its task: the same task rolls the same dice in every condition (which
-    makes comparisons sharper) and in every batch. Source: Gumbel 1954; Maddison et al. 2014, "A* sampling".
+    Every task has its own generator, seeded by the task: it rolls the same dice in every condition (which makes
+    comparisons sharper) and in every batch. Rows of one task in a batch share each roll, which is drawn only once.
+    Source: Gumbel 1954; Maddison et al. 2014, "A* sampling".
     """
 
     def __init__(self, tasks: Sequence[Task], temperature: float, seed: int):
+        names = list(dict.fromkeys(map(repr, tasks)))
         self.temperature = temperature
-        self.generators = [torch.Generator().manual_seed(zlib.crc32(f"{seed}/{task!r}".encode())) for task in tasks]
+        self.generators = [torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode())) for name in names]
+        self.task = torch.tensor([names.index(repr(task)) for task in tasks])  # of every row
+        self.rows = torch.arange(len(tasks))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """``scores`` [rows, vocabulary]; one call a step."""
-        exponential = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self.generators])
-        return scores.float() / self.temperature - exponential.log().to(scores.device)
+        tasks, row = self.task[self.rows].unique(return_inverse=True)
+        exponential = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=self.generators[task]) for task in tasks])
+        return scores.float() / self.temperature - exponential.log()[row].to(scores.device)
 
 
 @torch.no_grad()
 def generate(
     model: TransformersModel, layer: int, tasks: Sequence[Task], vectors: Tensor, max_new_tokens: int = 260, temperature: float = 0.0,
-    seed: int = 0, end_of_thinking: str | None = "done", batch_size: int = 200, remote: bool | str = False,
+    seed: int = 0, end_of_thinking: str | None = "done", only_at: str | None = None, batch_size: int = BATCH_ROWS,
+    remote: bool | str = False,
 ) -> list[list[str]]:
     """Transcripts in the form of ``trials.generate``, each row steered by its own vector.
 
     ``vectors`` [tasks, d] is what is added (strength included; a row of zeros is not steered). It acts on the newest
-    position of every step until the row has written ``end_of_thinking`` (None: to the end). ``temperature`` 0 is
+    position of every step until the row has written ``end_of_thinking`` (None: to the end); with ``only_at``, only where
+    that position holds this token (".": at the ends of sentences, where the next one is decided). ``temperature`` 0 is
     greedy; above it thoughts are sampled (``TaskNoise``). Rows are padded on the left and do not influence each other.
     """
     if len(vectors) != len(tasks):
         raise ValueError(f"{len(vectors)} vectors for {len(tasks)} tasks: must be one each")
     tokenizer = model.tokenizer
-    end = -1 if end_of_thinking is None else tokenizer.convert_tokens_to_ids(end_of_thinking)
-    if end_of_thinking is not None and end in (None, tokenizer.unk_token_id):
-        raise UserError(f"end_of_thinking is {end_of_thinking!r}, which is not a token of this model")
+    end, only = _token(tokenizer, "end_of_thinking", end_of_thinking), _token(tokenizer, "only_at", only_at)
     transcripts = []
     for start in range(0, len(tasks), batch_size):
-        prompts = [" ".join(prompt_words(task)) for task in tasks[start : start + batch_size]]
-        noise = [TaskNoise(tasks[start : start + batch_size], temperature, seed)] if temperature > 0 else []
-        inputs = dict(tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False))
-        added = vectors[start : start + batch_size]
-        thinking = torch.ones(len(added), 1)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*was never reached.*")  # how an open loop over the steps ends
-            with model.generate(
-                max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id, logits_processor=LogitsProcessorList(noise), remote=remote,
-            ) as tracer:
-                with tracer.invoke(inputs):
-                    for _ in tracer.iter[:]:
-                        newest = model.model.embed_tokens.input[:, -1:]
-                        thinking = thinking * (newest != end)
-                        model.model.layers[layer].output[:, -1] += thinking * added
-                with tracer.invoke():  # what follows the loop must not stand in its body: it ends early
-                    ids = tracer.result.save()
-        for row in ids[:, inputs["input_ids"].shape[1] :].tolist():
-            words = [word or tokenizer.unk_token for word in tokenizer.convert_ids_to_tokens(row)]  # None: an id without a word
-            stop = next((i for i, w in enumerate(words) if w in (tokenizer.eos_token, tokenizer.pad_token)), len(words))
-            transcripts.append([*MODES["think"], *words[:stop]])
+        some, added = tasks[start : start + batch_size], vectors[start : start + batch_size]
+        prompts = [" ".join(prompt_words(task)) for task in some]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        noise = [TaskNoise(some, temperature, seed)] if temperature > 0 else []
+        thinking = torch.ones(len(some), 1, dtype=torch.bool)
+
+        def step(ids, mask, rows, cache, n, added=added, noise=noise, thinking=thinking):
+            for source in noise:
+                source.rows = rows
+            how = {"max_new_tokens": n, "do_sample": False, "logits_processor": LogitsProcessorList(noise), "remote": remote,
+                   "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+            longer = _steered(model, layer, {"input_ids": ids, "attention_mask": mask}, added[rows], thinking[rows], end, only,
+                              how if remote else how | {"past_key_values": cache})
+            if end is not None:
+                thinking[rows] &= (longer[:, ids.shape[1] :] != end).all(1, keepdim=True)
+            return longer
+
+        # a distant server keeps no cache between two requests: there, one leg is the whole way
+        decoded = decode(step, model.config, batch["input_ids"], batch["attention_mask"], max_new_tokens, tokenizer.eos_token_id,
+                         leg=max_new_tokens if remote else None)
+        transcripts += [transcript(tokenizer, row) for row in decoded]
     return transcripts
+
+
+def _steered(
+    model: TransformersModel, layer: int, inputs: dict[str, Tensor], added: Tensor, thinking: Tensor, end: int | None, only: int | None, how: dict
+) -> Tensor:
+    """Ids [rows, longer] of one leg. ``added`` [rows, d] acts on the newest position while ``thinking`` [rows, 1] holds."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was never reached.*")  # how an open loop over the steps ends
+        with model.generate(**how) as tracer:
+            with tracer.invoke(inputs):
+                for _ in tracer.iter[:]:
+                    newest = model.model.embed_tokens.input[:, -1:]
+                    if end is not None:
+                        thinking = thinking & (newest != end)
+                    where = thinking if only is None else thinking & (newest == only)
+                    model.model.layers[layer].output[:, -1] += where * added
+            with tracer.invoke():  # what follows the loop must not stand in its body: it ends early
+                ids = tracer.result.save()
+    return ids
+
+
+def _token(tokenizer: PreTrainedTokenizerBase, name: str, word: str | None) -> int | None:
+    """The id of a word that must be one token; None for None. UserError, naming the parameter, for anything else."""
+    found = None if word is None else tokenizer.convert_tokens_to_ids(word)
+    if word is not None and found in (None, tokenizer.unk_token_id):
+        raise UserError(f"{name} is {word!r}, which is not a token of this model")
+    return found
 
 
 class Steering:
@@ -228,51 +263,90 @@ class Steering:
 
     def __init__(
         self, model: TransformersModel, layer: int, folder: Path, mark: str, max_new_tokens: int = 260, temperature: float = 1.0,
-        seed: int = 0, end_of_thinking: str | None = "done",
+        seed: int = 0, end_of_thinking: str | None = "done", only_at: str | None = None,
     ):
         check("max_new_tokens", max_new_tokens, int, low=1)
         check("temperature", temperature, float, low=0)
         self.model, self.layer, self.folder = model, layer, Path(folder)
         self.how = {"max_new_tokens": max_new_tokens, "temperature": float(temperature), "seed": seed, "end_of_thinking": end_of_thinking}
+        if only_at is not None:  # else the fingerprint stays that of transcripts made before there was a choice
+            self.how["only_at"] = only_at
         self.mark = fingerprint(mark, layer, self.how)
         self.generated = 0  # conditions that were not found on disk
 
     def transcripts(self, name: str, tasks: Sequence[Task], direction: Direction | None = None, strength: float = 0.0) -> list[list[str]]:
         """Transcripts of one condition; ``name`` is the folder they are kept in ("choose", "report")."""
-        strength = float(check("strength", strength, float))
-        steered = direction is not None and strength != 0
-        vector = strength * direction.vector if steered else torch.zeros(self.model.config.hidden_size)
-        mark = fingerprint(self.mark, vector.numpy(), [repr(t) for t in tasks])
-        slug = f"{re.sub('[^a-z0-9]+', '-', direction.name.lower())}_{strength:+.3f}" if steered else NO_STEERING
-        file = self.folder / name / f"{slug}.json"
-        if file.is_file():
-            try:
-                kept = json.loads(file.read_text(encoding="utf-8"))
-                if kept["fingerprint"] == mark:
-                    return kept["transcripts"]
-            except (ValueError, KeyError):
-                pass  # damaged: made again
-        made = generate(self.model, self.layer, tasks, vector.expand(len(tasks), -1), **self.how)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        info = {"fingerprint": mark, "direction": direction.name if steered else NO_STEERING, "strength": strength, "transcripts": made}
-        write_text(file, json.dumps(info))
-        self.generated += 1
-        return made
+        return self._all(name, tasks, [(direction, strength)])[0]
 
     def run(self, name: str, tasks: Sequence[Task], conditions: Sequence[tuple[Direction, float]]) -> pd.DataFrame:
         """The unsteered model and every condition on the same tasks: the rows of ``outcomes``, one per task and condition.
 
         Columns direction, label, strength and task come first; the unsteered rows have direction ``"none"``.
         """
-        everything = [(None, 0.0), *conditions]
-        frames = []
+        everything, at_once = [(None, 0.0), *conditions], max(1, GROUP_ROWS // len(tasks))
+        groups = [everything[:1], *(everything[i : i + at_once] for i in range(1, len(everything), at_once))]
+        frames: list[pd.DataFrame] = []
         with Progress(f"steering, {name}: conditions of {len(tasks)} tasks", len(everything)) as progress:
-            for direction, strength in everything:
-                frame = outcomes(tasks, self.transcripts(name, tasks, direction, strength), self.how["max_new_tokens"])
-                frame.insert(0, "task", range(len(tasks)))
-                frame.insert(0, "strength", strength)
-                frame.insert(0, "label", direction.label if direction else NO_STEERING)
-                frame.insert(0, "direction", direction.name if direction else NO_STEERING)
-                frames.append(frame)
-                progress.update(len(frames), frame["direction"].iloc[0])
+            for group in groups:
+                lengths = frames[0]["length"].to_numpy() if frames else None
+                for (direction, strength), said in zip(group, self._all(name, tasks, group, lengths)):
+                    frame = outcomes(tasks, said, self.how["max_new_tokens"])
+                    frame.insert(0, "task", range(len(tasks)))
+                    frame.insert(0, "strength", strength)
+                    frame.insert(0, "label", direction.label if direction else NO_STEERING)
+                    frame.insert(0, "direction", direction.name if direction else NO_STEERING)
+                    frames.append(frame)
+                progress.update(len(frames), frames[-1]["direction"].iloc[0])
         return pd.concat(frames, ignore_index=True)
+
+    def _all(
+        self, name: str, tasks: Sequence[Task], conditions: Sequence[tuple[Direction | None, float]], lengths: np.ndarray | None = None
+    ) -> list[list[list[str]]]:
+        """Transcripts of several conditions: what is on disk is read, the rest is generated in one go and written.
+
+        A batch is decoded until its last row has ended, so tasks of like length ([tasks], the unsteered one where it is known)
+        go together; and the conditions of one task share its dice.
+        """
+        kept, vectors = [], []
+        for direction, strength in conditions:
+            strength = float(check("strength", strength, float))
+            steered = direction is not None and strength != 0
+            vectors.append(strength * direction.vector if steered else torch.zeros(self.model.config.hidden_size))
+            slug = f"{re.sub('[^a-z0-9]+', '-', direction.name.lower())}_{strength:+.3f}" if steered else NO_STEERING
+            mark = fingerprint(self.mark, vectors[-1].numpy(), [repr(t) for t in tasks])
+            kept.append(_Kept(self.folder / name / f"{slug}.json", mark, direction.name if steered else NO_STEERING, strength))
+        found = [file.read() for file in kept]
+        missing = [i for i, said in enumerate(found) if said is None]
+        if missing:
+            order = np.argsort(np.zeros(len(tasks)) if lengths is None else lengths, kind="stable")
+            rows = [(i, task) for task in order for i in missing]
+            said = generate(self.model, self.layer, [tasks[task] for _, task in rows], torch.stack([vectors[i] for i, _ in rows]), **self.how)
+            made = dict(zip(rows, said))
+            for i in missing:
+                found[i] = [made[i, task] for task in range(len(tasks))]
+                kept[i].write(found[i])
+            self.generated += len(missing)
+        return found
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The file of one condition, and the fingerprint of all that decides what is in it."""
+
+    file: Path
+    mark: str
+    direction: str
+    strength: float
+
+    def read(self) -> list[list[str]] | None:
+        """The transcripts; None if there are none, if they were made otherwise, or if the file is damaged."""
+        try:
+            kept = json.loads(self.file.read_text(encoding="utf-8"))
+            return kept["transcripts"] if kept["fingerprint"] == self.mark else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, transcripts: list[list[str]]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        info = {"fingerprint": self.mark, "direction": self.direction, "strength": self.strength, "transcripts": transcripts}
+        write_text(self.file, json.dumps(info))

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from .decoding import RowNoise, decode
 from .puzzles import LABELS, Puzzle, Question, Teacher, first_words, read_transcript, sample_puzzle
 from .results import write_text
 
@@ -57,6 +58,21 @@ class ForbidCategories(LogitsProcessor):
         return scores
 
 
+class BatchNoise(RowNoise):
+    """Sampling from softmax(logits / temperature), as ``torch.multinomial`` does it: the largest of p / exponential noise.
+
+    The noise of a step is drawn for the whole batch, of which ``rows`` are left: those that have left do not change it.
+    """
+
+    def __init__(self, size: int, temperature: float, seed: int):
+        self.size, self.temperature, self.generator = size, temperature, torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """``scores`` [rows, vocabulary]; one call a step."""
+        noise = torch.empty(self.size, scores.shape[-1]).exponential_(generator=self.generator)
+        return (scores / self.temperature).softmax(-1) / noise[self.rows].to(scores)
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -75,21 +91,29 @@ def generate(
     categories whose sentences may not be opened. Tasks are decoded in left-padded batches.
     """
     transcripts = []
-    processors = LogitsProcessorList([ForbidCategories(tokenizer, forbid)] if forbid else [])
     for start in range(0, len(tasks), batch_size):
-        prompts = [prompt_words(task, mode) for task in tasks[start : start + batch_size]]
-        batch = tokenizer([" ".join(p) for p in prompts], return_tensors="pt", padding=True)
-        torch.manual_seed(seed + start)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
-        out = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_new_tokens,
-            logits_processor=processors, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **sampling,
-        )
-        for row in out[:, batch["input_ids"].shape[1] :].tolist():
-            words = [word or tokenizer.unk_token for word in tokenizer.convert_ids_to_tokens(row)]  # None: an id without a word
-            end = next((i for i, w in enumerate(words) if w in ("<eos>", "<pad>")), len(words))
-            transcripts.append([*MODES[mode], *words[:end]])
+        prompts = [" ".join(prompt_words(task, mode)) for task in tasks[start : start + batch_size]]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        noise = [BatchNoise(len(prompts), temperature, seed + start)] if temperature > 0 else []
+        processors = LogitsProcessorList([*([ForbidCategories(tokenizer, forbid)] if forbid else []), *noise])
+
+        def step(ids, mask, rows, cache, n, noise=noise, processors=processors):
+            for source in noise:
+                source.rows = rows
+            return model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=n, logits_processor=processors, do_sample=False,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+
+        decoded = decode(step, model.config, batch["input_ids"], batch["attention_mask"], max_new_tokens, tokenizer.eos_token_id)
+        transcripts += [transcript(tokenizer, row, mode) for row in decoded]
     return transcripts
+
+
+def transcript(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mode: str = "think") -> list[str]:
+    """The words of generated ids, after those that opened thinking or the answer; what follows a padding token is left out."""
+    words = [word or tokenizer.unk_token for word in tokenizer.convert_ids_to_tokens(ids)]  # None: an id without a word
+    end = words.index(tokenizer.pad_token) if tokenizer.pad_token in words else len(words)
+    return [*MODES[mode], *words[:end]]
 
 
 def read(tasks: Sequence[Task], transcripts: Sequence[Sequence[str]]) -> pd.DataFrame:

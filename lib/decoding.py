@@ -1,0 +1,91 @@
+"""Decode many prompts at once, such that a thought that has ended costs nothing more.
+
+A batch is decoded in *legs* of ``LEG`` tokens; after each leg the rows that have ended leave it, and their keys and
+values leave the cache. What has been read is not read again: the cache is handed from leg to leg. It is one with *room*
+(``RoomyLayer``): transformers' own copies all keys and values at every token, which at some hundred rows costs more than the
+model itself.
+
+Who calls the model is up to the caller, so that plain and steered decoding (nnsight) share this loop. A row depends on no
+other: rows are padded on the left, and what has a memory of its own (noise) is told which rows are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+LEG = 16  # tokens; shorter legs waste less on rows that have ended, but each costs about two steps to set up
+ROOM = 64  # positions by which the cache grows
+
+Step = Callable[[Tensor, Tensor, Tensor, DynamicCache, int], Tensor]
+
+
+def decode(step: Step, config: PretrainedConfig, ids: Tensor, mask: Tensor, max_new_tokens: int, eos: int, leg: int | None = None) -> list[list[int]]:
+    """The new token ids of every row, up to its ``eos`` (left out) or ``max_new_tokens``.
+
+    ``ids`` and ``mask`` [rows, length] are the prompts, padded on the left. ``step(ids, mask, rows, cache, n)`` continues ids
+    by up to n tokens and returns ids [rows, longer]; ``rows`` are the numbers of the rows that are left, and ``cache`` holds
+    all their positions but the last (nothing, at first). ``leg`` is ``LEG`` unless told.
+    """
+    length, rows, cache = ids.shape[1], torch.arange(len(ids)), roomy_cache(config)
+    said: dict[int, list[int]] = {}
+    while len(rows):
+        ids = step(ids, mask, rows, cache, min(leg or LEG, max_new_tokens - (ids.shape[1] - length)))
+        new = ids[:, length:]
+        over = (new == eos).any(1) | (new.shape[1] >= max_new_tokens)
+        for row, words in zip(rows[over].tolist(), new[over].tolist()):
+            said[row] = words[: words.index(eos)] if eos in words else words
+        if over.any():
+            left = (~over).nonzero().flatten()
+            rows, ids, mask = rows[left], ids[left], mask[left]
+            cache.batch_select_indices(left)
+        mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
+    return [said[row] for row in range(len(said))]
+
+
+class RowNoise(LogitsProcessor):
+    """Noise that belongs to rows: ``rows`` holds the numbers of those that are left, in the order of the scores."""
+
+    rows: Tensor
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, [rows, heads, positions, d], at the front of a larger tensor: a new token is written in place."""
+
+    room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before, new = self.get_seq_length(), (key_states, value_states)
+        after = before + key_states.shape[-2]
+        if self.room is None or after > self.room[0].shape[-2]:
+            larger = tuple(x.new_empty(*x.shape[:-2], after + ROOM, x.shape[-1]) for x in new)
+            for target, old in zip(larger, (self.keys, self.values)):
+                if before:
+                    target[..., :before, :] = old
+            self.room = larger
+        for target, x in zip(self.room, new):
+            target[..., before:after, :] = x
+        self._show(after)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        shown = self.get_seq_length()
+        self.room = None if self.room is None else tuple(x[indices] for x in self.room)
+        self._show(shown)
+
+    def _show(self, positions: int) -> None:
+        if self.room is not None:
+            self.keys, self.values = (x[..., :positions, :] for x in self.room)
+
+
+def roomy_cache(config: PretrainedConfig) -> DynamicCache:
+    """An empty cache whose layers of full attention have room; others (sliding windows) are transformers' own."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
