@@ -1,4 +1,4 @@
-"""Activations on disk: shards that are memory-mapped, a manifest that vouches for them, shuffled batches out of them.
+"""Activations on disk: shards, a manifest that vouches for them, shuffled batches out of them.
 
 One row per token, of all models at once, in the order of the corpus::
 
@@ -8,28 +8,33 @@ One row per token, of all models at once, in the order of the corpus::
     manifest.json             fingerprints, counts, statistics in float64, the SHA-256 of every file: written last
     log.jsonl                 a line per shard, with its time; not part of the content
 
-``lib.harvest`` writes a store; this module reads it. Activations are handed out raw, as the model computed them;
-``store.scales`` are what a crosscoder multiplies by, once, so that every model has mean norm sqrt(d).
+``lib.harvest`` writes a store; this module reads it, ``lib.reading`` does the reading. A store may be larger than memory: what
+is there per token is read when it is first asked for, activations whenever they are. They are handed out raw, as the model computed
+them; ``store.scales`` are what a crosscoder multiplies by, once, so that every model has mean norm sqrt(d).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from .corpus import LABEL_ARRAYS, SPLITS
+from .reading import Shuffle, Table, Wanted, check_batch, read_shuffled, ring_blocks, widened
 from .results import ROOT, UserError, check, read_manifest
 
 MADE_BY = "01_harvest_activations"
 INDEX = "index.safetensors"
 FORMAT = 1
-WINDOW_BYTES = 1 << 30  # shuffling happens within this much of the store: disk pages that are read together stay warm
+MEMORY = 1 << 30  # bytes that reading shuffled batches takes, where nothing else is said
+GAP = 16  # rows: what is no further apart is read at once
+STRETCH = 4096  # rows that are read at once, at most
+VERIFY_BYTES = 4 << 30  # checksums of a store up to this size are compared when it is opened: some seconds
 
 
 class Store:
@@ -40,10 +45,13 @@ class Store:
     scales      {model: sqrt(d_m) / mean norm}, over kept tokens of the train split, float64
     mean_norms  {model: mean norm of the residual stream}, over the same tokens: the unit of steering strength
     means       {model: float64 [d_m]}, over the same tokens: what mean ablation puts in place of an activation
-    tokens, documents, positions   int32: token id, number of the document, position in it
-    split       int8, index into SPLITS;  kept  bool, False where a mask drops the token
-    labels      {name: int8}, as in ``corpus.LABEL_ARRAYS``
-    norms       {model: float32}: norm of every token's activation
+
+    Read when first used, and then in memory, with so many bytes per token of the store:
+
+    tokens, documents, positions   int32, 4 each: token id, number of the document, position in it
+    split       int8, 1: index into SPLITS;  kept  bool, 1: False where a mask drops the token
+    labels      {name: int8}, 1 each, as in ``corpus.LABEL_ARRAYS``
+    norms       {model: float32}, 4 each: norm of every token's activation
     """
 
     def __init__(self, path: Path, manifest: dict):
@@ -54,25 +62,47 @@ class Store:
         statistics = manifest["statistics"]
         self.scales = {m: float(statistics[m]["scale"]) for m in self.models}
         self.mean_norms = {m: float(statistics[m]["mean_norm"]) for m in self.models}
-        self._shards = [load_file(self.path / name) for name in manifest["shards"]]  # memory-mapped: read when used
-        self._starts = np.cumsum([0, *(len(s["tokens"]) for s in self._shards)])
-        self.tokens, self.documents, self.positions = (self._joined(n) for n in ("tokens", "documents", "positions"))
-        self.split = self._joined("split")
-        self.labels = {name: self._joined(name) for name in LABEL_ARRAYS}
-        self.norms = {m: self._joined(f"norm_{m}") for m in self.models}
-        index = load_file(self.path / INDEX)
-        self.kept = index["kept"].numpy()
-        self.means = {m: index[f"mean_{m}"] for m in self.models}
+        self._shards = [Table(self.path / name) for name in manifest["shards"]]
+        self._starts = np.cumsum([0, *(table.shape("tokens")[0] for table in self._shards)])
+        self._index = Table(self.path / INDEX)
+        self.means = {m: torch.from_numpy(self._index.read(f"mean_{m}")) for m in self.models}
+        self.labels = _Lazy(LABEL_ARRAYS, self._joined)
+        self.norms = _Lazy(self.models, lambda m: self._joined(f"norm_{m}"))
+        self._wanted: dict[str, Wanted] = {}
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return self._joined("tokens")
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        return self._joined("documents")
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        return self._joined("positions")
+
+    @cached_property
+    def split(self) -> np.ndarray:
+        return self._joined("split")
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        return self._index.read("kept")
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = True) -> Store:
+    def open(cls, path: str | Path, verify: bool | None = None) -> Store:
         """Open a store; UserError if it is missing, or names the file that is missing, truncated or damaged.
 
-        ``verify=False`` skips the checksums (sizes are compared always): for stores that take long to read.
+        Sizes of files are compared always; checksums, for which everything is read, if ``verify`` says so, and without being
+        told for a store of up to ``VERIFY_BYTES``.
         """
         path = Path(path)
         manifest = read_manifest(path, MADE_BY)
-        for name, expected in {**manifest.get("shards", {}), INDEX: manifest.get("index", {})}.items():
+        files = {**manifest.get("shards", {}), INDEX: manifest.get("index", {})}
+        if verify is None:
+            verify = sum(expected.get("bytes", 0) for expected in files.values()) <= VERIFY_BYTES
+        for name, expected in files.items():
             if problem := file_problem(path / name, expected, verify):
                 raise UserError(f"{_shown(path / name)} is {problem}: run notebook {MADE_BY} again, it makes just this file anew")
         if manifest.get("format") != FORMAT:
@@ -85,53 +115,60 @@ class Store:
 
     def __repr__(self) -> str:
         widths = ", ".join(f"{m} [{w}]" for m, w in self.widths.items())
-        return f"Store({len(self):,} tokens, {int(self.kept.sum()):,} kept; {widths}; {len(self._shards)} shards, {self.fingerprint})"
+        return f"Store({len(self):,} tokens, {self.manifest['counts']['kept']:,} kept; {widths}; {len(self._shards)} shards, {self.fingerprint})"
+
+    def count(self, split: str) -> int:
+        """How many rows ``rows`` would return."""
+        return len(self._wanted_of(split))
 
     def rows(self, split: str) -> np.ndarray:
-        """Sorted int64 numbers of the kept rows of a split: "train", "choose" or "report"."""
-        check("split", split, str, choices=SPLITS)
-        return np.flatnonzero(self.kept & (self.split == SPLITS.index(split)))
+        """Sorted int64 numbers of the kept rows of a split: "train", "choose" or "report"; 8 bytes for each."""
+        return self._wanted_of(split).rows()
 
     def activations(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> list[torch.Tensor]:
-        """Raw activations of any rows, in their order: a float32 CPU tensor [n, d_m] per model, in the order of ``models``."""
+        """Raw activations of any rows, in their order: a float32 CPU tensor [n, d_m] per model, in the order of ``models``.
+
+        Fast for rows that are neighbours. For shuffled batches of a whole split there is ``reader``.
+        """
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
             raise UserError(f"rows {rows.min()} to {rows.max()} are asked for: the store has rows 0 to {len(self) - 1}")
-        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
-        order = np.argsort(shard_of, kind="stable")
-        ends = np.searchsorted(shard_of[order], np.arange(len(self._shards) + 1))
-        acts = [torch.empty(len(rows), self.widths[m], dtype=self._shards[0][f"acts_{m}"].dtype) for m in self.models]
-        for s in np.unique(shard_of):
-            places = order[ends[s] : ends[s + 1]]
-            local = torch.from_numpy(rows[places] - self._starts[s])
-            for m, out in zip(self.models, acts):
-                out[torch.from_numpy(places)] = self._shards[s][f"acts_{m}"][local]
-        return [out.float() for out in acts]
+        distinct, places = np.unique(rows, return_inverse=True)
+        read = [[self._shards[0].read(f"acts_{m}", 0, 0)] for m in self.models]
+        for shard, first, stop, wanted in self._stretches(distinct):
+            for m, parts in zip(self.models, read):
+                parts.append(self._shards[shard].read(f"acts_{m}", first, stop)[wanted])
+        in_order = np.array_equal(rows, distinct)
+        raw = (np.concatenate(parts) for parts in read)
+        return [widened(r if in_order else r[places], self._shards[0].dtype(f"acts_{m}")) for m, r in zip(self.models, raw)]
 
-    def order(self, split: str, seed: int, epoch: int) -> np.ndarray:
-        """The kept rows of a split in the order of an epoch: a permutation, the same for the same seed and epoch.
+    def reader(
+        self, split: str, batch_size: int, seed: int, epoch: int = 0, start: int = 0, memory: int = MEMORY, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+        """One epoch in shuffled batches: (row numbers int64 [B], raw float32 [B, d_m] per model); the last may be shorter.
 
-        Shards are drawn in random order and shuffled together, as many at a time as fit into ``WINDOW_BYTES``: for a
-        small store that is a full shuffle, and for one larger than memory it reads the disk in stretches.
-        """
-        rng = np.random.default_rng([seed, epoch, SPLITS.index(split)])
-        rows = self.rows(split)
-        bounds = np.searchsorted(rows, self._starts)
-        shard_bytes = max(e["bytes"] for e in self.manifest["shards"].values())
-        at_once = max(WINDOW_BYTES // shard_bytes, 1)
-        shards = rng.permutation(len(self._shards))
-        windows = [shards[i : i + at_once] for i in range(0, len(shards), at_once)]
-        return np.concatenate([rng.permutation(np.concatenate([rows[bounds[s] : bounds[s + 1]] for s in window])) for window in windows])
-
-    def batches(self, split: str, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[list[torch.Tensor]]:
-        """One epoch in shuffled batches: raw float32 [B, d_m] per model; every kept token once, the last batch may be shorter.
-
-        ``start`` skips that many batches at no cost: training resumes in the middle of an epoch.
+        Every kept token of the split comes once. ``start`` skips that many batches and reads no more than a ring of blocks
+        for it: the rest of an interrupted epoch is the same to the bit. ``memory`` (bytes) bounds what is resident at a time,
+        two prefetched batches included; beside it there is one bit per token of the store. It belongs to what decides the order (as do
+        split, seed and epoch), unless the whole split fits. ``part`` (i, n): of each batch the rows i, i + n, i + 2n, ...
+        UserError if ``memory`` is too small.
         """
         check("batch_size", batch_size, int, low=1)
-        order = self.order(split, seed, epoch)
-        for first in range(start * batch_size, len(order), batch_size):
-            yield self.activations(order[first : first + batch_size])
+        check("start", start, int, low=0)
+        check("part", part[0], int, low=0, high=check("part", part[1], int, low=1) - 1)
+        check_batch(memory, batch_size, sum(self.widths.values()))
+        names = [f"acts_{m}" for m in self.models]
+        return read_shuffled(self._shards, names, self._shuffle(split, seed, epoch, memory), batch_size, start, part)
+
+    def order(self, split: str, seed: int, epoch: int, memory: int = MEMORY) -> np.ndarray:
+        """The rows of a split in the order in which ``reader`` hands them out: int64, 8 bytes for each."""
+        return self._shuffle(split, seed, epoch, memory).rows()
+
+    def batches(
+        self, split: str, batch_size: int, seed: int, epoch: int, start: int = 0, memory: int = MEMORY
+    ) -> Iterator[list[torch.Tensor]]:
+        """``reader`` without row numbers: raw float32 [B, d_m] per model."""
+        return (acts for _, acts in self.reader(split, batch_size, seed, epoch, start, memory))
 
     @property
     def tokens_per_second(self) -> float:
@@ -140,7 +177,49 @@ class Store:
         return sum(line["tokens"] for line in lines) / max(sum(line["seconds"] for line in lines), 1e-9)
 
     def _joined(self, name: str) -> np.ndarray:
-        return np.concatenate([s[name].numpy() for s in self._shards])
+        return np.concatenate([table.read(name) for table in self._shards])
+
+    def _wanted_of(self, split: str) -> Wanted:
+        check("split", split, str, choices=SPLITS)
+        if split not in self._wanted:
+            bounds = zip(self._shards, self._starts, self._starts[1:])
+            masks = (self._index.read("kept", a, b) & (table.read("split") == SPLITS.index(split)) for table, a, b in bounds)
+            self._wanted[split] = Wanted(masks)
+        return self._wanted[split]
+
+    def _shuffle(self, split: str, seed: int, epoch: int, memory: int) -> Shuffle:
+        wanted, row_bytes = self._wanted_of(split), sum(self._shards[0].row_bytes(f"acts_{m}") for m in self.models)
+        ring = ring_blocks(check("memory", memory, int, low=1), row_bytes, len(wanted.starts))
+        return Shuffle(wanted, ring, (seed, epoch, SPLITS.index(split)))
+
+    def _stretches(self, rows: np.ndarray) -> Iterator[tuple[int, int, int, np.ndarray]]:
+        """Sorted rows as (shard, first, stop, int64 [n] rows counted from first): what is read at a time, gaps of a few rows included."""
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
+        local = rows - self._starts[shard_of]
+        apart = (np.diff(local) > GAP) | (np.diff(shard_of) > 0) | (np.diff(local // STRETCH) > 0)
+        for part in np.split(np.arange(len(rows)), np.flatnonzero(apart) + 1) if len(rows) else ():
+            first, last = int(local[part[0]]), int(local[part[-1]])
+            yield int(shard_of[part[0]]), first, last + 1, local[part] - first
+
+
+class _Lazy(Mapping):
+    """{name: array}, each made when it is first asked for, and then kept."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], np.ndarray]):
+        self._names, self._make, self._made = tuple(names), make, {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def file_problem(file: Path, expected: dict, verify: bool = True) -> str | None:

@@ -46,14 +46,31 @@ def test_rows_are_kept_sorted_and_split_by_document(store):
         store.rows("test")
 
 
-@pytest.mark.parametrize("window", [1, 1 << 30])
-def test_every_kept_token_once_an_epoch(store, window, monkeypatch):
-    monkeypatch.setattr(store_module, "WINDOW_BYTES", window)
+def test_every_kept_token_once_an_epoch(store):
     order = store.order("train", seed=3, epoch=0)
     assert np.array_equal(np.sort(order), store.rows("train")) and not np.array_equal(order, store.rows("train"))
     batches = list(store.batches("train", 100, seed=3, epoch=0))
     assert all(torch.equal(torch.cat([b[m] for b in batches]), store.activations(order)[m]) for m in (0, 1))
     assert {len(b[0]) for b in batches[:-1]} == {100}
+
+
+def test_activations_of_any_rows_equal_those_of_all(store):
+    everything = store.activations(range(len(store)))
+    for rows in ([], [7], [5, 5, 4], np.arange(1000, 3000), np.random.default_rng(0).integers(0, len(store), 500)):
+        assert all(torch.equal(a, whole[torch.as_tensor(rows, dtype=torch.int64)]) for a, whole in zip(store.activations(rows), everything))
+    assert [a.shape for a in store.activations([])] == [(0, 16), (0, 24)]
+
+
+def test_a_large_store_is_opened_without_reading_it_all(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "store", tmp_path / "store")
+    file = tmp_path / "store" / "shard_00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    monkeypatch.setattr(store_module, "VERIFY_BYTES", 1)
+    assert len(Store.open(tmp_path / "store")) > 0
+    with pytest.raises(UserError, match="is damaged"):
+        Store.open(tmp_path / "store", verify=True)
 
 
 def test_same_seed_same_order_and_resuming_inside_an_epoch(store):
