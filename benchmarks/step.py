@@ -1,0 +1,133 @@
+"""One training step: ours against the dense one of public trainers, and against eai-sparsify where it is installed.
+
+    python -m benchmarks.step                 # make bench; with PEERS=1 in an environment that has eai-sparsify too
+
+The whole step is timed: encoding, selection, loss, gradients, clipping, optimiser, and for ours what training keeps count of.
+Batches are Gaussian, so that nearly every feature fires in each of them: for sparse products the hardest case. Dead
+features, whose auxiliary loss only ours has, do not occur. Recorded are
+
+    step_vs_dense_small, step_vs_dense_large    the dense step as it is published (float32, default Adam), by ours in bfloat16
+    step_vs_dense_tuned_small                   the dense step with bfloat16 autocast and a fused Adam, by ours in bfloat16
+    step_vs_sparsify_small                      eai-sparsify's fused kernels in their faster precision, with a fused Adam, by ours
+    memory_vs_dense_large                       peak memory of ours by that of the dense step; at most 1 is wanted
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from benchmarks.common import interleaved, ratio, record, report, spread
+from benchmarks.dense import DenseTrainer
+from lib.crosscoder import CrossCoder
+from lib.training import TrainConfig, Trainer
+
+SIZES = {"small": (512, 16_384), "large": (1_536, 32_768)}  # width of each of two models, features
+BATCH, K = 1_024, 50
+
+
+def crosscoder(width: int, n_features: int) -> CrossCoder:
+    return CrossCoder((width, width), n_features, k=K)
+
+
+def batches(width: int, n: int = 4) -> list[torch.Tensor]:
+    """[B, model, d] each."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(BATCH, 2, width, generator=generator) for _ in range(n)]
+
+
+class Ours:
+    """Steps of ``lib.training.Trainer``, on batches that are in memory."""
+
+    def __init__(self, width: int, n_features: int, precision: str):
+        models = ("base", "distilled")
+        store = SimpleNamespace(models=models, widths=dict.fromkeys(models, width), scales=dict.fromkeys(models, 1.0),
+                                means={m: torch.zeros(width) for m in models}, rows=lambda split: np.arange(BATCH))
+        self.trainer = Trainer(store, TrainConfig(n_features, k=K, tokens=10**9, batch_size=BATCH, rate=1e-4, precision=precision))
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        return self.trainer.train_step(list(x.unbind(1)))
+
+
+def ways(width: int, n_features: int, peers: bool) -> dict:
+    """Everything that is timed, by name."""
+    start = crosscoder(width, n_features)
+    found = {
+        "dense": DenseTrainer(start),
+        "dense, fused Adam": DenseTrainer(start, fused=True),
+        "dense, fused Adam, bfloat16 autocast": DenseTrainer(start, fused=True, bfloat16=True),
+        "ours, float32": Ours(width, n_features, "float32"),
+        "ours, bfloat16 encoder": Ours(width, n_features, "bfloat16"),
+    }
+    if peers:
+        from benchmarks.sparsify import SparsifyTrainer
+
+        found["eai-sparsify, fused Adam"] = SparsifyTrainer(start)
+        found["eai-sparsify, fused Adam, bfloat16 autocast"] = SparsifyTrainer(start, bfloat16=True)
+    return found
+
+
+def measure(size: str, rounds: int, peers: bool) -> None:
+    width, n_features = SIZES[size]
+    pool, trainers, turn = batches(width), ways(width, n_features, peers and size == "small"), {}
+
+    def step(name: str):
+        turn[name] = turn.get(name, -1) + 1
+        return trainers[name].step(pool[turn[name] % len(pool)])
+
+    seconds = interleaved({name: (lambda name=name: step(name)) for name in trainers}, rounds, warmup=2)
+    report(f"A training step, D = 2 x {width}, F = {n_features:,}, k = {K}, B = {BATCH}", seconds, "dense")
+    ours = "ours, bfloat16 encoder"
+    print(f"{'at equal precision, both with a fused Adam':44s} {ratio(seconds, 'dense, fused Adam', 'ours, float32')['value']:.2f}")
+    record(**{f"step_vs_dense_{size}": ratio(seconds, "dense", ours)})
+    if size == "small":
+        record(step_vs_dense_tuned_small=ratio(seconds, "dense, fused Adam, bfloat16 autocast", ours))
+    theirs = [name for name in seconds if name.startswith("eai-sparsify")]
+    if theirs:
+        record(step_vs_sparsify_small=ratio(seconds, min(theirs, key=lambda name: np.median(seconds[name])), ours))
+
+
+def peak_megabytes(which: str, size: str, answers) -> None:
+    """In a process of its own: the most memory that three steps take, weights and optimiser included."""
+    width, n_features = SIZES[size]
+    pool = batches(width, 1)
+    trainer = Ours(width, n_features, "bfloat16") if which == "ours" else DenseTrainer(crosscoder(width, n_features))
+    for _ in range(3):
+        trainer.step(pool[0])
+    answers.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def memory(size: str, rounds: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, list[float]] = {"dense": [], "ours": []}
+    for _ in range(rounds):
+        for which in found:
+            answers = context.SimpleQueue()
+            process = context.Process(target=peak_megabytes, args=(which, size, answers))
+            process.start()
+            process.join()
+            found[which].append(answers.get())
+    print(f"\nPeak memory, {size} size: dense {np.median(found['dense']):,.0f} MB, ours {np.median(found['ours']):,.0f} MB")
+    record(**{f"memory_vs_dense_{size}": spread(np.array(found["ours"]) / np.array(found["dense"]))})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=9, help="of the small size; the large one takes half as many")
+    parser.add_argument("--peers", action="store_true", help="compare with eai-sparsify, which must be installed")
+    arguments = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads")
+    for size in arguments.sizes:
+        measure(size, arguments.rounds if size == "small" else (arguments.rounds + 1) // 2, arguments.peers)
+    if "large" in arguments.sizes:
+        memory("large", 3)
+
+
+if __name__ == "__main__":
+    main()
