@@ -50,7 +50,7 @@ from .results import Progress, UserError, check, fingerprint, write_text
 from .store import SPLITS, Store
 from .trials import Task, prompt_words, transcript
 
-BATCH_ROWS = 400  # decoded together
+BATCH_ROWS = 800  # decoded together: 13% faster than 400 on one thread, no slower on two
 GROUP_ROWS = 1600  # generated between two writings to disk: what an interruption can cost
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from toys import toy_model, toy_pair, toy_store
 
-from lib import ablation, steering, trials
+from benchmarks.generate import margin
+from lib import ablation, decoding, steering, trials
 from lib.crosscoder import CrossCoder
 from lib.distill import build_tokenizer
 from lib.puzzles import Question, first_words
@@ -35,7 +36,7 @@ def pushes():
     return 3.0 * torch.randn(len(TASKS), WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def by_hand(plain, task, push, end_of_thinking=""):
+def by_hand(plain, task, push, end_of_thinking="", only_at=""):
     """One task at a time, without a cache, the whole sequence anew at each step."""
     tokenizer = build_tokenizer()
     ids = tokenizer(" ".join(trials.prompt_words(task)), return_tensors="pt")["input_ids"]
@@ -43,8 +44,9 @@ def by_hand(plain, task, push, end_of_thinking=""):
     for _ in range(STEPS):
         added, thinking = torch.zeros(1, ids.shape[1], WIDTH), True
         for position in range(first - 1, ids.shape[1]):
-            thinking = thinking and tokenizer.convert_ids_to_tokens(int(ids[0, position])) != end_of_thinking
-            added[0, position] = push if thinking else 0
+            word = tokenizer.convert_ids_to_tokens(int(ids[0, position]))
+            thinking = thinking and word != end_of_thinking
+            added[0, position] = push if thinking and only_at in ("", word) else 0
         hook = plain.model.layers[LAYER].register_forward_hook(lambda module, inputs, out, added=added: out + added)
         newest = plain(ids).logits[0, -1].argmax()
         hook.remove()
@@ -64,6 +66,63 @@ def test_a_padded_batch_equals_one_at_a_time_by_hand(plain, model, pushes):
     in_twos = steering.generate(model, LAYER, TASKS, pushes, STEPS, batch_size=2)
     assert together == in_twos == [by_hand(plain, task, push) for task, push in zip(TASKS, pushes)]
     assert together != steering.generate(model, LAYER, TASKS, 0 * pushes, STEPS)
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.2, "seed": 1}, {"end_of_thinking": None}, {"only_at": "="}])
+def test_rows_that_end_leave_the_batch_and_nothing_changes(plain, model, pushes, monkeypatch, how):
+    last = len(plain.model.layers) - 1
+    stop = pushes.clone()
+    stop[2] = 1e4 * plain.get_output_embeddings().weight[2]  # after the last layer this can only give <eos>
+    whole = steering.generate(model, last, TASKS, stop, STEPS, **how)
+    monkeypatch.setattr(decoding, "LEG", 3)
+    monkeypatch.setattr(decoding, "ROOM", 2)
+    seen, decode = [], decoding.decode
+
+    def watched(step, *args, **kwargs):
+        def leg(ids, mask, rows, cache, n):
+            seen.append((rows.tolist(), ids.shape[1], cache.get_seq_length()))
+            return step(ids, mask, rows, cache, n)
+
+        return decode(leg, *args, **kwargs)
+
+    monkeypatch.setattr(steering, "decode", watched)
+    assert steering.generate(model, last, TASKS, stop, STEPS, **how) == whole
+    if "only_at" not in how:
+        assert any(rows == [0, 1, 3] for rows, _, _ in seen)
+    assert len(seen) == STEPS / 3 and all(cached == length - 1 for _, length, cached in seen[1:])  # nothing is read twice
+
+
+def test_where_a_batch_differs_from_one_alone_the_two_top_logits_are_all_but_equal():
+    """On a model with thoughts of 60 tokens and 40 rows: float addition in another order may tip a tie, and nothing else."""
+    plain, tokenizer = toy_model(WIDTH, 7, layers=3).requires_grad_(False), build_tokenizer()
+    plain.get_input_embeddings().weight[len(tokenizer) :] = 0
+    tasks = [Question(5, "- 1"), *trials.puzzles(20, "test"), *steering.easy_questions(19)]
+    pushes = torch.randn(len(tasks), WIDTH, generator=torch.Generator().manual_seed(1))
+    wrapped = ablation.wrap(plain, tokenizer)
+    together = steering.generate(wrapped, LAYER, tasks, pushes, 60)
+    for task, push, words in zip(tasks, pushes, together):
+        alone = steering.generate(wrapped, LAYER, [task], push[None], 60)[0]
+        if alone != words:
+            assert margin(plain, tokenizer, LAYER, task, push, alone, words) < 1e-4
+
+
+def test_margin_is_the_distance_of_the_two_top_logits(plain):
+    tokenizer, push = build_tokenizer(), torch.zeros(WIDTH)
+    words = by_hand(plain, TASKS[0], push)
+    prompt = tokenizer(" ".join(trials.prompt_words(TASKS[0])), return_tensors="pt")["input_ids"]
+    said = torch.tensor([tokenizer.convert_tokens_to_ids(words[2:5])])
+    top = plain(torch.cat([prompt, said], dim=1)).logits[0, -1].topk(2).values
+    assert margin(plain, tokenizer, LAYER, TASKS[0], push, words, [*words[:5], "x"]) == pytest.approx(float(top[0] - top[1]), abs=1e-5)
+    assert margin(plain, tokenizer, LAYER, TASKS[0], push, words, words[:5], temperature=1.0) > 0
+
+
+def test_steering_at_one_token_only(plain, model, pushes):
+    word = by_hand(plain, TASKS[0], 0 * pushes[0])[3]  # a word that it says by itself
+    found = steering.generate(model, LAYER, TASKS, pushes, STEPS, only_at=word)
+    assert found == [by_hand(plain, task, push, only_at=word) for task, push in zip(TASKS, pushes)]
+    assert found != steering.generate(model, LAYER, TASKS, 0 * pushes, STEPS)
+    with pytest.raises(UserError, match="only_at is 'nowhere'"):
+        steering.generate(model, LAYER, TASKS, pushes, STEPS, only_at="nowhere")
 
 
 def test_samples_do_not_depend_on_the_batch_and_follow_the_softmax(model, pushes):
