@@ -70,6 +70,11 @@ class Code:
 
     def where(self, kept: Tensor, floor: Tensor) -> Code:
         """The entries that a mask [n] leaves."""
+        if _on_cpu(kept):  # one thread: torch would wake all of them several times for what takes a tenth of a millisecond
+            kept, n = kept.numpy(), int(kept.count_nonzero())
+            indptr, features, values = torch.empty_like(self.indptr), torch.empty(n, dtype=torch.int64), torch.empty(n)
+            _where_loop(kept, *(t.numpy() for t in (self.indptr, self.features, self.values, indptr, features, values)))
+            return Code(indptr, features, values, floor, self.n_features)
         before = functional.pad(kept.cumsum(0), (1, 0))
         return Code(before[self.indptr], self.features[kept], self.values[kept], floor, self.n_features)
 
@@ -219,10 +224,9 @@ def _above(encoded: Encoded, per_unit: Tensor, low: Tensor, expected: int) -> Co
             if counts.max(initial=0) <= room:
                 break
             room = int(counts.max())
-        indptr = torch.from_numpy(counts).cumsum(0)
-        features, f = torch.empty(int(indptr[-1]), dtype=torch.int64), torch.empty(int(indptr[-1]))
-        indptr = functional.pad(indptr, (1, 0))
-        _flatten_loop(indptr.numpy(), found, values, features.numpy(), f.numpy())
+        n, indptr = int(counts.sum()), torch.zeros(B + 1, dtype=torch.int64)
+        features, f = torch.empty(n, dtype=torch.int64), torch.empty(n)
+        _flatten_loop(counts, found, values, indptr.numpy(), features.numpy(), f.numpy())
     else:
         pre = encoded.floats()
         strength = pre * per_unit
@@ -247,14 +251,14 @@ def reconstruct(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, x: Tensor, code: Co
     the caller keeps, receives the memory of the weights' gradients for use in the next step, as large new arrays take
     longer to get from the system than to fill: with it, a ``.grad`` is overwritten once it was set to None.
     """
-    return _Reconstruct.apply(W_enc, b_enc, W_dec, x, code, {} if buffers is None else buffers, buffers is not None)
+    return _Reconstruct.apply(W_enc, b_enc, W_dec, x, code, buffers)
 
 
 class _Reconstruct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, W_enc, b_enc, W_dec, x, code, buffers, keep):
+    def forward(ctx, W_enc, b_enc, W_dec, x, code, buffers):
         ctx.save_for_backward(W_enc, W_dec, x)
-        ctx.code, ctx.buffers = code, (buffers if keep and W_enc.grad is None and W_dec.grad is None else {})
+        ctx.code, ctx.buffers = code, buffers
         ctx.set_materialize_grads(False)
         return code.values.clone(), _sums(code, W_dec)
 
@@ -268,8 +272,9 @@ class _Reconstruct(torch.autograd.Function):
         else:
             grad_sums = grad_sums.contiguous()
             at_code = at_code + _dots(code, grad_sums, W_dec)
-        grads = _weight_gradients(code, at_code, x, grad_sums, ctx.buffers)
-        return (*grads, None, None, None, None)
+        in_use = W_enc.grad is not None or W_dec.grad is not None  # then autograd adds to what is there
+        grads = _weight_gradients(code, at_code, x, grad_sums, {} if ctx.buffers is None or in_use else ctx.buffers)
+        return (*grads, None, None, None)
 
 
 def _sums(code: Code, W: Tensor) -> Tensor:
@@ -384,11 +389,24 @@ def _screen_loop(bits, shift, offset, per_unit, low, found, values, counts):
 
 
 @_loop
-def _flatten_loop(indptr, found, values, flat, flat_values):
+def _flatten_loop(counts, found, values, indptr, features, flat_values):
+    for b in range(len(counts)):
+        start, n = indptr[b], counts[b]
+        indptr[b + 1] = start + n
+        features[start : start + n] = found[b, :n]
+        flat_values[start : start + n] = values[b, :n]
+
+
+@_loop
+def _where_loop(kept, indptr, features, values, new_indptr, new_features, new_values):
+    n = 0
+    new_indptr[0] = 0
     for b in range(len(indptr) - 1):
-        n = indptr[b + 1] - indptr[b]
-        flat[indptr[b] : indptr[b + 1]] = found[b, :n]
-        flat_values[indptr[b] : indptr[b + 1]] = values[b, :n]
+        for j in range(indptr[b], indptr[b + 1]):
+            if kept[j]:
+                new_features[n], new_values[n] = features[j], values[j]
+                n += 1
+        new_indptr[b + 1] = n
 
 
 @_loops
