@@ -2,129 +2,57 @@
 
 For every shard of documents, for every model: an nnsight trace saves the output of one decoder layer and stops the
 forward there (later layers do not run). Documents of like length are batched and padded on the right, which causal
-attention never sees. At the end the masks are drawn, since they need medians over everything:
+attention never sees. While a shard is written, the next one is computed. At the end the masks are drawn, since they
+need medians over everything:
 
     first      position 0: BOS (or whatever stands there) is the attention sink, with 100 times the median norm in Qwen
     padding    never written; counted
     high_norm  norm above 10 times the model's median: massive activations inside a text
 
 A token is dropped if **any** model says so, or the models would be compared on different tokens. Interrupted, a
-harvest continues at the next shard, and ends with the same bytes.
+harvest continues at the next shard, and ends with the same bytes. So do jobs, any number of them, that share the shards
+out (docs/cluster.md)::
+
+    python -m lib.harvest --pair tiny --profile default --part 0/8      # and 1/8, ... wherever the folder can be seen
+    python -m lib.harvest --pair tiny --profile default --merge
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
-import functools
+import hashlib
 import json
 import math
 import os
+import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from nnsight import TransformersModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .corpus import KINDS, LABEL_ARRAYS, SPLITS, Corpus, Document
-from .pairs import DTYPES, Pair, check_layer, decoder_path
+from .capture import BATCH_TOKENS, CHUNK, NORM_FACTOR, Reader, masks, read_all, row_norms
+from .capture import capture as capture  # part of this module's interface
+from .corpus import KINDS, LABEL_ARRAYS, SPLITS, Corpus, Document, build
+from .pairs import DTYPES, Pair, load_pair
 from .puzzles import LABELS
-from .results import Progress, UserError, check, fingerprint, is_current, versions, write_manifest, write_text
-from .store import FORMAT, INDEX, Store, file_problem, read_log, sha256
+from .reading import Table, widened
+from .results import ROOT, Progress, Run, UserError, check, fingerprint, is_current, versions, write_manifest, write_text
+from .run import checked, parameters_of, read_profile, read_value
+from .store import FORMAT, INDEX, MADE_BY, Store, file_problem, read_log, sha256
 
-NORM_FACTOR = 10.0
 SHARD_TOKENS = 131_072
-BATCH_TOKENS = 8_192
-
-
-class Reader:
-    """A model that is read at one decoder layer, through nnsight."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int | None = None):
-        self.model, self.layer = model, check_layer(model, layer)
-        self.width = model.config.get_text_config().hidden_size
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.nnsight = TransformersModel(model, tokenizer=tokenizer, task="text-generation")
-        self.envoy = functools.reduce(getattr, decoder_path(model).split("."), self.nnsight)[self.layer]
-
-    def read(self, token_lists: Sequence[Sequence[int]], side: str = "right") -> list[torch.Tensor]:
-        """One padded batch; the residual stream [length, d] of each list, in the model's dtype, on the CPU, padding cut off."""
-        lengths = [len(t) for t in token_lists]
-        ids = torch.full((len(lengths), max(lengths)), self.pad)
-        attention = torch.zeros_like(ids)
-        spans = [slice(0, n) if side == "right" else slice(max(lengths) - n, None) for n in lengths]
-        for i, (tokens, span) in enumerate(zip(token_lists, spans)):
-            ids[i, span], attention[i, span] = torch.as_tensor(tokens), 1
-        device = next(self.model.parameters()).device
-        with torch.no_grad():
-            with self.nnsight.trace({"input_ids": ids.to(device), "attention_mask": attention.to(device)}) as tracer:
-                acts_bsd = self.envoy.output.save()
-                tracer.stop()
-        acts_bsd = acts_bsd.cpu()
-        return [acts_bsd[i, span] for i, span in enumerate(spans)]
-
-
-def capture(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_lists: Sequence[Sequence[int]], layer: int | None = None,
-            side: str = "right", batch_tokens: int = BATCH_TOKENS) -> torch.Tensor:
-    """Residual stream of some short texts: float32 [all tokens, d], list after list. Nothing is masked: position 0 is in it.
-
-    ``layer`` None is half depth; ``side`` is where batches are padded ("right" or "left"; it makes no difference).
-    """
-    return _capture(Reader(model, tokenizer, layer), token_lists, side, batch_tokens)[0].float()
-
-
-def _capture(
-    reader: Reader, token_lists: Sequence[Sequence[int]], side: str = "right", batch_tokens: int = BATCH_TOKENS
-) -> tuple[torch.Tensor, int]:
-    """Activations [all tokens, d] in the order of the lists, and the number of padded positions that were computed in vain."""
-    starts = np.cumsum([0, *map(len, token_lists)])
-    out, padding = None, 0
-    for batch in length_batches([len(t) for t in token_lists], batch_tokens):
-        acts = reader.read([token_lists[i] for i in batch], side)
-        padding += max(map(len, acts)) * len(acts) - sum(map(len, acts))
-        if out is None:
-            out = torch.empty(int(starts[-1]), acts[0].shape[-1], dtype=acts[0].dtype)
-        for i, rows in zip(batch, acts):
-            out[starts[i] : starts[i + 1]] = rows
-    if out is None:
-        raise UserError("there is nothing to read: give at least one list of tokens")
-    return out, padding
-
-
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of documents, like lengths together, each batch at most ``batch_tokens`` with its padding (or one document)."""
-    batch: list[int] = []
-    for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * lengths[i] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-# --- masks -----------------------------------------------------------------------------------------------------
-
-
-def masks(positions: np.ndarray, norms: Mapping[str, np.ndarray], factor: float = NORM_FACTOR) -> tuple[np.ndarray, dict[str, int]]:
-    """Which tokens are kept [n] bool, and how many are dropped by reason, from positions [n] and each model's norms [n].
-
-    A norm is too high above ``factor`` times that model's median over all tokens but the first of each text. A token
-    is dropped from all models if it is dropped for one. ``high_norm`` counts tokens that ``first`` has not dropped.
-    """
-    first = np.asarray(positions) == 0
-    high = {}
-    for model, norm in norms.items():
-        norm = np.asarray(norm, dtype=np.float64)
-        high[model] = ~first & (norm > factor * np.median(norm[~first] if (~first).any() else norm))
-    either = np.logical_or.reduce(list(high.values()))
-    dropped = {"first": int(first.sum()), "high_norm": int(either.sum())}
-    dropped.update({f"high_norm_{model}": int(mask.sum()) for model, mask in high.items()})
-    return ~(first | either), dropped
+BEGUN = "harvest.json"  # in the folder of a store: the fingerprint of what is being harvested into it
+STALE = 3600  # seconds after which a file that is still being written belongs to a job that died
 
 
 # --- the harvest -----------------------------------------------------------------------------------------------
@@ -140,46 +68,81 @@ def harvest(pair: Pair, documents: Corpus | Iterable[Document], path: str | Path
     the pair's weights. Raises UserError for a full disk (finished shards stay), for activations that are not finite, and
     for token ids that a model does not have.
     """
-    path = Path(path)
+    job = _job(pair, documents, path, layer, shard_tokens, batch_tokens)
+    if is_current(job.path, job.mark):
+        try:
+            return Store.open(job.path)
+        except UserError:
+            pass  # something is damaged: below, whole shards are kept and the others made anew
+    if isinstance(job.corpus, Corpus):
+        job.corpus.check_budget()
+    _clear(job)
+    with _room(job):
+        shards = _make(job, range(sys.maxsize), models, device)
+        if not shards:
+            raise UserError("there are no documents to harvest: give a corpus of at least one")
+        _finish(job, shards)
+    return Store.open(job.path, verify=False)
+
+
+def harvest_part(pair: Pair, documents: Corpus | Iterable[Document], path: str | Path, part: tuple[int, int], layer: int | None = None,
+                 models: Mapping[str, PreTrainedModel] | None = None, shard_tokens: int = SHARD_TOKENS, batch_tokens: int = BATCH_TOKENS,
+                 device: str | None = None) -> int:
+    """Write part i of n, ``part`` = (i, n) with i from 0, of the shards of a harvest; returns how many shards the part has.
+
+    Parts are ranges of neighbouring shards. Jobs for them may run in any order or at once, wherever the folder can be seen; ``merge``
+    makes their shards a store. What is there and whole is not made again. Two jobs with the same part do its work twice, and nothing
+    worse. Other parameters and errors as in ``harvest``; UserError if the folder holds a harvest of something else.
+    """
+    job = _job(pair, documents, path, layer, shard_tokens, batch_tokens)
+    numbers = _part(job, *part)
+    _claim(job)
+    with _room(job):
+        return len(_make(job, numbers, models, device))
+
+
+def merge(pair: Pair, documents: Corpus | Iterable[Document], path: str | Path, layer: int | None = None,
+          shard_tokens: int = SHARD_TOKENS, batch_tokens: int = BATCH_TOKENS) -> Store:
+    """Check that every shard of a harvest is there and whole, and write masks, statistics and manifest: the same store as ``harvest``'s.
+
+    Parameters as in ``harvest``. No model runs, but the text is gone through again, to know which shards there must be. UserError
+    names those that are missing or damaged; their parts, or a ``harvest``, make just these anew.
+    """
+    job = _job(pair, documents, path, layer, shard_tokens, batch_tokens)
+    _claim(job)
+    log = _logged(job.path)
+    plan = {_name(number): sum(len(d.tokens) for d in group) for number, (_, group) in enumerate(_groups(job.corpus, shard_tokens))}
+    with ThreadPoolExecutor() as pool:  # checksums of several files at once
+        problems = list(pool.map(lambda name: _problem(job.path, name, log.get(name), plan[name]), plan))
+    if bad := [f"{name} is {problem}" for name, problem in zip(plan, problems) if problem]:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise UserError(f"{len(bad)} of {len(plan)} shards are not as they must be ({', '.join(bad[:10])}{more}): run their parts again")
+    with _room(job):
+        _finish(job, {name: log[name] for name in plan})
+    return Store.open(job.path, verify=False)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is read and where it goes. ``about``: everything that decides the content of the store; ``mark``: its fingerprint."""
+
+    pair: Pair
+    corpus: Corpus | list[Document]
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    about: dict
+    mark: str
+    tokens: int  # to expect; of a corpus without BOS
+
+
+def _job(pair: Pair, documents, path: str | Path, layer: int | None, shard_tokens: int, batch_tokens: int) -> _Job:
     check("shard_tokens", shard_tokens, int, low=1)
     check("batch_tokens", batch_tokens, int, low=1)
     corpus = documents if isinstance(documents, Corpus) else list(documents)
     tokenizer = corpus.tokenizer if isinstance(corpus, Corpus) else pair.tokenizer()
     about = _about(pair, corpus, tokenizer, pair.layer if layer is None else layer, shard_tokens, batch_tokens)
-    mark = fingerprint(about)
-    if is_current(path, mark):
-        try:
-            return Store.open(path)
-        except UserError:
-            pass  # something is damaged: below, whole shards are kept and the others made anew
-    if isinstance(corpus, Corpus):
-        corpus.check_budget()
-    _prepare(path, mark, corpus, about)
-    readers: dict[str, Reader] = {}  # models are loaded when the first shard needs them
-    shards = {}
-    total = corpus.tokens if isinstance(corpus, Corpus) else sum(len(d.tokens) for d in corpus)
-    done = 0
-    try:
-        with Progress("tokens harvested", total) as progress:
-            for number, (first, group) in enumerate(_groups(corpus, shard_tokens)):
-                name = f"shard_{number:05d}.safetensors"
-                entry = read_log(path).get(name)
-                if entry is None or file_problem(path / name, entry):
-                    if not readers:
-                        readers = _readers(pair, about, tokenizer, models, device)
-                    entry = _write_shard(path, name, group, first, readers, pair.store_dtype, batch_tokens)
-                shards[name] = entry
-                done += entry["tokens"]
-                progress.update(min(done, total), f"{number + 1} shards")
-            if not shards:
-                raise UserError("there are no documents to harvest: give a corpus of at least one")
-            _finish(path, mark, about, shards)
-            progress.update(total)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(_full(path, about, total)) from None
-    return Store.open(path, verify=False)
+    tokens = corpus.tokens if isinstance(corpus, Corpus) else sum(len(d.tokens) for d in corpus)
+    return _Job(pair, corpus, tokenizer, Path(path), about, fingerprint(about), tokens)
 
 
 def _about(pair: Pair, corpus, tokenizer, layer: int | None, shard_tokens: int, batch_tokens: int) -> dict:
@@ -195,36 +158,124 @@ def _about(pair: Pair, corpus, tokenizer, layer: int | None, shard_tokens: int, 
         text = {**corpus.parameters, "fingerprint": corpus.fingerprint}
         text["source"] = text["source"] if isinstance(text["source"], str) else [Path(p).name for p, _ in text["source"]]
     else:
-        text = {"source": "documents", "fingerprint": fingerprint([[d.tokens, d.kind, d.split, d.labels] for d in corpus])}
+        content = [np.concatenate([np.empty(0, np.int64), *(d.tokens for d in corpus)])]
+        content += [np.concatenate([np.empty(0, np.int8), *(d.labels[label] for d in corpus)]) for label in LABEL_ARRAYS]
+        text = {"source": "documents", "fingerprint": fingerprint(content, [[len(d.tokens), d.kind, d.split] for d in corpus])}
     return {"format": FORMAT, "models": models, "corpus": text, "tokenizer": fingerprint(tokenizer.get_vocab()),
             "hook": "output of the decoder layer", "dtype": pair.dtype, "store_dtype": pair.store_dtype,
             "scaling": "none (raw); statistics.scale = sqrt(width) / mean norm", "norm_factor": NORM_FACTOR,
             "shard_tokens": shard_tokens, "batch_tokens": batch_tokens}
 
 
-def _prepare(path: Path, mark: str, corpus, about: dict) -> None:
-    """Make the folder ready: shards of this very harvest stay, anything of another one goes; and is there room?"""
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "manifest.json").unlink(missing_ok=True)
-    begun = path / "harvest.json"
-    if not begun.is_file() or begun.read_text().strip() != mark:
-        for old in [*path.glob("shard_*"), *path.glob("*.part"), path / INDEX, path / "log.jsonl"]:
+# --- the folder, in which several jobs may be at work ------------------------------------------------------------
+
+
+def _clear(job: _Job) -> None:
+    """Make the folder ready for a whole harvest: shards of this very one stay, anything of another one goes."""
+    job.path.mkdir(parents=True, exist_ok=True)
+    (job.path / "manifest.json").unlink(missing_ok=True)
+    if _begun(job.path) != job.mark:
+        for old in [*job.path.glob("shard_*"), *job.path.glob(".shard_*"), *job.path.glob("log*.json*"), job.path / INDEX]:
             old.unlink(missing_ok=True)
-        write_text(begun, mark + "\n")
-    tokens = corpus.tokens if isinstance(corpus, Corpus) else 0
-    there = sum(f.stat().st_size for f in path.glob("shard_*"))
-    if shutil.disk_usage(path).free < _bytes(about, tokens) - there:
-        raise UserError(_full(path, about, tokens))
+        write_text(job.path / BEGUN, job.mark + "\n")
 
 
-def _bytes(about: dict, tokens: int) -> int:
-    per_token = sum(m["width"] for m in about["models"].values()) * DTYPES[about["store_dtype"]].itemsize + 24
-    return int(tokens * per_token * 1.02)
+def _claim(job: _Job) -> None:
+    """The folder is for this harvest from now on; UserError if it is for another one. Nothing is removed: other jobs may be at work."""
+    job.path.mkdir(parents=True, exist_ok=True)
+    if _begun(job.path) is None:
+        write_text(job.path / BEGUN, job.mark + "\n")
+    if (found := _begun(job.path)) != job.mark:
+        raise UserError(f"{job.path.name} holds the harvest of something else (fingerprint {found}, this one is {job.mark}): give all jobs "
+                        "the same pair, weights, corpus, layer and sizes, or remove the folder")
 
 
-def _full(path: Path, about: dict, tokens: int) -> str:
-    return (f"the disk is full: {tokens:,} tokens take about {_bytes(about, tokens) / 1e9:.2f} GB below {path.name}, of which "
-            f"{shutil.disk_usage(path).free / 1e9:.2f} GB are free; make room or ask for fewer tokens, finished shards are kept")
+def _begun(path: Path) -> str | None:
+    """Fingerprint of the harvest that the folder is for."""
+    file = path / BEGUN
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
+def _part(job: _Job, i: int, n: int) -> range:
+    """Numbers of the shards of part i of n. How many there are turns out at the end of the text only: the last part has no end."""
+    check("number of parts", n, int, low=1)
+    check("part", i, int, low=0, high=n - 1)
+    expected = math.ceil(job.tokens / job.about["shard_tokens"])
+    return range(i * expected // n, (i + 1) * expected // n if i < n - 1 else sys.maxsize)
+
+
+def _logged(path: Path) -> dict[str, dict]:
+    """{shard: its line of the log}, from log.jsonl and from the files of single shards, which jobs write before there is a log."""
+    lines = read_log(path)
+    for file in sorted(path.glob("log_*.json")):
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        lines[entry["shard"]] = entry
+    return lines
+
+
+def _problem(path: Path, name: str, entry: dict | None, tokens: int) -> str | None:
+    """What is wrong with a shard that must have so many tokens; None if nothing is."""
+    if entry is None or entry["tokens"] != tokens:
+        return "damaged" if (path / name).is_file() else "missing"
+    return file_problem(path / name, entry)
+
+
+@contextlib.contextmanager
+def _room(job: _Job) -> Iterator[None]:
+    """UserError if the disk has no room for what is still to come, or fills up meanwhile."""
+    total = int(1.02 * job.tokens * (24 + sum(m["width"] for m in job.about["models"].values()) * DTYPES[job.pair.store_dtype].itemsize))
+
+    def full() -> UserError:
+        free = shutil.disk_usage(job.path).free
+        return UserError(f"the disk is full: {job.tokens:,} tokens take about {total / 1e9:.2f} GB below {job.path.name}, of which "
+                         f"{free / 1e9:.2f} GB are free; make room or ask for fewer tokens, finished shards are kept")
+
+    if shutil.disk_usage(job.path).free < total - sum(f.stat().st_size for f in job.path.glob("shard_*")):
+        raise full()
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise full() from None
+
+
+# --- shards ----------------------------------------------------------------------------------------------------
+
+
+def _make(job: _Job, numbers: range, models: Mapping[str, PreTrainedModel] | None, device: str | None) -> dict[str, dict]:
+    """Make the shards with these numbers, but for those that are there and whole; {shard: its line of the log}, in order."""
+    readers: dict[str, Reader] = {}  # models are loaded when the first shard needs them
+    writing: tuple[str, Future] | None = None
+    log, shards, done = _logged(job.path), {}, 0
+    with Progress("tokens harvested", job.tokens) as progress, ThreadPoolExecutor(1) as writer:
+        began = time.monotonic()
+        for number, (first, group) in enumerate(_groups(job.corpus, job.about["shard_tokens"])):
+            if number >= numbers.stop:
+                break
+            if number < numbers.start:
+                continue
+            name, tokens = _name(number), sum(len(d.tokens) for d in group)
+            if _problem(job.path, name, log.get(name), tokens) is None:
+                shards[name] = log[name]
+            else:
+                readers = readers or _readers(job, models, device)
+                tensors, padding = _shard(group, first, readers, job.pair.store_dtype, job.about["batch_tokens"])
+                if writing:  # one shard at most, or memory would fill up
+                    shards[writing[0]] = writing[1].result()
+                facts = {"tokens": tokens, "documents": len(group), "padding": padding, "seconds": round(time.monotonic() - began, 3)}
+                shards[name] = {}  # its place in the order
+                writing = name, writer.submit(_write_shard, job.path, name, tensors, facts)
+            began = time.monotonic()
+            done += tokens
+            progress.update(min(done, job.tokens), f"{number - numbers.start + 1} shards")
+        if writing:
+            shards[writing[0]] = writing[1].result()
+    return shards
+
+
+def _name(number: int) -> str:
+    return f"shard_{number:05d}.safetensors"
 
 
 def _groups(corpus: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int, list[Document]]]:
@@ -241,24 +292,23 @@ def _groups(corpus: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int
         yield first, group
 
 
-def _readers(pair: Pair, about: dict, tokenizer, models: Mapping[str, PreTrainedModel] | None, device: str | None) -> dict[str, Reader]:
+def _readers(job: _Job, models: Mapping[str, PreTrainedModel] | None, device: str | None) -> dict[str, Reader]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = {name: (models[name] if models else pair.load(name)).to(device) for name in pair.models}
-    return {name: Reader(model, tokenizer, about["models"][name]["layer"]) for name, model in loaded.items()}
+    loaded = {name: (models[name] if models else job.pair.load(name)).to(device) for name in job.pair.models}
+    return {name: Reader(model, job.tokenizer, job.about["models"][name]["layer"]) for name, model in loaded.items()}
 
 
-def _write_shard(
-    path: Path, name: str, group: list[Document], first: int, readers: dict[str, Reader], store_dtype: str, batch_tokens: int
-) -> dict:
-    """Run all models over the documents of one shard and write it, whole or not at all; returns its line of the log."""
-    began = time.monotonic()
+def _shard(
+    group: list[Document], first: int, readers: Mapping[str, Reader], store_dtype: str, batch_tokens: int
+) -> tuple[dict[str, torch.Tensor], int]:
+    """All that a shard holds, by name, from running all models over its documents; and how many positions were padding."""
     token_lists = [d.tokens for d in group]
-    lengths = [len(t) for t in token_lists]
+    lengths = torch.tensor([len(t) for t in token_lists])
     tensors = {
         "tokens": torch.tensor(np.concatenate(token_lists), dtype=torch.int32),
-        "documents": torch.repeat_interleave(torch.arange(first, first + len(group), dtype=torch.int32), torch.tensor(lengths)),
-        "positions": torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]),
-        "split": torch.repeat_interleave(torch.tensor([SPLITS.index(d.split) for d in group], dtype=torch.int8), torch.tensor(lengths)),
+        "documents": torch.repeat_interleave(torch.arange(first, first + len(group), dtype=torch.int32), lengths),
+        "positions": torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths.tolist()]),
+        "split": torch.repeat_interleave(torch.tensor([SPLITS.index(d.split) for d in group], dtype=torch.int8), lengths),
         **{label: torch.from_numpy(np.concatenate([d.labels[label] for d in group])) for label in LABEL_ARRAYS},
     }
     highest = int(tensors["tokens"].max())
@@ -266,31 +316,35 @@ def _write_shard(
         vocabulary = reader.model.get_input_embeddings().num_embeddings
         if highest >= vocabulary:
             raise UserError(f"the corpus has token id {highest}, model {model!r} has {vocabulary} ids: the tokenizer must fit every model")
-        acts, padding = _capture(reader, token_lists, batch_tokens=batch_tokens)
+        acts, padding = read_all(reader, token_lists, batch_tokens=batch_tokens)
         stored = acts.to(DTYPES[store_dtype])
         _check_finite(acts, stored, model, reader.layer, store_dtype, first)
-        tensors[f"acts_{model}"] = stored
-        tensors[f"norm_{model}"] = stored.double().norm(dim=1).float()
-    entry = {"shard": name, **_save_whole(tensors, path / name), "tokens": len(tensors["tokens"]), "documents": len(group),
-             "padding": padding, "seconds": round(time.monotonic() - began, 3)}
-    with (path / "log.jsonl").open("a") as log:
-        log.write(json.dumps(entry) + "\n")
-    return entry
+        tensors[f"acts_{model}"], tensors[f"norm_{model}"] = stored, row_norms(stored)
+    return tensors, padding
 
 
 def _check_finite(acts: torch.Tensor, stored: torch.Tensor, model: str, layer: int, store_dtype: str, first: int) -> None:
-    if not torch.isfinite(acts).all():
-        share = 1 - torch.isfinite(acts).all(dim=1).double().mean().item()
+    if torch.isfinite(stored).all():
+        return
+    finite = torch.isfinite(acts).all(dim=1)
+    if not finite.all():
+        share = 1 - finite.double().mean().item()
         raise UserError(f"activations of {model!r} at layer {layer} are not finite in {share:.2%} of the tokens from document {first} on: "
                         "check the weights, or load the models in float32 or bfloat16 (dtype of the pair)")
-    if not torch.isfinite(stored).all():
-        raise UserError(f"activations of {model!r} reach {acts.abs().max().item():.0f}, which {store_dtype} cannot hold: set "
-                        "store_dtype of the pair to bfloat16")
+    raise UserError(f"activations of {model!r} reach {acts.abs().max().item():.0f}, which {store_dtype} cannot hold: set "
+                    "store_dtype of the pair to bfloat16")
+
+
+def _write_shard(path: Path, name: str, tensors: dict[str, torch.Tensor], facts: dict) -> dict:
+    """Write a shard, whole or not at all, and then its line of the log, into a file of its own: no two jobs share one."""
+    entry = {"shard": name, **_save_whole(tensors, path / name), **facts}
+    write_text(path / name.replace("shard_", "log_").replace(".safetensors", ".json"), json.dumps(entry) + "\n")
+    return entry
 
 
 def _save_whole(tensors: dict[str, torch.Tensor], file: Path) -> dict:
     """Write under another name, flush to the disk, rename: the file is whole or absent. Returns its size and checksum."""
-    scratch = file.with_name(file.name + ".part")
+    scratch = file.with_name(f".{file.name}.{platform.node()}.{os.getpid()}.part")
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, scratch)
         with scratch.open("rb") as stream:
@@ -306,53 +360,123 @@ def _save_whole(tensors: dict[str, torch.Tensor], file: Path) -> dict:
     return entry
 
 
-def _finish(path: Path, mark: str, about: dict, shards: dict[str, dict]) -> None:
-    """Draw the masks, take the statistics over kept train tokens in float64, write the index and, last, the manifest."""
-    for stray in set(path.glob("shard_*")) - {path / name for name in shards}:
+# --- the end ---------------------------------------------------------------------------------------------------
+
+
+def _finish(job: _Job, shards: dict[str, dict]) -> None:
+    """Draw the masks, take the statistics over kept train tokens in float64, write the index and, last, the manifest.
+
+    Activations are read again, some thousand rows at a time; of the rest, some 30 bytes per token are in memory.
+    """
+    for stray in set(job.path.glob("shard_*")) - {job.path / name for name in shards}:
         stray.unlink()
-    opened = [load_file(path / name) for name in shards]
-    names = list(about["models"])
+    for dead in job.path.glob(".shard_*"):
+        if time.time() - dead.stat().st_mtime > STALE:
+            dead.unlink()
+    tables = [Table(job.path / name) for name in shards]
 
     def joined(name: str) -> np.ndarray:
-        return np.concatenate([s[name].numpy() for s in opened])
+        return np.concatenate([table.read(name) for table in tables])
 
-    norms = {m: joined(f"norm_{m}") for m in names}
-    split, labels, documents = joined("split"), {n: joined(n) for n in LABEL_ARRAYS}, joined("documents")
+    norms = {m: joined(f"norm_{m}") for m in job.about["models"]}
     kept, dropped = masks(joined("positions"), norms)
+    split, label, kind = joined("split"), joined("label"), joined("kind")
     train = kept & (split == SPLITS.index("train"))
     if not train.any():
         raise UserError(f"no token of the train split is left by the masks (dropped: {dropped}): harvest more text")
-    index, statistics = {"kept": torch.from_numpy(kept)}, {}
-    starts = np.cumsum([0, *(len(s["tokens"]) for s in opened)])
-    for m in names:
-        total, squares = torch.zeros(about["models"][m]["width"], dtype=torch.float64), 0.0
-        for s, start in zip(opened, starts):
-            acts = s[f"acts_{m}"][torch.from_numpy(train[start : start + len(s["tokens"])])].double()
-            total += acts.sum(0)
-            squares += acts.square().sum().item()
-        n = int(train.sum())
-        mean, mean_norm = total / n, float(norms[m][train].mean(dtype=np.float64))
+    index, statistics, n = {"kept": torch.from_numpy(kept)}, {}, int(train.sum())
+    for m, norm in norms.items():
+        mean, squares = _moments(tables, f"acts_{m}", train)
+        mean_norm = float(norm[train].mean(dtype=np.float64))
         index[f"mean_{m}"] = mean
-        statistics[m] = {"mean_norm": mean_norm, "median_norm": float(np.median(norms[m][kept])), "scale": math.sqrt(len(mean)) / mean_norm,
-                         "mean_square_norm": squares / n, "total_variance": squares / n - mean.square().sum().item(), "tokens": n}
-    counts = {"tokens": len(kept), "kept": int(kept.sum()), "documents": int(documents[-1]) + 1,
-              "distinct_tokens": _distinct(joined("tokens"), documents, kept),
+        statistics[m] = {"mean_norm": mean_norm, "median_norm": float(np.median(norm[kept])), "scale": math.sqrt(len(mean)) / mean_norm,
+                         "mean_square_norm": squares, "total_variance": squares - mean.square().sum().item(), "tokens": n}
+    counts = {"tokens": len(kept), "kept": int(kept.sum()), "documents": sum(e["documents"] for e in shards.values()),
+              "distinct_tokens": _distinct(tables, kept),
               "kept_by_split": {s: int((kept & (split == i)).sum()) for i, s in enumerate(SPLITS)},
-              "kept_by_kind": {k: int((kept & (labels["kind"] == i)).sum()) for i, k in enumerate(KINDS)},
-              "kept_by_label": {k: int((kept & (labels["label"] == i)).sum()) for i, k in enumerate(LABELS)},
+              "kept_by_kind": {k: int((kept & (kind == i)).sum()) for i, k in enumerate(KINDS)},
+              "kept_by_label": {k: int((kept & (label == i)).sum()) for i, k in enumerate(LABELS)},
               "dropped": {**dropped, "padding": sum(e["padding"] for e in shards.values())}}
-    entry = _save_whole(index, path / INDEX)
+    entry = _save_whole(index, job.path / INDEX)
+    write_text(job.path / "log.jsonl", "".join(json.dumps(e) + "\n" for e in shards.values()))
+    for name in job.path.glob("log_*.json"):
+        name.unlink(missing_ok=True)
     files = {name: {k: e[k] for k in ("bytes", "sha256", "tokens", "documents")} for name, e in shards.items()}
-    write_manifest(path, mark, **about, counts=counts, statistics=statistics, shards=files, index=entry, versions=versions())
+    write_manifest(job.path, job.mark, **job.about, counts=counts, statistics=statistics, shards=files, index=entry, versions=versions())
 
 
-def _distinct(tokens: np.ndarray, documents: np.ndarray, kept: np.ndarray) -> int:
+def _moments(tables: Sequence[Table], name: str, wanted: np.ndarray) -> tuple[torch.Tensor, float]:
+    """Mean [d] and mean square norm of the wanted rows of an array [n, d], in float64."""
+    total, squares, at = 0, 0.0, 0
+    for table in tables:
+        rows = table.shape(name)[0]
+        for first in range(0, rows, CHUNK):
+            stop = min(first + CHUNK, rows)
+            part = torch.from_numpy(wanted[at + first : at + stop])
+            acts = widened(table.read(name, first, stop), table.dtype(name))[part].double()
+            total = total + acts.sum(0)
+            squares += torch.dot(acts.flatten(), acts.flatten()).item()
+        at += rows
+    return total / int(wanted.sum()), squares / int(wanted.sum())
+
+
+def _distinct(tables: Sequence[Table], kept: np.ndarray) -> int:
     """Kept positions in distinct texts: a text that occurs again adds nothing."""
-    bounds = np.flatnonzero(np.diff(documents, prepend=-1, append=-1))
-    seen, count = set(), 0
-    for first, end in zip(bounds, bounds[1:]):
-        text = tokens[first:end].tobytes()
-        if text not in seen:
-            seen.add(text)
-            count += int(kept[first:end].sum())
+    seen, count, at = set(), 0, 0
+    for table in tables:
+        tokens = table.read("tokens")
+        bounds = np.flatnonzero(np.diff(table.read("documents"), prepend=-1, append=-1))
+        for first, stop in zip(bounds, bounds[1:]):
+            text = hashlib.blake2b(tokens[first:stop].tobytes(), digest_size=16).digest()
+            if text not in seen:
+                seen.add(text)
+                count += int(kept[at + first : at + stop].sum())
+        at += len(tokens)
     return count
+
+
+# --- command line ----------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """What notebook 01 does, with its parameters, without the notebook; it then finds the store and goes on from there."""
+    parser = argparse.ArgumentParser(prog="python -m lib.harvest", description="Harvest the activations of a pair, whole or in parts.")
+    parser.add_argument("--pair", default="tiny", help="entry of data/pairs.yaml (default: tiny)")
+    parser.add_argument("--profile", default="default", help="file of notebooks/profiles; also the run's name")
+    parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="a parameter of notebook 01")
+    parser.add_argument("--out", type=Path, help="folder of the store (default: that of the run, where notebook 02 looks for it)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--part", metavar="I/N", help="only part I of N, I from 0: one of N jobs")
+    what.add_argument("--merge", action="store_true", help="check the shards that N jobs have written, and make them a store")
+    args = parser.parse_args(argv)
+    try:
+        folder = ROOT / "notebooks"
+        defaults = parameters_of(folder / f"{MADE_BY}.ipynb")
+        profile = read_profile(folder / "profiles", args.profile, sorted(p.stem for p in folder.glob("[0-9][0-9]_*.ipynb")))
+        given = {"pair": args.pair, "run": args.profile, **profile.get(MADE_BY, {})}
+        given |= {name: read_value(text, defaults.get(name)) for name, text in args.parameter}
+        chosen = defaults | checked(MADE_BY, defaults, given)
+        pair = load_pair(chosen["pair"])
+        corpus = build(pair, chosen["tokens"], trace_share=chosen["trace_share"], seed=chosen["seed"])
+        path, layer = args.out or Run(chosen["pair"], chosen["run"]).path("store"), None if chosen["layer"] < 0 else chosen["layer"]
+        if args.part:
+            print(f"part {args.part}: {harvest_part(pair, corpus, path, _read_part(args.part), layer)} shards")
+        else:
+            print((merge if args.merge else harvest)(pair, corpus, path, layer))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _read_part(text: str) -> tuple[int, int]:
+    try:
+        i, n = (int(number) for number in text.split("/"))
+    except ValueError:
+        raise UserError(f"part is {text!r}: it must be like 0/8, the first of eight") from None
+    return i, n
+
+
+if __name__ == "__main__":
+    sys.exit(main())

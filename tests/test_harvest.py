@@ -10,9 +10,10 @@ import torch
 from toys import toy_model, toy_pair, toy_store
 
 from lib import harvest as harvest_module
+from lib.capture import capture, length_batches, masks
 from lib.corpus import Document, build, label_arrays
 from lib.distill import build_tokenizer
-from lib.harvest import capture, harvest, length_batches, masks
+from lib.harvest import harvest
 from lib.pairs import decoder_layers
 from lib.puzzles import Sentence
 from lib.results import UserError
