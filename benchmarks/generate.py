@@ -39,7 +39,8 @@ def direction(width: int) -> tuple[str, Tensor]:
     """(name, vector [d] of strength 1): the reflection feature of the default run, or a fixed random direction."""
     run = Run("tiny", "default")
     try:
-        found = steering.feature_direction(CrossCoder.load(run.path("crosscoder")), load(run.path("features"))[1]["reflection"], NORM, "feature")
+        feature = load(run.path("features"))[1]["reflection"]
+        found = steering.feature_direction(CrossCoder.load(run.path("crosscoder")), feature, NORM)
         return found.name, found.vector
     except (UserError, OSError, KeyError):
         return "a random direction", steering.random_directions(1, width, NORM)[0].vector
@@ -139,8 +140,8 @@ def main() -> None:
     ):
         margins = [margin(plain, tokenizer, layer, task, push, a, b, temperature)
                    for (push, task), a, b in zip(chosen, reference, found) if a != b]
-        print(f"{what}: {1 - len(margins) / len(found):.4f} of {len(found)} thoughts have the same tokens; top scores where the others part: "
-              + (", ".join(f"{m:.1e}" for m in margins) or "none does"))
+        print(f"{what}: {1 - len(margins) / len(found):.4f} of {len(found)} thoughts have the same tokens; distance of the top scores where "
+              "the others part: " + (", ".join(f"{m:.1e}" for m in margins) or "none does"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib import distill, trials
+from lib import decoding, distill, trials
 from lib.puzzles import Question, first_words
 
 
@@ -49,6 +49,26 @@ def test_sampling_is_seeded(toy):
     tasks = trials.puzzles(2, "test")
     a, b, c = (trials.generate(model, tokenizer, tasks, temperature=1.0, seed=s, max_new_tokens=10) for s in (0, 0, 1))
     assert a == b != c
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_tokens_are_those_of_transformers_own_generate(toy, monkeypatch, temperature):
+    model, tokenizer = toy[0], distill.build_tokenizer()
+    monkeypatch.setattr(decoding, "LEG", 4)
+    monkeypatch.setattr(decoding, "ROOM", 3)
+    tasks = [*trials.puzzles(3, "test"), Question(5, "- 1")]
+    batch = tokenizer([" ".join(trials.prompt_words(t)) for t in tasks], return_tensors="pt", padding=True, padding_side="left")
+    plain = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 40, "pad_token_id": 0}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    torch.manual_seed(0)
+    end = int(model.generate(**plain, **sampling)[0, batch["input_ids"].shape[1] + 5])
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)  # a word that a row says: rows leave at different times
+    torch.manual_seed(0)
+    expected = model.generate(**plain, eos_token_id=end, **sampling)[:, batch["input_ids"].shape[1] :].tolist()
+    found = trials.generate(model, tokenizer, tasks, temperature=temperature, max_new_tokens=40)
+    expected = [row[: row.index(end)] if end in row else row for row in expected]
+    assert found == [trials.transcript(tokenizer, row) for row in expected]
+    assert len({len(row) for row in found}) > 1
 
 
 def test_reading_gives_a_row_per_task():
