@@ -8,8 +8,9 @@ neighbouring rows, the blocks in random order, and every row then waits for a ra
     3. so at time r + p all of block p has left, and block p + r takes its place: a ring of r blocks is all that is held
 
 The order is a function of (rows wanted, seed, r) alone, and is known without reading an activation; a reader that starts in
-the middle of an epoch reads at most the r blocks before that place. Neighbouring rows are on average a third of the ring apart. If all
-blocks fit into the ring, all of them arrive first, and the order is a uniform permutation.
+the middle of an epoch reads at most the r blocks before that place. Neighbouring rows are on average a third of the ring apart, and a batch
+draws on all blocks of the ring; but at both ends of an epoch, where the ring is not full, on fewer: the first n rows come from about
+sqrt(2 r n / 256) blocks. If all blocks fit into the ring, all of them arrive first, and the order is a uniform permutation.
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ class Store:
 
     def __repr__(self) -> str:
         widths = ", ".join(f"{m} [{w}]" for m, w in self.widths.items())
-        return f"Store({len(self):,} tokens, {self.manifest['counts']['kept']:,} kept; {widths}; {len(self._shards)} shards, {self.fingerprint})"
+        kept = self.manifest["counts"]["kept"]
+        return f"Store({len(self):,} tokens, {kept:,} kept; {widths}; {len(self._shards)} shards, {self.fingerprint})"
 
     def count(self, split: str) -> int:
         """How many rows ``rows`` would return."""
