@@ -140,8 +140,9 @@ def main() -> None:
     ):
         margins = [margin(plain, tokenizer, layer, task, push, a, b, temperature)
                    for (push, task), a, b in zip(chosen, reference, found) if a != b]
-        print(f"{what}: {1 - len(margins) / len(found):.4f} of {len(found)} thoughts have the same tokens; distance of the top scores where "
-              "the others part: " + (", ".join(f"{m:.1e}" for m in margins) or "none does"))
+        parted = ", ".join(f"{m:.1e}" for m in margins) or "none does"
+        print(f"{what}: {1 - len(margins) / len(found):.4f} of {len(found)} thoughts have the same tokens; "
+              f"distance of the top scores where the others part: {parted}")
 
 
 if __name__ == "__main__":
