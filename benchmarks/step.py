@@ -41,13 +41,20 @@ def batches(width: int, n: int = 4) -> list[torch.Tensor]:
     return [torch.randn(BATCH, 2, width, generator=generator) for _ in range(n)]
 
 
+class NoStore(SimpleNamespace):
+    """What a trainer asks of a store before it reads."""
+
+    def __len__(self) -> int:
+        return BATCH
+
+
 class Ours:
     """Steps of ``lib.training.Trainer``, on batches that are in memory."""
 
     def __init__(self, width: int, n_features: int, precision: str):
         models = ("base", "distilled")
-        store = SimpleNamespace(models=models, widths=dict.fromkeys(models, width), scales=dict.fromkeys(models, 1.0),
-                                means={m: torch.zeros(width) for m in models}, rows=lambda split: np.arange(BATCH))
+        store = NoStore(models=models, widths=dict.fromkeys(models, width), scales=dict.fromkeys(models, 1.0),
+                        means={m: torch.zeros(width) for m in models}, count=lambda split: BATCH)
         self.trainer = Trainer(store, TrainConfig(n_features, k=K, tokens=10**9, batch_size=BATCH, rate=1e-4, precision=precision))
 
     def step(self, x: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from .crosscoder import PRECISIONS, VARIANTS, CrossCoder, Forward, auxiliary_loss, forward, sparsity_loss, squared_error
 from .pairs import Pair
+from .reading import Prefetched
 from .results import Progress, Run, UserError, check, fingerprint, is_current, write_manifest, write_text
-from .store import MADE_BY, Store
+from .store import MADE_BY, MEMORY, Store
 
 LOG_LINES = 100  # lines of log.jsonl in a run; checkpoints are written at lines only
 THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that becomes the inference threshold
@@ -51,12 +52,13 @@ class TrainConfig:
     aux_k: int = 64  # dead features per token that the auxiliary loss uses
     dead_after: float = 0.01  # share without firing after which a feature counts as dead
     precision: str = "float32"  # of the encoder's product (not l1): bfloat16 is faster on processors that have it
+    memory: int = MEMORY  # bytes for shuffling: part of what decides the order of tokens in a store that is larger
     seed: int = 0
 
     def __post_init__(self) -> None:
         check("variant", self.variant, choices=VARIANTS)
         check("precision", self.precision, choices=("float32",) if self.variant == "l1" else PRECISIONS)
-        for name in ("n_features", "tokens", "batch_size", "aux_k"):
+        for name in ("n_features", "tokens", "batch_size", "aux_k", "memory"):
             check(name, getattr(self, name), int, low=1)
         check("k", self.k, int, low=1, high=self.n_features if self.variant != "l1" else None)
         check("rate", self.rate, float, low=0)
@@ -105,6 +107,7 @@ def train(store, config: TrainConfig, folder: Path, progress=None, device: str |
             scratch.replace(checkpoint)
             saved = time.monotonic()
     progress.close()
+    trainer.close()
     crosscoder = trainer.finish()
     crosscoder.save(folder)
     write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.log))
@@ -124,7 +127,8 @@ def open_store(run: Run, pair: Pair) -> Store:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of log.jsonl: step, tokens, rate, losses, fve, l0 in the batch and at the threshold, dead share, tokens per second."""
+    """The lines of log.jsonl: step, tokens, rate, losses, fve, l0 in the batch and at the threshold, dead share, tokens per second,
+    and the share of the time that was spent waiting for batches."""
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -133,8 +137,8 @@ class Trainer:
 
     def __init__(self, store, config: TrainConfig, device: str = "cpu"):
         self.store, self.config, self.device = store, config, device
-        self.rows = store.rows("train")
-        if len(self.rows) == 0:
+        self.count = store.count("train")
+        if self.count == 0:
             raise UserError(f"the store has no training tokens: harvest more documents (notebook {MADE_BY})")
         widths = [store.widths[name] for name in store.models]
         scales = [store.scales[name] for name in store.models]
@@ -143,28 +147,40 @@ class Trainer:
         self.optimizer = make_optimizer(self.crosscoder, config)
         self.step = self.shown = self.epoch = self.position = 0  # position: batches done in this epoch
         self.last_fired = torch.zeros(config.n_features, dtype=torch.int64, device=device)  # tokens shown when a feature last fired
-        self.seen = torch.zeros(int(self.rows[-1]) + 1, dtype=torch.bool)  # row numbers of the store that were shown
+        self.seen = torch.zeros(len(store), dtype=torch.bool)  # rows of the store that were shown
         self.log: list[dict] = []
-        self.order: np.ndarray | None = None  # this epoch's row numbers
+        self.batches: Prefetched | None = None  # the rest of this epoch, made by a thread beside training
         self.floor = 0.0  # smallest strength kept in the last batch: where the next selection begins to look
+        self.waited = 0.0  # seconds spent waiting for batches, without those of ``batches``
         self.buffers: dict = {}  # memory for the products and gradients of a step
 
     def _next_batch(self) -> tuple[np.ndarray, list[Tensor]]:
         """Row numbers [B] and RAW activations of the next batch; begins a new epoch where one is over."""
-        size = self.config.batch_size
-        if self.order is None:
-            self.order = self.store.order("train", self.config.seed, self.epoch)
-        if self.position * size >= len(self.order):
-            self.check_distinct()
-            self.epoch, self.position = self.epoch + 1, 0
-            self.order = self.store.order("train", self.config.seed, self.epoch)
-        rows = self.order[self.position * size : (self.position + 1) * size]
-        self.position += 1
-        return rows, self.store.activations(rows)
+        while True:
+            if self.batches is None:
+                config = self.config
+                self.batches = Prefetched(
+                    self.store.reader("train", config.batch_size, config.seed, self.epoch, self.position, config.memory))
+            try:
+                rows, acts = next(self.batches)
+            except StopIteration:
+                self.check_distinct()
+                self.waited += self.batches.waited
+                self.epoch, self.position, self.batches = self.epoch + 1, 0, None
+            else:
+                self.position += 1
+                return rows, acts
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        if self.batches is not None:
+            self.waited += self.batches.waited
+            self.batches.close()
+            self.batches = None
 
     def run_until(self, tokens: float) -> dict:
         """Train until ``tokens`` have been shown; returns (and logs) a line of averages since the last one."""
-        began, before, sums, steps = time.monotonic(), self.shown, 0.0, 0
+        began, waited, before, sums, steps = time.monotonic(), self.waiting(), self.shown, 0.0, 0
         while self.shown < min(tokens, self.config.tokens):
             rows, acts = self._next_batch()
             for name, act in zip(self.store.models, acts):
@@ -176,7 +192,12 @@ class Trainer:
             acts = [act.to(self.device, non_blocking=True) for act in acts]
             sums = sums + self.train_step(acts)
             steps += 1
-        return self._log_line(sums / steps, acts, (self.shown - before) / (time.monotonic() - began))
+        seconds = time.monotonic() - began
+        return self._log_line(sums / steps, acts, (self.shown - before) / seconds, (self.waiting() - waited) / seconds)
+
+    def waiting(self) -> float:
+        """Seconds that training has spent waiting for batches."""
+        return self.waited + (self.batches.waited if self.batches else 0.0)
 
     def train_step(self, acts: list[Tensor]) -> Tensor:
         """One batch: forward, loss, optimiser step, counts. Returns [5] on the device: loss, error, extra term, L0, gradient norm."""
@@ -198,7 +219,7 @@ class Trainer:
         return torch.stack([loss.detach(), error.detach(), extra.detach(), l0, norm])
 
     @torch.no_grad()
-    def _log_line(self, means: Tensor, acts: list[Tensor], speed: float) -> dict:
+    def _log_line(self, means: Tensor, acts: list[Tensor], speed: float, waiting: float) -> dict:
         loss, error, extra, l0, norm = means.tolist()
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} after {self.shown:,} tokens: lower the learning rate ({self.config.rate})")
@@ -210,16 +231,16 @@ class Trainer:
             "step": self.step, "tokens": self.shown, "epoch": self.epoch, "rate": rate, "loss": loss, "squared_error": error,
             "sparsity" if self.config.variant == "l1" else "auxiliary": extra, "fve": 1 - error / float(spread), "l0": l0,
             "l0_at_threshold": float(at_threshold), "threshold": float(self.crosscoder.threshold), "dead": float(dead),
-            "gradient_norm": norm, "tokens_per_second": round(speed),
+            "gradient_norm": norm, "tokens_per_second": round(speed), "waiting": round(waiting, 4),
         }
         self.log.append(line)
         return line
 
     def check_distinct(self) -> int:
         """Distinct tokens seen so far. Within an epoch no token may come twice, and a finished epoch has shown all of them."""
-        distinct, expected = int(self.seen.sum()), min(self.shown, len(self.rows))
+        distinct, expected = int(self.seen.sum()), min(self.shown, self.count)
         if distinct != expected:
-            raise UserError(f"{self.shown:,} tokens were shown, but only {distinct:,} distinct ones of the store's {len(self.rows):,}: "
+            raise UserError(f"{self.shown:,} tokens were shown, but only {distinct:,} distinct ones of the store's {self.count:,}: "
                             f"it repeats itself before it has shown all (expected {expected:,})")
         return distinct
 
@@ -239,7 +260,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("step", "shown", "epoch", "position", "log", "last_fired", "seen"):
             setattr(self, name, state[name])
-        self.seen, self.order = self.seen.cpu(), None
+        self.seen = self.seen.cpu()
+        self.close()  # and go on reading from there
 
 
 def total_loss(crosscoder: CrossCoder, out: Forward, config: TrainConfig, done: float) -> tuple[Tensor, Tensor, Tensor]:
