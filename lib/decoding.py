@@ -2,8 +2,8 @@
 
 A batch is decoded in *legs* of ``LEG`` tokens; after each leg the rows that have ended leave it, and their keys and
 values leave the cache. What has been read is not read again: the cache is handed from leg to leg. It is one with *room*
-(``RoomyLayer``): transformers' own copies all keys and values at every token, which at some hundred rows costs more than the
-model itself.
+(``RoomyLayer``): transformers' own copies all keys and values at every token, which on the embedded pair took 40% of a step
+at 800 rows (one thread), and little at 100.
 
 Who calls the model is up to the caller, so that plain and steered decoding (nnsight) share this loop. A row depends on no
 other: rows are padded on the left, and what has a memory of its own (noise) is told which rows are left.
