@@ -68,7 +68,7 @@ def harvest(pair: Pair, documents: Corpus | Iterable[Document], path: str | Path
     the pair's weights. Raises UserError for a full disk (finished shards stay), for activations that are not finite, and
     for token ids that a model does not have.
     """
-    job = _job(pair, documents, path, layer, shard_tokens, batch_tokens)
+    job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
     if is_current(job.path, job.mark):
         try:
             return Store.open(job.path)
@@ -94,7 +94,7 @@ def harvest_part(pair: Pair, documents: Corpus | Iterable[Document], path: str |
     makes their shards a store. What is there and whole is not made again. Two jobs with the same part do its work twice, and nothing
     worse. Other parameters and errors as in ``harvest``; UserError if the folder holds a harvest of something else.
     """
-    job = _job(pair, documents, path, layer, shard_tokens, batch_tokens)
+    job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
     numbers = _part(job, *part)
     _claim(job)
     with _room(job):
@@ -108,7 +108,7 @@ def merge(pair: Pair, documents: Corpus | Iterable[Document], path: str | Path, 
     Parameters as in ``harvest``. No model runs, but the text is gone through again, to know which shards there must be. UserError
     names those that are missing or damaged; their parts, or a ``harvest``, make just these anew.
     """
-    job = _job(pair, documents, path, layer, shard_tokens, batch_tokens)
+    job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
     _claim(job)
     log = _logged(job.path)
     plan = {_name(number): sum(len(d.tokens) for d in group) for number, (_, group) in enumerate(_groups(job.corpus, shard_tokens))}
@@ -123,7 +123,7 @@ def merge(pair: Pair, documents: Corpus | Iterable[Document], path: str | Path, 
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What is read and where it goes. ``about``: everything that decides the content of the store; ``mark``: its fingerprint."""
 
     pair: Pair
@@ -135,14 +135,14 @@ class _Job:
     tokens: int  # to expect; of a corpus without BOS
 
 
-def _job(pair: Pair, documents, path: str | Path, layer: int | None, shard_tokens: int, batch_tokens: int) -> _Job:
+def job_of(pair: Pair, documents, path: str | Path, layer: int | None, shard_tokens: int, batch_tokens: int) -> Job:
     check("shard_tokens", shard_tokens, int, low=1)
     check("batch_tokens", batch_tokens, int, low=1)
     corpus = documents if isinstance(documents, Corpus) else list(documents)
     tokenizer = corpus.tokenizer if isinstance(corpus, Corpus) else pair.tokenizer()
     about = _about(pair, corpus, tokenizer, pair.layer if layer is None else layer, shard_tokens, batch_tokens)
     tokens = corpus.tokens if isinstance(corpus, Corpus) else sum(len(d.tokens) for d in corpus)
-    return _Job(pair, corpus, tokenizer, Path(path), about, fingerprint(about), tokens)
+    return Job(pair, corpus, tokenizer, Path(path), about, fingerprint(about), tokens)
 
 
 def _about(pair: Pair, corpus, tokenizer, layer: int | None, shard_tokens: int, batch_tokens: int) -> dict:
@@ -170,7 +170,7 @@ def _about(pair: Pair, corpus, tokenizer, layer: int | None, shard_tokens: int, 
 # --- the folder, in which several jobs may be at work ------------------------------------------------------------
 
 
-def _clear(job: _Job) -> None:
+def _clear(job: Job) -> None:
     """Make the folder ready for a whole harvest: shards of this very one stay, anything of another one goes."""
     job.path.mkdir(parents=True, exist_ok=True)
     (job.path / "manifest.json").unlink(missing_ok=True)
@@ -180,7 +180,7 @@ def _clear(job: _Job) -> None:
         write_text(job.path / BEGUN, job.mark + "\n")
 
 
-def _claim(job: _Job) -> None:
+def _claim(job: Job) -> None:
     """The folder is for this harvest from now on; UserError if it is for another one. Nothing is removed: other jobs may be at work."""
     job.path.mkdir(parents=True, exist_ok=True)
     if _begun(job.path) is None:
@@ -196,7 +196,7 @@ def _begun(path: Path) -> str | None:
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
-def _part(job: _Job, i: int, n: int) -> range:
+def _part(job: Job, i: int, n: int) -> range:
     """Numbers of the shards of part i of n. How many there are turns out at the end of the text only: the last part has no end."""
     check("number of parts", n, int, low=1)
     check("part", i, int, low=0, high=n - 1)
@@ -221,7 +221,7 @@ def _problem(path: Path, name: str, entry: dict | None, tokens: int) -> str | No
 
 
 @contextlib.contextmanager
-def _room(job: _Job) -> Iterator[None]:
+def _room(job: Job) -> Iterator[None]:
     """UserError if the disk has no room for what is still to come, or fills up meanwhile."""
     total = int(1.02 * job.tokens * (24 + sum(m["width"] for m in job.about["models"].values()) * DTYPES[job.pair.store_dtype].itemsize))
 
@@ -243,7 +243,7 @@ def _room(job: _Job) -> Iterator[None]:
 # --- shards ----------------------------------------------------------------------------------------------------
 
 
-def _make(job: _Job, numbers: range, models: Mapping[str, PreTrainedModel] | None, device: str | None) -> dict[str, dict]:
+def _make(job: Job, numbers: range, models: Mapping[str, PreTrainedModel] | None, device: str | None) -> dict[str, dict]:
     """Make the shards with these numbers, but for those that are there and whole; {shard: its line of the log}, in order."""
     readers: dict[str, Reader] = {}  # models are loaded when the first shard needs them
     writing: tuple[str, Future] | None = None
@@ -259,7 +259,7 @@ def _make(job: _Job, numbers: range, models: Mapping[str, PreTrainedModel] | Non
             if _problem(job.path, name, log.get(name), tokens) is None:
                 shards[name] = log[name]
             else:
-                readers = readers or _readers(job, models, device)
+                readers = readers or readers_of(job, models, device)
                 tensors, padding = _shard(group, first, readers, job.pair.store_dtype, job.about["batch_tokens"])
                 if writing:  # one shard at most, or memory would fill up
                     shards[writing[0]] = writing[1].result()
@@ -292,7 +292,7 @@ def _groups(corpus: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int
         yield first, group
 
 
-def _readers(job: _Job, models: Mapping[str, PreTrainedModel] | None, device: str | None) -> dict[str, Reader]:
+def readers_of(job: Job, models: Mapping[str, PreTrainedModel] | None, device: str | None) -> dict[str, Reader]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = {name: (models[name] if models else job.pair.load(name)).to(device) for name in job.pair.models}
     return {name: Reader(model, job.tokenizer, job.about["models"][name]["layer"]) for name, model in loaded.items()}
@@ -318,12 +318,12 @@ def _shard(
             raise UserError(f"the corpus has token id {highest}, model {model!r} has {vocabulary} ids: the tokenizer must fit every model")
         acts, padding = read_all(reader, token_lists, batch_tokens=batch_tokens)
         stored = acts.to(DTYPES[store_dtype])
-        _check_finite(acts, stored, model, reader.layer, store_dtype, first)
+        check_finite(acts, stored, model, reader.layer, store_dtype, first)
         tensors[f"acts_{model}"], tensors[f"norm_{model}"] = stored, row_norms(stored)
     return tensors, padding
 
 
-def _check_finite(acts: torch.Tensor, stored: torch.Tensor, model: str, layer: int, store_dtype: str, first: int) -> None:
+def check_finite(acts: torch.Tensor, stored: torch.Tensor, model: str, layer: int, store_dtype: str, first: int) -> None:
     if torch.isfinite(stored).all():
         return
     finite = torch.isfinite(acts).all(dim=1)
@@ -363,7 +363,7 @@ def _save_whole(tensors: dict[str, torch.Tensor], file: Path) -> dict:
 # --- the end ---------------------------------------------------------------------------------------------------
 
 
-def _finish(job: _Job, shards: dict[str, dict]) -> None:
+def _finish(job: Job, shards: dict[str, dict]) -> None:
     """Draw the masks, take the statistics over kept train tokens in float64, write the index and, last, the manifest.
 
     Activations are read again, some thousand rows at a time; of the rest, some 30 bytes per token are in memory.
