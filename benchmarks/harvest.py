@@ -9,7 +9,8 @@ Three ways of reading the same documents with the same pair, in turns:
     full     the same batches through both models to the end, logits included
 
 for a pair of SmolLM2-135M's shape with random weights (Llama, 30 layers, width 576, 49,152 ids; documents of 100 to 600 tokens),
-and for the embedded pair, whose forwards are so short that all else counts most. Models are loaded and text is tokenised beforehand.
+and for the embedded pair, whose forwards are so short that all else counts most. Beforehand, as it is done once however long
+the text: models are loaded, the large pair's weights are hashed, text is tokenised.
 Records, in results.json, with ``_tiny`` for the embedded pair:
 
     harvest_vs_limit         time of harvest / time of the limit: 1 would be no cost at all
@@ -42,6 +43,11 @@ class _Stop(Exception):
     """Raised by a hook: the forward ends here."""
 
 
+class RandomPair(Pair):
+    def fingerprint(self, model_name: str) -> str:
+        return f"random weights of {model_name}"
+
+
 def random_pair(folder: Path) -> Pair:
     """Two models of SmolLM2-135M's shape with random weights, saved below ``folder``."""
     build_tokenizer().save_pretrained(folder / "tokenizer")
@@ -50,7 +56,7 @@ def random_pair(folder: Path) -> Pair:
     for seed, name in enumerate(("base", "distilled")):
         torch.manual_seed(seed)
         LlamaForCausalLM(config).bfloat16().save_pretrained(folder / name)
-    return Pair("random", {name: folder / name for name in ("base", "distilled")}, tokenizer_source=folder / "tokenizer")
+    return RandomPair("random", {name: folder / name for name in ("base", "distilled")}, tokenizer_source=folder / "tokenizer")
 
 
 def random_documents(tokens: int, ids: int, seed: int = 0) -> list[Document]:

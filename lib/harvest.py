@@ -366,7 +366,7 @@ def _save_whole(tensors: dict[str, torch.Tensor], file: Path) -> dict:
 def _finish(job: Job, shards: dict[str, dict]) -> None:
     """Draw the masks, take the statistics over kept train tokens in float64, write the index and, last, the manifest.
 
-    Activations are read again, some thousand rows at a time; of the rest, some 30 bytes per token are in memory.
+    Activations are read again, some thousand rows at a time; of the rest, some 40 bytes per token are in memory.
     """
     for stray in set(job.path.glob("shard_*")) - {job.path / name for name in shards}:
         stray.unlink()

@@ -127,7 +127,7 @@ class Stream:
                 for out, values in zip(acts, stored):
                     out[at] = values[local[at]].float()
             if len(rows) and not good.any():
-                raise UserError("the norms of a whole batch are above the limit, which comes from the beginning of the text: mix the text first")
+                raise UserError("all norms of a batch are above the limit, which comes from the beginning of the text: mix the text first")
             yield (rows, acts) if good.all() else (rows[good], [a[good] for a in acts])
             held = {number: content for number, content in held.items() if number > last - WINDOWS}
 

@@ -14,7 +14,7 @@ from lib.results import UserError
 from lib.streaming import Stream
 from lib.training import TrainConfig, train
 
-MEMORY = 4_000_000  # bytes: for the toy pair more than enough; SMALL: windows of a few documents
+MEMORY = 4_000_000  # bytes: for the toy pair more than enough
 BATCH = 64
 
 
