@@ -10,9 +10,11 @@ checkpoint, ends with the same weights as an uninterrupted one (for the same num
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -98,16 +100,18 @@ def train(store, config: TrainConfig, folder: Path, progress=None, device: str |
         trainer.restore(torch.load(checkpoint, map_location=device, weights_only=True))
     progress = progress or Progress("tokens trained on", config.tokens)
     saved = time.monotonic()
-    while trainer.shown < config.tokens:
-        line = trainer.run_until(trainer.shown + config.tokens / LOG_LINES)
-        progress.update(min(trainer.shown, config.tokens), f"FVE {line['fve']:.3f}, dead {line['dead']:.1%}")
-        if time.monotonic() - saved >= checkpoint_seconds and trainer.shown < config.tokens:
-            scratch = checkpoint.with_suffix(".part")
-            torch.save(trainer.state(), scratch)
-            scratch.replace(checkpoint)
-            saved = time.monotonic()
+    try:
+        while trainer.shown < config.tokens:
+            line = trainer.run_until(trainer.shown + config.tokens / LOG_LINES)
+            progress.update(min(trainer.shown, config.tokens), f"FVE {line['fve']:.3f}, dead {line['dead']:.1%}")
+            if time.monotonic() - saved >= checkpoint_seconds and trainer.shown < config.tokens:
+                scratch = checkpoint.with_suffix(".part")
+                torch.save(trainer.state(), scratch)
+                scratch.replace(checkpoint)
+                saved = time.monotonic()
+    finally:
+        trainer.close()
     progress.close()
-    trainer.close()
     crosscoder = trainer.finish()
     crosscoder.save(folder)
     write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.log))
@@ -149,27 +153,21 @@ class Trainer:
         self.last_fired = torch.zeros(config.n_features, dtype=torch.int64, device=device)  # tokens shown when a feature last fired
         self.seen = torch.zeros(len(store), dtype=torch.bool)  # rows of the store that were shown
         self.log: list[dict] = []
-        self.batches: Prefetched | None = None  # the rest of this epoch, made by a thread beside training
+        self.batches: Prefetched | None = None  # what comes next, made by a thread beside training
         self.floor = 0.0  # smallest strength kept in the last batch: where the next selection begins to look
         self.waited = 0.0  # seconds spent waiting for batches, without those of ``batches``
         self.buffers: dict = {}  # memory for the products and gradients of a step
 
     def _next_batch(self) -> tuple[np.ndarray, list[Tensor]]:
         """Row numbers [B] and RAW activations of the next batch; begins a new epoch where one is over."""
-        while True:
-            if self.batches is None:
-                config = self.config
-                self.batches = Prefetched(
-                    self.store.reader("train", config.batch_size, config.seed, self.epoch, self.position, config.memory))
-            try:
-                rows, acts = next(self.batches)
-            except StopIteration:
-                self.check_distinct()
-                self.waited += self.batches.waited
-                self.epoch, self.position, self.batches = self.epoch + 1, 0, None
-            else:
-                self.position += 1
-                return rows, acts
+        if self.batches is None:
+            self.batches = Prefetched(_batches(self.store, self.config, self.epoch, self.position))
+        epoch, rows, acts = next(self.batches)
+        if epoch != self.epoch:
+            self.check_distinct()
+            self.epoch, self.position = epoch, 0
+        self.position += 1
+        return rows, acts
 
     def close(self) -> None:
         """End the thread that reads ahead."""
@@ -253,15 +251,23 @@ class Trainer:
         """All that decides how the run goes on. Nothing random is left after the start but the order of batches."""
         place = {name: getattr(self, name) for name in ("step", "shown", "epoch", "position", "log")}
         return {"crosscoder": self.crosscoder.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "last_fired": self.last_fired, "seen": self.seen, **place}
+                "last_fired": self.last_fired, "seen": torch.from_numpy(np.packbits(self.seen.numpy())), **place}
 
     def restore(self, state: dict) -> None:
         self.crosscoder.load_state_dict(state["crosscoder"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("step", "shown", "epoch", "position", "log", "last_fired", "seen"):
+        for name in ("step", "shown", "epoch", "position", "log", "last_fired"):
             setattr(self, name, state[name])
-        self.seen = self.seen.cpu()
+        self.seen = torch.from_numpy(np.unpackbits(state["seen"].cpu().numpy(), count=len(self.seen))).bool()
         self.close()  # and go on reading from there
+
+
+def _batches(store, config: TrainConfig, epoch: int, position: int) -> Iterator[tuple[int, np.ndarray, list[Tensor]]]:
+    """(epoch, row numbers, activations) from a place on, without end. It knows no trainer: its thread must not keep one alive."""
+    for number in itertools.count(epoch):
+        start = position if number == epoch else 0
+        for rows, acts in store.reader("train", config.batch_size, config.seed, number, start, config.memory):
+            yield number, rows, acts
 
 
 def total_loss(crosscoder: CrossCoder, out: Forward, config: TrainConfig, done: float) -> tuple[Tensor, Tensor, Tensor]:
