@@ -1,23 +1,26 @@
 # The whole study, from a fresh clone: make figures. Needs Python 3.11 or newer and nothing else.
 #   PAIR     entry of data/pairs.yaml          PROFILE  smoke, default or paper (notebooks/profiles)
+#   PEERS=1  make bench: compare with eai-sparsify too, installed into an environment of its own
 #   ONLY     notebooks by number: ONLY="03 04" ARGS     passed on: ARGS="-p feature 17" with one notebook
 PYTHON ?= python3
 PAIR ?= tiny
 PROFILE ?= default
 ONLY ?=
 ARGS ?=
+PEERS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help figures lab test canonical clean-runs
+.PHONY: help figures lab test bench canonical clean-runs
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make figures [PAIR=tiny] [PROFILE=default] [ONLY="03 04"]   run the notebooks, write figures/ and results'
 	@echo 'make lab                                                   open the notebooks in JupyterLab'
 	@echo 'make test                                                  run the tests'
+	@echo 'make bench [PEERS=1]                                       measure every claim about speed: benchmarks/results.json'
 	@echo 'make canonical                                             strip notebooks/ of what does not belong in git'
 	@echo 'make clean-runs [PAIR=tiny]                                remove data/runs/<pair>/: everything is recomputed'
 
@@ -29,6 +32,11 @@ lab: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Half an hour on an idle machine; one of them alone: .venv/bin/python -m benchmarks.read
+bench: $(STAMP) $(if $(PEERS),.venv-peers/.installed)
+	$(if $(PEERS),.venv-peers,.venv)/bin/python -m benchmarks.step $(if $(PEERS),--peers)
+	@for name in read harvest generate distributed costs; do echo; echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 canonical: $(STAMP)
 	@$(BIN)/python -m lib.run --canonical notebooks/*.ipynb
@@ -44,4 +52,10 @@ $(STAMP): requirements.txt constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing requirements.txt into .venv (minutes, the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@touch $@
+
+.venv-peers/.installed: requirements.txt constraints.txt benchmarks/peers.txt
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@echo "installing requirements.txt and benchmarks/peers.txt into .venv-peers"
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r benchmarks/peers.txt -c constraints.txt
 	@touch $@
