@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from lib.capture import BATCH_TOKENS, length_batches
 from lib.corpus import LABEL_ARRAYS, SPLITS, Document, build
 from lib.distill import build_tokenizer
-from lib.harvest import harvest
+from lib.harvest import SHARD_TOKENS, groups, harvest
 from lib.pairs import Pair, decoder_layers, half_depth, load_pair
 
 from .common import interleaved, ratio, record, report, spread
@@ -71,10 +71,11 @@ def random_documents(tokens: int, ids: int, seed: int = 0) -> list[Document]:
 
 
 def batches(documents: list[Document], pad: int = 0) -> Iterator[torch.Tensor]:
-    """The padded batches [texts, positions] that a harvest of these documents makes, if they are one shard."""
-    for batch in length_batches([len(d.tokens) for d in documents], BATCH_TOKENS):
-        rows = [torch.tensor(documents[i].tokens) for i in batch]
-        yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    """The padded batches [texts, positions] that a harvest of these documents makes."""
+    for _, shard in groups(documents, SHARD_TOKENS):
+        for batch in length_batches([len(d.tokens) for d in shard], BATCH_TOKENS):
+            rows = [torch.tensor(shard[i].tokens) for i in batch]
+            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def compare(title: str, pair: Pair, documents: list[Document], rounds: int, suff
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096, help="that the large pair reads; the embedded pair: ten times as many")
+    parser.add_argument("--tokens", type=int, default=4096, help="that the large pair reads; the embedded pair: 40 times as many")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=("large", "tiny"), help="one of the two pairs")
@@ -126,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.only != "large":
         tiny = load_pair("tiny")
-        compare("embedded pair", tiny, list(build(tiny, 10 * options.tokens)), options.rounds, "_tiny")
+        compare("embedded pair", tiny, list(build(tiny, 40 * options.tokens)), options.rounds, "_tiny")
     if options.only != "tiny":
         with tempfile.TemporaryDirectory() as folder:
             pair = random_pair(Path(folder))

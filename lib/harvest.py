@@ -111,7 +111,7 @@ def merge(pair: Pair, documents: Corpus | Iterable[Document], path: str | Path, 
     job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
     _claim(job)
     log = _logged(job.path)
-    plan = {_name(number): sum(len(d.tokens) for d in group) for number, (_, group) in enumerate(_groups(job.corpus, shard_tokens))}
+    plan = {_name(number): sum(len(d.tokens) for d in group) for number, (_, group) in enumerate(groups(job.corpus, shard_tokens))}
     with ThreadPoolExecutor() as pool:  # checksums of several files at once
         problems = list(pool.map(lambda name: _problem(job.path, name, log.get(name), plan[name]), plan))
     if bad := [f"{name} is {problem}" for name, problem in zip(plan, problems) if problem]:
@@ -250,7 +250,7 @@ def _make(job: Job, numbers: range, models: Mapping[str, PreTrainedModel] | None
     log, shards, done = _logged(job.path), {}, 0
     with Progress("tokens harvested", job.tokens) as progress, ThreadPoolExecutor(1) as writer:
         began = time.monotonic()
-        for number, (first, group) in enumerate(_groups(job.corpus, job.about["shard_tokens"])):
+        for number, (first, group) in enumerate(groups(job.corpus, job.about["shard_tokens"])):
             if number >= numbers.stop:
                 break
             if number < numbers.start:
@@ -278,7 +278,7 @@ def _name(number: int) -> str:
     return f"shard_{number:05d}.safetensors"
 
 
-def _groups(corpus: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int, list[Document]]]:
+def groups(corpus: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int, list[Document]]]:
     """(number of the first document, documents) of each shard: whole documents, at least ``shard_tokens`` tokens (but the last)."""
     group: list[Document] = []
     size = first = 0
