@@ -242,7 +242,8 @@ def initial_rows(widths: Sequence[int], n_features: int, seed: int) -> Tensor:
 class Forward:
     """One training batch in scaled space: x, x_hat [B, D], and the code f [n] at its places ``code``, differentiable.
 
-    ``aux_hat`` [B, D]: what dead features make of the batch, without bias; None if nothing is dead.
+    ``aux_hat`` [B, D]: what dead features make of the batch, without bias; None if nothing is dead. ``tokens``: of the whole
+    batch, where these B are a part of it; losses are means over the whole batch, and the parts' losses add up to them.
     """
 
     x: Tensor
@@ -250,6 +251,10 @@ class Forward:
     f: Tensor
     x_hat: Tensor
     aux_hat: Tensor | None = None
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = self.tokens or len(self.x)
 
 
 def forward(crosscoder: CrossCoder, acts: Sequence[Tensor], dead: Tensor | None = None, aux_k: int = 0, precision: str = "float32",
@@ -284,13 +289,13 @@ def forward(crosscoder: CrossCoder, acts: Sequence[Tensor], dead: Tensor | None 
 
 def squared_error(out: Forward) -> Tensor:
     """mean_batch sum_m ||x_m - x̂_m||_2^2, in scaled space."""
-    return (out.x - out.x_hat).square().sum(-1).mean()
+    return (out.x - out.x_hat).square().sum(-1).sum() / out.tokens
 
 
 def sparsity_loss(crosscoder: CrossCoder, out: Forward) -> Tensor:
     """mean_batch sum_i f_i sum_m ||d_i^m||_2: what lambda multiplies in the L1 variant."""
     totals = torch.zeros_like(crosscoder.b_enc).index_add(0, out.code.features, out.f)
-    return (totals * crosscoder.strength_per_unit()).sum() / len(out.x)
+    return (totals * crosscoder.strength_per_unit()).sum() / out.tokens
 
 
 def auxiliary_loss(out: Forward) -> Tensor:
@@ -302,4 +307,4 @@ def auxiliary_loss(out: Forward) -> Tensor:
     """
     if out.aux_hat is None:
         return out.x_hat.new_zeros(())
-    return ((out.x - out.x_hat).detach() - out.aux_hat).square().sum(-1).mean()
+    return ((out.x - out.x_hat).detach() - out.aux_hat).square().sum(-1).sum() / out.tokens

@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from .reading import Prefetched
 from .results import Progress, Run, UserError, check, fingerprint, is_current, write_manifest, write_text
 from .store import MADE_BY, MEMORY, Store
 
+PER_FEATURE = ("W_dec", "W_enc", "b_enc")  # parameters of the crosscoder that are [F, ...]
 LOG_LINES = 100  # lines of log.jsonl in a run; checkpoints are written at lines only
 THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that becomes the inference threshold
 
@@ -80,13 +81,66 @@ class TrainConfig:
         return self.l1 * min(1.0, done / self.l1_warmup if self.l1_warmup else 1.0)
 
 
-def train(store, config: TrainConfig, folder: Path, progress=None, device: str | None = None, checkpoint_seconds: float = 30) -> CrossCoder:
+class Alone:
+    """The processes that train one crosscoder together, if that is a single one. ``lib.distributed`` has those with company.
+
+    Processes may hold different rows of a batch, or different features of the dictionary. What one has of a sum is made whole
+    by ``over_rows`` and ``over_features``: each adds up the processes that differ in just that. All processes call all of these in the same order.
+    """
+
+    rank, size = 0, 1
+    part = (0, 1)  # which rows of every batch are read here, as ``Store.reader`` has it
+
+    def over_rows(self, partial: Tensor) -> Tensor:
+        return partial
+
+    def over_features(self, partial: Tensor) -> Tensor:
+        return partial
+
+    def rows(self, own: int) -> int:
+        """Number of rows of a batch of which ``own`` are here."""
+        return own
+
+    def any_row(self, flags: Tensor) -> Tensor:
+        """Where a bool of this or of another process, with other rows, is set."""
+        return flags
+
+    def forward(self, *args, **options) -> Forward:
+        """``crosscoder.forward`` over the whole batch and all features."""
+        return forward(*args, **options)
+
+    def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
+        """Make the gradients those of the whole batch; returns the norm over all parameters."""
+        return torch.nn.utils.get_total_norm([p.grad for p in crosscoder.parameters()])
+
+    def own(self, whole: Tensor) -> Tensor:
+        """The part of a tensor [F, ...] that is kept here."""
+        return whole
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The tensor [F, ...] of which each process keeps a part; only on rank 0."""
+        return own
+
+    def agreed(self, flag: bool) -> bool:
+        """What rank 0 says. Also a barrier."""
+        return flag
+
+    def check_same(self, value: int, what: str) -> None:
+        """UserError if a process has another value."""
+
+
+ALONE = Alone()
+
+
+def train(store, config: TrainConfig, folder: Path, progress=None, device: str | None = None, checkpoint_seconds: float = 30,
+          together: Alone = ALONE) -> CrossCoder:
     """Train on the store's "train" split, or resume, or load what is there already for the same config and store.
 
     ``folder`` receives crosscoder.safetensors, config.json, log.jsonl and manifest.json; while training, a checkpoint,
     named after the fingerprint, so that another config's unfinished run is left alone. ``progress`` has
     ``update(done_tokens, note)`` and ``close()``. Raises UserError for non-finite activations, a loss that is not finite, and a
-    store that repeats tokens before it has shown all. ``device`` None is a GPU if there is one.
+    store that repeats tokens before it has shown all. ``device`` None is a GPU if there is one. ``together``: see ``lib.distributed``;
+    all processes must see the same folder, in which rank 0 writes. Checkpoints are those of a single process: their number may change.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(folder)
@@ -94,30 +148,40 @@ def train(store, config: TrainConfig, folder: Path, progress=None, device: str |
     if is_current(folder, mark):
         return CrossCoder.load(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / f"checkpoint-{mark}.pt"
-    trainer = Trainer(store, config, device)
+    checkpoint = checkpoint_file(folder, mark)
+    trainer = Trainer(store, config, device, together)
     if checkpoint.is_file():
-        trainer.restore(torch.load(checkpoint, map_location=device, weights_only=True))
+        trainer.restore(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True))
+    together.check_same(trainer.shown, f"tokens shown, according to the checkpoint in {folder.name}")
     progress = progress or Progress("tokens trained on", config.tokens)
     saved = time.monotonic()
     try:
         while trainer.shown < config.tokens:
             line = trainer.run_until(trainer.shown + config.tokens / LOG_LINES)
             progress.update(min(trainer.shown, config.tokens), f"FVE {line['fve']:.3f}, dead {line['dead']:.1%}")
-            if time.monotonic() - saved >= checkpoint_seconds and trainer.shown < config.tokens:
-                scratch = checkpoint.with_suffix(".part")
-                torch.save(trainer.state(), scratch)
-                scratch.replace(checkpoint)
+            if together.agreed(time.monotonic() - saved >= checkpoint_seconds) and trainer.shown < config.tokens:
+                state = trainer.state()  # from all processes
+                if together.rank == 0:
+                    scratch = checkpoint.with_suffix(".part")
+                    torch.save(state, scratch)
+                    scratch.replace(checkpoint)
                 saved = time.monotonic()
     finally:
         trainer.close()
     progress.close()
     crosscoder = trainer.finish()
-    crosscoder.save(folder)
-    write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.log))
-    write_manifest(folder, mark, store=store.fingerprint, config=asdict(config))
-    checkpoint.unlink(missing_ok=True)
-    return crosscoder
+    if together.rank == 0:
+        crosscoder.save(folder)
+        write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.log))
+        write_manifest(folder, mark, store=store.fingerprint, config=asdict(config))
+        checkpoint.unlink(missing_ok=True)
+    together.agreed(True)  # the files are there
+    return crosscoder if together.rank == 0 else CrossCoder.load(folder)
+
+
+def checkpoint_file(folder: Path, mark: str) -> Path:
+    """The checkpoint of an unfinished run with the fingerprint ``mark``."""
+    return Path(folder) / f"checkpoint-{mark}.pt"
 
 
 def open_store(run: Run, pair: Pair) -> Store:
@@ -139,18 +203,18 @@ def read_log(folder: Path) -> list[dict]:
 class Trainer:
     """Weights, optimiser and position of a run; ``run_until`` advances it, ``state`` and ``restore`` make it resumable."""
 
-    def __init__(self, store, config: TrainConfig, device: str = "cpu"):
-        self.store, self.config, self.device = store, config, device
-        self.count = store.count("train")
-        if self.count == 0:
+    def __init__(self, store, config: TrainConfig, device: str = "cpu", together: Alone = ALONE):
+        self.store, self.config, self.device, self.together = store, config, device, together
+        if store.count("train") == 0:
             raise UserError(f"the store has no training tokens: harvest more documents (notebook {MADE_BY})")
         widths = [store.widths[name] for name in store.models]
         scales = [store.scales[name] for name in store.models]
-        self.crosscoder = CrossCoder(widths, config.n_features, store.models, config.variant, config.k, scales, config.seed).to(device)
-        self.crosscoder.centre([store.means[name].to(device) for name in store.models])
+        self.crosscoder = CrossCoder(widths, config.n_features, store.models, config.variant, config.k, scales, config.seed)
+        self._each_feature(together.own)
+        self.crosscoder.to(device).centre([store.means[name].to(device) for name in store.models])
         self.optimizer = make_optimizer(self.crosscoder, config)
         self.step = self.shown = self.epoch = self.position = 0  # position: batches done in this epoch
-        self.last_fired = torch.zeros(config.n_features, dtype=torch.int64, device=device)  # tokens shown when a feature last fired
+        self.last_fired = torch.zeros(len(self.crosscoder.b_enc), dtype=torch.int64, device=device)  # tokens shown when a feature last fired
         self.seen = torch.zeros(len(store), dtype=torch.bool)  # rows of the store that were shown
         self.log: list[dict] = []
         self.batches: Prefetched | None = None  # what comes next, made by a thread beside training
@@ -161,7 +225,7 @@ class Trainer:
     def _next_batch(self) -> tuple[np.ndarray, list[Tensor]]:
         """Row numbers [B] and RAW activations of the next batch; begins a new epoch where one is over."""
         if self.batches is None:
-            self.batches = Prefetched(_batches(self.store, self.config, self.epoch, self.position))
+            self.batches = Prefetched(_batches(self.store, self.config, self.epoch, self.position, self.together.part))
         epoch, rows, acts = next(self.batches)
         if epoch != self.epoch:
             self.check_distinct()
@@ -199,36 +263,44 @@ class Trainer:
 
     def train_step(self, acts: list[Tensor]) -> Tensor:
         """One batch: forward, loss, optimiser step, counts. Returns [5] on the device: loss, error, extra term, L0, gradient norm."""
-        config, done = self.config, self.shown / self.config.tokens
-        dead = self.shown - self.last_fired > config.dead_after * config.tokens
+        config, done, together = self.config, self.shown / self.config.tokens, self.together
         aux_k = config.aux_k if config.variant != "l1" and config.aux else 0
-        out = forward(self.crosscoder, acts, dead, aux_k, config.precision, hint=self.floor, buffers=self.buffers)
+        tokens = together.rows(len(acts[0]))
+        out = together.forward(self.crosscoder, acts, self._dead(), aux_k, config.precision, wanted=config.k * tokens, hint=self.floor,
+                               buffers=self.buffers)
+        out.tokens = tokens
         loss, error, extra = total_loss(self.crosscoder, out, config, done)
-        norm = optimizer_step(self.optimizer, loss, self.crosscoder, config.clip, config.learning_rate(done))
+        norm = optimizer_step(self.optimizer, loss, self.crosscoder, config.clip, config.learning_rate(done), together)
         with torch.no_grad():
-            self.shown += len(out.x)
-            self.last_fired[out.code.fired()] = self.shown
+            self.shown += tokens
+            self.last_fired[together.any_row(out.code.fired())] = self.shown
             self.floor = float(out.code.floor)
             if config.variant == "batchtopk":
-                weight = 1.0 if self.step == 0 else min(1.0, len(out.x) / (THRESHOLD_SHARE * config.tokens))
+                weight = 1.0 if self.step == 0 else min(1.0, tokens / (THRESHOLD_SHARE * config.tokens))
                 self.crosscoder.threshold.lerp_(out.code.floor, weight)
         self.step += 1
-        l0 = torch.tensor(len(out.code.features) / len(out.x), device=norm.device)
-        return torch.stack([loss.detach(), error.detach(), extra.detach(), l0, norm])
+        l0 = together.over_features(torch.tensor(len(out.code.features) / tokens, device=norm.device))
+        means = together.over_rows(torch.stack([loss.detach(), error.detach(), extra.detach(), l0]))
+        return torch.cat([means, norm[None]])
+
+    def _dead(self) -> Tensor:
+        """Which of the features kept here are dead."""
+        return self.shown - self.last_fired > self.config.dead_after * self.config.tokens
 
     @torch.no_grad()
     def _log_line(self, means: Tensor, acts: list[Tensor], speed: float, waiting: float) -> dict:
         loss, error, extra, l0, norm = means.tolist()
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} after {self.shown:,} tokens: lower the learning rate ({self.config.rate})")
-        spread = (self.crosscoder.scaled(acts) - self.crosscoder.means).square().sum(-1).mean()
-        dead = (self.shown - self.last_fired > self.config.dead_after * self.config.tokens).float().mean()
-        at_threshold = (self.crosscoder.encode(acts) > 0).sum() / len(acts[0])
+        spread = (self.crosscoder.scaled(acts) - self.crosscoder.means).square().sum()
+        at_threshold = self.together.over_features((self.crosscoder.encode(acts) > 0).sum().float())
+        tokens, spread, at_threshold = self.together.over_rows(torch.stack([spread.new_tensor(len(acts[0])), spread, at_threshold])).tolist()
+        dead = self.together.over_features(self._dead().float().sum()) / self.config.n_features
         rate = self.config.learning_rate(self.shown / self.config.tokens)
         line = {
             "step": self.step, "tokens": self.shown, "epoch": self.epoch, "rate": rate, "loss": loss, "squared_error": error,
-            "sparsity" if self.config.variant == "l1" else "auxiliary": extra, "fve": 1 - error / float(spread), "l0": l0,
-            "l0_at_threshold": float(at_threshold), "threshold": float(self.crosscoder.threshold), "dead": float(dead),
+            "sparsity" if self.config.variant == "l1" else "auxiliary": extra, "fve": 1 - error * tokens / spread, "l0": l0,
+            "l0_at_threshold": at_threshold / tokens, "threshold": float(self.crosscoder.threshold), "dead": float(dead),
             "gradient_norm": norm, "tokens_per_second": round(speed), "waiting": round(waiting, 4),
         }
         self.log.append(line)
@@ -236,37 +308,58 @@ class Trainer:
 
     def check_distinct(self) -> int:
         """Distinct tokens seen so far. Within an epoch no token may come twice, and a finished epoch has shown all of them."""
-        distinct, expected = int(self.seen.sum()), min(self.shown, self.count)
+        self.seen = self.together.any_row(self.seen)
+        count = self.store.count("train")  # a stream finds tokens to leave out as it goes
+        distinct, expected = int(self.seen.sum()), min(self.shown, count)
         if distinct != expected:
-            raise UserError(f"{self.shown:,} tokens were shown, but only {distinct:,} distinct ones of the store's {self.count:,}: "
+            raise UserError(f"{self.shown:,} tokens were shown, but only {distinct:,} distinct ones of the store's {count:,}: "
                             f"it repeats itself before it has shown all (expected {expected:,})")
         return distinct
 
     def finish(self) -> CrossCoder:
         """The trained crosscoder, for use without gradients."""
         self.crosscoder.seen.copy_(torch.tensor([self.shown, self.check_distinct()]))
+        self._each_feature(self.together.whole)
         return self.crosscoder.cpu().eval().requires_grad_(False)
 
     def state(self) -> dict:
-        """All that decides how the run goes on. Nothing random is left after the start but the order of batches."""
+        """All that decides how the run goes on, of all processes, on rank 0. Nothing random is left after the start but the order of batches."""
+        self.seen = self.together.any_row(self.seen)
         place = {name: getattr(self, name) for name in ("step", "shown", "epoch", "position", "log")}
-        return {"crosscoder": self.crosscoder.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "last_fired": self.last_fired, "seen": torch.from_numpy(np.packbits(self.seen.numpy())), **place}
+        crosscoder, optimizer = self._states(self.crosscoder.state_dict(), self.optimizer.state_dict(), self.together.whole)
+        return {"crosscoder": crosscoder, "optimizer": optimizer, "last_fired": self.together.whole(self.last_fired),
+                "seen": torch.from_numpy(np.packbits(self.seen.numpy())), **place}
 
     def restore(self, state: dict) -> None:
-        self.crosscoder.load_state_dict(state["crosscoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("step", "shown", "epoch", "position", "log", "last_fired"):
+        crosscoder, optimizer = self._states(state["crosscoder"], state["optimizer"], self.together.own)
+        self.crosscoder.load_state_dict(crosscoder)
+        self.optimizer.load_state_dict(optimizer)
+        for name in ("step", "shown", "epoch", "position", "log"):
             setattr(self, name, state[name])
+        self.last_fired = self.together.own(state["last_fired"]).clone().to(self.device)
         self.seen = torch.from_numpy(np.unpackbits(state["seen"].cpu().numpy(), count=len(self.seen))).bool()
         self.close()  # and go on reading from there
 
+    @torch.no_grad()
+    def _each_feature(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put in place of every parameter [F, ...] what ``change`` makes of it."""
+        for name in PER_FEATURE:
+            changed = change(getattr(self.crosscoder, name).data)
+            setattr(self.crosscoder, name, torch.nn.Parameter(changed))
 
-def _batches(store, config: TrainConfig, epoch: int, position: int) -> Iterator[tuple[int, np.ndarray, list[Tensor]]]:
+    def _states(self, crosscoder: dict, optimizer: dict, change: Callable[[Tensor], Tensor]) -> tuple[dict, dict]:
+        """State dicts of crosscoder and optimiser with the same done to whatever is [F, ...] in them."""
+        names = [name for name, _ in self.crosscoder.named_parameters()]  # the optimiser numbers them
+        changed = {number: {key: change(value) if names[number] in PER_FEATURE and value.dim() else value for key, value in moments.items()}
+                   for number, moments in optimizer["state"].items()}
+        return {name: change(value) if name in PER_FEATURE else value for name, value in crosscoder.items()}, {**optimizer, "state": changed}
+
+
+def _batches(store, config: TrainConfig, epoch: int, position: int, part: tuple[int, int]) -> Iterator[tuple[int, np.ndarray, list[Tensor]]]:
     """(epoch, row numbers, activations) from a place on, without end. It knows no trainer: its thread must not keep one alive."""
     for number in itertools.count(epoch):
         start = position if number == epoch else 0
-        for rows, acts in store.reader("train", config.batch_size, config.seed, number, start, config.memory):
+        for rows, acts in store.reader("train", config.batch_size, config.seed, number, start, config.memory, part):
             yield number, rows, acts
 
 
@@ -285,13 +378,14 @@ def make_optimizer(crosscoder: CrossCoder, config: TrainConfig) -> torch.optim.O
     return torch.optim.Adam(crosscoder.parameters(), lr=config.rate, betas=(0.9, 0.999), fused=True)
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, crosscoder: CrossCoder, clip: float, rate: float) -> Tensor:
+def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, crosscoder: CrossCoder, clip: float, rate: float,
+                   together: Alone = ALONE) -> Tensor:
     """Backward, clip the gradient's global norm, step at this learning rate. Returns the norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in crosscoder.parameters()])
+    norm = together.gradient_norm(crosscoder)
     # The fused Adam divides gradients by this as it reads them: clipping costs no pass of its own.
     optimizer.grad_scale = (norm / clip).clamp(min=1.0) if clip else None
     optimizer.step()
