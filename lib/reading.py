@@ -206,7 +206,7 @@ def read_shuffled(
     ring = _Ring(tables, names, shuffle)
     buffers = [np.empty((batch_size, *held.shape[1:]), held.dtype) for held in ring.held]
     batches = [_Recycled(buffer.shape) for buffer in buffers]
-    for batch in _batches(shuffle.pieces(), batch_size, start):
+    for batch in cut_batches(shuffle.pieces(), batch_size, start):
         rows, places, due = (values[part[0] :: part[1]] for values in batch)
         raw = [buffer[: len(rows)] for buffer in buffers]
         at = 0
@@ -274,7 +274,7 @@ def _pages(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, max(size, 1), access=mmap.ACCESS_COPY), dtype, math.prod(shape)).reshape(shape)
 
 
-def _batches(pieces: Iterable[tuple[np.ndarray, ...]], size: int, start: int) -> Iterator[list[np.ndarray]]:
+def cut_batches(pieces: Iterable[tuple[np.ndarray, ...]], size: int, start: int) -> Iterator[list[np.ndarray]]:
     """Pieces of any length cut anew into batches of ``size`` rows, from batch ``start`` on."""
     skip, held = start * size, None
     for piece in pieces:

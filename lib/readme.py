@@ -1,6 +1,6 @@
-"""Writes the table of results in README.md from the result files, so that no number there was typed by hand.
+"""Writes the tables of results and of speed in README.md from files of results, so that no number there was typed by hand.
 
-    python -m lib.readme            # after make figures; a test holds the two equal
+    python -m lib.readme            # after make figures or make bench; a test holds them equal
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .results import ROOT, UserError, write_text
 
-BEGIN, END = "<!-- results: written by python -m lib.readme -->", "<!-- end of results -->"
+MARKS = {name: (f"<!-- {name}: written by python -m lib.readme -->", f"<!-- end of {name} -->") for name in ("results", "speed")}
 # question, notebook, metrics shown (name, words before the number)
 ROWS = (
     ("Does thinking pay? Puzzles solved, every step right", "00",
@@ -31,6 +31,40 @@ ROWS = (
     ("Did the geometry of words change? Parallelogram loss, mean over relations", "05",
      (("parallelogram_base", "base"), ("parallelogram_distilled", "distilled"))),
 )
+
+# what is measured, name in benchmarks/results.json, unit, what was aimed at
+SPEED = (
+    ("Training step, D = 2 x 512, F = 16,384, k = 50: the dense step of public trainers, by ours", "step_vs_dense_small", "times", "at least 8"),
+    ("the same at D = 2 x 1,536, F = 32,768", "step_vs_dense_large", "times", "at least 6"),
+    ("eai-sparsify 1.3.3 in float32, by ours, at the first size", "step_vs_sparsify_small", "times", "at least 2.5"),
+    ("eai-sparsify with bfloat16 autocast, by ours", "step_vs_sparsify_autocast_small", "times", ""),
+    ("the dense step with bfloat16 autocast and a fused Adam, by ours", "step_vs_dense_tuned_small", "times", ""),
+    ("equal precision: float32 in both, and both with a fused Adam", "step_vs_dense_equal_small", "times", ""),
+    ("Peak memory of training at the second size, ours by dense", "memory_vs_dense_large", "", "at most 1"),
+    ("Harvest, by two plain forwards stopped at the layer (135M shape)", "harvest_vs_limit", "times as long", "at most 1.15"),
+    ("Full forwards of both models, by the harvest", "harvest_vs_full_forward", "times", "at least 1.7"),
+    ("Shuffled reading from a store eight times its memory, D = 2 x 512", "read_pairs_per_second", "pairs a second", "at least 100,000"),
+    ("Share of training spent waiting for batches, reading from there", "wait_share", "", ""),
+    ("Steered thoughts: one prompt at a time, by conditions together", "generate_vs_single", "times", "at least 10"),
+    ("one condition at a time, by conditions together", "generate_vs_condition", "times", "at least 0.9"),
+    ("Two processes against one: largest difference of the loss, relative", "accelerate_loss_difference", "", "at most 0.001"),
+)
+
+
+def speed(benchmarks: Path) -> str:
+    """benchmarks/results.json as a Markdown table: medians and quartiles."""
+    found, machine = (json.loads((benchmarks / name).read_text()) for name in ("results.json", "machine.json"))
+    lines = ["| what | median | quartiles | aim |", "|---|---|---|---|"]
+    for what, name, unit, aim in SPEED:
+        value, low, high = (_figure(found[name][key]) for key in ("value", "low", "high"))
+        lines.append(f"| {what} | **{value}** {unit} | {low} to {high} | {aim} |")
+    bfloat = "with" if machine["bfloat16_instructions"] else "without"
+    return "\n".join(lines) + f"\n\nOn {machine['processor']}, {machine['cores']} cores, {bfloat} bfloat16 instructions, {machine['memory_gb']} GB; " \
+        f"torch {machine['versions']['torch']}."
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def table(results: Path) -> str:
@@ -52,16 +86,19 @@ def _text(metric: dict) -> str:
     return f"**{metric['value']:.2f}**{interval}"
 
 
-def written(text: str, results: Path) -> str:
-    """README text with its table replaced by the results'."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}"
+def written(text: str, results: Path, benchmarks: Path) -> str:
+    """README text with its tables replaced."""
+    for name, content in (("results", table(results)), ("speed", speed(benchmarks))):
+        begin, end = MARKS[name]
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main() -> int:
     readme = ROOT / "README.md"
     try:
-        write_text(readme, written(readme.read_text(), ROOT / "figures" / "tiny" / "results"))
+        write_text(readme, written(readme.read_text(), ROOT / "figures" / "tiny" / "results", ROOT / "benchmarks"))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -155,6 +155,7 @@ def select_batch(encoded: Encoded, per_unit: Tensor, wanted: int, hint: float = 
     low = MARGIN * hint
     if low <= 0:
         low = float(gather(_guess(encoded, per_unit, wanted)).mean())
+    first = low
     while True:
         code = _above(encoded, per_unit, torch.full((len(encoded),), low, device=per_unit.device), expected)
         strength = code.values * per_unit[code.features]
@@ -167,7 +168,7 @@ def select_batch(encoded: Encoded, per_unit: Tensor, wanted: int, hint: float = 
         # Passed over was only what lies below low, give or take the rounding: no matter if all that was wanted lies above.
         if low == 0 or (enough and float(floor) * precise >= low):
             return code.where(strength >= floor, floor)
-        low = MARGIN * precise * float(floor) if enough else (low / 2 if len(everyone) > wanted // 8 else 0.0)
+        low = MARGIN * precise * float(floor) if enough else (low / 2 if low > first / 4 else 0.0)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from .capture import BATCH_TOKENS, masks, norm_limits, read_all, row_norms
 from .corpus import SPLITS, Corpus, Document
 from .harvest import SHARD_TOKENS, check_finite, job_of, readers_of
 from .pairs import DTYPES, Pair
-from .reading import INDEX_BYTES, RING_SHARE, _batches, check_batch
+from .reading import INDEX_BYTES, RING_SHARE, cut_batches, check_batch
 from .results import UserError, check, fingerprint
 from .store import MEMORY
 
@@ -110,7 +110,7 @@ class Stream:
         self, split: str, windows: list[np.ndarray], batch_size: int, key: list[int], start: int, part: tuple[int, int]
     ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
         texts, held, computed = (d.tokens for d in self._corpus if d.split == split), {}, 0
-        for batch in _batches(self._pieces(windows, key), batch_size, start):
+        for batch in cut_batches(self._pieces(windows, key), batch_size, start):
             last = int(batch[3][-1])
             for number in range(computed, last + 1):
                 lists = list(itertools.islice(texts, len(windows[number])))

@@ -1,4 +1,4 @@
-"""Every number in README's table of results comes from a result file."""
+"""Every number in README's tables comes from a result file."""
 
 import json
 
@@ -10,7 +10,7 @@ from lib.results import ROOT, UserError
 
 def test_readme_shows_the_committed_results():
     text = (ROOT / "README.md").read_text()
-    assert readme.written(text, ROOT / "figures" / "tiny" / "results") == text, "run: python -m lib.readme"
+    assert readme.written(text, ROOT / "figures" / "tiny" / "results", ROOT / "benchmarks") == text, "run: python -m lib.readme"
 
 
 def test_table_from_hand_written_results(tmp_path):
@@ -21,3 +21,22 @@ def test_table_from_hand_written_results(tmp_path):
     (tmp_path / "05.json").unlink()
     with pytest.raises(UserError, match="ONLY=05"):
         readme.table(tmp_path)
+
+
+def test_speed_from_hand_written_results(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({name: {"value": 12345.6, "low": 0.01234, "high": 2, "n": 3} for _, name, *_ in readme.SPEED}))
+    (tmp_path / "machine.json").write_text(json.dumps(
+        {"processor": "P", "cores": 2, "memory_gb": 3, "bfloat16_instructions": False, "versions": {"torch": "2"}}))
+    text = readme.speed(tmp_path)
+    assert "| **12,346** times | 0.0123 to 2 | at least 8 |" in text and text.endswith("On P, 2 cores, without bfloat16 instructions, 3 GB; torch 2.")
+
+
+def test_the_benchmarks_results_are_complete():
+    """Medians within their quartiles, and as many as other tools expect."""
+    found = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    expected = {"step_vs_dense_small", "step_vs_dense_large", "step_vs_sparsify_small", "step_vs_dense_tuned_small", "memory_vs_dense_large",
+                "harvest_vs_limit", "harvest_vs_full_forward", "read_pairs_per_second", "wait_share", "generate_vs_single",
+                "generate_vs_condition", "accelerate_loss_difference", "world_size"}
+    assert expected <= set(found)
+    for name, entry in found.items():
+        assert set(entry) == {"value", "low", "high", "n"} and entry["low"] <= entry["value"] <= entry["high"] and entry["n"] >= 1, name
