@@ -151,7 +151,8 @@ def train(store, config: TrainConfig, folder: Path, progress=None, device: str |
     checkpoint = checkpoint_file(folder, mark)
     trainer = Trainer(store, config, device, together)
     if checkpoint.is_file():
-        trainer.restore(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True))
+        trainer.restore(torch.load(checkpoint, map_location="cpu", weights_only=True,
+                                   mmap=len(trainer.last_fired) < config.n_features))  # only parts of it are copied
     together.check_same(trainer.shown, f"tokens shown, according to the checkpoint in {folder.name}")
     progress = progress or Progress("tokens trained on", config.tokens)
     saved = time.monotonic()
@@ -350,7 +351,7 @@ class Trainer:
     def _states(self, crosscoder: dict, optimizer: dict, change: Callable[[Tensor], Tensor]) -> tuple[dict, dict]:
         """State dicts of crosscoder and optimiser with the same done to whatever is [F, ...] in them."""
         names = [name for name, _ in self.crosscoder.named_parameters()]  # the optimiser numbers them
-        changed = {number: {key: change(value) if names[number] in PER_FEATURE and value.dim() else value for key, value in moments.items()}
+        changed = {number: {key: change(value) if names[number] in PER_FEATURE and value.dim() else value.clone() for key, value in moments.items()}
                    for number, moments in optimizer["state"].items()}
         return {name: change(value) if name in PER_FEATURE else value for name, value in crosscoder.items()}, {**optimizer, "state": changed}
 
