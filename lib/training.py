@@ -174,7 +174,7 @@ def train(store, config: TrainConfig, folder: Path, progress=None, device: str |
     if together.rank == 0:
         crosscoder.save(folder)
         write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.log))
-        write_manifest(folder, mark, store=store.fingerprint, config=asdict(config))
+        write_manifest(folder, mark, store=store.fingerprint, config=asdict(config), processes=together.size)
         checkpoint.unlink(missing_ok=True)
     together.agreed(True)  # the files are there
     return crosscoder if together.rank == 0 else CrossCoder.load(folder)

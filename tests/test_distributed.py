@@ -11,11 +11,12 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from lib.crosscoder import CrossCoder
-from lib.distributed import launch
+from lib.distributed import launch, train_here
 from lib.results import ROOT, UserError
 from lib.store import Store
 from lib.training import TrainConfig, read_log, train
@@ -72,4 +73,72 @@ def test_two_processes_train_what_one_does(store, alone, tmp_path, share):
     assert done.returncode == 0, done.stderr
     assert_alike(alone, tmp_path)
     assert not list(tmp_path.glob("checkpoint-*"))
+    assert json.loads((tmp_path / "manifest.json").read_text())["processes"] == 2
 
+
+
+def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(store, alone, tmp_path):
+    words = command(store, CONFIG, tmp_path, "--processes", 2, "--checkpoint-seconds", 0, "--timeout", 60)
+    with subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+        while not list(tmp_path.glob("checkpoint-*.pt")):
+            assert running.poll() is None, running.stderr.read()
+            time.sleep(0.02)
+        (worker,) = (p for p in psutil.Process(running.pid).children() if p.environ()["RANK"] == "1")
+        began = time.monotonic()
+        worker.send_signal(signal.SIGKILL)
+        said = running.communicate(timeout=60)[1]
+    assert running.returncode != 0 and time.monotonic() - began < 60
+    (sentence,) = re.findall("training ended: (.*)", said)
+    assert "process 0 of 2" in sentence and "another" in sentence and "SIGKILL" in said
+    kept = int(re.search("the checkpoint of ([0-9,]+) tokens is kept, and the same command goes on", sentence)[1].replace(",", ""))
+    assert 0 < kept < CONFIG.tokens and not (tmp_path / "manifest.json").exists()
+    assert run(store, CONFIG, tmp_path, "--processes", 2).returncode == 0
+    assert_alike(alone, tmp_path)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class StopAt:
+    """A progress line that breaks off the run."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def update(self, done, note=""):
+        if done >= self.at:
+            raise Interrupted
+
+    def close(self):
+        pass
+
+
+def test_a_notebook_that_has_computed_launches_what_one_process_began(store, alone, tmp_path, monkeypatch):
+    """After parallel work a fork would hang or be ended; and features are shared out from a checkpoint of all of them."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(Interrupted):
+            train(store, CONFIG, tmp_path, StopAt(4000), checkpoint_seconds=0)
+        torch.randn(500, 500) @ torch.randn(500, 500)
+        crosscoder = launch(2, store, CONFIG, tmp_path, share="features", cpu=True)
+    finally:
+        torch.set_num_threads(1)
+    assert_alike(alone, tmp_path)
+    assert torch.equal(crosscoder.W_enc, CrossCoder.load(tmp_path).W_enc)
+
+
+def test_fewer_processes_than_asked_for_are_refused(store, tmp_path):
+    """As accelerate's command line would start, on a CPU."""
+    with pytest.raises(UserError, match=r"3 processes were asked for, 1 started: start them with torchrun --nproc_per_node 3"):
+        train_here(store.path, CONFIG, tmp_path, 3, cpu=True)
+    with pytest.raises(UserError, match="share is 'tokens': it must be one of rows, features"):
+        train_here(store.path, CONFIG, tmp_path, 1, share="tokens")
+    with pytest.raises(UserError, match="features can be shared out with batchtopk only"):
+        train_here(store.path, dataclasses.replace(CONFIG, variant="l1"), tmp_path, 1, share="features")
+
+
+def test_what_goes_wrong_in_a_launched_process_is_said_in_the_notebook(store, tmp_path):
+    with pytest.raises(UserError, match="lower the learning rate"):
+        launch(2, store, dataclasses.replace(CONFIG, rate=1e30, warmup=0.0), tmp_path, cpu=True)
