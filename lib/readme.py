@@ -56,6 +56,8 @@ def speed(benchmarks: Path) -> str:
     found, machine = (json.loads((benchmarks / name).read_text()) for name in ("results.json", "machine.json"))
     lines = ["| what | median | quartiles | aim |", "|---|---|---|---|"]
     for what, name, unit, aim in SPEED:
+        if name not in found:
+            raise UserError(f"{name} is missing in benchmarks/results.json: run make bench PEERS=1 first")
         value, low, high = (_figure(found[name][key]) for key in ("value", "low", "high"))
         lines.append(f"| {what} | **{value}** {unit} | {low} to {high} | {aim} |")
     bfloat = "with" if machine["bfloat16_instructions"] else "without"

@@ -33,7 +33,7 @@ from .capture import BATCH_TOKENS, masks, norm_limits, read_all, row_norms
 from .corpus import SPLITS, Corpus, Document
 from .harvest import SHARD_TOKENS, check_finite, job_of, readers_of
 from .pairs import DTYPES, Pair
-from .reading import INDEX_BYTES, RING_SHARE, cut_batches, check_batch
+from .reading import INDEX_BYTES, RING_SHARE, check_batch, cut_batches
 from .results import UserError, check, fingerprint
 from .store import MEMORY
 
