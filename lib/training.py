@@ -85,7 +85,8 @@ class Alone:
     """The processes that train one crosscoder together, if that is a single one. ``lib.distributed`` has those with company.
 
     Processes may hold different rows of a batch, or different features of the dictionary. What one has of a sum is made whole
-    by ``over_rows`` and ``over_features``: each adds up the processes that differ in just that. All processes call all of these in the same order.
+    by ``over_rows`` and ``over_features``: each adds up the processes that differ in just that. All processes call all of these in
+    the same order.
     """
 
     rank, size = 0, 1
@@ -215,7 +216,8 @@ class Trainer:
         self.crosscoder.to(device).centre([store.means[name].to(device) for name in store.models])
         self.optimizer = make_optimizer(self.crosscoder, config)
         self.step = self.shown = self.epoch = self.position = 0  # position: batches done in this epoch
-        self.last_fired = torch.zeros(len(self.crosscoder.b_enc), dtype=torch.int64, device=device)  # tokens shown when a feature last fired
+        # tokens shown when a feature last fired
+        self.last_fired = torch.zeros(len(self.crosscoder.b_enc), dtype=torch.int64, device=device)
         self.seen = torch.zeros(len(store), dtype=torch.bool)  # rows of the store that were shown
         self.log: list[dict] = []
         self.batches: Prefetched | None = None  # what comes next, made by a thread beside training
@@ -295,7 +297,8 @@ class Trainer:
             raise UserError(f"the loss is {loss} after {self.shown:,} tokens: lower the learning rate ({self.config.rate})")
         spread = (self.crosscoder.scaled(acts) - self.crosscoder.means).square().sum()
         at_threshold = self.together.over_features((self.crosscoder.encode(acts) > 0).sum().float())
-        tokens, spread, at_threshold = self.together.over_rows(torch.stack([spread.new_tensor(len(acts[0])), spread, at_threshold])).tolist()
+        sums = torch.stack([spread.new_tensor(len(acts[0])), spread, at_threshold])
+        tokens, spread, at_threshold = self.together.over_rows(sums).tolist()
         dead = self.together.over_features(self._dead().float().sum()) / self.config.n_features
         rate = self.config.learning_rate(self.shown / self.config.tokens)
         line = {
@@ -324,7 +327,7 @@ class Trainer:
         return self.crosscoder.cpu().eval().requires_grad_(False)
 
     def state(self) -> dict:
-        """All that decides how the run goes on, of all processes, on rank 0. Nothing random is left after the start but the order of batches."""
+        """All that decides how the run goes on, of all processes, on rank 0. Nothing random is left but the order of batches."""
         self.seen = self.together.any_row(self.seen)
         place = {name: getattr(self, name) for name in ("step", "shown", "epoch", "position", "log")}
         crosscoder, optimizer = self._states(self.crosscoder.state_dict(), self.optimizer.state_dict(), self.together.whole)
@@ -351,12 +354,15 @@ class Trainer:
     def _states(self, crosscoder: dict, optimizer: dict, change: Callable[[Tensor], Tensor]) -> tuple[dict, dict]:
         """State dicts of crosscoder and optimiser with the same done to whatever is [F, ...] in them."""
         names = [name for name, _ in self.crosscoder.named_parameters()]  # the optimiser numbers them
-        changed = {number: {key: change(value) if names[number] in PER_FEATURE and value.dim() else value.clone() for key, value in moments.items()}
-                   for number, moments in optimizer["state"].items()}
-        return {name: change(value) if name in PER_FEATURE else value for name, value in crosscoder.items()}, {**optimizer, "state": changed}
+        moments = {number: {key: change(value) if names[number] in PER_FEATURE and value.dim() else value.clone()
+                            for key, value in own.items()} for number, own in optimizer["state"].items()}
+        weights = {name: change(value) if name in PER_FEATURE else value for name, value in crosscoder.items()}
+        return weights, {**optimizer, "state": moments}
 
 
-def _batches(store, config: TrainConfig, epoch: int, position: int, part: tuple[int, int]) -> Iterator[tuple[int, np.ndarray, list[Tensor]]]:
+def _batches(
+    store, config: TrainConfig, epoch: int, position: int, part: tuple[int, int]
+) -> Iterator[tuple[int, np.ndarray, list[Tensor]]]:
     """(epoch, row numbers, activations) from a place on, without end. It knows no trainer: its thread must not keep one alive."""
     for number in itertools.count(epoch):
         start = position if number == epoch else 0
