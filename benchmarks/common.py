@@ -62,7 +62,7 @@ def record(**measured: Mapping[str, float]) -> None:
         fcntl.flock(folder, fcntl.LOCK_EX)  # released when it is closed
         kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         for name, entry in measured.items():
-            kept[name] = {key: round(float(entry[key]), 6) if key != "n" else int(entry[key]) for key in ("value", "low", "high", "n")}
+            kept[name] = {key: float(f"{entry[key]:.6g}") if key != "n" else int(entry[key]) for key in ("value", "low", "high", "n")}
             print(f"{name}: {entry['value']:.4g} [{entry['low']:.4g}, {entry['high']:.4g}], n = {entry['n']}")
         write_text(RESULTS, json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
         write_text(MACHINE, json.dumps(machine(), indent=1) + "\n")
