@@ -37,7 +37,7 @@ from torch import Tensor
 
 from .crosscoder import PRECISIONS, CrossCoder, Forward, forward
 from .results import ROOT, UserError, check, fingerprint
-from .sparse import Code, Encoded, encode, reconstruct, select_batch, select_rows
+from .sparse import Code, Encoded, encode, largest_of_rows, reconstruct, select_batch, select_rows
 from .store import Store
 from .training import PER_FEATURE, Alone, TrainConfig, checkpoint_file, train
 
@@ -172,16 +172,14 @@ class Features(Together):
         best = per_unit.new_zeros(len(encoded), k)
         if len(among):
             code = select_rows(encoded, per_unit, k, among)
-            strength, rows = code.values * per_unit[code.features], code.rows
-            places = torch.arange(len(strength), device=rows.device) - code.indptr[:-1].repeat_interleave(code.indptr.diff())
-            square = strength.new_zeros(len(encoded), max(int(code.indptr.diff().max()), k)).index_put((rows, places), strength)
-            best = square.topk(k, dim=-1).values
+            strength = code.values * per_unit[code.features]
+            best = largest_of_rows(code, strength, k)
         else:
-            strength, rows = per_unit[:0], among
+            strength = per_unit[:0]
             code = Code(among.new_zeros(len(encoded) + 1), among, strength, per_unit.new_zeros(()), len(per_unit))
         everyone = self.gather(best.flatten()).view(self.size, len(encoded), k)
         floors = everyone.transpose(0, 1).flatten(1).topk(k, dim=-1, sorted=False).values.amin(-1)
-        return code.where(strength >= floors[rows], floors.mean())
+        return code.where(strength >= floors[code.rows], floors.mean())
 
     def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
         own = torch.nn.utils.get_total_norm([getattr(crosscoder, name).grad for name in PER_FEATURE])

@@ -180,11 +180,17 @@ def select_rows(encoded: Encoded, per_unit: Tensor, k: int, among: Tensor | None
     part, units = (encoded, per_unit) if among is None else (encoded.among(among), per_unit[among])
     k = min(k, len(units))
     code = _above(part, units, _row_floors(part, units, k) * (1 - 2 * encoded.rounding), k)
-    strength, counts = code.values * per_unit[code.features], code.indptr.diff()
-    rows, columns = code.rows, torch.arange(len(strength), device=strength.device) - code.indptr[:-1].repeat_interleave(counts)
-    square = strength.new_zeros(len(counts), max(int(counts.max()), k)).index_put((rows, columns), strength)
-    floors = square.topk(k, dim=-1, sorted=False).values.amin(-1)
-    return code.where(strength >= floors[rows], floors.mean())
+    strength = code.values * per_unit[code.features]
+    floors = largest_of_rows(code, strength, k).amin(-1)
+    return code.where(strength >= floors[code.rows], floors.mean())
+
+
+def largest_of_rows(code: Code, strength: Tensor, k: int) -> Tensor:
+    """The k largest of each row's strengths [n], in any order: [B, k], with zeros where a row has fewer."""
+    counts = code.indptr.diff()
+    columns = torch.arange(len(strength), device=strength.device) - code.indptr[:-1].repeat_interleave(counts)
+    square = strength.new_zeros(len(counts), max(int(counts.max()), k)).index_put((code.rows, columns), strength)
+    return square.topk(k, dim=-1, sorted=False).values
 
 
 @torch.no_grad()

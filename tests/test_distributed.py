@@ -20,7 +20,7 @@ from lib.distributed import launch, train_here
 from lib.results import ROOT, UserError
 from lib.store import Store
 from lib.training import TrainConfig, read_log, train
-from tests.toys import toy_store
+from tests.toys import Interrupted, StopAt, toy_store
 
 # 200 steps. An epoch of 1,379 tokens ends with a batch of a single one, of which the second process has nothing
 CONFIG = TrainConfig(n_features=63, k=4, tokens=10_600, batch_size=53, aux_k=5, dead_after=0.02)
@@ -94,24 +94,6 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(store, 
     assert 0 < kept < CONFIG.tokens and not (tmp_path / "manifest.json").exists()
     assert run(store, CONFIG, tmp_path, "--processes", 2).returncode == 0
     assert_alike(alone, tmp_path)
-
-
-class Interrupted(Exception):
-    pass
-
-
-class StopAt:
-    """A progress line that breaks off the run."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def update(self, done, note=""):
-        if done >= self.at:
-            raise Interrupted
-
-    def close(self):
-        pass
 
 
 def test_a_notebook_that_has_computed_launches_what_one_process_began(store, alone, tmp_path, monkeypatch):

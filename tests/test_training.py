@@ -10,7 +10,7 @@ from lib.health import census, cross_entropies, firing_frequency, health, tails
 from lib.pairs import half_depth
 from lib.results import Run, UserError
 from lib.training import TrainConfig, Trainer, open_store, read_log, train
-from tests.toys import toy_model, toy_pair, toy_store
+from tests.toys import Interrupted, StopAt, toy_model, toy_pair, toy_store
 
 
 class MemoryStore:
@@ -110,24 +110,6 @@ def test_dead_features_come_back_through_the_auxiliary_loss(tmp_path):
         trainer.run_until(40_000)
         shares[aux] = trainer.log[-1]["dead"]
     assert shares[0.0] > 0.4 and shares[1.0] < shares[0.0] - 0.2
-
-
-class Interrupted(Exception):
-    pass
-
-
-class StopAt:
-    """A progress line that breaks off the run."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def update(self, done, note=""):
-        if done >= self.at:
-            raise Interrupted
-
-    def close(self):
-        pass
 
 
 @pytest.mark.parametrize("variant", ["batchtopk", "l1"])

@@ -39,3 +39,21 @@ def toy_store(folder: str | Path, tokens: int = 4000, widths: tuple[int, ...] = 
     """A store of about ``tokens`` tokens from ``toy_pair``, at ``folder``/store, in shards of 1,500 tokens."""
     pair = toy_pair(folder, widths, names=("base", "distilled", "third")[: len(widths)])
     return harvest(pair, build(pair, tokens, seed=seed), Path(folder) / "store", **{"shard_tokens": 1500, "batch_tokens": 2048, **options})
+
+
+class Interrupted(Exception):
+    pass
+
+
+class StopAt:
+    """A progress line that breaks off the run."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def update(self, done, note=""):
+        if done >= self.at:
+            raise Interrupted
+
+    def close(self):
+        pass
