@@ -14,6 +14,7 @@ null_b     the same in another order: with ``null_a`` it tells how far models dr
 =========  ================================================================================================
 
     python -m lib.distill data/pairs/tiny          # about an hour on two cores; interrupt and resume at will
+    python -m lib.distill data/pairs/tiny_large    # the same recipe at another width: the ladder of notebook 06
 
 Training is deterministic given the seed and the number of threads, and a resumed run equals an uninterrupted
 one: state is written at the end of every chunk of documents, and a chunk is a function of (seed, stage, index).
@@ -67,6 +68,16 @@ class Recipe:
     tune_rate: float = 1.5e-3
     batch_tokens: int = 1_024
     seed: int = 0
+
+    @classmethod
+    def of_width(cls, width: int, mlp: int) -> Recipe:
+        """The same recipe at another width. Learning rates fall with its square root: fixed beforehand, not tuned to any outcome."""
+        rates = {name: getattr(cls, name) * (cls.width / width) ** 0.5 for name in ("base_rate", "tune_rate")}
+        return cls(width=width, mlp=mlp, **rates)
+
+
+# The ladder of sizes (0.18, 0.66 and 2.07 million parameters) on which notebook 06 asks what grows with the model.
+RECIPES = {"tiny_small": Recipe.of_width(48, 128), "tiny": Recipe(), "tiny_large": Recipe.of_width(176, 448)}
 
 
 # --- tokenizer and model ---------------------------------------------------------------------------------------
@@ -217,6 +228,11 @@ def write_whole(path: Path, state: dict) -> None:
     os.replace(scratch, path)
 
 
+def stages_of(name: str) -> tuple[str, ...]:
+    """The stages of a rung: the other rungs have no ``control``, which only notebook 00 asks for."""
+    return STAGES if name == "tiny" else tuple(stage for stage in STAGES if stage != "control")
+
+
 def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
     """Train the stages in order, each resumable, below ``out`` (checkpoints and logs; nothing is shipped from here)."""
     tokenizer = build_tokenizer()
@@ -266,21 +282,25 @@ def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFas
     return chosen
 
 
-def ship(runs: Path, out: Path, recipe: Recipe, report=print) -> None:
-    """Write the six models (bfloat16 safetensors), the tokenizer, the log and the recipe below ``out``."""
+def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
+    """Write the models of ``stages`` (bfloat16 safetensors), the log and the recipe below ``out``; where there is a ``control``,
+    the ``style`` checkpoint and the tokenizer too, which the other rungs of the ladder share."""
     tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(out / "tokenizer")
-    sources = {stage: runs / stage / "final.pt" for stage in STAGES if stage not in ("midtrain", "latetrain")}
+    sources = {stage: runs / stage / "final.pt" for stage in stages if stage not in ("midtrain", "latetrain")}
     sources["base"] = runs / "latetrain" / "final.pt"
-    sources["style"] = choose_style(runs / "distilled", recipe, tokenizer, report)
+    style = {}
+    if "control" in stages:
+        tokenizer.save_pretrained(out / "tokenizer")
+        sources["style"] = choose_style(runs / "distilled", recipe, tokenizer, report)
+        style = {"style_checkpoint": sources["style"].stem}
     for name, source in sources.items():
         model = build_model(recipe, len(tokenizer))
         model.load_state_dict(torch.load(source, weights_only=True))
         model.to(torch.bfloat16).save_pretrained(out / name)
         (out / name / "generation_config.json").unlink(missing_ok=True)
-    lines = [line for stage in STAGES for line in (runs / stage / "log.jsonl").read_text().splitlines()]
+    lines = [line for stage in stages for line in (runs / stage / "log.jsonl").read_text().splitlines()]
     (out / "log.jsonl").write_text("\n".join(lines) + "\n")
-    card = {**asdict(recipe), "style_checkpoint": sources["style"].stem, "parameters": sum(p.numel() for p in model.parameters())}
+    card = {**asdict(recipe), **style, "parameters": sum(p.numel() for p in model.parameters())}
     (out / "recipe.json").write_text(json.dumps(card, indent=2) + "\n")
     report(f"shipped {', '.join(sources)} to {out}")
 
@@ -295,17 +315,20 @@ def load_shipped(name: str, folder: Path) -> Qwen2ForCausalLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the embedded pair, resuming where an earlier run stopped, and ship it.")
-    parser.add_argument("out", type=Path, help="folder that receives the six models, e.g. data/pairs/tiny")
-    parser.add_argument("--runs", type=Path, default=Path("data/runs/distil_tiny"), help="folder of checkpoints and logs")
-    parser.add_argument("--stages", nargs="*", default=STAGES, choices=STAGES, help="train these only, and ship nothing")
+    parser = argparse.ArgumentParser(description="Train an embedded pair, resuming where an earlier run stopped, and ship it.")
+    parser.add_argument("out", type=Path, help="folder that receives the models: data/pairs/tiny, or another of the ladder's pairs")
+    parser.add_argument("--runs", type=Path, help="folder of checkpoints and logs; left out: data/runs/distil_<pair>")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, help="train these only, and ship nothing")
     parser.add_argument("--threads", type=int, default=1, help="1 is fastest for a model of this size")
     args = parser.parse_args()
+    if args.out.name not in RECIPES:
+        parser.error(f"there is no recipe for {args.out.name!r}: the last part of OUT must be one of {', '.join(RECIPES)}")
     torch.set_num_threads(args.threads)
-    recipe = Recipe()
-    train_all(args.runs, recipe, tuple(args.stages))
-    if all((args.runs / stage / "final.pt").is_file() for stage in STAGES):
-        ship(args.runs, args.out, recipe)
+    recipe, stages = RECIPES[args.out.name], stages_of(args.out.name)
+    runs = args.runs or Path("data/runs") / f"distil_{args.out.name}"
+    train_all(runs, recipe, tuple(args.stages or stages))
+    if not args.stages:
+        ship(runs, args.out, recipe, stages)
 
 
 if __name__ == "__main__":
