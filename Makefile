@@ -13,11 +13,12 @@ STAMP := .venv/.installed
 
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help figures lab test bench canonical clean-runs
+.PHONY: help figures study lab test bench canonical clean-runs
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make figures [PAIR=tiny] [PROFILE=default] [ONLY="03 04"]   run the notebooks, write figures/ and results'
+	@echo 'make study [ONLY="nulls seeds"]                            what takes hours: nulls, seeds, planted truth, causes, sizes'
 	@echo 'make lab                                                   open the notebooks in JupyterLab'
 	@echo 'make test                                                  run the tests'
 	@echo 'make bench [PEERS=1]                                       measure every claim about speed: benchmarks/results.json'
@@ -26,6 +27,10 @@ help:
 
 figures: $(STAMP)
 	@$(BIN)/python -m lib.run --pair "$(PAIR)" --profile "$(PROFILE)" --only $(ONLY) $(ARGS)
+
+# Needs what notebooks 01 to 03 leave; goes on where it was interrupted. The notebooks read what it writes.
+study: $(STAMP)
+	@$(BIN)/python -m lib.study --pair "$(PAIR)" --profile "$(PROFILE)" --only $(ONLY) $(ARGS)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)

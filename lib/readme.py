@@ -1,4 +1,4 @@
-"""Writes the tables of results and of speed in README.md from files of results, so that no number there was typed by hand.
+"""Writes the tables of results and of speed in README.md, and docs/scoreboard.md, from files of results: no number was typed by hand.
 
     python -m lib.readme            # after make figures or make bench; a test holds them equal
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .results import ROOT, UserError, write_text
 
+RESULTS = [ROOT / "figures" / pair / "results" for pair in ("tiny", "tiny_large")]  # notebook 06 writes to the largest pair's
 MARKS = {name: (f"<!-- {name}: written by python -m lib.readme -->", f"<!-- end of {name} -->") for name in ("results", "speed")}
 # question, notebook, metrics shown (name, words before the number)
 ROWS = (
@@ -88,6 +90,28 @@ def _text(metric: dict) -> str:
     return f"**{metric['value']:.2f}**{interval}"
 
 
+SCOREBOARD = """# Every prediction, and what became of it
+
+Each notebook writes its predictions down before its experiment and scores them at the end. This page collects them all ({held} held, {failed} did
+not, {open} could not be decided), for the embedded pair. Written by `python -m lib.readme` from the result files; the notebooks have the context.
+"""
+
+
+def scoreboard(folders: Sequence[Path]) -> str:
+    """docs/scoreboard.md: the table \"scoreboard\" of every NN.json in the folders, in the order of the walk."""
+    lines, count = [], {"yes": 0, "no": 0, "undecided": 0}
+    for file in sorted((file for folder in folders for file in folder.glob("[0-9][0-9].json")), key=lambda file: file.name):
+        found = json.loads(file.read_text())["tables"].get("scoreboard")
+        if found is None:
+            continue
+        lines += ["", f"## Notebook {file.stem}", "", "| claim and prediction | observed | held |", "|---|---|---|"]
+        for row in found["rows"]:
+            row = dict(zip(found["columns"], row))
+            count[row["held"]] += 1
+            lines.append("| " + " | ".join(str(row[name]).replace("|", "\\|") for name in ("prediction", "observed", "held")) + " |")
+    return SCOREBOARD.format(held=count["yes"], failed=count["no"], open=count["undecided"]) + "\n".join(lines) + "\n"
+
+
 def written(text: str, results: Path, benchmarks: Path) -> str:
     """README text with its tables replaced."""
     for name, content in (("results", table(results)), ("speed", speed(benchmarks))):
@@ -100,7 +124,8 @@ def written(text: str, results: Path, benchmarks: Path) -> str:
 def main() -> int:
     readme = ROOT / "README.md"
     try:
-        write_text(readme, written(readme.read_text(), ROOT / "figures" / "tiny" / "results", ROOT / "benchmarks"))
+        write_text(readme, written(readme.read_text(), RESULTS[0], ROOT / "benchmarks"))
+        write_text(ROOT / "docs" / "scoreboard.md", scoreboard(RESULTS))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -96,7 +96,7 @@ def read_profile(folder: Path, name: str, stems: list[str]) -> dict:
     if name not in known:
         raise UserError(f"unknown profile {name!r}: there are {', '.join(known)} (files in notebooks/profiles)")
     profile = read_yaml(folder / f"{name}.yaml")
-    if unknown := sorted(set(profile) - set(stems) - {"timeout"}):
+    if unknown := sorted(set(profile) - set(stems) - {"timeout", "study"}):
         raise UserError(f"profile {name!r} names {', '.join(unknown)}: the notebooks are {', '.join(stems)}")
     return profile
 

@@ -13,6 +13,18 @@ def test_readme_shows_the_committed_results():
     assert readme.written(text, ROOT / "figures" / "tiny" / "results", ROOT / "benchmarks") == text, "run: python -m lib.readme"
 
 
+def test_the_scoreboard_shows_the_committed_predictions():
+    assert readme.scoreboard(readme.RESULTS) == (ROOT / "docs" / "scoreboard.md").read_text(), "run: python -m lib.readme"
+
+
+def test_scoreboard_from_hand_written_results(tmp_path):
+    board = {"columns": ["prediction", "observed", "held"], "rows": [["a | b", "0.5", "yes"], ["null: c", "", "undecided"]]}
+    (tmp_path / "02.json").write_text(json.dumps({"tables": {"scoreboard": board}}))
+    (tmp_path / "05.json").write_text(json.dumps({"tables": {}}))
+    text = readme.scoreboard([tmp_path, tmp_path / "nowhere"])
+    assert "(1 held, 0 did\nnot, 1 could not be decided)" in text and "| a \\| b | 0.5 | yes |" in text and "Notebook 05" not in text
+
+
 def test_table_from_hand_written_results(tmp_path):
     for notebook in {row[1] for row in readme.ROWS}:
         metrics = {name: {"value": 0.5, "ci": [0.25, 0.75], "n": 4} for _, nb, ms in readme.ROWS if nb == notebook for name, _ in ms}

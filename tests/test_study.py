@@ -1,0 +1,84 @@
+"""The study's results: kept whole, read back, refused when they were made from something else."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from lib import study
+from lib.results import Run, UserError
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A study of the embedded pair below ``tmp_path``, with one part that computes nothing but counts its calls."""
+    calls = []
+
+    def compute(s):
+        calls.append(s.pair.name)
+        return {"share": study.metric(0.25, (0.1, 0.4), 8)}, {"rows": pd.DataFrame({"word": ["null", ""], "x": [1.5, None]})}
+
+    monkeypatch.setattr(study, "PARTS", {"easy": study._Kind(compute, 1)})
+    monkeypatch.setattr(study.Study, "store", type("S", (), {"fingerprint": "store-1"})())
+    monkeypatch.setattr(study.Study, "_opened", (None, "crosscoder-1"))
+    return study.Study("tiny", "default", root=tmp_path), calls, Run("tiny", "default", tmp_path)
+
+
+def test_a_part_is_computed_once_and_read_back_with_its_words_and_gaps(made):
+    s, calls, run = made
+    assert s.make("easy") and not s.make("easy") and calls == ["tiny"]
+    part = study.load(run, "easy", store="store-1", crosscoder="crosscoder-1")
+    assert part and part.metrics["share"] == {"value": 0.25, "ci": [0.1, 0.4], "n": 8}
+    assert part.tables["rows"].word[0] == "null" and pd.isna(part.tables["rows"].x[1])
+    assert part.note.startswith("Read, not computed here") and "make study ONLY=easy" in part.note
+
+
+def test_what_is_missing_is_empty_and_says_how_to_make_it(made):
+    part = study.load(made[2], "easy")
+    assert not part and part.metrics == {} and "Not computed for this run" in part.note and "make study ONLY=easy" in part.note
+
+
+def test_results_of_other_code_weights_or_artefacts_are_refused(made, monkeypatch):
+    s, _, run = made
+    s.make("easy")
+    assert "another crosscoder than this notebook has" in study.load(run, "easy", crosscoder="crosscoder-2").note
+    assert not study.load(run, "easy", crosscoder="crosscoder-2")
+    monkeypatch.setitem(study.PARTS, "easy", study._Kind(study.PARTS["easy"].compute, 2))
+    part = study.load(run, "easy")
+    assert not part and part.note.startswith("Refused")
+    assert s.make("easy"), "a part made by other code is made again"
+
+
+def test_the_fingerprint_knows_weights_parameters_and_budget(made, monkeypatch):
+    s, _, run = made
+    before = s.fingerprint("easy")
+    monkeypatch.setitem(s.parameters["02_train_crosscoder"], "n_features", 7)
+    assert s.fingerprint("easy") != before
+    monkeypatch.undo()
+    assert "study" not in json.dumps(s.parameters)
+
+
+def test_an_interrupted_part_leaves_nothing_that_could_be_read(made, monkeypatch):
+    s, _, run = made
+    s.make("easy")
+
+    def broken(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(study.PARTS, "easy", study._Kind(broken, 3))
+    with pytest.raises(KeyboardInterrupt):
+        s.make("easy")
+    assert not study.load(run, "easy")
+
+
+def test_profiles_may_set_the_budget_and_only_with_sense():
+    assert study.Study("tiny", "smoke").budget.seeds >= 2
+    with pytest.raises(UserError, match="seeds of the study"):
+        study.Budget(seeds=1)
+
+
+def test_wrong_usage_is_one_sentence(capsys):
+    assert study.main(["--only", "nuls"]) == 1
+    assert "unknown part 'nuls': there are nulls" in capsys.readouterr().err
+    assert study.main(["--pair", "tinny"]) == 1
+    assert "unknown pair 'tinny'" in capsys.readouterr().err
