@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -120,3 +120,32 @@ def test_a_small_run_ships_models_that_plain_transformers_loads(tmp_path):
         assert model.config.num_hidden_layers == 2
         assert (tmp_path / "pair" / name / "model.safetensors").is_file()
     assert len(AutoTokenizer.from_pretrained(tmp_path / "pair" / "tokenizer")) == len(prose.vocabulary())
+
+
+def test_the_rungs_of_the_ladder_differ_in_width_and_what_follows_from_it():
+    small, tiny, large = (distill.RECIPES[name] for name in ("tiny_small", "tiny", "tiny_large"))
+    changes = {"width", "mlp", "base_rate", "tune_rate"}
+    for recipe in (small, large):
+        assert {k for k, v in asdict(recipe).items() if v != asdict(tiny)[k]} == changes
+        assert recipe.width % recipe.heads == 0 and recipe.width // recipe.heads % 2 == 0, "rotary embeddings need an even head"
+        assert recipe.base_rate * recipe.width**0.5 == pytest.approx(tiny.base_rate * tiny.width**0.5)
+        assert recipe.tune_rate / recipe.base_rate == pytest.approx(tiny.tune_rate / tiny.base_rate)
+    counts = [sum(p.numel() for p in distill.build_model(r, len(prose.vocabulary())).parameters()) for r in (small, tiny, large)]
+    assert counts[1] / counts[0] > 3 and counts[2] / counts[1] > 3, "each rung is at least three times the one below"
+    # bfloat16: two bytes a parameter; base, distilled and two nulls, and for tiny control and style
+    assert 2 * (4 * counts[0] + 6 * counts[1] + 4 * counts[2]) < 40e6, "the ladder is too large to be shipped"
+
+
+def test_a_rung_without_a_control_ships_neither_style_nor_tokenizer(tmp_path):
+    assert "control" in distill.stages_of("tiny")
+    stages = distill.stages_of("tiny_small")
+    assert set(distill.STAGES) - set(stages) == {"control"} and list(stages) == [s for s in distill.STAGES if s in stages]
+    recipe = replace(SMALL, base_tokens=500, mid_tokens=500, late_tokens=500, tune_tokens=500)
+    distill.train_all(tmp_path / "runs", recipe, stages, report=lambda line: None)
+    distill.ship(tmp_path / "runs", tmp_path / "pair", recipe, stages, report=lambda line: None)
+    assert {p.parent.name for p in (tmp_path / "pair").rglob("model.safetensors")} == {"base", "distilled", "null_a", "null_b"}
+    assert not (tmp_path / "pair" / "tokenizer").exists()
+    card = json.loads((tmp_path / "pair" / "recipe.json").read_text())
+    assert card["width"] == recipe.width and "style_checkpoint" not in card
+    base, distilled = (distill.load_shipped(name, tmp_path / "pair").state_dict() for name in ("base", "distilled"))
+    assert any(not torch.equal(base[k], distilled[k]) for k in base)
