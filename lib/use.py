@@ -321,8 +321,9 @@ def events_figure(averages: pd.DataFrame, names: Mapping[int, str] | None = None
     for (event, feature, reading), part in averages[averages["reading"] != JOINT].groupby(["event", "feature", "reading"], sort=False):
         colour, at = COLOURS.get(reading, COLOURS["random"]), dict(row=features.index(feature) + 1, col=events.index(event) + 1)
         red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-        band = dict(x=[*part["offset"], *part["offset"][::-1]], y=[*part["mean_high"], *part["mean_low"][::-1]], fill="toself", mode="lines")
-        fig.add_scatter(**band, fillcolor=f"rgba({red},{green},{blue},0.2)", line_width=0, hoverinfo="skip", showlegend=False, **at)
+        band = dict(x=[*part["offset"], *part["offset"][::-1]], y=[*part["mean_high"], *part["mean_low"][::-1]], fill="toself")
+        look = dict(fillcolor=f"rgba({red},{green},{blue},0.2)", mode="lines", line_width=0, hoverinfo="skip", showlegend=False)
+        fig.add_scatter(**band, **look, **at)
         first = event == events[0] and feature == features[0]
         line = dict(mode="lines+markers", marker_size=5, line_color=colour)
         fig.add_scatter(x=part["offset"], y=part["mean"], name=reading, showlegend=first, **line, **at)
