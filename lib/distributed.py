@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .crosscoder import PRECISIONS, CrossCoder, Forward, forward
-from .results import ROOT, UserError, check, fingerprint
+from .results import ROOT, UserError, check
 from .sparse import Code, Encoded, encode, largest_of_rows, reconstruct, select_batch, select_rows
 from .store import Store
 from .training import PER_FEATURE, Alone, TrainConfig, checkpoint_file, train
@@ -125,7 +125,8 @@ class Rows(Together):
         out = forward(crosscoder, stand_in, *args, **options, gather=lambda own: self.gather(own[:0]))
         nothing = dataclasses.replace(out.code.where(torch.zeros_like(out.code.features, dtype=torch.bool), out.code.floor),
                                       indptr=out.code.indptr[:1])
-        return Forward(out.x[:0], nothing, out.f[:0], out.x_hat[:0], None if out.aux_hat is None else out.aux_hat[:0])
+        return Forward(out.x[:0], nothing, out.f[:0], out.x_hat[:0], None if out.aux_hat is None else out.aux_hat[:0],
+                       near=None if out.near is None else out.near * 0, entries=out.entries)
 
     def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
         for parameter in crosscoder.parameters():
@@ -182,7 +183,7 @@ class Features(Together):
         return code.where(strength >= floors[code.rows], floors.mean())
 
     def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
-        own = torch.nn.utils.get_total_norm([getattr(crosscoder, name).grad for name in PER_FEATURE])
+        own = torch.nn.utils.get_total_norm([p.grad for name, p in crosscoder.named_parameters() if name in PER_FEATURE])
         return (self.over_features(own.square()) + crosscoder.b_dec.grad.square().sum()).sqrt()
 
     def own(self, whole: Tensor) -> Tensor:
@@ -268,7 +269,7 @@ def _terminated(*_) -> None:
 
 def _kept(store: Store, config: TrainConfig, folder: Path) -> str:
     """What is there to go on from."""
-    file = checkpoint_file(folder, fingerprint(config, store.fingerprint))
+    file = checkpoint_file(folder, config.fingerprint(store))
     if not file.is_file():
         return "there was no checkpoint yet, and the same command begins again"
     shown = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["shown"]

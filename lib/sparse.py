@@ -7,6 +7,7 @@ What follows costs 8 B D k::
     encoded = encode(x, W_enc, b_enc)                           # every feature's pre-activation
     code = select_batch(encoded, per_unit, wanted)              # who fires
     f, sums = reconstruct(W_enc, b_enc, W_dec, x, code)         # sums = f @ W_dec; exact gradients of the parameters
+    sums = jump(sums, log_theta, W_dec, edge, rise)             # JumpReLU: pseudo-gradients of its thresholds
 
 With ``dtype=torch.bfloat16`` the encoder only screens. Whoever comes near the threshold is computed again in float32 from
 x and the feature's weights, and selected by that value: the code and its gradients are those of float32 arithmetic.
@@ -201,6 +202,14 @@ def select_positive(encoded: Encoded) -> Code:
     return _above(encoded, units, torch.zeros(len(encoded), device=units.device), int((sample > 0).sum(-1).max()) // ROOM * 2 + 1)
 
 
+@torch.no_grad()
+def select_above(encoded: Encoded, per_unit: Tensor, low: float, expected: int) -> Code:
+    """Every entry whose strength is at least ``low`` > 0. ``expected``, in a row, changes the time and not the result."""
+    least = torch.full((len(encoded),), low * (1 - 2 * encoded.rounding), device=per_unit.device)
+    code = _above(encoded, per_unit, least, expected)
+    return code.where(code.values * per_unit[code.features] >= low, code.floor) if encoded.rounding else code
+
+
 def _guess(encoded: Encoded, per_unit: Tensor, wanted: int) -> Tensor:
     """A strength [1] that the wanted number of entries, and some more, exceed: from a sample of the rows."""
     step = max(len(encoded) // 32, 1)
@@ -282,6 +291,30 @@ class _Reconstruct(torch.autograd.Function):
         in_use = W_enc.grad is not None or W_dec.grad is not None  # then autograd adds to what is there
         grads = _weight_gradients(code, at_code, x, grad_sums, {} if ctx.buffers is None or in_use else ctx.buffers)
         return (*grads, None, None, None)
+
+
+def jump(sums: Tensor, log_theta: Tensor, W_dec: Tensor, edge: Code, rise: Tensor) -> Tensor:
+    """``sums`` [B, D] unchanged, through which a loss reaches log theta [F]: JumpReLU's pseudo-gradient of the reconstruction.
+
+    An entry of ``edge`` [B, F], near its feature's threshold, would fall away if this rose: to log theta_i goes -rise_i times the
+    gradient of every such entry's value, ``rise`` [F] its value at the threshold over the kernel's width (2407.14435, eq. 11, in
+    log theta). W_dec gets no gradient here.
+    """
+    return _Jump.apply(sums, log_theta, W_dec.detach(), edge, rise)
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sums, log_theta, W_dec, edge, rise):
+        ctx.save_for_backward(W_dec, rise)
+        ctx.edge = edge
+        return sums.view_as(sums)
+
+    @staticmethod
+    def backward(ctx, grad_sums):
+        W_dec, rise = ctx.saved_tensors
+        at_value = _dots(ctx.edge, grad_sums.contiguous(), W_dec)
+        return grad_sums, torch.zeros_like(rise).index_add_(0, ctx.edge.features, at_value) * -rise, None, None, None
 
 
 def _sums(code: Code, W: Tensor) -> Tensor:

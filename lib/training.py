@@ -15,20 +15,20 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .crosscoder import PRECISIONS, VARIANTS, CrossCoder, Forward, auxiliary_loss, forward, sparsity_loss, squared_error
+from .crosscoder import PRECISIONS, VARIANTS, CrossCoder, Forward, auxiliary_loss, forward, l0_loss, sparsity_loss, squared_error
 from .pairs import Pair
 from .reading import Prefetched
 from .results import Progress, Run, UserError, check, fingerprint, is_current, write_manifest, write_text
 from .store import MADE_BY, MEMORY, Store
 
-PER_FEATURE = ("W_dec", "W_enc", "b_enc")  # parameters of the crosscoder that are [F, ...]
+PER_FEATURE = ("W_dec", "W_enc", "b_enc", "log_theta")  # parameters of the crosscoder that are [F, ...]
 LOG_LINES = 100  # lines of log.jsonl in a run; checkpoints are written at lines only
 THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that becomes the inference threshold
 
@@ -42,7 +42,7 @@ class TrainConfig:
 
     n_features: int = 1024
     variant: str = "batchtopk"
-    k: int = 24  # batchtopk: mean number of features per token; topk: their number
+    k: int = 24  # batchtopk, jumprelu: mean number of features per token; topk: their number
     tokens: int = 2_000_000
     batch_size: int = 1024  # tokens
     rate: float = 3e-3  # Adam's peak learning rate
@@ -50,13 +50,16 @@ class TrainConfig:
     decay: float = 0.3  # share: learning rate falls linearly to 0
     clip: float = 1.0  # of the gradient's global norm; 0: never
     l1: float = 2.0  # l1: lambda, at its full value
-    l1_warmup: float = 0.05  # share: lambda rises linearly
-    aux: float = 0.5  # batchtopk, topk: alpha, weight of the auxiliary loss
+    l1_warmup: float = 0.05  # share: lambda rises linearly; jumprelu: selects as batchtopk, to find where thresholds begin
+    aux: float = 0.5  # all but l1: alpha, weight of the auxiliary loss
     aux_k: int = 64  # dead features per token that the auxiliary loss uses
     dead_after: float = 0.01  # share without firing after which a feature counts as dead
     precision: str = "float32"  # of the encoder's product (not l1): bfloat16 is faster on processors that have it
     memory: int = MEMORY  # bytes for shuffling: part of what decides the order of tokens in a store that is larger
     seed: int = 0
+    l0: float = 1.0  # jumprelu: lambda, weight of (L0 / k - 1)^2 in units of D, which is about the mean squared norm of x
+    bandwidth: float = 0.5  # jumprelu: h, width of the kernel about a threshold, as a share of it
+    dedicated: float = 0.0  # share of the dictionary that is reserved for each model
 
     def __post_init__(self) -> None:
         check("variant", self.variant, choices=VARIANTS)
@@ -65,10 +68,11 @@ class TrainConfig:
             check(name, getattr(self, name), int, low=1)
         check("k", self.k, int, low=1, high=self.n_features if self.variant != "l1" else None)
         check("rate", self.rate, float, low=0)
-        for name in ("warmup", "decay", "l1_warmup", "dead_after"):
+        for name in ("warmup", "decay", "l1_warmup", "dead_after", "dedicated"):
             check(name, getattr(self, name), float, low=0, high=1)
-        for name in ("clip", "l1", "aux"):
+        for name in ("clip", "l1", "aux", "l0"):
             check(name, getattr(self, name), float, low=0)
+        check("bandwidth", self.bandwidth, float, low=0.01, high=1.9)  # entries of no strength are out of the kernel's reach
 
     def learning_rate(self, done: float) -> float:
         """Learning rate when the share ``done`` of the run is over."""
@@ -79,6 +83,13 @@ class TrainConfig:
     def sparsity_weight(self, done: float) -> float:
         """lambda when the share ``done`` of the run is over."""
         return self.l1 * min(1.0, done / self.l1_warmup if self.l1_warmup else 1.0)
+
+    def fingerprint(self, store) -> str:
+        """Of a run on this store. An option that does nothing here does not count: its coming makes no older run stale."""
+        idle = {"l0", "bandwidth"} if self.variant != "jumprelu" else set()
+        names = [f.name for f in fields(self) if f.name not in (idle if self.dedicated else idle | {"dedicated"})]
+        used = make_dataclass("TrainConfig", names)(*(getattr(self, name) for name in names))
+        return fingerprint(used, store.fingerprint)
 
 
 class Alone:
@@ -145,7 +156,7 @@ def train(store, config: TrainConfig, folder: Path, progress=None, device: str |
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(folder)
-    mark = fingerprint(config, store.fingerprint)
+    mark = config.fingerprint(store)
     if is_current(folder, mark):
         return CrossCoder.load(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +222,8 @@ class Trainer:
             raise UserError(f"the store has no training tokens: harvest more documents (notebook {MADE_BY})")
         widths = [store.widths[name] for name in store.models]
         scales = [store.scales[name] for name in store.models]
-        self.crosscoder = CrossCoder(widths, config.n_features, store.models, config.variant, config.k, scales, config.seed)
+        self.crosscoder = CrossCoder(widths, config.n_features, store.models, config.variant, config.k, scales, config.seed,
+                                     config.dedicated)
         self._each_feature(together.own)
         self.crosscoder.to(device).centre([store.means[name].to(device) for name in store.models])
         self.optimizer = make_optimizer(self.crosscoder, config)
@@ -269,8 +281,11 @@ class Trainer:
         config, done, together = self.config, self.shown / self.config.tokens, self.together
         aux_k = config.aux_k if config.variant != "l1" and config.aux else 0
         tokens = together.rows(len(acts[0]))
+        # JumpReLU: its thresholds all begin where BatchTopK's lies after the first steps, in which strengths grow many times over
+        begins = config.variant == "jumprelu" and (self.step == 0 or done < config.l1_warmup)
+        jumprelu = {"bandwidth": config.bandwidth} if config.variant == "jumprelu" and not begins else {}
         out = together.forward(self.crosscoder, acts, self._dead(), aux_k, config.precision, wanted=config.k * tokens, hint=self.floor,
-                               buffers=self.buffers)
+                               buffers=self.buffers, **jumprelu)
         out.tokens = tokens
         loss, error, extra = total_loss(self.crosscoder, out, config, done)
         norm = optimizer_step(self.optimizer, loss, self.crosscoder, config.clip, config.learning_rate(done), together)
@@ -278,7 +293,9 @@ class Trainer:
             self.shown += tokens
             self.last_fired[together.any_row(out.code.fired())] = self.shown
             self.floor = float(out.code.floor)
-            if config.variant == "batchtopk":
+            if begins:
+                self.crosscoder.log_theta.fill_(float(out.code.floor.clamp(min=1e-6).log()))
+            elif config.variant == "batchtopk":
                 weight = 1.0 if self.step == 0 else min(1.0, tokens / (THRESHOLD_SHARE * config.tokens))
                 self.crosscoder.threshold.lerp_(out.code.floor, weight)
         self.step += 1
@@ -301,10 +318,11 @@ class Trainer:
         tokens, spread, at_threshold = self.together.over_rows(sums).tolist()
         dead = self.together.over_features(self._dead().float().sum()) / self.config.n_features
         rate = self.config.learning_rate(self.shown / self.config.tokens)
+        thresholds = self.crosscoder.log_theta.exp() if self.config.variant == "jumprelu" else self.crosscoder.threshold
         line = {
             "step": self.step, "tokens": self.shown, "epoch": self.epoch, "rate": rate, "loss": loss, "squared_error": error,
             "sparsity" if self.config.variant == "l1" else "auxiliary": extra, "fve": 1 - error * tokens / spread, "l0": l0,
-            "l0_at_threshold": at_threshold / tokens, "threshold": float(self.crosscoder.threshold), "dead": float(dead),
+            "l0_at_threshold": at_threshold / tokens, "threshold": float(thresholds.mean()), "dead": float(dead),
             "gradient_norm": norm, "tokens_per_second": round(speed), "waiting": round(waiting, 4),
         }
         self.log.append(line)
@@ -347,9 +365,10 @@ class Trainer:
     @torch.no_grad()
     def _each_feature(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put in place of every parameter [F, ...] what ``change`` makes of it."""
-        for name in PER_FEATURE:
-            changed = change(getattr(self.crosscoder, name).data)
-            setattr(self.crosscoder, name, torch.nn.Parameter(changed))
+        for name, parameter in list(self.crosscoder.named_parameters()):
+            if name in PER_FEATURE:
+                setattr(self.crosscoder, name, torch.nn.Parameter(change(parameter.data)))
+        self.crosscoder.owner = change(self.crosscoder.owner)
 
     def _states(self, crosscoder: dict, optimizer: dict, change: Callable[[Tensor], Tensor]) -> tuple[dict, dict]:
         """State dicts of crosscoder and optimiser with the same done to whatever is [F, ...] in them."""
@@ -377,7 +396,10 @@ def total_loss(crosscoder: CrossCoder, out: Forward, config: TrainConfig, done: 
         extra, weight = sparsity_loss(crosscoder, out), config.sparsity_weight(done)
     else:
         extra, weight = auxiliary_loss(out), config.aux
-    return error + weight * extra, error, extra
+    loss = error + weight * extra
+    if config.variant == "jumprelu":
+        loss = loss + config.l0 * sum(crosscoder.widths) * l0_loss(crosscoder, out, config.bandwidth)
+    return loss, error, extra
 
 
 def make_optimizer(crosscoder: CrossCoder, config: TrainConfig) -> torch.optim.Optimizer:
@@ -392,6 +414,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, crosscoder: C
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    crosscoder.mask_gradients()
     norm = together.gradient_norm(crosscoder)
     # The fused Adam divides gradients by this as it reads them: clipping costs no pass of its own.
     optimizer.grad_scale = (norm / clip).clamp(min=1.0) if clip else None
