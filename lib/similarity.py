@@ -11,15 +11,16 @@ X [n, d_X] and Y [n, d_Y]: the same n tokens in two models. Four questions, each
       HSIC = [ tr K~L~ + (1'K~1)(1'L~1) / ((n-1)(n-2)) - 2 (1'K~L~1) / (n-2) ] / (n (n-3))
 
   The usual (biased) estimator calls unrelated activations alike when tokens are few for the width; this one is 0 on average.
-- *Is one a rotation of the other?* **Procrustes** (``scipy.linalg.orthogonal_procrustes``): with X and Y centred and of Frobenius norm 1, the best
-  orthogonal Q leaves ||XQ - Y||^2 = 2 (1 - s), s = ||X'Y||_* ; rescaled too, it leaves the share 1 - s^2 of Y's variance unexplained.
-- *How many directions do they use?* **Effective rank** exp(-sum p log p), p = eigenvalues of the covariance over their sum (after Roy & Vetterli
-  2007), and beside it the participation ratio (sum l)^2 / sum l^2, which counts large directions more.
-- *Where do some features write?* **Principal angles** (``scipy.linalg.subspace_angles``) between the span of their decoder rows and the leading
-  principal components of a model's activations, against random sets of as many features.
+- *Is one a rotation of the other?* **Procrustes** (``scipy.linalg.orthogonal_procrustes``): with X and Y centred and of Frobenius norm 1,
+  the best orthogonal Q leaves ||XQ - Y||^2 = 2 (1 - s), s = ||X'Y||_* ; rescaled too, it leaves the share 1 - s^2 of Y's variance
+  unexplained.
+- *How many directions do they use?* **Effective rank** exp(-sum p log p), p = eigenvalues of the covariance over their sum (after Roy &
+  Vetterli 2007), and beside it the participation ratio (sum l)^2 / sum l^2, which counts large directions more.
+- *Where do some features write?* **Principal angles** (``scipy.linalg.subspace_angles``) between the span of their decoder rows and the
+  leading principal components of a model's activations, against random sets of as many features.
 
-Intervals come from a jackknife over blocks of documents, not from a bootstrap: a resample holds a token twice, and two copies of one token are a
-similarity that no estimator without diagonal can know to leave out (and a covariance of fewer distinct tokens has a lower rank).
+Intervals come from a jackknife over blocks of documents, not from a bootstrap: a resample holds a token twice, and two copies of one token
+are a similarity that no estimator without diagonal can know to leave out (and a covariance of fewer distinct tokens has a lower rank).
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def procrustes(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     """distance, unexplained, unexplained_unrotated: how far x is from y when it may be moved, rotated (or mirrored) and scaled.
 
     x [n, d_x], y [n, d_y]; the narrower one gets coordinates of 0. ``distance`` ||XQ - Y||_F with both centred and of norm 1 (0 to sqrt 2);
-    ``unexplained`` the share of y's variance that remains after the best rotation and scale; ``unexplained_unrotated`` with the axes as they are (NaN
-    for unlike widths): what fine-tuning left in place. NaN where a model does not vary.
+    ``unexplained`` the share of y's variance that remains after the best rotation and scale; ``unexplained_unrotated`` with the axes as
+    they are (NaN for unlike widths): what fine-tuning left in place. NaN where a model does not vary.
     """
     x, y = (v - v.mean(0) for v in _pair(x, y))
     norms = np.linalg.norm(x), np.linalg.norm(y)
@@ -115,8 +116,9 @@ def jackknife(statistic: Callable[..., Mapping[str, float]], arrays: Sequence[np
               seed: int = 0) -> pd.DataFrame:
     """``statistic(*arrays)`` with 95% intervals from leaving out blocks of documents: one row per number: statistic, value, low, high, n.
 
-    ``arrays`` [n, ...], ``groups`` [n] document numbers. The documents are dealt into ``blocks``; se^2 = (b - 1) / b sum (t_i - mean t)^2, and the
-    interval takes Student's t with b - 1 degrees of freedom (Efron & Tibshirani 1993, ch. 11). n is the number of documents; with fewer than two there is no interval.
+    ``arrays`` [n, ...], ``groups`` [n] document numbers. The documents are dealt into ``blocks``; se^2 = (b - 1) / b sum (t_i - mean t)^2,
+    and the interval takes Student's t with b - 1 degrees of freedom (Efron & Tibshirani 1993, ch. 11). n is the number of documents; with
+    fewer than two there is no interval.
     """
     check("blocks", blocks, int, low=2)
     value = statistic(*arrays)
@@ -151,7 +153,8 @@ def components(x: np.ndarray, dims: int) -> np.ndarray:
 
 
 def span(rows: np.ndarray, dims: int) -> np.ndarray:
-    """An orthonormal basis [d, k] of the directions that most of the rows [m, d] share, k = min(dims, m): leading ones of the rows at unit length.
+    """An orthonormal basis [d, k] of the directions that most of the rows [m, d] share, k = min(dims, m): leading ones of the rows at unit
+    length.
 
     So many rows that they span the whole space still have leading directions; of rows of length 0 none is taken.
     """
@@ -176,10 +179,10 @@ def feature_overlap(rows: np.ndarray, chosen: Sequence[int], basis: np.ndarray, 
                     seed: int = 0) -> dict[str, float]:
     """Do the features ``chosen`` write inside a subspace, more or less than as many others do?
 
-    rows [F, d] decoder rows, basis [d, k] orthonormal, ``pool`` the features from which the null's sets are drawn (with ``chosen`` in it or not).
-    features, overlap (of the ``dims`` leading directions of the set, see ``span``), smallest_angle and largest_angle in degrees, null (mean over
-    ``n_null`` random sets of like size), null_low and null_high (95% of them), and p, two-sided: the share of sets at least as far out (one is
-    counted in, and doubled). All NaN if nothing is chosen, or the pool is too small.
+    rows [F, d] decoder rows, basis [d, k] orthonormal, ``pool`` the features from which the null's sets are drawn (with ``chosen`` in it or
+    not). features, overlap (of the ``dims`` leading directions of the set, see ``span``), smallest_angle and largest_angle in degrees, null
+    (mean over ``n_null`` random sets of like size), null_low and null_high (95% of them), and p, two-sided: the share of sets at least as
+    far out (one is counted in, and doubled). All NaN if nothing is chosen, or the pool is too small.
     """
     chosen, pool = np.asarray(chosen, dtype=int), np.asarray(pool, dtype=int)
     names = ("overlap", "smallest_angle", "largest_angle", "null", "null_low", "null_high", "p")
@@ -194,11 +197,13 @@ def feature_overlap(rows: np.ndarray, chosen: Sequence[int], basis: np.ndarray, 
     return {"features": len(chosen)} | dict(zip(names, map(float, found)))
 
 
-def category_cosines(crosscoder: CrossCoder, chosen: Mapping[str, int], alive: np.ndarray, n_null: int = 2000, seed: int = 0) -> pd.DataFrame:
+def category_cosines(crosscoder: CrossCoder, chosen: Mapping[str, int], alive: np.ndarray, n_null: int = 2000,
+                     seed: int = 0) -> pd.DataFrame:
     """Do the categories' features write in like directions? One row per pair of categories and model: cosine of their decoder rows.
 
-    ``chosen`` {category: feature}. Columns model, a, b, feature_a, feature_b, cosine, null_low and null_high (95% of random pairs of different alive
-    features) and p (two-sided, one counted in). Two categories with one feature have cosine NaN: it would be 1 by construction.
+    ``chosen`` {category: feature}. Columns model, a, b, feature_a, feature_b, cosine, null_low and null_high (95% of random pairs of
+    different alive features) and p (two-sided, one counted in). Two categories with one feature have cosine NaN: it would be 1 by
+    construction.
     """
     rng, living, records = np.random.default_rng(seed), np.flatnonzero(alive), []
     if len(living) < 2:
