@@ -324,7 +324,7 @@ def events_figure(averages: pd.DataFrame, names: Mapping[int, str] | None = None
         band = dict(x=[*part["offset"], *part["offset"][::-1]], y=[*part["mean_high"], *part["mean_low"][::-1]], fill="toself")
         look = dict(fillcolor=f"rgba({red},{green},{blue},0.2)", mode="lines", line_width=0, hoverinfo="skip", showlegend=False)
         fig.add_scatter(**band, **look, **at)
-        first = event == events[0] and feature == features[0]
+        first = bool(event == events[0] and feature == features[0])
         line = dict(mode="lines+markers", marker_size=5, line_color=colour)
         fig.add_scatter(x=part["offset"], y=part["mean"], name=reading, showlegend=first, **line, **at)
     fig.add_vline(x=-0.5, line_dash="dot", line_color=COLOURS["null"])
