@@ -30,6 +30,7 @@ from .store import MADE_BY, MEMORY, Store
 
 PER_FEATURE = ("W_dec", "W_enc", "b_enc", "log_theta")  # parameters of the crosscoder that are [F, ...]
 LOG_LINES = 100  # lines of log.jsonl in a run; checkpoints are written at lines only
+THRESHOLDS_BEGIN = 0.2  # of the run: JumpReLU selects as BatchTopK until then, to find where its thresholds begin
 THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that becomes the inference threshold
 
 
@@ -50,7 +51,7 @@ class TrainConfig:
     decay: float = 0.3  # share: learning rate falls linearly to 0
     clip: float = 1.0  # of the gradient's global norm; 0: never
     l1: float = 2.0  # l1: lambda, at its full value
-    l1_warmup: float = 0.05  # share: lambda rises linearly; jumprelu: selects as batchtopk, to find where thresholds begin
+    l1_warmup: float = 0.05  # share: lambda rises linearly
     aux: float = 0.5  # all but l1: alpha, weight of the auxiliary loss
     aux_k: int = 64  # dead features per token that the auxiliary loss uses
     dead_after: float = 0.01  # share without firing after which a feature counts as dead
@@ -282,7 +283,7 @@ class Trainer:
         aux_k = config.aux_k if config.variant != "l1" and config.aux else 0
         tokens = together.rows(len(acts[0]))
         # JumpReLU: its thresholds all begin where BatchTopK's lies after the first steps, in which strengths grow many times over
-        begins = config.variant == "jumprelu" and (self.step == 0 or done < config.l1_warmup)
+        begins = config.variant == "jumprelu" and done < THRESHOLDS_BEGIN
         jumprelu = {"bandwidth": config.bandwidth} if config.variant == "jumprelu" and not begins else {}
         out = together.forward(self.crosscoder, acts, self._dead(), aux_k, config.precision, wanted=config.k * tokens, hint=self.floor,
                                buffers=self.buffers, **jumprelu)
@@ -403,8 +404,15 @@ def total_loss(crosscoder: CrossCoder, out: Forward, config: TrainConfig, done: 
 
 
 def make_optimizer(crosscoder: CrossCoder, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam (0.9, 0.999), fused: several times faster than the default on a CPU."""
-    return torch.optim.Adam(crosscoder.parameters(), lr=config.rate, betas=(0.9, 0.999), fused=True)
+    """Adam (0.9, 0.999), fused: several times faster than the default on a CPU.
+
+    JumpReLU's thresholds forget sooner (0.9, 0.99): the first gradients of the penalty are many times the later ones, and a second
+    moment that kept them for 1,000 steps would hold L0 where it happened to be.
+    """
+    groups = [{"params": [p for name, p in crosscoder.named_parameters() if name != "log_theta"]}]
+    if crosscoder.variant == "jumprelu":
+        groups.append({"params": [crosscoder.log_theta], "betas": (0.9, 0.99)})  # last, as among the crosscoder's parameters
+    return torch.optim.Adam(groups, lr=config.rate, betas=(0.9, 0.999), fused=True)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, crosscoder: CrossCoder, clip: float, rate: float,
