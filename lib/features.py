@@ -36,11 +36,12 @@ from .contexts import top_contexts
 from .crosscoder import CrossCoder
 from .puzzles import CATEGORIES, LABELS, REDUNDANT
 from .results import Progress, Run, UserError, check, fingerprint, is_current, read_manifest, write_manifest, write_text
+from .scaling import latent_scaling
 from .store import Store
 
 MADE_BY = "03_inspect_features"
 DETECTED = (*CATEGORIES, REDUNDANT)  # the paper's four, and our redundant fifth
-VERSION = 1  # of the statistics: raised when their definition changes, so that older tables count as stale
+VERSION = 2  # of the statistics: raised when their definition changes, so that older tables count as stale
 CHUNK = 8_192  # tokens at a time that are encoded
 
 
@@ -305,6 +306,8 @@ def inspect(crosscoder: CrossCoder, store: Store, folder: Path, crosscoder_mark:
         return Inspection(table, chosen, contexts, _load_codes(folder, "choose"), _load_codes(folder, "report"))
     choose, report = (codes(crosscoder, store, split, max_tokens, seed) for split in ("choose", "report"))
     table = feature_table(crosscoder, store, choose, report, tokenizer)
+    if {"base", "distilled"} <= set(crosscoder.names):  # whose is it, by another measure than the length of its rows?
+        table = table.merge(latent_scaling(crosscoder, store, report.rows, seed=seed), on="feature", validate="1:1")
     for name in crosscoder.names:  # use, beside uniqueness: does the feature fire when only this model is read?
         fired = (codes(crosscoder, store, "report", max_tokens, seed, name).codes > 0).sum(axis=0)
         table[f"frequency_{name}_alone"] = np.asarray(fired).ravel() / len(report.rows)

@@ -48,7 +48,9 @@ def score_table(crosscoder: CrossCoder, store: Store, max_tokens: int | None = N
     fired = np.asarray((coded.codes > 0).sum(axis=0)).ravel()
     table = pd.DataFrame({"feature": np.arange(crosscoder.n_features), "alive": fired > 0, "frequency": fired / len(coded.rows),
                           "nrn": crosscoder.nrn(1, of, against).numpy(), "nrn_p2": crosscoder.nrn(2, of, against).numpy()})
-    return table.merge(latent_scaling(crosscoder, store, coded.rows, of, against, n_boot, seed), on="feature", validate="1:1")
+    scaling = latent_scaling(crosscoder, store, coded.rows, of, against, n_boot, seed)
+    scaling["side"] = scaling["side"].replace(dict(zip((of, against), SIDES)))  # the roles, which all pairs have alike
+    return table.merge(scaling, on="feature", validate="1:1")
 
 
 def _extremity(table: pd.DataFrame, score: str, side: str) -> pd.Series:

@@ -21,17 +21,31 @@ ROWS = (
     ("Reflection or ritual? Probability of a reflection", "00",
      (("p_reflect_given_error", "after an error"), ("p_reflect_given_correct", "after a correct step"))),
     ("Does the crosscoder describe both models? Explained variance", "02", (("fve_base", "base"), ("fve_distilled", "distilled"))),
-    ("Are there features of the distilled model alone? Share of alive features", "03",
-     (("nrn_over_0_9", "NRN over 0.9"), ("nrn_under_0_1", "NRN under 0.1"))),
+    ("How often does a \"unique\" feature appear where nothing was learnt? Share beyond the null's 1% threshold of NRN", "02",
+     (("null_false_positive_rate", "another null, another seed"), ("beyond_null_nrn_distilled", "this pair"))),
+    ("May the rule be believed? On planted data in the regime of ours", "03",
+     (("planted_precision", "precision"), ("planted_recall", "recall"))),
+    ("Does a feature come back with another seed? Cosine with its match", "02",
+     (("stability_median", "median feature"), ("stability_unique_median", "median feature beyond the null"), ("stability_chance", "chance"))),
     ("Is a reflection announced before it is spoken? AUROC", "03",
      (("auroc_reflection", "best distilled-side feature"), ("token_only_auroc_reflection", "a predictor that sees the token alone"))),
     ("Is it causal? Change of the logit of a reflection when frequent distilled-side features are removed", "04",
      (("ablate_reflection_distilled", "distilled"), ("ablate_reflection_base", "base"),
       ("ablate_reflection_random", "random directions of equal norm"))),
+    ("Does the answer need them? Change of accuracy when a category's features are removed while the model thinks", "04",
+     (("ablate_accuracy_reflection", "reflection"), ("ablate_accuracy_deduction", "deduction"),
+      ("ablate_accuracy_random", "random directions of equal norm"))),
+    ("New features, or old ones used differently? Share of the gap in thinking rate that follows when the base is made to use features as "
+     "the distilled model does", "04",
+     (("impose_unique", "unique alone"), ("impose_shared", "reweighted shared alone"), ("impose_random", "matched random"))),
+    ("Does thinking cross over? Share of the gap when one model's features are put into the other", "04",
+     (("swap_forward", "distilled into base"), ("swap_backward", "base into distilled"))),
     ("Over-thinking and incisive thinking: length of thought, steered against not", "04",
      (("overthink_length_ratio", "over-thinking"), ("incisive_length_ratio", "incisive"), ("random_length_ratio", "random directions"))),
     ("Did the geometry of words change? Parallelogram loss, mean over relations", "05",
      (("parallelogram_base", "base"), ("parallelogram_distilled", "distilled"))),
+    ("Do larger models grow more unique features? Mean NRN", "06",
+     (("nrn_mean_tiny_small", "0.18M"), ("nrn_mean_tiny", "0.66M"), ("nrn_mean_tiny_large", "2.07M parameters"))),
 )
 
 # what is measured, name in benchmarks/results.json, unit, what was aimed at
@@ -71,20 +85,20 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def table(results: Path) -> str:
-    """The results of a folder of NN.json files as a Markdown table, each number with its 95% interval."""
+def table(results: Sequence[Path]) -> str:
+    """The results of folders of NN.json files as a Markdown table, each number with its 95% interval."""
     lines = ["| question | notebook | found |", "|---|---|---|"]
     for question, notebook, metrics in ROWS:
-        file = results / f"{notebook}.json"
-        if not file.is_file():
-            raise UserError(f"{file.name} is missing in {results}: run make figures ONLY={notebook} first")
+        file = next((folder / f"{notebook}.json" for folder in results if (folder / f"{notebook}.json").is_file()), None)
+        if file is None:
+            raise UserError(f"{notebook}.json is missing in {results[0]}: run make figures ONLY={notebook} first")
         found = json.loads(file.read_text())["metrics"]
-        lines.append(f"| {question} | {notebook} | {'; '.join(f'{words} {_text(found[name])}' for name, words in metrics)} |")
+        lines.append(f"| {question} | {notebook} | {'; '.join(f'{words} {_text(found.get(name))}' for name, words in metrics)} |")
     return "\n".join(lines)
 
 
-def _text(metric: dict) -> str:
-    if metric["value"] is None:
+def _text(metric: dict | None) -> str:
+    if metric is None or metric["value"] is None:
         return "not measured"
     interval = f" [{metric['ci'][0]:.2f}, {metric['ci'][1]:.2f}]" if metric["ci"] and None not in metric["ci"] else ""
     return f"**{metric['value']:.2f}**{interval}"
@@ -112,7 +126,7 @@ def scoreboard(folders: Sequence[Path]) -> str:
     return SCOREBOARD.format(held=count["yes"], failed=count["no"], open=count["undecided"]) + "\n".join(lines) + "\n"
 
 
-def written(text: str, results: Path, benchmarks: Path) -> str:
+def written(text: str, results: Sequence[Path], benchmarks: Path) -> str:
     """README text with its tables replaced."""
     for name, content in (("results", table(results)), ("speed", speed(benchmarks))):
         begin, end = MARKS[name]
@@ -124,7 +138,7 @@ def written(text: str, results: Path, benchmarks: Path) -> str:
 def main() -> int:
     readme = ROOT / "README.md"
     try:
-        write_text(readme, written(readme.read_text(), RESULTS[0], ROOT / "benchmarks"))
+        write_text(readme, written(readme.read_text(), RESULTS, ROOT / "benchmarks"))
         write_text(ROOT / "docs" / "scoreboard.md", scoreboard(RESULTS))
     except UserError as error:
         print(error, file=sys.stderr)

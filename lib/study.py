@@ -18,11 +18,10 @@ data/runs/<pair>/<run>/study/ and is not computed twice.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -30,10 +29,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import nulls
+from . import causal, ladder, nulls, use
 from .corpus import build
 from .crosscoder import CrossCoder
-from .features import Inspection, category_features, codes, feature_table, inspect, open_crosscoder
+from .features import Inspection, category_features, codes, feature_table, inspect, open_crosscoder, sample_rows
 from .harvest import harvest
 from .pairs import Pair, load_pair
 from .puzzles import CATEGORIES
@@ -41,8 +40,14 @@ from .results import ROOT, Run, UserError, check, fingerprint, is_current, read_
 from .run import parameters_of, read_profile
 from .store import Store
 from .training import TrainConfig, open_store, train
+from .trials import puzzles
 
-NOTEBOOKS = ("01_harvest_activations", "02_train_crosscoder", "03_inspect_features")
+USED = {  # parameters of the notebooks that the study shares
+    "01_harvest_activations": ("seed", "tokens", "trace_share", "layer"),
+    "02_train_crosscoder": ("seed", "variant", "n_features", "k", "tokens", "batch_size", "learning_rate", "precision", "l1_coefficient"),
+    "03_inspect_features": ("seed", "max_tokens", "nrn_over", "top_contexts"),
+}
+NOTEBOOKS = tuple(USED)
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,16 @@ class Budget:
 
     seeds: int = 3  # crosscoders of the pair, the run's own among them
     boots: int = 300  # resamples of documents behind an interval of nu
+    features_per_category: int = 5  # that are removed together from whole thoughts
+    choose_puzzles: int = 60  # validation puzzles on which strengths of placing are chosen
+    report_puzzles: int = 200  # test puzzles on which whole thoughts are compared
+    max_new_tokens: int = 250
+    small: bool = False  # the smallest budget for the parts that have budgets of their own: to see that everything works
 
     def __post_init__(self) -> None:
-        check("seeds of the study", self.seeds, int, low=2)
-        check("boots of the study", self.boots, int, low=10)
+        for name, low in dict(seeds=2, boots=10, features_per_category=1, choose_puzzles=2, report_puzzles=2, max_new_tokens=1).items():
+            check(f"{name} of the study", getattr(self, name), int, low=low)
+        check("small of the study", self.small, bool)
 
 
 @dataclass
@@ -79,7 +90,8 @@ class Study:
         known = (notebooks / "profiles" / f"{profile}.yaml").is_file()  # a run of another name has the default's parameters
         chosen = read_profile(notebooks / "profiles", profile if known else "default", stems)
         self.budget = Budget(**chosen.get("study", {}))
-        self.parameters = {stem: parameters_of(notebooks / f"{stem}.ipynb") | chosen.get(stem, {}) for stem in NOTEBOOKS}
+        everything = {stem: parameters_of(notebooks / f"{stem}.ipynb") | chosen.get(stem, {}) for stem in NOTEBOOKS}
+        self.parameters = {stem: {name: everything[stem][name] for name in names} for stem, names in USED.items()}
 
     # --- inputs ------------------------------------------------------------------------------------------------
 
@@ -133,7 +145,11 @@ class Study:
         """Of all that decides a part."""
         known = self.pair.models | self.pair.others
         models = {name: self.pair.fingerprint(name) for name in known}
-        return fingerprint("study", part, PARTS[part].version, models, self.parameters, asdict(self.budget))
+        if part == "ladder":
+            rungs = [load_pair(name) for name in ladder.PAIRS]
+            models |= {f"{pair.name}/{name}": pair.fingerprint(name) for pair in rungs for name in pair.models | pair.others}
+        budget = {name: getattr(self.budget, name) for name in PARTS[part].budget}
+        return fingerprint("study", part, PARTS[part].version, models, self.parameters, budget)
 
     def folder(self, part: str) -> Path:
         return self.run.figures / "study" / part
@@ -187,14 +203,23 @@ def metric(value: float, ci: Sequence[float] | None = None, n: int | None = None
 def compute_nulls(study: Study) -> tuple[dict, dict]:
     """Base against null_a sets thresholds, base against null_b with another crosscoder seed tells what they are worth.
 
-    Both orders of roles and seeds are run, the second for the spread alone.
+    Both orders of roles and seeds are run, the second for the spread alone. The same two crosscoders say how much the *use* of features
+    changes where nothing was distilled.
     """
-    seed, tables, made = study.config().seed, [], {}
+    seed, tables, made, uses = study.config().seed, [], {}, []
+
+    def used(crosscoder: CrossCoder, store: Store, of: str) -> pd.DataFrame:
+        rows = sample_rows(store, "report", study.max_tokens)
+        return use.use_table(crosscoder, store, rows, n_boot=10, of=of).assign(pair=f"base, {of}")[["pair", "feature", "alive", "change"]]
+
     for name, s in (("null_a", seed), ("null_b", seed + 1), ("null_b", seed), ("null_a", seed + 1)):
         _, store = study.harvested("base", name)
         crosscoder = train(store, study.config(s), study.work(f"{name}_seed{s}"))
         made[name, s] = nulls.score_table(crosscoder, store, study.max_tokens, name, "base", n_boot=study.budget.boots)
         tables.append(made[name, s].assign(pair=f"base, {name}", seed=s))
+        if (name == "null_a") == (s == seed):
+            uses.append(used(crosscoder, store, name).assign(seed=s))
+    uses.append(used(study.crosscoder, study.store, "distilled").assign(seed=seed))
     own = nulls.score_table(study.crosscoder, study.store, study.max_tokens, n_boot=study.budget.boots)
     limits = nulls.thresholds(made["null_a", seed])
     rates = [nulls.rates(table, limits).assign(pair=f"base, {name}", seed=s, role="sets the thresholds" if (name, s) == ("null_a", seed) else
@@ -208,7 +233,14 @@ def compute_nulls(study: Study) -> tuple[dict, dict]:
         for level, suffix in ((0.01, ""), (0.05, "_at_5_percent")):
             row = rates[(rates.role == "false positives") & (rates.score == score) & (rates.side == "distilled") & (rates.level == level)].iloc[0]
             metrics[prefix + suffix] = metric(row.rate, (row.low, row.high), row.n)
-    return metrics, {"thresholds": limits, "rates": rates, "scores": own, "null_scores": pd.concat(tables, ignore_index=True)}
+    used_by = {table.pair[0]: table for table in uses}
+    limit = use.change_limit(used_by["base, null_a"])
+    metrics["use_limit"] = metric(limit, n=int(used_by["base, null_a"].alive.sum()))
+    for name, pair in (("use_false_positive_rate", "base, null_b"), ("use_reweighted_rate", "base, distilled")):
+        hits, n = int(use.reweighted(used_by[pair], limit).sum()), int(used_by[pair].alive.sum())
+        metrics[name] = metric(hits / n, wilson(hits, n), n)
+    return metrics, {"thresholds": limits, "rates": rates, "scores": own, "null_scores": pd.concat(tables, ignore_index=True),
+                     "use": pd.concat(uses, ignore_index=True)}
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
@@ -220,9 +252,7 @@ def compute_seeds(study: Study) -> tuple[dict, dict]:
     crosscoders = [study.crosscoder, *(train(study.store, study.config(first + s), study.work(f"seed{first + s}"))
                                        for s in range(1, study.budget.seeds))]
     nrn_over, tables, rows, alive = study.parameters[NOTEBOOKS[2]]["nrn_over"], [], [], []
-    limits = load(study.run, "nulls").tables.get("thresholds")
-    if limits is None:
-        raise UserError("seeds are judged by the thresholds of the nulls: run the part nulls first (make study ONLY=nulls)")
+    limits = needed(study, "nulls").tables["thresholds"]
     for s, crosscoder in enumerate(crosscoders):
         choose, report = (codes(crosscoder, study.store, split, study.max_tokens) for split in ("choose", "report"))
         table = feature_table(crosscoder, study.store, choose, report)
@@ -250,6 +280,58 @@ def compute_seeds(study: Study) -> tuple[dict, dict]:
     return metrics, {"stability": stable, "by_seed": pd.DataFrame(rows), "scores": pd.concat(tables, ignore_index=True)}
 
 
+def needed(study: Study, part: str) -> Part:
+    """Another part, which this one builds on. UserError if it is not there."""
+    found = load(study.run, part, store=study.store.fingerprint, crosscoder=study.mark)
+    if not found:
+        raise UserError(f"this part builds on the part {part!r}, which comes first. {found.note}")
+    return found
+
+
+# --- causes --------------------------------------------------------------------------------------------------------
+
+
+def compute_causal(study: Study) -> tuple[dict, dict]:
+    """Whole thoughts of both models in lock-step: features removed, exchanged, used as the other model uses them, and placed.
+
+    *Unique* are the features whose NRN lies beyond the null's 1% threshold on either side; *reweighted* are others whose use changes by more
+    than 99% of the null's do. Strengths of placing are chosen on validation puzzles, everything is reported on test puzzles.
+    """
+    pair, store, crosscoder, b = study.pair, study.store, study.crosscoder, study.budget
+    table, null = study.inspection().table, needed(study, "nulls").tables
+    unique = np.any([nulls.beyond(null["scores"], null["thresholds"], "nrn", side) for side in nulls.SIDES], axis=0)
+    used = {name: null["use"][null["use"]["pair"] == f"base, {name}"].reset_index(drop=True) for name in ("distilled", "null_a")}
+    changed = use.reweighted(used["distilled"], used["null_a"]) & ~unique
+    models, norm = {name: pair.load(name) for name in crosscoder.names}, store.mean_norms["distilled"]
+    sets, vectors = causal.category_sets(table, b.features_per_category), causal.mean_differences(store)
+    own_use, seed = causal.measure_use(crosscoder, store), study.config().seed
+    mark = fingerprint(study.mark, *(pair.fingerprint(name) for name in crosscoder.names))
+
+    def run(split: str, n: int, todo: list) -> pd.DataFrame:
+        return causal.run(pair, models, crosscoder, store, puzzles(n, split), todo, study.work(f"causal_{split}"), mark, b.max_new_tokens, seed)
+
+    tried = run("validation", b.choose_puzzles, causal.strengthenings(crosscoder, sets, vectors, norm, seed=seed))
+    placed = causal.strengthenings(crosscoder, sets, vectors, norm, causal.matching_strengths(tried), seed=seed)
+    todo = causal.conditions(crosscoder, table, sets, own_use, vectors, np.flatnonzero(unique), np.flatnonzero(changed), seed=seed)
+    rows = run("test", b.report_puzzles, list(dict.fromkeys([*todo, *placed])))
+    rows = pd.concat([rows, *(causal.pooled(rows, kind) for kind in ("random", "matched"))], ignore_index=True)
+    summary, shares = causal.summarise(rows, seed=seed), causal.gap_shares(rows, seed=seed)
+    metrics = causal.metrics(summary, shares) | {f"fve_alone_{name}": metric(value) for name, value in own_use.fve.items()}
+    metrics |= {"unique_features": metric(unique.sum(), n=len(table)), "reweighted_features": metric(changed.sum(), n=len(table))}
+    removed = pd.DataFrame([{"category": c, "feature": f, "nrn": table["nrn"][f], "unique": unique[f], "reweighted": changed[f]}
+                            for c, features in sets.items() for f in features])
+    return metrics, {"summary": summary, "shares": shares, "placement": causal.extra_placed(rows, seed=seed), "sets": removed,
+                     "specificity": causal.specificity(summary).reset_index()}
+
+
+# --- the ladder ----------------------------------------------------------------------------------------------------
+
+
+def compute_ladder(study: Study) -> tuple[dict, dict]:
+    """The same measurements on three sizes of the embedded pair."""
+    return ladder.measure(run_name=study.run.name, budget=ladder.Budget.smoke() if study.budget.small else ladder.Budget(), root=study.run.root)
+
+
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -257,9 +339,15 @@ def compute_seeds(study: Study) -> tuple[dict, dict]:
 class _Kind:
     compute: Callable[[Study], tuple[dict, dict]]
     version: int  # raised when the meaning of a number changes, so that older results are refused
+    budget: tuple[str, ...] = ()  # fields of Budget that it depends on
 
 
-PARTS = {"nulls": _Kind(compute_nulls, 1), "seeds": _Kind(compute_seeds, 1)}
+PARTS = {
+    "nulls": _Kind(compute_nulls, 1, ("boots",)),
+    "seeds": _Kind(compute_seeds, 1, ("seeds",)),
+    "causal": _Kind(compute_causal, 1, ("features_per_category", "choose_puzzles", "report_puzzles", "max_new_tokens")),
+    "ladder": _Kind(compute_ladder, 1, ("small",)),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
