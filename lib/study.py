@@ -21,7 +21,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -30,10 +30,12 @@ import pandas as pd
 import torch
 
 from . import causal, ladder, nulls, use
+from .architectures import describe, match_l1, origins
 from .corpus import build
 from .crosscoder import CrossCoder
 from .features import Inspection, category_features, codes, feature_table, inspect, open_crosscoder, sample_rows
 from .harvest import harvest
+from .health import firing_frequency
 from .pairs import Pair, load_pair
 from .puzzles import CATEGORIES
 from .results import ROOT, Run, UserError, check, fingerprint, is_current, read_manifest, versions, wilson, write_manifest, write_text
@@ -60,11 +62,13 @@ class Budget:
     choose_puzzles: int = 60  # validation puzzles on which strengths of placing are chosen
     report_puzzles: int = 200  # test puzzles on which whole thoughts are compared
     max_new_tokens: int = 250
+    dedicated: float = 0.05  # share of the dictionary that the dedicated crosscoder reserves for each model
     small: bool = False  # the smallest budget for the parts that have budgets of their own: to see that everything works
 
     def __post_init__(self) -> None:
         for name, low in dict(seeds=2, boots=10, features_per_category=1, choose_puzzles=2, report_puzzles=2, max_new_tokens=1).items():
             check(f"{name} of the study", getattr(self, name), int, low=low)
+        check("dedicated of the study", self.dedicated, float, low=0, high=0.5)
         check("small of the study", self.small, bool)
 
 
@@ -288,6 +292,48 @@ def needed(study: Study, part: str) -> Part:
     return found
 
 
+# --- architectures -------------------------------------------------------------------------------------------------
+
+
+def compute_architectures(study: Study) -> tuple[dict, dict]:
+    """Other kinds of crosscoders at the sparsity of the run's, on the pair and on base against null_a; and base, style, distilled in one.
+
+    Each architecture has a null of its own: what share of its features lies beyond the 99% quantile of its own null?
+    """
+    b, config = study.budget, study.config()
+    _, null = study.harvested("base", "null_a")
+    tries = max(config.tokens // 4, 2 * config.batch_size)
+    coefficient, tried = match_l1(study.store, config.k, config, study.work("match_l1"), tries, tolerance=0.1, most=6)
+    wanted = {"batchtopk": config, "topk": replace(config, variant="topk"), "jumprelu": replace(config, variant="jumprelu"),
+              "dedicated": replace(config, dedicated=b.dedicated), "l1": replace(config, variant="l1", l1=coefficient)}
+    rows, curves = [], []
+    for name, own in wanted.items():
+        made, idle = (train(s, own, study.work(f"{name}_{where}")) for s, where in ((study.store, "pair"), (null, "null")))
+        nrns = {}
+        for what, crosscoder, s, of in (("pair", made, study.store, "distilled"), ("null", idle, null, "null_a")):
+            alive = firing_frequency(crosscoder, s) > 0
+            nrns[what] = np.sort(crosscoder.nrn(1, of, "base").numpy()[alive])
+            # a curve of 400 points is enough for a figure
+            share = np.linspace(0, 1, 401)
+            curves.append(pd.DataFrame({"architecture": name, "pair": what, "nrn": np.quantile(nrns[what], share), "share": share}))
+        outside = {what: float(((x < 0.3) | (x > 0.7)).mean()) for what, x in nrns.items()}
+        limit = float(np.quantile(nrns["null"], 0.99))
+        hits, n = int((nrns["pair"] > limit).sum()), len(nrns["pair"])
+        low, high = wilson(hits, n)
+        rows.append({"architecture": name, **describe(made, study.store, n_boot=b.boots, seed=config.seed), "outside": outside["pair"],
+                     "outside_null": outside["null"], "null_limit": limit, "beyond_null": hits / n, "beyond_null_low": low, "beyond_null_high": high})
+    metrics = {f"{name}_{row['architecture']}": metric(row[name], n=row["features"]) for row in rows for name in ("l0", "outside", "outside_null", "beyond_null")}
+    tables = {"architectures": pd.DataFrame(rows), "nrn": pd.concat(curves, ignore_index=True), "match_l1": tried}
+    if "style" in study.pair.others:
+        _, store = study.harvested("base", "style", "distilled")
+        crosscoder = train(store, config, study.work("three_models"))
+        limits = needed(study, "nulls").tables["thresholds"].set_index(["score", "side", "level"])["threshold"]
+        short = (1 - limits["nrn", "distilled", 0.01]) / limits["nrn", "distilled", 0.01]  # a row so much shorter than others is absent
+        table = origins(crosscoder, threshold=short / (2 + short))
+        tables["origins"] = table.assign(alive=firing_frequency(crosscoder, store) > 0)
+    return metrics, tables
+
+
 # --- causes --------------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +391,7 @@ class _Kind:
 PARTS = {
     "nulls": _Kind(compute_nulls, 1, ("boots",)),
     "seeds": _Kind(compute_seeds, 1, ("seeds",)),
+    "architectures": _Kind(compute_architectures, 1, ("boots", "dedicated")),
     "causal": _Kind(compute_causal, 1, ("features_per_category", "choose_puzzles", "report_puzzles", "max_new_tokens")),
     "ladder": _Kind(compute_ladder, 1, ("small",)),
 }
