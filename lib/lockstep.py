@@ -144,6 +144,18 @@ class Reconstruct:
 
 
 @dataclass(frozen=True)
+class Transplant:
+    """x_listener - h, in the units of the speaker: the other model's activation in place of one's own. Models of one width only."""
+
+    def change(self, moment: Moment) -> Tensor:
+        scales = dict(zip(moment.crosscoder.names, moment.crosscoder.scales.tolist()))
+        mine, other = moment.acts[moment.speaker], moment.acts[moment.listener]
+        if mine.shape[-1] != other.shape[-1]:
+            raise UserError(f"{moment.listener} has width {other.shape[-1]}, {moment.speaker} {mine.shape[-1]}: it has no place there")
+        return other * (scales[moment.listener] / scales[moment.speaker]) - mine
+
+
+@dataclass(frozen=True)
 class RandomLike:
     """Random directions with, at each position, the norm of what ``of`` would change there. Which one belongs to task and position."""
 
@@ -229,14 +241,15 @@ def generate(
 
     ``models`` {name: model} for the crosscoder's names, ``layers`` {name: index of the decoder layer that it reads}. In mode "free" a
     row may say ``max_new_tokens`` + 2 tokens, so that thoughts are as long as in mode "think". Rows of one speaker and mode are
-    decoded together, in the given order. UserError for a model that is missing, ValueError for unknown modes and places.
+    decoded together, in the given order. UserError for a model that is missing or that the crosscoder does not read, ValueError for
+    unknown modes and places.
     """
     if len(tasks) != len(acts):
         raise ValueError(f"{len(tasks)} tasks for {len(acts)} acts: must be one each")
     for act in acts:
         if act.mode not in MODES or act.where not in PLACES:
             raise ValueError(f"mode {act.mode!r} at {act.where!r}: must be one of {', '.join(MODES)}, at one of {', '.join(PLACES)}")
-        if act.speaker not in models or set(crosscoder.names) - set(models):
+        if act.speaker not in crosscoder.names or set(crosscoder.names) - set(models):
             raise UserError(f"the models {', '.join(models)} are given: the crosscoder reads {', '.join(crosscoder.names)}, "
                             f"and {act.speaker} is to speak")
     said: dict[int, list[str]] = {}
@@ -257,7 +270,7 @@ class _Duet:
     """One batch of rows with one speaker."""
 
     def __init__(self, models, tokenizer, layers, crosscoder, tasks, acts, temperature, seed):
-        self.models, self.tokenizer, self.layers, self.crosscoder, self.acts = models, tokenizer, layers, crosscoder, acts
+        self.models, self.tokenizer, self.crosscoder = models, tokenizer, crosscoder
         self.speaker, self.mode = acts[0].speaker, acts[0].mode
         keep = {"think": None, "free": -2}[self.mode]
         prompts = [" ".join(prompt_words(task)[:keep]) for task in tasks]
@@ -275,6 +288,7 @@ class _Duet:
                          for i, act in enumerate(names) if isinstance(act.intervention, Bias)}
         self.caches = {name: roomy_cache(models[name].config) for name in crosscoder.names if name != self.speaker}
         self.cached = torch.arange(len(tasks))  # the rows that the listeners' caches hold
+        self.read = {name: decoder_layers(models[name])[layers[name]] for name in crosscoder.names}  # the layers
 
     def decode(self, max_new_tokens: int) -> list[list[str]]:
         config, eos = self.models[self.speaker].config, self.tokenizer.eos_token_id
@@ -319,7 +333,7 @@ class _Duet:
             found.append(output)
             raise _Stop
 
-        handle = decoder_layers(self.models[name])[self.layers[name]].register_forward_hook(stop)
+        handle = self.read[name].register_forward_hook(stop)
         try:
             self.models[name](**inputs, past_key_values=cache)
         except _Stop:
@@ -344,7 +358,7 @@ class _Duet:
                 edited[mine] += act.intervention.change(moment) * where[act.where][mine, :, None]
             return edited
 
-        handle = decoder_layers(self.models[self.speaker])[self.layers[self.speaker]].register_forward_hook(edit)
+        handle = self.read[self.speaker].register_forward_hook(edit)
         try:
             return self.models[self.speaker](**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
         finally:

@@ -7,7 +7,7 @@ from toys import toy_model
 from lib import ablation, decoding, lockstep, steering, trials
 from lib.crosscoder import CrossCoder
 from lib.distill import build_tokenizer
-from lib.lockstep import Act, Along, Bias, Moment, RandomLike, Reconstruct, Scale, Swap
+from lib.lockstep import Act, Along, Bias, Moment, RandomLike, Reconstruct, Scale, Swap, Transplant
 from lib.puzzles import Question
 from lib.results import UserError
 
@@ -131,18 +131,21 @@ def changes(crosscoder, speaker):
         "ablate to a mean": (Scale(few, offsets=(0.1, 0.2, 0.3, 0.4)),
                              lambda x, t: removed(x, speaker) + 0.1 * d[speaker][2] + 0.2 * d[speaker][5] + 0.3 * d[speaker][11]
                              + 0.4 * d[speaker][17]),
-        "own use": (Scale(few, w, code="own"), lambda x, t: sum(g * a * d[speaker][i] for i, g, a in zip(few, w, f(x, speaker)[list(few)]))),
+        "own use": (Scale(few, w, code="own"),
+                    lambda x, t: sum(g * a * d[speaker][i] for i, g, a in zip(few, w, f(x, speaker)[list(few)]))),
         "swap": (Swap(), lambda x, t: difference(f(x, other), f(x, speaker), range(24))),
         "swap some, slots": (Swap(features=few, reading="slots"), lambda x, t: difference(
             f(x, f"slots {other}"), f(x, f"slots {speaker}"), few)),
         "joint": (Swap("joint", few), lambda x, t: difference(f(x, "joint"), f(x, speaker), few)),
         "reconstruct": (Reconstruct("listener"), lambda x, t: f(x, other) @ d[speaker] + bias - x[speaker]),
-        "length of another": (Along((1.0,) * WIDTH, -2.0, Scale(few)), lambda x, t: -2.0 * removed(x, speaker).norm() / 4 * torch.ones(WIDTH)),
+        "transplant": (Transplant(), lambda x, t: x[other] * (1 / 3 if speaker == "distilled" else 3) - x[speaker]),
+        "length of another": (Along((1.0,) * WIDTH, -2.0, Scale(few)),
+                              lambda x, t: -2.0 * removed(x, speaker).norm() / 4 * torch.ones(WIDTH)),
     }
 
 
 NAMES = ["ablate", "ablate with the other's decoder", "ablate to a mean", "own use", "swap", "swap some, slots", "joint", "reconstruct",
-         "length of another"]
+         "transplant", "length of another"]
 
 
 @pytest.mark.parametrize("name", NAMES)
