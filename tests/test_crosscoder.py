@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.crosscoder import CrossCoder, auxiliary_loss, forward, initial_rows, sparsity_loss, squared_error
+from lib.crosscoder import CrossCoder, auxiliary_loss, forward, initial_rows, l0_loss, sparsity_loss, squared_error
 from lib.results import UserError
 
 
@@ -116,6 +116,129 @@ def test_forward_and_gradients_against_a_dense_implementation(variant, lam, widt
         assert torch.allclose(parameter.grad.double(), gradients[name], rtol=1e-4, atol=1e-4), name
 
 
+class Step(torch.autograd.Function):
+    """H(v - theta) as in the appendix of 2407.14435: rectangle kernel, gradient to theta alone."""
+
+    @staticmethod
+    def forward(ctx, v, theta, width):
+        ctx.save_for_backward(v, theta, width)
+        return (v > theta).double()
+
+    @staticmethod
+    def backward(ctx, grad):
+        v, theta, width = ctx.saved_tensors
+        inside = ((v - theta).abs() < width / 2).double()
+        return None, (-inside / width * grad).sum(0), None
+
+
+class Jump(torch.autograd.Function):
+    """v H(v - theta), from the same place."""
+
+    @staticmethod
+    def forward(ctx, v, theta, width):
+        ctx.save_for_backward(v, theta, width)
+        return v * (v > theta)
+
+    @staticmethod
+    def backward(ctx, grad):
+        v, theta, width = ctx.saved_tensors
+        inside = ((v - theta).abs() < width / 2).double()
+        return (v > theta) * grad, (-theta / width * inside * grad).sum(0), None
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("widths,bandwidth,among", [((5, 5), 0.4, 0), ((5, 7), 1.0, 3), ((3, 4, 6), 1.9, 2)])
+def test_jumprelu_against_the_papers_dense_functions(widths, bandwidth, among, precision):
+    crosscoder = random_crosscoder(widths, variant="jumprelu", k=2, scales=[0.5, 2.0, 1.5][: len(widths)])
+    crosscoder.log_theta.data.copy_(torch.linspace(0.3, 6, 12).log())
+    acts = random_acts(widths, n=40)
+    dead = torch.arange(12) < among
+    c = {n: p.detach().double().requires_grad_() for n, p in crosscoder.named_parameters()}
+    x = torch.cat([a.double() * s for a, s in zip(acts, crosscoder.scales)], dim=1)
+    pre = (x @ c["W_enc"].T + c["b_enc"]).relu()
+    unit = sum(part.norm(dim=1) for part in c["W_dec"].split(widths, dim=1))
+    theta = c["log_theta"].exp()
+    width = bandwidth * theta.detach()
+    x_hat = (Jump.apply(pre * unit, theta, width) / unit) @ c["W_dec"] + c["b_dec"]
+    error = (x - x_hat).square().sum() / 40
+    l0 = Step.apply(pre * unit, theta, width).sum() / 40
+    expected = error + 7.0 * (l0 / 2 - 1) ** 2
+    if among:  # all of them are among the strongest
+        expected = expected + 0.5 * ((x - x_hat).detach() - (pre * dead) @ c["W_dec"]).square().sum() / 40
+    expected.backward()
+    out = forward(crosscoder, acts, dead, aux_k=12, precision=precision, bandwidth=bandwidth)
+    penalty = l0_loss(crosscoder, out, bandwidth)
+    assert squared_error(out).item() == pytest.approx(error.item(), rel=1e-5)
+    assert penalty.item() == pytest.approx((l0.item() / 2 - 1) ** 2, rel=1e-5) and penalty.item() > 0.01
+    (squared_error(out) + 7.0 * penalty + 0.5 * auxiliary_loss(out)).backward()
+    for name, parameter in crosscoder.named_parameters():
+        assert torch.allclose(parameter.grad.double(), c[name].grad, rtol=1e-4, atol=1e-4), name
+    assert (c["log_theta"].grad != 0).sum() > 6  # most thresholds have somebody near
+
+
+def test_the_penalty_on_l0_of_parts_of_a_batch_adds_up():
+    crosscoder = random_crosscoder(variant="jumprelu", k=2)
+    acts = random_acts(n=30)
+    whole = forward(crosscoder, acts, bandwidth=0.8)
+    wanted = l0_loss(crosscoder, whole, 0.8)
+    gradient = torch.autograd.grad(wanted, crosscoder.log_theta)[0]
+    parts = [forward(crosscoder, [a[i::3] for a in acts], bandwidth=0.8, gather=lambda own: whole.code.indptr[-1:]) for i in range(3)]
+    for part in parts:
+        part.tokens = 30
+    found = sum(l0_loss(crosscoder, part, 0.8) for part in parts)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5) and gradient.abs().sum() > 0
+    assert torch.allclose(torch.autograd.grad(found, crosscoder.log_theta)[0], gradient, rtol=1e-5)
+
+
+def test_who_fires_does_not_depend_on_how_a_features_scale_is_shared_out():
+    """pre up, rows down: the same function, with a threshold on the strength."""
+    crosscoder = random_crosscoder(variant="jumprelu")
+    acts = random_acts(n=40)
+    before = crosscoder.decode(crosscoder.encode(acts))
+    assert 0.1 < (crosscoder.encode(acts) > 0).float().mean() < 0.9
+    by = torch.linspace(0.2, 5, 12)
+    with torch.no_grad():
+        crosscoder.W_enc.mul_(by[:, None]), crosscoder.b_enc.mul_(by), crosscoder.W_dec.div_(by[:, None])
+    for a, b in zip(crosscoder.decode(crosscoder.encode(acts)), before):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("widths", [(5, 7), (3, 4, 6)])
+def test_dedicated_blocks(widths):
+    crosscoder = CrossCoder(widths, 20, ("base", "distilled", "third")[: len(widths)], k=3, dedicated=0.15)
+    assert crosscoder.owner.tolist() == [-1] * (20 - 3 * len(widths)) + [m for m in range(len(widths)) for _ in range(3)]
+    for m, name in enumerate(crosscoder.names):
+        for features in range(20):
+            own = crosscoder.owner[features] in (-1, m)
+            for rows in (crosscoder.rows(name), crosscoder.W_enc[:, crosscoder.columns(name)]):
+                assert (rows[features].norm() > 0) == own
+    assert crosscoder.nrn()[crosscoder.owner == 0].tolist() == [0] * 3 and crosscoder.nrn()[crosscoder.owner == 1].tolist() == [1] * 3
+    with torch.no_grad():
+        crosscoder.threshold.fill_(-1.0)
+        acts = random_acts(widths)
+        other = [acts[0], *(a + 1 for a in acts[1:])]  # the base's own features do not see it
+        changed = (crosscoder.encode(acts) != crosscoder.encode(other)).any(0)
+    assert not changed[crosscoder.owner == 0].any() and changed[crosscoder.owner == 1].any()
+
+
+def test_a_dead_dedicated_feature_explains_its_own_model_alone():
+    crosscoder = CrossCoder((5, 7), 20, k=3, dedicated=0.2)
+    acts, dead = random_acts(n=50), torch.arange(20) >= 12  # all that are dedicated
+    out = forward(crosscoder, acts, dead & (crosscoder.owner == 0), aux_k=8)
+    base, distilled = crosscoder.split(out.aux_hat)
+    assert base.abs().sum() > 0 and torch.equal(distilled, torch.zeros_like(distilled))
+    auxiliary_loss(forward(crosscoder, acts, dead, aux_k=8)).backward()
+    unmasked = crosscoder.W_dec.grad.clone()
+    crosscoder.mask_gradients()
+    for m in (0, 1):
+        own, foreign = crosscoder.columns(crosscoder.names[m]), crosscoder.columns(crosscoder.names[1 - m])
+        of = crosscoder.owner == m
+        assert unmasked[of][:, foreign].abs().sum() > 0 and crosscoder.W_dec.grad[of][:, own].abs().sum() > 0
+        assert torch.equal(crosscoder.W_dec.grad[of][:, own], unmasked[of][:, own])
+        assert crosscoder.W_dec.grad[of][:, foreign].count_nonzero() == crosscoder.W_enc.grad[of][:, foreign].count_nonzero() == 0
+    assert torch.equal(crosscoder.W_dec.grad[:12], unmasked[:12])
+
+
 @pytest.mark.parametrize("aux_k", [2, 100])
 def test_every_loss_term_moves_the_encoder(aux_k):
     for variant in ("l1", "batchtopk", "topk"):
@@ -160,10 +283,12 @@ def test_initial_rows():
     assert torch.equal(crosscoder.W_enc, crosscoder.W_dec) and torch.equal(crosscoder.W_dec, rows)
 
 
-@pytest.mark.parametrize("variant", ["l1", "batchtopk"])
+@pytest.mark.parametrize("variant", ["l1", "batchtopk", "jumprelu"])
 def test_at_inference_a_token_does_not_depend_on_its_batch(variant):
     crosscoder = random_crosscoder(variant=variant, k=2)
     crosscoder.threshold.fill_(1.0)
+    if variant == "jumprelu":
+        crosscoder.log_theta.data.copy_(torch.linspace(0.5, 3, 12).log())
     acts = random_acts(n=30)
     together = crosscoder.encode(acts)
     assert 0 < (together > 0).float().mean() < 1
@@ -174,6 +299,8 @@ def test_at_inference_a_token_does_not_depend_on_its_batch(variant):
     strength = together * crosscoder.strength_per_unit()
     if variant == "batchtopk":
         assert strength[together > 0].min() > 1.0
+    if variant == "jumprelu":
+        assert ((strength > torch.linspace(0.5, 3, 12)) == (together > 0)).all()
 
 
 def test_raw_and_scaled_space():
@@ -209,6 +336,16 @@ def test_centred_start():
             assert torch.allclose(decoded[0], mean)
 
 
+def test_a_jumprelu_with_blocks_is_saved_and_loaded(tmp_path):
+    crosscoder = CrossCoder((5, 7), 20, variant="jumprelu", k=3, dedicated=0.2)
+    crosscoder.log_theta.data.copy_(torch.linspace(-8, -3, 20))
+    crosscoder.save(tmp_path)
+    loaded = CrossCoder.load(tmp_path)
+    acts = random_acts()
+    assert torch.equal(loaded.log_theta, crosscoder.log_theta) and torch.equal(loaded.owner, crosscoder.owner)
+    assert torch.equal(loaded.encode(acts), crosscoder.encode(acts)) and loaded.encode(acts).count_nonzero() > 0
+
+
 @pytest.mark.parametrize("widths", [(5, 7), (3, 4, 6)])
 def test_save_and_load(tmp_path, widths):
     crosscoder = random_crosscoder(widths, variant="batchtopk", k=3, scales=[0.1, 3.0, 1.0][: len(widths)])
@@ -224,7 +361,7 @@ def test_save_and_load(tmp_path, widths):
 
 
 def test_errors_say_what_would_be_right(tmp_path):
-    with pytest.raises(UserError, match="variant is 'gated': it must be one of batchtopk, topk, l1"):
+    with pytest.raises(UserError, match="variant is 'gated': it must be one of batchtopk, topk, l1, jumprelu"):
         CrossCoder((2, 2), 4, variant="gated", k=1)
     with pytest.raises(UserError, match="k is 9: it must be an integer from 1 to 4"):
         CrossCoder((2, 2), 4, k=9)
@@ -232,6 +369,8 @@ def test_errors_say_what_would_be_right(tmp_path):
         CrossCoder((2, 2, 2), 4, k=1)
     with pytest.raises(UserError, match="one positive number for each of base, distilled"):
         CrossCoder((2, 2), 4, k=1, scales=[1.0, 0.0])
+    with pytest.raises(UserError, match="dedicated is 0.4: 3 models can have at most 1/3 of the dictionary each"):
+        CrossCoder((2, 2, 2), 10, ("a", "b", "c"), k=1, dedicated=0.4)
     crosscoder = CrossCoder((2, 3), 4, k=1)
     with pytest.raises(UserError, match=r"widths \[3, 2\]: this crosscoder reads base \(2\), distilled \(3\)"):
         crosscoder.encode([torch.zeros(1, 3), torch.zeros(1, 2)])

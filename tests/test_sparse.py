@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lib import sparse
-from lib.sparse import Code, encode, reconstruct, select_batch, select_positive, select_rows
+from lib.sparse import Code, encode, jump, reconstruct, select_above, select_batch, select_positive, select_rows
 
 B, D, F = 37, 24, 130
 
@@ -54,6 +54,31 @@ def test_rows_keep_their_largest_strengths(weights, any_device, dtype, among):
     code = select_rows(encode(x, W_enc, b_enc, dtype), per_unit, 5, among)
     assert torch.equal(code.dense() > 0, (v >= floors[:, None]) & (v > 0))
     assert code.floor.item() == pytest.approx(floors.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low,expected", [(0.01, 1), (1.5, 50), (1e6, 3)])
+def test_everything_above_a_strength(weights, any_device, dtype, low, expected):
+    W_enc, b_enc, _, x = weights
+    per_unit = torch.linspace(0, 2, F)
+    v = strengths(weights, per_unit)
+    code = select_above(encode(x, W_enc, b_enc, dtype), per_unit, low, expected)
+    assert torch.equal(code.dense() > 0, v >= low) and ((v >= low).any() or low == 1e6)
+
+
+@pytest.mark.parametrize("per_row", [3, 60])
+def test_pseudo_gradients_of_thresholds_against_a_loop(weights, any_device, per_row):
+    W_enc, b_enc, W_dec, x = weights
+    edge = select_rows(encode(x, W_enc, b_enc), torch.ones(F), per_row)
+    sums, log_theta, rise = torch.randn(B, D, requires_grad=True), torch.zeros(F, requires_grad=True), torch.linspace(0.5, 3, F)
+    out = jump(sums, log_theta, W_dec, edge, rise)
+    assert torch.equal(out, sums)
+    at_out = torch.randn(B, D)
+    for_sums, for_theta = torch.autograd.grad((out * at_out).sum(), (sums, log_theta))
+    expected = torch.zeros(F)
+    for row, feature in zip(edge.rows.tolist(), edge.features.tolist()):
+        expected[feature] -= rise[feature] * (at_out[row] @ W_dec[feature].detach())
+    assert torch.equal(for_sums, at_out) and torch.allclose(for_theta, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fewer_positive_values_than_places(any_device):

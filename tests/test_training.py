@@ -112,10 +112,10 @@ def test_dead_features_come_back_through_the_auxiliary_loss(tmp_path):
     assert shares[0.0] > 0.4 and shares[1.0] < shares[0.0] - 0.2
 
 
-@pytest.mark.parametrize("variant", ["batchtopk", "l1"])
-def test_resumed_equals_uninterrupted(tmp_path, variant):
+@pytest.mark.parametrize("variant,dedicated", [("batchtopk", 0.0), ("l1", 0.0), ("jumprelu", 0.1)])
+def test_resumed_equals_uninterrupted(tmp_path, variant, dedicated):
     store = gaussian()
-    config = TrainConfig(n_features=24, k=4, variant=variant, tokens=3000, batch_size=64, aux_k=8, dead_after=0.01)
+    config = TrainConfig(n_features=24, k=4, variant=variant, tokens=3000, batch_size=64, aux_k=8, dead_after=0.01, dedicated=dedicated)
     straight = train(store, config, tmp_path / "straight", StopAt(1e9))
     for at in (500, 1080, 2000):  # 540 training tokens: the second is the end of an epoch
         with pytest.raises(Interrupted):
@@ -128,6 +128,79 @@ def test_resumed_equals_uninterrupted(tmp_path, variant):
     for a, b in zip(*logs, strict=True):
         assert {k: v for k, v in a.items() if k not in TIMES} == {k: v for k, v in b.items() if k not in TIMES}
     assert not list((tmp_path / "broken").glob("checkpoint-*"))
+
+
+def test_jumprelu_reaches_the_l0_that_it_is_told(tmp_path):
+    """Far from where BatchTopK's common threshold would leave it: thresholds have parted."""
+    store, _, _ = planted(n=4000)
+    config = TrainConfig(n_features=48, variant="jumprelu", k=3, tokens=40_000, batch_size=128, rate=3e-3, aux_k=8)
+    crosscoder = train(store, config, tmp_path)
+    card = health(crosscoder, store, n_boot=20)
+    assert card["l0"]["value"] == pytest.approx(3, rel=0.1) and card["fve_base"]["value"] > 0.8
+    theta = crosscoder.log_theta.exp()
+    assert theta.std() > 0.05 * theta.mean() and len(set(theta.tolist())) > 40
+    log = read_log(tmp_path)
+    assert log[-1]["threshold"] == pytest.approx(theta.mean().item(), rel=1e-3) and log[-1]["l0"] == pytest.approx(3, rel=0.1)
+
+
+@pytest.mark.parametrize("variant", ["batchtopk", "topk", "l1", "jumprelu"])
+def test_dedicated_features_have_nothing_in_another_model(variant):
+    """Bitwise: weights, moments, whatever fires, in blocks for three models of unlike widths."""
+    store = gaussian(n=600, widths=(8, 12, 16))
+    config = TrainConfig(n_features=40, k=6, variant=variant, tokens=2000, batch_size=64, aux_k=8, dead_after=0.02, dedicated=0.1)
+    trainer = Trainer(store, config)
+    began = trainer.crosscoder.W_dec.detach().clone()
+    trainer.run_until(1200)
+    state = trainer.state()
+    resumed = Trainer(store, config)
+    resumed.restore(state)
+    resumed.run_until(2000)
+    assert variant == "l1" or max(line["auxiliary"] for line in trainer.log + resumed.log) > 0  # dead ones took part
+    for trained in (trainer, resumed):
+        crosscoder, trained_by = trained.crosscoder, trained.optimizer.state
+        trained.close()
+        for m, name in enumerate(store.models):
+            own = crosscoder.owner == m
+            foreign = [i for other in store.models if other != name for i in range(*crosscoder.columns(other).indices(36))]
+            for weights in (crosscoder.W_enc, crosscoder.W_dec):
+                moments = [trained_by[weights][key] for key in ("exp_avg", "exp_avg_sq")]
+                for tensor in (weights.detach(), *moments):
+                    block = tensor[own][:, foreign].contiguous()
+                    assert own.sum() == 4 and block.shape == (4, len(foreign)) and not block.view(torch.int32).any()
+                    assert tensor[own][:, crosscoder.columns(name)].count_nonzero() > 0
+        assert (crosscoder.W_dec - began).abs().max() > 0.01
+    nrn = resumed.crosscoder.nrn(p=2, of="third", against="base")
+    owner = resumed.crosscoder.owner
+    assert (nrn[owner == 0] == 0).all() and (nrn[owner == 2] == 1).all() and nrn[owner == 1].isnan().all()
+
+
+def test_three_models_of_unlike_widths_from_end_to_end(tmp_path):
+    store = gaussian(n=600, widths=(8, 12, 16))
+    crosscoder = train(store, TrainConfig(n_features=40, k=6, tokens=3000, batch_size=64, aux_k=8, dedicated=0.1), tmp_path)
+    norms = crosscoder.norms(2)
+    for i, of in enumerate(store.models):
+        for j, against in enumerate(store.models):
+            wanted = norms[i] / (norms[i] + norms[j])
+            assert torch.equal(crosscoder.nrn(2, of, against).nan_to_num(-1), wanted.nan_to_num(-1))
+            if i != j:
+                with pytest.raises(UserError, match=r"differ in width \(base \(8\), distilled \(12\), third \(16\)\)"):
+                    crosscoder.cosine(of, against)
+    acts = store.activations(np.arange(5))
+    for m, name in enumerate(store.models):  # the others at their means
+        at_means = [a if m == n else crosscoder.mean(other, raw=True).expand_as(a) for n, (other, a) in enumerate(zip(store.models, acts))]
+        assert torch.allclose(crosscoder.encode_from(name, acts[m]), crosscoder.encode(at_means), atol=1e-5)
+    decoded = crosscoder.decode(crosscoder.encode(acts))
+    assert [d.shape for d in decoded] == [(5, 8), (5, 12), (5, 16)] and [a.shape for a in acts] == [d.shape for d in decoded]
+    card = health(crosscoder, store, n_boot=20)
+    assert all(0 < card[f"fve_{name}"]["value"] < 1 for name in store.models)
+
+
+def test_an_option_that_does_nothing_makes_no_run_stale():
+    store, plain = gaussian(n=100), TrainConfig()
+    mark = plain.fingerprint(store)
+    assert mark == TrainConfig(bandwidth=0.3, l0=2.0).fingerprint(store)
+    assert mark != TrainConfig(dedicated=0.1).fingerprint(store) and mark != TrainConfig(seed=1).fingerprint(store)
+    assert len({TrainConfig(variant="jumprelu", **option).fingerprint(store) for option in ({}, {"bandwidth": 0.3}, {"l0": 2.0})}) == 3
 
 
 def test_a_finished_run_is_loaded_and_another_config_is_not(tmp_path):
