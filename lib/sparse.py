@@ -204,7 +204,10 @@ def select_positive(encoded: Encoded) -> Code:
 
 @torch.no_grad()
 def select_above(encoded: Encoded, per_unit: Tensor, low: float, expected: int) -> Code:
-    """Every entry whose strength is at least ``low`` > 0. ``expected``, in a row, changes the time and not the result."""
+    """Every entry whose strength is at least ``low`` > 0. ``expected``, in a row, changes the time and not the result.
+
+    With narrow products ``low`` must be well above the rounding of a product: where this and the offset cancel, more is lost.
+    """
     least = torch.full((len(encoded),), low * (1 - 2 * encoded.rounding), device=per_unit.device)
     code = _above(encoded, per_unit, least, expected)
     return code.where(code.values * per_unit[code.features] >= low, code.floor) if encoded.rounding else code
