@@ -177,7 +177,7 @@ def prose_trials(categories: Sequence[str], n: int, rng: random.Random, neutral:
         if not free:
             continue
         number, sentence = number + 1, rng.choice(free)
-        inside = rng.randrange(1, len(sentences[sentence].words) - 1)
+        inside = rng.randrange(1, len(sentences[sentence].words) - WINDOW)  # no full stop within reach
         cut = int(starts[sentence]) + (0 if number % 2 == 0 else inside)  # by turns where a sentence begins, and within one
         window = tuple(range(cut, cut + WINDOW))
         plain = words[: cut + WINDOW]
