@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import causal, ladder, nulls, use
+from . import causal, ladder, nulls, planted, use
 from .architectures import describe, match_l1, origins
 from .corpus import build
 from .crosscoder import CrossCoder
@@ -63,10 +63,13 @@ class Budget:
     report_puzzles: int = 200  # test puzzles on which whole thoughts are compared
     max_new_tokens: int = 250
     dedicated: float = 0.05  # share of the dictionary that the dedicated crosscoder reserves for each model
+    planted_width: int = 24  # of each model in planted data; numbers of features go with it
+    planted_tokens: int = 200_000
     small: bool = False  # the smallest budget for the parts that have budgets of their own: to see that everything works
 
     def __post_init__(self) -> None:
-        for name, low in dict(seeds=2, boots=10, features_per_category=1, choose_puzzles=2, report_puzzles=2, max_new_tokens=1).items():
+        for name, low in dict(seeds=2, boots=10, features_per_category=1, choose_puzzles=2, report_puzzles=2, max_new_tokens=1, planted_width=8,
+                              planted_tokens=2000).items():
             check(f"{name} of the study", getattr(self, name), int, low=low)
         check("dedicated of the study", self.dedicated, float, low=0, high=0.5)
         check("small of the study", self.small, bool)
@@ -302,8 +305,8 @@ def compute_architectures(study: Study) -> tuple[dict, dict]:
     """
     b, config = study.budget, study.config()
     _, null = study.harvested("base", "null_a")
-    tries = max(config.tokens // 4, 2 * config.batch_size)
-    coefficient, tried = match_l1(study.store, config.k, config, study.work("match_l1"), tries, tolerance=0.1, most=6)
+    tries = config.tokens  # L0 depends on the length of a run
+    coefficient, tried = match_l1(study.store, config.k, config, study.work("match_l1"), tries, tolerance=0.1, most=5)
     wanted = {"batchtopk": config, "topk": replace(config, variant="topk"), "jumprelu": replace(config, variant="jumprelu"),
               "dedicated": replace(config, dedicated=b.dedicated), "l1": replace(config, variant="l1", l1=coefficient)}
     rows, curves = [], []
@@ -332,6 +335,38 @@ def compute_architectures(study: Study) -> tuple[dict, dict]:
         table = origins(crosscoder, threshold=short / (2 + short))
         tables["origins"] = table.assign(alive=firing_frequency(crosscoder, store) > 0)
     return metrics, tables
+
+
+# --- planted truth ---------------------------------------------------------------------------------------------------
+
+
+def compute_planted(study: Study) -> tuple[dict, dict]:
+    """Which method may be believed when: activations with known features, in the regime of ours, and one thing at a time changed.
+
+    The regime is measured first, on the run's store through its crosscoder. Every architecture is tried in it (three seeds to choose a rule,
+    five fresh ones to judge it); BatchTopK and L1 are tried along the axes too.
+    """
+    b, report = study.budget, sample_rows(study.store, "report", study.max_tokens)
+    measured = planted.regime(study.crosscoder, study.store, report)
+    ours = planted.from_regime(measured, width=b.planted_width, tokens=b.planted_tokens)
+    k = max(1, round(ours.l0))
+    config = TrainConfig(n_features=256, k=k, tokens=3 * b.planted_tokens, batch_size=512, aux_k=16, dead_after=0.1)
+    configs = {"batchtopk": config, "l1": replace(config, variant="l1"), "jumprelu": replace(config, variant="jumprelu"),
+               "dedicated": replace(config, dedicated=0.125)}  # as many as there are unique features to find
+    few = {name: configs[name] for name in ("batchtopk", "l1")}
+    seeds, settings = planted.SEEDS, planted.SETTINGS
+    if b.small:
+        seeds, settings, configs = {"choose": (0,), "report": (10,)}, planted.SETTINGS[:2], few
+    table = planted.study(study.work("planted"), configs, ours, settings[:1], seeds)
+    axes = planted.study(study.work("planted"), few, ours, settings, seeds)
+    table = pd.concat([table, axes[axes["setting"] != planted.OURS.name]], ignore_index=True)
+    rule = planted.recommend(table)
+    own = planted.recommend(table, "batchtopk")  # the best rule for the kind of crosscoder that the notebooks train
+    metrics = planted.judge(table, rule) | {f"{name}_batchtopk": m for name, m in planted.judge(table, own).items()}
+    rules = pd.DataFrame([{"for": "any architecture", **rule}, {"for": "batchtopk", **own}])
+    regime = pd.DataFrame([(name, str(value)) for name, value in asdict(measured).items()], columns=["quantity", "value"])
+    generator = pd.DataFrame([(name, str(value)) for name, value in asdict(ours).items()], columns=["parameter", "value"])
+    return metrics, {"table": table, "summary": planted.summary(table), "rules": rules, "regime": regime, "generator": generator}
 
 
 # --- causes --------------------------------------------------------------------------------------------------------
@@ -391,7 +426,8 @@ class _Kind:
 PARTS = {
     "nulls": _Kind(compute_nulls, 1, ("boots",)),
     "seeds": _Kind(compute_seeds, 1, ("seeds",)),
-    "architectures": _Kind(compute_architectures, 1, ("boots", "dedicated")),
+    "architectures": _Kind(compute_architectures, 2, ("boots", "dedicated")),
+    "planted": _Kind(compute_planted, 1, ("planted_width", "planted_tokens", "small")),
     "causal": _Kind(compute_causal, 1, ("features_per_category", "choose_puzzles", "report_puzzles", "max_new_tokens")),
     "ladder": _Kind(compute_ladder, 1, ("small",)),
 }
