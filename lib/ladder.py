@@ -72,7 +72,7 @@ class Budget:
     probed: int = 100  # of them, read for P(reflection)
     choose_puzzles: int = 40  # validation puzzles on which the steered feature is chosen
     report_puzzles: int = 80  # test puzzles on which it is reported
-    strength: float = 0.5  # of steering, in mean residual norms
+    strength: float = 0.5  # of steering, in mean residual norms; half of it is used, too
     random_directions: int = 3
     max_new_tokens: int = 250
     boots: int = 1000
@@ -140,7 +140,7 @@ class Rung:
             name = "crosscoder" if seed == 0 else f"study/seed{config.seed}"
         else:
             name = f"study/{other}_seed{config.seed}"
-        there = self._found(fingerprint(config, store.fingerprint), name)
+        there = self._found(config.fingerprint(store), name)
         return CrossCoder.load(there) if there else train(store, config, self.folder / f"crosscoder_{other}_{seed}")
 
     @cached_property
@@ -254,9 +254,9 @@ class Rung:
     def steering(self) -> pd.DataFrame:
         """How much longer do thoughts get when a reflection or verification feature is added? Rows of ``responses.compare``, with ``role``.
 
-        Candidates are for each behaviour the feature that reads it best and the one that writes it most (``steering.candidates``). The one
-        that makes thoughts longest on validation puzzles, at the budget's one strength, goes to test puzzles (role "chosen"), with random
-        directions of the same norm (role "random"); role "none" is the unsteered model.
+        Candidates are for each behaviour the feature that reads it best and the one that writes it most (``steering.candidates``). At each
+        of two strengths, the budget's and half of it, the one that makes thoughts longest on validation puzzles goes to test puzzles (role
+        "chosen"), with random directions of the same norm (role "random"); role "none" is the unsteered model.
         """
         b, store, crosscoder = self.budget, self.store("distilled"), self.crosscoder("distilled", 0)
         model, layer, norm = wrap(self.pair.load("distilled"), self.tokenizer), store.layers["distilled"], store.mean_norms["distilled"]
@@ -266,16 +266,18 @@ class Rung:
                                                                          for end in ("", "_low", "_high")), "n"]
         if tried.empty:
             return pd.DataFrame(columns=columns)
-        made = [steering.feature_direction(crosscoder, f, norm, label) for label, f in zip(tried["label"], tried["feature"])]
-        directions = {d.name: d for d in made}
+        features = [steering.feature_direction(crosscoder, f, norm, label) for label, f in zip(tried["label"], tried["feature"])]
         noise = steering.random_directions(b.random_directions, store.widths["distilled"], norm, b.seed)
-        mark = fingerprint(self.mark, "steering")
-        bench = steering.Steering(model, layer, self.folder / "steered", mark, b.max_new_tokens, seed=b.seed)
-        searched = bench.run("choose", trials.puzzles(b.choose_puzzles, "validation", b.seed), [(d, b.strength) for d in made])
-        best = responses.choose(responses.compare(searched, 100, b.seed), "longer", STEERED, accuracy_loss=0.25, runaway=0.25)["direction"]
-        rows = bench.run("report", trials.puzzles(b.report_puzzles, "test", b.seed), [(d, b.strength) for d in (directions[best], *noise)])
-        found = responses.compare(rows, b.boots, b.seed)
-        role = np.select([found["direction"] == best, found["label"] == "random"], ["chosen", "random"], "none")
+        bench = steering.Steering(model, layer, self.folder / "steered", fingerprint(self.mark, "steering"), b.max_new_tokens, seed=b.seed)
+        strengths = (b.strength / 2, b.strength)
+        tasks = trials.puzzles(b.choose_puzzles, "validation", b.seed)
+        search = responses.compare(bench.run("choose", tasks, [(d, s) for s in strengths for d in features]), 100, b.seed)
+        best = {s: responses.choose(search[search["strength"] == s], "longer", STEERED, accuracy_loss=0.25, runaway=0.25)["direction"]
+                for s in strengths}
+        conditions = [(d, s) for s in strengths for d in (*(f for f in features if f.name == best[s]), *noise)]
+        tasks = trials.puzzles(b.report_puzzles, "test", b.seed)
+        found = responses.compare(bench.run("report", tasks, conditions), b.boots, b.seed)
+        role = found["label"].map({"none": "none", "random": "random"}).fillna("chosen")
         return found.assign(role=role)[columns]
 
     # --- geometry ---------------------------------------------------------------------------------------------------
@@ -341,7 +343,7 @@ def rung(name: str, folder: Path, budget: Budget, known: Path | None = None, pro
     tables["uniqueness"], tables["quantiles"] = uniqueness(features), quantiles(features)
     tables["detectors"] = r.every("detectors", r.detectors, ("distilled", "null_a"))
     step("features")
-    tables["steering"] = r.kept("steering", r.steering)
+    tables["steering"] = r.kept("doses", r.steering)
     step("steering")
     tables["relations"] = r.kept("relations", lambda: r._geometry.table)
     tables["parallelograms"] = r.kept("parallelograms", lambda: r._geometry.differences)
@@ -428,12 +430,11 @@ def summary(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         for other, end in (("distilled", ""), ("null_a", "_null_a")):
             part = detectors[(detectors["other"] == other) & (detectors["category"] == category)]
             add(f"auroc_{category}{end}", *over_seeds(part["auroc"]), "seeds")
-    steered = tables["steering"].set_index("role")
-    for role, name in (("chosen", "length_ratio"), ("random", "random_length_ratio")):
-        if role in steered.index:
-            part = steered.loc[[role]]
-            interval = part["length_ratio_low"].min(), part["length_ratio_high"].max()  # of several: their envelope
-            add(name, part["length_ratio"].mean(), interval, int(part["n"].iloc[0]), "puzzles")
+    for (role, strength), part in tables["steering"].query("role != 'none'").groupby(["role", "strength"]):
+        end = "" if strength == tables["steering"].query("role != 'none'")["strength"].min() else "_strong"
+        for column, name in (("length_ratio", "length_ratio"), ("accuracy_change", "steered_accuracy_change")):
+            interval = part[f"{column}_low"].min(), part[f"{column}_high"].max()  # of several: their envelope
+            add(("random_" if role == "random" else "") + name + end, part[column].mean(), interval, int(part["n"].iloc[0]), "puzzles")
     for model in ("distilled", "null_a"):
         mean = tables["parallelograms"].query("relation == 'mean' and model == @model").iloc[0]
         end = "" if model == "distilled" else f"_{model}"
