@@ -65,30 +65,35 @@ def plot(rungs: pd.DataFrame, panels: Mapping[str, Mapping[str, str]], x: str = 
          intervals: bool = True) -> go.Figure:
     """One panel per entry of ``panels`` {title: {curve: quantity}}, each quantity against ``x`` (a quantity, too) with its 95% interval.
 
-    A curve has the colour of its first word (a model, a category, "null", "random"), and is dotted if that is a control. ``flat``: {panel
-    title: height of a dotted line}. Against anything but size the points are not joined, but named.
+    A curve has the colour of its first word (a model, a category, "null", "random"); the second one of a colour in a panel is dashed, and a
+    control, which begins with "null" or "random", dotted. ``flat``: {panel title: height of a dotted line}. Against anything but size the points
+    are not joined; those of the first curve are named.
     """
     fig = make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.09)
-    across = series(rungs, x)["value"]
-    named = set()
+    across, legend = series(rungs, x)["value"], set()
     for column, (title, curves) in enumerate(panels.items(), start=1):
+        used = set()
         for name, quantity in curves.items():
-            line = series(rungs, quantity)
-            place = across[line.index]
-            colour, control = COLOURS.get(name.split()[0], COLOURS["random"]), name.split()[0] in ("null", "random")
-            error = dict(type="data", symmetric=False, array=line["high"] - line["value"], arrayminus=line["value"] - line["low"],
-                         thickness=1.5)
+            line, kind = series(rungs, quantity), name.split()[0].strip(",:")
+            colour = COLOURS.get(kind, COLOURS["random"])
+            dash = "dot" if kind in ("null", "random") else "dash" if colour in used else "solid"
+            error = dict(type="data", symmetric=False, array=line["high"] - line["value"], arrayminus=line["value"] - line["low"])
+            named = not used and x != "parameters"
             fig.add_trace(go.Scatter(
-                x=place, y=line["value"], name=name, legendgroup=name, showlegend=name not in named, text=line.index, textposition="top center",
-                mode="lines+markers" if x == "parameters" else "markers+text", line=dict(color=colour, dash="dot" if control else "solid"),
-                marker=dict(color=colour, size=9, symbol="diamond-open" if control else "circle"), error_y=error if intervals else None,
-                textfont_size=11), row=1, col=column)
-            named.add(name)
+                x=across[line.index], y=line["value"], name=name, legendgroup=name, showlegend=name not in legend, text=line.index,
+                mode="lines+markers" if x == "parameters" else "markers+text" if named else "markers", textposition="top center",
+                line=dict(color=colour, dash=dash), error_y=error if intervals else None, textfont_size=11,
+                marker=dict(color=colour, size=9, symbol={"solid": "circle", "dash": "circle-open", "dot": "diamond-open"}[dash])),
+                row=1, col=column)
+            used.add(colour)
+            legend.add(name)
         if title in (flat or {}):
             fig.add_hline(y=flat[title], line=dict(color="#444444", width=1, dash="dot"), row=1, col=column)
-    sizes = series(rungs, "parameters")["parameters"]
     if x == "parameters":
-        fig.update_xaxes(type="log", tickvals=sizes, ticktext=[f"{n / 1e6:.2f}M" for n in sizes])
+        fig.update_xaxes(type="log", tickvals=across, ticktext=[f"{n / 1e6:.2f}M" for n in across])
+    else:  # room for the names
+        room = 0.25 * max(float(across.max() - across.min()), 1e-3)
+        fig.update_xaxes(range=[across.min() - room, across.max() + room])
     fig.update_xaxes(title_text=SHOWN.get(x, x))
     fig.update_layout(width=max(520, 420 * len(panels)), height=420, margin_t=90, legend=dict(orientation="h", y=-0.22))
     return fig.update_annotations(font_size=13)
@@ -113,4 +118,21 @@ def plot_seeds(uniqueness: pd.DataFrame, rungs: pd.DataFrame, panels: Mapping[st
                                      marker=dict(color=colour, size=9, symbol=symbol), **both), row=1, col=column)
     fig.update_xaxes(type="log", tickvals=size, ticktext=[f"{n / 1e6:.2f}M" for n in size], title_text=SHOWN["parameters"])
     fig.update_layout(width=max(520, 420 * len(panels)), height=420, margin_t=90, legend=dict(orientation="h", y=-0.22))
+    return fig.update_annotations(font_size=13)
+
+
+def plot_overlaps(angles: pd.DataFrame, titles: Mapping[str, str]) -> go.Figure:
+    """Rows of ``Rung.angles``, one panel per model of ``titles`` {components_of: title}: the overlap of each crosscoder's unique features,
+    and a grey bar for 95% of random sets of as many features."""
+    fig = make_subplots(1, len(titles), subplot_titles=list(titles.values()), shared_yaxes=True, horizontal_spacing=0.06)
+    for column, model in enumerate(titles, start=1):
+        part = angles[angles["components_of"] == model].reset_index(drop=True)
+        x = part["pair"] + ", seed " + part["seed"].astype(str)
+        bars = np.stack([part["null_low"], part["null_high"], np.full(len(part), np.nan)], axis=1).ravel()
+        fig.add_trace(go.Scatter(x=np.repeat(x, 3), y=bars, mode="lines", line=dict(color=COLOURS["null"], width=12), name="random sets",
+                                 legendgroup="null", showlegend=column == 1, hoverinfo="skip"), row=1, col=column)
+        fig.add_trace(go.Scatter(x=x, y=part["overlap"], mode="markers", marker=dict(color=COLOURS["distilled"], size=9), text=part["features"],
+                                 name="unique features", legendgroup="unique", showlegend=column == 1), row=1, col=column)
+    fig.update_yaxes(title_text="mean squared cosine", row=1, col=1)
+    fig.update_layout(title="Do unique features write where the activations are?", width=1000, height=460, margin_t=90)
     return fig.update_annotations(font_size=13)
