@@ -65,9 +65,9 @@ def plot(rungs: pd.DataFrame, panels: Mapping[str, Mapping[str, str]], x: str = 
          intervals: bool = True) -> go.Figure:
     """One panel per entry of ``panels`` {title: {curve: quantity}}, each quantity against ``x`` (a quantity, too) with its 95% interval.
 
-    A curve has the colour of its first word (a model, a category, "null", "random"); the second one of a colour in a panel is dashed, and a
-    control, which begins with "null" or "random", dotted. ``flat``: {panel title: height of a dotted line}. Against anything but size the points
-    are not joined; those of the first curve are named.
+    A curve has the colour of its first word (a model, a category, "null", "random"); the second one of a colour in a panel is dashed, and
+    a control, which begins with "null" or "random", dotted. ``flat``: {panel title: height of a dotted line}. Against anything but size
+    the points are not joined; those of the first curve are named.
     """
     fig = make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.09)
     across, legend = series(rungs, x)["value"], set()
@@ -131,7 +131,8 @@ def plot_overlaps(angles: pd.DataFrame, titles: Mapping[str, str]) -> go.Figure:
         bars = np.stack([part["null_low"], part["null_high"], np.full(len(part), np.nan)], axis=1).ravel()
         fig.add_trace(go.Scatter(x=np.repeat(x, 3), y=bars, mode="lines", line=dict(color=COLOURS["null"], width=12), name="random sets",
                                  legendgroup="null", showlegend=column == 1, hoverinfo="skip"), row=1, col=column)
-        fig.add_trace(go.Scatter(x=x, y=part["overlap"], mode="markers", marker=dict(color=COLOURS["distilled"], size=9), text=part["features"],
+        dots = dict(color=COLOURS["distilled"], size=9)
+        fig.add_trace(go.Scatter(x=x, y=part["overlap"], mode="markers", marker=dots, text=part["features"],
                                  name="unique features", legendgroup="unique", showlegend=column == 1), row=1, col=column)
     fig.update_yaxes(title_text="mean squared cosine", row=1, col=1)
     fig.update_layout(title="Do unique features write where the activations are?", width=1000, height=460, margin_t=90)
