@@ -383,7 +383,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     p, scale = successes / n, 1 + z * z / n
     middle = (p + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half  # exact at the ends, whatever rounding says
 
 
 def bootstrap(
