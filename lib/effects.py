@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from .figures import COLOURS
 from .puzzles import CATEGORIES, REDUNDANT
@@ -239,14 +240,16 @@ def plot_gap_shares(shares: pd.DataFrame, family: str, measure: str = "thinking"
     return fig.update_layout(barmode="group", width=1000, title=title, yaxis_title="share of the gap")
 
 
-def plot_placement(table: pd.DataFrame) -> go.Figure:
-    """``extra_placed``: P(c | called for) against P(c | not), one point per method and category; up and left is where markers belong."""
-    fig, symbols = go.Figure(), ("circle", "diamond", "square", "x", "cross", "star")
-    for c in CATEGORIES:
-        part = table[table["target"] == c]
-        fig.add_scatter(x=part["strays"], y=part["met"], name=c, mode="markers+text", text=part["kind"], textposition="top center",
-                        marker=dict(color=COLOURS[c], size=10, symbol=[symbols[(*METHODS, "untouched").index(k)] for k in part["kind"]]),
-                        error_x=dict(array=part["strays_high"] - part["strays"], arrayminus=part["strays"] - part["strays_low"]),
-                        error_y=dict(array=part["met_high"] - part["met"], arrayminus=part["met"] - part["met_low"]))
-    return fig.update_layout(title="More of a category: where it belongs, or anywhere?", xaxis_title="P(c follows | not called for)",
-                             yaxis_title="P(c follows | called for)", height=560)
+def plot_placement(table: pd.DataFrame, temperature: float = 1.0) -> go.Figure:
+    """``extra_placed``: P(c | called for) against P(c | not), a panel per category, a point per method; up and left is where markers belong."""
+    table = table[np.isclose(table["temperature"].astype(float), temperature)]
+    symbols = dict(zip(("untouched", *METHODS), ("star", "circle", "diamond", "square", "x", "cross")))
+    fig = make_subplots(2, 2, subplot_titles=CATEGORIES, horizontal_spacing=0.09, vertical_spacing=0.13)
+    for i, c in enumerate(CATEGORIES):
+        for part in table[table["target"] == c].itertuples():
+            fig.add_scatter(x=[part.strays], y=[part.met], name=part.kind, legendgroup=part.kind, showlegend=i == 0, mode="markers",
+                            marker=dict(color=COLOURS[c], size=11, symbol=symbols[part.kind], line=dict(width=1, color="#222222")),
+                            error_x=dict(array=[part.strays_high - part.strays], arrayminus=[part.strays - part.strays_low]),
+                            error_y=dict(array=[part.met_high - part.met], arrayminus=[part.met - part.met_low]), row=i // 2 + 1, col=i % 2 + 1)
+    fig.update_xaxes(title_text="P(c follows | not called for)", row=2).update_yaxes(title_text="P(c follows | called for)", col=1)
+    return fig.update_layout(title="More of a category: where it belongs, or anywhere?", width=1000, height=720)
