@@ -1,5 +1,8 @@
 """Figures: the files that are written, that they say the same each time, and that nothing fails without a browser."""
 
+import struct
+import zlib
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -99,3 +102,44 @@ def test_shaded_tokens_escapes_and_shades():
     assert "rgba" not in figures.shaded_tokens(["a"], [0.0]).data
     with pytest.raises(ValueError, match="1 words and 2 values"):
         figures.shaded_tokens(["a"], [1, 2])
+
+
+def drawn(pixels, filters=2):
+    """Pixels [h, w, 4] as a PNG like the browser's: every row as its difference to the one above."""
+    h, w, _ = pixels.shape
+    rows = np.diff(pixels.reshape(h, -1), axis=0, prepend=np.zeros((1, 4 * w), np.uint8)).astype(np.uint8)
+    rows = np.concatenate([np.full((h, 1), filters, np.uint8), rows], axis=1)
+    parts = {b"IHDR": struct.pack(">IIBBBBB", w, h, 8, 6, 0, 0, 0), b"IDAT": zlib.compress(rows.tobytes(), 1), b"IEND": b""}
+    chunks = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def colours_of(png):
+    """The pixels [h, w, 3] of a PNG with a palette; every checksum is looked at."""
+    at, chunks = 8, {}
+    while at < len(png):
+        size, kind = struct.unpack(">I4s", png[at : at + 8])
+        chunks[kind] = png[at + 8 : at + 8 + size]
+        assert struct.unpack(">I", png[at + 8 + size : at + 12 + size])[0] == zlib.crc32(kind + chunks[kind])
+        at += size + 12
+    w, h = struct.unpack(">II", chunks[b"IHDR"][:8])
+    index = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(h, w + 1)[:, 1:]
+    return np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(-1, 3)[index].astype(int)
+
+
+def test_a_compact_picture_looks_the_same():
+    rng = np.random.default_rng(0)
+    pixels = np.full((60, 80, 4), 255, np.uint8)
+    pixels[10:50, 5:75, :3] = rng.integers(0, 256, (5, 3), dtype=np.uint8)[rng.integers(0, 5, (40, 70))]
+    found = colours_of(figures.compact(drawn(pixels)))
+    assert abs(found - pixels[..., :3].astype(int)).max() <= 3 and (found[0] == 255).all(), "white stays white"
+    assert len(figures.compact(drawn(pixels))) < len(drawn(pixels))
+    pixels[..., :3] = np.stack(np.meshgrid(np.arange(80) * 3, np.arange(60) * 4, [7]), -1)[:, :, 0]  # thousands of colours
+    assert abs(colours_of(figures.compact(drawn(pixels))) - pixels[..., :3].astype(int)).max() <= 45, "nothing is far from its colour"
+
+
+def test_what_the_browser_does_not_draw_comes_back_as_it_is():
+    pixels = np.full((4, 5, 4), 255, np.uint8)
+    assert figures.compact(drawn(pixels, filters=1)) == drawn(pixels, filters=1)
+    pixels[2, 2, 3] = 0
+    assert figures.compact(drawn(pixels)) == drawn(pixels), "transparent"
