@@ -332,6 +332,7 @@ def matching_strengths(rows: pd.DataFrame, factor: float = 1.5) -> dict[tuple[st
         rate = pd.concat([pd.Series({0.0: before[f"n_{c}"].mean()}), group.groupby("strength")[f"n_{c}"].mean()])
         wanted, s, r = factor * rate.iloc[0], rate.index.to_numpy(float), rate.to_numpy()
         above = np.flatnonzero(r >= wanted)
+        above = above[above > 0]  # a category that is never said has a rate of 0 to begin with
         if len(above):
             i = above[0]
             chosen[c, method] = (float(round(np.interp(wanted, r[i - 1 : i + 1], s[i - 1 : i + 1]), 4)),)
