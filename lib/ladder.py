@@ -88,8 +88,8 @@ class Budget:
     @classmethod
     def smoke(cls) -> Budget:
         """To see that everything works, in seconds. The numbers mean nothing."""
-        return cls(tokens=10_000, n_features=64, k=8, train_tokens=20_000, batch_size=512, seeds=2, null_seeds=1, max_tokens=2_000,
-                   acts_tokens=1_000, puzzles=12, probed=10, choose_puzzles=4, report_puzzles=4, random_directions=1, max_new_tokens=60,
+        return cls(tokens=8_000, n_features=64, k=8, train_tokens=8_000, batch_size=512, seeds=2, null_seeds=1, max_tokens=2_000,
+                   acts_tokens=800, puzzles=12, probed=10, choose_puzzles=3, report_puzzles=3, random_directions=1, max_new_tokens=30,
                    boots=50)
 
     def config(self, seed: int) -> TrainConfig:

@@ -314,8 +314,9 @@ def regime(crosscoder: CrossCoder, store, rows: np.ndarray, of: str = "distilled
         return tuple(round(float(v), 4) for v in values)
 
     return Regime(
-        tokens=n, width=width, l0=round(float(fired.sum() / n), 3), frequency_quantiles=quantiles(frequency), exponent=round(float(-slope), 3),
-        cv=round(float(np.median(np.sqrt(np.maximum(square / mean**2 - 1, 0)))), 3), spread=round(float(np.log(lengths).std()), 3),
+        tokens=n, width=width, l0=round(float(fired.sum() / n), 3), frequency_quantiles=quantiles(frequency),
+        exponent=round(float(-slope), 3), cv=round(float(np.median(np.sqrt(np.maximum(square / mean**2 - 1, 0)))), 3),
+        spread=round(float(np.log(lengths).std()), 3),
         cofiring_mean=round(float(phi[apart].mean()), 4),
         cofiring_largest=round(float(np.median(np.where(apart, phi, -1).max(1))), 3),
         norm_ratio=round(float(norms[1] / norms[0]), 3), spread_ratio=round(float(np.sqrt(variances[1] / variances[0])), 3),
@@ -332,7 +333,8 @@ def from_regime(measured: Regime, width: int = 48, unique: float = 1 / 8, rescal
                 **changes) -> Planted:
     """The generator's parameters for a measured regime, at another width: numbers per direction of the residual stream stay the same.
 
-    What no measurement gives is set here: the shares of ``unique`` features (of each side) and of ``rescaled`` ones. The rest
+    What no measurement gives is set here: the shares of ``unique`` features (of each side) and of ``rescaled`` ones. As many features are
+    planted as the crosscoder has living ones: nobody knows the true number, and a larger dictionary would have claimed more. The rest
     is half shared, half rotated; the angle is the one that gives the measured agreement of the two models' activations, which needs no
     dictionary. ``changes`` replace any field.
     """
@@ -466,12 +468,14 @@ def precision_recall(table: pd.DataFrame, flagged: np.ndarray, planted: Planted)
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of one axis: fields of ``Planted`` that differ from our regime, and factors of fields of ``TrainConfig``."""
+    """One point of one axis: fields of ``Planted`` that differ from our regime, factors of fields of ``TrainConfig``, and a factor of the
+    number of features of every kind."""
 
     name: str
     value: str
     planted: Mapping = field(default_factory=dict)
     config: Mapping = field(default_factory=dict)
+    features: float = 1.0
 
     @property
     def key(self) -> tuple[str, str]:
@@ -491,6 +495,9 @@ SETTINGS = (  # one thing at a time
     Setting("dead directions", "half", {"dead_directions": 0.5}),
     Setting("budget", "a quarter of the tokens", {}, {"tokens": 1 / 4}),
     Setting("budget", "half the dictionary", {}, {"n_features": 1 / 2}),
+    Setting("crowding", "a fifth of the features", {}, {"n_features": 1 / 5}, features=1 / 5),
+    # the positive control: where features can be learned, does the judgement say so? Everything that makes it hard is taken away at once
+    Setting("easy", "few, sparse, independent", {"l0": 2.0, "correlation": 0.0, "exponent": 0.5}, {"n_features": 1 / 5, "k": 1 / 3}, 1 / 5),
 )
 SEEDS = {"choose": (0, 1, 2), "report": (10, 11, 12, 13, 14)}
 NULL_SEED = 100  # of the planted null that calibrates thresholds: it belongs to neither split
@@ -558,7 +565,8 @@ def cells(configs: Mapping[str, TrainConfig], ours: Planted, settings: Sequence[
     found = []
     for setting in settings:
         own = seeds if setting == OURS else {"report": tuple(seeds["report"])[:axis_seeds]}
-        changed = replace(ours, **setting.planted)
+        counts = {kind: round(getattr(ours, kind) * setting.features) for kind in KINDS}
+        changed = replace(ours, **{**counts, **setting.planted})
         plan = [("null", replace(changed.null(), seed=NULL_SEED))]
         plan += [(split, replace(changed, seed=seed)) for split in own for seed in own[split]]
         for split, planted in plan:

@@ -427,7 +427,7 @@ PARTS = {
     "nulls": _Kind(compute_nulls, 1, ("boots",)),
     "seeds": _Kind(compute_seeds, 1, ("seeds",)),
     "architectures": _Kind(compute_architectures, 2, ("boots", "dedicated")),
-    "planted": _Kind(compute_planted, 1, ("planted_width", "planted_tokens", "small")),
+    "planted": _Kind(compute_planted, 2, ("planted_width", "planted_tokens", "small")),
     "causal": _Kind(compute_causal, 1, ("features_per_category", "choose_puzzles", "report_puzzles", "max_new_tokens")),
     "ladder": _Kind(compute_ladder, 1, ("small",)),
 }

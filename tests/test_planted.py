@@ -10,8 +10,8 @@ import torch
 from lib import planted as planted_module
 from lib.crosscoder import CrossCoder
 from lib.planted import (
-    KINDS, METHODS, OURS, Cell, Planted, PlantedStore, Regime, Setting, called, cells, frequencies, from_regime, judge, null_thresholds, plot,
-    precision_recall, recommend, regime, scores, study, summary,
+    KINDS, METHODS, OURS, SETTINGS, Cell, Planted, PlantedStore, Regime, Setting, called, cells, frequencies, from_regime, judge,
+    null_thresholds, plot, precision_recall, recommend, regime, scores, study, summary,
 )
 from lib.results import UserError
 from lib.training import TrainConfig
@@ -117,7 +117,8 @@ def test_documents_splits_and_batches():
     assert not torch.equal(PlantedStore(replace(SMALL, seed=1)).activations([3])[0], store.activations([3])[0])
 
 
-@pytest.mark.parametrize("change, word", [({"angle": 200.0}, "angle"), ({"l0": 99.0}, "l0"), ({"noise": 1.5}, "noise"), ({"shared": -1}, "shared")])
+@pytest.mark.parametrize("change, word", [({"angle": 200.0}, "angle"), ({"l0": 99.0}, "l0"), ({"noise": 1.5}, "noise"),
+                                          ({"shared": -1}, "shared")])
 def test_impossible_parameters_are_named(change, word):
     with pytest.raises(UserError, match=word):
         replace(SMALL, **change)
@@ -145,9 +146,10 @@ def test_the_regime_of_planted_data_is_what_was_planted():
 def test_the_generator_takes_the_regime_to_another_width():
     law = frequencies(Planted(exponent=0.8))
     measured = Regime(
-        tokens=1000, width=96, l0=24.0, frequency_quantiles=tuple(np.quantile(law, planted_module.QUANTILES)), exponent=1.4, cv=0.7, spread=0.4,
-        cofiring_mean=0.0, cofiring_largest=0.3, norm_ratio=0.9, spread_ratio=1.0, mean_share=(0.1, 0.2), unexplained=(0.01, 0.03), alive=1024,
-        dead_features=0.0, dead_directions=(0.0, 0.1), dimension=(0.2, 0.2), agreement=0.67, row_cosine=(0.0,) * 5, nrn_quantiles=(0.5,) * 5)
+        tokens=1000, width=96, l0=24.0, frequency_quantiles=tuple(np.quantile(law, planted_module.QUANTILES)), exponent=1.4, cv=0.7,
+        spread=0.4, cofiring_mean=0.0, cofiring_largest=0.3, norm_ratio=0.9, spread_ratio=1.0, mean_share=(0.1, 0.2), alive=1024,
+        unexplained=(0.01, 0.03), dead_features=0.0, dead_directions=(0.0, 0.1), dimension=(0.2, 0.2), agreement=0.67,
+        row_cosine=(0.0,) * 5, nrn_quantiles=(0.5,) * 5)
     ours = from_regime(measured, width=48, seed=7)
     assert ours.features == 512 and ours.l0 == 12 and ours.seed == 7 and ours.exponent == pytest.approx(0.8, abs=0.03)
     assert (ours.cv, ours.mean_share, ours.noise, ours.base_only) == (0.7, (0.1, 0.2), 0.02, 64)
@@ -176,14 +178,16 @@ def hand_made() -> tuple[pd.DataFrame, Planted]:
         dict(feature=4, nrn_p2=0.99, nu_eps=0.00, nearest=3, cosine=0.9, kind="distilled_only", hits="3", matched=-1, matched_cosine=-1)])
     table = table.assign(**base, nrn_p1=table["nrn_p2"], side="distilled")
     table.loc[4, "alive"] = False
-    return pd.concat([table, table.assign(side="base", nrn_p1=0.1, nrn_p2=0.1, nu_eps=np.nan, nu_r=np.nan, hits="")], ignore_index=True), planted
+    mirrored = table.assign(side="base", nrn_p1=0.1, nrn_p2=0.1, nu_eps=np.nan, nu_r=np.nan, hits="")
+    return pd.concat([table, mirrored], ignore_index=True), planted
 
 
 def test_precision_recall_and_found_by_hand():
     table, planted = hand_made()
     lengths = precision_recall(table, called(table, "p2 > 0.9", {}), planted).set_index("side")
     # 0, 1 and 2 are flagged: two are right, and both hit planted feature 2; 3 is missed, though it was learned
-    assert lengths.loc["distilled", ["precision", "recall", "found", "n_flagged", "n_planted"]].tolist() == pytest.approx([2 / 3, 0.5, 1, 3, 2])
+    found = lengths.loc["distilled", ["precision", "recall", "found", "n_flagged", "n_planted"]].tolist()
+    assert found == pytest.approx([2 / 3, 0.5, 1, 3, 2])
     assert np.isnan(lengths.loc["base", "precision"]) and lengths.loc["base", ["recall", "n_flagged"]].tolist() == [0, 0]
     both = precision_recall(table, called(table, "p2 > 0.9 and nu_eps < 0.2", {}), planted).set_index("side")
     assert both.loc["distilled", ["precision", "recall"]].tolist() == [1, 0.5]
@@ -210,7 +214,8 @@ def test_a_perfect_dictionary_is_judged_perfect_and_a_shrunk_one_only_by_latent_
     shared = np.flatnonzero(store.kinds == 0)[:6]
     crosscoder = oracle(store, dict.fromkeys(shared.tolist(), 0.02) if shrunk else None)
     table = scores(crosscoder, store, store.rows("report"))
-    judged = {m: precision_recall(table, called(table, m, {}), store.planted).set_index("side").loc["distilled"] for m in METHODS if "null" not in m}
+    judged = {method: precision_recall(table, called(table, method, {}), store.planted).set_index("side").loc["distilled"]
+              for method in METHODS if "null" not in method}
     for method, row in judged.items():
         assert row["recall"] == 1 and row["found"] == 1, method
     assert judged["nu_eps < 0.3"]["precision"] == 1
@@ -248,8 +253,8 @@ def test_a_study_resumes_and_gives_one_row_per_method_and_side(tmp_path, monkeyp
 
 def test_the_rule_is_chosen_on_choose_and_judged_on_report():
     def row(method, split, seed, precision, recall, side="distilled"):
-        return dict(setting=OURS.name, value=OURS.value, architecture="a", seed=seed, split=split, method=method, side=side, precision=precision,
-                    recall=recall, found=1.0, n_flagged=1, n_planted=1)
+        return dict(setting=OURS.name, value=OURS.value, architecture="a", seed=seed, split=split, method=method, side=side,
+                    precision=precision, recall=recall, found=1.0, n_flagged=1, n_planted=1)
 
     rows = [row("good", "choose", 0, 0.8, 0.9), row("greedy", "choose", 0, 0.2, 1.0), row("silent", "choose", 0, np.nan, 0.0)]
     rows += [{**r, "side": "base"} for r in rows]
@@ -267,6 +272,12 @@ def test_the_rule_is_chosen_on_choose_and_judged_on_report():
         cells(CONFIGS, TINY, AXES, {"choose": (0,), "report": (0,)})
 
 
-def test_a_regime_is_plain_data():
-    fields = asdict(SMALL)
-    assert Planted(**fields) == SMALL
+def test_every_setting_can_be_planted_and_changes_our_regime():
+    ours = Planted()
+    reports = [c for c in cells(CONFIGS, ours) if c.split == "report" and c.architecture == "batch" and c.planted.seed == 10]
+    assert [c.setting for c in reports] == list(SETTINGS)
+    changed = [(c.planted, c.config) for c in reports]
+    assert changed.count(changed[0]) == 1 and reports[0].planted == replace(ours, seed=10)
+    crowding = next(c for c in reports if c.setting.name == "crowding")
+    assert crowding.planted.base_only == 13 and crowding.planted.shared == 35 and crowding.config.n_features == 3
+    assert Planted(**asdict(ours)) == ours  # plain data: it can be written down and read back
