@@ -46,14 +46,16 @@ def test_order(values, expected):
 def test_ranks_are_by_value_and_columns_by_size():
     found = rungs.ranks(table(x=[0.5, 0.9, 0.1], y=[1.0, 1.0, 2.0]), ("parameters", "x", "y"))
     assert found.columns.tolist() == ["a", "b", "c"]
-    assert found.loc["parameters"].tolist() == [1, 2, 3] and found.loc["x"].tolist() == [3, 2, 1] and found.loc["y"].tolist() == [1.5, 1.5, 3]
+    assert found.loc["parameters"].tolist() == [1, 2, 3] and found.loc["x"].tolist() == [3, 2, 1]
+    assert found.loc["y"].tolist() == [1.5, 1.5, 3]
 
 
 def test_curves_against_size():
     frame = table(x=[(2, 1.5, 2.75), (1, 0.5, 1.5), (3, 2, 4)], y=[0.1, 0.2, 0.3])
     fig = rungs.plot(frame, {"one": {"distilled, x": "x", "distilled, y": "y", "null a": "y"}, "two": {"base": "x"}}, flat={"two": 0.5})
     first, second, null, base = fig.data
-    assert list(first.x) == [100, 200, 300] and list(first.y) == [1, 2, 3] and first.error_y.array[1] == 0.75 and first.error_y.arrayminus[1] == 0.5
+    assert list(first.x) == [100, 200, 300] and list(first.y) == [1, 2, 3]
+    assert (first.error_y.array[1], first.error_y.arrayminus[1]) == (0.75, 0.5)
     assert first.line.color == second.line.color == COLOURS["distilled"] and base.line.color == COLOURS["base"]
     assert (first.line.dash, second.line.dash, null.line.dash) == ("solid", "dash", "dot"), "told apart without colour"
     assert fig.layout.xaxis.type == "log" and [s.y0 for s in fig.layout.shapes] == [0.5]
