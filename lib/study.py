@@ -156,7 +156,8 @@ class Study:
             rungs = [load_pair(name) for name in ladder.PAIRS]
             models |= {f"{pair.name}/{name}": pair.fingerprint(name) for pair in rungs for name in pair.models | pair.others}
         budget = {name: getattr(self.budget, name) for name in PARTS[part].budget}
-        return fingerprint("study", part, PARTS[part].version, models, self.parameters, budget)
+        versions_of = {"ladder": ladder.VERSION, "planted": planted.VERSION}  # modules that keep pieces under versions of their own
+        return fingerprint("study", part, PARTS[part].version, models, self.parameters, budget, *filter(None, [versions_of.get(part)]))
 
     def folder(self, part: str) -> Path:
         return self.run.figures / "study" / part
@@ -196,7 +197,8 @@ def load(run: Run, part: str, **inputs: str) -> Part:
         if manifest["inputs"].get(name) != value:
             return Part(part, f"Refused: the part \"{part}\" of the study was made from another {name} than this notebook has ({again}).")
     tables = {name: pd.read_csv(folder / f"{name}.csv", keep_default_na=False, na_values=[""]) for name in manifest["tables"]}
-    note = f"Read, not computed here: the part \"{part}\" of the study ({again}; {manifest['seconds'] / 60:.0f} minutes)."
+    took = f"; {manifest['seconds'] / 60:.0f} minutes" if manifest["seconds"] >= 90 else ""  # less: most of it was there
+    note = f"Read, not computed here: the part \"{part}\" of the study ({again}{took})."
     return Part(part, note, manifest["metrics"], tables)
 
 
