@@ -37,12 +37,11 @@ from transformers import PreTrainedModel
 
 from .ablation import matched_features
 from .crosscoder import CrossCoder
-from .effects import METHODS, OTHER, extra_placed, gap_shares, metrics, pooled, specificity, summarise  # noqa: F401 (some: to be had here)
+from .effects import METHODS, OTHER
 from .features import CHUNK, positions, sample_rows
 from .lockstep import Act, Along, Bias, RandomLike, Reconstruct, Scale, Swap, Transplant, generate, read_alone
 from .pairs import Pair
-from .puzzles import CATEGORIES, LABELS, REDUNDANT, Puzzle, apply, first_words, label_of, sentences_of
-from .puzzles import _equation as equation_of
+from .puzzles import CATEGORIES, LABELS, REDUNDANT, Puzzle, apply, equation_of, first_words, label_of, sentences_of
 from .responses import outcomes
 from .results import Progress, UserError, check, fingerprint, write_text
 from .steering import GROUP_ROWS

@@ -241,7 +241,8 @@ def plot_gap_shares(shares: pd.DataFrame, family: str, measure: str = "thinking"
 
 
 def plot_placement(table: pd.DataFrame, temperature: float = 1.0) -> go.Figure:
-    """``extra_placed``: P(c | called for) against P(c | not), a panel per category, a point per method; up and left is where markers belong."""
+    """``extra_placed``: P(c | called for) against P(c | not), a panel per category, a point per method; up and left is where
+    markers belong."""
     table = table[np.isclose(table["temperature"].astype(float), temperature)]
     symbols = dict(zip(("untouched", *METHODS), ("star", "circle", "diamond", "square", "x", "cross")))
     fig = make_subplots(2, 2, subplot_titles=CATEGORIES, horizontal_spacing=0.09, vertical_spacing=0.13)
@@ -250,6 +251,7 @@ def plot_placement(table: pd.DataFrame, temperature: float = 1.0) -> go.Figure:
             fig.add_scatter(x=[part.strays], y=[part.met], name=part.kind, legendgroup=part.kind, showlegend=i == 0, mode="markers",
                             marker=dict(color=COLOURS[c], size=11, symbol=symbols[part.kind], line=dict(width=1, color="#222222")),
                             error_x=dict(array=[part.strays_high - part.strays], arrayminus=[part.strays - part.strays_low]),
-                            error_y=dict(array=[part.met_high - part.met], arrayminus=[part.met - part.met_low]), row=i // 2 + 1, col=i % 2 + 1)
+                            error_y=dict(array=[part.met_high - part.met], arrayminus=[part.met - part.met_low]),
+                            row=i // 2 + 1, col=i % 2 + 1)
     fig.update_xaxes(title_text="P(c follows | not called for)", row=2).update_yaxes(title_text="P(c follows | called for)", col=1)
     return fig.update_layout(title="More of a category: where it belongs, or anywhere?", width=1000, height=720)

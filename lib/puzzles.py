@@ -278,7 +278,7 @@ def label_of(sentence: tuple[str, ...]) -> str:
     return _OPENING.get(sentence[0], "other")
 
 
-def _equation(sentence: tuple[str, ...]) -> tuple[int, str, int] | None:
+def equation_of(sentence: tuple[str, ...]) -> tuple[int, str, int] | None:
     """(a, op, v) of the first ``a op = v`` or ``a op gives v`` in a sentence."""
     for a, op, sign, v in zip(sentence, sentence[1:], sentence[2:], sentence[3:]):
         if op in OPERATIONS and sign in ("=", "gives") and a in NUMBERS and v in NUMBERS:
@@ -310,7 +310,7 @@ def read_transcript(task: Puzzle | Question, words: list[str]) -> Reading:
         if sentence[0] == "done":
             ended = True
             continue
-        equation = _equation(sentence)
+        equation = equation_of(sentence)
         reflected = i + 1 < len(sentences) and label_of(sentences[i + 1]) == "reflection"
         if label == "alternative" or sentence[0] == "first":
             number = next((w for w in sentence if w in NUMBERS), None)

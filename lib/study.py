@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import causal, ladder, nulls, planted, use
+from . import causal, effects, ladder, nulls, planted, use
 from .architectures import describe, match_l1, origins
 from .corpus import build
 from .crosscoder import CrossCoder
@@ -68,8 +68,9 @@ class Budget:
     small: bool = False  # the smallest budget for the parts that have budgets of their own: to see that everything works
 
     def __post_init__(self) -> None:
-        for name, low in dict(seeds=2, boots=10, features_per_category=1, choose_puzzles=2, report_puzzles=2, max_new_tokens=1, planted_width=8,
-                              planted_tokens=2000).items():
+        lowest = dict(seeds=2, boots=10, features_per_category=1, choose_puzzles=2, report_puzzles=2, max_new_tokens=1,
+                      planted_width=8, planted_tokens=2000)
+        for name, low in lowest.items():
             check(f"{name} of the study", getattr(self, name), int, low=low)
         check("dedicated of the study", self.dedicated, float, low=0, high=0.5)
         check("small of the study", self.small, bool)
@@ -126,7 +127,8 @@ class Study:
     def config(self, seed: int | None = None, **changes) -> TrainConfig:
         """The crosscoder of notebook 02, with another seed."""
         p = self.parameters[NOTEBOOKS[1]]
-        names = dict(rate="learning_rate", l1="l1_coefficient") | {n: n for n in ("n_features", "variant", "k", "tokens", "batch_size", "precision")}
+        same = ("n_features", "variant", "k", "tokens", "batch_size", "precision")
+        names = {"rate": "learning_rate", "l1": "l1_coefficient", **{name: name for name in same}}
         return TrainConfig(**{name: p[source] for name, source in names.items()} | {"seed": p["seed"] if seed is None else seed} | changes)
 
     def inspection(self) -> Inspection:
@@ -192,7 +194,8 @@ def load(run: Run, part: str, **inputs: str) -> Part:
         return Part(part, f"Not computed for this run: the part \"{part}\" of the study ({again}).")
     manifest = read_manifest(folder, part)
     if manifest["fingerprint"] != Study(run.pair, run.name, root=run.root).fingerprint(part):
-        return Part(part, f"Refused: the part \"{part}\" of the study was made from other weights, parameters or code than there are now ({again}).")
+        return Part(part, f"Refused: the part \"{part}\" of the study was made from other weights, parameters or code than there are now "
+                          f"({again}).")
     for name, value in inputs.items():
         if manifest["inputs"].get(name) != value:
             return Part(part, f"Refused: the part \"{part}\" of the study was made from another {name} than this notebook has ({again}).")
@@ -203,7 +206,9 @@ def load(run: Run, part: str, **inputs: str) -> Part:
 
 
 def metric(value: float, ci: Sequence[float] | None = None, n: int | None = None) -> dict:
-    return {"value": None if value is None else float(value), "ci": None if ci is None else [float(b) for b in ci], "n": None if n is None else int(n)}
+    """One number as results keep it: {value, ci, n}."""
+    return {"value": None if value is None else float(value), "ci": None if ci is None else [float(b) for b in ci],
+            "n": None if n is None else int(n)}
 
 
 # --- nulls ---------------------------------------------------------------------------------------------------------
@@ -231,8 +236,8 @@ def compute_nulls(study: Study) -> tuple[dict, dict]:
     uses.append(used(study.crosscoder, study.store, "distilled").assign(seed=seed))
     own = nulls.score_table(study.crosscoder, study.store, study.max_tokens, n_boot=study.budget.boots)
     limits = nulls.thresholds(made["null_a", seed])
-    rates = [nulls.rates(table, limits).assign(pair=f"base, {name}", seed=s, role="sets the thresholds" if (name, s) == ("null_a", seed) else
-                                               "false positives" if (name, s) == ("null_b", seed + 1) else "spread")
+    roles = {("null_a", seed): "sets the thresholds", ("null_b", seed + 1): "false positives"}
+    rates = [nulls.rates(table, limits).assign(pair=f"base, {name}", seed=s, role=roles.get((name, s), "spread"))
              for (name, s), table in made.items()]
     rates.append(nulls.rates(own, limits).assign(pair="base, distilled", seed=seed, role="the pair"))
     rates = pd.concat(rates, ignore_index=True)
@@ -240,7 +245,8 @@ def compute_nulls(study: Study) -> tuple[dict, dict]:
     for score, prefix in (("nrn", "null_false_positive_rate"), ("nrn_p2", "null_false_positive_rate_p2"),
                           ("nu_eps", "null_false_positive_rate_nu_eps"), ("nu_r", "null_false_positive_rate_nu_r")):
         for level, suffix in ((0.01, ""), (0.05, "_at_5_percent")):
-            row = rates[(rates.role == "false positives") & (rates.score == score) & (rates.side == "distilled") & (rates.level == level)].iloc[0]
+            row = rates[(rates.role == "false positives") & (rates.score == score) & (rates.side == "distilled")
+                        & (rates.level == level)].iloc[0]
             metrics[prefix + suffix] = metric(row.rate, (row.low, row.high), row.n)
     used_by = {table.pair[0]: table for table in uses}
     limit = use.change_limit(used_by["base, null_a"])
@@ -273,19 +279,22 @@ def compute_seeds(study: Study) -> tuple[dict, dict]:
                "nrn_sd": table.loc[alive[-1], "nrn"].std(), **{f"unique_{score}": int(u.sum()) for score, u in unique.items()}}
         for c in CATEGORIES:
             f = chosen.get(c)
-            row |= {f"feature_{c}": f, f"nrn_{c}": table["nrn"][f] if f is not None else np.nan,
-                    f"auroc_{c}": table[f"auroc_{c}"][f] if f is not None else np.nan, f"above_null_{c}": bool(unique["nrn"][f]) if f is not None else False}
+            known = f is not None
+            row |= {f"feature_{c}": f, f"nrn_{c}": table["nrn"][f] if known else np.nan,
+                    f"auroc_{c}": table[f"auroc_{c}"][f] if known else np.nan, f"above_null_{c}": known and bool(unique["nrn"][f])}
         rows.append(row)
         tables.append(scores.assign(seed=first + s)[["seed", "feature", "alive", "frequency", "nrn", "nrn_p2", "side", "nu_eps", "nu_r"]])
     stable = nulls.stability(crosscoders, alive)
     unique = nulls.beyond(tables[0].reset_index(drop=True), limits, "nrn")
     above = stable["feature"].isin(np.flatnonzero(unique))
-    metrics = {"stability_median": metric(stable["stability"].median(), n=len(stable)), "stability_chance": metric(stable["chance"].median(), n=len(stable)),
+    metrics = {"stability_median": metric(stable["stability"].median(), n=len(stable)),
+               "stability_chance": metric(stable["chance"].median(), n=len(stable)),
                "stability_unique_median": metric(stable.loc[above, "stability"].median() if above.any() else np.nan, n=int(above.sum()))}
     for c in CATEGORIES:
         row = stable[stable["feature"] == rows[0][f"feature_{c}"]]
         cosines = row.filter(regex=r"^cosine_").to_numpy().ravel()
-        metrics[f"stable_{c}"] = metric(cosines.mean() if len(cosines) else np.nan, (cosines.min(), cosines.max()) if len(cosines) else None, len(cosines))
+        found = (cosines.mean(), (cosines.min(), cosines.max())) if len(cosines) else (np.nan, None)
+        metrics[f"stable_{c}"] = metric(*found, n=len(cosines))  # beside the mean: the lowest and the highest, not an interval
     return metrics, {"stability": stable, "by_seed": pd.DataFrame(rows), "scores": pd.concat(tables, ignore_index=True)}
 
 
@@ -326,8 +335,10 @@ def compute_architectures(study: Study) -> tuple[dict, dict]:
         hits, n = int((nrns["pair"] > limit).sum()), len(nrns["pair"])
         low, high = wilson(hits, n)
         rows.append({"architecture": name, **describe(made, study.store, n_boot=b.boots, seed=config.seed), "outside": outside["pair"],
-                     "outside_null": outside["null"], "null_limit": limit, "beyond_null": hits / n, "beyond_null_low": low, "beyond_null_high": high})
-    metrics = {f"{name}_{row['architecture']}": metric(row[name], n=row["features"]) for row in rows for name in ("l0", "outside", "outside_null", "beyond_null")}
+                     "outside_null": outside["null"], "null_limit": limit, "beyond_null": hits / n, "beyond_null_low": low,
+                     "beyond_null_high": high})
+    metrics = {f"{name}_{row['architecture']}": metric(row[name], n=row["features"]) for row in rows
+               for name in ("l0", "outside", "outside_null", "beyond_null")}
     tables = {"architectures": pd.DataFrame(rows), "nrn": pd.concat(curves, ignore_index=True), "match_l1": tried}
     if "style" in study.pair.others:
         _, store = study.harvested("base", "style", "distilled")
@@ -345,8 +356,8 @@ def compute_architectures(study: Study) -> tuple[dict, dict]:
 def compute_planted(study: Study) -> tuple[dict, dict]:
     """Which method may be believed when: activations with known features, in the regime of ours, and one thing at a time changed.
 
-    The regime is measured first, on the run's store through its crosscoder. Every architecture is tried in it (three seeds to choose a rule,
-    five fresh ones to judge it); BatchTopK, which the notebooks train, is tried along the axes too.
+    The regime is measured first, on the run's store through its crosscoder. Every architecture is tried in it (three seeds to choose
+    a rule, five fresh ones to judge it); BatchTopK, which the notebooks train, is tried along the axes too.
     """
     b, report = study.budget, sample_rows(study.store, "report", study.max_tokens)
     measured = planted.regime(study.crosscoder, study.store, report)
@@ -358,7 +369,8 @@ def compute_planted(study: Study) -> tuple[dict, dict]:
     few = {"batchtopk": config}
     seeds, settings = planted.SEEDS, planted.SETTINGS
     if b.small:
-        seeds, settings, configs = {"choose": (0,), "report": (10,)}, planted.SETTINGS[:2], {name: configs[name] for name in ("batchtopk", "l1")}
+        seeds, settings = {"choose": (0,), "report": (10,)}, planted.SETTINGS[:2]
+        configs = {name: configs[name] for name in ("batchtopk", "l1")}
     table = planted.study(study.work("planted"), configs, ours, settings[:1], seeds)
     axes = planted.study(study.work("planted"), few, ours, settings, seeds)
     table = pd.concat([table, axes[axes["setting"] != planted.OURS.name]], ignore_index=True)
@@ -377,8 +389,8 @@ def compute_planted(study: Study) -> tuple[dict, dict]:
 def compute_causal(study: Study) -> tuple[dict, dict]:
     """Whole thoughts of both models in lock-step: features removed, exchanged, used as the other model uses them, and placed.
 
-    *Unique* are the features whose NRN lies beyond the null's 1% threshold on either side; *reweighted* are others whose use changes by more
-    than 99% of the null's do. Strengths of placing are chosen on validation puzzles, everything is reported on test puzzles.
+    *Unique* are the features whose NRN lies beyond the null's 1% threshold on either side; *reweighted* are others whose use changes by
+    more than 99% of the null's do. Strengths of placing are chosen on validation puzzles, everything is reported on test puzzles.
     """
     pair, store, crosscoder, b = study.pair, study.store, study.crosscoder, study.budget
     table, null = study.inspection().table, needed(study, "nulls").tables
@@ -391,20 +403,21 @@ def compute_causal(study: Study) -> tuple[dict, dict]:
     mark = fingerprint(study.mark, *(pair.fingerprint(name) for name in crosscoder.names))
 
     def run(split: str, n: int, todo: list) -> pd.DataFrame:
-        return causal.run(pair, models, crosscoder, store, puzzles(n, split), todo, study.work(f"causal_{split}"), mark, b.max_new_tokens, seed)
+        folder = study.work(f"causal_{split}")
+        return causal.run(pair, models, crosscoder, store, puzzles(n, split), todo, folder, mark, b.max_new_tokens, seed)
 
     tried = run("validation", b.choose_puzzles, causal.strengthenings(crosscoder, sets, vectors, norm, seed=seed))
     placed = causal.strengthenings(crosscoder, sets, vectors, norm, causal.matching_strengths(tried), seed=seed)
     todo = causal.conditions(crosscoder, table, sets, own_use, vectors, np.flatnonzero(unique), np.flatnonzero(changed), seed=seed)
     rows = run("test", b.report_puzzles, list(dict.fromkeys([*todo, *placed])))
-    rows = pd.concat([rows, *(causal.pooled(rows, kind) for kind in ("random", "matched"))], ignore_index=True)
-    summary, shares = causal.summarise(rows, seed=seed), causal.gap_shares(rows, seed=seed)
-    metrics = causal.metrics(summary, shares) | {f"fve_alone_{name}": metric(value) for name, value in own_use.fve.items()}
+    rows = pd.concat([rows, *(effects.pooled(rows, kind) for kind in ("random", "matched"))], ignore_index=True)
+    summary, shares = effects.summarise(rows, seed=seed), effects.gap_shares(rows, seed=seed)
+    metrics = effects.metrics(summary, shares) | {f"fve_alone_{name}": metric(value) for name, value in own_use.fve.items()}
     metrics |= {"unique_features": metric(unique.sum(), n=len(table)), "reweighted_features": metric(changed.sum(), n=len(table))}
     removed = pd.DataFrame([{"category": c, "feature": f, "nrn": table["nrn"][f], "unique": unique[f], "reweighted": changed[f]}
                             for c, features in sets.items() for f in features])
-    return metrics, {"summary": summary, "shares": shares, "placement": causal.extra_placed(rows, seed=seed), "sets": removed,
-                     "specificity": causal.specificity(summary).reset_index()}
+    return metrics, {"summary": summary, "shares": shares, "placement": effects.extra_placed(rows, seed=seed), "sets": removed,
+                     "specificity": effects.specificity(summary).reset_index()}
 
 
 # --- the ladder ----------------------------------------------------------------------------------------------------
@@ -412,7 +425,8 @@ def compute_causal(study: Study) -> tuple[dict, dict]:
 
 def compute_ladder(study: Study) -> tuple[dict, dict]:
     """The same measurements on three sizes of the embedded pair."""
-    return ladder.measure(run_name=study.run.name, budget=ladder.Budget.smoke() if study.budget.small else ladder.Budget(), root=study.run.root)
+    budget = ladder.Budget.smoke() if study.budget.small else ladder.Budget()
+    return ladder.measure(run_name=study.run.name, budget=budget, root=study.run.root)
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

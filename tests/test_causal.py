@@ -146,7 +146,7 @@ def test_changes_are_paired_and_rates_are_ratios_of_sums():
     plain = rows_of("untouched", "untouched", "base", {"correct": np.arange(n) % 2, "errors": errors, "errors_reflected": errors})
     worse = rows_of("ablated", "ablate", "base", {"correct": 0.0 * errors, "errors": errors, "errors_reflected": errors > 1})
     shifted = rows_of("shifted", "ablate", "base", {"length": plain["length"] + 7.0, "errors": 0.0 * errors})
-    summary = causal.summarise(pd.concat([plain, worse, shifted]), 200).set_index(["condition", "measure"])
+    summary = effects.summarise(pd.concat([plain, worse, shifted]), 200).set_index(["condition", "measure"])
     row = summary.loc["ablated", "accuracy"]
     assert (row["value"], row["change"]) == (0.0, -0.5) and row["change_low"] < -0.5 < row["change_high"] < -0.2
     assert summary.loc["ablated", "p_reflection_error"]["value"] == pytest.approx((errors > 1).sum() / errors.sum())
@@ -163,7 +163,7 @@ def test_shares_of_a_gap_and_gaps_that_are_none():
              for name, v in thinks.items()]
     half = rows_of("half", "swap", "base", {"thinking": 1.0 * (np.arange(n) < 50)})
     back = rows_of("back", "swap", "distilled", {"thinking": 1.0 * (np.arange(n) < 70)})
-    found = causal.gap_shares(pd.concat([*plain, half, back]), ("thinking", "accuracy"), 300).set_index(["condition", "measure"])
+    found = effects.gap_shares(pd.concat([*plain, half, back]), ("thinking", "accuracy"), 300).set_index(["condition", "measure"])
     assert found.loc["half", "thinking"]["share"] == pytest.approx(0.5)
     assert found.loc["back", "thinking"]["share"] == pytest.approx(0.25)
     low, high = found.loc["half", "thinking"][["low", "high"]]
@@ -171,13 +171,13 @@ def test_shares_of_a_gap_and_gaps_that_are_none():
     assert np.isnan(found.loc["half", "accuracy"]["share"])  # both models have half of them right: no gap
 
 
-    numbers = causal.metrics(causal.summarise(pd.concat([*plain, half]), 50), found.reset_index())
+    numbers = effects.metrics(effects.summarise(pd.concat([*plain, half]), 50), found.reset_index())
     assert numbers == {}  # kinds and targets are none of the study's
     swapped = rows_of("x", "swap", "base", {"thinking": 1.0 * (np.arange(n) < 50)}, kind="swap", target="all")
     answers = rows_of("y", "swap", "distilled", {"answers": 1.0 * (np.arange(n) < 50)}, kind="swap", target="all")
     plain[1]["answers"] = 0.0
-    shares = causal.gap_shares(pd.concat([*plain, swapped, answers]), n_boot=100)
-    numbers = causal.metrics(causal.summarise(pd.concat([*plain, swapped]), 50), shares)
+    shares = effects.gap_shares(pd.concat([*plain, swapped, answers]), n_boot=100)
+    numbers = effects.metrics(effects.summarise(pd.concat([*plain, swapped]), 50), shares)
     assert set(numbers) == {"swap_forward", "swap_backward", "swap_backward_answers"}
     assert numbers["swap_forward"]["value"] == pytest.approx(0.5) and numbers["swap_backward_answers"]["value"] == pytest.approx(0.5)
     assert {trace.name for trace in effects.plot_gap_shares(shares, "swap").data} == {"base speaks", "distilled speaks"}
@@ -186,7 +186,7 @@ def test_shares_of_a_gap_and_gaps_that_are_none():
 def test_pooled_controls_are_means_over_the_categories():
     parts = [rows_of(f"random {c}", "ablate", "distilled", {"correct": values}, kind="random", target=c)
              for c, values in (("reflection", [1.0, 0.0]), ("contrast", [1.0, 1.0]))]
-    made = causal.pooled(pd.concat(parts), "random")
+    made = effects.pooled(pd.concat(parts), "random")
     assert made.sort_values("task")["correct"].tolist() == [1.0, 0.5]
     assert made["target"].unique().tolist() == ["pooled"] and made["condition"].nunique() == 1
 
@@ -196,7 +196,7 @@ def test_specificity_is_a_relative_change():
     plain = rows_of("untouched", "untouched", "distilled", {"n_reflection": np.full(n, 4.0), "n_contrast": np.full(n, 2.0)})
     parts = [rows_of(c, "ablate", "distilled", {"n_reflection": np.full(n, 1.0), "n_contrast": np.full(n, 3.0)}, kind="features", target=c)
              for c in CATEGORIES]
-    matrix = causal.specificity(causal.summarise(pd.concat([plain, *parts]), 20))
+    matrix = effects.specificity(effects.summarise(pd.concat([plain, *parts]), 20))
     assert matrix.loc["deduction", "reflection"] == pytest.approx(-0.75) and matrix.loc["reflection", "contrast"] == pytest.approx(0.5)
     assert effects.plot_specificity(matrix).data[0].z.shape == (4, 4)
 
@@ -207,7 +207,7 @@ def test_additional_sentences_that_stand_where_they_belong():
     plain = rows_of("untouched", "untouched", "distilled", {k: np.full(n, v) for k, v in counts.items()}, **head)
     more = counts | {"met_reflection": 1.75, "strays_reflection": 0.75, "n_reflection": 2.5}
     added = rows_of("feature", "place", "distilled", {k: np.full(n, v) for k, v in more.items()}, target="reflection", **head)
-    row = causal.extra_placed(pd.concat([plain, added]), 50).set_index(["kind", "target"]).loc["feature", "reflection"]
+    row = effects.extra_placed(pd.concat([plain, added]), 50).set_index(["kind", "target"]).loc["feature", "reflection"]
     assert row["extra"] == pytest.approx(1.0) and row["extra_placed"] == pytest.approx(0.75) and row["chance"] == pytest.approx(0.2)
     assert row["met"] == pytest.approx(1.75 / 2) and row["strays"] == pytest.approx(0.75 / 8)
 
@@ -251,6 +251,6 @@ def test_thoughts_are_made_once_and_an_interrupted_run_goes_on(toys, tmp_path, m
     assert len(calls) == 4
     assert made["condition"].nunique() == 4 and made.groupby("condition")["task"].apply(list).map(lambda t: t == [0, 1, 2]).all()
     assert not made.loc[made["kind"] == "words", "thinking"].any()  # it says "think think think": no step is taken
-    summary = causal.summarise(made, 20)
-    causal.gap_shares(made, n_boot=20)
+    summary = effects.summarise(made, 20)
+    effects.gap_shares(made, n_boot=20)
     assert len(effects.plot_ablations(summary, temperature=0.0).data) == 1  # one kind of ablation
