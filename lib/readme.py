@@ -10,10 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .puzzles import CATEGORIES
 from .results import ROOT, UserError, write_text
 
 RESULTS = [ROOT / "figures" / pair / "results" for pair in ("tiny", "tiny_large")]  # notebook 06 writes to the largest pair's
-MARKS = {name: (f"<!-- {name}: written by python -m lib.readme -->", f"<!-- end of {name} -->") for name in ("results", "speed")}
+MARKS = {name: (f"<!-- {name}: written by python -m lib.readme -->", f"<!-- end of {name} -->") for name in ("results", "standing", "speed")}
 # question, notebook, metrics shown (name, words before the number)
 ROWS = (
     ("Does thinking pay? Puzzles solved, every step right", "00",
@@ -48,6 +49,8 @@ ROWS = (
     ("Do larger models grow more unique features? Features of 1,024 beyond the null's 1% threshold", "06",
      (("unique_above_null_tiny_small", "0.18M"), ("unique_above_null_tiny", "0.66M"), ("unique_above_null_tiny_large", "2.07M parameters"))),
 )
+
+BACK = 0.7  # mean cosine with the matches in other seeds from which a feature counts as the same; notebook 03 predicts with it
 
 # what is measured, name in benchmarks/results.json, unit, what was aimed at
 SPEED = (
@@ -98,6 +101,31 @@ def table(results: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
+def standing(results: Path) -> str:
+    """Which of the four categories has a feature that stands up? A Markdown table from 03.json and 04.json: one row per category.
+
+    Causal: removing the category's features costs accuracy (interval below 0), by more than random directions of equal norm do, and by more
+    than features of like frequency do (intervals apart).
+    """
+    found = {name: json.loads((results / f"{name}.json").read_text()) for name in ("03", "04")}
+    metrics = found["03"]["metrics"] | found["04"]["metrics"]
+    rows = {key: [dict(zip(table["columns"], row)) for row in table["rows"]] for key in ("status", "token_verdicts")
+            for table in [found["03"]["tables"][key]]}
+    passed = 0
+    lines = ["| category | foretells (AUROC) | above the null | comes back (cosine) | more than a token | costs accuracy when removed | "
+             "beyond random / matched |", "|---|---|---|---|---|---|---|"]
+    for c in CATEGORIES:
+        status = next(row for row in rows["status"] if row["category"] == c)
+        verdict = next(row["verdict"] for row in rows["token_verdicts"] if row["category"] == c and row["where"] == "before")
+        cost, *controls = (metrics.get(f"ablate_accuracy_{name}") or {"value": None, "ci": None} for name in (c, "random", "matched"))
+        beats = ["yes" if cost["ci"] and m["ci"] and cost["ci"][1] < min(0, m["ci"][0]) else "no" for m in controls]
+        back = metrics.get(f"stable_{c}") or {"value": None}
+        passed += status["above the null"] and (back["value"] or 0) >= BACK and verdict == "more than a token" and beats == ["yes", "yes"]
+        lines.append(f"| {c} | {_text(metrics[f'auroc_{c}'])} | {'yes' if status['above the null'] else 'no'} | {_text(metrics.get(f'stable_{c}'))} | "
+                     f"{'yes' if verdict == 'more than a token' else verdict} | {_text(cost)} | {' / '.join(beats)} |")
+    return "\n".join(lines) + f"\n\n{passed} of {len(CATEGORIES)} pass all of these (to come back: a mean cosine of at least {BACK})."
+
+
 def _text(metric: dict | None) -> str:
     if metric is None or metric["value"] is None:
         return "not measured"
@@ -129,7 +157,7 @@ def scoreboard(folders: Sequence[Path]) -> str:
 
 def written(text: str, results: Sequence[Path], benchmarks: Path) -> str:
     """README text with its tables replaced."""
-    for name, content in (("results", table(results)), ("speed", speed(benchmarks))):
+    for name, content in (("results", table(results)), ("standing", standing(results[0])), ("speed", speed(benchmarks))):
         begin, end = MARKS[name]
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"

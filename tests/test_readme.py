@@ -35,6 +35,23 @@ def test_table_from_hand_written_results(tmp_path):
         readme.table([tmp_path])
 
 
+def test_standing_is_judged_by_intervals(tmp_path):
+    metric = lambda value, low, high: {"value": value, "ci": [low, high], "n": 9}  # noqa: E731
+    status = {"columns": ["category", "above the null"], "rows": [[c, c == "deduction"] for c in readme.CATEGORIES]}
+    verdicts = {"columns": ["category", "where", "verdict"], "rows": [[c, w, "token feature" if w == "marker" else "more than a token"]
+                                                                     for c in readme.CATEGORIES for w in ("marker", "before")]}
+    found = {f"auroc_{c}": metric(0.9, 0.8, 1) for c in readme.CATEGORIES}
+    (tmp_path / "03.json").write_text(json.dumps({"metrics": found, "tables": {"status": status, "token_verdicts": verdicts}}))
+    costs = {"reflection": metric(-0.3, -0.4, -0.2), "deduction": metric(-0.1, -0.2, 0.01), "random": metric(0, -0.02, 0.02),
+             "matched": metric(-0.2, -0.25, -0.15)}
+    (tmp_path / "04.json").write_text(json.dumps({"metrics": {f"ablate_accuracy_{name}": m for name, m in costs.items()}}))
+    reflection, deduction, alternative, _ = readme.standing(tmp_path).splitlines()[2:6]
+    assert reflection == "| reflection | **0.90** [0.80, 1.00] | no | not measured | yes | **-0.30** [-0.40, -0.20] | yes / no |"
+    assert deduction.endswith("| **-0.10** [-0.20, 0.01] | no / no |") and "| yes | not measured |" in deduction
+    assert alternative.endswith("| not measured | no / no |") and readme.standing(tmp_path).endswith(
+        "\n0 of 4 pass all of these (to come back: a mean cosine of at least 0.7).")
+
+
 def test_speed_from_hand_written_results(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({name: {"value": 12345.6, "low": 0.01234, "high": 2, "n": 3} for _, name, *_ in readme.SPEED}))
     (tmp_path / "machine.json").write_text(json.dumps(
