@@ -91,8 +91,8 @@ def measure_use(crosscoder: CrossCoder, store: Store, split: str = "choose", max
                 seed: int = 0) -> Use:
     """Use on traces of a split (kept tokens of at most ``max_tokens``, whole documents).
 
-    Columns feature, use_<model> (mean activation as read from it alone), frequency_<model>, use_joint (mean of the joint code),
-    gain (distilled over base, 0 to ``GAIN``). UserError if the split has no traces.
+    Columns feature, use_<model> (mean activation as read from it alone), frequency_<model>, use_joint and
+    frequency_joint (of the joint code), gain (distilled over base, 0 to ``GAIN``). UserError if the split has no traces.
     """
     rows = sample_rows(store, split, max_tokens, seed)
     rows = rows[store.labels["kind"][rows] == 1]
@@ -111,7 +111,8 @@ def measure_use(crosscoder: CrossCoder, store: Store, split: str = "choose", max
                 x_hat = f @ crosscoder.rows(name, raw=True) + crosscoder.bias(name, raw=True)
                 errors[name] += float((acts[name] - x_hat).square().sum())
                 squares[name] += float((acts[name] - crosscoder.mean(name, raw=True)).square().sum())
-    frame = pd.DataFrame({"feature": np.arange(crosscoder.n_features), "use_joint": (sums["joint"] / len(rows)).numpy()})
+    frame = pd.DataFrame({"feature": np.arange(crosscoder.n_features), "use_joint": (sums["joint"] / len(rows)).numpy(),
+                          "frequency_joint": (sums["fired joint"] / len(rows)).numpy()})
     for name in crosscoder.names:
         frame[f"use_{name}"], frame[f"frequency_{name}"] = (sums[name] / len(rows)).numpy(), (sums[f"fired {name}"] / len(rows)).numpy()
     use = Use(frame, {name: 1 - errors[name] / squares[name] for name in crosscoder.names})
@@ -171,7 +172,8 @@ def ablations(
 ) -> list[Condition]:
     """In the distilled model (and, features alone, in the base) while it thinks: each category's features removed, and controls.
 
-    Kinds: features (zero), other decoder (f_i d_i of the other model), mean (f_i set to its mean on choose), matched, random, and with
+    Kinds: features (zero), other decoder (f_i d_i of the other model), mean (f_i set to its mean on choose), matched (as many features
+    of like frequency over all text), matched in traces (over traces alone: what fires as often in thoughts), random, and with
     ``vectors`` mean difference (subtracted, same norm) and logit bias (``bias`` off the first words' logits at sentence ends).
     """
     found = []
@@ -183,8 +185,10 @@ def ablations(
                 kinds = {"features": removed, "other decoder": Scale(tuple(chosen), decoder=OTHER[speaker])}
                 if speaker == "distilled":
                     means = tuple(use.table["use_joint"].to_numpy()[list(chosen)].tolist())
+                    in_traces = table.assign(frequency_traces=use.table["frequency_joint"].to_numpy())
                     kinds |= {"mean": Scale(tuple(chosen), offsets=means),
                               "matched": Scale(tuple(matched_features(table, chosen, frequency="frequency_choose").tolist())),
+                              "matched in traces": Scale(tuple(matched_features(in_traces, chosen, frequency="frequency_traces").tolist())),
                               "random": RandomLike(removed, seed)}
                     if vectors is not None:
                         kinds |= {"mean difference": Along(tuple(vectors[c]), -1.0, removed), "logit bias": Bias(first_words(c), -bias)}

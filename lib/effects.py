@@ -23,6 +23,7 @@ from .puzzles import CATEGORIES, REDUNDANT
 
 OTHER = {"distilled": "base", "base": "distilled"}
 METHODS = ("feature", "amplify", "mean difference", "logit bias", "random")  # of adding more of a category
+CONTROLS = ("random", "matched", "matched in traces")  # of ablation; they are pooled over the categories
 ONE = "one"  # a denominator: per puzzle
 MEASURES = {
     "thinking": ("thinking", ONE), "opens": ("thinks", ONE), "answers": ("answers", ONE),
@@ -162,7 +163,8 @@ def _relative(row: pd.DataFrame) -> float:
 
 
 def metrics(summary: pd.DataFrame, shares: pd.DataFrame, temperature: float = 1.0) -> dict[str, dict]:
-    """{name: {value, ci, n}}: ablate_accuracy_<c>, ablate_accuracy_random, ..._matched (pooled over categories: ``pooled``), swap_forward,
+    """{name: {value, ci, n}}: ablate_accuracy_<c>, ablate_accuracy_random, ..._matched, ..._matched_in_traces (pooled over categories:
+    ``pooled``; the last for each category too), swap_forward,
     swap_backward, impose_unique, impose_shared, impose_random (the same gains, permuted, on matched features), and others beside them.
 
     Forward is what the distilled model's features do to the base, backward the base's to the distilled model; imposed use is forward,
@@ -181,7 +183,8 @@ def metrics(summary: pd.DataFrame, shares: pd.DataFrame, temperature: float = 1.
     ablated = summary[(summary["family"] == "ablate") & (summary["measure"] == "accuracy") & (summary["speaker"] == "distilled")
                       & (summary["temperature"] == temperature)]
     for name, kind, target in [*((f"ablate_accuracy_{c}", "features", c) for c in CATEGORIES),
-                               ("ablate_accuracy_random", "random", "pooled"), ("ablate_accuracy_matched", "matched", "pooled")]:
+                               *((f"ablate_accuracy_{kind.replace(' ', '_')}", kind, "pooled") for kind in CONTROLS),
+                               *((f"ablate_accuracy_matched_in_traces_{c}", "matched in traces", c) for c in CATEGORIES)]:
         add(name, ablated[(ablated["kind"] == kind) & (ablated["target"] == target)], "change", "change_low", "change_high")
     free, forward, back = shares[shares["mode"] == "free"], "base", "distilled"
     wanted = [("swap_forward", forward, "swap", "swap", "all"), ("swap_forward_joint", forward, "swap", "joint", "all"),
@@ -212,7 +215,7 @@ def plot_ablations(summary: pd.DataFrame, measure: str = "accuracy", speaker: st
         grey = COLOURS["random"] if kind == "random" else COLOURS["null"]
         colour = [COLOURS[c] for c in part["target"]] if kind == "features" else grey
         fig.add_bar(x=part["target"], y=part["change"], name=kind, marker_color=colour,
-                    marker_pattern_shape=("", "/", ".", "", "x", "-", "+")[i % 7],
+                    marker_pattern_shape=("", "/", ".", "", "\\", "x", "-", "+")[i % 8],
                     error_y=dict(array=part["change_high"] - part["change"], arrayminus=part["change"] - part["change_low"]))
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     return fig.update_layout(barmode="group", title=f"Features removed while the {speaker} model thinks ({how})", width=1000,

@@ -105,7 +105,7 @@ def standing(results: Path) -> str:
     """Which of the four categories has a feature that stands up? A Markdown table from 03.json and 04.json: one row per category.
 
     Causal: removing the category's features costs accuracy (interval below 0), by more than random directions of equal norm do, and by more
-    than features of like frequency do (intervals apart).
+    than as many features that fire as often in traces do (intervals apart).
     """
     found = {name: json.loads((results / f"{name}.json").read_text()) for name in ("03", "04")}
     metrics = found["03"]["metrics"] | found["04"]["metrics"]
@@ -113,11 +113,11 @@ def standing(results: Path) -> str:
             for table in [found["03"]["tables"][key]]}
     passed = 0
     lines = ["| category | foretells (AUROC) | above the null | comes back (cosine) | more than a token | costs accuracy when removed | "
-             "beyond random / matched |", "|---|---|---|---|---|---|---|"]
+             "beyond random / matched features |", "|---|---|---|---|---|---|---|"]
     for c in CATEGORIES:
         status = next(row for row in rows["status"] if row["category"] == c)
         verdict = next(row["verdict"] for row in rows["token_verdicts"] if row["category"] == c and row["where"] == "before")
-        cost, *controls = (metrics.get(f"ablate_accuracy_{name}") or {"value": None, "ci": None} for name in (c, "random", "matched"))
+        cost, *controls = (metrics.get(f"ablate_accuracy_{name}") or {"value": None, "ci": None} for name in (c, "random", f"matched_in_traces_{c}"))
         beats = ["yes" if cost["ci"] and m["ci"] and cost["ci"][1] < min(0, m["ci"][0]) else "no" for m in controls]
         back = metrics.get(f"stable_{c}") or {"value": None}
         passed += status["above the null"] and (back["value"] or 0) >= BACK and verdict == "more than a token" and beats == ["yes", "yes"]

@@ -410,7 +410,7 @@ def compute_causal(study: Study) -> tuple[dict, dict]:
     placed = causal.strengthenings(crosscoder, sets, vectors, norm, causal.matching_strengths(tried), seed=seed)
     todo = causal.conditions(crosscoder, table, sets, own_use, vectors, np.flatnonzero(unique), np.flatnonzero(changed), seed=seed)
     rows = run("test", b.report_puzzles, list(dict.fromkeys([*todo, *placed])))
-    rows = pd.concat([rows, *(effects.pooled(rows, kind) for kind in ("random", "matched"))], ignore_index=True)
+    rows = pd.concat([rows, *(effects.pooled(rows, kind) for kind in effects.CONTROLS)], ignore_index=True)
     summary, shares = effects.summarise(rows, seed=seed), effects.gap_shares(rows, seed=seed)
     metrics = effects.metrics(summary, shares) | {f"fve_alone_{name}": metric(value) for name, value in own_use.fve.items()}
     metrics |= {"unique_features": metric(unique.sum(), n=len(table)), "reweighted_features": metric(changed.sum(), n=len(table))}
@@ -444,7 +444,7 @@ PARTS = {
     "seeds": _Kind(compute_seeds, 1, ("seeds",)),
     "architectures": _Kind(compute_architectures, 2, ("boots", "dedicated")),
     "planted": _Kind(compute_planted, 2, ("planted_width", "planted_tokens", "small")),
-    "causal": _Kind(compute_causal, 1, ("features_per_category", "choose_puzzles", "report_puzzles", "max_new_tokens")),
+    "causal": _Kind(compute_causal, 2, ("features_per_category", "choose_puzzles", "report_puzzles", "max_new_tokens")),
     "ladder": _Kind(compute_ladder, 1, ("small",)),
 }
 

@@ -57,8 +57,9 @@ def test_use_is_read_from_each_model_alone_token_by_token(toys):
         x_hat = dict(zip(crosscoder.names, crosscoder.decode(f)))[name]
         mean = store.means[name].float()
         assert use.fve[name] == pytest.approx(1 - float((acts[name] - x_hat).square().sum() / (acts[name] - mean).square().sum()), abs=1e-4)
-    joint = crosscoder.encode([acts[name] for name in crosscoder.names]).double().mean(0)
-    np.testing.assert_allclose(use.table["use_joint"], joint, rtol=1e-4, atol=1e-6)
+    joint = crosscoder.encode([acts[name] for name in crosscoder.names]).double()
+    np.testing.assert_allclose(use.table["use_joint"], joint.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(use.table["frequency_joint"], (joint > 0).double().mean(0), atol=1e-6)
 
 
 def test_gains_are_bounded_and_turn_around():
@@ -89,7 +90,7 @@ def test_random_sets_have_like_frequencies_and_are_others():
 
 def test_conditions_have_names_of_their_own_and_the_reverse_has_the_inverse_gain():
     frame, crosscoder = table(), CrossCoder((4, 4), 12, k=2)
-    use = causal.Use(pd.DataFrame({"use_joint": 0.1, "use_base": 2.0, "use_distilled": 3.0}, index=range(12)), {})
+    use = causal.Use(pd.DataFrame({"use_joint": 0.1, "frequency_joint": np.linspace(0.2, 0.01, 12), "use_base": 2.0, "use_distilled": 3.0}, index=range(12)), {})
     sets, vectors = causal.category_sets(frame, 2), {c: (1.0, 0, 0, 0) for c in CATEGORIES}
     frame["nrn"] = 0.5
     made = causal.conditions(crosscoder, frame, sets, use, vectors, unique=[1, 2], reweighted=[2, 4])
@@ -102,6 +103,11 @@ def test_conditions_have_names_of_their_own_and_the_reverse_has_the_inverse_gain
     assert {c.act.where for c in ablated if c.kind != "logit bias"} == {"thinking"}
     random_ones = [c.act.intervention for c in ablated if c.kind == "random"]
     assert {r.of for r in random_ones} == {Scale(chosen) for chosen in sets.values()}
+    frequency = use.table["frequency_joint"]
+    for condition in (c for c in ablated if c.kind == "matched in traces"):  # falls with the number: the nearest are the neighbours
+        control, chosen = condition.act.intervention.features, sets[condition.target]
+        assert len(control) == len(chosen) and not set(control) & set(chosen)
+        assert abs(np.log(frequency[list(control)]).sum() - np.log(frequency[list(chosen)]).sum()) < 4
     assert {c.act.where for c in made if c.family in ("swap", "impose")} == {"everywhere"}
 
 

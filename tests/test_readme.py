@@ -43,7 +43,7 @@ def test_standing_is_judged_by_intervals(tmp_path):
     found = {f"auroc_{c}": metric(0.9, 0.8, 1) for c in readme.CATEGORIES}
     (tmp_path / "03.json").write_text(json.dumps({"metrics": found, "tables": {"status": status, "token_verdicts": verdicts}}))
     costs = {"reflection": metric(-0.3, -0.4, -0.2), "deduction": metric(-0.1, -0.2, 0.01), "random": metric(0, -0.02, 0.02),
-             "matched": metric(-0.2, -0.25, -0.15)}
+             "matched_in_traces_reflection": metric(-0.2, -0.25, -0.15)}
     (tmp_path / "04.json").write_text(json.dumps({"metrics": {f"ablate_accuracy_{name}": m for name, m in costs.items()}}))
     reflection, deduction, alternative, _ = readme.standing(tmp_path).splitlines()[2:6]
     assert reflection == "| reflection | **0.90** [0.80, 1.00] | no | not measured | yes | **-0.30** [-0.40, -0.20] | yes / no |"
