@@ -35,6 +35,7 @@ from .pairs import decoder_layers
 from .results import UserError
 from .steering import BATCH_ROWS, TaskNoise
 from .trials import Task, prompt_words, transcript
+from .use import encode_slots
 
 MODES = ("think", "free")  # "think :" is given; or nothing after the question is, and the model may answer at once
 PLACES = ("thinking", "ends", "everywhere")
@@ -85,8 +86,7 @@ def read_alone(crosscoder: CrossCoder, name: str, acts: Tensor, reading: str = "
         return crosscoder.encode_from(name, acts)
     if len(set(crosscoder.widths)) > 1:
         raise UserError(f"reading 'slots' needs models of one width, these have {crosscoder.widths}: take reading 'mean'")
-    own = float(crosscoder.scales[crosscoder.names.index(name)])
-    return crosscoder.encode([acts * (own / scale) for scale in crosscoder.scales.tolist()])
+    return encode_slots(crosscoder, name, acts)
 
 
 # --- interventions: each gives a change [rows, positions, d] of the speaker's residual stream -----------------------

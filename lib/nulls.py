@@ -53,12 +53,17 @@ def score_table(crosscoder: CrossCoder, store: Store, max_tokens: int | None = N
     return table.merge(scaling, on="feature", validate="1:1")
 
 
+def _sign(score: str, side: str) -> float:
+    """1 where a larger score is more unique to the side, -1 where a smaller one is."""
+    return 1.0 if SCORES[score] == "high" and side == "distilled" else -1.0
+
+
 def _extremity(table: pd.DataFrame, score: str, side: str) -> pd.Series:
     """The score of the alive features that a side has, turned such that larger is more unique; indexed like ``table``."""
     usable = table["alive"].astype(bool) & table[score].notna()
     if score.startswith("nu"):  # of a side only the features whose longer row is there
-        return -table.loc[usable & (table["side"] == side), score]
-    return table.loc[usable, score] * (1 if side == "distilled" else -1)
+        usable &= table["side"] == side
+    return table.loc[usable, score] * _sign(score, side)
 
 
 def thresholds(null: pd.DataFrame, levels: Sequence[float] = LEVELS, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -71,7 +76,7 @@ def thresholds(null: pd.DataFrame, levels: Sequence[float] = LEVELS, n_boot: int
     for score in SCORES:
         for side in SIDES:
             values = _extremity(null, score, side).to_numpy()
-            sign = -1.0 if score.startswith("nu") or side == "base" else 1.0
+            sign = _sign(score, side)
             for level in levels:
                 at = lambda x, level=level: np.quantile(x, 1 - level) if len(x) else np.nan  # noqa: E731
                 bounds = sorted(sign * b for b in bootstrap(values, at, n_boot=n_boot, seed=seed))
@@ -83,10 +88,9 @@ def thresholds(null: pd.DataFrame, levels: Sequence[float] = LEVELS, n_boot: int
 def beyond(table: pd.DataFrame, limits: pd.DataFrame, score: str, side: str = "distilled", level: float = LEVELS[0]) -> np.ndarray:
     """Which features of a ``score_table`` (or a feature table with its columns) lie beyond the null's threshold, bool [F]."""
     row = limits[(limits["score"] == score) & (limits["side"] == side) & np.isclose(limits["level"], level)].iloc[0]
-    sign = -1.0 if score.startswith("nu") or side == "base" else 1.0
     found = pd.Series(False, index=table.index)
     extremity = _extremity(table, score, side)
-    found[extremity.index] = extremity > sign * row["threshold"]
+    found[extremity.index] = extremity > _sign(score, side) * row["threshold"]
     return found.to_numpy()
 
 

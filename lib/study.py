@@ -316,13 +316,16 @@ def compute_architectures(study: Study) -> tuple[dict, dict]:
     """
     b, config = study.budget, study.config()
     _, null = study.harvested("base", "null_a")
-    tries = config.tokens  # L0 depends on the length of a run
-    coefficient, tried = match_l1(study.store, config.k, config, study.work("match_l1"), tries, tolerance=0.1, most=5)
+    coefficient, tried = match_l1(study.store, config.k, config, study.work("match_l1"), tolerance=0.1, most=5)
     wanted = {"batchtopk": config, "topk": replace(config, variant="topk"), "jumprelu": replace(config, variant="jumprelu"),
-              "dedicated": replace(config, dedicated=b.dedicated), "l1": replace(config, variant="l1", l1=coefficient)}
+              "dedicated": replace(config, dedicated=b.dedicated), "l1": replace(config, variant="l1", precision="float32", l1=coefficient)}
+    # what other parts, and the search for lambda, have trained of the same
+    there = {"batchtopk_null": f"null_a_seed{config.seed}", "l1_pair": f"match_l1/l1_{coefficient:.4g}"}
+    work = lambda name: study.work(there.get(name, name))  # noqa: E731
     rows, curves = [], []
     for name, own in wanted.items():
-        made, idle = (train(s, own, study.work(f"{name}_{where}")) for s, where in ((study.store, "pair"), (null, "null")))
+        made = study.crosscoder if own == config else train(study.store, own, work(f"{name}_pair"))
+        idle = train(null, own, work(f"{name}_null"))
         nrns = {}
         for what, crosscoder, s, of in (("pair", made, study.store, "distilled"), ("null", idle, null, "null_a")):
             alive = firing_frequency(crosscoder, s) > 0

@@ -77,13 +77,13 @@ class Readings:
 
 @torch.no_grad()
 def encode_slots(crosscoder: CrossCoder, name: str, acts: Tensor) -> Tensor:
-    """f [B, F] with one model's RAW activations [B, d] in every slot, times its own scale. UserError for models of unlike width."""
+    """f [..., F] with one model's RAW activations [..., d] in every slot, times its own scale. UserError for models of unlike width."""
     if len(set(crosscoder.widths)) > 1:
         raise UserError(f"the models have widths {', '.join(map(str, crosscoder.widths))}: an activation fits the slots of the others only "
                         'where all are alike; read "alone"')
     crosscoder.columns(name)  # an unknown name is an error
     x = acts.to(crosscoder.W_enc.dtype) * float(crosscoder.scales[crosscoder.names.index(name)])
-    return crosscoder.gate(torch.relu(functional.linear(x.repeat(1, len(crosscoder.names)), crosscoder.W_enc, crosscoder.b_enc)))
+    return crosscoder.gate(torch.relu(functional.linear(torch.cat([x] * len(crosscoder.names), dim=-1), crosscoder.W_enc, crosscoder.b_enc)))
 
 
 @torch.no_grad()
