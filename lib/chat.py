@@ -45,10 +45,14 @@ def prompt(question: str) -> str:
     return f"<|im_start|>user\n{question.strip()}<|im_end|>\n<|im_start|>assistant\n"
 
 
+def parts(trace: Trace) -> tuple[str, str]:
+    """A whole trace in two texts that are tokenised one by one: what the model is asked, and what it writes, its end marker included."""
+    return prompt(trace.question), trace.response + "<|im_end|>\n"
+
+
 def encode_trace(trace: Trace, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Token ids of a whole trace, and for each whether it belongs to what the model writes (its end marker included)."""
-    asked = tokenizer(prompt(trace.question), add_special_tokens=False)["input_ids"]
-    written = tokenizer(trace.response + "<|im_end|>\n", add_special_tokens=False)["input_ids"]
+    """Token ids of a whole trace, and for each whether it belongs to what the model writes."""
+    asked, written = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts(trace))
     return asked + written, [False] * len(asked) + [True] * len(written)
 
 

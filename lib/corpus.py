@@ -9,8 +9,8 @@ embedded pair both are generated, and every token knows what its sentence does::
                   next_label=reflection          next_label=contrast
 
 Labels are written down while the sentences are written, and a word is one token, so they align by construction;
-the construction is checked against the tokenizer. Other pairs read text or JSONL files, or stream data sets from the hub, without
-labels, as plain text or as traces: a question, a thought, an answer.
+the construction is checked against the tokenizer. Other pairs read text or JSONL files, or stream data sets from the hub, as plain
+text or as traces: a question, a thought, an answer. There a lexicon labels the sentences (``lib.lexicon``), which errs.
 
 Two models share a vocabulary only up to a few tokens that one of them redefined: 151648 is ``<think>`` in R1-Distill-Qwen and
 ``<|box_start|>`` in Qwen. Both read the same ids, so these are never fed. What they stand for in a text is spelled in ordinary
@@ -32,7 +32,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from . import chat, hub
+from . import chat, hub, lexicon
 from .chat import Trace
 from .distill import EASY_SHARE
 from .pairs import Pair, check_vocabularies
@@ -88,6 +88,7 @@ class Corpus:
                  "max_length": self.max_length, "excluded_ids": list(self.excluded)}
         if self.pair.corpus == "generated":
             return {"source": "generated", **known}
+        known["lexicon"] = lexicon.VERSION
         more = {"excluded_tokens": {str(i): self.tokenizer.convert_ids_to_tokens(i) for i in self.excluded}, "commits": self.commits}
         return {"source": [list(c) for c in self.pair.corpus], **known, **{key: value for key, value in more.items() if value}}
 
@@ -164,17 +165,28 @@ class Corpus:
         chats = chat_markers(self.tokenizer, self.excluded)
         return chats, frozenset({*self.excluded, *([] if chats else [self.tokenizer.bos_token_id])})
 
-    def ids(self, text: str | Trace) -> list[int]:
+    def ids(self, item: str | Trace) -> list[int]:
         """Token ids of a text or of a trace, without BOS, and without any id that is not the same token in all models."""
+        return self.encoded(item)[1]
+
+    def encoded(self, item: str | Trace) -> tuple[str, list[int], list[tuple[int, int]]]:
+        """The text of an item as it is read, its token ids (see ``ids``), and where in the text each of them stands."""
         chats, banned = self._rules
-        if isinstance(text, Trace) and chats:
-            tokens = chat.encode_trace(text, self.speller)[0]
+        if isinstance(item, Trace) and chats:
+            parts = chat.parts(item)
         else:
-            text = plain(text) if isinstance(text, Trace) else text
+            text = plain(item) if isinstance(item, Trace) else item
             while start := next((o for o in self.openings if text.startswith(o)), None):
                 text = text[len(start) :]
-            tokens = self.speller(text, add_special_tokens=False)["input_ids"]
-        return [t for t in tokens if t not in banned]
+            parts = (text,)
+        ids, offsets, before = [], [], 0
+        for part in parts:
+            found = self.speller(part, add_special_tokens=False, return_offsets_mapping=True)
+            ids += found["input_ids"]
+            offsets += [(before + first, before + last) for first, last in found["offset_mapping"]]
+            before += len(part)
+        kept = [i for i, token in enumerate(ids) if token not in banned]
+        return "".join(parts), [ids[i] for i in kept], [offsets[i] for i in kept]
 
 
 def build(pair: Pair, tokens: int | None = None, trace_share: float = 0.5, seed: int = 0, splits: Sequence[float] = (0.8, 0.1, 0.1),
@@ -305,18 +317,21 @@ def _from_files(corpus: Corpus, kind: str) -> Iterator[Document]:
         if source_kind != kind:
             continue
         for text in hub_items(source) if source.startswith(hub.SCHEME) else read_items(Path(source)):
-            tokens = corpus.ids(text)
-            tokens = tokens[1:] if bos and tokens[:1] == bos else tokens  # it is prepended below, once
+            written, tokens, offsets = corpus.encoded(text)
+            if bos and tokens[:1] == bos:  # it is prepended below, once
+                tokens, offsets = tokens[1:], offsets[1:]
+            labels = lexicon.label_arrays(written, offsets, kind)
             # the split is a function of the text, so that a repeated text cannot be trained on and reported on
             key = text if isinstance(text, str) else plain(text)
             point = random.Random(f"{corpus.seed}/{key}").random()
             split = SPLITS[min(int(np.searchsorted(np.cumsum(corpus.splits), point, side="right")), 2)]
             size = corpus.max_length - len(bos)
             for first in range(0, len(tokens), size):
-                window = bos + tokens[first : first + size]
-                labels = {name: np.full(len(window), -1, np.int8) for name in LABEL_ARRAYS}
-                labels["kind"][:] = KINDS.index(kind)
-                yield Document(window, kind, split, labels)
+                window = {name: array[first : first + size] for name, array in labels.items()}
+                if bos:  # no sentence's token, but of the same kind of text
+                    of_bos = {"label": -1, "next_label": -1, "kind": KINDS.index(kind)}
+                    window = {name: np.insert(array, 0, of_bos.get(name, 0)) for name, array in window.items()}
+                yield Document(bos + tokens[first : first + size], kind, split, window)
 
 
 def chat_markers(tokenizer: PreTrainedTokenizerBase, excluded: Sequence[int] = ()) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toys import toy_pair
 
-from lib import hub
+from lib import hub, lexicon
 from lib.chat import Trace
 from lib.corpus import LABEL_ARRAYS, build, encode, label_arrays, override, plain, read_items, read_texts
 from lib.distill import build_tokenizer
@@ -109,11 +109,28 @@ def from_files(pair, folder, trace="so 9 * 4 = 17 .", general="anna is late .", 
     return replace(pair, corpus=((str(folder / "traces.jsonl"), "trace"), (str(folder / "general.txt.gz"), "general")))
 
 
-def test_files_are_read_without_labels(pair, tmp_path):
+def test_files_are_labelled_by_the_lexicon_and_bos_by_nothing(pair, tmp_path):
     documents = list(build(from_files(pair, tmp_path), 100))
     assert {d.kind for d in documents} == {"trace", "general"}
-    assert all(d.labels["label"].tolist() == [-1] * len(d.tokens) for d in documents)
+    assert all(d.labels["label"][0] == -1 and d.labels["starts"][0] == 0 for d in documents)
+    for d in documents:  # "so 9 * 4 = 17 .", a number; "anna is late .", a number on a line of its own
+        found = [LABELS[i] for i in d.labels["label"][1:]]
+        assert found == (["deduction"] * 6 + ["other"] * (len(d.tokens) - 7) if d.kind == "trace" else ["general"] * (len(d.tokens) - 1))
+        assert d.labels["starts"].sum() == d.labels["ends"].sum() == 2
     assert all(set(d.labels["kind"]) == {int(d.kind == "trace")} for d in documents)
+    assert build(from_files(pair, tmp_path), 100).parameters["lexicon"] == lexicon.VERSION
+
+
+def test_windows_share_the_labels_of_the_whole_text(pair, tmp_path):
+    text = "so 9 * 4 = 17 . wait , 9 * 4 = 17 . but 17 = 17 ."  # "* 4" is one token: 18
+    (tmp_path / "one.txt").write_text(text)
+    one = replace(pair, corpus=((str(tmp_path / "one.txt"), "trace"),))
+    (whole,), windows = build(one, 18, trace_share=1.0), list(build(one, 18, trace_share=1.0, max_length=4))
+    for name in ("label", "starts", "ends", "next_label", "error"):
+        assert np.concatenate([d.labels[name][1:] for d in windows]).tolist() == whole.labels[name][1:].tolist(), name
+    ends = whole.labels["ends"] == 1
+    assert [LABELS[i] for i in whole.labels["label"][ends]] == ["deduction", "reflection", "contrast"]
+    assert [LABELS[i] for i in whole.labels["next_label"][ends][:2]] == ["reflection", "contrast"] and whole.labels["next_label"][ends][2] == -1
     assert next(read_texts(tmp_path / "general.txt.gz")) == "anna is late .\n0"
 
 
