@@ -119,6 +119,7 @@ def test_files_are_labelled_by_the_lexicon_and_bos_by_nothing(pair, tmp_path):
         assert d.labels["starts"].sum() == d.labels["ends"].sum() == 2
     assert all(set(d.labels["kind"]) == {int(d.kind == "trace")} for d in documents)
     assert build(from_files(pair, tmp_path), 100).parameters["lexicon"] == lexicon.VERSION
+    assert next(read_texts(tmp_path / "general.txt.gz")) == "anna is late .\n0"
 
 
 def test_windows_share_the_labels_of_the_whole_text(pair, tmp_path):
@@ -131,7 +132,6 @@ def test_windows_share_the_labels_of_the_whole_text(pair, tmp_path):
     ends = whole.labels["ends"] == 1
     assert [LABELS[i] for i in whole.labels["label"][ends]] == ["deduction", "reflection", "contrast"]
     assert [LABELS[i] for i in whole.labels["next_label"][ends][:2]] == ["reflection", "contrast"] and whole.labels["next_label"][ends][2] == -1
-    assert next(read_texts(tmp_path / "general.txt.gz")) == "anna is late .\n0"
 
 
 def test_long_documents_are_cut_into_windows_that_cover_them(pair, tmp_path):
