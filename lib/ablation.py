@@ -33,6 +33,7 @@ import pandas as pd
 import torch
 from nnsight import TransformersModel
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .crosscoder import CrossCoder
@@ -174,7 +175,8 @@ def logits_at(
             model.model.layers[layer].output[:] = model.model.layers[layer].output - removed
         hidden = model.model.norm.output[rows, columns].save()
         tracer.stop()
-    return model._module.get_output_embeddings()(hidden)
+    head = model._module.get_output_embeddings()  # in float32: bfloat16 would round logits to a sixteenth
+    return functional.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
 
 def random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:

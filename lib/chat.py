@@ -15,6 +15,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,14 @@ def encode_trace(trace: Trace, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     """Token ids of a whole trace, and for each whether it belongs to what the model writes."""
     asked, written = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts(trace))
     return asked + written, [False] * len(asked) + [True] * len(written)
+
+
+def think_tags(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The token ids with which <think> and </think> begin: of each those that stay the same when a line break follows."""
+    alone, followed = ([tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in tags]
+                       for tags in ((THINK.strip(), CLOSE.strip()), (THINK, CLOSE.lstrip())))
+    opening, closing = ([i for i, other in takewhile(lambda pair: pair[0] == pair[1], zip(*both))] for both in zip(alone, followed))
+    return opening, closing
 
 
 def read_traces(path: Path) -> Iterator[Trace]:

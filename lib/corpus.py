@@ -88,7 +88,7 @@ class Corpus:
                  "max_length": self.max_length, "excluded_ids": list(self.excluded)}
         if self.pair.corpus == "generated":
             return {"source": "generated", **known}
-        known["lexicon"] = lexicon.VERSION
+        known |= {"lexicon": lexicon.VERSION, "think_tags": [list(tag) for tag in chat.think_tags(self.speller)]}
         more = {"excluded_tokens": {str(i): self.tokenizer.convert_ids_to_tokens(i) for i in self.excluded}, "commits": self.commits}
         return {"source": [list(c) for c in self.pair.corpus], **known, **{key: value for key, value in more.items() if value}}
 

@@ -453,7 +453,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         folder = ROOT / "notebooks"
         defaults = parameters_of(folder / f"{MADE_BY}.ipynb")
-        profile = read_profile(folder / "profiles", args.profile, sorted(p.stem for p in folder.glob("[0-9][0-9]_*.ipynb")))
+        profile = read_profile(folder / "profiles", args.profile, sorted(p.stem for p in folder.glob("[0-9][0-9]_*.ipynb")), args.pair)
         given = {"pair": args.pair, "run": args.profile, **profile.get(MADE_BY, {})}
         given |= {name: read_value(text, defaults.get(name)) for name, text in args.parameter}
         chosen = defaults | checked(MADE_BY, defaults, given)

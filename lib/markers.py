@@ -50,6 +50,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import injection
 from .capture import capture
 from .corpus import encode
 from .crosscoder import CrossCoder
@@ -84,7 +85,7 @@ class Trial(NamedTuple):
     category: str
     where: str
     test: str
-    words: tuple[str, ...]
+    words: tuple[str, ...] | tuple[int, ...]  # token ids, if it is real text
     places: tuple[int, ...]
 
 
@@ -231,9 +232,10 @@ def fire(pair: Pair, crosscoder: CrossCoder, store: Store, tokenizer: PreTrained
     """
     texts = {words: i for i, words in enumerate(dict.fromkeys(t.words for t in trials))}
     ids = tokenizer.get_vocab()
-    tokens = [encode([Sentence(words, "")], tokenizer, ids) for words in texts]
+    real = [isinstance(words[0], int) for words in texts]
+    tokens = [list(words) if r else encode([Sentence(words, "")], tokenizer, ids) for r, words in zip(real, texts)]
     starts = np.cumsum([0, *map(len, tokens)])
-    at = [starts[texts[t.words]] + 1 + np.array(t.places) for t in trials]  # 1: BOS
+    at = [starts[texts[t.words]] + (not real[texts[t.words]]) + np.array(t.places) for t in trials]  # 1: BOS, before words
     used, place = np.unique(np.concatenate(at), return_inverse=True)
     acts = []
     for name in crosscoder.names:
@@ -250,7 +252,7 @@ def token_tests(pair: Pair, crosscoder: CrossCoder, store: Store, chosen: Mappin
     """All tests of the features ``chosen`` {category: feature} before, and of ``markers`` at, the sentences of their categories.
 
     A row per category, position ("before": chosen, "marker": markers) and test: feature, rate, low, high (95%, Wilson), n. ``n`` texts
-    per test at most. Empty where no category was chosen (text without labels).
+    per test at most, in real text those of ``lib.injection``. Empty where no category was chosen (text without labels).
     """
     check("n", n, int, low=1)
     features = {("before", c): check_feature(crosscoder, f) for c, f in chosen.items()}
@@ -261,10 +263,13 @@ def token_tests(pair: Pair, crosscoder: CrossCoder, store: Store, chosen: Mappin
     categories = list(dict.fromkeys(c for _, c in features))
     if unknown := set(categories) - set(PARAPHRASES):
         raise UserError(f"there are no texts for the category {sorted(unknown)[0]!r}: it must be one of {', '.join(PARAPHRASES)}")
-    words = {word for c in categories for opening in openings(c) for word in opening}
     rng = random.Random(f"markers/{seed}")
-    trials = [*trace_trials(categories, n, rng), *prose_trials(categories, n, rng, neutral_words(store, tokenizer, sorted(words))),
-              *decoy_trials(categories, n, rng)]
+    if pair.corpus == "generated":
+        words = {word for c in categories for opening in openings(c) for word in opening}
+        trials = [*trace_trials(categories, n, rng), *prose_trials(categories, n, rng, neutral_words(store, tokenizer, sorted(words))),
+                  *decoy_trials(categories, n, rng)]
+    else:
+        trials = [Trial(*t) for t in injection.text_trials(store, tokenizer, categories, n, rng, WINDOW)]
     trials = [t for t in trials if (t.where, t.category) in features]
     numbers = sorted(set(features.values()))
     fired = fire(pair, crosscoder, store, tokenizer, trials, numbers, models)

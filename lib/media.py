@@ -19,18 +19,24 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from . import chat, lexicon, questions, responses, trials
+from . import chat, injection, lexicon, questions, responses, trials
 from .pairs import Pair
-from .puzzles import LABELS
+from .puzzles import LABELS, first_words
 from .results import check
+from .store import Store
 
 _PUZZLE_SPLIT = {"choose": "validation", "report": "test"}
 
 
 @dataclass(frozen=True)
 class Medium:
-    """A way of asking. ``tasks(split, n, seed)`` and ``easy(n, seed)``, of one step, "5 - 1" the first; ``prompt`` makes the text that a task begins with, thinking opened; ``special_tokens``: whether the tokenizer adds its
-    own to it; ``transcript`` makes tokens as text from generated ids; ``outcomes`` one row of facts per task; ``batch_rows`` are decoded together."""
+    """A way of asking.
+
+    ``tasks(split, n, seed)`` and ``easy(n, seed)``, of one step, "5 - 1" the first; ``prompt`` makes the text that a task begins with,
+    thinking opened; ``special_tokens``: whether the tokenizer adds its own to it; ``transcript`` makes tokens as text from generated ids;
+    ``outcomes`` one row of facts per task; ``behaviours``: labels whose features are tried; ``opens(store, tokenizer, label)``: ids of the
+    tokens that open the label's sentences; ``batch_rows`` are decoded together.
+    """
 
     name: str
     tasks: Callable[[str, int, int], list]
@@ -38,6 +44,8 @@ class Medium:
     prompt: Callable[[object], str]
     transcript: Callable[[PreTrainedTokenizerBase, Sequence[int]], list[str]]
     outcomes: Callable[[Sequence, Sequence[Sequence[str]], int], pd.DataFrame]
+    behaviours: tuple[str, ...]
+    opens: Callable[[Store, PreTrainedTokenizerBase, str], list[int]]
     end_of_thinking: str
     special_tokens: bool
     batch_rows: int
@@ -98,6 +106,17 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]
     return [tokenizer.decode([i]) for i in ids]
 
 
-CHAT = Medium("chat", _chat_tasks, _easy, lambda task: chat.prompt(task.text) + chat.THINK, _pieces, chat_outcomes, "</", False, batch_rows=64, joiner="")
-PUZZLES = Medium("puzzles", lambda split, n, seed: trials.puzzles(n, _PUZZLE_SPLIT[split], seed), trials.easy_questions, lambda task: " ".join(trials.prompt_words(task)),
-                 trials.transcript, responses.outcomes, "done", True, batch_rows=800, joiner=" ")  # with less, one thread was slower (400: by 15%, 200: by 35%)
+def _first_of_openings(store: Store, tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
+    return sorted({first for first, _ in injection.openings(store, label)})
+
+
+def _first_of_paraphrases(store: Store, tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
+    return sorted(set(tokenizer.convert_tokens_to_ids(list(first_words(label)))))
+
+
+CHAT = Medium("chat", _chat_tasks, _easy, lambda task: chat.prompt(task.text) + chat.THINK, _pieces, chat_outcomes,
+              ("reflection", "deduction"), _first_of_openings, "</", False, batch_rows=64, joiner="")
+PUZZLES = Medium("puzzles", lambda split, n, seed: trials.puzzles(n, _PUZZLE_SPLIT[split], seed), trials.easy_questions,
+                 lambda task: " ".join(trials.prompt_words(task)), trials.transcript, responses.outcomes,
+                 ("reflection", "verification", "deduction"), _first_of_paraphrases, "done", True, batch_rows=800,  # with less, one thread
+                 joiner=" ")  # was slower (400: by 15%, 200: by 35%)

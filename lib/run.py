@@ -5,7 +5,8 @@
     python -m lib.run --only 03 -p feature 17                # another value for one parameter of one notebook
     python -m lib.run --canonical notebooks/*.ipynb          # after editing: strip what does not belong in git
 
-Parameters come from the notebook's own cell, then from notebooks/profiles/<profile>.yaml, then from ``-p``. Names and
+Parameters come from the notebook's own cell, then from notebooks/profiles/<profile>.yaml
+(and <profile>.<pair>.yaml, if there is one), then from ``-p``. Names and
 types are checked for all notebooks before the first one runs (papermill itself only warns of unknown names). An
 executed notebook replaces the old one only when it is complete. The run of ``tiny`` with the profile ``default`` is
 written to notebooks/ itself, every other one to data/runs/<pair>/<run>/notebooks/.
@@ -90,14 +91,20 @@ def read_value(text: str, default):
         return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
 
 
-def read_profile(folder: Path, name: str, stems: list[str]) -> dict:
-    """notebooks/profiles/<name>.yaml: {notebook stem: {parameter: value}}, and optionally ``timeout`` (seconds a cell)."""
+def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> dict:
+    """notebooks/profiles/<name>.yaml: {notebook stem: {parameter: value}}, and optionally ``timeout`` (seconds a cell).
+
+    What <name>.<pair>.yaml says is laid over it: a pair may need another budget of the same name.
+    """
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     if name not in known:
-        raise UserError(f"unknown profile {name!r}: there are {', '.join(known)} (files in notebooks/profiles)")
-    profile = read_yaml(folder / f"{name}.yaml")
-    if unknown := sorted(set(profile) - set(stems) - {"timeout", "study"}):
-        raise UserError(f"profile {name!r} names {', '.join(unknown)}: the notebooks are {', '.join(stems)}")
+        raise UserError(f"unknown profile {name!r}: there are {', '.join(k for k in known if '.' not in k)} (files in notebooks/profiles)")
+    profile: dict = {}
+    for layer in (name, f"{name}.{pair}"):
+        content = read_yaml(folder / f"{layer}.yaml") if layer in known else {}
+        if unknown := sorted(set(content) - set(stems) - {"timeout", "study"}):
+            raise UserError(f"profile {layer!r} names {', '.join(unknown)}: the notebooks are {', '.join(stems)}")
+        profile |= {key: profile.get(key, {}) | (value or {}) if isinstance(value, dict | None) else value for key, value in content.items()}
     return profile
 
 
@@ -285,7 +292,7 @@ def run_all(args: argparse.Namespace, folder: Path, root: Path = ROOT) -> None:
     pairs = known_pairs(Path(args.registry) if args.registry else root / "data" / "pairs.yaml")
     if args.pair not in pairs:
         raise UserError(f"unknown pair {args.pair!r}: there are {', '.join(pairs)} (data/pairs.yaml)")
-    profile = read_profile(folder / "profiles", args.profile, stems)
+    profile = read_profile(folder / "profiles", args.profile, stems, args.pair)
     chosen = choose(stems, args.only)
     if args.parameter and len(chosen) != 1:
         raise UserError(f"-p sets a parameter of one notebook, and {len(chosen)} are chosen: add --only NN")

@@ -44,11 +44,11 @@ from .crosscoder import CrossCoder
 from .decoding import RowNoise, decode
 from .features import check_feature
 from .media import PUZZLES, Medium
-from .puzzles import first_words
 from .responses import NO_STEERING
 from .results import Progress, UserError, check, fingerprint, write_text
 from .store import SPLITS, Store
 from .trials import Task
+from .use import PHASES, phase_of
 
 @dataclass(frozen=True)
 class Direction:
@@ -77,25 +77,29 @@ def random_directions(n: int, width: int, norm: float, seed: int = 0) -> list[Di
 
 
 def influence(
-    store: Store, model: TransformersModel, layer: int, labels: Sequence[str], split: str = "choose", documents: int = 64, seed: int = 0
+    store: Store, model: TransformersModel, layer: int, labels: Sequence[str], split: str = "choose", documents: int = 64, seed: int = 0,
+    medium: Medium = PUZZLES,
 ) -> dict[str, Tensor]:
     """What a small push does to the next sentence: for each label the gradient [d] of the probability that it opens.
 
     The probability is the sum over all first words of the label, averaged over the sentence ends of ``documents`` traces
     of the split; the push is one vector added to the output of ``layer`` at every position of the thinking. Its scalar product with a
     direction is the change that this direction would make, to first order (attribution; Nanda 2023, "Attribution patching").
+    ``medium`` knows the first words.
     """
     check("documents", documents, int, low=1)
     ends = (store.labels["ends"] == 1) & (store.labels["kind"] == 1) & (store.split == SPLITS.index(split))
     frame = pd.DataFrame({"document": store.documents[ends], "row": np.flatnonzero(ends)})
     number = frame.groupby("document").cumcount()
     frame = frame[(number >= 1) & (store.labels["next_label"][frame["row"]] >= 0)]  # the first ends the prompt, the second is "think :"
+    if medium is not PUZZLES:
+        frame = frame[phase_of(store, frame["row"]) == PHASES.index("thinking")]
     found = np.unique(frame["document"])
     if len(found) == 0:
         raise UserError(f"there is no labelled trace in the split {split!r}: the corpus of this pair must carry labels")
     drawn = np.random.default_rng(seed).permutation(found)[:documents]
     frame = frame[frame["document"].isin(drawn)]
-    words = {label: torch.tensor(sorted(set(model.tokenizer.convert_tokens_to_ids(list(first_words(label)))))) for label in labels}
+    words = {label: torch.tensor(medium.opens(store, model.tokenizer, label), dtype=torch.long) for label in labels}
     push = torch.zeros(store.widths["distilled"], requires_grad=True)
     total = {label: torch.zeros_like(push) for label in labels}
     for batch in batches(store, frame, batch_size=32):
@@ -104,7 +108,7 @@ def influence(
         thinking = (torch.arange(batch.mask.shape[1]) >= first[:, None]).float()[..., None]
         with torch.enable_grad():
             with model.trace({"input_ids": batch.tokens, "attention_mask": batch.mask}) as tracer:
-                model.model.layers[layer].output = model.model.layers[layer].output + thinking * push
+                model.model.layers[layer].output = model.model.layers[layer].output + (thinking * push).to(model._module.dtype)
                 hidden = model.model.norm.output[rows, columns].save()
                 tracer.stop()
             probability = model._module.get_output_embeddings()(hidden).float().softmax(-1)

@@ -96,7 +96,7 @@ class Study:
         self.run, self.pair = Run(pair, profile, root), load_pair(pair)
         stems = sorted(p.stem for p in notebooks.glob("[0-9][0-9]_*.ipynb"))
         known = (notebooks / "profiles" / f"{profile}.yaml").is_file()  # a run of another name has the default's parameters
-        chosen = read_profile(notebooks / "profiles", profile if known else "default", stems)
+        chosen = read_profile(notebooks / "profiles", profile if known else "default", stems, pair)
         self.budget = Budget(**chosen.get("study", {}))
         everything = {stem: parameters_of(notebooks / f"{stem}.ipynb") | chosen.get(stem, {}) for stem in NOTEBOOKS}
         self.parameters = {stem: {name: everything[stem][name] for name in names} for stem, names in USED.items()}
@@ -218,25 +218,31 @@ def compute_nulls(study: Study) -> tuple[dict, dict]:
     """Base against null_a sets thresholds, base against null_b with another crosscoder seed tells what they are worth.
 
     Both orders of roles and seeds are run, the second for the spread alone. The same two crosscoders say how much the *use* of features
-    changes where nothing was distilled.
+    changes where nothing was distilled. A pair without a null_b has null_a in its place: then the false-positive rate covers the
+    crosscoder's seed, but not the null's own training.
     """
     seed, tables, made, uses = study.config().seed, [], {}, []
+    if "null_a" not in study.pair.others:
+        raise UserError(f"the pair {study.pair.name!r} has no null_a among its others: nothing says how unique features look by chance")
+    sets = ("null_a", seed)
+    tests = ("null_b" if "null_b" in study.pair.others else "null_a", seed + 1)
+    spread = [(name, s) for name, s in (("null_b", seed), ("null_a", seed + 1)) if tests[0] == "null_b"]
 
     def used(crosscoder: CrossCoder, store: Store, of: str) -> pd.DataFrame:
         rows = sample_rows(store, "report", study.max_tokens)
         return use.use_table(crosscoder, store, rows, n_boot=10, of=of).assign(pair=f"base, {of}")[["pair", "feature", "alive", "change"]]
 
-    for name, s in (("null_a", seed), ("null_b", seed + 1), ("null_b", seed), ("null_a", seed + 1)):
+    for name, s in (sets, tests, *spread):
         _, store = study.harvested("base", name)
         crosscoder = train(store, study.config(s), study.work(f"{name}_seed{s}"))
         made[name, s] = nulls.score_table(crosscoder, store, study.max_tokens, name, "base", n_boot=study.budget.boots)
         tables.append(made[name, s].assign(pair=f"base, {name}", seed=s))
-        if (name == "null_a") == (s == seed):
+        if (name, s) in (sets, tests):
             uses.append(used(crosscoder, store, name).assign(seed=s))
     uses.append(used(study.crosscoder, study.store, "distilled").assign(seed=seed))
     own = nulls.score_table(study.crosscoder, study.store, study.max_tokens, n_boot=study.budget.boots)
-    limits = nulls.thresholds(made["null_a", seed])
-    roles = {("null_a", seed): "sets the thresholds", ("null_b", seed + 1): "false positives"}
+    limits = nulls.thresholds(made[sets])
+    roles = {sets: "sets the thresholds", tests: "false positives"}
     rates = [nulls.rates(table, limits).assign(pair=f"base, {name}", seed=s, role=roles.get((name, s), "spread"))
              for (name, s), table in made.items()]
     rates.append(nulls.rates(own, limits).assign(pair="base, distilled", seed=seed, role="the pair"))
@@ -248,11 +254,10 @@ def compute_nulls(study: Study) -> tuple[dict, dict]:
             row = rates[(rates.role == "false positives") & (rates.score == score) & (rates.side == "distilled")
                         & (rates.level == level)].iloc[0]
             metrics[prefix + suffix] = metric(row.rate, (row.low, row.high), row.n)
-    used_by = {table.pair[0]: table for table in uses}
-    limit = use.change_limit(used_by["base, null_a"])
-    metrics["use_limit"] = metric(limit, n=int(used_by["base, null_a"].alive.sum()))
-    for name, pair in (("use_false_positive_rate", "base, null_b"), ("use_reweighted_rate", "base, distilled")):
-        hits, n = int(use.reweighted(used_by[pair], limit).sum()), int(used_by[pair].alive.sum())
+    limit = use.change_limit(uses[0])
+    metrics["use_limit"] = metric(limit, n=int(uses[0].alive.sum()))
+    for name, table in zip(("use_false_positive_rate", "use_reweighted_rate"), uses[1:]):
+        hits, n = int(use.reweighted(table, limit).sum()), int(table.alive.sum())
         metrics[name] = metric(hits / n, wilson(hits, n), n)
     return metrics, {"thresholds": limits, "rates": rates, "scores": own, "null_scores": pd.concat(tables, ignore_index=True),
                      "use": pd.concat(uses, ignore_index=True)}
@@ -396,6 +401,8 @@ def compute_causal(study: Study) -> tuple[dict, dict]:
     more than 99% of the null's do. Strengths of placing are chosen on validation puzzles, everything is reported on test puzzles.
     """
     pair, store, crosscoder, b = study.pair, study.store, study.crosscoder, study.budget
+    if pair.corpus != "generated":
+        raise UserError(f"the part \"causal\" follows whole puzzles, which the pair {pair.name!r} was not made for: name other parts with --only")
     table, null = study.inspection().table, needed(study, "nulls").tables
     unique = np.any([nulls.beyond(null["scores"], null["thresholds"], "nrn", side) for side in nulls.SIDES], axis=0)
     used = {name: null["use"][null["use"]["pair"] == f"base, {name}"].reset_index(drop=True) for name in ("distilled", "null_a")}

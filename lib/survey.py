@@ -20,7 +20,7 @@ from .corpus import KINDS, SPLITS
 from .figures import COLOURS, labelled_lines
 from .harvest import capture
 from .pairs import Pair
-from .puzzles import LABELS
+from .puzzles import CATEGORIES, LABELS
 from .results import UserError, bootstrap
 from .store import Store
 
@@ -56,6 +56,16 @@ def word_rates(store: Store, tokenizer: PreTrainedTokenizerBase, words: Sequence
     ids = tokenizer.convert_tokens_to_ids(list(words))
     rates = [[1000 * float((store.tokens[kind] == i).mean()) if kind.any() else float("nan") for kind in kinds] for i in ids]
     return pd.DataFrame(rates, index=pd.Index(words, name="word"), columns=list(KINDS))
+
+
+def openers(store: Store, tokenizer: PreTrainedTokenizerBase, per_category: int = 2) -> list[str]:
+    """The commonest first tokens of each category's sentences on the train split, without repeats, as the vocabulary spells them."""
+    rows, found = store.rows("train"), []
+    rows = rows[store.labels["starts"][rows] == 1]
+    for category in CATEGORIES:
+        tokens, counts = np.unique(store.tokens[rows[store.labels["label"][rows] == LABELS.index(category)]], return_counts=True)
+        found += tokenizer.convert_ids_to_tokens(tokens[np.argsort(-counts, kind="stable")][:per_category].tolist())
+    return list(dict.fromkeys(found))
 
 
 def norms_by_position(store: Store, longest: int = 120, fewest: int = 20) -> pd.DataFrame:

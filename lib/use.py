@@ -126,14 +126,18 @@ def explained(crosscoder: CrossCoder, store: Store, readings: Readings) -> pd.Da
 
 
 def phase_of(store: Store, rows: np.ndarray) -> np.ndarray:
-    """Index into PHASES of each of ``rows``, int8 [n]; -1 in traces without labels.
+    """Index into PHASES of each of ``rows``, int8 [n]; -1 in traces without labels, and in real text without a tag of the thought.
 
-    In a labelled trace the first sentence is the prompt, the last the answer, and all between them is thinking.
+    In the embedded pair's traces the first sentence is the prompt, the last the answer, and all between them is thinking; in real text
+    the think tags tell, whose token ids the store's manifest has.
     """
     rows = np.asarray(rows, dtype=np.int64)
     whole = np.flatnonzero(np.isin(store.documents, np.unique(store.documents[rows])))
     starts, documents = store.labels["starts"][whole].astype(np.int64), store.documents[whole]
     _, first, which, length = np.unique(documents, return_index=True, return_inverse=True, return_counts=True)
+    if tags := store.manifest["corpus"].get("think_tags"):
+        trace = _phase_by_tags(store.tokens[whole], which, *tags)
+        return np.where(store.labels["kind"][whole] == 1, trace, PHASES.index("general")).astype(np.int8)[np.searchsorted(whole, rows)]
     ordinal = np.cumsum(starts)
     ordinal = ordinal - (ordinal[first] - starts[first])[which]  # 1 in the first sentence, 0 before it
     last = ordinal[first + length - 1][which]
@@ -141,6 +145,27 @@ def phase_of(store: Store, rows: np.ndarray) -> np.ndarray:
     trace = np.select([last == 0, ordinal <= 1, ordinal == last], [-1, prompt, answer], thinking)
     phase = np.where(store.labels["kind"][whole] == 1, trace, PHASES.index("general")).astype(np.int8)
     return phase[np.searchsorted(whole, rows)]
+
+
+def _phase_by_tags(tokens: np.ndarray, document: np.ndarray, opening: Sequence[int], closing: Sequence[int]) -> np.ndarray:
+    """Phase of each token: before the first opening tag of its document the prompt, up to the closing one (or the end) thinking, then answer.
+
+    ``document`` [n] numbers the documents from 0, in order. A document without opening tag thinks from its beginning if it closes the
+    thought (a window of a long trace); without any tag nothing is known: -1.
+    """
+    def firsts(tag: Sequence[int]) -> np.ndarray:
+        """Where the tag begins first in each document; ``n`` where it does not."""
+        here = np.all([np.roll(tokens, -i) == t for i, t in enumerate(tag)], axis=0) & (document == np.roll(document, 1 - len(tag)))
+        found = np.full(int(document[-1]) + 1, len(tokens))
+        np.minimum.at(found, document[here], np.flatnonzero(here))
+        return found
+
+    at, n = np.arange(len(tokens)), len(tokens)
+    opened, closed = firsts(opening), firsts(closing)
+    begins = np.where(opened < n, opened, np.where(closed < n, 0, n))[document]
+    known = ((opened < n) | (closed < n))[document]
+    phase = np.select([at < begins, at < closed[document]], [PHASES.index("prompt"), PHASES.index("thinking")], PHASES.index("answer"))
+    return np.where(known, phase, -1)
 
 
 def groups_of(store: Store, rows: np.ndarray, by: str) -> dict[str, np.ndarray]:
