@@ -2,6 +2,7 @@
 
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,8 @@ from lib.features import DETECTED
 from lib.prose import prose, vocabulary
 from lib.puzzles import CATEGORIES, NUMBERS, OPERATIONS, PARAPHRASES, first_words, label_of, sentences_of
 from lib.results import UserError, wilson
+
+EMBEDDED = SimpleNamespace(corpus="generated")  # of a pair, all that is asked where its models are passed
 
 ALL_TELLTALES = {word for c in DETECTED for word in markers.telltales(c)}
 
@@ -168,7 +171,7 @@ def test_planted_features_get_their_verdicts(frequencies, tokenizer, monkeypatch
     models = {"base": None, "distilled": None}
     chosen = {"alternative": 1, "reflection": 4, "contrast": 5}
     opening = {"deduction": 0, "contrast": 2, "verification": 3}
-    tests = markers.token_tests(None, crosscoder, frequencies, chosen, tokenizer, opening, 25, 0, models)
+    tests = markers.token_tests(EMBEDDED, crosscoder, frequencies, chosen, tokenizer, opening, 25, 0, models)
     rates = markers.verdicts(tests).set_index(["where", "category"])
     assert rates.loc["before"]["verdict"].to_dict() == {
         "alternative": "more than a token", "reflection": "token feature", "contrast": "hardly fires in context"}
@@ -233,10 +236,10 @@ def test_words_do_not_act_backwards(toy, tokenizer):
 def test_end_to_end_on_a_toy_pair(toy, tokenizer):
     store, crosscoder, models = toy
     chosen = dict(zip(CATEGORIES, (1, 2, 3, 3)))
-    tests = markers.token_tests(None, crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0, models)
+    tests = markers.token_tests(EMBEDDED, crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0, models)
     assert (tests["n"] <= 6).all() and tests["rate"].between(0, 1).all() and (tests["low"] <= tests["rate"]).all()
     assert set(tests["test"]) <= set(markers.TESTS) and len(tests.drop_duplicates(["category", "where", "test"])) == len(tests)
-    again = markers.token_tests(None, crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0, models)
+    again = markers.token_tests(EMBEDDED, crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0, models)
     pd.testing.assert_frame_equal(tests, again)
     wide = markers.verdicts(tests)
     assert wide[["category", "where"]].values.tolist() == [*([c, "before"] for c in CATEGORIES), ["reflection", "marker"]]
@@ -245,14 +248,14 @@ def test_end_to_end_on_a_toy_pair(toy, tokenizer):
 
 def test_nothing_chosen_and_nonsense(toy, tokenizer):
     store, crosscoder, models = toy
-    empty = markers.token_tests(None, crosscoder, store, {}, tokenizer)
+    empty = markers.token_tests(EMBEDDED, crosscoder, store, {}, tokenizer)
     assert empty.empty and markers.verdicts(empty).empty and "verdict" in markers.verdicts(empty)
     with pytest.raises(UserError, match="no texts for the category 'joy'"):
-        markers.token_tests(None, crosscoder, store, {"joy": 1}, tokenizer, models=models)
+        markers.token_tests(EMBEDDED, crosscoder, store, {"joy": 1}, tokenizer, models=models)
     with pytest.raises(UserError, match="feature 99 does not exist"):
-        markers.token_tests(None, crosscoder, store, {"contrast": 99}, tokenizer, models=models)
+        markers.token_tests(EMBEDDED, crosscoder, store, {"contrast": 99}, tokenizer, models=models)
     with pytest.raises(UserError, match="n is 0"):
-        markers.token_tests(None, crosscoder, store, {"contrast": 1}, tokenizer, n=0, models=models)
+        markers.token_tests(EMBEDDED, crosscoder, store, {"contrast": 1}, tokenizer, n=0, models=models)
     with pytest.raises(UserError, match="not single tokens"):
         unknown = markers.Trial("contrast", "marker", "", ("xylophone",), (0,))
         markers.fire(None, crosscoder, store, tokenizer, [unknown], [0], models)

@@ -1,7 +1,9 @@
 """The study's results: kept whole, read back, refused when they were made from something else."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -69,6 +71,57 @@ def test_an_interrupted_part_leaves_nothing_that_could_be_read(made, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         s.make("easy")
     assert not study.load(run, "easy")
+
+
+@pytest.mark.parametrize("names, runs", [
+    (("null_a", "null_b"), [("null_a", 0), ("null_b", 1), ("null_b", 0), ("null_a", 1)]),
+    (("null_a",), [("null_a", 0), ("null_a", 1)]),  # one null: only the crosscoder's seed is another
+])
+def test_who_sets_the_thresholds_of_a_null_does_not_test_them(monkeypatch, names, runs):
+    trained, rng = [], np.random.default_rng(0)
+
+    def scores(crosscoder, store, *args, **options):
+        mean = {("null_a", 0): 0.5, "own": 0.9}.get(crosscoder, 0.55)
+        nrn = rng.normal(mean, 0.05, 400)
+        return pd.DataFrame({"feature": range(400), "alive": True, "frequency": 0.1, "nrn": nrn, "nrn_p2": nrn, "nu_eps": 1 - nrn, "nu_r": 1 - nrn,
+                             "side": np.where(nrn > 0.5, "distilled", "base")})
+
+    def use_table(crosscoder, store, rows, n_boot, of):
+        change = rng.normal(0, 1 if of != "distilled" else 5, 400)
+        return pd.DataFrame({"feature": range(400), "alive": True, "change": change})
+
+    class Fake:
+        pair, crosscoder, store, max_tokens = SimpleNamespace(name="toy", others=dict.fromkeys(names)), "own", None, 10
+        budget = SimpleNamespace(boots=10)
+        config = staticmethod(lambda seed=None: SimpleNamespace(seed=0 if seed is None else seed))
+        harvested = staticmethod(lambda base, name: (None, name))
+        work = staticmethod(lambda name: name)
+
+    def train(store, config, folder):
+        trained.append((store, config.seed))
+        return store, config.seed
+
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study.nulls, "score_table", scores)
+    monkeypatch.setattr(study.use, "use_table", use_table)
+    monkeypatch.setattr(study, "sample_rows", lambda *args: None)
+    metrics, tables = study.compute_nulls(Fake())
+    assert trained == runs
+    roles = tables["rates"].drop_duplicates(["pair", "seed"]).set_index(["pair", "seed"]).role
+    assert roles["base, null_a", 0] == "sets the thresholds" and roles[f"base, {names[-1]}", 1] == "false positives"
+    assert 0.02 < metrics["null_false_positive_rate"]["value"] < 0.3  # the other's NRN is shifted by one deviation: 9% beyond 1%
+    of = tables["rates"].query("score == 'nrn' and side == 'distilled' and level == 0.01").set_index(["pair", "seed"]).rate
+    assert of["base, null_a", 0] == 0.01 and of["base, distilled", 0] == 1
+    assert metrics["use_reweighted_rate"]["value"] > 0.3 > metrics["use_false_positive_rate"]["value"]
+
+
+def test_a_pair_without_a_null_is_told_so():
+    class Fake:
+        pair = SimpleNamespace(name="toy", others={})
+        config = staticmethod(lambda: SimpleNamespace(seed=0))
+
+    with pytest.raises(UserError, match="'toy' has no null_a"):
+        study.compute_nulls(Fake())
 
 
 def test_profiles_may_set_the_budget_and_only_with_sense():

@@ -13,10 +13,10 @@ from toys import toy_pair, toy_store
 from lib.corpus import SPLITS, build
 from lib.harvest import harvest
 from lib.pairs import Pair
-from lib.puzzles import LABELS
+from lib.puzzles import CATEGORIES, LABELS
 from lib.results import ROOT, UserError
 from lib.survey import (
-    contents, drift, labelled_text, norm_histogram, norms_by_position, norms_figure, similarity, similarity_figure, word_rates,
+    contents, drift, labelled_text, norm_histogram, norms_by_position, norms_figure, openers, similarity, similarity_figure, word_rates,
 )
 
 
@@ -44,6 +44,19 @@ def test_text_has_every_word_once_and_says_what_is_wrong(store, pair):
     words = Counter(" ".join(pair.tokenizer().convert_ids_to_tokens(store.tokens[store.documents == document].tolist())).split())
     assert not words - shown and set(shown - words) <= {*LABELS, "(wrong)", "(no", "label)"}
     assert "(wrong)" in text and "reflection" in text and "&lt;bos&gt;" in text
+
+
+def test_openers_are_the_commonest_first_words_of_each_category(store, pair):
+    words = pair.tokenizer().convert_ids_to_tokens(store.tokens.tolist())
+    expected = []
+    for category in CATEGORIES:
+        first = Counter(word for word, start, label, split in zip(words, store.labels["starts"], store.labels["label"], store.split)
+                        if start == 1 and label == LABELS.index(category) and split == 0)
+        counts = sorted(first.values(), reverse=True)
+        mine = openers(store, pair.tokenizer(), 2)[len(expected) : len(expected) + min(2, len(first))]
+        assert [first[word] for word in mine] == counts[:2]  # ties may go either way
+        expected += mine
+    assert expected == openers(store, pair.tokenizer(), 2)
 
 
 def test_word_rates_by_hand(store, pair):

@@ -181,8 +181,25 @@ def test_traces_without_labels_have_no_phase(toy):
     class Unlabelled:
         documents, tokens = np.zeros(4, dtype=int), np.arange(4)
         labels = {"starts": np.zeros(4), "kind": np.ones(4)}
+        manifest = {"corpus": {}}
 
     assert use.phase_of(Unlabelled, np.arange(4)).tolist() == [-1] * 4
+
+
+def test_in_real_text_the_tags_of_the_thought_tell_the_phase():
+    """Tags 5 6 and 7 6; documents: whole, unfinished, a window that ends a thought, one without tags, general text."""
+    texts = [[1, 5, 6, 2, 7, 6, 3], [1, 1, 5, 6, 2], [2, 2, 7, 6, 3], [1, 2, 5], [5, 6, 1]]
+
+    class Real:
+        documents, tokens = np.repeat(np.arange(5), [len(t) for t in texts]), np.concatenate(texts)
+        labels = {"starts": np.zeros(23, int), "kind": (documents < 4).astype(int)}
+        manifest = {"corpus": {"think_tags": [[5, 6], [7, 6]]}}
+
+    general, prompt, thinking, answer = range(4)
+    expected = [[prompt, *[thinking] * 3, *[answer] * 3], [prompt, prompt, *[thinking] * 3], [thinking, thinking, *[answer] * 3],
+                [-1] * 3, [general] * 3]
+    assert use.phase_of(Real, np.arange(23)).tolist() == sum(expected, [])
+    assert use.phase_of(Real, np.array([3, 9, 21])).tolist() == [thinking, thinking, general]
 
 
 def test_events_against_the_words(toy, words):
