@@ -53,13 +53,16 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
     return TransformersModel(model, tokenizer=tokenizer, task="text-generation")
 
 
-def open_artefacts(run: Run, pair: Pair) -> tuple[Store, CrossCoder, pd.DataFrame, dict[str, int], str]:
+def open_artefacts(
+    run: Run, pair: Pair, source: str = "", facts: Mapping | None = None
+) -> tuple[Store, CrossCoder, pd.DataFrame, dict[str, int], str]:
     """(store, crosscoder, feature table, chosen features, fingerprint of the crosscoder) of a run.
 
+    ``source`` and ``facts``: of a crosscoder that was trained elsewhere (``features.open_crosscoder``).
     UserError, naming the notebook that makes it, for what is missing or was made from something else than there is now.
     """
     store = open_store(run, pair)
-    crosscoder, mark = open_crosscoder(run, store)
+    crosscoder, mark = open_crosscoder(run, store, source, facts)
     table, chosen = load_features(run.path("features"), mark)
     return store, crosscoder, table, chosen, mark
 

@@ -38,7 +38,7 @@ from .distill import EASY_SHARE
 from .pairs import Pair, check_vocabularies
 from .prose import BASE_MIX, base_document
 from .puzzles import LABELS, Sentence, Teacher, sample_puzzle, sample_question
-from .results import UserError, check, fingerprint
+from .results import ROOT, UserError, check, fingerprint
 
 KINDS = ("general", "trace")
 SPLITS = ("train", "choose", "report")  # to train on; to choose features and strengths on; to report on
@@ -226,12 +226,13 @@ def build(pair: Pair, tokens: int | None = None, trace_share: float = 0.5, seed:
 def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
     """The pair with other text: for each kind a file (text, JSONL, .gz or not) or a data set on the hub; "" keeps the registry's.
 
-    A data set is org/name or org/name@commit, or one of these with :PATTERN to be read by its files. UserError for anything else.
+    A file is looked for from here, then from the repository's root. A data set is org/name or org/name@commit, or one of these with
+    :PATTERN to be read by its files. UserError for anything else.
     """
     given = {kind: source.strip() for kind, source in (("trace", traces), ("general", general)) if source.strip()}
     for kind, source in given.items():
-        if Path(source).is_file():
-            given[kind] = str(Path(source).resolve())
+        if found := next((path for path in (Path(source), ROOT / source) if path.is_file()), None):
+            given[kind] = str(found.resolve())
         elif source.endswith((".txt", ".json", ".jsonl", ".gz")) and ":" not in source or source.startswith((".", "/", "~")):
             raise UserError(f"the corpus {source!r} is not there: give a file of text or JSONL, or a data set on the hub (org/name)")
         else:

@@ -21,7 +21,7 @@ Source: Baek & Tegmark 2025 (arXiv 2503.03730), where a language model labels fe
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +31,11 @@ import torch
 from scipy import sparse
 from transformers import PreTrainedTokenizerBase
 
-from . import detection
+from . import detection, sharing
 from .contexts import top_contexts
 from .crosscoder import CrossCoder
 from .puzzles import CATEGORIES, LABELS, REDUNDANT
-from .results import Progress, Run, UserError, check, fingerprint, is_current, read_manifest, write_manifest, write_text
+from .results import ROOT, Progress, Run, UserError, check, fingerprint, is_current, read_manifest, write_manifest, write_text
 from .scaling import latent_scaling
 from .store import Store
 
@@ -43,6 +43,7 @@ MADE_BY = "03_inspect_features"
 DETECTED = (*CATEGORIES, REDUNDANT)  # the paper's four, and our redundant fifth
 VERSION = 2  # of the statistics: raised when their definition changes, so that older tables count as stale
 CHUNK = 8_192  # tokens at a time that are encoded
+FACTS = ("order", "scales", "layer", "least")  # what the file of a crosscoder from elsewhere may not say (``sharing.open_crosscoder``)
 
 
 @dataclass(frozen=True)
@@ -280,8 +281,21 @@ def check_feature(crosscoder: CrossCoder, feature: int) -> int:
 # --- the artefact ----------------------------------------------------------------------------------------------
 
 
-def open_crosscoder(run: Run, store: Store) -> tuple[CrossCoder, str]:
-    """The run's crosscoder and its fingerprint; UserError if it is missing, or was trained on another store than this one."""
+def open_crosscoder(run: Run, store: Store, source: str = "", facts: Mapping | None = None) -> tuple[CrossCoder, str]:
+    """The run's crosscoder and its fingerprint; or one that was trained elsewhere, if there is a ``source``.
+
+    ``source``: a folder, a file of weights (from the repository's root) or org/name on the hub, in any of the formats of ``lib.sharing``,
+    which checks it on the store. ``facts``: what its file does not say, by name: order, scales, layer, least.
+    UserError if the run's is missing or was trained on another store than this one, or if the other does not fit the store.
+    """
+    if unknown := sorted(set(facts or {}) - set(FACTS)):
+        raise UserError(f"unknown fact {unknown[0]!r} about the crosscoder: there are {', '.join(FACTS)}")
+    if source:
+        there = ROOT / source
+        crosscoder = sharing.open_crosscoder(there if there.exists() else source, store.models, store, **(facts or {}))
+        return crosscoder, sharing.mark_of(crosscoder)
+    if facts:
+        raise UserError(f"facts ({', '.join(facts)}) are given about a crosscoder from elsewhere, but not where it is: give crosscoder_source")
     manifest = read_manifest(run.path("crosscoder"), "02_train_crosscoder")
     if manifest.get("store") != store.fingerprint:
         raise UserError("the crosscoder was trained on another store than there is now: run notebook 02_train_crosscoder again "
@@ -333,7 +347,7 @@ def load(folder: Path, crosscoder_mark: str | None = None) -> tuple[pd.DataFrame
     manifest = read_manifest(folder, MADE_BY)
     if crosscoder_mark is not None and manifest.get("crosscoder") != crosscoder_mark:
         raise UserError(f"the feature table was made from another crosscoder than there is now: run notebook {MADE_BY} again "
-                        "(make figures ONLY=03)")
+                        "(make figures ONLY=03), with the same crosscoder_source if it is from elsewhere")
     try:
         table = pd.read_csv(folder / "table.csv", keep_default_na=False, na_values=[""])  # "null" is a word here
         table = table.assign(**{name: table[name].astype(object).fillna("") for name in ("label", "top_token")})

@@ -1,6 +1,6 @@
 """Pairs of models: where they come from, how they are loaded, and at which layer they are read.
 
-``data/pairs.yaml`` is the registry; a user's own registry file can be passed instead of it. A pair has two models
+``data/pairs.yaml`` is the registry; a user's own registry file can be named instead of it (PAIRS_REGISTRY). A pair has two models
 (``base`` and ``distilled``), told apart by name and never by position, and any number of further checkpoints::
 
     pair = load_pair("tiny")
@@ -13,6 +13,7 @@ Weights are safetensors; no code of a model repository is run, nothing is unpick
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -118,8 +119,11 @@ class Pair:
 
 
 def load_pair(name: str, registry: str | Path | None = None) -> Pair:
-    """The entry ``name`` of data/pairs.yaml, or of a registry file of one's own. UserError lists the known pairs."""
-    file = Path(registry) if registry else REGISTRY
+    """The entry ``name`` of data/pairs.yaml, or of a registry file of one's own. UserError lists the known pairs.
+
+    A registry of one's own is given here, or for a whole process by the environment variable PAIRS_REGISTRY.
+    """
+    file = Path(registry or os.environ.get("PAIRS_REGISTRY") or REGISTRY)
     if not file.is_file():
         raise UserError(f"the registry of pairs {file} does not exist: give a YAML file like data/pairs.yaml")
     try:

@@ -3,6 +3,7 @@
     python -m lib.run                                        # every notebook, on the embedded pair
     python -m lib.run --pair mine --profile paper --only 03 04
     python -m lib.run --only 03 -p feature 17                # another value for one parameter of one notebook
+    python -m lib.run --pair mine --registry mine.yaml       # a pair of one's own registry; for whatever else, PAIRS_REGISTRY=mine.yaml
     python -m lib.run --canonical notebooks/*.ipynb          # after editing: strip what does not belong in git
 
 Parameters come from the notebook's own cell, then from notebooks/profiles/<profile>.yaml
@@ -35,6 +36,7 @@ from .results import ROOT, Run, UserError, write_text
 
 CELL_TIMEOUT = 3600  # seconds for one cell; a profile or --timeout can give more. There always is one: a kernel can stall.
 INJECTED = "injected-parameters"
+REGISTRY = "PAIRS_REGISTRY"  # environment variable by which ``lib.pairs`` is told of another registry, in kernels too
 _DROPPED_MIMES = ("application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json")
 
 
@@ -152,13 +154,20 @@ def own_kernel() -> Iterator[None]:
             "IPYTHONDIR": str(Path(folder) / "ipython"),  # no start-up files and no history of the user's
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # a warning of the debugger, in every kernel
         }
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
-        try:
+        with environment(**wanted):
             yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def environment(**wanted: str) -> Iterator[None]:
+    """Environment variables for as long as the block lasts; kernels that start in it have them."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def execute(source: Path, target: Path, failed: Path, parameters: dict, timeout: float = CELL_TIMEOUT) -> None:
@@ -289,18 +298,20 @@ def run_all(args: argparse.Namespace, folder: Path, root: Path = ROOT) -> None:
     stems = sorted(p.stem for p in folder.glob("[0-9][0-9]_*.ipynb"))
     if not stems:
         raise UserError(f"{_shown(folder)} holds no notebooks: their names must be like 00_name.ipynb")
-    pairs = known_pairs(Path(args.registry) if args.registry else root / "data" / "pairs.yaml")
+    own = args.registry or os.environ.get(REGISTRY)
+    registry = Path(own) if own else root / "data" / "pairs.yaml"
+    pairs = known_pairs(registry)
     if args.pair not in pairs:
-        raise UserError(f"unknown pair {args.pair!r}: there are {', '.join(pairs)} (data/pairs.yaml)")
+        raise UserError(f"unknown pair {args.pair!r}: there are {', '.join(pairs)} ({_shown(registry)})")
     profile = read_profile(folder / "profiles", args.profile, stems, args.pair)
     chosen = choose(stems, args.only)
     if args.parameter and len(chosen) != 1:
         raise UserError(f"-p sets a parameter of one notebook, and {len(chosen)} are chosen: add --only NN")
-    usual = args.pair == "tiny" and args.profile == "default"
+    usual = args.pair == "tiny" and args.profile == "default" and not own
     plans = []
     for stem in chosen:
         defaults = parameters_of(folder / f"{stem}.ipynb")
-        given = {"pair": args.pair, "run": args.profile, **({"registry": args.registry} if args.registry else {}), **profile.get(stem, {})}
+        given = {"pair": args.pair, "run": args.profile, **profile.get(stem, {})}
         given |= {name: read_value(text, defaults.get(name)) for name, text in args.parameter}
         given = checked(stem, defaults, given)
         plans.append((stem, {name: value for name, value in given.items() if value != defaults[name]}, given))
@@ -314,7 +325,8 @@ def run_all(args: argparse.Namespace, folder: Path, root: Path = ROOT) -> None:
         start = time.monotonic()
         print(f"{stem} ... ", end="", flush=True)
         try:
-            execute(source, target, out / f"{stem}.failed.ipynb", parameters, timeout)
+            with environment(**({REGISTRY: str(registry.resolve())} if own else {})):
+                execute(source, target, out / f"{stem}.failed.ipynb", parameters, timeout)
         except UserError as error:
             print(f"failed after {time.monotonic() - start:.0f} s", flush=True)
             raise NotebookFailed(f"{stem}: {error}") from None
@@ -336,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                         help="a parameter of the one chosen notebook")
     parser.add_argument("--out", help="folder of the executed notebooks (default: see above)")
-    parser.add_argument("--registry", help="a registry of pairs of your own instead of data/pairs.yaml")
+    parser.add_argument("--registry", help="a registry of pairs of your own instead of data/pairs.yaml (or PAIRS_REGISTRY)")
     parser.add_argument("--timeout", type=float, help=f"seconds for one cell (default: the profile's, or {CELL_TIMEOUT})")
     parser.add_argument("--canonical", nargs="+", type=Path, metavar="FILE", help="only rewrite these notebooks in canonical form")
     parser.add_argument("--notebooks", type=Path, default=ROOT / "notebooks", help=argparse.SUPPRESS)  # for the tests

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
-from toys import toy_store
+from toys import toy_pair, toy_store
 
-from lib import categories, contexts, features
+from lib import ablation, categories, contexts, exchange, features, sharing
 from lib.corpus import LABEL_ARRAYS, SPLITS
 from lib.crosscoder import CrossCoder
 from lib.distill import build_tokenizer
@@ -268,6 +268,57 @@ def test_a_crosscoder_of_another_store_is_refused(toy, run):
     write_manifest(run.path("crosscoder"), "mark", store="another")
     with pytest.raises(UserError, match="another store.*02_train_crosscoder again"):
         features.open_crosscoder(run, store)
+
+
+def exact_crosscoder(store):
+    """Rows are an orthonormal basis of both models' joint space and its negative, so every activation is explained, and NRNs differ."""
+    basis = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0]
+    crosscoder = CrossCoder([16, 16], 64, store.models, "l1", scales=list(store.scales.values())).requires_grad_(False)
+    for weights in (crosscoder.W_enc, crosscoder.W_dec):
+        weights.copy_(torch.cat([basis, -basis]))
+    for bias in (crosscoder.b_enc, crosscoder.b_dec):
+        bias.zero_()
+    crosscoder.means.copy_(crosscoder.scaled([store.means[name] for name in store.models]))
+    return crosscoder
+
+
+def test_a_crosscoder_from_elsewhere_gives_the_table_of_the_own_one(run):
+    store = toy_store(run.folder, tokens=3000, widths=(16, 16))
+    crosscoder, folder, layer = exact_crosscoder(store), run.folder / "elsewhere", store.layers["base"]
+    crosscoder.save(run.path("crosscoder"))
+    write_manifest(run.path("crosscoder"), "mark", store=store.fingerprint)
+    own, own_mark = features.open_crosscoder(run, store)
+    expected = features.inspect(own, store, run.folder / "own", own_mark, build_tokenizer())
+    assert expected.table["nrn"].std() > 0.05 and expected.table["alive"].all()
+    crosscoder.save(folder / "ours")
+    exchange.export_replication(crosscoder, folder / "replication", layer)
+    exchange.export_dictionary_learning(crosscoder, folder / "dictionary_learning", layer)
+    pair, facts = toy_pair(run.folder, (16, 16)), {"ours": {"layer": layer, "least": 0.99}}
+    for name in ("ours", "replication", "dictionary_learning"):
+        found, mark = features.open_crosscoder(run, store, str(folder / name), facts.get(name))
+        assert mark == sharing.mark_of(found) != own_mark
+        made = features.inspect(found, store, run.path("features"), mark, build_tokenizer())
+        pd.testing.assert_frame_equal(made.table, expected.table, rtol=1e-4, atol=1e-4, check_exact=False)
+        assert ablation.open_artefacts(run, pair, str(folder / name), facts.get(name))[4] == mark
+        with pytest.raises(UserError, match="made from another crosscoder.*same crosscoder_source"):
+            ablation.open_artefacts(run, pair)
+
+
+def test_what_the_file_does_not_say_is_asked_for(run):
+    store = toy_store(run.folder, tokens=3000, widths=(16, 16))
+    crosscoder, folder, layer = exact_crosscoder(store), run.folder / "elsewhere", store.layers["base"]
+    crosscoder.save(folder / "ours")
+    exchange.export_replication(crosscoder, folder / "replication", layer)
+    (folder / "replication" / "origin.json").unlink()
+    crosscoder.W_dec.mul_(0.1)
+    exchange.export_dictionary_learning(crosscoder, folder / "poor", layer)
+    facts = {"order": ["base", "distilled"], "scales": store.scales}
+    features.open_crosscoder(run, store, str(folder / "replication"), facts)
+    for name, given, message in (("ours", {}, "give layer"), ("replication", {}, "give order"), ("replication", {"order": facts["order"]}, "needs scales"),
+                                 ("ours", {"layer": layer + 1}, "trained on the output of layer"), ("ours", {"depth": 3}, "unknown fact 'depth'"),
+                                 ("poor", {}, "FVE is"), ("", {"layer": 1}, "give crosscoder_source"), ("nowhere", {}, "there is no")):
+        with pytest.raises(UserError, match=message):
+            features.open_crosscoder(run, store, name and str(folder / name), given)
 
 
 def test_wrong_requests_get_one_sentence(toy):

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib.distill import build_tokenizer
 from lib import run as driver
-from lib.pairs import check_layer, check_vocabularies, decoder_layers, half_depth, load_pair
+from lib.pairs import REGISTRY, check_layer, check_vocabularies, decoder_layers, half_depth, load_pair
 from lib.results import ROOT, UserError
 
 
@@ -49,6 +49,16 @@ def test_own_registry_resolves_folders_beside_it(tmp_path):
     with pytest.raises(UserError, match="no model 'control': it has base, distilled, again"):
         pair.load("control")
     assert list(pair.between("again", "base").models) == ["again", "base"]
+
+
+def test_a_registry_is_named_for_a_whole_process(tmp_path, monkeypatch):
+    toy_pair(tmp_path)
+    (tmp_path / "own.yaml").write_text("tiny: {base: base, distilled: distilled, tokenizer: tokenizer, dictionary: 77}")
+    monkeypatch.setenv("PAIRS_REGISTRY", str(tmp_path / "own.yaml"))
+    assert load_pair("tiny").dictionary == 77 and load_pair("tiny").base == tmp_path / "base"
+    assert load_pair("tiny", REGISTRY).dictionary == 1024  # what is given goes before it
+    with pytest.raises(UserError, match="unknown pair 'smol': own.yaml has tiny"):
+        load_pair("smol")
 
 
 def test_missing_models_and_pickles_are_refused(tmp_path):

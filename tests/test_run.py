@@ -8,7 +8,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lib import run as driver
-from lib.results import UserError
+from lib.results import ROOT, UserError
 
 PARAMETERS = 'pair = "tiny"  # entry of data/pairs.yaml\nrun = "default"\nseed = 0\nrate = 1e-3\nks = [1, 2]\nfast = True\nfeature = None'
 
@@ -74,6 +74,21 @@ def test_a_profile_of_a_pair_is_laid_over_the_profile(house):
     (house / "profiles" / "default.other.yaml").write_text("09_none: {}\n")
     with pytest.raises(UserError, match="profile 'default.other' names 09_none"):
         read("other")
+
+
+def test_notebooks_load_pairs_from_a_registry_of_ones_own(house, tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("tiny: {base: a/b, distilled: a/c, dictionary: 77}\nmine: {like: tiny, dictionary: 78}\n")
+    write(house, "01_second", f"import sys\nsys.path.insert(0, {str(ROOT)!r})", "from lib.pairs import load_pair\nprint(load_pair(pair).dictionary)")
+    monkeypatch.chdir(tmp_path)
+    before = (house / "01_second.ipynb").read_bytes()
+    assert call(house, "--pair", "mine", "--registry", "own.yaml", "--only", "01") == 0
+    assert text_of(tmp_path / "data" / "runs" / "mine" / "default" / "notebooks" / "01_second.ipynb") == "78\n"
+    assert "PAIRS_REGISTRY" not in os.environ
+    monkeypatch.setenv("PAIRS_REGISTRY", "own.yaml")
+    assert call(house, "--only", "01") == 0  # this tiny is not the embedded pair: the canonical notebook is left alone
+    assert text_of(tmp_path / "data" / "runs" / "tiny" / "default" / "notebooks" / "01_second.ipynb") == "77\n"
+    assert (house / "01_second.ipynb").read_bytes() == before
+    assert call(house, "--pair", "other", "--only", "01") == 2
 
 
 def test_a_profile_with_a_wrong_value_or_notebook_stops_before_the_first_notebook(house, capsys):
