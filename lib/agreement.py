@@ -29,7 +29,7 @@ hardly a contrast; every sentence has as its weight the number of sentences that
 computes weighted precision, recall and base rates. Intervals: bootstrap within the strata.
 
     python -m lib.agreement traces.jsonl.gz              # the first table
-    python -m lib.agreement data/labelled                # the second
+    python -m lib.agreement data/labelled                # the second; another name of a file after it: the table as CSV
 
 Source of the annotation's labels: Venhoff et al. 2025 (arXiv 2506.18167); they are a language model's, with errors.
 """
@@ -309,10 +309,12 @@ def shown(table: pd.DataFrame) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if len(arguments) != 1:
-            raise UserError("usage: python -m lib.agreement traces.jsonl.gz | folder of labelled sentences")
+        if len(arguments) not in (1, 2):
+            raise UserError("usage: python -m lib.agreement traces.jsonl.gz | folder of labelled sentences [table.csv]")
         path = Path(arguments[0])
         table = labelled_agreement(path) if path.is_dir() else agreement(path)
+        if len(arguments) == 2:
+            write_text(Path(arguments[1]), table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

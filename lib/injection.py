@@ -131,7 +131,7 @@ def _neutral(store: Store, tokenizer: PreTrainedTokenizerBase, firsts: set[int])
     spelled = {int(i): tokenizer.convert_ids_to_tokens(int(i)) for i in {*np.flatnonzero(counts).tolist(), *firsts}}
     word = lambda i: any(c.isalpha() for c in spelled[i])
     pool = np.array([i for i in np.flatnonzero(counts).tolist() if i not in firsts and word(i)], dtype=int)
-    like = lambda i: np.array([spelled[j][0].isalpha() == spelled[i][0].isalpha() for j in pool.tolist()])  # both begin a word, or neither
+    like = lambda i: np.array([spelled[j][0].isalpha() == spelled[i][0].isalpha() for j in pool.tolist()], dtype=bool)  # both begin a word, or neither
     found = {}
     for i in filter(word, firsts):
         same = pool[like(i)]
