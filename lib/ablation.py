@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from nnsight import TransformersModel
+from nnsight import CONFIG, TransformersModel
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,11 +39,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .crosscoder import CrossCoder
 from .features import check_feature, open_crosscoder
 from .features import load as load_features
-from .pairs import Pair
+from .pairs import DTYPES, Pair
 from .puzzles import CATEGORIES, LABELS
 from .results import Progress, Run, UserError, bootstrap, check, is_current, write_manifest, write_text
 from .store import SPLITS, Store
 from .training import open_store
+from .weights import SCHEME, is_adapter
 
 REMOVED = ("features", "matched", "random")
 
@@ -51,6 +52,28 @@ REMOVED = ("features", "matched", "random")
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
     """The model as nnsight sees it, in which every module's output can be read and edited."""
     return TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+
+
+def open_models(pair: Pair, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, TransformersModel]:
+    """The models as nnsight sees them: loaded, or, if the pair's are run elsewhere (``pair.remote``), their skeletons without weights.
+
+    NDIF (https://ndif.us) runs models of the hub that it has loaded, at the commit that it has: the registry's, if one is pinned there.
+    UserError for weights that no server has (folders, adapters, packages), and where there is no key for NDIF.
+    """
+    if not pair.remote:
+        return {name: wrap(pair.load(name), tokenizer) for name in names}
+    models = {}
+    for name in names:
+        source = pair.source(name)
+        if not (pair.remote == "local" if isinstance(source, Path) else not source.startswith(SCHEME)) or is_adapter(source):
+            raise UserError(f"the pair {pair.name!r} is remote, and its {name!r} is {pair.shown(name)}: NDIF runs models of the hub; "
+                            "take remote out of its entry in the registry, or give org/name")
+        if pair.remote != "local" and not CONFIG.API.APIKEY:
+            raise UserError(f"the pair {pair.name!r} is remote, and there is no key for NDIF: get one at https://login.ndif.us and set "
+                            "NDIF_API_KEY, or take remote out of its entry in the registry")
+        where, _, revision = str(source).partition("@")
+        models[name] = TransformersModel(where, revision=revision or None, tokenizer=tokenizer, task="text-generation", dtype=DTYPES[pair.dtype])
+    return models
 
 
 def open_artefacts(
@@ -164,22 +187,29 @@ def removed_vectors(crosscoder: CrossCoder, codes: Tensor, numbers: Sequence[int
 @torch.no_grad()
 def logits_at(
     model: TransformersModel, layer: int, tokens: Tensor, mask: Tensor, at: tuple[Tensor, Tensor], removed: Tensor | None = None,
-    remote: bool | str = False,
+    remote: bool | str = False, of: Tensor | None = None,
 ) -> Tensor:
     """Next-token logits [targets, vocabulary] at the positions ``at`` (rows, columns) of a padded batch.
 
     ``tokens`` and ``mask`` [batch, length], padded on either side; ``removed`` [batch, length, d] is subtracted from
     the output of decoder layer ``layer``. The vocabulary is only unembedded where it is asked for: at 150,000 tokens
-    the logits of a whole batch would not fit.
+    the logits of a whole batch would not fit. With ``of`` [targets], ids of tokens: [targets, 2], the logit and the log-probability
+    of these alone, which is all that then comes back from where the model runs (``remote``: as nnsight has it).
     """
     rows, columns = at
     with model.trace({"input_ids": tokens, "attention_mask": mask}, remote=remote) as tracer:
         if removed is not None:
-            model.model.layers[layer].output[:] = model.model.layers[layer].output - removed
-        hidden = model.model.norm.output[rows, columns].save()
+            h = model.model.layers[layer].output
+            h[:] = h - removed.to(h.device)
+        hidden = model.model.norm.output[rows, columns].float()  # in float32: bfloat16 would round logits to a sixteenth
+        bias = model.lm_head.bias
+        found = functional.linear(hidden, model.lm_head.weight.float(), None if bias is None else bias.float())
+        if of is not None:
+            token = of.to(found.device)[:, None]
+            found = torch.cat([found.gather(1, token), found.log_softmax(-1).gather(1, token)], dim=1)
+        found = found.save()
         tracer.stop()
-    head = model._module.get_output_embeddings()  # in float32: bfloat16 would round logits to a sixteenth
-    return functional.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+    return found.cpu()
 
 
 def random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:
@@ -190,9 +220,9 @@ def random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:
 
 def measure(
     store: Store, crosscoder: CrossCoder, models: Mapping[str, TransformersModel], targets: pd.DataFrame, removals: Sequence[Removal],
-    random_draws: int = 2, seed: int = 0, batch_size: int = 32,
+    random_draws: int = 2, seed: int = 0, batch_size: int = 32, remote: bool | str = False,
 ) -> pd.DataFrame:
-    """Run every removal in every model. One row per target, model, k and kind of removal.
+    """Run every removal in every model (where ``remote`` says). One row per target, model, k and kind of removal.
 
     Columns: category, document, row, model, k, removed (REMOVED), ``logit`` and ``log_probability`` (change against
     the intact model, of the true next token; negative means that it lost support) and ``norm``: the mean norm that was
@@ -206,7 +236,7 @@ def measure(
             acts = dict(zip(store.models, store.activations(batch.kept_rows)))
             with torch.no_grad():
                 codes = crosscoder.encode([acts[name] for name in crosscoder.names])
-            intact = {name: _scores(models[name], layers[name], batch, None) for name in crosscoder.names}
+            intact = {name: _scores(models[name], layers[name], batch, None, remote) for name in crosscoder.names}
             for removal in removals:
                 kinds = ("features", "random") if removal.kind == "features" else (removal.kind,)
                 for name, vectors in zip(crosscoder.names, removed_vectors(crosscoder, codes, removal.features)):
@@ -215,7 +245,7 @@ def measure(
                         draws = [random_like(vectors, generator) for _ in range(random_draws)] if kind == "random" else [vectors]
                         change = np.zeros_like(intact[name])
                         if removal.features:
-                            change = np.mean([_scores(models[name], layers[name], batch, d) for d in draws], axis=0) - intact[name]
+                            change = np.mean([_scores(models[name], layers[name], batch, d, remote) for d in draws], axis=0) - intact[name]
                         records.append(batch.targets[["category", "document", "row"]].assign(
                             model=name, k=removal.k, removed=kind, logit=change[:, 0], log_probability=change[:, 1], norm=norm))
             progress.update(progress.done + len(batch.mask))
@@ -269,11 +299,11 @@ def batches(store: Store, targets: pd.DataFrame, batch_size: int) -> Iterator[Ba
         yield Batch(tokens, mask, kept_rows, (kept_b, kept_t), mine, (at[0], at[1]))
 
 
-def _scores(model: TransformersModel, layer: int, batch: Batch, removed: Tensor | None) -> np.ndarray:
+def _scores(model: TransformersModel, layer: int, batch: Batch, removed: Tensor | None, remote: bool | str) -> np.ndarray:
     """Logit and log-probability of the true next tokens, [targets, 2]."""
-    logits = logits_at(model, layer, batch.tokens, batch.mask, batch.at, None if removed is None else batch.scatter(removed)).float()
-    token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))[:, None]
-    scores = torch.cat([logits.gather(1, token), logits.log_softmax(-1).gather(1, token)], dim=1)
+    token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
+    removed = None if removed is None else batch.scatter(removed)
+    scores = logits_at(model, layer, batch.tokens, batch.mask, batch.at, removed, remote, token)
     if not torch.isfinite(scores).all():
         raise UserError("a logit is not finite: the model or the crosscoder is damaged")
     return scores.double().numpy()

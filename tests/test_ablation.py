@@ -1,5 +1,6 @@
 """Ablation: against hooks written by hand, on random models of unlike widths."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +31,7 @@ def world(tmp_path_factory):
     models = {name: ablation.wrap(model, tokenizer) for name, model in plain.items()}
     acts = store.activations(np.arange(len(store)))
     return SimpleNamespace(
-        store=store, plain=plain, models=models, crosscoder=crosscoder, acts=acts, tokenizer=tokenizer, layer=store.layers["base"])
+        store=store, pair=pair, plain=plain, models=models, crosscoder=crosscoder, acts=acts, tokenizer=tokenizer, layer=store.layers["base"])
 
 
 def test_removing_every_feature_leaves_bias_and_error(world):
@@ -67,7 +68,38 @@ def test_remote_execution_path_gives_the_same(world):
     tokens, at = torch.randint(4, 300, (2, 8)), (torch.arange(2), torch.tensor([7, 5]))
     removed = torch.randn(2, 8, 24)
     arguments = (world.models["distilled"], world.layer, tokens, torch.ones_like(tokens), at, removed)
-    torch.testing.assert_close(ablation.logits_at(*arguments, remote="local"), ablation.logits_at(*arguments))
+    here = ablation.logits_at(*arguments)
+    torch.testing.assert_close(ablation.logits_at(*arguments, remote="local"), here)
+    of = torch.tensor([3, 77])
+    expected = torch.stack([here[[0, 1], of], here.log_softmax(-1)[[0, 1], of]], dim=1)
+    torch.testing.assert_close(ablation.logits_at(*arguments, remote="local", of=of), expected)
+
+
+def test_a_remote_pair_gives_the_same_effects(world):
+    """Skeletons without weights, and the trace as it is sent; run here, since there is no server."""
+    names, targets = world.crosscoder.names, ablation.sample_targets(world.store, n=3, split=SPLIT)
+    removals = [ablation.Removal(20, "features", tuple(range(40)))]
+    away = ablation.open_models(replace(world.pair, remote="local"), names, world.tokenizer)
+    assert not any(model.dispatched for model in away.values())
+    found = ablation.measure(world.store, world.crosscoder, away, targets, removals, remote="local")
+    here = ablation.measure(world.store, world.crosscoder, ablation.open_models(world.pair, names, world.tokenizer), targets, removals)
+    pd.testing.assert_frame_equal(found, here, rtol=1e-5)
+    assert (found["logit"].abs() > 0).any()
+
+
+def test_what_ndif_cannot_run_is_refused(world, monkeypatch):
+    monkeypatch.setattr(ablation.CONFIG.API, "APIKEY", None)
+    hub = replace(world.pair, models={"base": "org/one", "distilled": "org/two@v1"}, remote=True)
+    with pytest.raises(UserError, match="no key for NDIF: .*NDIF_API_KEY"):
+        ablation.open_models(hub, hub.models, world.tokenizer)
+    monkeypatch.setattr(ablation.CONFIG.API, "APIKEY", "mine")
+    for wrong in (world.pair.base, "pypi:some==1.0@sha256:0"):
+        with pytest.raises(UserError, match="'base' is .*NDIF runs models of the hub"):
+            ablation.open_models(replace(hub, models={"base": wrong}), ["base"], world.tokenizer)
+    asked = []
+    monkeypatch.setattr(ablation, "TransformersModel", lambda name, **how: asked.append((name, how["revision"])))
+    ablation.open_models(hub, hub.models, world.tokenizer)
+    assert asked == [("org/one", None), ("org/two", "v1")]
 
 
 def test_random_vectors_have_the_norms_of_the_removed_ones():

@@ -29,6 +29,7 @@ def test_unknown_pair_lists_the_known_ones():
     ("mine: {base: a/b, distilled: a/c, depth: 3}", "unknown key 'depth'"),
     ("mine: {base: a/b, distilled: a/c, dtype: float8}", "dtype of pair 'mine'"),
     ("mine: {base: a/b, distilled: a/c, layer: -1}", "layer of pair 'mine'"),
+    ("mine: {base: a/b, distilled: a/c, remote: yonder}", "remote of pair 'mine' is 'yonder': it must be one of True, local"),
     ("mine: {base: a/b, distilled: a/c, corpus: [some.txt]}", "corpus of pair 'mine'"),
     ("mine: {like: yours}", "like 'yours'"),
     ("mine: [", "not valid YAML"),
@@ -53,9 +54,10 @@ def test_own_registry_resolves_folders_beside_it(tmp_path):
 
 def test_a_registry_is_named_for_a_whole_process(tmp_path, monkeypatch):
     toy_pair(tmp_path)
-    (tmp_path / "own.yaml").write_text("tiny: {base: base, distilled: distilled, tokenizer: tokenizer, dictionary: 77}")
+    (tmp_path / "own.yaml").write_text("tiny: {base: base, distilled: distilled, tokenizer: tokenizer, dictionary: 77, remote: true}")
     monkeypatch.setenv("PAIRS_REGISTRY", str(tmp_path / "own.yaml"))
     assert load_pair("tiny").dictionary == 77 and load_pair("tiny").base == tmp_path / "base"
+    assert load_pair("tiny").remote is True and load_pair("tiny", REGISTRY).remote is False
     assert load_pair("tiny", REGISTRY).dictionary == 1024  # what is given goes before it
     with pytest.raises(UserError, match="unknown pair 'smol': own.yaml has tiny"):
         load_pair("smol")

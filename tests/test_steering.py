@@ -1,6 +1,7 @@
 """Steering: against a loop with hooks written by hand, on a random model."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -158,9 +159,24 @@ def test_a_row_that_ends_early_does_not_disturb_the_others(plain, model, pushes)
     assert [found[i] for i in (0, 2, 3)] == [undisturbed[i] for i in (0, 2, 3)]
 
 
-def test_remote_execution_path_gives_the_same(model, pushes):
-    here = steering.generate(model, LAYER, TASKS[:2], pushes[:2], 4)
-    assert steering.generate(model, LAYER, TASKS[:2], pushes[:2], 4, remote="local") == here
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "seed": 3}, {"only_at": "="}])
+def test_remote_execution_path_gives_the_same(model, pushes, how):
+    here = steering.generate(model, LAYER, TASKS[:2], pushes[:2], 4, **how)
+    assert steering.generate(model, LAYER, TASKS[:2], pushes[:2], 4, remote="local", **how) == here
+
+
+def test_a_remote_pair_steers_and_is_probed_alike(tmp_path):
+    store, pair = toy_store(tmp_path), replace(toy_pair(tmp_path), remote="local")
+    layer, tokenizer = store.layers["distilled"], pair.tokenizer()
+    here, away = (ablation.open_models(p, ["distilled"], tokenizer)["distilled"] for p in (replace(pair, remote=False), pair))
+    push = steering.Direction("deduction 3", "deduction", 9 * torch.randn(24, generator=torch.Generator().manual_seed(0)))
+    made = [steering.Steering(m, layer, tmp_path / str(remote), "weights", 6, remote=remote).run("report", TASKS, [(push, 1.0)])
+            for m, remote in ((here, False), (away, "local"))]
+    pd.testing.assert_frame_equal(*made)
+    slopes = [steering.influence(store, m, layer, ("reflection",), split="train", documents=3, remote=remote)["reflection"]
+              for m, remote in ((here, False), (away, "local"))]
+    torch.testing.assert_close(*slopes)
+    assert slopes[0].norm() > 0
 
 
 def test_directions_have_the_norm_of_strength_one():
