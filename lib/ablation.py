@@ -72,7 +72,8 @@ def open_models(pair: Pair, names: Sequence[str], tokenizer: PreTrainedTokenizer
             raise UserError(f"the pair {pair.name!r} is remote, and there is no key for NDIF: get one at https://login.ndif.us and set "
                             "NDIF_API_KEY, or take remote out of its entry in the registry")
         where, _, revision = str(source).partition("@")
-        models[name] = TransformersModel(where, revision=revision or None, tokenizer=tokenizer, task="text-generation", dtype=DTYPES[pair.dtype])
+        models[name] = TransformersModel(where, revision=revision or None, tokenizer=tokenizer, task="text-generation",
+                                         dtype=DTYPES[pair.dtype])
     return models
 
 

@@ -295,7 +295,8 @@ def open_crosscoder(run: Run, store: Store, source: str = "", facts: Mapping | N
         crosscoder = sharing.open_crosscoder(there if there.exists() else source, store.models, store, **(facts or {}))
         return crosscoder, sharing.mark_of(crosscoder)
     if facts:
-        raise UserError(f"facts ({', '.join(facts)}) are given about a crosscoder from elsewhere, but not where it is: give crosscoder_source")
+        raise UserError(f"facts ({', '.join(facts)}) are given about a crosscoder from elsewhere, but not where it is: give "
+                        "crosscoder_source")
     manifest = read_manifest(run.path("crosscoder"), "02_train_crosscoder")
     if manifest.get("store") != store.fingerprint:
         raise UserError("the crosscoder was trained on another store than there is now: run notebook 02_train_crosscoder again "

@@ -105,7 +105,8 @@ def influence(
         rows, columns = batch.at
         first = torch.full((len(batch.mask),), batch.mask.shape[1]).scatter_reduce(0, rows, columns, "amin")
         thinking = (torch.arange(batch.mask.shape[1]) >= first[:, None]).float()[..., None]
-        found = _gradients(model, layer, {"input_ids": batch.tokens, "attention_mask": batch.mask}, batch.at, thinking, list(words.values()), remote)
+        inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask}
+        found = _gradients(model, layer, inputs, batch.at, thinking, list(words.values()), remote)
         for label, gradient in zip(labels, found):
             total[label] += gradient
     return {label: gradient / len(frame) for label, gradient in total.items()}
@@ -115,7 +116,7 @@ def _gradients(
     model: TransformersModel, layer: int, inputs: dict[str, Tensor], at: tuple[Tensor, Tensor], thinking: Tensor, openings: list[Tensor],
     remote: bool | str
 ) -> Tensor:
-    """[labels, d]: the gradients of ``influence`` for one batch, taken where the model runs. ``openings``: ids of each label's first words."""
+    """[labels, d]: the gradients of ``influence`` for one batch, taken where the model runs. ``openings``: ids of first words."""
     rows, columns = at
     with torch.enable_grad():
         with model.trace(inputs, remote=remote) as tracer:

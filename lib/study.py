@@ -31,7 +31,7 @@ import torch
 
 from . import causal, effects, ladder, nulls, planted, use
 from .architectures import describe, match_l1, origins
-from .corpus import build
+from .corpus import build, override
 from .crosscoder import CrossCoder
 from .features import Inspection, category_features, codes, feature_table, inspect, open_crosscoder, sample_rows
 from .harvest import harvest
@@ -50,6 +50,7 @@ USED = {  # parameters of the notebooks that the study shares
     "03_inspect_features": ("seed", "max_tokens", "nrn_over", "top_contexts"),
 }
 NOTEBOOKS = tuple(USED)
+TEXTS = ("traces", "general")  # parameters of notebook 01 by which another text is taken than the pair's
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Study:
         self.budget = Budget(**chosen.get("study", {}))
         everything = {stem: parameters_of(notebooks / f"{stem}.ipynb") | chosen.get(stem, {}) for stem in NOTEBOOKS}
         self.parameters = {stem: {name: everything[stem][name] for name in names} for stem, names in USED.items()}
+        texts = {name: text for name in TEXTS if (text := everything[NOTEBOOKS[0]].get(name))}
+        self.parameters[NOTEBOOKS[0]] |= texts  # named only where they are not the pair's own: older results stay what they are
 
     # --- inputs ------------------------------------------------------------------------------------------------
 
@@ -138,10 +141,14 @@ class Study:
                        p["top_contexts"], p["nrn_over"], p["seed"])
 
     def harvested(self, *names: str) -> tuple[Pair, Store]:
-        """A store of other checkpoints of the same family, on the corpus of notebook 01."""
+        """A store of other checkpoints of the same family, on the corpus of notebook 01. UserError if its store holds another text."""
         p = self.parameters[NOTEBOOKS[0]]
-        pair = self.pair.between(*names)
-        documents = build(pair, p["tokens"], trace_share=p["trace_share"], seed=p["seed"])
+        whole = override(self.pair, **{name: p.get(name, "") for name in TEXTS})
+        pair, options = whole.between(*names), {"trace_share": p["trace_share"], "seed": p["seed"]}
+        documents = build(pair, p["tokens"], **options)
+        if build(whole, p["tokens"], **options).fingerprint != self.store.manifest["corpus"]["fingerprint"]:
+            raise UserError(f"the store of the run {self.run.name!r} was harvested from another text than its profile says: put tokens, "
+                            "trace_share, traces, general and seed of notebook 01 into the profile, and run the notebook again")
         return pair, harvest(pair, documents, self.work("store_" + "_".join(names)), layer=None if p["layer"] < 0 else p["layer"])
 
     def work(self, name: str) -> Path:

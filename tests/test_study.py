@@ -60,6 +60,27 @@ def test_the_fingerprint_knows_weights_parameters_and_budget(made, monkeypatch):
     assert "study" not in json.dumps(s.parameters)
 
 
+def test_nulls_read_the_text_that_the_store_was_harvested_from(made, monkeypatch, tmp_path):
+    """The profile's, which need not be the pair's; and nothing where the store holds another one."""
+    s, _, _ = made
+    assert not set(study.TEXTS) & set(s.parameters["01_harvest_activations"])  # as in results from before there was a choice
+    before = s.fingerprint("easy")
+    for name in ("traces", "general"):
+        (tmp_path / f"{name}.txt").write_text("so 9 * 4 = 13 .\n")
+        s.parameters["01_harvest_activations"][name] = str(tmp_path / f"{name}.txt")
+    assert s.fingerprint("easy") != before
+    monkeypatch.setattr(study, "harvest", lambda pair, documents, *args, **options: documents)
+    mine = {name: s.parameters["01_harvest_activations"][name] for name in ("traces", "general")}
+    p = s.parameters["01_harvest_activations"]
+    text = study.build(study.override(s.pair, **mine), p["tokens"], trace_share=p["trace_share"], seed=p["seed"]).fingerprint
+    s.store.manifest = {"corpus": {"fingerprint": text}}
+    pair, documents = s.harvested("base", "null_a")
+    assert list(pair.models) == ["base", "null_a"] and {kind for _, kind in documents.pair.corpus} == {"trace", "general"}
+    s.store.manifest = {"corpus": {"fingerprint": "another"}}
+    with pytest.raises(UserError, match="harvested from another text than its profile says"):
+        s.harvested("base", "null_a")
+
+
 def test_an_interrupted_part_leaves_nothing_that_could_be_read(made, monkeypatch):
     s, _, run = made
     s.make("easy")
