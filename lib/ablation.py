@@ -72,8 +72,12 @@ def open_models(pair: Pair, names: Sequence[str], tokenizer: PreTrainedTokenizer
             raise UserError(f"the pair {pair.name!r} is remote, and there is no key for NDIF: get one at https://login.ndif.us and set "
                             "NDIF_API_KEY, or take remote out of its entry in the registry")
         where, _, revision = str(source).partition("@")
-        models[name] = TransformersModel(where, revision=revision or None, tokenizer=tokenizer, task="text-generation",
-                                         dtype=DTYPES[pair.dtype])
+        try:
+            models[name] = TransformersModel(where, revision=revision or None, tokenizer=tokenizer, task="text-generation",
+                                             dtype=DTYPES[pair.dtype])
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"the configuration of the remote model {name!r} cannot be read from {pair.shown(name)}: {reason}") from None
     return models
 
 

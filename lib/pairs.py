@@ -127,6 +127,7 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
     A registry of one's own is given here, or for a whole process by the environment variable PAIRS_REGISTRY.
     """
     file = Path(registry or os.environ.get("PAIRS_REGISTRY") or REGISTRY)
+    file = file if file.is_file() else ROOT / file  # a notebook does not run where it is named
     if not file.is_file():
         raise UserError(f"the registry of pairs {file} does not exist: give a YAML file like data/pairs.yaml")
     try:

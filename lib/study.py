@@ -205,7 +205,9 @@ def load(run: Run, part: str, **inputs: str) -> Part:
                           f"({again}).")
     for name, value in inputs.items():
         if manifest["inputs"].get(name) != value:
-            return Part(part, f"Refused: the part \"{part}\" of the study was made from another {name} than this notebook has ({again}).")
+            whose = "; of the run's own crosscoder, not of one from elsewhere" if name == "crosscoder" else ""
+            return Part(part, f"Refused: the part \"{part}\" of the study was made from another {name} than this notebook has "
+                              f"({again}{whose}).")
     tables = {name: pd.read_csv(folder / f"{name}.csv", keep_default_na=False, na_values=[""]) for name in manifest["tables"]}
     took = f"; {manifest['seconds'] / 60:.0f} minutes" if manifest["seconds"] >= 90 else ""  # less: most of it was there
     note = f"Read, not computed here: the part \"{part}\" of the study ({again}{took})."

@@ -96,6 +96,9 @@ def test_what_ndif_cannot_run_is_refused(world, monkeypatch):
     for wrong in (world.pair.base, "pypi:some==1.0@sha256:0"):
         with pytest.raises(UserError, match="'base' is .*NDIF runs models of the hub"):
             ablation.open_models(replace(hub, models={"base": wrong}), ["base"], world.tokenizer)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="configuration of the remote model 'base' cannot be read from org/one"):
+        ablation.open_models(hub, hub.models, world.tokenizer)
     asked = []
     monkeypatch.setattr(ablation, "TransformersModel", lambda name, **how: asked.append((name, how["revision"])))
     ablation.open_models(hub, hub.models, world.tokenizer)
