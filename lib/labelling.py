@@ -10,8 +10,10 @@
 **Any OpenAI-compatible endpoint.** ``LABEL_URL`` (https://api.openai.com/v1, http://localhost:8000/v1, ...), ``LABEL_MODEL`` (the name that
 the server knows), ``LABEL_KEY`` (if it wants one). The key is sent in a header and is written nowhere. A server of your own::
 
-    pip install "transformers[serving]"; transformers serve --port 8000
-    LABEL_URL=http://localhost:8000/v1 LABEL_MODEL=HuggingFaceTB/SmolLM2-135M-Instruct make figures ONLY=03
+    pip install "transformers[serving]"; transformers serve Qwen/Qwen2.5-7B-Instruct --port 8000      # or a folder
+    LABEL_URL=http://localhost:8000/v1 LABEL_MODEL=Qwen/Qwen2.5-7B-Instruct make figures ONLY=03
+
+(Tried with a model of 135 million parameters: the server answers, but such a model writes no JSON, which ends in an error that says so.)
 
 **A label is a guess, its score is the evidence.** Contexts to label come from the split "choose". On the split "report" the model is shown
 k texts in which the feature fires and k of the same kind in which it does not, shuffled, and says which of them fit the label:

@@ -1,9 +1,13 @@
 """Labels by a language model: against a server that answers what was planted, and a judge whose scores are known beforehand."""
 
 import json
+import os
 import re
 import socket
+import subprocess
 import threading
+import urllib.request
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -360,3 +364,34 @@ def test_texts_to_label_are_the_strongest():
     table = labelling.contexts_to_label(store, planted(store), Words(), [0], n=3)
     assert table["rank"].tolist() == [1, 2, 3] and (store.tokens[table["row"]] == 7).all()
     assert table["text"].str.contains(" «7»").all() and (table["text"].str.count("«") == 1).all()
+
+
+@pytest.mark.slow
+def test_against_transformers_serve(tmp_path):
+    """The real server: TRANSFORMERS_SERVE names its executable (of an environment with transformers[serving]), SERVED_MODEL a folder."""
+    program, model = os.environ.get("TRANSFORMERS_SERVE"), os.environ.get("SERVED_MODEL")
+    if not program or not model:
+        pytest.skip("set TRANSFORMERS_SERVE to the program transformers and SERVED_MODEL to the folder of a chat model")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([program, "serve", model, "--port", str(port), "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(120):
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=1)
+                break
+            threading.Event().wait(1)  # time.sleep is taken
+        endpoint = labelling.Endpoint(f"http://localhost:{port}/v1", model, max_tokens=12, timeout=300.0)
+        read = lambda text: text or None  # noqa: E731
+        asked = (["Say hello.", "What is 2 + 2?"], "Say it again.", read, tmp_path, endpoint)
+        first = labelling._ask_all("asked", *asked)
+        assert all(isinstance(answer, str) and answer == raw for answer, raw in first)
+        with pytest.raises(UserError, match="can be read"):  # an answer that is no label, and is said to be none
+            labelling._ask_all("asked", ["Say hello."], "Again.", labelling.read_label, tmp_path, endpoint)
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert labelling._ask_all("asked", *asked) == first  # from the file: nobody answers any more
+    with pytest.raises(UserError, match="nothing answers at"):
+        labelling._ask_all("asked", ["Something new."], "Again.", read, tmp_path, endpoint)
