@@ -28,6 +28,7 @@ from lib.results import ROOT, write_text
 from .common import RESULTS
 
 PAGE = ROOT / "docs" / "costs.md"
+TRUE_SIZE = ROOT / "benchmarks" / "true_size.json"
 TOKENS, FEATURES, ACTIVE, BATCH, CONTEXT = 400_000_000, 32_768, 50, 4_096, 1_024
 ADAM_BYTES = 28  # moved per parameter and step: seven float32
 MEMORY_SHARE = 0.8  # of the memory's peak, that Adam reaches
@@ -187,13 +188,29 @@ def page(accelerator: Rates, stated: str, here: Rates) -> str:
     machine = f"{here.flops / 1e9:.0f} GFLOP/s in float32 and {here.bytes / 1e9:.0f} GB/s, as measured"
     return "\n".join([
         "# What the paper's runs take", "",
-        "On paper: none of this was run. Written by `python -m benchmarks.costs --write`, whose docstring has the formulas.", "",
+        "On paper, but for the last section. Written by `python -m benchmarks.costs --write`, whose docstring has the formulas.", "",
         "Assumptions:", "", *(f"- {line}" for line in assumptions), "",
         f"## Time, {accelerator.name}", "", *time_table(accelerator, overhead), "",
         "The harvest can be shared out among any number of jobs ([cluster.md](cluster.md)): its time is divided by their number.", "",
         "## Disk and memory", "", *space_table(accelerator), "",
         "## Time, the machine that wrote this page", "",
-        f"With {machine}. This is why there is an embedded pair.", "", *time_table(here, overhead), ""])
+        f"With {machine}. This is why there is an embedded pair.", "", *time_table(here, overhead), "", *true_size()])
+
+
+def true_size() -> list[str]:
+    """What ``benchmarks.true_size`` measured, if it did."""
+    if not TRUE_SIZE.is_file():
+        return []
+    found = json.loads(TRUE_SIZE.read_text())
+    disk = found["disk_gb"]
+    rows = [[name, f"{entry['seconds'] / 60:.1f} min", f"{entry['peak_memory_gb']:.1f} GB"] for name, entry in found["notebooks"].items()]
+    return ["## What was run at true size", "",
+            f"Two models of Qwen2.5-1.5B's exact configuration with random weights in bfloat16, {found['tokens']:,} tokens, {found['features']:,} features,"
+            f" on {found['machine']['cores']} cores of {found['machine']['processor']} (`python -m benchmarks.true_size`). It shows that the notebooks run at this"
+            " size, and what they hold in memory; the numbers that they find mean nothing.", "",
+            *table(["notebook", "time", "peak memory"], rows), "",
+            f"Disk: models {disk['models']:.1f} GB, store {1e6 * disk['store'] / found['tokens']:.1f} kB a token, crosscoder {disk['crosscoder']:.1f} GB, features"
+            f" {disk['features']:.2f} GB.", ""]
 
 
 def main() -> None:

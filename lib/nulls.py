@@ -112,6 +112,26 @@ def rates(table: pd.DataFrame, limits: pd.DataFrame, levels: Sequence[float] = L
     return pd.DataFrame(rows)
 
 
+def centred_rates(null_scores: pd.DataFrame, scores: pd.DataFrame, rates: pd.DataFrame, level: float = LEVELS[0]) -> pd.DataFrame:
+    """Share of alive features whose NRN lies further above the median of its own crosscoder than the null's limit: role, rate, low, high, hits, n.
+
+    NRN compares rows after each model was brought to the same mean norm. If one model's variance is then larger, all of its rows are longer,
+    and the whole distribution moves: a matter of scale, which ``rates`` counts as uniqueness of every feature. Here only what
+    stands out from its own pair counts. The tables are those of the study's part "nulls", the roles those in its ``rates``.
+    """
+    roles = rates.drop_duplicates(["pair", "seed"]).set_index(["pair", "seed"])["role"]
+    every = {key: part[part["alive"].astype(bool)]["nrn"] for key, part in null_scores.groupby(["pair", "seed"])}
+    own = next(key for key, role in roles.items() if role == "the pair")
+    every[own] = scores[scores["alive"].astype(bool)]["nrn"]
+    above = {roles[key]: nrn - nrn.median() for key, nrn in every.items() if roles[key] != "spread"}
+    limit, rows = np.quantile(above["sets the thresholds"], 1 - level), []
+    for role, distance in above.items():
+        hits = int((distance > limit).sum())
+        low, high = wilson(hits, len(distance))
+        rows.append({"role": role, "rate": hits / len(distance), "low": low, "high": high, "hits": hits, "n": len(distance)})
+    return pd.DataFrame(rows)
+
+
 # --- seeds -----------------------------------------------------------------------------------------------------
 
 

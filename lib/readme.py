@@ -1,10 +1,11 @@
-"""Writes the tables of results and of speed in README.md, and docs/scoreboard.md, from files of results: no number was typed by hand.
+"""Writes the tables of results and of speed in README.md, and docs/scoreboard*.md, from files of results: no number was typed by hand.
 
     python -m lib.readme            # after make figures or make bench; a test holds them equal
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from .puzzles import CATEGORIES
 from .results import ROOT, UserError, write_text
 
 RESULTS = [ROOT / "figures" / pair / "results" for pair in ("tiny", "tiny_large")]  # notebook 06 writes to the largest pair's
-MARKS = {name: (f"<!-- {name}: written by python -m lib.readme -->", f"<!-- end of {name} -->") for name in ("results", "standing", "speed")}
+MARKS = {name: (f"<!-- {name}: written by python -m lib.readme -->", f"<!-- end of {name} -->") for name in ("results", "standing", "learnt", "real", "lexicon", "speed")}
 # question, notebook, metrics shown (name, words before the number)
 ROWS = (
     ("Does thinking pay? Puzzles solved, every step right", "00",
@@ -48,6 +49,32 @@ ROWS = (
      (("parallelogram_base", "base"), ("parallelogram_distilled", "distilled"))),
     ("Do larger models grow more unique features? Features of 1,024 beyond the null's 1% threshold", "06",
      (("unique_above_null_tiny_small", "0.18M"), ("unique_above_null_tiny", "0.66M"), ("unique_above_null_tiny_large", "2.07M parameters"))),
+)
+
+REAL = ROOT / "figures" / "smol" / "results"
+# the same for the real pair, with what it alone has
+REAL_ROWS = (
+    ("Does the crosscoder describe both models? Explained variance", "02", (("fve_base", "base"), ("fve_distilled", "distilled"))),
+    ("The same by what the model predicts: cross-entropy recovered", "02", (("ce_recovered_base", "base"), ("ce_recovered_distilled", "distilled"))),
+    ("How often does a \"unique\" feature appear where no thinking was learnt? Share beyond the null's 1% threshold of NRN", "02",
+     (("null_false_positive_rate", "the null with another seed of the crosscoder"), ("beyond_null_nrn_distilled", "this pair"))),
+    ("Shared features put to other use: share whose use changes by more than 99% of the null's do", "03", (("use_reweighted", "this pair"),)),
+    *((f"Is a sentence of {c} announced before it is spoken? AUROC", "03",
+       ((f"auroc_{c}", "best distilled-side feature"), (f"token_only_auroc_{c}", "the token alone"), (f"sentence_only_auroc_{c}", "the last sentence's kind")))
+      for c in CATEGORIES),
+    ("At the first token: does the feature tell a reflection from the same word elsewhere? AUROC", "03", (("same_word_auroc_reflection", "feature"),)),
+    *((f"Is it causal? Change of the logit of {c}'s first token when frequent distilled-side features are removed", "04",
+       ((f"ablate_{c}_distilled", "distilled"), (f"ablate_{c}_base", "base"), (f"ablate_{c}_matched", "matched features, distilled"),
+        (f"ablate_{c}_random", "random directions of equal norm")))
+      for c in CATEGORIES),
+    ("Over-thinking and incisive thinking: length of thought, steered against not", "04",
+     (("overthink_length_ratio", "over-thinking"), ("incisive_length_ratio", "incisive"), ("random_length_ratio", "random directions"))),
+    ("Did the geometry of words change? Parallelogram loss, mean over relations", "05",
+     (("parallelogram_base", "base"), ("parallelogram_distilled", "distilled"), ("parallelogram_null_a", "null"))),
+)
+LEARNT = (  # name in evaluation.json, words
+    ("loss_traces", "loss on held-out traces (nats per token)"), ("loss_text", "loss on held-out encyclopedic text"), ("thinks", "answers that begin with a thought"),
+    ("closes", "answers that close it"), ("waits_per_1000", "\"wait\" per 1,000 tokens"), ("accuracy", "word problems answered right"),
 )
 
 BACK = 0.7  # mean cosine with the matches in other seeds from which a feature counts as the same; notebook 03 predicts with it
@@ -89,16 +116,35 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def table(results: Sequence[Path]) -> str:
+def table(results: Sequence[Path], rows: Sequence[tuple] = ROWS) -> str:
     """The results of folders of NN.json files as a Markdown table, each number with its 95% interval."""
     lines = ["| question | notebook | found |", "|---|---|---|"]
-    for question, notebook, metrics in ROWS:
+    for question, notebook, metrics in rows:
         file = next((folder / f"{notebook}.json" for folder in results if (folder / f"{notebook}.json").is_file()), None)
         if file is None:
             raise UserError(f"{notebook}.json is missing in {results[0]}: run make figures ONLY={notebook} first")
         found = json.loads(file.read_text())["metrics"]
         lines.append(f"| {question} | {notebook} | {'; '.join(f'{words} {_text(found.get(name))}' for name, words in metrics)} |")
     return "\n".join(lines)
+
+
+def learnt(evaluation: Path) -> str:
+    """evaluation.json of a pair with a pretrained base (``lib.appraisal``) as a Markdown table, a column per model."""
+    found = json.loads(evaluation.read_text())
+    lines = ["| measured on what no adapter was trained on | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    return "\n".join(lines + [f"| {words} | " + " | ".join(_text(of.get(name)) for of in found.values()) + " |" for name, words in LEARNT])
+
+
+def lexicon(folder: Path) -> str:
+    """Precision and recall of the lexicon's labels, from the two tables of ``lib.agreement`` in a folder."""
+    read, annotated = (list(csv.DictReader((folder / f"{name}_agreement.csv").open())) for name in ("sentences", "annotated"))
+    rows = [(f"{r['category']}, 100 sentences of our own traces labelled by reading", r) for r in read]
+    rows += [(f"{r['comparison'].replace('~', 'against annotated')}, sentences of held-out annotated traces", r) for r in annotated
+             if r["unit"] == "sentence" and r["half"] == "held out" and r["comparison"].split()[0] in CATEGORIES]
+    lines = ["| label | precision | by chance | recall | by chance |", "|---|---|---|---|---|"]
+    number = lambda row, name: _text({"value": float(row[name]), "ci": [float(row[f"{name}_low"]), float(row[f"{name}_high"])]})  # noqa: E731
+    return "\n".join(lines + [f"| {words} | {number(r, 'precision')} | {float(r['precision_base']):.2f} | {number(r, 'recall')} | {float(r['recall_base']):.2f} |"
+                              for words, r in rows])
 
 
 def standing(results: Path) -> str:
@@ -136,11 +182,11 @@ def _text(metric: dict | None) -> str:
 SCOREBOARD = """# Every prediction, and what became of it
 
 Each notebook writes its predictions down before its experiment and scores them at the end. This page collects them all ({held} held, {failed} did
-not, {open} could not be decided), for the embedded pair. Written by `python -m lib.readme` from the result files; the notebooks have the context.
+not, {open} could not be decided), for {pair}. Written by `python -m lib.readme` from the result files; the notebooks have the context.
 """
 
 
-def scoreboard(folders: Sequence[Path]) -> str:
+def scoreboard(folders: Sequence[Path], pair: str = "the embedded pair") -> str:
     """docs/scoreboard.md: the table \"scoreboard\" of every NN.json in the folders, in the order of the walk."""
     lines, count = [], {"yes": 0, "no": 0, "undecided": 0}
     for file in sorted((file for folder in folders for file in folder.glob("[0-9][0-9].json")), key=lambda file: file.name):
@@ -152,12 +198,14 @@ def scoreboard(folders: Sequence[Path]) -> str:
             row = dict(zip(found["columns"], row))
             count[row["held"]] += 1
             lines.append("| " + " | ".join(str(row[name]).replace("|", "\\|") for name in ("prediction", "observed", "held")) + " |")
-    return SCOREBOARD.format(held=count["yes"], failed=count["no"], open=count["undecided"]) + "\n".join(lines) + "\n"
+    return SCOREBOARD.format(held=count["yes"], failed=count["no"], open=count["undecided"], pair=pair) + "\n".join(lines) + "\n"
 
 
 def written(text: str, results: Sequence[Path], benchmarks: Path) -> str:
     """README text with its tables replaced."""
-    for name, content in (("results", table(results)), ("standing", standing(results[0])), ("speed", speed(benchmarks))):
+    contents = {"results": table(results), "standing": standing(results[0]), "learnt": learnt(ROOT / "data" / "pairs" / "smol" / "evaluation.json"),
+                "real": table([REAL], REAL_ROWS), "lexicon": lexicon(ROOT / "data" / "labelled"), "speed": speed(benchmarks)}
+    for name, content in contents.items():
         begin, end = MARKS[name]
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
@@ -169,6 +217,7 @@ def main() -> int:
     try:
         write_text(readme, written(readme.read_text(), RESULTS, ROOT / "benchmarks"))
         write_text(ROOT / "docs" / "scoreboard.md", scoreboard(RESULTS))
+        write_text(ROOT / "docs" / "scoreboard_smol.md", scoreboard([REAL], "the pair smol, a real language model"))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

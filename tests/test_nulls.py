@@ -108,3 +108,18 @@ def test_stability_averages_over_the_other_crosscoders():
     assert table.cosine_1.to_numpy() == pytest.approx(1, abs=1e-6)
     assert table.stability.to_numpy() == pytest.approx(((table.cosine_1 + table.cosine_2) / 2).to_numpy())
     assert (table.stability_low <= table.stability + 1e-9).all() and table.chance.mean() < 0.9
+
+
+def test_a_shift_of_the_whole_null_is_not_uniqueness_of_every_feature():
+    spread = np.linspace(-0.05, 0.05, 201)
+    null, again = scored(0.53 + spread), scored(0.60 + 1.1 * spread)  # the second is wider by a tenth, wherever it lies
+    pair = scored(np.r_[0.4 + spread, 0.9, 0.9], alive=np.r_[np.ones(202, bool), False])
+    tables = [null.assign(pair="base, null_a", seed=0), again.assign(pair="base, null_a", seed=1), again.assign(pair="base, null_b", seed=0)]
+    roles = {("base, null_a", 0): "sets the thresholds", ("base, null_a", 1): "false positives", ("base, null_b", 0): "spread",
+             ("base, distilled", 0): "the pair"}
+    rates = pd.DataFrame([{"pair": name, "seed": s, "role": role} for (name, s), role in roles.items()])
+    found = nulls.centred_rates(pd.concat(tables), pair, rates).set_index("role")
+    assert list(found.index) == ["sets the thresholds", "false positives", "the pair"] and found.n.tolist() == [201, 201, 202]
+    limit = np.quantile(spread, 0.99)
+    assert found.hits.tolist() == [(spread > limit + 1e-9).sum(), (1.1 * spread > limit).sum(), 1 + (spread > limit + 0.0003).sum()]
+    assert (found.low < found.rate).all() and (found.rate < found.high).all()
