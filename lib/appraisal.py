@@ -3,7 +3,8 @@
 Everything here is measured on what no adapter was trained on: held-out traces and paragraphs, and word problems of this
 project in wordings of the report split. All models get the same prompts, the same limit and greedy decoding.
 
-    python -m lib.appraisal data/pairs/smol --traces traces.jsonl.gz --text text.txt.gz
+    python -m lib.appraisal data/pairs/smol --traces traces.jsonl.gz --text text.txt.gz     # goes on with the model it was interrupted at;
+                                                                                          # remove evaluation.json after training anew
 """
 
 from __future__ import annotations
@@ -78,6 +79,12 @@ def measures(questions: Sequence[Question], said: Sequence[tuple[str, bool, int]
             "tokens_per_answer": {"value": float(waits[:, 1].mean()), "ci": bootstrap(waits[:, 1]), "n": n}}
 
 
+def asked_before(transcripts: Path, questions: Sequence[Question]) -> bool:
+    """Whether a file of transcripts is of these very questions: an interrupted appraisal goes on with the next model."""
+    lines = transcripts.read_text(encoding="utf-8").splitlines() if transcripts.is_file() else []
+    return [json.loads(line)["question"] for line in lines] == [q.text for q in questions]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the models of a pair with a pretrained base: evaluation.json and transcripts.")
     parser.add_argument("out", type=Path, help="folder of the pair: data/pairs/<pair>")
@@ -92,7 +99,13 @@ def main() -> None:
     once = Recipe(short=0)
     traces = [t for t in read_traces(args.traces) if held_out(t.question)] if args.traces else []
     texts = [t for t in read_texts(args.text) if held_out(t)] if args.text else []
+    evaluation, kept = args.out / "evaluation.json", args.out / "transcripts"
+    kept.mkdir(parents=True, exist_ok=True)
+    before = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
     for name in (*pair.models, *pair.others):
+        if name in before and asked_before(kept / f"{name}.jsonl", questions):
+            found[name] = before[name]
+            continue
         model = pair.load(name)
         found[name] = measures(questions, said := answers(model, tokenizer, questions))
         if traces:
@@ -100,8 +113,8 @@ def main() -> None:
         if texts:
             found[name]["loss_text"] = held_out_loss(model, text_windows(texts, tokenizer, once))
         rows = [{"question": q.text, "answer": q.answer, "said": text, "ended": ended} for q, (text, ended, _) in zip(questions, said)]
-        write_text(args.out / "transcripts" / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        write_text(args.out / "evaluation.json", json.dumps(found, indent=2) + "\n")
+        write_text(kept / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        write_text(evaluation, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

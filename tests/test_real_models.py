@@ -301,3 +301,11 @@ def test_held_out_loss_is_the_mean_over_learnt_tokens(tokenizer):
 
 def test_seeds_of_batches_differ():
     assert writing.hash_of(0, "trace", 1) == writing.hash_of(0, "trace", 1) != writing.hash_of(0, "trace", 2)
+
+
+def test_an_appraisal_goes_on_only_with_the_same_questions(tmp_path):
+    questions = [Question("a", 1, 0), Question("b", 2, 0)]
+    file = tmp_path / "base.jsonl"
+    assert not appraisal.asked_before(file, questions)
+    file.write_text('{"question": "a"}\n{"question": "b"}\n')
+    assert appraisal.asked_before(file, questions) and not appraisal.asked_before(file, questions[:1])
