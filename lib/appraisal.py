@@ -21,8 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import prompt, read_traces
-from .corpus import read_texts
-from .lora import Recipe, Window, held_out, text_windows, token_losses, trace_windows
+from .lora import Recipe, Window, held_out, paragraphs, text_windows, token_losses, trace_windows
 from .pairs import load_pair
 from .progress import Progress
 from .questions import Question, ask, final_number
@@ -98,7 +97,7 @@ def main() -> None:
     tokenizer, questions = pair.tokenizer("base"), ask("report", args.questions, open_share=0.0)
     once = Recipe(short=0)
     traces = [t for t in read_traces(args.traces) if held_out(t.question)] if args.traces else []
-    texts = [t for t in read_texts(args.text) if held_out(t)] if args.text else []
+    texts = [t for t in paragraphs(args.text) if held_out(t)] if args.text else []
     evaluation, kept = args.out / "evaluation.json", args.out / "transcripts"
     kept.mkdir(parents=True, exist_ok=True)
     before = json.loads(evaluation.read_text()) if evaluation.is_file() else {}

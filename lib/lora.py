@@ -65,6 +65,11 @@ def held_out(key: str, seed: int = 0) -> bool:
     return random.Random(f"{seed}/held out/{key}").random() < HELD_OUT
 
 
+def paragraphs(path: Path) -> Iterator[str]:
+    """The lines of a text file that hold text: also where no blank lines part them, as in some copies of WikiText."""
+    return (line for text in read_texts(path) for line in text.splitlines() if line.strip())
+
+
 Window = tuple[list[int], list[bool]]  # token ids, and for each whether it is learnt
 
 
@@ -243,14 +248,14 @@ def main() -> None:
         raise UserError(f"{runs} holds a run with another recipe ({recipe_file.name}): choose another folder with --runs, or remove it")
     write_text(recipe_file, json.dumps(asdict(recipe), indent=2) + "\n")
     if not args.text and set(args.stages) != {"distilled"}:
-        parser.error("--text is needed for the null: a text file with blank lines between paragraphs (WikiText, say); or train --stages distilled")
+        parser.error("--text is needed for the null: a text file with a paragraph a line (WikiText, say); or train --stages distilled")
     for stage in args.stages:
         own = replace(recipe, seed=recipe.seed + (stage == "null_b"))
         tokenizer, model = pair.tokenizer("base"), adapted(pair.load("base"), own)
         if stage == "distilled":
             windows = trace_windows(traces_of(args.traces, own), tokenizer, own)
         else:
-            windows = text_windows((t for t in read_texts(args.text) if not held_out(t)), tokenizer, own)
+            windows = text_windows((t for t in paragraphs(args.text) if not held_out(t)), tokenizer, own)
         train(model, windows, own, runs / stage)
         ship(model, runs / stage / "state.pt", args.out / stage, pair.shown("base"))
     logs = [runs / stage / "log.jsonl" for stage in STAGES]

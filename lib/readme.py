@@ -58,6 +58,10 @@ REAL_ROWS = (
     ("The same by what the model predicts: cross-entropy recovered", "02", (("ce_recovered_base", "base"), ("ce_recovered_distilled", "distilled"))),
     ("How often does a \"unique\" feature appear where no thinking was learnt? Share beyond the null's 1% threshold of NRN", "02",
      (("null_false_positive_rate", "the null with another seed of the crosscoder"), ("beyond_null_nrn_distilled", "this pair"))),
+    ("The same about each crosscoder's own median", "02",
+     (("null_false_positive_rate_centred", "the null with another seed"), ("beyond_null_nrn_centred_distilled", "this pair"))),
+    ("The same by latent scaling: in the activations, not in the decoder", "02",
+     (("null_false_positive_rate_nu_eps", "the null with another seed"), ("beyond_null_nu_eps_distilled", "this pair"))),
     ("Shared features put to other use: share whose use changes by more than 99% of the null's do", "03", (("use_reweighted", "this pair"),)),
     *((f"Is a sentence of {c} announced before it is spoken? AUROC", "03",
        ((f"auroc_{c}", "best distilled-side feature"), (f"token_only_auroc_{c}", "the token alone"), (f"sentence_only_auroc_{c}", "the last sentence's kind")))
@@ -73,7 +77,7 @@ REAL_ROWS = (
      (("parallelogram_base", "base"), ("parallelogram_distilled", "distilled"), ("parallelogram_null_a", "null"))),
 )
 LEARNT = (  # name in evaluation.json, words
-    ("loss_traces", "loss on held-out traces (nats per token)"), ("loss_text", "loss on held-out encyclopedic text"), ("thinks", "answers that begin with a thought"),
+    ("loss_traces", "loss on held-out traces (nats per token)"), ("thinks", "answers that begin with a thought"),
     ("closes", "answers that close it"), ("waits_per_1000", "\"wait\" per 1,000 tokens"), ("accuracy", "word problems answered right"),
 )
 

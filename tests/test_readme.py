@@ -13,7 +13,8 @@ def test_readme_shows_the_committed_results():
     assert readme.written(text, readme.RESULTS, ROOT / "benchmarks") == text, "run: python -m lib.readme"
 
 
-def test_the_scoreboard_shows_the_committed_predictions():
+def test_the_scoreboards_show_the_committed_predictions():
+    assert readme.scoreboard([readme.REAL], "the pair smol, a real language model") == (ROOT / "docs" / "scoreboard_smol.md").read_text()
     assert readme.scoreboard(readme.RESULTS) == (ROOT / "docs" / "scoreboard.md").read_text(), "run: python -m lib.readme"
 
 
@@ -50,6 +51,26 @@ def test_standing_is_judged_by_intervals(tmp_path):
     assert deduction.endswith("| **-0.10** [-0.20, 0.01] | no / no |") and "| yes | not measured |" in deduction
     assert alternative.endswith("| not measured | no / no |") and readme.standing(tmp_path).endswith(
         "\n0 of 4 pass all of these (to come back: a mean cosine of at least 0.7).")
+
+
+def test_what_was_learnt_has_a_column_per_model(tmp_path):
+    measured = {name: {"value": 0.25, "ci": [0.125, 0.5], "n": 8} for name, _ in readme.LEARNT}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"base": measured, "null_a": {**measured, "thinks": {"value": None, "ci": None, "n": 0}}}))
+    lines = readme.learnt(tmp_path / "evaluation.json").splitlines()
+    assert lines[0].endswith("| base | null_a |") and len(lines) == 2 + len(readme.LEARNT)
+    assert "| answers that begin with a thought | **0.25** [0.12, 0.50] | not measured |" in lines
+
+
+def test_the_lexicon_is_shown_by_reading_and_by_held_out_annotations(tmp_path):
+    numbers = "precision,precision_low,precision_high,precision_base,recall,recall_low,recall_high,recall_base"
+    values = "0.5,0.25,0.75,0.1,0.6,0.5,0.7,0.2"
+    (tmp_path / "sentences_agreement.csv").write_text(f"category,{numbers}\ncontrast,{values}\n")
+    rows = [f"{c},{u},{h},{values}" for c in ("deduction ~ deduction", "turn ~ backtracking") for u in ("sentence", "first of section")
+            for h in ("development", "held out", "all")]
+    (tmp_path / "annotated_agreement.csv").write_text("\n".join([f"comparison,unit,half,{numbers}", *rows]) + "\n")
+    lines = readme.lexicon(tmp_path).splitlines()[2:]
+    assert lines == ["| contrast, 100 sentences of our own traces labelled by reading | **0.50** [0.25, 0.75] | 0.10 | **0.60** [0.50, 0.70] | 0.20 |",
+                     "| deduction against annotated deduction, sentences of held-out annotated traces | **0.50** [0.25, 0.75] | 0.10 | **0.60** [0.50, 0.70] | 0.20 |"]
 
 
 def test_speed_from_hand_written_results(tmp_path):

@@ -112,6 +112,11 @@ def test_held_out_is_a_function_of_the_text_and_about_a_twentieth():
     assert held == [lora.held_out(f"question {i}") for i in range(4000)] and 140 < sum(held) < 260
 
 
+def test_paragraphs_are_lines_whether_blank_ones_part_them_or_not(tmp_path):
+    (tmp_path / "a.txt").write_text("One.\nTwo.\n\nThree.\n  \nFour.\n")
+    assert list(lora.paragraphs(tmp_path / "a.txt")) == ["One.", "Two.", "Three.", "Four."]
+
+
 class Stop(Exception):
     pass
 
