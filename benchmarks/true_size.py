@@ -7,7 +7,8 @@ with the paper's number of features, in how much time and memory, and on how muc
 of disk, in a folder that may be removed afterwards, and are saved as local folders like anybody's. The text is that of the pair ``smol``, and its
 tokenizer: a vocabulary of 49,152 in models that have room for 151,936.
 
-Source of the configuration: Qwen/Qwen2.5-Math-1.5B's config.json.
+Source of the configuration: config.json of Qwen/Qwen2.5-Math-1.5B and of deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, which differ in the length they admit
+(4,096 and 131,072; the latter here).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .common import machine
 
 PAIR = "true_size"
 CONFIG = dict(vocab_size=151_936, hidden_size=1_536, intermediate_size=8_960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-              max_position_embeddings=4_096, rope_theta=10_000.0, rms_norm_eps=1e-6, tie_word_embeddings=True, hidden_act="silu")
+              max_position_embeddings=131_072, rope_theta=10_000.0, rms_norm_eps=1e-6, tie_word_embeddings=True, hidden_act="silu")
 
 
 def make(folder: Path) -> Path:

@@ -13,7 +13,8 @@ the server knows), ``LABEL_KEY`` (if it wants one). The key is sent in a header 
     pip install "transformers[serving]"; transformers serve Qwen/Qwen2.5-7B-Instruct --port 8000      # or a folder
     LABEL_URL=http://localhost:8000/v1 LABEL_MODEL=Qwen/Qwen2.5-7B-Instruct make figures ONLY=03
 
-(Tried with a model of 135 million parameters: the server answers, but such a model writes no JSON, which ends in an error that says so.)
+(Tried with a folder that holds a model of 135 million parameters, and --device cpu: requests, answers kept and runs resumed are as they
+should be, but such a model writes no JSON, which ends in an error that says so.)
 
 **A label is a guess, its score is the evidence.** Contexts to label come from the split "choose". On the split "report" the model is shown
 k texts in which the feature fires and k of the same kind in which it does not, shuffled, and says which of them fit the label:
@@ -351,7 +352,7 @@ def _request(endpoint: Endpoint, messages: list[dict]) -> str:
             reason = getattr(error, "reason", error)
             if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
                 raise UserError(f"nothing answers at {endpoint.url} ({type(reason).__name__}): start the server, or correct "
-                                "LABEL_URL") from None
+                                "LABEL_URL; answers so far are kept") from None
             problem = f"no answer within {endpoint.timeout:g} s" if isinstance(reason, TimeoutError) else type(reason).__name__
         if attempt + 1 < TRIES:
             time.sleep(wait)
