@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -63,7 +62,7 @@ def main() -> int:
     run = ROOT / "data" / "runs" / PAIR / "smoke"
     shutil.rmtree(run, ignore_errors=True)
     budgets = {"01": {"tokens": args.tokens, "drift_documents": 4}, "02": {"n_features": args.features, "k": 50, "tokens": 2 * args.tokens, "batch_size": 1024,
-               "ce_tokens": 500, "threads": os.cpu_count()}, "03": {}}
+               "ce_tokens": 500, "threads": torch.get_num_threads()}, "03": {}}
     found = {}
     for notebook, parameters in budgets.items():
         given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
