@@ -1,6 +1,6 @@
 """Do notebooks 01 to 03 run on models of the paper's size? Two models of Qwen2.5-1.5B's exact configuration, with random weights.
 
-    python -m benchmarks.true_size [--tokens 6000] [--features 32768] [--folder data/models/true_size]
+    python -m benchmarks.true_size [--tokens 12000] [--features 32768] [--folder data/models/true_size]
 
 The weights mean nothing, so the numbers in the figures mean nothing: what is measured is that the notebooks run as they are, in bfloat16,
 with the paper's number of features, in how much time and memory, and on how much disk (benchmarks/true_size.json). The models take 6 GB
@@ -46,7 +46,7 @@ def make(folder: Path) -> Path:
     smol.tokenizer().save_pretrained(folder / "tokenizer")
     corpus = [{"path": str(Path(path).resolve()), "kind": kind} for path, kind in smol.corpus]
     entry = {"base": str(folder / "base"), "distilled": str(folder / "distilled"), "tokenizer": str(folder / "tokenizer"), "dtype": "bfloat16",
-             "store_dtype": "bfloat16", "corpus": corpus, "dictionary": 32_768, "tokens": 6_000}
+             "store_dtype": "bfloat16", "corpus": corpus, "dictionary": 32_768, "tokens": 12_000}
     registry = folder / "registry.yaml"
     write_text(registry, yaml.safe_dump({PAIR: entry}))
     return registry
@@ -54,14 +54,14 @@ def make(folder: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=6_000)
+    parser.add_argument("--tokens", type=int, default=12_000)
     parser.add_argument("--features", type=int, default=32_768)
     parser.add_argument("--folder", type=Path, default=ROOT / "data" / "models" / PAIR)
     args = parser.parse_args()
     registry = make(args.folder.resolve())
     run = ROOT / "data" / "runs" / PAIR / "smoke"
     shutil.rmtree(run, ignore_errors=True)
-    budgets = {"01": {"tokens": args.tokens, "drift_documents": 4}, "02": {"n_features": args.features, "k": 50, "tokens": 2 * args.tokens, "batch_size": 1024,
+    budgets = {"01": {"tokens": args.tokens, "drift_documents": 20}, "02": {"n_features": args.features, "k": 50, "tokens": 2 * args.tokens, "batch_size": 1024,
                "ce_tokens": 500, "threads": torch.get_num_threads()}, "03": {}}
     found = {}
     for notebook, parameters in budgets.items():
