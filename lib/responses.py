@@ -157,11 +157,12 @@ def rivals(comparison: pd.DataFrame, longer: Mapping, shorter: Mapping, accuracy
 
 
 def plot_dose_response(comparison: pd.DataFrame, measures: Mapping[str, str], columns: int = 2) -> go.Figure:
-    """One panel per measure ({column: title}) against strength: a line with 95% intervals for each direction.
+    """One panel per measure ({column: title}) that was measured against strength: a line with 95% intervals for each direction.
 
     Directions of one label share its colour and differ in their dashes. Random directions are one grey band, from the
     lowest to the highest of them, mirrored at 0: their sign means nothing.
     """
+    measures = {name: title for name, title in measures.items() if comparison[name].notna().any()}  # free text has no verified chain
     base = comparison[comparison["direction"] == NO_STEERING]
     noise = comparison[comparison["label"] == "random"]
     titles = list(measures.values())

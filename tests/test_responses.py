@@ -85,6 +85,8 @@ def test_rivals_counts_random_directions_that_do_as_well():
 def test_dose_response_has_a_panel_per_measure_and_a_mirrored_band():
     comparison = responses.compare(table(**{
         "none_0": ([10] * 4, [1] * 4), "reflection_1": ([20] * 4, [1] * 4), "random_1": ([12] * 4, [1] * 4)}))
+    unmeasured = responses.plot_dose_response(comparison.assign(chain=np.nan), {"length_ratio": "length", "chain": "every step"})
+    assert [a.text for a in unmeasured.layout.annotations] == ["length"]  # no empty panel
     fig = responses.plot_dose_response(comparison, {"length_ratio": "length", "accuracy": "accuracy"})
     assert [a.text for a in fig.layout.annotations] == ["length", "accuracy"]
     band, line = fig.data[1], fig.data[2]
