@@ -3,8 +3,8 @@
     python -m benchmarks.true_size [--tokens 12000] [--features 32768] [--folder data/models/true_size]
 
 The weights mean nothing, so the numbers in the figures mean nothing: what is measured is that the notebooks run as they are, in bfloat16,
-with the paper's number of features, in how much time and memory, and on how much disk (benchmarks/true_size.json). The models take 6 GB
-of disk, in a folder that may be removed afterwards, and are saved as local folders like anybody's. The text is that of the pair ``smol``, and its
+with the paper's number of features, in how much time and memory, and on how much disk (benchmarks/true_size.json). A notebook that has run
+already is not run again: remove data/runs/true_size to begin anew. The models take 6 GB of disk, in a folder that may be removed afterwards, and are saved as local folders like anybody's. The text is that of the pair ``smol``, and its
 tokenizer: a vocabulary of 49,152 in models that have room for 151,936.
 
 Source of the configuration: config.json of Qwen/Qwen2.5-Math-1.5B and of deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, which differ in the length they admit
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,15 +59,16 @@ def main() -> int:
     args = parser.parse_args()
     registry = make(args.folder.resolve())
     run = ROOT / "data" / "runs" / PAIR / "smoke"
-    shutil.rmtree(run, ignore_errors=True)
     budgets = {"01": {"tokens": args.tokens, "drift_documents": 20}, "02": {"n_features": args.features, "k": 50, "tokens": 2 * args.tokens, "batch_size": 1024,
                "ce_tokens": 500, "threads": torch.get_num_threads()}, "03": {}}
     found = {}
     for notebook, parameters in budgets.items():
+        file = run / "figures" / "results" / f"{notebook}.json"
         given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-        subprocess.run([sys.executable, "-m", "lib.run", "--pair", PAIR, "--profile", "smoke", "--registry", str(registry), "--only", notebook, *given],
-                       cwd=ROOT, check=True)
-        results = json.loads((run / "figures" / "results" / f"{notebook}.json").read_text())
+        if not file.is_file():
+            subprocess.run([sys.executable, "-m", "lib.run", "--pair", PAIR, "--profile", "smoke", "--registry", str(registry), "--only", notebook,
+                            *given], cwd=ROOT, check=True)
+        results = json.loads(file.read_text())
         found[notebook] = {"seconds": round(results["wall_seconds"]), "peak_memory_gb": round(results["peak_memory_mb"] / 1000, 1)}
         print(notebook, found[notebook], flush=True)
     disk = {name: round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e9, 3)
