@@ -25,7 +25,7 @@ from .lora import Recipe, Window, held_out, paragraphs, text_windows, token_loss
 from .pairs import load_pair
 from .progress import Progress
 from .questions import Question, ask, final_number
-from .results import bootstrap, wilson, write_text
+from .results import UserError, bootstrap, wilson, write_text
 from .writing import BATCH, sample
 
 WAIT = re.compile(r"\bwait\b", re.IGNORECASE)
@@ -41,6 +41,8 @@ def held_out_loss(model: PreTrainedModel, windows: Iterable[Window], limit: int 
             if (y[:, 1:] != -100).any():
                 losses = token_losses(model, x, y)
                 sums.append((float(losses.sum()), len(losses)))
+    if not sums:
+        raise UserError("there is nothing to measure the loss on: no traces, or no text, are held out")
     totals = np.array(sums)
     mean = lambda rows: rows[:, 0].sum() / rows[:, 1].sum()  # noqa: E731
     return {"value": mean(totals), "ci": bootstrap(totals, mean), "n": int(totals[:, 1].sum())}
@@ -80,8 +82,8 @@ def measures(questions: Sequence[Question], said: Sequence[tuple[str, bool, int]
 
 def asked_before(transcripts: Path, questions: Sequence[Question]) -> bool:
     """Whether a file of transcripts is of these very questions: an interrupted appraisal goes on with the next model."""
-    lines = transcripts.read_text(encoding="utf-8").splitlines() if transcripts.is_file() else []
-    return [json.loads(line)["question"] for line in lines] == [q.text for q in questions]
+    lines = transcripts.read_text(encoding="utf-8").split("\n") if transcripts.is_file() else []
+    return [json.loads(line)["question"] for line in lines if line] == [q.text for q in questions]
 
 
 def main() -> None:
@@ -108,9 +110,9 @@ def main() -> None:
         model = pair.load(name)
         found[name] = measures(questions, said := answers(model, tokenizer, questions))
         if traces:
-            found[name]["loss_traces"] = held_out_loss(model, trace_windows(traces, tokenizer, once))
+            found[name]["loss_traces"] = held_out_loss(model, trace_windows(traces, tokenizer, once, epochs=1))
         if texts:
-            found[name]["loss_text"] = held_out_loss(model, text_windows(texts, tokenizer, once))
+            found[name]["loss_text"] = held_out_loss(model, text_windows(texts, tokenizer, once, epochs=1))
         rows = [{"question": q.text, "answer": q.answer, "said": text, "ended": ended} for q, (text, ended, _) in zip(questions, said)]
         write_text(kept / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
         write_text(evaluation, json.dumps(found, indent=2) + "\n")

@@ -74,6 +74,8 @@ def read_traces(path: Path) -> Iterator[Trace]:
             try:
                 entry = json.loads(line)
                 trace = Trace(entry["question"], entry["thinking"], entry["answer"], entry.get("model", ""), entry.get("source", ""))
+                if not all(isinstance(text, str) for text in (trace.question, trace.thinking, trace.answer)):
+                    raise TypeError
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"line {number} of {path.name} is no trace: it must be JSON with question, thinking and answer") from None
+                raise UserError(f"line {number} of {path.name} is no trace: it must be JSON with question, thinking and answer, each a text") from None
             yield trace

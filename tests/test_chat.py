@@ -1,0 +1,43 @@
+"""Files of traces, and a trace as ids whatever is in its text."""
+
+# ruff: noqa: F401, F811 (fixtures that are shared)
+
+import gzip
+import json
+
+import pytest
+from test_real_models import tokenizer
+
+from lib import chat
+from lib.chat import Trace
+from lib.results import UserError
+
+
+def test_traces_are_read_packed_or_not_with_all_that_they_say(tmp_path):
+    made = [Trace("How many – exactly?", "First.\n\nWait.", "12", "teacher", "book"), Trace("q", "", "a")]
+    lines = "".join(json.dumps(vars(t), ensure_ascii=False) + "\n" for t in made)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert list(chat.read_traces(tmp_path / "a.jsonl")) == list(chat.read_traces(tmp_path / "a.jsonl.gz")) == made
+
+
+@pytest.mark.parametrize("entry", [{"question": None, "thinking": "t", "answer": "a"}, {"question": "q", "thinking": ["t"], "answer": "a"},
+                                   {"question": "q", "thinking": "t", "answer": 12}, ["q", "t", "a"], "q t a"])
+def test_what_is_not_text_is_no_trace(tmp_path, entry):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "q", "thinking": "t", "answer": "a"}) + "\n" + json.dumps(entry) + "\n")
+    with pytest.raises(UserError, match="line 2 of a.jsonl is no trace"):
+        list(chat.read_traces(tmp_path / "a.jsonl"))
+
+
+def test_space_around_the_parts_does_not_change_the_ids_and_space_within_them_stays(tokenizer):
+    bare, spaced = Trace("How many?", "First,\n\n  so.", "It is 12."), Trace("\n How many?  ", "\nFirst,\n\n  so.\n", " It is 12.\n\n")
+    ids, learnt = chat.encode_trace(bare, tokenizer)
+    assert chat.encode_trace(spaced, tokenizer) == (ids, learnt)
+    assert "<think>\nFirst,\n\n  so.\n</think>\n\nIt is 12.<|im_end|>\n" in tokenizer.decode(ids)
+
+
+def test_what_is_asked_is_the_same_ids_alone_and_within_a_trace(tokenizer):
+    """What a model is asked in use is what it was trained behind; in one text, a merge could bridge prompt and thought."""
+    ids, learnt = chat.encode_trace(Trace("How many?", "First.", "12"), tokenizer)
+    alone = tokenizer(chat.prompt("How many?"), add_special_tokens=False)["input_ids"]
+    assert ids[: len(alone)] == alone and learnt.index(True) == len(alone)
