@@ -3,12 +3,13 @@
     python -m benchmarks.true_size [--tokens 12000] [--features 32768] [--folder data/models/true_size]
 
 The weights mean nothing, so the numbers in the figures mean nothing: what is measured is that the notebooks run as they are, in bfloat16,
-with the paper's number of features, in how much time and memory, and on how much disk (benchmarks/true_size.json). A notebook that has run
-already is not run again: remove data/runs/true_size to begin anew. The models take 6 GB of disk, in a folder that may be removed afterwards, and are saved as local folders like anybody's. The text is that of the pair ``smol``, and its
-tokenizer: a vocabulary of 49,152 in models that have room for 151,936.
+with the paper's number of features, in how much time and memory, and on how much disk (benchmarks/true_size.json). A notebook that has
+run already is not run again: remove data/runs/true_size to begin anew. The models take 6 GB of disk, saved like anybody's, in a folder
+that may be removed afterwards. The text is that of the pair ``smol``, and its tokenizer: a vocabulary of 49,152 in models that have
+room for 151,936.
 
-Source of the configuration: config.json of Qwen/Qwen2.5-Math-1.5B and of deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, which differ in the length they admit
-(4,096 and 131,072; the latter here).
+Source of the configuration: config.json of Qwen/Qwen2.5-Math-1.5B and of deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, which differ in the
+length they admit (4,096 and 131,072; the latter here).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from lib.pairs import load_pair
 from lib.results import ROOT, write_text
@@ -39,9 +40,7 @@ def make(folder: Path) -> Path:
     for seed, name in enumerate(("base", "distilled")):
         if not (folder / name / "config.json").is_file():
             torch.manual_seed(seed)
-            torch.set_default_dtype(torch.bfloat16)
-            Qwen2ForCausalLM(Qwen2Config(**CONFIG)).save_pretrained(folder / name)
-            torch.set_default_dtype(torch.float32)
+            AutoModelForCausalLM.from_config(Qwen2Config(**CONFIG), dtype=torch.bfloat16).save_pretrained(folder / name)
     smol.tokenizer().save_pretrained(folder / "tokenizer")
     corpus = [{"path": str(Path(path).resolve()), "kind": kind} for path, kind in smol.corpus]
     entry = {"base": str(folder / "base"), "distilled": str(folder / "distilled"), "tokenizer": str(folder / "tokenizer"), "dtype": "bfloat16",

@@ -65,7 +65,8 @@ def open_models(pair: Pair, names: Sequence[str], tokenizer: PreTrainedTokenizer
     models = {}
     for name in names:
         source = pair.source(name)
-        if not (pair.remote == "local" if isinstance(source, Path) else not source.startswith(SCHEME)) or is_adapter(source):
+        folder = isinstance(source, Path)  # which can be read from here, and from nowhere else
+        if is_adapter(source) or (pair.remote != "local" if folder else source.startswith(SCHEME)):
             raise UserError(f"the pair {pair.name!r} is remote, and its {name!r} is {pair.shown(name)}: NDIF runs models of the hub; "
                             "take remote out of its entry in the registry, or give org/name")
         if pair.remote != "local" and not CONFIG.API.APIKEY:

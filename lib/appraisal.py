@@ -26,7 +26,7 @@ from .pairs import load_pair
 from .progress import Progress
 from .questions import Question, ask, final_number
 from .results import UserError, bootstrap, wilson, write_text
-from .writing import BATCH, sample
+from .writing import BATCH, read_lines, sample, write_lines
 
 WAIT = re.compile(r"\bwait\b", re.IGNORECASE)
 
@@ -82,8 +82,7 @@ def measures(questions: Sequence[Question], said: Sequence[tuple[str, bool, int]
 
 def asked_before(transcripts: Path, questions: Sequence[Question]) -> bool:
     """Whether a file of transcripts is of these very questions: an interrupted appraisal goes on with the next model."""
-    lines = transcripts.read_text(encoding="utf-8").split("\n") if transcripts.is_file() else []
-    return [json.loads(line)["question"] for line in lines if line] == [q.text for q in questions]
+    return [line["question"] for line in read_lines(transcripts)] == [q.text for q in questions]
 
 
 def main() -> None:
@@ -114,7 +113,7 @@ def main() -> None:
         if texts:
             found[name]["loss_text"] = held_out_loss(model, text_windows(texts, tokenizer, once, epochs=1))
         rows = [{"question": q.text, "answer": q.answer, "said": text, "ended": ended} for q, (text, ended, _) in zip(questions, said)]
-        write_text(kept / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        write_lines(kept / f"{name}.jsonl", rows)
         write_text(evaluation, json.dumps(found, indent=2) + "\n")
 
 

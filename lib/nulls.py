@@ -106,14 +106,17 @@ def rates(table: pd.DataFrame, limits: pd.DataFrame, levels: Sequence[float] = L
             n = len(_extremity(table, score, side))
             for level in levels:
                 hits = int(beyond(table, limits, score, side, level).sum())
-                low, high = wilson(hits, n)
-                rows.append({"score": score, "side": side, "level": level, "rate": hits / n if n else np.nan, "low": low, "high": high,
-                             "hits": hits, "n": n})
+                rows.append({"score": score, "side": side, "level": level, **_share(hits, n)})
     return pd.DataFrame(rows)
 
 
+def _share(hits: int, n: int) -> dict[str, float]:
+    low, high = wilson(hits, n)
+    return {"rate": hits / n if n else np.nan, "low": low, "high": high, "hits": hits, "n": n}
+
+
 def centred_rates(null_scores: pd.DataFrame, scores: pd.DataFrame, rates: pd.DataFrame, level: float = LEVELS[0]) -> pd.DataFrame:
-    """Share of alive features whose NRN lies further above the median of its own crosscoder than the null's limit: role, rate, low, high, hits, n.
+    """Share of alive features whose NRN lies further above its own crosscoder's median than the null's limit: role, rate, low, high, hits, n.
 
     NRN compares rows after each model was brought to the same mean norm. If one model's variance is then larger, all of its rows are longer,
     and the whole distribution moves: a matter of scale, which ``rates`` counts as uniqueness of every feature. Here only what
@@ -124,12 +127,8 @@ def centred_rates(null_scores: pd.DataFrame, scores: pd.DataFrame, rates: pd.Dat
     own = next(key for key, role in roles.items() if role == "the pair")
     every[own] = scores[scores["alive"].astype(bool)]["nrn"]
     above = {roles[key]: nrn - nrn.median() for key, nrn in every.items() if roles[key] != "spread"}
-    limit, rows = np.quantile(above["sets the thresholds"], 1 - level), []
-    for role, distance in above.items():
-        hits = int((distance > limit).sum())
-        low, high = wilson(hits, len(distance))
-        rows.append({"role": role, "rate": hits / len(distance), "low": low, "high": high, "hits": hits, "n": len(distance)})
-    return pd.DataFrame(rows)
+    limit = np.quantile(above["sets the thresholds"], 1 - level)
+    return pd.DataFrame([{"role": role, **_share(int((distance > limit).sum()), len(distance))} for role, distance in above.items()])
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------

@@ -137,18 +137,18 @@ def phase_of(store: Store, rows: np.ndarray) -> np.ndarray:
     _, first, which, length = np.unique(documents, return_index=True, return_inverse=True, return_counts=True)
     if tags := store.manifest["corpus"].get("think_tags"):
         trace = _phase_by_tags(store.tokens[whole], which, *tags)
-        return np.where(store.labels["kind"][whole] == 1, trace, PHASES.index("general")).astype(np.int8)[np.searchsorted(whole, rows)]
-    ordinal = np.cumsum(starts)
-    ordinal = ordinal - (ordinal[first] - starts[first])[which]  # 1 in the first sentence, 0 before it
-    last = ordinal[first + length - 1][which]
-    prompt, thinking, answer = (PHASES.index(p) for p in PHASES[1:])
-    trace = np.select([last == 0, ordinal <= 1, ordinal == last], [-1, prompt, answer], thinking)
+    else:
+        ordinal = np.cumsum(starts)
+        ordinal = ordinal - (ordinal[first] - starts[first])[which]  # 1 in the first sentence, 0 before it
+        last = ordinal[first + length - 1][which]
+        prompt, thinking, answer = (PHASES.index(p) for p in PHASES[1:])
+        trace = np.select([last == 0, ordinal <= 1, ordinal == last], [-1, prompt, answer], thinking)
     phase = np.where(store.labels["kind"][whole] == 1, trace, PHASES.index("general")).astype(np.int8)
     return phase[np.searchsorted(whole, rows)]
 
 
 def _phase_by_tags(tokens: np.ndarray, document: np.ndarray, opening: Sequence[int], closing: Sequence[int]) -> np.ndarray:
-    """Phase of each token: before the first opening tag of its document the prompt, up to the closing one (or the end) thinking, then answer.
+    """Phase of each token: before the first opening tag of its document prompt, up to the closing one (or the end) thinking, then answer.
 
     ``document`` [n] numbers the documents from 0, in order. A document without opening tag thinks from its beginning if it closes the
     thought (a window of a long trace); without any tag nothing is known: -1.

@@ -13,7 +13,7 @@ import gzip
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -81,8 +81,7 @@ def write_corpus(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     A line has ``text`` (the prompt included), ``tokens`` and ``ended``; a trace its ``answer`` too, what would be right. Batches are
     functions of (seed, number) and written whole, so an interrupted run goes on to the same file. A text that was there before is left out.
     """
-    content = file.read_text(encoding="utf-8") if file.is_file() else ""
-    lines = [json.loads(line) for line in content.split("\n") if line]  # not splitlines: other separators may be in a text
+    lines = read_lines(file)
     texts, written = {line["text"] for line in lines}, sum(line["tokens"] for line in lines)
     number = max((line["batch"] for line in lines), default=-1) + 1
     with Progress(f"{kind} tokens", tokens) as progress:
@@ -97,11 +96,26 @@ def write_corpus(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
                 if whole not in texts:
                     texts.add(whole)
                     written += size
-                    content += json.dumps({"text": whole, "tokens": size, "ended": ended, "batch": number, **facts}, ensure_ascii=False) + "\n"
-            write_text(file, content)
+                    lines.append({"text": whole, "tokens": size, "ended": ended, "batch": number, **facts})
+            write_lines(file, lines)
             number += 1
             progress.update(min(written, tokens))
     return written
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The entries of a JSONL file that ``write_lines`` wrote; [] if there is none."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return [json.loads(line) for line in text.split("\n") if line]  # not splitlines: other separators may be in an entry
+
+
+def write_lines(file: Path, entries: Iterable[dict]) -> None:
+    """Write a JSONL file, whole or not at all."""
+    write_text(file, "".join(map(_line, entries)))
+
+
+def _line(entry: dict) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def _prompts(kind: str, number: int, seed: int) -> list[tuple[str, dict]]:
@@ -122,9 +136,8 @@ def pack(file: Path, out: Path) -> None:
     """The texts of a JSONL file, compressed, without a time stamp: the same texts give the same bytes."""
     scratch = out.with_suffix(".part")
     with scratch.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed:
-        for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
-            entry = {key: value for key, value in json.loads(line).items() if key != "batch"}
-            packed.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
+        for entry in read_lines(file):
+            packed.write(_line({key: value for key, value in entry.items() if key != "batch"}).encode())
     os.replace(scratch, out)
 
 

@@ -23,3 +23,11 @@ def one_thread():
 def run(tmp_path) -> Run:
     """A run named "test" of the pair "tiny" below a temporary root."""
     return Run("tiny", "test", root=tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """That of the chat models in ``toys``, for tests that have none of their own."""
+    from toys import chat_tokenizer
+
+    return chat_tokenizer()

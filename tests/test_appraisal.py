@@ -1,12 +1,12 @@
 """The appraisal as a whole: what it measures on, and that nothing is counted twice."""
 
-# ruff: noqa: F401, F811 (fixtures that are shared)
-
 import json
 import sys
 
 import pytest
-from test_real_models import llama, tokenizer
+import torch
+from torch.nn.functional import cross_entropy
+from toys import chat_model
 
 from lib import appraisal, lora
 from lib.chat import encode_trace, read_traces
@@ -18,7 +18,7 @@ from lib.results import UserError
 @pytest.fixture
 def command(tokenizer, tmp_path, monkeypatch):
     for name, seed in (("base", 0), ("distilled", 1)):
-        llama(seed).save_pretrained(tmp_path / name)
+        chat_model(seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     monkeypatch.setattr(appraisal, "load_pair", lambda name: Pair(name, {n: tmp_path / n for n in ("base", "distilled")}))
     monkeypatch.setattr(appraisal, "answers", lambda model, tokenizer, questions: [("It is 5.\u2028", True, 4)] * len(questions))
@@ -59,7 +59,7 @@ def test_a_model_that_was_appraised_is_not_asked_again(command, tmp_path, monkey
 
 def test_nothing_to_measure_on_is_said(tokenizer):
     with pytest.raises(UserError, match="nothing to measure the loss on"):
-        appraisal.held_out_loss(llama(), [([5], [True]), ([5, 6], [True, False])])
+        appraisal.held_out_loss(chat_model(), [([5], [True]), ([5, 6], [True, False])])
 
 
 def test_shares_are_hits_of_all():
@@ -70,3 +70,35 @@ def test_shares_are_hits_of_all():
     for name in ("thinks", "closes", "ends", "accuracy"):
         assert 0 <= found[name]["ci"][0] < found[name]["value"] < found[name]["ci"][1] <= 1
     assert found["tokens_per_answer"]["value"] == (6 + 2 + 27) / 8 and found["waits_per_1000"]["value"] == 0
+
+
+def test_measures_of_answers_by_hand():
+    questions = [Question("a", 12, 0), Question("b", 5, 0), Question("c", 7, 0), Question("d", None, -1)]
+    said = [("<think>\nWait, 3? wait.\n</think>\n\nIt is \\boxed{12}, not 4.", True, 10), ("It is 5.", True, 4),
+            ("<think>\nIt is 7", False, 20), ("Awaited.", True, 6)]
+    found = appraisal.measures(questions, said)
+    values = {name: m["value"] for name, m in found.items()}
+    assert values == {"thinks": 0.5, "closes": 0.25, "ends": 0.75, "accuracy": pytest.approx(2 / 3),  # 7 stands in a thought that never closed
+                      "waits_per_1000": pytest.approx(1000 * 2 / 40), "tokens_per_answer": 10}
+    assert found["accuracy"]["n"] == 3 and found["thinks"]["n"] == 4 and found["waits_per_1000"]["n"] == 40
+
+
+def test_held_out_loss_is_the_mean_over_learnt_tokens(tokenizer):
+    model, windows = chat_model(), [([5, 9, 30, 31, 7], [False, False, True, True, True]), ([8, 9], [True, True]), ([3], [True])]
+    total, n = 0.0, 0
+    for ids, learnt in windows[:2]:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0]
+        for i in range(1, len(ids)):
+            if learnt[i]:
+                total, n = total + float(cross_entropy(logits[i - 1], torch.tensor(ids[i]))), n + 1
+    found = appraisal.held_out_loss(model, windows)
+    assert found["n"] == n == 4 and found["value"] == pytest.approx(total / n, rel=1e-5) and found["ci"][0] <= found["value"] <= found["ci"][1]
+
+
+def test_an_appraisal_goes_on_only_with_the_same_questions(tmp_path):
+    questions = [Question("a", 1, 0), Question("b", 2, 0)]
+    file = tmp_path / "base.jsonl"
+    assert not appraisal.asked_before(file, questions)
+    file.write_text('{"question": "a"}\n{"question": "b"}\n')
+    assert appraisal.asked_before(file, questions) and not appraisal.asked_before(file, questions[:1])

@@ -1,16 +1,15 @@
 """Files of traces, and a trace as ids whatever is in its text."""
 
-# ruff: noqa: F401, F811 (fixtures that are shared)
-
 import gzip
 import json
 
 import pytest
-from test_real_models import tokenizer
 
 from lib import chat
 from lib.chat import Trace
 from lib.results import UserError
+
+TRACE = Trace("How many socks?", "First, I count.\nWait, that is 12.", "The answer is 12.")
 
 
 def test_traces_are_read_packed_or_not_with_all_that_they_say(tmp_path):
@@ -41,3 +40,29 @@ def test_what_is_asked_is_the_same_ids_alone_and_within_a_trace(tokenizer):
     ids, learnt = chat.encode_trace(Trace("How many?", "First.", "12"), tokenizer)
     alone = tokenizer(chat.prompt("How many?"), add_special_tokens=False)["input_ids"]
     assert ids[: len(alone)] == alone and learnt.index(True) == len(alone)
+
+
+def test_a_trace_is_written_out_whole_and_only_the_models_part_is_learnt(tokenizer):
+    ids, learnt = chat.encode_trace(TRACE, tokenizer)
+    text = ("<|im_start|>user\nHow many socks?<|im_end|>\n<|im_start|>assistant\n<think>\nFirst, I count.\nWait, that is 12.\n</think>\n\n"
+            "The answer is 12.<|im_end|>\n")
+    assert tokenizer.decode(ids) == text == "".join(chat.parts(TRACE)) and ids.count(1) == 2  # markers are single tokens
+    assert tokenizer.decode([i for i, kept in zip(ids, learnt) if kept]) == text[text.index("<think>") :]
+    assert learnt == sorted(learnt)
+
+
+def test_the_tags_of_a_thought_are_found_as_ids(tokenizer):
+    opening, closing = chat.think_tags(tokenizer)
+    ids = chat.encode_trace(TRACE, tokenizer)[0]
+    places = {name: [i for i in range(len(ids)) if ids[i : i + len(tag)] == tag] for name, tag in (("open", opening), ("close", closing))}
+    assert len(places["open"]) == len(places["close"]) == 1
+    assert tokenizer.decode(ids[places["open"][0] :]).startswith("<think>") and tokenizer.decode(ids[places["close"][0] :]).startswith("</think>")
+
+
+def test_a_file_that_is_no_trace_is_named_with_its_line(tmp_path):
+    file = tmp_path / "traces.jsonl"
+    file.write_text(json.dumps({"question": "q", "thinking": "t", "answer": "a", "more": 1}) + '\n{"question": "q"}\n')
+    with pytest.raises(UserError, match="line 2 of traces.jsonl is no trace"):
+        list(chat.read_traces(file))
+    with pytest.raises(UserError, match="does not exist"):
+        list(chat.read_traces(tmp_path / "none.jsonl"))

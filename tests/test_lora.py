@@ -1,22 +1,28 @@
 """Adapters from end to end: windows, a training that was broken off, what is shipped, and who has seen what."""
 
-# ruff: noqa: F401, F811 (fixtures that are shared)
-
 import json
 import random
 import sys
 from dataclasses import asdict, replace
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
-from test_real_models import SMALL, llama, tokenizer, traces
 from torch.nn.functional import cross_entropy
+from toys import chat_model
 
 from lib import chat, lora, weights
 from lib.chat import Trace
 from lib.pairs import Pair
 from lib.results import UserError
+
+SMALL = lora.Recipe(rank=2, alpha=4, tokens=1500, batch_tokens=96, window=64, short=40, keep_every=600)
+
+
+def traces(n=12):
+    return [Trace(f"How many socks are in {i}?", "First, I count. " * (1 + i % 4), f"The answer is {i}.") for i in range(n)]
+
 
 # --- windows ---------------------------------------------------------------------------------------------------
 
@@ -53,7 +59,7 @@ def test_nothing_to_learn_from_is_said(tokenizer):
 
 
 def test_padding_and_neighbours_do_not_change_the_losses():
-    model, rng = llama(), random.Random(0)
+    model, rng = chat_model(), random.Random(0)
     rows = [[rng.randrange(3, 300) for _ in range(n)] for n in (5, 12, 9)]
     x, y = torch.zeros(3, 12, dtype=torch.long), torch.full((3, 12), -100)
     by_hand = []
@@ -87,7 +93,7 @@ def test_a_training_that_was_broken_off_goes_on_from_its_state(tokenizer, tmp_pa
 
         monkeypatch.setattr(lora, "token_losses", counted)
         windows = lora.trace_windows(traces(), tokenizer, SMALL)
-        return lora.train(lora.adapted(llama().to(dtype), SMALL), windows, SMALL, folder, lambda line: None)
+        return lora.train(lora.adapted(chat_model().to(dtype), SMALL), windows, SMALL, folder, lambda line: None)
 
     whole, every = run(tmp_path / "whole"), list(asked)
     assert len(every) > 8
@@ -116,7 +122,7 @@ def test_a_window_in_which_nothing_is_learnt_is_no_failure(tokenizer, tmp_path):
     nothing = [not any(learnt[1:]) for _, learnt in islice(lora.trace_windows(long, tokenizer, recipe), 64)]
     assert any(nothing) and not all(nothing)
     windows = lora.trace_windows(long, tokenizer, recipe)
-    model = lora.train(lora.adapted(llama(), recipe), windows, recipe, tmp_path / "run", lambda line: None)
+    model = lora.train(lora.adapted(chat_model(), recipe), windows, recipe, tmp_path / "run", lambda line: None)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert losses and all(0 < loss < 20 for loss in losses)
@@ -127,7 +133,7 @@ def test_a_window_in_which_nothing_is_learnt_is_no_failure(tokenizer, tmp_path):
 
 def test_what_is_shipped_is_the_adapter_that_was_trained(tokenizer, tmp_path):
     windows = lora.trace_windows(traces(), tokenizer, SMALL)
-    trained = lora.train(lora.adapted(llama(), SMALL), windows, SMALL, tmp_path / "run", lambda line: None)
+    trained = lora.train(lora.adapted(chat_model(), SMALL), windows, SMALL, tmp_path / "run", lambda line: None)
     state, x = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["adapter"], torch.tensor([[5, 9, 30, 31]])
     with torch.no_grad():
         meant = trained(x).logits
@@ -137,10 +143,10 @@ def test_what_is_shipped_is_the_adapter_that_was_trained(tokenizer, tmp_path):
     assert str(tmp_path) not in (tmp_path / "out" / weights.ADAPTER).read_text()
     numbers = sum(p.numel() for p in state.values())
     assert 2 * numbers < (tmp_path / "out" / "adapter_model.safetensors").stat().st_size < 2 * numbers + 10_000  # two bytes each and names
-    lora.ship(lora.adapted(llama(), SMALL), tmp_path / "run" / "state.pt", tmp_path / "anew", "data/models/base")  # the state decides
+    lora.ship(lora.adapted(chat_model(), SMALL), tmp_path / "run" / "state.pt", tmp_path / "anew", "data/models/base")  # the state decides
     assert (tmp_path / "anew" / "adapter_model.safetensors").read_bytes() == (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
-    merged = weights.merged(llama(), tmp_path / "out")
-    by_hand = dict(llama().named_parameters())
+    merged = weights.merged(chat_model(), tmp_path / "out")
+    by_hand = dict(chat_model().named_parameters())
     for name, b in state.items():
         if "lora_B" in name:
             module = name.removeprefix("base_model.model.").removesuffix(".lora_B.default.weight")
@@ -150,7 +156,7 @@ def test_what_is_shipped_is_the_adapter_that_was_trained(tokenizer, tmp_path):
     for name, p in merged.named_parameters():
         assert torch.allclose(p, by_hand[name], atol=1e-6), name
     with torch.no_grad():
-        change = (meant - llama()(x).logits).abs().max()
+        change = (meant - chat_model()(x).logits).abs().max()
         assert (merged(x).logits - meant).abs().max() < 0.05 * change  # rounding to bfloat16 costs little of what was learnt
 
 
@@ -167,7 +173,7 @@ def some(keys, n=50):
 @pytest.fixture
 def command(tokenizer, tmp_path, monkeypatch):
     """(run, seen): lib.lora's command on a toy pair; ``seen`` collects the ids that each stage was given."""
-    llama().save_pretrained(tmp_path / "base")
+    chat_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     models = {"base": tmp_path / "base", "distilled": tmp_path / "toy" / "distilled"}
     monkeypatch.setattr(lora, "load_pair", lambda name: Pair(name, models))
@@ -207,7 +213,7 @@ def test_the_null_reads_text_and_no_adapter_what_is_held_out(command, tmp_path):
     assert list(dict.fromkeys(stages)) == ["distilled", "null_a"]
     assert json.loads((out / "recipe.json").read_text()) == asdict(replace(SMALL, tokens=9000))
     assert all(weights.adapter_base(out / stage) == str(tmp_path / "base") for stage in ("distilled", "null_a"))
-    a, b = (weights.merged(llama(), out / stage).get_submodule("model.layers.0.mlp.up_proj").weight for stage in ("distilled", "null_a"))
+    a, b = (weights.merged(chat_model(), out / stage).get_submodule("model.layers.0.mlp.up_proj").weight for stage in ("distilled", "null_a"))
     assert not torch.equal(a, b)
 
 
@@ -218,3 +224,57 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(command, tmp_path):
         run("--traces", str(tmp_path / "traces.jsonl"), "--stages", "distilled", "--tokens", "400")
     with pytest.raises(SystemExit):
         run("--traces", str(tmp_path / "traces.jsonl"), "--tokens", "300")  # the null without text
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------
+
+
+def test_the_first_epoch_is_of_short_traces_and_every_token_of_all_comes_in_each_later_one(tokenizer):
+    made, recipe = traces(), replace(SMALL, short=70)
+    assert recipe.window < max(len(chat.encode_trace(t, tokenizer)[0]) for t in made)  # some are cut
+    short = [t for t in made if len(t.thinking) + len(t.answer) < 70]
+    sizes = lambda some: sum(len(chat.encode_trace(t, tokenizer)[0]) for t in some)  # noqa: E731
+    stream = lora.trace_windows(made, tokenizer, recipe)
+    for expected in (sizes(short), sizes(made), sizes(made)):
+        seen = 0
+        while seen < expected:
+            ids, learnt = next(stream)
+            seen += len(ids)
+            assert len(ids) == len(learnt) <= recipe.window
+        assert seen == expected
+
+
+def test_batches_hold_every_window_once_and_learn_only_what_is_learnt(tokenizer):
+    windows = list(islice(lora.trace_windows(traces(), tokenizer, SMALL), 64))
+    found = []
+    for x, y, size in lora.batches(iter(windows), SMALL):
+        assert x.numel() <= SMALL.batch_tokens or len(x) == 1
+        rows = [row[: int(n)] for row, n in zip(x.tolist(), (x != 0).sum(1))]
+        assert size == sum(map(len, rows)) and (y[x == 0] == -100).all()
+        found += [(tuple(row), tuple(v != -100 for v in target[: len(row)])) for row, target in zip(rows, y.tolist())]
+        if len(found) == 64:
+            break
+    assert sorted(found) == sorted((tuple(ids), tuple(learnt)) for ids, learnt in windows)
+
+
+def test_held_out_is_a_function_of_the_text_and_about_a_twentieth():
+    held = [lora.held_out(f"question {i}") for i in range(4000)]
+    assert held == [lora.held_out(f"question {i}") for i in range(4000)] and 140 < sum(held) < 260
+
+
+def test_paragraphs_are_lines_whether_blank_ones_part_them_or_not(tmp_path):
+    (tmp_path / "a.txt").write_text("One.\nTwo.\n\nThree.\n  \nFour.\n")
+    assert list(lora.paragraphs(tmp_path / "a.txt")) == ["One.", "Two.", "Three.", "Four."]
+
+
+def test_training_learns_keeps_adapters_and_leaves_the_base_alone(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "STATE_EVERY", 3)
+    windows = lora.trace_windows(traces(), tokenizer, SMALL)
+    whole = lora.train(lora.adapted(chat_model(), SMALL), windows, SMALL, tmp_path / "whole", lambda line: None)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] and all(np.isfinite(losses))
+    assert len(list((tmp_path / "whole").glob("kept_*.pt"))) == 2
+    untouched = dict(chat_model().named_parameters())
+    for name, p in whole.get_base_model().named_parameters():  # the base itself is not trained
+        if "lora" not in name:
+            assert torch.equal(p, untouched[name.replace(".base_layer", "")])

@@ -6,23 +6,14 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import yaml
-from toys import toy_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from toys import toy_llama, toy_model
 
 from lib.distill import build_tokenizer
 from lib.results import ROOT
 
-
-def llama(width, layers, seed):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=width, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
-                                        intermediate_size=2 * width, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1,
-                                        eos_token_id=2, pad_token_id=0, initializer_range=0.2))
-
-
-PAIRS = {"toy_llama": lambda: (llama(32, 4, 0), llama(32, 4, 1)), "toy_unlike": lambda: (toy_model(32, 0, layers=4), llama(48, 6, 1))}
+PAIRS = {"toy_llama": lambda: (toy_llama(32, 0), toy_llama(32, 1)),
+         "toy_unlike": lambda: (toy_model(32, 0, layers=4), toy_llama(48, 1, layers=6))}
 
 
 @pytest.mark.slow

