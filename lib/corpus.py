@@ -45,6 +45,7 @@ SPLITS = ("train", "choose", "report")  # to train on; to choose features and st
 LABEL_ARRAYS = ("label", "starts", "ends", "next_label", "error", "kind")
 _PUZZLE_SPLIT = {"train": "train", "choose": "validation", "report": "test"}
 _GENERAL_MIX = {kind: share for kind, share in BASE_MIX.items() if kind != "direct"}
+LINES = 100  # so many lines at the beginning of a text file without a blank one: every line is a text
 _MAX_REPEATS = 1000  # generated documents in a row that were there before: the corpus is exhausted
 
 
@@ -354,7 +355,7 @@ def read_texts(path: Path) -> Iterator[str]:
 def read_items(path: Path) -> Iterator[str | Trace]:
     """The texts of a file (.gz or not): of JSONL each line's "text", or its trace; of other files the stretches between blank lines.
 
-    A trace is a line with question, thinking and answer. UserError names a line that is neither, and a file that is no text.
+    A file that begins with ``LINES`` lines without a blank one is read line by line: some copies of WikiText are like that. A trace is a line with question, thinking and answer. UserError names a line that is neither, and a file that is no text.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     jsonl = ".jsonl" in path.suffixes
@@ -366,6 +367,10 @@ def read_items(path: Path) -> Iterator[str | Trace]:
                     yield _json_item(line, f"line {number} of {path.name}")
                 elif not jsonl and line.strip():
                     paragraph.append(line.rstrip("\n"))
+                    if len(paragraph) == number and number >= LINES:  # no blank line so far
+                        yield from paragraph
+                        paragraph = []
+                        yield from (rest.rstrip("\n") for rest in file if rest.strip())
                 elif paragraph:
                     yield "\n".join(paragraph)
                     paragraph = []

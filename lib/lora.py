@@ -209,8 +209,10 @@ def train(model: peft.PeftModel, windows: Iterator[Window], recipe: Recipe, fold
 
 
 def ship(model: peft.PeftModel, state_file: Path, out: Path, trained_on: str) -> None:
-    """Write the adapter of a training state as bfloat16 safetensors, which say what model they belong to; never the optimiser's state."""
-    state = torch.load(state_file, weights_only=True)["adapter"]
+    """Write the adapter of a state, the last or one that was kept, as bfloat16 safetensors, which say what model they belong to; never the
+    optimiser's state."""
+    state = torch.load(state_file, weights_only=True)
+    state = state.get("adapter", state)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             weight.data.copy_(state[name])

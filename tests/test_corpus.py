@@ -261,3 +261,12 @@ def test_text_by_parameter(pair, tmp_path):
     for wrong, message in (("mine.jsonl", "is not there"), ("./mine", "is not there"), ("mine", "neither a file nor a data set")):
         with pytest.raises(UserError, match=message):
             override(pair, traces=wrong)
+
+
+def test_a_text_file_without_blank_lines_is_read_line_by_line(tmp_path):
+    lines = [f"anna is late {number} ." for number in range(150)]
+    for size, expected in ((150, lines), (99, ["\n".join(lines[:99])])):
+        (tmp_path / "text.txt").write_text("\n".join(lines[:size]))
+        assert list(read_texts(tmp_path / "text.txt")) == expected
+    (tmp_path / "text.txt").write_text("\n".join([lines[0], "", *lines[1:]]))  # blank lines are there: they count
+    assert list(read_texts(tmp_path / "text.txt")) == [lines[0], "\n".join(lines[1:])]
