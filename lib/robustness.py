@@ -3,13 +3,13 @@
     python -m lib.robustness training --pair smol --states data/runs/distil_smol/*/kept_*.pt
     python -m lib.robustness texts --pair smol --traces TRACES.jsonl.gz --general TEXT.txt.gz
 
-**Training.** A short fine-tuning moves little, so decoder rows hardly differ between the models and every NRN lies near one half. For adapters
-that were kept on the way (``lib.lora``) the same small harvest and crosscoder are made, with the null's beside them: does NRN's spread grow
-with training, and does it outgrow the null's?
+**Training.** A short fine-tuning moves little, so decoder rows hardly differ between the models and every NRN lies near one half. For
+adapters that were kept on the way (``lib.lora``) the same small harvest and crosscoder are made, with the null's beside them: does NRN's
+spread grow with training, and does it outgrow the null's?
 
-**Texts.** The default corpus was written by the models themselves. Here the same activations are read on another text, and another
-crosscoder is trained on them, of the same size and on as many tokens: do NRN and the features come out alike, and does the feature that foretells a category
-in the one text foretell it in the other?
+**Texts.** The default corpus was written by the models themselves. Here the same models are read on another text, and another crosscoder
+is trained on that, of the same size and on as many tokens: do NRN and the features come out alike, and does the feature that foretells a
+category in the one text foretell it in the other?
 
 Both write tables and a manifest to figures/<pair>/study/training and .../texts. They are no part of ``make study``, since they need files
 that are not in the repository; what they were made from is in the manifest.
@@ -69,8 +69,8 @@ def described(crosscoder: CrossCoder, store: Store) -> dict[str, float]:
 def along_training(study: Study, states: list[Path], tokens: int = 120_000, epochs: int = 6) -> pd.DataFrame:
     """``described`` for each adapter that was kept on the way: a row per file, with stage and tokens trained on.
 
-    ``states``: files kept_<tokens>.pt of ``lib.lora``, in a folder named after their stage (distilled, null_a). Each adapter is put on the pair's
-    base; ``tokens`` of the run's corpus are read with both, and a crosscoder of the run's size sees them ``epochs`` times.
+    ``states``: files kept_<tokens>.pt of ``lib.lora``, in a folder named after their stage. Each adapter is put on the pair's base;
+    ``tokens`` of the run's corpus are read with both, and a crosscoder of the run's size sees them ``epochs`` times.
     """
     check("tokens", tokens, int, low=1000)
     check("epochs", epochs, int, low=1)
