@@ -11,7 +11,7 @@ other: rows are padded on the left, and what has a memory of its own (noise) is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -33,20 +33,33 @@ def decode(
     by up to n tokens and returns ids [rows, longer]; ``rows`` are the numbers of the rows that are left, and ``cache`` holds
     all their positions but the last (nothing, at first). ``leg`` is ``LEG`` unless told.
     """
-    length, rows, cache = ids.shape[1], torch.arange(len(ids)), roomy_cache(config)
     said: dict[int, list[int]] = {}
+    for rows, new, over in legs(step, config, ids, mask, max_new_tokens, eos, leg):
+        said |= zip(rows[over].tolist(), (until(words, eos) for words in new[over].tolist()))
+    return [said[row] for row in range(len(said))]
+
+
+def legs(
+    step: Step, config: PretrainedConfig, ids: Tensor, mask: Tensor, max_new_tokens: int, eos: int, leg: int | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """``decode`` leg by leg, to watch a thought grow: (numbers of the rows in this leg [rows], all their new ids so far
+    [rows, new], which of them have ended and leave [rows] bool)."""
+    length, rows, cache = ids.shape[1], torch.arange(len(ids)), roomy_cache(config)
     while len(rows):
         ids = step(ids, mask, rows, cache, min(leg or LEG, max_new_tokens - (ids.shape[1] - length)))
         new = ids[:, length:]
         over = (new == eos).any(1) | (new.shape[1] >= max_new_tokens)
-        for row, words in zip(rows[over].tolist(), new[over].tolist()):
-            said[row] = words[: words.index(eos)] if eos in words else words
+        yield rows, new, over
         if over.any():
             left = (~over).nonzero().flatten()
             rows, ids, mask = rows[left], ids[left], mask[left]
             cache.batch_select_indices(left)
         mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
-    return [said[row] for row in range(len(said))]
+
+
+def until(words: list[int], eos: int) -> list[int]:
+    """Ids up to the first ``eos``, which is left out."""
+    return words[: words.index(eos)] if eos in words else words
 
 
 class RowNoise(LogitsProcessor):

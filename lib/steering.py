@@ -27,7 +27,7 @@ import json
 import re
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from .ablation import batches
 from .crosscoder import CrossCoder
-from .decoding import RowNoise, decode
+from .decoding import RowNoise, Step, decode, legs, until
 from .features import check_feature
 from .media import PUZZLES, Medium
 from .responses import NO_STEERING
@@ -49,6 +49,9 @@ from .results import Progress, UserError, check, fingerprint, write_text
 from .store import SPLITS, Store
 from .trials import Task
 from .use import PHASES, phase_of
+
+WHERE = ("prompt", "thinking", "all")  # positions that can be steered; everything but the bench steers the thinking
+
 
 @dataclass(frozen=True)
 class Direction:
@@ -192,7 +195,7 @@ class TaskNoise(RowNoise):
 def generate(
     model: TransformersModel, layer: int, tasks: Sequence[Task], vectors: Tensor, max_new_tokens: int = 260, temperature: float = 0.0,
     seed: int = 0, end_of_thinking: str | None = "done", only_at: str | None = None, batch_size: int | None = None,
-    remote: bool | str = False, medium: Medium = PUZZLES,
+    remote: bool | str = False, medium: Medium = PUZZLES, where: str = "thinking",
 ) -> list[list[str]]:
     """Transcripts, tokens as text, each row steered by its own vector. ``medium`` says how tasks are put; ``batch_size`` is its own unless told.
 
@@ -200,42 +203,74 @@ def generate(
     position of every step until the row has written ``end_of_thinking`` (None: to the end); with ``only_at``, only where
     that position holds this token (".": at the ends of sentences, where the next one is decided). ``temperature`` 0 is
     greedy; above it thoughts are sampled (``TaskNoise``). Rows are padded on the left and do not influence each other.
+
+    ``where`` "thinking" is that: from the prompt's last position on. "prompt" steers the positions of the prompt before it,
+    "all" every position, the answer's too; ``end_of_thinking`` and ``only_at`` have no say there.
     """
     if len(vectors) != len(tasks):
         raise ValueError(f"{len(vectors)} vectors for {len(tasks)} tasks: must be one each")
-    tokenizer = model.tokenizer
-    end, only = _token(tokenizer, "end_of_thinking", end_of_thinking), _token(tokenizer, "only_at", only_at)
     transcripts, size = [], batch_size or medium.batch_rows
     for start in range(0, len(tasks), size):
         some, added = tasks[start : start + size], vectors[start : start + size]
-        prompts = [medium.prompt(task) for task in some]
-        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=medium.special_tokens)
-        noise = [TaskNoise(some, temperature, seed)] if temperature > 0 else []
-        thinking = torch.ones(len(some), 1, dtype=torch.bool)
-
-        def step(ids, mask, rows, cache, n, added=added, noise=noise, thinking=thinking):
-            for source in noise:
-                source.rows = rows
-            how = {"max_new_tokens": n, "do_sample": False, "logits_processor": LogitsProcessorList(noise), "remote": remote,
-                   "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-            longer = _steered(model, layer, {"input_ids": ids, "attention_mask": mask}, added[rows], thinking[rows], end, only,
-                              how if remote else how | {"past_key_values": cache})
-            if end is not None:
-                thinking[rows] &= (longer[:, ids.shape[1] :] != end).all(1, keepdim=True)
-            return longer
-
+        step, ids, mask = _stepper(model, layer, some, added, temperature, seed, end_of_thinking, only_at, remote, medium, where)
         # a distant server keeps no cache between two requests: there, one leg is the whole way
-        decoded = decode(step, model.config, batch["input_ids"], batch["attention_mask"], max_new_tokens, tokenizer.eos_token_id,
-                         leg=max_new_tokens if remote else None)
-        transcripts += [medium.transcript(tokenizer, row) for row in decoded]
+        decoded = decode(step, model.config, ids, mask, max_new_tokens, model.tokenizer.eos_token_id, leg=max_new_tokens if remote else None)
+        transcripts += [medium.transcript(model.tokenizer, row) for row in decoded]
     return transcripts
+
+
+@torch.no_grad()
+def stream(
+    model: TransformersModel, layer: int, tasks: Sequence[Task], vectors: Tensor, max_new_tokens: int = 260, temperature: float = 0.0,
+    seed: int = 0, end_of_thinking: str | None = "done", remote: bool | str = False, medium: Medium = PUZZLES, where: str = "thinking",
+    leg: int = 4,
+) -> Iterator[tuple[list[list[str]], list[bool]]]:
+    """``generate`` in one batch, watched: every ``leg`` tokens (all transcripts so far, which of them have ended). What comes last is what
+    ``generate`` returns. To stop, stop asking."""
+    step, ids, mask = _stepper(model, layer, tasks, vectors, temperature, seed, end_of_thinking, None, remote, medium, where)
+    said, ended, eos = [[] for _ in tasks], [False] * len(tasks), model.tokenizer.eos_token_id
+    for rows, new, over in legs(step, model.config, ids, mask, max_new_tokens, eos, max_new_tokens if remote else leg):
+        for row, words, last in zip(rows.tolist(), new.tolist(), over.tolist()):
+            said[row], ended[row] = medium.transcript(model.tokenizer, until(words, eos)), last
+        yield list(said), list(ended)
+
+
+def _stepper(
+    model: TransformersModel, layer: int, tasks: Sequence[Task], added: Tensor, temperature: float, seed: int, end_of_thinking: str | None,
+    only_at: str | None, remote: bool | str, medium: Medium, where: str
+) -> tuple[Step, Tensor, Tensor]:
+    """How a batch is continued, and its prompts: (step of ``lib.decoding``, ids [tasks, length], mask [tasks, length])."""
+    tokenizer = model.tokenizer
+    check("where", where, str, choices=WHERE)
+    end, only = _token(tokenizer, "end_of_thinking", end_of_thinking), _token(tokenizer, "only_at", only_at)
+    if where != "thinking":
+        end = only = None
+    prompts = [medium.prompt(task) for task in tasks]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=medium.special_tokens)
+    noise = [TaskNoise(tasks, temperature, seed)] if temperature > 0 else []
+    thinking = torch.full((len(tasks), 1), where != "prompt")
+
+    def step(ids, mask, rows, cache, n):
+        for source in noise:
+            source.rows = rows
+        how = {"max_new_tokens": n, "do_sample": False, "logits_processor": LogitsProcessorList(noise), "remote": remote,
+               "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        longer = _steered(model, layer, {"input_ids": ids, "attention_mask": mask}, added[rows], thinking[rows], end, only,
+                          how if remote else how | {"past_key_values": cache}, where != "thinking")
+        if end is not None:
+            thinking[rows] &= (longer[:, ids.shape[1] :] != end).all(1, keepdim=True)
+        return longer
+
+    return step, batch["input_ids"], batch["attention_mask"]
 
 
 def _steered(
     model: TransformersModel, layer: int, inputs: dict[str, Tensor], added: Tensor, thinking: Tensor, end: int | None, only: int | None,
-    how: dict
+    how: dict, prompt: bool = False
 ) -> Tensor:
-    """Ids [rows, longer] of one leg. ``added`` [rows, d] acts on the newest position while ``thinking`` [rows, 1] holds."""
+    """Ids [rows, longer] of one leg. ``added`` [rows, d] acts on the newest position while ``thinking`` [rows, 1] holds, and with
+    ``prompt`` on those before it, which only the first step of the first leg reads: later ones have them in the cache."""
+    mask = inputs["attention_mask"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*was never reached.*")  # how an open loop over the steps ends
         with model.generate(**how) as tracer:
@@ -248,6 +283,9 @@ def _steered(
                     where = thinking if only is None else thinking & (newest == only)
                     h = model.model.layers[layer].output
                     h[:, -1] += where.to(h.device) * added.to(h.device)
+                    if prompt:
+                        earlier = h.shape[1] - 1
+                        h[:, :earlier] += mask[:, :earlier, None].to(h.device) * added[:, None].to(h.device)
             with tracer.invoke():  # what follows the loop must not stand in its body: it ends early
                 ids = tracer.result.save()
     return ids.cpu()
