@@ -13,14 +13,20 @@ STAMP := .venv/.installed
 
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help figures study lab test bench canonical clean-runs
+.PHONY: help figures study lab explore report check test browser faults test-latest bench canonical clean-runs
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make figures [PAIR=tiny] [PROFILE=default] [ONLY="03 04"]   run the notebooks, write figures/ and results'
 	@echo 'make study [ONLY="nulls seeds"]                            what takes hours: nulls, seeds, planted truth, causes, sizes'
 	@echo 'make lab                                                   open the notebooks in JupyterLab'
+	@echo 'make explore [PAIR=tiny] [PROFILE=default]                 the features of a run, one by one, in JupyterLab'
+	@echo 'make report                                                everything as HTML, to open without a network: data/report'
+	@echo 'make check                                                 has any number moved since the committed results?'
 	@echo 'make test                                                  run the tests'
+	@echo 'make browser                                               the notebooks in a real JupyterLab and Chromium, after make figures PROFILE=smoke'
+	@echo 'make faults                                                kills, full disks, damaged files, bad input: is anything lost?'
+	@echo 'make test-latest                                           the tests with the newest nnsight, transformers and plotly'
 	@echo 'make bench [PEERS=1]                                       measure every claim about speed: benchmarks/results.json'
 	@echo 'make canonical                                             strip notebooks/ of what does not belong in git'
 	@echo 'make clean-runs [PAIR=tiny]                                remove data/runs/<pair>/: everything is recomputed'

@@ -4,6 +4,7 @@
     python -m lib.run --pair mine --profile paper --only 03 04
     python -m lib.run --only 03 -p feature 17                # another value for one parameter of one notebook
     python -m lib.run --pair mine --registry mine.yaml       # a pair of one's own registry; for whatever else, PAIRS_REGISTRY=mine.yaml
+    python -m lib.run --profile smoke --solutions            # with the exercises answered, to data/runs/<pair>/<run>/solved/
     python -m lib.run --canonical notebooks/*.ipynb          # after editing: strip what does not belong in git
 
 Parameters come from the notebook's own cell, then from notebooks/profiles/<profile>.yaml
@@ -32,6 +33,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
+from .exercises import solved
 from .results import ROOT, Run, UserError, write_text
 
 CELL_TIMEOUT = 3600  # seconds for one cell; a profile or --timeout can give more. There always is one: a kernel can stall.
@@ -170,10 +172,10 @@ def environment(**wanted: str) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def execute(source: Path, target: Path, failed: Path, parameters: dict, timeout: float = CELL_TIMEOUT) -> None:
+def execute(source: Path, target: Path, failed: Path, parameters: dict, timeout: float = CELL_TIMEOUT, solutions: bool = False) -> None:
     """Execute a notebook and write its canonical form to ``target``, which changes only if every cell succeeded.
 
-    UserError with the reason if a cell fails; the notebook with its full traceback is then in ``failed``.
+    ``solutions``: with its exercises answered (``exercises.solved``). UserError with the reason if a cell fails; the notebook with its full traceback is then in ``failed``.
     """
     import papermill  # 1 s; not needed to refuse a wrong parameter
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -182,10 +184,12 @@ def execute(source: Path, target: Path, failed: Path, parameters: dict, timeout:
     original = source.read_bytes()
     failed.parent.mkdir(parents=True, exist_ok=True)
     arguments = dict(parameters=parameters, kernel_name="python3", cwd=source.parent, progress_bar=False, execution_timeout=timeout)
-    reason = None
+    notebook, reason = source, None
+    if solutions:
+        notebook = solved(nbformat.read(source, as_version=4))
     try:
         with own_kernel():
-            executed = papermill.execute_notebook(source, failed, **arguments)
+            executed = papermill.execute_notebook(notebook, failed, **arguments)
     except PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":  # Ctrl-C reaches the kernel as well, and it may be the first to say so
             raise KeyboardInterrupt from None
@@ -318,15 +322,16 @@ def run_all(args: argparse.Namespace, folder: Path, root: Path = ROOT) -> None:
     timeout = args.timeout or profile.get("timeout", CELL_TIMEOUT)
     began = time.monotonic()
     for stem, parameters, given in plans:
-        out = Path(args.out).resolve() if args.out else Run(args.pair, given["run"], root).folder / "notebooks"
+        where = "solved" if args.solutions else "notebooks"
+        out = Path(args.out).resolve() if args.out else Run(args.pair, given["run"], root).folder / where
         source = folder / f"{stem}.ipynb"
         # with other values the outputs would contradict the parameters cell: such a run is not the canonical one
-        target = source if usual and not parameters and not args.out else out / f"{stem}.ipynb"
+        target = source if usual and not parameters and not args.out and not args.solutions else out / f"{stem}.ipynb"
         start = time.monotonic()
         print(f"{stem} ... ", end="", flush=True)
         try:
             with environment(**({REGISTRY: str(registry.resolve())} if own else {})):
-                execute(source, target, out / f"{stem}.failed.ipynb", parameters, timeout)
+                execute(source, target, out / f"{stem}.failed.ipynb", parameters, timeout, args.solutions)
         except UserError as error:
             print(f"failed after {time.monotonic() - start:.0f} s", flush=True)
             raise NotebookFailed(f"{stem}: {error}") from None
@@ -347,6 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", default=[], metavar="NN", help="notebooks by number or name (default: all)")
     parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                         help="a parameter of the one chosen notebook")
+    parser.add_argument("--solutions", action="store_true", help="answer the exercises with their solutions, so that the checks run")
     parser.add_argument("--out", help="folder of the executed notebooks (default: see above)")
     parser.add_argument("--registry", help="a registry of pairs of your own instead of data/pairs.yaml (or PAIRS_REGISTRY)")
     parser.add_argument("--timeout", type=float, help=f"seconds for one cell (default: the profile's, or {CELL_TIMEOUT})")
