@@ -12,7 +12,7 @@ not how often. "random" is a random direction of the same norm: what any push of
 *Where.* "thinking": from the prompt's last position until the thought is closed, as in all experiments. "prompt": the positions before
 it. "all": every position, the answer's too.
 
-*The widget* needs no ``interact``, no ``Output`` and no thread. Generation is a task of the kernel's event loop that gives way every few
+*The widget* needs no ``interact``, no ``Output`` and no thread of its own. Generation is a task of the kernel's event loop that gives way every few
 tokens: the text grows, Stop is heard, and a headless run, which presses no button, has nothing to wait for. What a user gets
 wrong is one sentence in the widget.
 """
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import ipywidgets
 import numpy as np
 import pandas as pd
+import torch
 from nnsight import TransformersModel
 
 from . import lexicon, questions, steering
@@ -119,7 +120,9 @@ class Comparison:
 
 
 def _shown(value) -> str:
-    return {None: "–", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "–", True: "yes", False: "no"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def lines_of(task, transcript: Sequence[str], medium: Medium) -> list[tuple[str, Sequence[str], bool]]:
@@ -172,17 +175,17 @@ class Bench:
                 found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
                 unknown = [text[a:b] for i, (a, b) in zip(found["input_ids"], found["offset_mapping"]) if i == tokenizer.unk_token_id]
                 if unknown:
-                    raise UserError(f"the prompt has words that this model does not know ({', '.join(map(repr, dict.fromkeys(unknown[:5])))}): "
-                                    f"it knows those of its puzzles, such as {next(iter(self.examples))!r}")
+                    words = ", ".join(map(repr, list(dict.fromkeys(unknown))[:5]))
+                    raise UserError(f"the prompt has words that this model does not know ({words}): it knows those of its puzzles, "
+                                    f"such as {next(iter(self.examples))!r}")
                 prompt = puzzle_of(tokenizer.convert_ids_to_tokens(found["input_ids"]))
             else:
                 prompt = self.examples.get(text, questions.Question(text, None, -1))
-        put, config = self.medium.prompt(prompt), self.models[model].config
-        length = len(self.models[model].tokenizer(put, add_special_tokens=self.medium.special_tokens)["input_ids"])
-        context = getattr(config, "max_position_embeddings", None) or np.inf
+        asked = self.models[model].tokenizer(self.medium.prompt(prompt), add_special_tokens=self.medium.special_tokens)
+        length, context = len(asked["input_ids"]), getattr(self.models[model].config, "max_position_embeddings", None) or np.inf
         if length + self.max_new_tokens > context:
-            raise UserError(f"the prompt has {length} tokens and the thought may take {self.max_new_tokens}, and this model's context is {context}: "
-                            "shorten the prompt")
+            raise UserError(f"the prompt has {length} tokens and the thought may take {self.max_new_tokens}, and this model's context is "
+                            f"{context}: shorten the prompt")
         return prompt
 
     def direction(self, feature: int | str, model: str = "distilled") -> steering.Direction:
@@ -208,14 +211,15 @@ class Bench:
         check("where", where, str, choices=steering.WHERE)
         seed = check("seed", self.seed if seed is None else seed, int)
         task = self.task(prompt, model)
-        vectors = strength * direction.vector
+        vector = strength * direction.vector
         growing = steering.stream(
-            self.models[model], self.store.layers[model], [task, task], vectors.new_tensor([[0.0], [1.0]]) * vectors, self.max_new_tokens,
+            self.models[model], self.store.layers[model], [task, task], torch.stack([torch.zeros_like(vector), vector]), self.max_new_tokens,
             self.temperature, seed, self.medium.end_of_thinking, self.remote, self.medium, where)
         how = f"{model} model, {direction.name} at strength {strength:g}, where: {where}, seed {seed}"
         for said, ended in growing:
-            yield Comparison(task, self.medium.prompt(task), how, dict(zip(SIDES, said)), dict(zip(SIDES, ended)), self._table(task, said, ended),
-                             {side: lines_of(task, words, self.medium) for side, words in zip(SIDES, said)})
+            lines = {side: lines_of(task, words, self.medium) for side, words in zip(SIDES, said)}
+            yield Comparison(task, self.medium.prompt(task), how, dict(zip(SIDES, said)), dict(zip(SIDES, ended)),
+                             self._table(task, said, ended), lines)
 
     def compare(
         self, prompt, feature: int | str, strength: float, where: str = "thinking", model: str = "distilled", seed: int | None = None
@@ -233,9 +237,9 @@ class Bench:
         known = task.answer is not None
         rows = []
         for (_, row), over in zip(read.iterrows(), ended):
-            end = "thought closed" if row["closed"] else "not ended" if not over else "limit reached" if row["runaway"] else "thought not closed"
+            open_end = "not ended" if not over else "limit reached" if row["runaway"] else "thought not closed"
             answer = None if pd.isna(row["answer"]) else row["answer"]
-            rows.append({"tokens": int(row["length"]), "end": end, "answer": answer,
+            rows.append({"tokens": int(row["length"]), "end": "thought closed" if row["closed"] else open_end, "answer": answer,
                          "right": bool(row["correct"]) if known and over else None,
                          "every step right": bool(row["chain_correct"]) if known and over and pd.notna(row["chain_correct"]) else None,
                          **{label: int(row[f"n_{label}"]) for label in LABELS[2:]}})
@@ -249,50 +253,48 @@ class Bench:
 # --- the widget ------------------------------------------------------------------------------------------------
 
 _BY_NUMBER = "number"
-_MESSAGE = '<div role="status" aria-live="polite" style="border-left:6px solid {colour};padding:2px 8px;color:#222;background:#fff">{text}</div>'
+_MESSAGE = ('<div role="status" aria-live="polite" style="border-left:6px solid {colour};padding:2px 8px;color:#222;background:#fff">'
+            "{text}</div>")
 
 
 class Panel(ipywidgets.VBox):
     """Fields, two buttons and the two growing texts. ``Generate`` while something is generated begins anew."""
 
     def __init__(self, bench: Bench):
-        self.bench, self._turn, self._task = bench, 0, None
+        self.bench, self._turn, self._stopped, self._task = bench, 0, False, None
         try:
             self._loop = asyncio.get_running_loop()  # the kernel's, on its main thread; buttons may be heard on another one
         except RuntimeError:
             self._loop = None
-        wide, style = ipywidgets.Layout(width="98%"), {"description_width": "8em"}
-        numbers = {f"{label} (feature {feature})": label for label, feature in bench.chosen.items()}
-        kinds = {**numbers, "a random direction": RANDOM, "a feature by its number": _BY_NUMBER}
         texts = list(bench.examples)
-        self.example = ipywidgets.Dropdown(options=[("(your own text)", ""), *((t, t) for t in texts)], value=texts[1], description="Example",
-                                           style=style, layout=wide)
-        self.prompt = ipywidgets.Textarea(value=texts[1], description="Prompt", rows=3, style=style, layout=wide)
-        self.feature = ipywidgets.Dropdown(options=list(kinds.items()), description="Push along", style=style)
-        self.number = ipywidgets.IntText(value=next(iter(bench.chosen.values()), 0), description="Feature number", style=style)
-        self.strength = ipywidgets.FloatText(value=0.5, step=0.25, description="Strength", style=style,
-                                             tooltip="in mean residual norms; negative takes the feature away")
-        self.where = ipywidgets.Dropdown(options=steering.WHERE, value="thinking", description="Where", style=style)
-        self.model = ipywidgets.Dropdown(options=list(bench.models), value="distilled" if "distilled" in bench.models else next(iter(bench.models)),
-                                         description="Model", style=style)
-        self.seed = ipywidgets.IntText(value=bench.seed, description="Seed of the dice", style=style)
+        pushes = {f"{label} (feature {feature})": label for label, feature in bench.chosen.items()}
+        pushes |= {"a random direction": RANDOM, "a feature by its number": _BY_NUMBER}
+        self.example = _field(ipywidgets.Dropdown, "Example", texts[1], options=[("(your own text)", ""), *((t, t) for t in texts)], layout=_WIDE)
+        self.prompt = _field(ipywidgets.Textarea, "Prompt", texts[1], rows=3, layout=_WIDE)
+        self.feature = _field(ipywidgets.Dropdown, "Push along", next(iter(pushes.values())), options=list(pushes.items()))
+        self.number = _field(ipywidgets.IntText, "Feature number", next(iter(bench.chosen.values()), 0))
+        self.strength = _field(ipywidgets.FloatText, "Strength", 0.5, step=0.25, tooltip="in mean residual norms; negative takes the feature away")
+        self.where = _field(ipywidgets.Dropdown, "Where", "thinking", options=steering.WHERE)
+        self.model = _field(ipywidgets.Dropdown, "Model", list(bench.models)[-1], options=list(bench.models))
+        self.seed = _field(ipywidgets.IntText, "Seed", bench.seed, tooltip="of the dice that both thoughts roll")
         self.generate = ipywidgets.Button(description="Generate", button_style="primary", tooltip="Generate the unsteered and the steered text")
         self.stop = ipywidgets.Button(description="Stop", tooltip="Stop generating")
-        self.status, self.output = ipywidgets.HTML(), ipywidgets.HTML(layout=wide)
+        self.status, self.output = ipywidgets.HTML(), ipywidgets.HTML(layout=_WIDE)
         self._say("Choose, then press Generate. Strength is in mean residual norms; negative takes the feature away.")
         self.example.observe(lambda change: change["new"] and setattr(self.prompt, "value", change["new"]), "value")
+        self.prompt.observe(lambda change: setattr(self.example, "value", change["new"] if change["new"] in texts else ""), "value")
         self.number.observe(lambda change: setattr(self.feature, "value", _BY_NUMBER), "value")
         self.generate.on_click(lambda _: self._begin())
-        self.stop.on_click(lambda _: self._halt())
+        self.stop.on_click(lambda _: setattr(self, "_stopped", True))
         rows = [[self.feature, self.number, self.strength], [self.where, self.model, self.seed], [self.generate, self.stop]]
-        super().__init__([self.example, self.prompt, *(ipywidgets.HBox(row, layout=ipywidgets.Layout(flex_flow="row wrap")) for row in rows),
-                          self.status, self.output])
+        boxes = [ipywidgets.HBox(row, layout=ipywidgets.Layout(flex_flow="row wrap")) for row in rows]
+        super().__init__([self.example, self.prompt, *boxes, self.status, self.output])
 
     def _say(self, text: str, failed: bool = False) -> None:
         self.status.value = _MESSAGE.format(colour=COLOURS["distilled" if failed else "base"], text=html.escape(text))
 
     def _begin(self) -> None:
-        self._turn += 1
+        self._turn, self._stopped = self._turn + 1, False
         if self._loop is None or self._loop.is_closed():
             asyncio.run(self._run(self._turn))
         else:
@@ -302,26 +304,34 @@ class Panel(ipywidgets.VBox):
     def _schedule(self, turn: int) -> None:
         self._task = self._loop.create_task(self._run(turn))  # kept, or it might be collected while it runs
 
-    def _halt(self) -> None:
-        self._turn += 1
-
     async def _run(self, turn: int) -> None:
+        """One press of the button. It ends silently if there is a later one; whatever goes wrong is said, and nothing is raised into the kernel."""
         start, first, last = time.monotonic(), None, None
         feature = self.number.value if self.feature.value == _BY_NUMBER else self.feature.value
         try:
             growing = self.bench.stream(self.prompt.value, feature, self.strength.value, self.where.value, self.model.value, self.seed.value)
             self._say("Generating ...")
             self.output.value = ""
-            while turn == self._turn and (comparison := next(growing, None)) is not None:
-                last = comparison
-                first = first or time.monotonic() - start
+            while turn == self._turn and not self._stopped and (comparison := next(growing, None)) is not None:
+                first, last = first or time.monotonic() - start, comparison
                 self.output.value = last.html
                 await asyncio.sleep(0.01)  # the kernel hears Stop
-            stopped = turn != self._turn and not all(last.ended.values() if last else [False])
-            if turn == self._turn or stopped and self._turn == turn + 1:
-                said = sum(map(len, last.transcripts.values())) if last else 0
-                self._say(f"{'Stopped' if stopped else 'Done'}: {said} tokens in {time.monotonic() - start:.1f} s, the first after {first or 0:.2f} s.")
+            message, failed = f"{_length(last)} tokens in {time.monotonic() - start:.1f} s, the first after {first or 0:.2f} s.", False
+            message = f"{'Done' if last and all(last.ended.values()) else 'Stopped'}: {message}"
         except UserError as error:
-            self._say(str(error), failed=True)
-        except Exception as error:  # whatever it is, it is said here, and nothing is raised into the kernel
-            self._say(f"{type(error).__name__}: {error}", failed=True)
+            message, failed = str(error), True
+        except Exception as error:
+            message, failed = f"{type(error).__name__}: {error}", True
+        if turn == self._turn:
+            self._say(message, failed)
+
+
+_WIDE = ipywidgets.Layout(width="98%")
+
+
+def _field(kind: type, description: str, value, **options) -> ipywidgets.DOMWidget:
+    return kind(description=description, value=value, style={"description_width": "8em"}, **options)
+
+
+def _length(comparison: Comparison | None) -> int:
+    return sum(map(len, comparison.transcripts.values())) if comparison else 0

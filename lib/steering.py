@@ -197,7 +197,8 @@ def generate(
     seed: int = 0, end_of_thinking: str | None = "done", only_at: str | None = None, batch_size: int | None = None,
     remote: bool | str = False, medium: Medium = PUZZLES, where: str = "thinking",
 ) -> list[list[str]]:
-    """Transcripts, tokens as text, each row steered by its own vector. ``medium`` says how tasks are put; ``batch_size`` is its own unless told.
+    """Transcripts, tokens as text, each row steered by its own vector. ``medium`` says how tasks are put; ``batch_size`` is its own
+    unless told.
 
     ``vectors`` [tasks, d] is what is added (strength included; a row of zeros is not steered). It acts on the newest
     position of every step until the row has written ``end_of_thinking`` (None: to the end); with ``only_at``, only where
@@ -214,7 +215,8 @@ def generate(
         some, added = tasks[start : start + size], vectors[start : start + size]
         step, ids, mask = _stepper(model, layer, some, added, temperature, seed, end_of_thinking, only_at, remote, medium, where)
         # a distant server keeps no cache between two requests: there, one leg is the whole way
-        decoded = decode(step, model.config, ids, mask, max_new_tokens, model.tokenizer.eos_token_id, leg=max_new_tokens if remote else None)
+        eos, leg = model.tokenizer.eos_token_id, max_new_tokens if remote else None
+        decoded = decode(step, model.config, ids, mask, max_new_tokens, eos, leg=leg)
         transcripts += [medium.transcript(model.tokenizer, row) for row in decoded]
     return transcripts
 
