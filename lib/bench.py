@@ -12,9 +12,9 @@ not how often. "random" is a random direction of the same norm: what any push of
 *Where.* "thinking": from the prompt's last position until the thought is closed, as in all experiments. "prompt": the positions before
 it. "all": every position, the answer's too.
 
-*The widget* needs no ``interact``, no ``Output`` and no thread of its own. Generation is a task of the kernel's event loop that gives way every few
-tokens: the text grows, Stop is heard, and a headless run, which presses no button, has nothing to wait for. What a user gets
-wrong is one sentence in the widget.
+*The widget* needs no ``interact``, no ``Output`` and no thread of its own. Generation is a task of the kernel's event loop that gives
+way every few tokens: the text grows, Stop is heard, and a headless run, which presses no button, has nothing to wait for. What a
+user gets wrong is one sentence in the widget.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _shown(value) -> str:
 
 
 def lines_of(task, transcript: Sequence[str], medium: Medium) -> list[tuple[str, Sequence[str], bool]]:
-    """(label, words, wrong) of every sentence, for ``figures.labelled_lines``. In chat the lexicon labels, and nothing is known to be wrong."""
+    """(label, words, wrong) of every sentence, for ``figures.labelled_lines``. In chat the lexicon labels; nothing is marked wrong."""
     if medium is not PUZZLES:
         text = medium.joiner.join(transcript)
         return [(span.label, [text[span.start : span.end]], False) for span in lexicon.sentences(text)]
@@ -151,8 +151,8 @@ class Bench:
     """
 
     def __init__(
-        self, models: Mapping[str, TransformersModel], store: Store, crosscoder: CrossCoder, chosen: Mapping[str, int], medium: Medium = PUZZLES,
-        max_new_tokens: int = 250, temperature: float = 1.0, seed: int = 0, remote: bool | str = False,
+        self, models: Mapping[str, TransformersModel], store: Store, crosscoder: CrossCoder, chosen: Mapping[str, int],
+        medium: Medium = PUZZLES, max_new_tokens: int = 250, temperature: float = 1.0, seed: int = 0, remote: bool | str = False,
     ):
         self.models, self.store, self.crosscoder, self.chosen, self.medium = dict(models), store, crosscoder, dict(chosen), medium
         self.max_new_tokens = check("max_new_tokens", max_new_tokens, int, low=1)
@@ -166,11 +166,13 @@ class Bench:
         return " ".join(task.prompt()[0].words) if self.medium is PUZZLES else task.text
 
     def task(self, prompt, model: str = "distilled"):
-        """What ``prompt`` asks: a task is itself, a text is read. UserError if it is empty, too long, or has words that the model does not know."""
+        """What ``prompt`` asks: a task is itself, a text is read. UserError if it is empty, too long, or not in the model's words."""
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise UserError("the prompt is empty: give a puzzle or a question")
             tokenizer, text = self.models[model].tokenizer, prompt.strip()
+            if marker := next((token for token in tokenizer.all_special_tokens if token in text), None):
+                raise UserError(f"the prompt contains {marker!r}, which is a marker of this model and no text: leave it out")
             if self.medium is PUZZLES:
                 found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
                 unknown = [text[a:b] for i, (a, b) in zip(found["input_ids"], found["offset_mapping"]) if i == tokenizer.unk_token_id]
@@ -213,8 +215,8 @@ class Bench:
         task = self.task(prompt, model)
         vector = strength * direction.vector
         growing = steering.stream(
-            self.models[model], self.store.layers[model], [task, task], torch.stack([torch.zeros_like(vector), vector]), self.max_new_tokens,
-            self.temperature, seed, self.medium.end_of_thinking, self.remote, self.medium, where)
+            self.models[model], self.store.layers[model], [task, task], torch.stack([torch.zeros_like(vector), vector]),
+            self.max_new_tokens, self.temperature, seed, self.medium.end_of_thinking, self.remote, self.medium, where)
         how = f"{model} model, {direction.name} at strength {strength:g}, where: {where}, seed {seed}"
         for said, ended in growing:
             lines = {side: lines_of(task, words, self.medium) for side, words in zip(SIDES, said)}
@@ -269,16 +271,17 @@ class Panel(ipywidgets.VBox):
         texts = list(bench.examples)
         pushes = {f"{label} (feature {feature})": label for label, feature in bench.chosen.items()}
         pushes |= {"a random direction": RANDOM, "a feature by its number": _BY_NUMBER}
-        self.example = _field(ipywidgets.Dropdown, "Example", texts[1], options=[("(your own text)", ""), *((t, t) for t in texts)], layout=_WIDE)
+        shown = [("(your own text)", ""), *((text, text) for text in texts)]
+        self.example = _field(ipywidgets.Dropdown, "Example", texts[1], options=shown, layout=_WIDE)
         self.prompt = _field(ipywidgets.Textarea, "Prompt", texts[1], rows=3, layout=_WIDE)
         self.feature = _field(ipywidgets.Dropdown, "Push along", next(iter(pushes.values())), options=list(pushes.items()))
         self.number = _field(ipywidgets.IntText, "Feature number", next(iter(bench.chosen.values()), 0))
-        self.strength = _field(ipywidgets.FloatText, "Strength", 0.5, step=0.25, tooltip="in mean residual norms; negative takes the feature away")
+        self.strength = _field(ipywidgets.FloatText, "Strength", 0.5, step=0.25, tooltip="in mean residual norms; negative: taken away")
         self.where = _field(ipywidgets.Dropdown, "Where", "thinking", options=steering.WHERE)
         self.model = _field(ipywidgets.Dropdown, "Model", list(bench.models)[-1], options=list(bench.models))
         self.seed = _field(ipywidgets.IntText, "Seed", bench.seed, tooltip="of the dice that both thoughts roll")
-        self.generate = ipywidgets.Button(description="Generate", button_style="primary", tooltip="Generate the unsteered and the steered text")
-        self.stop = ipywidgets.Button(description="Stop", tooltip="Stop generating")
+        self.generate = ipywidgets.Button(description="Generate", button_style="primary", tooltip="the unsteered and the steered text")
+        self.stop = ipywidgets.Button(description="Stop", tooltip="stop generating")
         self.status, self.output = ipywidgets.HTML(), ipywidgets.HTML(layout=_WIDE)
         self._say("Choose, then press Generate. Strength is in mean residual norms; negative takes the feature away.")
         self.example.observe(lambda change: change["new"] and setattr(self.prompt, "value", change["new"]), "value")
@@ -305,11 +308,12 @@ class Panel(ipywidgets.VBox):
         self._task = self._loop.create_task(self._run(turn))  # kept, or it might be collected while it runs
 
     async def _run(self, turn: int) -> None:
-        """One press of the button. It ends silently if there is a later one; whatever goes wrong is said, and nothing is raised into the kernel."""
+        """One press of the button, silent once there is a later one. Whatever goes wrong is said, and nothing is raised into the kernel."""
         start, first, last = time.monotonic(), None, None
         feature = self.number.value if self.feature.value == _BY_NUMBER else self.feature.value
+        asked = self.prompt.value, feature, self.strength.value, self.where.value, self.model.value, self.seed.value
         try:
-            growing = self.bench.stream(self.prompt.value, feature, self.strength.value, self.where.value, self.model.value, self.seed.value)
+            growing = self.bench.stream(*asked)
             self._say("Generating ...")
             self.output.value = ""
             while turn == self._turn and not self._stopped and (comparison := next(growing, None)) is not None:

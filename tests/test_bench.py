@@ -1,6 +1,7 @@
 """The bench: the same tokens as the experiments' generation, at the positions that were asked for; a widget that stops and never raises."""
 
 import asyncio
+import html
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -165,8 +166,8 @@ def test_free_text_has_no_right_answer(desk, chat_desk):
 def test_table_and_lines_by_hand(desk, monkeypatch):
     task = typed("puzzle : + 3 * 4 - 2 ; from 5 11 2 reach 16 .")
     assert task.answer == 11
-    good = ("think : first try 5 . start : 5 + 3 = 8 . so 8 * 4 = 12 . wait , 8 * 4 = 13 . so 13 - 2 = 11 . but 11 is not 16 . instead try 11 . "
-            "start : 11 + 3 = 14 . so 14 * 4 = 18 . so 18 - 2 = 16 . found 16 . done . answer : 11 .")
+    good = ("think : first try 5 . start : 5 + 3 = 8 . so 8 * 4 = 12 . wait , 8 * 4 = 13 . so 13 - 2 = 11 . but 11 is not 16 . "
+            "instead try 11 . start : 11 + 3 = 14 . so 14 * 4 = 18 . so 18 - 2 = 16 . found 16 . done . answer : 11 .")
     words = [build_tokenizer().tokenize(text) for text in (good, good.replace("answer : 11", "answer : 5"))]
     monkeypatch.setattr(steering, "stream", lambda *a, **k: iter([(words, [True, True])]))
     found = desk.compare(task, 0, 1.0)
@@ -203,6 +204,7 @@ WRONG = {
     "feature": (dict(number=6), "feature 6 does not exist: this crosscoder has features 0 to 5"),
     "negative": (dict(number=-1), "feature -1 does not exist"),
     "empty": (dict(prompt=" \n "), "the prompt is empty: give a puzzle or a question"),
+    "marker": (dict(prompt="what is 5 - 1 ? <eos>"), "the prompt contains '<eos>', which is a marker of this model"),
     "unknown": (dict(prompt="what is love ?"), "does not know ('love')"),
     "long": (dict(prompt="the puzzle " * 260), "and the thought may take 14, and this model's context is 512: shorten the prompt"),
     "nan": (dict(strength=float("nan")), "strength is nan: it must be a number from -100.0 to 100.0"),
@@ -222,7 +224,7 @@ def press(desk, **values):
 @pytest.mark.parametrize("fields, sentence", WRONG.values(), ids=WRONG)
 def test_a_mistake_is_a_sentence_in_the_widget_and_nothing_is_raised(desk, fields, sentence):
     panel = press(desk, **fields)
-    assert sentence in panel.status.value.replace("&#x27;", "'") and panel.output.value == ""
+    assert sentence in html.unescape(panel.status.value) and panel.output.value == ""
     asked = {"prompt": "what is 5 - 1 ?", "feature": fields.get("number", 0), "strength": 1.0}
     asked |= {name: value for name, value in fields.items() if name != "number"}
     with pytest.raises(UserError, match="prompt|feature|strength"):
@@ -298,8 +300,8 @@ def test_generate_again_begins_anew(plain):
 
 def test_every_field_has_a_name_and_examples_fill_the_prompt(desk):
     panel = desk.widget()
-    fields = [panel.example, panel.prompt, panel.feature, panel.number, panel.strength, panel.where, panel.model, panel.seed, panel.generate,
-              panel.stop]
+    fields = [panel.example, panel.prompt, panel.feature, panel.number, panel.strength, panel.where, panel.model, panel.seed,
+              panel.generate, panel.stop]
     assert all(field.description for field in fields) and len({field.description for field in fields}) == len(fields)
     panel.example.value = "what is 5 - 1 ?"
     assert panel.prompt.value == "what is 5 - 1 ?"
