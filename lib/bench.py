@@ -35,12 +35,13 @@ from . import lexicon, questions, steering
 from .crosscoder import CrossCoder
 from .figures import COLOURS, labelled_lines
 from .media import PUZZLES, Medium
-from .puzzles import LABELS, NUMBERS, OPERATIONS, Puzzle, Question, Sentence, apply, equation_of, label_of, sentences_of
+from .puzzles import CATEGORIES, NUMBERS, OPERATIONS, REDUNDANT, Puzzle, Question, Sentence, apply, equation_of, label_of, sentences_of
 from .results import UserError, check
 from .store import Store
 
 RANDOM = "random"
 SIDES = ("unsteered", "steered")
+Push = int | str | steering.Direction
 STRONGEST = 100.0  # mean residual norms
 
 
@@ -110,7 +111,8 @@ class Comparison:
             title = f"{side}: {row['tokens']} tokens, {row['end']}, {answer}"
             columns.append(f'<section aria-label="{side} text" style="flex:1 1 24em;min-width:0;overflow-x:auto">'
                            f"<h4 style=\"margin:4px 0\">{html.escape(title)}</h4>{labelled_lines(lines).data}</section>")
-        table = self.table.map(_shown).to_html(border=0)
+        left = 'style="text-align:left;padding:2px 14px 2px 0"'  # said in every cell: inside a widget no theme styles a table
+        table = self.table.map(_shown).to_html(border=0).replace("<th>", f"<th {left}>").replace("<td>", f"<td {left}>")
         return (f'<p style="margin:4px 0">{html.escape(self.how)}<br><code>{html.escape(self.prompt)}</code></p>'
                 f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{"".join(columns)}</div>'
                 f'<div style="overflow-x:auto">{table}</div>')
@@ -190,9 +192,11 @@ class Bench:
                             f"{context}: shorten the prompt")
         return prompt
 
-    def direction(self, feature: int | str, model: str = "distilled") -> steering.Direction:
+    def direction(self, feature: Push, model: str = "distilled") -> steering.Direction:
         """A feature by number, a category's chosen feature by its name, or "random": in ``model``, of its mean residual norm."""
         check("model", model, str, choices=tuple(self.models))
+        if isinstance(feature, steering.Direction):
+            return feature
         norm = self.store.mean_norms[model]
         if feature == RANDOM:
             return steering.random_directions(1, self.store.widths[model], norm, self.seed)[0]
@@ -205,7 +209,7 @@ class Bench:
         return steering.feature_direction(self.crosscoder, number, norm, label, model)
 
     def stream(
-        self, prompt, feature: int | str, strength: float, where: str = "thinking", model: str = "distilled", seed: int | None = None
+        self, prompt, feature: Push, strength: float, where: str = "thinking", model: str = "distilled", seed: int | None = None
     ) -> Iterator[Comparison]:
         """``compare`` while it grows: the last one that comes is the whole. To stop, stop asking."""
         direction = self.direction(feature, model)
@@ -224,27 +228,27 @@ class Bench:
                              self._table(task, said, ended), lines)
 
     def compare(
-        self, prompt, feature: int | str, strength: float, where: str = "thinking", model: str = "distilled", seed: int | None = None
+        self, prompt, feature: Push, strength: float, where: str = "thinking", model: str = "distilled", seed: int | None = None
     ) -> Comparison:
         """The unsteered and the steered thought about ``prompt`` (a task, or a text).
 
-        ``feature``: a number, a category with a chosen feature, or "random"; ``strength`` in mean residual norms, negative to take away;
-        ``where``: "prompt", "thinking" or "all"; ``seed``: of the dice, the bench's unless told. UserError for what does not exist.
+        ``feature``: a number, a category with a chosen feature, "random", or a direction; ``strength`` in mean residual norms, negative
+        to take away; ``where``: "prompt", "thinking" or "all"; ``seed``: of the dice, the bench's unless told. UserError for what does not exist.
         """
         *_, last = self.stream(prompt, feature, strength, where, model, seed)
         return last
 
     def _table(self, task, said: Sequence[Sequence[str]], ended: Sequence[bool]) -> pd.DataFrame:
         read = self.medium.outcomes([task] * len(said), said, self.max_new_tokens)
-        known = task.answer is not None
-        rows = []
+        known, rows = task.answer is not None, []
+        labels = (*CATEGORIES, REDUNDANT) if self.medium is PUZZLES else CATEGORIES  # in chat a check is a reflection
         for (_, row), over in zip(read.iterrows(), ended):
             open_end = "not ended" if not over else "limit reached" if row["runaway"] else "thought not closed"
             answer = None if pd.isna(row["answer"]) else row["answer"]
             rows.append({"tokens": int(row["length"]), "end": "thought closed" if row["closed"] else open_end, "answer": answer,
                          "right": bool(row["correct"]) if known and over else None,
                          "every step right": bool(row["chain_correct"]) if known and over and pd.notna(row["chain_correct"]) else None,
-                         **{label: int(row[f"n_{label}"]) for label in LABELS[2:]}})
+                         **{label: int(row[f"n_{label}"]) for label in labels}})
         return pd.DataFrame(rows, index=list(SIDES), dtype=object)  # None stays None
 
     def widget(self) -> Panel:

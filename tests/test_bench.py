@@ -128,6 +128,8 @@ def test_streaming_ends_with_what_generate_returns_and_only_grows(plain, how):
 
 def test_random_is_a_direction_of_the_same_norm(desk):
     assert desk.direction("random", "base").vector.norm().item() == pytest.approx(2.0)
+    control = steering.random_directions(1, WIDTH, 5.0, 7)[0]
+    assert desk.direction(control) is control
     assert desk.direction("5").name == "feature 5" and desk.direction("reflection").name == "reflection 4"
 
 
@@ -187,7 +189,7 @@ def test_chat_is_labelled_by_the_lexicon_and_marked(chat_desk, monkeypatch):
     found = chat_desk.compare(task, 0, 1.0)
     assert [label for label, _, _ in found.lines["unsteered"]][:2] == ["other", "reflection"]
     assert found.table["right"].tolist() == [True, None] and found.table["end"].tolist() == ["thought closed", "not ended"]
-    assert found.table.loc["steered", "contrast"] == 1
+    assert found.table.loc["steered", "contrast"] == 1 and "verification" not in found.table
 
 
 def test_everything_shown_is_escaped(chat_desk, monkeypatch):
