@@ -233,7 +233,8 @@ class Bench:
         """The unsteered and the steered thought about ``prompt`` (a task, or a text).
 
         ``feature``: a number, a category with a chosen feature, "random", or a direction; ``strength`` in mean residual norms, negative
-        to take away; ``where``: "prompt", "thinking" or "all"; ``seed``: of the dice, the bench's unless told. UserError for what does not exist.
+        to take away; ``where``: "prompt", "thinking" or "all"; ``seed``: of the dice, the bench's unless told. UserError for what does
+        not exist.
         """
         *_, last = self.stream(prompt, feature, strength, where, model, seed)
         return last
