@@ -35,6 +35,7 @@ SETTINGS = {  # every cell is drawn, seen or not; nothing is asked at the start
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
 }
 STATE = """() => {
+  if (typeof jupyterapp === 'undefined') return null;
   const panel = jupyterapp.shell.currentWidget;
   if (!panel || !panel.content || !panel.content.model || !panel.sessionContext) return null;
   const cells = panel.content.widgets.filter(w => w.model.type === 'code' && w.model.sharedModel.getSource().trim());
@@ -135,6 +136,16 @@ def run_all(page, seconds=420) -> dict:
     raise TimeoutError(f"after {seconds} s: {state}")
 
 
+def drawn(page) -> int:
+    """How many figures are drawn by plotly. They begin as pictures, and come to life when the pointer enters them."""
+    page.wait_for_function("""() => {
+      const figures = [...document.querySelectorAll('.jp-RenderedPlotly')];
+      figures.forEach(f => f.querySelector('.main-svg') || f.querySelector('.plot-img')?.dispatchEvent(new Event('mouseenter')));
+      return figures.length && figures.every(f => f.querySelector('.main-svg'));
+    }""", polling=1000)
+    return page.locator(".jp-RenderedPlotly:has(.main-svg)").count()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def artefacts():
     if not (Run("tiny", PROFILE).folder / "steering" / "manifest.json").is_file():
@@ -147,8 +158,9 @@ def test_every_cell_runs_and_figures_are_drawn(page, lab, stem):
     opened(page, lab, prepared(stem))
     state = run_all(page)
     assert state["errors"] == [] and state["run"] == state["cells"]
-    drawn = page.locator(".js-plotly-plot .main-svg")
-    drawn.first.wait_for(state="attached")
+    shown = page.locator(".jp-RenderedPlotly")
+    assert drawn(page) == shown.count()
     expected = sum("figures.save(" in c.source for c in nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4).cells)
-    assert page.locator(".js-plotly-plot").count() >= 0.5 * expected  # some are drawn only where a part of the study was computed
+    assert shown.count() >= 0.5 * expected  # some are drawn only where a part of the study was computed
+    shown.last.scroll_into_view_if_needed()
     page.screenshot(path=FOLDER / f"{stem}.png")
