@@ -111,7 +111,7 @@ class Comparison:
             title = f"{side}: {row['tokens']} tokens, {row['end']}, {answer}"
             columns.append(f'<section aria-label="{side} text" style="flex:1 1 24em;min-width:0;overflow-x:auto">'
                            f"<h4 style=\"margin:4px 0\">{html.escape(title)}</h4>{labelled_lines(lines).data}</section>")
-        left = 'style="text-align:left;padding:2px 14px 2px 0"'  # said in every cell: inside a widget no theme styles a table
+        left = 'style="text-align:left;padding:2px 14px 2px 0;line-height:1.4"'  # said in every cell: inside a widget no theme styles a table
         table = self.table.map(_shown).to_html(border=0).replace("<th>", f"<th {left}>").replace("<td>", f"<td {left}>")
         return (f'<p style="margin:4px 0">{html.escape(self.how)}<br><code>{html.escape(self.prompt)}</code></p>'
                 f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{"".join(columns)}</div>'
@@ -273,12 +273,12 @@ class Panel(ipywidgets.VBox):
             self._loop = asyncio.get_running_loop()  # the kernel's, on its main thread; buttons may be heard on another one
         except RuntimeError:
             self._loop = None
-        texts = list(bench.examples)
+        texts, wide = list(bench.examples), ipywidgets.Layout(width="98%")
         pushes = {f"{label} (feature {feature})": label for label, feature in bench.chosen.items()}
         pushes |= {"a random direction": RANDOM, "a feature by its number": _BY_NUMBER}
         shown = [("(your own text)", ""), *((text, text) for text in texts)]
-        self.example = _field(ipywidgets.Dropdown, "Example", texts[1], options=shown, layout=_WIDE)
-        self.prompt = _field(ipywidgets.Textarea, "Prompt", texts[1], rows=3, layout=_WIDE)
+        self.example = _field(ipywidgets.Dropdown, "Example", texts[1], options=shown, layout=wide)
+        self.prompt = _field(ipywidgets.Textarea, "Prompt", texts[1], rows=3, layout=wide)
         self.feature = _field(ipywidgets.Dropdown, "Push along", next(iter(pushes.values())), options=list(pushes.items()))
         self.number = _field(ipywidgets.IntText, "Feature number", next(iter(bench.chosen.values()), 0))
         self.strength = _field(ipywidgets.FloatText, "Strength", 0.5, step=0.25, tooltip="in mean residual norms; negative: taken away")
@@ -287,7 +287,7 @@ class Panel(ipywidgets.VBox):
         self.seed = _field(ipywidgets.IntText, "Seed", bench.seed, tooltip="of the dice that both thoughts roll")
         self.generate = ipywidgets.Button(description="Generate", button_style="primary", tooltip="the unsteered and the steered text")
         self.stop = ipywidgets.Button(description="Stop", tooltip="stop generating")
-        self.status, self.output = ipywidgets.HTML(), ipywidgets.HTML(layout=_WIDE)
+        self.status, self.output = ipywidgets.HTML(), ipywidgets.HTML(layout=wide)
         self._say("Choose, then press Generate. Strength is in mean residual norms; negative takes the feature away.")
         self.example.observe(lambda change: change["new"] and setattr(self.prompt, "value", change["new"]), "value")
         self.prompt.observe(lambda change: setattr(self.example, "value", change["new"] if change["new"] in texts else ""), "value")
@@ -333,9 +333,6 @@ class Panel(ipywidgets.VBox):
             message, failed = f"{type(error).__name__}: {error}", True
         if turn == self._turn:
             self._say(message, failed)
-
-
-_WIDE = ipywidgets.Layout(width="98%")
 
 
 def _field(kind: type, description: str, value, **options) -> ipywidgets.DOMWidget:
