@@ -111,7 +111,7 @@ class Comparison:
             title = f"{side}: {row['tokens']} tokens, {row['end']}, {answer}"
             columns.append(f'<section aria-label="{side} text" style="flex:1 1 24em;min-width:0;overflow-x:auto">'
                            f"<h4 style=\"margin:4px 0\">{html.escape(title)}</h4>{labelled_lines(lines).data}</section>")
-        left = 'style="text-align:left;padding:2px 14px 2px 0;line-height:1.4"'  # said in every cell: inside a widget no theme styles a table
+        left = 'style="text-align:left;padding:2px 14px 2px 0;line-height:1.4"'  # no theme styles a table inside a widget
         table = self.table.map(_shown).to_html(border=0).replace("<th>", f"<th {left}>").replace("<td>", f"<td {left}>")
         return (f'<p style="margin:4px 0">{html.escape(self.how)}<br><code>{html.escape(self.prompt)}</code></p>'
                 f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{"".join(columns)}</div>'
