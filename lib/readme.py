@@ -1,4 +1,4 @@
-"""Writes the tables of results and of speed in README.md, and docs/scoreboard*.md, from files of results: no number was typed by hand.
+"""Writes the tables of results and of speed in README.md, docs/scoreboard*.md and docs/robustness_smol.md, from files of results.
 
     python -m lib.readme            # after make figures or make bench; a test holds them equal
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,6 +152,86 @@ def lexicon(folder: Path) -> str:
                               for words, r in rows])
 
 
+ROBUSTNESS = """# The real pair: does it depend on the training, the text, the words?
+
+Written by `python -m lib.readme` from [figures/smol/study](../figures/smol/study) and [figures/smol/results](../figures/smol/results). Brackets are 95% intervals.
+
+## NRN's spread against training
+
+Adapters that were kept on the way were put on the base one after the other; the same text was read with each, and a crosscoder of the same size trained
+(`python -m lib.robustness training --states data/runs/distil_smol/*/kept_*.pt`; smaller than the notebooks', so that only rows of this table can be compared). *Spread* is the 99% quantile
+of NRN minus the 1% quantile; *distance* the mean of |distilled - base| / |base|, per token.
+
+{training}
+
+**What it shows.** The spread follows the distance from the base, not the number of tokens: both grow while the learning rate is high and fall a little when it is brought down at the end. The null moved as far with a smaller spread, so
+the spread is not distance alone. But one adapter of either kind, read through one crosscoder each, does not say by how much such a difference would vary. The null's median is far from one half because its variance has grown: a matter of
+scale (notebook 02).
+
+## Generated text against real text
+
+The notebooks read text that the two models wrote themselves. Here the same models were read on real traces of R1-like models and on paragraphs of an encyclopedia (the text that the adapters were trained on, which
+is not part of this repository), and another crosscoder of the same size was trained on as many tokens (`python -m lib.robustness texts --traces ... --general ...`).
+
+{crosscoders}
+
+Each crosscoder on the other's text, explained variance:
+
+{transfer}
+
+AUROC before a sentence, of the feature that was chosen on one text, reported on both (the last column is a predictor that sees the current token alone):
+
+{detectors}
+
+**What it shows.** NRN is spread alike on both texts, and few features lie beyond the null's thresholds on either. Two crosscoders on different text share fewer features (median cosine of matched rows {cosine}, chance {chance}) than two on the same text
+with other seeds ({seeds}); what they explain of each other's text is less than of their own. The features that were chosen on generated text foretell reflections and deductions on real text about as well: they are no artefact of generated text.
+Chosen on real text, **one and the same feature is the best for all four categories**. It fires where a sentence of the argument is about to begin, and not for a kind of sentence. Whoever looks for the best detector of each category by itself
+and does not compare the categories would report four findings.
+
+## Other words for the parallelogram
+
+The published sets of word pairs of Todd et al. (function vectors; 15 relations, {pairs} pairs) in place of the repository's own (`make figures PAIR=smol ONLY=05 ARGS="-p relations FOLDER -p run function_vectors"`):
+
+{relations}
+
+**What it shows.** As with the repository's own relations: the distilled model's loss cannot be told from the base's, and the null's is higher than both.
+"""
+
+
+def robustness(folder: Path) -> str:
+    """docs/robustness_smol.md from the tables of ``lib.robustness`` and of notebook 05, below figures/smol."""
+    read = lambda name: list(csv.DictReader((folder / "study" / name).open()))  # noqa: E731
+    with_interval = lambda row, name, low, high: _text({"value": float(row[name]), "ci": [float(row[low]), float(row[high])]})  # noqa: E731
+
+    def grid(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+        return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+    fve = lambda row, model: with_interval(row, f"fve_{model}", f"fve_{model}_low", f"fve_{model}_high")  # noqa: E731
+    training = grid(("adapter", "tokens trained on", "distance", "median NRN", "spread of NRN", "FVE base", "FVE adapted"),
+                    [(r["stage"], f"{int(r['trained']):,}", f"{float(r['distance']):.3f}", f"{float(r['nrn_q50']):.3f}", f"**{float(r['spread']):.3f}**",
+                      fve(r, "base"), fve(r, "distilled")) for r in read("training/training.csv")])
+    words = {"own": "generated", "other": "real"}
+    crosscoders = grid(("text", "FVE base", "FVE distilled", "alive", "median NRN", "spread of NRN", "beyond the null, NRN", "beyond the null, latent scaling"),
+                       [(words[r["text"]], fve(r, "base"), fve(r, "distilled"), r["alive"], f"{float(r['nrn_q50']):.3f}", f"{float(r['spread']):.3f}",
+                         f"{float(r['beyond_nrn']):.2%}", f"{float(r['beyond_nu_eps']):.2%}") for r in read("texts/crosscoders.csv")])
+    transfer = grid(("trained on", "read on", "model", "FVE"), [(words[r["text"]], words[r["read_on"]], r["model"], with_interval(r, "fve", "low", "high"))
+                                                                for r in read("texts/transfer.csv")])
+    found = {(r["category"], r["text"], r["read_on"], r["predictor"]): r for r in read("texts/detectors.csv")}
+    detectors = grid(("category", "chosen on", "reported on", "feature", "AUROC", "token alone"),
+                     [(c, words[text], words[on], r["feature"], with_interval(r, "auroc", "low", "high"),
+                       with_interval(found[c, text, on, "token only"], "auroc", "low", "high"))
+                      for (c, text, on, predictor), r in found.items() if predictor == "feature"])
+    matches = read("texts/matches.csv")
+    cosine, chance = (f"{statistics.median(float(r[name]) for r in matches if r[name]):.2f}" for name in ("cosine", "chance"))
+    seeds = json.loads((folder / "study" / "seeds" / "manifest.json").read_text())["metrics"]["stability_median"]["value"]
+    metrics = json.loads((folder / "results" / "05_function_vectors.json").read_text())["metrics"]
+    relations = grid(("model", "mean loss", "change from the base", "as a share of random pairings"),
+                     [(model, _text(metrics[f"parallelogram_{model}"]), _text(metrics.get(f"parallelogram_change_{model}")) if model != "base" else "",
+                       _text(metrics[f"parallelogram_relative_{model}"])) for model in ("base", "distilled", "null_a")])
+    return ROBUSTNESS.format(training=training, crosscoders=crosscoders, transfer=transfer, detectors=detectors, cosine=cosine, chance=chance,
+                             seeds=f"{seeds:.2f}", relations=relations, pairs=f"{metrics['parallelogram_base']['n']:,}")
+
+
 def standing(results: Path) -> str:
     """Which of the four categories has a feature that stands up? A Markdown table from 03.json and 04.json: one row per category.
 
@@ -221,6 +302,7 @@ def main() -> int:
     try:
         write_text(readme, written(readme.read_text(), RESULTS, ROOT / "benchmarks"))
         write_text(ROOT / "docs" / "scoreboard.md", scoreboard(RESULTS))
+        write_text(ROOT / "docs" / "robustness_smol.md", robustness(REAL.parent))
         write_text(ROOT / "docs" / "scoreboard_smol.md", scoreboard([REAL], "the pair smol, a real language model"))
     except UserError as error:
         print(error, file=sys.stderr)

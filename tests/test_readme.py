@@ -18,6 +18,10 @@ def test_the_scoreboards_show_the_committed_predictions():
     assert readme.scoreboard(readme.RESULTS) == (ROOT / "docs" / "scoreboard.md").read_text(), "run: python -m lib.readme"
 
 
+def test_robustness_shows_the_committed_tables():
+    assert readme.robustness(readme.REAL.parent) == (ROOT / "docs" / "robustness_smol.md").read_text(), "run: python -m lib.readme"
+
+
 def test_scoreboard_from_hand_written_results(tmp_path):
     board = {"columns": ["prediction", "observed", "held"], "rows": [["a | b", "0.5", "yes"], ["null: c", "", "undecided"]]}
     (tmp_path / "02.json").write_text(json.dumps({"tables": {"scoreboard": board}}))
