@@ -9,6 +9,7 @@ from importlib import metadata
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from lib.results import ROOT
 
@@ -49,6 +50,24 @@ def test_constraints_hold_every_requirement_and_no_local_versions():
 def test_installed_versions_are_the_pinned_ones():
     for name, version in REQUIRED.items():
         assert metadata.version(name).partition("+")[0] == version, name
+
+
+def test_constraints_pin_whatever_the_requirements_bring_in():
+    """Every distribution that is needed in the end, as it is installed here."""
+    held = {normal(name): version for name, version in pins((ROOT / "constraints.txt").read_text()).items()}
+    todo, seen = list(REQUIRED), set()
+    while todo:
+        name = normal(todo.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        assert name in held, f"{name} is needed, and constraints.txt does not say in which version"
+        assert metadata.version(name).partition("+")[0] == held[name], name
+        for line in metadata.requires(name) or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                todo.append(needed.name)
+    assert len(seen) > 100
 
 
 def test_whatever_lib_imports_is_required():
