@@ -12,6 +12,10 @@ import pytest
 from lib.results import Run
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", 'fault(kind, n=1): n cases of the kind "kill", "fault" or "bad input", counted by python -m tests.faults')
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     import torch
