@@ -1,0 +1,56 @@
+"""``python -m tests.faults``: all kills, faults and bad inputs, and one line that counts them.
+
+Cases are marked ``@pytest.mark.fault("kill")``, ``("fault")`` or ``("bad input")``, with ``n=`` where one test has several. Every test of
+these passes only if nothing was lost and what was said is clear, so what fails counts as one that lost something or was unclear.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import pytest
+
+FILES = ["tests/test_faults.py", "tests/test_bad_input.py"]
+LEAST = {"kill": 30, "fault": 1, "bad input": 60}
+
+
+class Count:
+    """A plugin that counts marked cases by what became of them."""
+
+    def __init__(self):
+        self.marks, self.passed, self.failed, self.done = {}, Counter(), Counter(), set()
+
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            if mark := item.get_closest_marker("fault"):
+                self.marks[item.nodeid] = mark.args[0], mark.kwargs.get("n", 1)
+
+    def pytest_runtest_logreport(self, report):
+        if report.nodeid in self.marks and report.nodeid not in self.done and (report.failed or (report.when == "call" and report.passed)):
+            kind, n = self.marks[report.nodeid]
+            (self.failed if report.failed else self.passed)[kind] += n
+            self.done.add(report.nodeid)
+
+
+def line(count: Count) -> str:
+    """The one line."""
+    met = count.passed + count.failed
+    return (f"{met['kill']} kills, {met['fault']} faults, {met['bad input']} bad inputs: {count.failed.total()} lost something or gave an "
+            "unclear error")
+
+
+def verdict(count: Count, code: int, least: dict[str, int] = LEAST) -> int:
+    """0 if everything passed and there were enough of each kind that passed; what was skipped does not count."""
+    return int(code != 0 or count.failed.total() > 0 or any(count.passed[kind] < n for kind, n in least.items()))
+
+
+def main(arguments: list[str]) -> int:
+    count = Count()
+    code = pytest.main([*FILES, "-m", "not browser", "-p", "no:cacheprovider", *arguments], plugins=[count])
+    print(line(count))
+    return verdict(count, int(code))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

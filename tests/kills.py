@@ -1,0 +1,116 @@
+"""Work on toys that can be killed: a process that has imported everything forks a child for each piece, and the test kills the child.
+
+``start(kind, folder, ...)`` begins one of ``WORK`` below ``folder``. The forking server never computes anything, so a child inherits no
+threads of torch; a child that is killed (SIGKILL: no handler, no ``finally``, nothing is flushed) takes nothing else with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from lib import distill
+from lib.corpus import build
+from lib.harvest import harvest
+from lib.labelling import Endpoint, label_features
+from lib.results import UserError, write_text
+from lib.store import Store
+from lib.training import TrainConfig, train
+from tests.toys import StopAt, toy_pair
+
+RECIPE = distill.Recipe(width=16, layers=2, heads=2, kv_heads=1, mlp=16, base_tokens=6_000, mid_tokens=4_000, late_tokens=4_000,
+                        tune_tokens=8_000, batch_tokens=512)
+QUESTIONS = 30
+
+
+def prepare(folder: Path) -> None:
+    """What the others read: ``folder``/pair, and a store harvested from it."""
+    harvest_toys(folder, folder / "store")
+
+
+def toys(folder: Path):
+    from lib.pairs import Pair
+
+    names = ("base", "distilled")
+    if not (folder / "pair").is_dir():
+        toy_pair(folder / "pair")
+    return Pair("toy", {n: folder / "pair" / n for n in names}, tokenizer_source=folder / "pair" / "tokenizer", dictionary=32, tokens=6000)
+
+
+def harvest_toys(given: Path, out: Path) -> Store:
+    pair = toys(given)
+    return harvest(pair, build(pair, 6000, seed=0), out, shard_tokens=400, batch_tokens=512)
+
+
+def distilling(given: Path, out: Path, *_) -> None:
+    distill.CHUNK_DOCUMENTS = 20
+    distill.train_all(out, RECIPE, ("base", "midtrain", "latetrain", "distilled"), report=lambda line: None)
+
+
+def harvesting(given: Path, out: Path, *_) -> None:
+    harvest_toys(given, out)
+
+
+def training(given: Path, out: Path, *_) -> None:
+    config = TrainConfig(n_features=64, k=4, tokens=40_000, batch_size=64, aux_k=8, dead_after=0.05)
+    train(Store.open(given / "store"), config, out, StopAt(1e9), checkpoint_seconds=0)
+
+
+def labelling(given: Path, out: Path, url: str) -> None:
+    import pandas as pd
+
+    contexts = pd.DataFrame([(f, 1, f"text of «feature{f}»") for f in range(QUESTIONS)], columns=["feature", "rank", "text"])
+    table = label_features(contexts, range(QUESTIONS), out, Endpoint(url, "judge", timeout=20.0))
+    write_text(out / "labels.csv", table.to_csv(index=False))
+
+
+WORK = {f.__name__: f for f in (distilling, harvesting, training, labelling)}
+
+
+def _child(pipe, kind: str, given: str, out: str, url: str, file_bytes: int | None) -> None:
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")
+    if file_bytes is not None:  # the system itself refuses to write on: OSError instead of a signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    pipe.send("begun")
+    said = "done"
+    try:
+        prepare(Path(given)) if kind == "prepare" else WORK[kind](Path(given), Path(out), url)
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+        if not isinstance(error, (UserError, OSError)):
+            import traceback
+
+            said += "\n" + traceback.format_exc()
+    with contextlib.suppress(OSError):
+        pipe.send(said)
+
+
+def start(kind: str, given: Path, out: Path, url: str = "", file_bytes: int | None = None):
+    """(process, pipe); the pipe says "begun", and then "done" or what was raised. Returns when the work has begun."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.kills"])
+    here, there = server.Pipe(duplex=False)
+    process = server.Process(target=_child, args=(there, kind, str(given), str(out), url, file_bytes), daemon=True)
+    process.start()
+    there.close()
+    assert here.poll(120) and here.recv() == "begun"
+    return process, here
+
+
+def finish(process, pipe) -> str:
+    """What the work said at its end; "killed" if it could not say anything."""
+    try:
+        said = pipe.recv() if pipe.poll(120) else "silent"
+    except EOFError:
+        said = "killed"
+    process.join(20)
+    return said
