@@ -41,8 +41,27 @@ study: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
+explore: $(STAMP)
+	@made=$$($(BIN)/python -m lib.explorer --pair "$(PAIR)" --profile "$(PROFILE)") && $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/$$made $(ARGS)
+
+report: $(STAMP)
+	@$(BIN)/python -m lib.report $(ARGS)
+
+check: $(STAMP)
+	@$(BIN)/python -m lib.check $(ARGS)
+
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+browser: $(STAMP)
+	$(BIN)/python -m pytest -m browser $(ARGS)
+
+faults: $(STAMP)
+	@$(BIN)/python -m tests.faults $(ARGS)
+
+# An environment of its own with the newest releases of what changes most; everything else as pinned.
+test-latest:
+	@PYTHON="$(PYTHON)" tests/latest.sh
 
 # Half an hour on an idle machine; one of them alone: .venv/bin/python -m benchmarks.read
 bench: $(STAMP) $(if $(PEERS),.venv-peers/.installed)

@@ -32,6 +32,7 @@ from .run import canonical
 
 SAME = 1e-3  # relative
 LOOSE, NEAR_ZERO = 0.05, 0.01  # relative, and absolute, for metrics without an interval
+TIMES = ("_per_second", "_seconds")  # how fast a machine was is no result
 PAIRS = ("tiny", "tiny_large")  # whose results make figures writes; notebook 06 writes to the largest pair's
 CLONE = ROOT / "data" / "runs" / "check"
 
@@ -55,7 +56,7 @@ def compare(notebook: str, before: Mapping, after: Mapping) -> list[Difference]:
     """Differences between two contents of a results file NN.json, committed first."""
     found = []
     old, new = before["metrics"], after["metrics"]
-    for name in sorted(set(old) | set(new)):
+    for name in sorted(n for n in set(old) | set(new) if not n.endswith(TIMES)):
         if name not in old or name not in new:
             found.append(Difference(notebook, name, *("there" if name in m else "missing" for m in (old, new)), "outside"))
         elif kind := _moved(old[name]["value"], new[name]["value"], old[name]["ci"]):

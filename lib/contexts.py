@@ -7,8 +7,7 @@ can judge a label instead of believing it.
 from __future__ import annotations
 
 import html
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ import plotly.graph_objects as go
 from transformers import PreTrainedTokenizerBase
 
 from .crosscoder import CrossCoder
-from .figures import COLOURS, PLOTLY_MIME, shaded_tokens, summary
+from .figures import COLOURS, shaded_tokens
 from .puzzles import LABELS
 from .store import Store
 
@@ -149,26 +148,3 @@ def map_of_features(crosscoder: CrossCoder, table: pd.DataFrame, n: int = 3000, 
     frame = alive[["feature", "nrn", "label", "top_token"]].assign(x=place[:, 0], y=place[:, 1]).reset_index(drop=True)
     what = "its row in the model where it is longer" if same else "its rows in all models, joined"
     return frame, f"{len(frame):,} of {int(table['alive'].sum()):,} alive features; each is {what}, at unit length."
-
-
-def explorer(options: Sequence[int], draw: Callable[[int], tuple[go.Figure, object]], label: str = "feature"):
-    """A slider over ``options`` and, below it, what ``draw(option)`` returns: (figure, HTML). An ipywidgets box.
-
-    The output's content is *assigned*: ``interact`` and the ``Output`` context can stall a headless run. Show the same as
-    plain output beside it: the slider is lost where no kernel runs.
-    """
-    import ipywidgets
-
-    slider = ipywidgets.SelectionSlider(options=[(str(o), o) for o in options], description=label, continuous_update=False,
-                                        layout={"width": "600px"})
-    output = ipywidgets.Output()
-
-    def update(change) -> None:
-        figure, text = draw(slider.value)
-        bundles = [{PLOTLY_MIME: json.loads(figure.to_json()), "text/plain": summary(figure)},
-                   {"text/html": text.data, "text/plain": ""}]
-        output.outputs = tuple({"output_type": "display_data", "data": bundle, "metadata": {}} for bundle in bundles)
-
-    slider.observe(update, "value")
-    update(None)
-    return ipywidgets.VBox([slider, output])

@@ -23,9 +23,9 @@ one: state is written at the end of every chunk of documents, and a chunk is a f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -41,6 +41,7 @@ from transformers.utils.logging import disable_progress_bar
 from . import trials
 from .prose import CURRICULUM, LATE_MIX, MID_MIX, base_document, vocabulary
 from .puzzles import ERROR_RATE, Sentence, Teacher, direct, sample_puzzle, sample_question
+from .results import alone, read_state, write_state, write_text
 
 STAGES = ("base", "midtrain", "latetrain", "distilled", "control", "null_a", "null_b")
 CHUNK_DOCUMENTS = 2000
@@ -173,8 +174,13 @@ def train_stage(
     """Train one stage, from ``model`` as it stands, or from ``folder``/state.pt if that exists.
 
     Writes a line of ``log.jsonl`` per chunk; for ``distilled`` keeps weights every ``keep_every`` of the run, among
-    which ``style`` is chosen. Raises FloatingPointError if the loss is not finite.
+    which ``style`` is chosen. Raises FloatingPointError if the loss is not finite, UserError if another run is at work there.
     """
+    with alone(folder, f"training the stage {stage!r}"):
+        return _train_stage(stage, model, recipe, folder, report, keep_every)
+
+
+def _train_stage(stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Path, report, keep_every: float) -> Qwen2ForCausalLM:
     folder.mkdir(parents=True, exist_ok=True)
     budget = {"base": recipe.base_tokens, "midtrain": recipe.mid_tokens, "latetrain": recipe.late_tokens}.get(stage, recipe.tune_tokens)
     peak = recipe.base_rate if stage == "base" else recipe.tune_rate
@@ -185,13 +191,14 @@ def train_stage(
     state_file, log_file = folder / "state.pt", folder / "log.jsonl"
     chunk = tokens = step = kept = 0
     if state_file.is_file():
-        state = torch.load(state_file, weights_only=True)
+        state = read_state(state_file)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         chunk, tokens, step, kept = state["chunk"], state["tokens"], state["step"], state["kept"]
+    cut_log(log_file, tokens)
     model.train()
     while tokens < budget:
-        began, start, losses = time.time(), tokens, []
+        began, start, losses = time.monotonic(), tokens, []
         for x, y in chunk_batches(stage, recipe, chunk, min(1.0, tokens / budget)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(tokens / budget, peak)
@@ -209,23 +216,28 @@ def train_stage(
             step += 1
         chunk += 1
         line = {"stage": stage, "chunk": chunk, "step": step, "tokens": tokens, "loss": round(sum(losses) / len(losses), 4),
-                "tokens_per_second": round((tokens - start) / (time.time() - began))}
+                "tokens_per_second": round((tokens - start) / max(time.monotonic() - began, 1e-6))}
         with log_file.open("a") as log:
             log.write(json.dumps(line) + "\n")
         report(f"{stage}: {tokens:,}/{budget:,} tokens, loss {line['loss']:.3f}, {line['tokens_per_second']:,} tokens/s")
         if stage == "distilled" and tokens / budget >= (kept + 1) * keep_every:
             kept += 1
-            write_whole(folder / f"kept_{tokens:09d}.pt", model.state_dict())
+            write_state(folder / f"kept_{tokens:09d}.pt", model.state_dict())
         counters = {"chunk": chunk, "tokens": tokens, "step": step, "kept": kept}
-        write_whole(state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **counters})
+        write_state(state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **counters})
     return model.eval()
 
 
-def write_whole(path: Path, state: dict) -> None:
-    """torch.save under another name, then rename: a file is whole or absent."""
-    scratch = path.with_suffix(".part")
-    torch.save(state, scratch)
-    os.replace(scratch, path)
+def cut_log(file: Path, tokens: int) -> None:
+    """Drop what log.jsonl says of the time after ``tokens``, where a run resumes: one that was killed may have logged more than it had saved."""
+    if not file.is_file():
+        return
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # half a line
+            if json.loads(line)["tokens"] <= tokens:
+                lines.append(line + "\n")
+    write_text(file, "".join(lines))
 
 
 def stages_of(name: str) -> tuple[str, ...]:
@@ -240,7 +252,7 @@ def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, repor
     recipe_file = out / "recipe.json"
     if recipe_file.is_file() and json.loads(recipe_file.read_text()) != asdict(recipe):
         raise ValueError(f"{out} holds a run with another recipe ({recipe_file}): choose another folder, or remove it")
-    recipe_file.write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    write_text(recipe_file, json.dumps(asdict(recipe), indent=2) + "\n")
     for stage in stages:
         final = out / stage / "final.pt"
         if final.is_file():
@@ -254,7 +266,7 @@ def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, repor
                 raise FileNotFoundError(f"{start} is missing: train the stage {before!r} first")
             model.load_state_dict(torch.load(start, weights_only=True))
         train_stage(stage, model, recipe, out / stage, report)
-        write_whole(final, model.state_dict())
+        write_state(final, model.state_dict())
 
 
 # --- choosing and shipping -------------------------------------------------------------------------------------
@@ -299,9 +311,9 @@ def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES
         model.to(torch.bfloat16).save_pretrained(out / name)
         (out / name / "generation_config.json").unlink(missing_ok=True)
     lines = [line for stage in stages for line in (runs / stage / "log.jsonl").read_text().splitlines()]
-    (out / "log.jsonl").write_text("\n".join(lines) + "\n")
+    write_text(out / "log.jsonl", "\n".join(lines) + "\n")
     card = {**asdict(recipe), **style, "parameters": sum(p.numel() for p in model.parameters())}
-    (out / "recipe.json").write_text(json.dumps(card, indent=2) + "\n")
+    write_text(out / "recipe.json", json.dumps(card, indent=2) + "\n")
     report(f"shipped {', '.join(sources)} to {out}")
 
 

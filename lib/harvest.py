@@ -46,7 +46,7 @@ from .corpus import KINDS, LABEL_ARRAYS, SPLITS, Corpus, Document, build
 from .pairs import DTYPES, Pair, load_pair
 from .puzzles import LABELS
 from .reading import Table, widened
-from .results import ROOT, Progress, Run, UserError, check, fingerprint, is_current, versions, write_manifest, write_text
+from .results import ROOT, Progress, Run, UserError, alone, check, fingerprint, is_current, versions, write_manifest, write_text
 from .run import checked, parameters_of, read_profile, read_value
 from .store import FORMAT, INDEX, MADE_BY, Store, file_problem, read_log, sha256
 
@@ -76,8 +76,9 @@ def harvest(pair: Pair, documents: Corpus | Iterable[Document], path: str | Path
             pass  # something is damaged: below, whole shards are kept and the others made anew
     if isinstance(job.corpus, Corpus):
         job.corpus.check_budget()
-    _clear(job)
-    with _room(job):
+    job.path.mkdir(parents=True, exist_ok=True)
+    with alone(job.path, "harvesting"), _room(job):
+        _clear(job)
         shards = _make(job, range(sys.maxsize), models, device)
         if not shards:
             raise UserError("there are no documents to harvest: give a corpus of at least one")

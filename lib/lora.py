@@ -34,9 +34,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import Trace, encode_trace, read_traces
 from .corpus import hub_items, read_texts
-from .distill import learning_rate, write_whole
+from .distill import cut_log, learning_rate
 from .pairs import load_pair
-from .results import ROOT, UserError, write_text
+from .results import ROOT, UserError, alone, read_state, write_state, write_text
 
 STAGES = ("distilled", "null_a", "null_b")
 HELD_OUT = 0.05  # share of questions, and of paragraphs, that no adapter sees
@@ -154,8 +154,13 @@ def adapted(base: PreTrainedModel, recipe: Recipe) -> peft.PeftModel:
 def train(model: peft.PeftModel, windows: Iterator[Window], recipe: Recipe, folder: Path, report=print) -> peft.PeftModel:
     """Train one adapter, from ``folder``/state.pt if that exists; a line of log.jsonl every ``STATE_EVERY`` steps.
 
-    Raises FloatingPointError if the loss is not finite.
+    Raises FloatingPointError if the loss is not finite, UserError if another run is at work there.
     """
+    with alone(folder, "training an adapter"):
+        return _train(model, windows, recipe, folder, report)
+
+
+def _train(model: peft.PeftModel, windows: Iterator[Window], recipe: Recipe, folder: Path, report) -> peft.PeftModel:
     folder.mkdir(parents=True, exist_ok=True)
     names, weights = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
     masters = [p.detach().float().clone() for p in weights]
@@ -163,16 +168,17 @@ def train(model: peft.PeftModel, windows: Iterator[Window], recipe: Recipe, fold
     state_file = folder / "state.pt"
     step = tokens = 0
     if state_file.is_file():
-        state = torch.load(state_file, weights_only=True)
+        state = read_state(state_file)
         step, tokens = state["step"], state["tokens"]
         optimizer.load_state_dict(state["optimizer"])
         for master, weight, name in zip(masters, weights, names):
             master.copy_(state["adapter"][name])
             weight.data.copy_(master)
+    cut_log(folder / "log.jsonl", tokens)
     inner, stream = model.get_base_model().train(), batches(windows, recipe)
     for _ in range(step):
         next(stream)
-    losses, began, start = [], time.time(), tokens
+    losses, began, start = [], time.monotonic(), tokens
     while tokens < recipe.tokens:
         x, y, size = next(stream)
         for group in optimizer.param_groups:
@@ -193,15 +199,15 @@ def train(model: peft.PeftModel, windows: Iterator[Window], recipe: Recipe, fold
         kept = tokens // recipe.keep_every > before // recipe.keep_every
         if step % STATE_EVERY == 0 or kept or tokens >= recipe.tokens:
             line = {"stage": folder.name, "step": step, "tokens": tokens, "loss": round(sum(losses) / max(len(losses), 1), 4),
-                    "tokens_per_second": round((tokens - start) / (time.time() - began))}
+                    "tokens_per_second": round((tokens - start) / max(time.monotonic() - began, 1e-6))}
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
             report(f"{folder.name}: {tokens:,}/{recipe.tokens:,} tokens, loss {line['loss']:.3f}, {line['tokens_per_second']} tokens/s")
             adapter = dict(zip(names, masters))
-            write_whole(state_file, {"step": step, "tokens": tokens, "optimizer": optimizer.state_dict(), "adapter": adapter})
+            write_state(state_file, {"step": step, "tokens": tokens, "optimizer": optimizer.state_dict(), "adapter": adapter})
             if kept:
-                write_whole(folder / f"kept_{tokens:09d}.pt", {n: m.bfloat16() for n, m in adapter.items()})
-            losses, began, start = [], time.time(), tokens
+                write_state(folder / f"kept_{tokens:09d}.pt", {n: m.bfloat16() for n, m in adapter.items()})
+            losses, began, start = [], time.monotonic(), tokens
     return model.eval()
 
 

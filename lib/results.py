@@ -13,22 +13,25 @@ Every number that is shown anywhere goes through ``Results`` with its 95% interv
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 from scipy.stats import norm
 
 from .progress import Progress as Progress  # part of this module's interface
@@ -94,6 +97,63 @@ def write_text(path: Path, text: str) -> Path:
     finally:
         scratch.unlink(missing_ok=True)
     return path
+
+
+def write_state(path: Path, state: Mapping) -> Path:
+    """``torch.save`` to a file that is whole or absent."""
+    import torch  # here: notebooks without a model do not wait for it
+
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with scratch.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def read_state(path: Path) -> dict:
+    """What ``write_state`` wrote, with weights only: nothing is unpickled. UserError for a file that is damaged."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{_shown(path)} is damaged ({type(error).__name__}): remove it, and the run begins anew") from None
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Another name to write ``path`` under, whatever writes it: flushed to the disk and renamed at the end of the block, removed if it fails."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield scratch
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Nobody else does ``what`` in ``folder`` as long as the block lasts; UserError if somebody does. A run that is killed leaves no lock.
+
+    The lock is beside the folder, .<name>.lock, and is kept by the system: the file itself says nothing.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another run is {what} in {_shown(folder)}: wait for it, or stop it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # --- fingerprints and manifests: what was made from what -------------------------------------------------------

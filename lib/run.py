@@ -211,6 +211,19 @@ def execute(source: Path, target: Path, failed: Path, parameters: dict, timeout:
     failed.unlink(missing_ok=True)
 
 
+def prepared(notebook: Path, target: Path, given: dict) -> Path:
+    """Write a copy of a notebook to ``target``, without outputs, whose parameters are ``given`` where they are named; to be opened by hand."""
+    parameters = parameters_of(notebook) | checked(notebook.stem, parameters_of(notebook), given)
+    copy = nbformat.read(notebook, as_version=4)
+    for cell in copy.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return write_text(target, nbformat.writes(copy) + "\n")
+
+
 def _shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 

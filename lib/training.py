@@ -10,6 +10,7 @@ checkpoint, ends with the same weights as an uninterrupted one (for the same num
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ from torch import Tensor
 from .crosscoder import PRECISIONS, VARIANTS, CrossCoder, Forward, auxiliary_loss, forward, l0_loss, sparsity_loss, squared_error
 from .pairs import Pair
 from .reading import Prefetched
-from .results import Progress, Run, UserError, check, fingerprint, is_current, write_manifest, write_text
+from .results import Progress, Run, UserError, alone, check, fingerprint, is_current, write_manifest, write_state, write_text
 from .store import MADE_BY, MEMORY, Store
 
 PER_FEATURE = ("W_dec", "W_enc", "b_enc", "log_theta")  # parameters of the crosscoder that are [F, ...]
@@ -160,6 +161,11 @@ def train(store, config: TrainConfig, folder: Path, progress=None, device: str |
     mark = config.fingerprint(store)
     if is_current(folder, mark):
         return CrossCoder.load(folder)
+    with alone(folder, "training a crosscoder") if together.rank == 0 else contextlib.nullcontext():
+        return _train(store, config, folder, mark, progress, device, checkpoint_seconds, together)
+
+
+def _train(store, config: TrainConfig, folder: Path, mark: str, progress, device: str, checkpoint_seconds: float, together: Alone) -> CrossCoder:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = checkpoint_file(folder, mark)
     trainer = Trainer(store, config, device, together)
@@ -176,9 +182,7 @@ def train(store, config: TrainConfig, folder: Path, progress=None, device: str |
             if together.agreed(time.monotonic() - saved >= checkpoint_seconds) and trainer.shown < config.tokens:
                 state = trainer.state()  # from all processes
                 if together.rank == 0:
-                    scratch = checkpoint.with_suffix(".part")
-                    torch.save(state, scratch)
-                    scratch.replace(checkpoint)
+                    write_state(checkpoint, state)
                 saved = time.monotonic()
     finally:
         trainer.close()

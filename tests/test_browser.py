@@ -20,7 +20,7 @@ import pytest
 
 from lib import figures
 from lib.results import ROOT, Run
-from lib.run import parameters_of, read_profile
+from lib.run import prepared, read_profile
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
@@ -105,18 +105,10 @@ def page(chromium):
     page.close()
 
 
-def prepared(stem: str) -> str:
-    """A copy of a notebook with the profile's parameters and without outputs; its path from the repository's root."""
-    notebook = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
-    given = parameters_of(ROOT / "notebooks" / f"{stem}.ipynb") | {"run": PROFILE} | read_profile(ROOT / "notebooks" / "profiles", PROFILE, STEMS).get(stem, {})
-    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    cell.source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, FOLDER / f"{stem}.ipynb")
-    return (FOLDER / f"{stem}.ipynb").relative_to(ROOT).as_posix()
+def copied(stem: str) -> str:
+    """A copy of a notebook with the profile's parameters; its path from the repository's root."""
+    given = {"run": PROFILE} | read_profile(ROOT / "notebooks" / "profiles", PROFILE, STEMS).get(stem, {})
+    return prepared(ROOT / "notebooks" / f"{stem}.ipynb", FOLDER / f"{stem}.ipynb", given).relative_to(ROOT).as_posix()
 
 
 def opened(page, lab, path):
@@ -155,7 +147,7 @@ def artefacts():
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_cell_runs_and_figures_are_drawn(page, lab, stem):
-    opened(page, lab, prepared(stem))
+    opened(page, lab, copied(stem))
     state = run_all(page)
     assert state["errors"] == [] and state["run"] == state["cells"]
     shown = page.locator(".jp-RenderedPlotly")
@@ -164,3 +156,47 @@ def test_every_cell_runs_and_figures_are_drawn(page, lab, stem):
     assert shown.count() >= 0.5 * expected  # some are drawn only where a part of the study was computed
     shown.last.scroll_into_view_if_needed()
     page.screenshot(path=FOLDER / f"{stem}.png")
+
+
+def test_the_explorer_follows_the_keyboard_and_a_typed_number(page, lab):
+    opened(page, lab, copied("explore"))
+    assert run_all(page)["errors"] == []
+    title = lambda: page.locator(".jp-RenderedPlotly .gtitle").first.text_content()  # noqa: E731
+    drawn(page)
+    first, table = title(), page.locator(".feature-table select")
+    assert first.startswith("Feature ") and table.locator("option").count() > 10
+    table.focus()
+    page.keyboard.press("ArrowDown")
+    assert _changed(page, title, first).startswith(f"Feature {table.locator('option').nth(1).text_content().split()[0]}:")
+    number = page.get_by_role("spinbutton", name="Feature number")
+    number.fill("7")
+    number.press("Enter")
+    assert _changed(page, title, title()).startswith("Feature 7:") or title().startswith("Feature 7:")
+    page.get_by_role("combobox", name="Sort by").select_option("frequency")
+    _changed(page, title, title())
+    shares = [float(text.split("%")[0].split()[-1]) for text in table.locator("option").all_text_contents()[:5]]
+    assert shares == sorted(shares, reverse=True)
+    page.screenshot(path=FOLDER / "explore.png")
+
+
+def _changed(page, title, before: str, seconds: float = 30) -> str:
+    """The figure's title once it is another than ``before``; figures come to life again after a change."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        drawn(page)
+        if (now := title()) != before:
+            return now
+        time.sleep(0.2)
+    return before
+
+
+def test_the_steering_bench_generates(page, lab):
+    opened(page, lab, copied("04_ablate_and_steer"))
+    assert run_all(page)["errors"] == []
+    page.get_by_role("button", name="Generate").click()
+    status = page.locator(".jupyter-widgets [role=status]")
+    status.filter(has_text="Done:").wait_for()
+    texts = page.locator(".jupyter-widgets section").all_text_contents()
+    assert len(texts) >= 2 and all(len(text.split()) > 5 for text in texts[:2])
+    page.locator(".jupyter-widgets section").first.scroll_into_view_if_needed()
+    page.screenshot(path=FOLDER / "bench.png")

@@ -376,19 +376,6 @@ def test_profile_and_headline(table):
     assert "never fires" in contexts.headline(table, 4)
 
 
-def test_explorer_assigns_outputs_and_follows_the_slider(table):
-    from IPython.display import HTML
-
-    store = by_hand()
-    some = coded(store, "report", COLUMNS)
-    box = contexts.explorer([0, 3], lambda f: (contexts.profile_figure(store, some, table, f), HTML(f"<p>{f}</p>")))
-    slider, output = box.children
-    assert output.outputs[1]["data"]["text/html"] == "<p>0</p>" and slider.continuous_update is False
-    slider.value = 3
-    assert output.outputs[1]["data"]["text/html"] == "<p>3</p>"
-    assert "Feature 3" in output.outputs[0]["data"]["application/vnd.plotly.v1+json"]["layout"]["title"]["text"]
-
-
 def test_map_says_when_there_is_too_little(toy):
     _, crosscoder = toy
     frame = pd.DataFrame({"feature": range(40), "alive": [True] * 5 + [False] * 35, "nrn": 0.5, "label": "", "top_token": ""})
