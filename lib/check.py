@@ -110,7 +110,10 @@ def check_folder(folder: Path) -> tuple[list[Difference], list[str], int]:
             if (text := committed(path)) is not None:
                 before = json.loads(text)
                 count += len(before["metrics"])
-                differences += compare(file.stem, before, json.loads(file.read_text(encoding="utf-8")))
+                try:
+                    differences += compare(file.stem, before, json.loads(file.read_text(encoding="utf-8")))
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise UserError(f"{file.name} of {pair} holds no results ({type(error).__name__}): run make figures again") from None
     if not count:
         raise UserError("there are no results to compare: run make figures first")
     for file in sorted((folder / "notebooks").glob("[0-9][0-9]_*.ipynb")):
