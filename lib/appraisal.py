@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -85,15 +86,24 @@ def asked_before(transcripts: Path, questions: Sequence[Question]) -> bool:
     return [line["question"] for line in read_lines(transcripts)] == [q.text for q in questions]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the models of a pair with a pretrained base: evaluation.json and transcripts.")
     parser.add_argument("out", type=Path, help="folder of the pair: data/pairs/<pair>")
     parser.add_argument("--traces", type=Path, help="the file that the adapters were trained on: its held-out questions are used")
     parser.add_argument("--text", type=Path, help="likewise, of the null")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    try:
+        _measure(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> None:
     pair, found = load_pair(args.out.name), {}
     tokenizer, questions = pair.tokenizer("base"), ask("report", args.questions, open_share=0.0)
     once = Recipe(short=0)
@@ -118,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -37,6 +37,9 @@ class Reader:
     def read(self, token_lists: Sequence[Sequence[int]], side: str = "right") -> list[torch.Tensor]:
         """One padded batch; the residual stream [length, d] of each list, in the model's dtype, on the CPU, padding cut off."""
         lengths = [len(t) for t in token_lists]
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context and max(lengths) > context:
+            raise UserError(f"a text has {max(lengths)} tokens, and this model's context is {context}: shorten it")
         ids = torch.full((len(lengths), max(lengths)), self.pad)
         spans = [slice(0, n) if side == "right" else slice(max(lengths) - n, None) for n in lengths]
         for i, (tokens, span) in enumerate(zip(token_lists, spans)):

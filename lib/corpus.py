@@ -23,6 +23,7 @@ import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -363,6 +364,8 @@ def read_items(path: Path) -> Iterator[str | Trace]:
         with opener(path, "rt", encoding="utf-8") as file:
             paragraph: list[str] = []
             for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise UserError(f"{path.name} is not text: line {number} holds a zero byte; give plain text or JSONL in UTF-8")
                 if jsonl and line.strip():
                     yield _json_item(line, f"line {number} of {path.name}")
                 elif not jsonl and line.strip():
@@ -378,7 +381,7 @@ def read_items(path: Path) -> Iterator[str | Trace]:
                 yield "\n".join(paragraph)
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from None
-    except (gzip.BadGzipFile, EOFError):
+    except (gzip.BadGzipFile, EOFError, zlib.error):
         raise UserError(f"{path.name} is not a whole gzip file: fetch it again") from None
 
 
@@ -395,7 +398,7 @@ def hub_items(source: str) -> Iterator[str | Trace]:
 def _json_item(line: str, where: str) -> str | Trace:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         entry = None
     return _item(entry, where)
 
@@ -420,6 +423,8 @@ def _conversation(turns: list, where: str) -> Trace:
     """
     said = {"user": "", "assistant": ""}
     for turn in reversed(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value") or "", str):
+            raise UserError(f'{where} is a conversation whose turns are not of the form {{"from": "...", "value": "..."}}: it needs a question and an answer')
         who = {"human": "user", "gpt": "assistant"}.get(turn.get("from"), turn.get("from"))
         said[who] = turn.get("value") or ""
     match = _THOUGHT.search(said["assistant"]) or _THINK.match(said["assistant"])

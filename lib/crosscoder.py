@@ -46,11 +46,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .results import UserError, check, write_text
+from .results import UserError, check, whole_file, write_text
 from .sparse import Code, encode, jump, reconstruct, select_above, select_batch, select_positive, select_rows
 
 VARIANTS = ("batchtopk", "topk", "l1", "jumprelu")
@@ -212,9 +213,8 @@ class CrossCoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         config = {"widths": self.widths, "n_features": self.n_features, "names": self.names, "variant": self.variant, "k": self.k,
                   **({"dedicated": self.dedicated} if self.dedicated else {})}
-        scratch = folder / ".crosscoder.part"
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, scratch)
-        scratch.replace(folder / "crosscoder.safetensors")
+        with whole_file(folder / "crosscoder.safetensors") as scratch:
+            save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, scratch)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -224,11 +224,13 @@ class CrossCoder(nn.Module):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             state = load_file(folder / "crosscoder.safetensors")
+            crosscoder = cls(**config)
+            crosscoder.load_state_dict(state)
         except FileNotFoundError as error:
             raise UserError(f"no crosscoder in {folder} ({Path(error.filename or folder).name} is missing): "
                             "run notebook 02_train_crosscoder first") from None
-        crosscoder = cls(**config)
-        crosscoder.load_state_dict(state)
+        except (UserError, SafetensorError, RuntimeError, TypeError, ValueError):
+            raise UserError(f"the crosscoder in {folder} is damaged: remove it and run notebook 02_train_crosscoder again") from None
         return crosscoder.eval().requires_grad_(False)
 
     # --- dedicated features --------------------------------------------------------------------------------------

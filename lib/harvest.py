@@ -389,6 +389,8 @@ def _finish(job: Job, shards: dict[str, dict]) -> None:
     for m, norm in norms.items():
         mean, squares = _moments(tables, f"acts_{m}", train)
         mean_norm = float(norm[train].mean(dtype=np.float64))
+        if mean_norm == 0:
+            raise UserError(f"all activations of {m} are zero at this layer, so there is nothing to scale or to train on: check its weights")
         index[f"mean_{m}"] = mean
         statistics[m] = {"mean_norm": mean_norm, "median_norm": float(np.median(norm[kept])), "scale": math.sqrt(len(mean)) / mean_norm,
                          "mean_square_norm": squares, "total_variance": squares - mean.square().sum().item(), "tokens": n}

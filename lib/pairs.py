@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -131,22 +132,35 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
     if not file.is_file():
         raise UserError(f"the registry of pairs {file} does not exist: give a YAML file like data/pairs.yaml")
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        entries = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError:
+        raise UserError(f"{file.name} is not UTF-8 text: convert it first") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date may be none
         raise UserError(f"{file.name} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(entries, Mapping) or name not in entries:
-        raise UserError(f"unknown pair {name!r}: {file.name} has {', '.join(entries or ())}")
+    if not isinstance(entries, Mapping):
+        raise UserError(f"{file.name} holds no pairs: it must be a mapping, name of the pair: its entry, like data/pairs.yaml")
+    if name not in entries:
+        raise UserError(f"unknown pair {name!r}: {file.name} has {', '.join(map(str, entries))}")
+    if not isinstance(entries[name], Mapping):
+        raise UserError(f"pair {name!r} is {entries[name]!r}: its entry must be a mapping with at least base: and distilled:")
     entry = dict(entries[name])
     if "like" in entry:
         model = entry.pop("like")
-        if model not in entries or "like" in entries[model]:
+        if not isinstance(model, str) or not isinstance(entries.get(model), Mapping) or "like" in entries[model]:
             raise UserError(f"pair {name!r} is like {model!r}, which must be an entry of {file.name} that is like no other")
         entry = {**entries[model], **entry}
     if unknown := set(entry) - _KEYS:
-        raise UserError(f"pair {name!r} has the unknown key {sorted(unknown)[0]!r}: known keys are {', '.join(sorted(_KEYS))}")
+        raise UserError(f"pair {name!r} has the unknown key {min(unknown, key=str)!r}: known keys are {', '.join(sorted(_KEYS))}")
     if missing := {"base", "distilled"} - set(entry):
         raise UserError(f"pair {name!r} lacks {' and '.join(sorted(missing))}: give a folder or a hub id with revision")
-    sources = {n: _resolve(str(entry.pop(n)), file) for n in ("base", "distilled")}
+    for key in ("base", "distilled", "tokenizer"):
+        check(f"{key} of pair {name!r}", entry.get(key), str if key != "tokenizer" else (str, None))
+    others, differing = entry.get("others") or {}, entry.get("differing_ids") or []
+    if not isinstance(others, Mapping) or not all(isinstance(text, str) for item in others.items() for text in item):
+        raise UserError(f"others of pair {name!r} is {others!r}: it must be a mapping, name: folder or hub id")
+    if not isinstance(differing, list) or not all(type(i) is int for i in differing):
+        raise UserError(f"differing_ids of pair {name!r} is {differing!r}: it must be a list of token ids")
+    sources = {n: _resolve(entry.pop(n), file) for n in ("base", "distilled")}
     others = {n: _resolve(str(s), file) for n, s in (entry.pop("others", None) or {}).items()}
     tokenizer = entry.pop("tokenizer", None)
     for key in ("dtype", "store_dtype"):
@@ -160,12 +174,23 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
                 tuple(entry.pop("differing_ids", None) or ()), corpus=_corpus(name, entry.pop("corpus", "generated"), file), **entry)
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe, and strict: of a key that stands twice in a mapping, YAML would silently lose the first."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands there twice: keep one of them", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _corpus(name: str, corpus, file: Path) -> str | tuple:
     if corpus == "generated":
         return corpus
     entries = corpus if isinstance(corpus, list) else []
     if not entries or not all(isinstance(c, dict) and set(c) - {"files"} in ({"path", "kind"}, {"hub", "kind"})
-                              and ("hub" in c or "files" not in c) and c["kind"] in ("trace", "general") for c in entries):
+                              and ("hub" in c or "files" not in c) and c["kind"] in ("trace", "general")
+                              and all(isinstance(value, str) for value in c.values()) for c in entries):
         raise UserError(f"corpus of pair {name!r} must be 'generated' or a list of {{path: FILE, kind: trace or general}} or "
                         "{hub: org/name, kind: trace or general}, the latter with files: PATTERN if it is to be read by files")
     return tuple((_text_source(c, file), c["kind"]) for c in corpus)
@@ -204,7 +229,7 @@ def _from(source: str | Path, loader, what: str, **options):
     disable_progress_bar()  # its bars freeze in executed notebooks
     try:
         return loader.from_pretrained(where, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"the {what} cannot be loaded from {_shown(source)} (config.json and safetensors are needed): {reason}") from None
 

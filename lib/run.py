@@ -106,7 +106,9 @@ def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> d
     profile: dict = {}
     for layer in (name, f"{name}.{pair}"):
         content = read_yaml(folder / f"{layer}.yaml") if layer in known else {}
-        if unknown := sorted(set(content) - set(stems) - {"timeout", "study"}):
+        if odd := next((stem for stem in stems if not isinstance(content.get(stem), dict | None)), None):
+            raise UserError(f"profile {layer!r} has {content[odd]!r} for {odd}: it must be a mapping of name: value entries")
+        if unknown := sorted(set(map(str, content)) - set(stems) - {"timeout", "study"}):
             raise UserError(f"profile {layer!r} names {', '.join(unknown)}: the notebooks are {', '.join(stems)}")
         profile |= {key: profile.get(key, {}) | (value or {}) if isinstance(value, dict | None) else value for key, value in content.items()}
     return profile

@@ -26,7 +26,7 @@ import torch
 
 from .corpus import LABEL_ARRAYS, SPLITS
 from .reading import Shuffle, Table, Wanted, check_batch, read_shuffled, ring_blocks, widened
-from .results import ROOT, UserError, check, read_manifest
+from .results import MANIFEST, ROOT, UserError, check, read_manifest
 
 MADE_BY = "01_harvest_activations"
 INDEX = "index.safetensors"
@@ -99,7 +99,12 @@ class Store:
         """
         path = Path(path)
         manifest = read_manifest(path, MADE_BY)
-        files = {**manifest.get("shards", {}), INDEX: manifest.get("index", {})}
+        if not isinstance(manifest.get("shards"), dict) or not isinstance(manifest.get("index"), dict):
+            raise UserError(f"{_shown(path / MANIFEST)} is damaged: remove {_shown(path)} and run notebook {MADE_BY} again")
+        files = {**manifest["shards"], INDEX: manifest["index"]}
+        if odd := next((name for name in files if Path(name).name != name), None):
+            raise UserError(f"{_shown(path / MANIFEST)} names the shard {odd!r}, which lies outside of the store: remove {_shown(path)} and run "
+                            f"notebook {MADE_BY} again")
         if verify is None:
             verify = sum(expected.get("bytes", 0) for expected in files.values()) <= VERIFY_BYTES
         for name, expected in files.items():
@@ -108,7 +113,10 @@ class Store:
         if manifest.get("format") != FORMAT:
             raise UserError(f"{_shown(path)} has format {manifest.get('format')}, this code reads format {FORMAT}: remove it and run "
                             f"notebook {MADE_BY}")
-        return cls(path, manifest)
+        try:
+            return cls(path, manifest)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{_shown(path / MANIFEST)} is damaged: remove {_shown(path)} and run notebook {MADE_BY} again") from None
 
     def __len__(self) -> int:
         return int(self._starts[-1])

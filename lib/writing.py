@@ -13,6 +13,7 @@ import gzip
 import json
 import os
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .decoding import decode
 from .pairs import load_pair
 from .progress import Progress
 from .questions import ask
-from .results import write_text
+from .results import UserError, write_text
 
 BATCH = 64
 TRACE_TOKENS, GENERAL_TOKENS = 640, 256  # new tokens per text, at most
@@ -141,7 +142,7 @@ def pack(file: Path, out: Path) -> None:
     os.replace(scratch, out)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Let the models of a pair write the corpus that is harvested from them.")
     parser.add_argument("pair", help="an entry of data/pairs.yaml with a pretrained base")
     parser.add_argument("out", type=Path, help="folder that receives traces.jsonl.gz and general.jsonl.gz")
@@ -149,8 +150,17 @@ def main() -> None:
     parser.add_argument("--kind", choices=("trace", "general"), help="only this one: the two can be written side by side")
     parser.add_argument("--runs", type=Path, help="folder of what is written so far; left out: data/runs/<pair>/writing")
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    try:
+        _write(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(args: argparse.Namespace) -> None:
     pair, runs = load_pair(args.pair), args.runs or Path("data/runs") / args.pair / "writing"
     runs.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -163,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
