@@ -66,7 +66,7 @@ test-latest:
 # Half an hour on an idle machine; one of them alone: .venv/bin/python -m benchmarks.read
 bench: $(STAMP) $(if $(PEERS),.venv-peers/.installed)
 	$(if $(PEERS),.venv-peers,.venv)/bin/python -m benchmarks.step $(if $(PEERS),--peers)
-	@for name in read harvest generate distributed costs; do echo; echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in read harvest generate distributed explorer costs; do echo; echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 canonical: $(STAMP)
 	@$(BIN)/python -m lib.run --canonical notebooks/*.ipynb

@@ -99,6 +99,7 @@ SPEED = (
     ("Share of training spent waiting for batches, reading from there", "wait_share", "", ""),
     ("Steered thoughts: one prompt at a time, by conditions together", "generate_vs_single", "times", "at least 10"),
     ("one condition at a time, by conditions together", "generate_vs_condition", "times", "at least 0.9"),
+    ("A click in the feature explorer, F = 32,768, D = 2 x 1,536", "explorer_click_ms", "milliseconds", ""),
     ("Two processes against one: largest difference of the loss, relative", "accelerate_loss_difference", "", "at most 0.001"),
 )
 
