@@ -21,15 +21,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from toys import toy_model, toy_pair, toy_store
 
-from lib import agreement, check, explorer, figures, labelling, report, robustness, study
+from lib import agreement, appraisal, check, explorer, figures, labelling, report, robustness, study, writing
 from lib import run as driver
+from lib.capture import Reader
 from lib.contexts import contexts_html
 from lib.corpus import build, override, read_items
 from lib.crosscoder import CrossCoder
+from lib.distill import build_tokenizer
 from lib.explorer import Columns
 from lib.features import Coded, check_feature, codes
 from lib.harvest import harvest
-from lib.pairs import check_layer, check_vocabularies, load_pair
+from lib.pairs import _KEYS, Pair, check_layer, check_vocabularies, load_pair
 from lib.results import ROOT, Run, UserError
 from lib.sharing import open_crosscoder
 from lib.store import Store
@@ -494,3 +496,89 @@ def test_training_on_a_store_that_was_changed_loses_nothing(store, tmp_path):
         train(Edited(store, lambda acts: torch.full_like(acts, float("nan"))), TrainConfig(n_features=0, k=4, tokens=600), tmp_path / "crosscoder")
     sentence_of(error.value)
     assert state_of(tmp_path) == before
+
+
+# --- one line a case: what is wrong, what is called, words of the sentence -----------------------------------------
+
+
+def _damaged(name, change):
+    def call(folder):
+        CrossCoder((4, 4), 8, k=2).save(folder)
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+        CrossCoder.load(folder)
+
+    return call
+
+
+def _cut_model(folder):
+    toy_model(16, 0).save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
+    Pair("p", {"base": folder}).load("base")
+
+
+def _zeros(folder):
+    pair, model = toy_pair(folder), toy_model(16, 0)
+    with torch.no_grad():
+        [p.zero_() for p in model.parameters()]
+    model.save_pretrained(folder / "base")
+    harvest(pair, build(pair, 1000), folder / "store")
+
+
+def _profile(text):
+    def call(folder):
+        (folder / "mine.yaml").write_text(text)
+        driver.read_profile(folder, "mine", ["01_harvest_activations"])
+
+    return call
+
+
+LINES = {
+    "a crosscoder that breaks off": (_damaged("crosscoder.safetensors", lambda b: b[:-50]), "is damaged: remove it"),
+    "a crosscoder with a configuration that breaks off": (_damaged("config.json", lambda b: b[:10]), "is damaged: remove it"),
+    "a crosscoder of other shapes": (_damaged("config.json", lambda b: b.replace(b"8", b"9")), "is damaged: remove it"),
+    "a model that breaks off": (_cut_model, "model 'base' of pair 'p' cannot be loaded"),
+    "a model whose activations are all zero": (_zeros, "all activations of base are zero"),
+    "a text beyond the context": (lambda _: Reader(toy_model(16, 0), build_tokenizer()).read([[3] * 600]), "600 tokens, and this model's context is 512"),
+    "a profile that is a list": (_profile("- 1\n"), "holds a list"),
+    "a profile with a word for parameters": (_profile("01_harvest_activations: fast\n"), "must be a mapping of name: value"),
+    "a profile of another notebook": (_profile("09_more: {k: 3}\n"), "names 09_more"),
+    "a rate that is no number": (lambda _: TrainConfig(rate=float("nan")), "rate is nan: it must be a number"),
+    "a batch of half a token": (lambda _: TrainConfig(batch_size=2.5), "batch_size is 2.5: it must be an integer"),
+    "two models of one name": (lambda _: CrossCoder((4, 4), 8, ("a", "a"), k=2), "one distinct name per model"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_one_clear_sentence(name, tmp_path):
+    call, words = LINES[name]
+    with pytest.raises(UserError) as error:
+        call(tmp_path)
+    assert words in sentence_of(error.value)
+
+
+@pytest.mark.parametrize("main", [writing.main, appraisal.main])
+def test_commands_on_a_pair_that_is_not_there(main, tmp_path, capsys):
+    assert main([str(tmp_path / "nobody")] if main is appraisal.main else ["nobody", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "unknown pair 'nobody'" in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_registry_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("PAIRS_REGISTRY", "/nowhere/pairs.yaml")
+    with pytest.raises(UserError) as error:
+        load_pair("tiny")
+    assert "/nowhere/pairs.yaml does not exist: give a YAML file" in sentence_of(error.value)
+
+
+ANYTHING = st.recursive(st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5),
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True, database=None)
+@given(st.dictionaries(st.sampled_from([*sorted(_KEYS), "what"]), ANYTHING, max_size=5))
+def test_any_entry_is_a_pair_or_a_sentence(tmp_path, entry):
+    (tmp_path / "any.yaml").write_text(yaml.safe_dump({"p": {"base": "a/b", "distilled": "a/c"} | entry}))
+    try:
+        assert load_pair("p", tmp_path / "any.yaml").name == "p"
+    except UserError as error:
+        sentence_of(error)
