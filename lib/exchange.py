@@ -45,7 +45,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .crosscoder import INITIAL_NORM, CrossCoder
-from .results import UserError, write_text
+from .results import UserError, whole_file, write_state, write_text
 
 ORIGIN = "origin.json"  # {format, order, layers, scales}: what the formats themselves do not say
 REPLICATION, DICTIONARY_LEARNING = "replication", "dictionary_learning"
@@ -166,7 +166,7 @@ def export_replication(crosscoder: CrossCoder, folder: Path, layer: int) -> None
     cfg = {"seed": 0, "dict_size": crosscoder.n_features, "d_in": crosscoder.widths[0], "enc_dtype": "fp32", "dec_init_norm": INITIAL_NORM,
            "device": "cpu", "site": "resid_post", "hook_point": f"blocks.{int(layer)}.hook_resid_post"}
     folder = _made(folder)
-    torch.save({name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}, folder / "cc_weights.pt")
+    write_state(folder / "cc_weights.pt", {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()})
     write_text(folder / "cfg.json", json.dumps(cfg, indent=2) + "\n")
     _write_origin(crosscoder, folder, REPLICATION, layer, scales=True)
 
@@ -199,7 +199,8 @@ def export_dictionary_learning(crosscoder: CrossCoder, folder: Path, layer: int)
         state |= {"threshold": crosscoder.threshold.float().clone(), "k": torch.tensor(crosscoder.k, dtype=torch.int32)}
         config["k"] = crosscoder.k
     folder = _made(folder)
-    save_file(state, folder / "model.safetensors")
+    with whole_file(folder / "model.safetensors") as scratch:
+        save_file(state, scratch)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     _write_origin(crosscoder, folder, DICTIONARY_LEARNING, layer, scales=False)
 

@@ -25,8 +25,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
+from plotly.offline import get_plotlyjs
 
-from .results import Run
+from .results import Run, whole_file, write_text
 
 # After Okabe & Ito, "Color universal design": they stay apart for the colour-blind, in hue or in lightness.
 COLOURS = {
@@ -66,15 +67,18 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) 
     frame = traces(fig) if data is None else data
     text = frame.to_csv(index=any(level is not None for level in frame.index.names), lineterminator="\n", float_format="%.6g")
     changed = not file.is_file() or file.read_text(encoding="utf-8") != text
-    file.write_text(text, encoding="utf-8")
     # a fixed div id: by default it is random, and the same figure would give another file each time
     options = dict(include_plotlyjs="directory", include_mathjax=False, config={"displaylogo": False})
-    fig.write_html(file.with_suffix(".html"), div_id=name, **options)
+    if not (library := file.with_name("plotly.min.js")).is_file():
+        write_text(library, get_plotlyjs())
+    write_text(file.with_suffix(".html"), fig.to_html(div_id=name, **options))
     picture = to_png(fig, scale=2)
     if picture is not None:
-        file.with_suffix(".png").write_bytes(picture)
+        with whole_file(file.with_suffix(".png")) as scratch:
+            scratch.write_bytes(picture)
     elif changed:
         file.with_suffix(".png").unlink(missing_ok=True)
+    write_text(file, text)  # last: as long as the numbers are the old ones, the picture counts as old
     _display(fig, picture and to_png(fig, scale=_small(fig)))  # on disk for print, in the notebook small: under 1 MB in all
 
 
