@@ -4,11 +4,13 @@
     explore.view(17)                           # (figure, HTML): the same without a kernel
     explore.widget()                           # a table, filters, a number to type; arrow keys step through the features
 
-Of a feature it shows NRN among all others, what each model's activation contributes where it fires, its place in the map, the texts in which it is
-strongest (shaded by activation, and below by which of the models it comes from), its label with the evidence, and its nearest features.
+Of a feature it shows NRN among all others, what each model's activation contributes where it fires, its place in the map, the texts in
+which it is strongest (shaded by activation, and below by which of the models it comes from), its label with the evidence, and its
+nearest features.
 
-**Large dictionaries.** Activations are kept on disk by feature (compressed columns as memory-mapped arrays), and what a feature looks like is read from there when it is asked
-for: nothing grows with the dictionary but one table of numbers. Whatever comes from a text is escaped.
+**Large dictionaries.** Activations are kept on disk by feature (compressed columns as memory-mapped arrays), and what a feature looks
+like is read from there when it is asked for: nothing grows with the dictionary but one table of numbers (``benchmarks/explorer.py``).
+Whatever comes from a text is escaped.
 """
 
 from __future__ import annotations
@@ -140,7 +142,8 @@ class Explorer:
     def lines(self, rows: pd.DataFrame) -> list[tuple[str, int]]:
         """(text, feature) for each row, in columns of a fixed width."""
         cosine = ["" if np.isnan(s) else f"{s:.2f}" for s in rows["stability"]]
-        return [(f"{r.feature:>6}  NRN {r.nrn:.2f}  {r.frequency:>7.2%}  {c:>4}  {str(r.label)[:24]:<24} {str(r.top_token)[:14]}", int(r.feature))
+        line = "{r.feature:>6}  NRN {r.nrn:.2f}  {r.frequency:>7.2%}  {c:>4}  {label:<24} {token}"
+        return [(line.format(r=r, c=c, label=str(r.label)[:24], token=str(r.top_token)[:14]), int(r.feature))
                 for r, c in zip(rows.itertuples(), cosine)]
 
     # --- one feature -------------------------------------------------------------------------------------------
@@ -164,7 +167,7 @@ class Explorer:
         return found
 
     def nearest(self, feature: int, n: int = 8) -> list[tuple[int, float]]:
-        """The ``n`` features whose decoder rows (all models' side by side, scaled) have the highest cosine with this one's: (feature, cosine)."""
+        """The ``n`` features with the highest cosine to this one, (feature, cosine), by decoder rows: all models' side by side, scaled."""
         rows = self.crosscoder.W_dec.detach()
         if self._norms is None:
             self._norms = rows.norm(dim=1).clamp(min=1e-12)
@@ -196,20 +199,22 @@ class Explorer:
             fig.add_scatter(x=back["x"], y=back["y"], mode="markers", marker=dict(size=4, color=COLOURS["null"]), showlegend=False,
                             hovertext=[f"feature {f}" for f in back["feature"]], hoverinfo="text", row=1, col=3)
             here = self.places[self.places["feature"] == feature]
-            fig.add_scatter(x=here["x"], y=here["y"], mode="markers", marker=dict(size=13, symbol="x", color=COLOURS["distilled"]), showlegend=False,
-                            hovertext=f"feature {feature}", hoverinfo="text", row=1, col=3)
+            fig.add_scatter(x=here["x"], y=here["y"], mode="markers", marker=dict(size=13, symbol="x", color=COLOURS["distilled"]),
+                            showlegend=False, hovertext=f"feature {feature}", hoverinfo="text", row=1, col=3)
             fig.update_xaxes(visible=False, row=1, col=3).update_yaxes(visible=False, row=1, col=3)
         ticks = [0, 1, 4, 16, 64, 256, 1024, 4096]
         fig.update_yaxes(tickvals=np.sqrt(ticks), ticktext=list(map(str, ticks)), title_text="features", row=1, col=1)
-        fig.update_xaxes(title_text="above its mean, in the units of the activation", row=1, col=2).update_yaxes(title_text="share of tokens", tickformat=".0%", row=1, col=2)
+        fig.update_xaxes(title_text="above its mean, in the units of the activation", row=1, col=2)
+        fig.update_yaxes(title_text="share of tokens", tickformat=".0%", row=1, col=2)
         fig.update_xaxes(title_text="0 base only, 1 distilled only", row=1, col=1)
-        return fig.update_layout(title=headline(self.table, feature), width=330 * len(titles), height=340, margin_t=90, legend=dict(orientation="h", y=-0.3))
+        fig.update_layout(title=headline(self.table, feature), width=330 * len(titles), height=340, margin_t=90)
+        return fig.update_layout(legend=dict(orientation="h", y=-0.3))
 
     def _evidence(self, feature: int) -> str:
         row = self.table.iloc[feature]
         number = lambda name, form: format(row[name], form) if name in row and pd.notna(row[name]) else None  # noqa: E731
-        facts = [("NRN", number("nrn", ".3f")), ("fires on", number("frequency", ".2%")), ("explained by the token alone (R²)", number("token_r2", ".2f")),
-                 ("ν_ε", number("nu_eps", ".2f")), ("comes back with other seeds (cosine)", number("stability", ".2f")),
+        facts = [("NRN", number("nrn", ".3f")), ("fires on", number("frequency", ".2%")),
+                 ("explained by the token alone (R²)", number("token_r2", ".2f")), ("ν_ε", number("nu_eps", ".2f")), ("comes back with other seeds (cosine)", number("stability", ".2f")),
                  *((f"AUROC before {c}", number(f"auroc_{c}", ".2f")) for c in CATEGORIES)]
         shown = "; ".join(f"{name} <b>{value}</b>" for name, value in facts if value is not None)
         text = f"<p>{shown}.</p><p>By rule: <b>{html.escape(str(row['label']) or 'no label')}</b>"
@@ -235,10 +240,11 @@ class Explorer:
             most = max(float(np.abs(gap).max()), 1e-9)
             whose = "".join(f'<span title="{g:+.3g}" style="border-bottom:3px solid {_blend(g / most)}">{html.escape(str(w))}</span> '
                             for w, g in zip(words, gap))
-            lines.append(f'<div style="display:flex;white-space:nowrap;font-family:monospace"><span style="min-width:4em;color:#555">{value:.2f}</span>'
-                         f'<div>{joint}<div style="line-height:1.7">{whose}</div></div></div>')
-        explained = (f"Above: where it fires. Below: which model's activation speaks for it, <span style=\"border-bottom:3px solid {_blend(1)}\">{self._of}</span> or "
-                     f"<span style=\"border-bottom:3px solid {_blend(-1)}\">{self._against}</span>; hover for numbers.")
+            lines.append('<div style="display:flex;white-space:nowrap;font-family:monospace">'
+                         f'<span style="min-width:4em;color:#555">{value:.2f}</span><div>{joint}<div style="line-height:1.7">{whose}</div></div></div>')
+        one, other = (f'<span style="border-bottom:3px solid {_blend(sign)}">{html.escape(name)}</span>'
+                      for sign, name in ((1, self._of), (-1, self._against)))
+        explained = f"Above: where it fires. Below: which model's activation speaks for it, {one} or {other}; hover for numbers."
         return f'<p style="color:#555">{explained}</p><div style="overflow-x:auto">{"".join(lines)}</div>'
 
     # --- widget ------------------------------------------------------------------------------------------------
@@ -252,18 +258,18 @@ class Explorer:
 
         wide, style = {"width": "auto"}, {"description_width": "initial"}
         sort = w.Dropdown(options=[s for s, c in SORTS.items() if c in self.table], value="NRN", description="Sort by", style=style)
-        order = w.ToggleButtons(options=[("highest first", True), ("lowest first", False)], description="", tooltips=["highest first", "lowest first"],
-                                style={"button_width": "8em"})
+        order = w.ToggleButtons(options=[("highest first", True), ("lowest first", False)], style={"button_width": "8em"})
         label = w.Dropdown(options=[("any label", ""), *((name, name) for name in self.labels)], description="Label", style=style)
-        nrn = w.FloatRangeSlider(value=(0, 1), min=0, max=1, step=0.01, description="NRN", continuous_update=False, readout_format=".2f", style=style)
-        frequency = w.BoundedFloatText(value=0, min=0, max=1, step=0.001, description="Fires on at least", style=style, layout={"width": "14em"})
-        stable = w.BoundedFloatText(value=0, min=0, max=1, step=0.1, description="Comes back at least", style=style, layout={"width": "14em"},
-                                    disabled=bool(self.table["stability"].isna().all()))
+        nrn = w.FloatRangeSlider(value=(0, 1), min=0, max=1, step=0.01, description="NRN", continuous_update=False, style=style)
+        field = {"min": 0, "style": style, "layout": {"width": "14em"}}
+        frequency = w.BoundedFloatText(value=0, max=1, step=0.001, description="Fires on at least", **field)
+        stable = w.BoundedFloatText(value=0, max=1, step=0.1, description="Comes back at least", **field)
+        stable.disabled = bool(self.table["stability"].isna().all())
         page = w.BoundedIntText(value=1, min=1, max=1, description="Page", style=style, layout={"width": "9em"})
         count = w.HTML()
         table = w.Select(rows=12, description="", layout=wide)
         table.add_class("feature-table")
-        number = w.BoundedIntText(value=0, min=0, max=self.crosscoder.n_features - 1, description="Feature number", continuous_update=False, style=style, layout={"width": "14em"})
+        number = w.BoundedIntText(value=0, max=self.crosscoder.n_features - 1, description="Feature number", continuous_update=False, **field)
         near = w.Dropdown(options=[("nearest features", -1)], description="Go to", style=style)
         output = w.Output()
         mono = w.HTML("<style>.feature-table select { font-family: monospace; font-size: 12px }</style>")
@@ -273,7 +279,8 @@ class Explorer:
             found = self.select(label.value, nrn.value, frequency.value, stable.value, True, sort.value, order.value)
             page.max = max(1, -(-len(found) // PAGE))
             part = found.iloc[(page.value - 1) * PAGE : page.value * PAGE]
-            count.value = f"{len(found):,} of {int(self.table['alive'].sum()):,} alive features" + (f", page {page.value} of {page.max}" if page.max > 1 else "")
+            where = f", page {page.value} of {page.max}" if page.max > 1 else ""
+            count.value = f"{len(found):,} of {int(self.table['alive'].sum()):,} alive features{where}"
             busy["on"] = True  # a new list chooses its first row: that is shown once, below
             table.options = self.lines(part)
             busy["on"] = False
@@ -311,7 +318,8 @@ class Explorer:
         fill()
         if first is not None:
             show(check_feature(self.crosscoder, first))
-        return w.VBox([mono, w.HBox([sort, order, label]), w.HBox([nrn, frequency, stable]), w.HBox([page, count]), table, w.HBox([number, near]), output])
+        rows = [w.HBox(row) for row in ([sort, order, label], [nrn, frequency, stable], [page, count], [number, near])]
+        return w.VBox([mono, *rows[:3], table, rows[3], output])
 
 
 def _blend(share: float) -> str:
@@ -346,7 +354,7 @@ def explorer_of(run: Run, crosscoder: CrossCoder, store: Store, table: pd.DataFr
 
 def main(argv: list[str] | None = None) -> int:
     """Write a copy of notebooks/explore.ipynb for a pair and a run, and say where it is (``make explore`` opens it)."""
-    parser = argparse.ArgumentParser(prog="python -m lib.explorer", description="A notebook with the explorer of a run, to be opened in JupyterLab.")
+    parser = argparse.ArgumentParser(prog="python -m lib.explorer", description="A notebook with the explorer of a run, for JupyterLab.")
     parser.add_argument("--pair", default="tiny", help="entry of data/pairs.yaml (default: tiny)")
     parser.add_argument("--profile", default="default", help="name of the run")
     args = parser.parse_args(argv)
