@@ -170,7 +170,6 @@ TEXTS = {
     "text that is a number": ("a.jsonl", b'{"text": 5}\n', "line 1 of a.jsonl"),
     "a trace without an answer": ("a.jsonl", b'{"question": "a", "thinking": "b"}\n', "line 1 of a.jsonl"),
     "a conversation without a thought": ("a.jsonl", b'{"conversations": [{"from": "user", "value": "a"}]}\n', "line 1 of a.jsonl"),
-    "turns that are words": ("a.jsonl", b'{"conversations": ["hello"]}\n', "line 1 of a.jsonl"),
 }
 
 
