@@ -2,7 +2,7 @@
 
     explore = explorer.open_explorer(run)      # or Explorer(...) with what notebook 03 has in hand
     explore.view(17)                           # (figure, HTML): the same without a kernel
-    explore.widget()                           # a table, filters, a number to type; arrow keys step through the features
+    explore.widget()                           # a table, filters, a number to type; arrow keys in "Row" step through the table
 
 Of a feature it shows NRN among all others, what each model's activation contributes where it fires, its place in the map, the texts in
 which it is strongest (shaded by activation, and below by which of the models it comes from), its label with the evidence, and its
@@ -250,9 +250,9 @@ class Explorer:
     # --- widget ------------------------------------------------------------------------------------------------
 
     def widget(self, first: int | None = None):
-        """An ipywidgets box. Everything has a name for screen readers; the table is a list box, which arrow keys move through.
+        """An ipywidgets box. Everything has a name for screen readers, and everything is reached by keys.
 
-        The output's content is *assigned*: ``interact`` and the ``Output`` context can stall a headless run.
+        In the list box itself JupyterLab takes the arrow keys away (they choose the next cell), but not in fields: hence *Row*. The output's content is *assigned*: ``interact`` and the ``Output`` context can stall a headless run.
         """
         import ipywidgets as w
 
@@ -269,6 +269,7 @@ class Explorer:
         count = w.HTML()
         table = w.Select(rows=12, description="", layout=wide)
         table.add_class("feature-table")
+        row = w.BoundedIntText(value=1, min=1, max=1, description="Row", continuous_update=False, style=style, layout={"width": "9em"})
         number = w.BoundedIntText(value=0, max=self.crosscoder.n_features - 1, description="Feature number", continuous_update=False, **field)
         near = w.Dropdown(options=[("nearest features", -1)], description="Go to", style=style)
         output = w.Output()
@@ -283,6 +284,7 @@ class Explorer:
             count.value = f"{len(found):,} of {int(self.table['alive'].sum()):,} alive features{where}"
             busy["on"] = True  # a new list chooses its first row: that is shown once, below
             table.options = self.lines(part)
+            row.max = max(1, len(part))
             busy["on"] = False
             if len(part):
                 show(int(part["feature"].iloc[0]))
@@ -290,8 +292,8 @@ class Explorer:
         def show(feature: int) -> None:
             busy["on"] = True
             number.value = feature
-            if feature in {value for _, value in table.options}:
-                table.value = feature
+            if feature in (listed := [value for _, value in table.options]):
+                table.value, row.value = feature, listed.index(feature) + 1
             near.options = [("nearest features", -1), *((f"feature {f}, cosine {c:.2f}", f) for f, c in self.nearest(feature))]
             near.value = -1
             busy["on"] = False
@@ -315,10 +317,11 @@ class Explorer:
         page.observe(lambda change: None if busy["on"] else fill(), "value")
         for control in (table, number, near):
             control.observe(chosen, "value")
+        row.observe(lambda change: None if busy["on"] or not table.options else show(table.options[change["new"] - 1][1]), "value")
         fill()
         if first is not None:
             show(check_feature(self.crosscoder, first))
-        rows = [w.HBox(row) for row in ([sort, order, label], [nrn, frequency, stable], [page, count], [number, near])]
+        rows = [w.HBox(row) for row in ([sort, order, label], [nrn, frequency, stable], [page, row, count], [number, near])]
         return w.VBox([mono, *rows[:3], table, rows[3], output])
 
 

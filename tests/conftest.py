@@ -35,3 +35,19 @@ def tokenizer():
     from toys import chat_tokenizer
 
     return chat_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A real browser, for tests marked ``browser``; they are skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    from lib.figures import find_browser
+
+    if (path := find_browser()) is None:
+        pytest.skip("no Chromium was found")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=quiet)
+        yield browser
+        browser.close()

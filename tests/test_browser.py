@@ -18,18 +18,14 @@ import urllib.request
 import nbformat
 import pytest
 
-from lib import figures
 from lib.results import ROOT, Run
 from lib.run import prepared, read_profile
 
-playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
 
 PROFILE = "smoke"
 STEMS = sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 FOLDER = Run("tiny", PROFILE).folder / "browser"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
 SETTINGS = {  # every cell is drawn, seen or not; nothing is asked at the start
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
@@ -84,17 +80,6 @@ def _wait_for(address, server, log, seconds=90):
         except OSError:
             time.sleep(1)
     raise TimeoutError(log.read_text()[-2000:])
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    path = figures.find_browser()
-    if path is None:
-        pytest.skip("no Chromium was found")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -165,8 +150,8 @@ def test_the_explorer_follows_the_keyboard_and_a_typed_number(page, lab):
     drawn(page)
     first, table = title(), page.locator(".feature-table select")
     assert first.startswith("Feature ") and table.locator("option").count() > 10
-    table.focus()
-    page.keyboard.press("ArrowDown")
+    page.get_by_role("spinbutton", name="Row").focus()
+    page.keyboard.press("ArrowUp")  # a field that counts: row 2
     assert _changed(page, title, first).startswith(f"Feature {table.locator('option').nth(1).text_content().split()[0]}:")
     number = page.get_by_role("spinbutton", name="Feature number")
     number.fill("7")

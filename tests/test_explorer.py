@@ -139,6 +139,8 @@ def test_the_widget_follows_clicks_filters_and_numbers(explore):
     assert title() == f"Feature {first}" and table.value == first
     table.value = table.options[2][1]
     assert title() == f"Feature {explore.select().feature.iloc[2]}" and named(box, "Feature number").value == table.value
+    named(box, "Row").value = 2
+    assert title() == f"Feature {explore.select().feature.iloc[1]}" and table.value == explore.select().feature.iloc[1]
     named(box, "Feature number").value = 5
     assert title() == "Feature 5"
     near = named(box, "Go to")

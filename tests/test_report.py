@@ -7,7 +7,7 @@ import nbformat
 import plotly.graph_objects as go
 import pytest
 
-from lib import figures, report
+from lib import report
 from lib.results import UserError
 
 new = nbformat.v4
@@ -85,25 +85,19 @@ def test_nothing_is_replaced_that_is_no_report(root):
 
 
 @pytest.mark.browser
-def test_it_opens_from_disk_with_every_figure_and_no_request(tmp_path):
+def test_it_opens_from_disk_with_every_figure_and_no_request(chromium, tmp_path):
     """The report on the committed notebooks, in a real Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = figures.find_browser()
-    if path is None:
-        pytest.skip("no Chromium was found")
     report.build(tmp_path / "report")
     pages = [*(tmp_path / "report").glob("*.html"), *(tmp_path / "report").glob("[dn]*/*.html")]
     assert len(pages) > 8
-    with playwright.sync_playwright() as p:
-        page = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"]).new_page()
-        asked, said = [], []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        for file in pages:
-            page.goto(file.as_uri())
-            page.evaluate("document.querySelectorAll('iframe').forEach(frame => frame.loading = 'eager')")
-            for frame in page.frames[1:]:
-                frame.wait_for_selector(".main-svg", state="attached")
-            assert page.locator("iframe").count() == len(page.frames) - 1
-            assert not page.evaluate("[...document.images].filter(i => i.loading !== 'lazy' && !i.naturalWidth).map(i => i.src)"), file
+    page, asked, said = chromium.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    for file in pages:
+        page.goto(file.as_uri())
+        page.evaluate("document.querySelectorAll('iframe').forEach(frame => frame.loading = 'eager')")
+        for frame in page.frames[1:]:
+            frame.wait_for_selector(".main-svg", state="attached")
+        assert page.locator("iframe").count() == len(page.frames) - 1
+        assert not page.evaluate("[...document.images].filter(i => i.loading !== 'lazy' && !i.naturalWidth).map(i => i.src)"), file
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == [] and said == []
