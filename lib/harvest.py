@@ -46,7 +46,7 @@ from .corpus import KINDS, LABEL_ARRAYS, SPLITS, Corpus, Document, build
 from .pairs import DTYPES, Pair, load_pair
 from .puzzles import LABELS
 from .reading import Table, widened
-from .results import ROOT, Progress, Run, UserError, alone, check, fingerprint, is_current, versions, write_manifest, write_text
+from .results import ROOT, Progress, Run, UserError, alone, check, disk_error, fingerprint, is_current, versions, write_manifest, write_text
 from .run import checked, parameters_of, read_profile, read_value
 from .store import FORMAT, INDEX, MADE_BY, Store, file_problem, read_log, sha256
 
@@ -355,7 +355,9 @@ def _save_whole(tensors: dict[str, torch.Tensor], file: Path) -> dict:
     except Exception as error:
         if "No space left" in str(error) and not isinstance(error, OSError):  # safetensors wraps the error of the system
             raise OSError(errno.ENOSPC, "No space left on device") from None
-        raise
+        if isinstance(error, OSError) or (found := disk_error(file, error)) is error:
+            raise
+        raise found from error
     finally:
         scratch.unlink(missing_ok=True)
     return entry

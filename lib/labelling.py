@@ -51,7 +51,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .contexts import top_contexts, window
 from .puzzles import CATEGORIES
-from .results import Progress, UserError, bootstrap, check
+from .results import Progress, UserError, alone, bootstrap, check, disk_error
 from .store import Store
 
 ANSWERS = "answers.jsonl"
@@ -272,8 +272,9 @@ def _ask_all(what: str, prompts: Sequence[str], reminders, readers, folder: str 
         raise UserError("no endpoint is set: set LABEL_URL (such as http://localhost:8000/v1), LABEL_MODEL and, if it wants one, LABEL_KEY")
     reminders = [reminders] * len(prompts) if isinstance(reminders, str) else reminders
     readers = [readers] * len(prompts) if callable(readers) else readers
-    answers, found = _Answers(Path(folder), endpoint), []
-    with Progress(what, len(prompts)) as progress:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with alone(Path(folder), "asking a language model"), Progress(what, len(prompts)) as progress:
+        answers, found = _Answers(Path(folder), endpoint), []
         for i, (prompt, reminder, reader) in enumerate(zip(prompts, reminders, readers), 1):
             found.append(_ask(answers, prompt, reminder, reader))
             if i >= min(PATIENCE, len(prompts)) and all(answer is None for answer, _ in found):
@@ -314,8 +315,11 @@ class _Answers:
         if name not in self.known:
             answer = _request(self.endpoint, messages)
             line = json.dumps({"prompt": name[0], "model": name[1], "answer": answer})
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write("\n" * self.cut + line + "\n")
+            try:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write("\n" * self.cut + line + "\n")
+            except OSError as error:
+                raise disk_error(self.file, error) from error
             self.known[name], self.cut = answer, False
         return self.known[name]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -85,17 +86,46 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a file that is whole or absent: another name first, then renamed."""
+_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of the disk is used up", errno.EFBIG: "files may not grow so large here",
+         errno.EROFS: "the disk is read-only", errno.EACCES: "you may not write there", errno.EPERM: "you may not write there"}
+
+
+def disk_error(path: Path, error: Exception) -> Exception:
+    """A UserError that says why ``path`` cannot be written, if ``error`` means that the disk does not take it; else the error itself."""
+    cause = error  # torch and safetensors wrap the system's error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    number = cause.errno if cause is not None else next((code for code in _DISK if os.strerror(code) in str(error)), None)
+    if number not in _DISK:
+        return error
+    return UserError(f"{_shown(path)} cannot be written: {_DISK[number]}. What was finished is kept, and the same command goes on")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Another name to write ``path`` under, whatever writes it: flushed to the disk and renamed at the end of the block, removed if it fails.
+
+    UserError if the disk does not take it: full, read-only, not yours.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield scratch
+        with scratch.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(scratch, path)
+    except Exception as error:
+        if (found := disk_error(path, error)) is error:
+            raise
+        raise found from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file that is whole or absent: another name first, then renamed."""
+    with whole_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
     return path
 
 
@@ -103,15 +133,8 @@ def write_state(path: Path, state: Mapping) -> Path:
     """``torch.save`` to a file that is whole or absent."""
     import torch  # here: notebooks without a model do not wait for it
 
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with scratch.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path) as scratch, scratch.open("wb") as file:
+        torch.save(state, file)
     return path
 
 
@@ -123,19 +146,6 @@ def read_state(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{_shown(path)} is damaged ({type(error).__name__}): remove it, and the run begins anew") from None
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Another name to write ``path`` under, whatever writes it: flushed to the disk and renamed at the end of the block, removed if it fails."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

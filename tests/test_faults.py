@@ -18,13 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import StopAt, toy_store
+from filelock import FileLock, Timeout
 
-from lib import distill, results
-from lib import harvest as harvest_module
-from lib.results import Results, Run, UserError, alone, read_state, write_manifest, write_state, write_text
+from lib import results
+from lib.results import UserError, read_state, write_state, write_text
 from lib.store import Store
-from lib.training import TrainConfig, read_log, train
 from tests import kills
 
 KILLS = 8  # of each kind of work
@@ -146,4 +144,187 @@ def test_what_is_killed_resumes_to_the_same_bytes(kind, seed, whole, endpoint, t
     assert kills.finish(*kills.start(kind, whole.given, out, url)) == "done"
     if kind == "labelling":  # a request of the dead may still have been under way
         assert len(asked) - before <= kills.QUESTIONS - kept + 1
+    alike(content(out), wanted)
+
+
+# --- the disk ----------------------------------------------------------------------------------------------------
+
+LIMITS = {"distilling": 6_000, "harvesting": 9_000, "training": 6_000, "labelling": 1_500}  # bytes a file; less than the largest of each
+
+
+@pytest.mark.fault("fault")
+@pytest.mark.parametrize("kind", sorted(kills.WORK))
+def test_a_disk_that_takes_no_more_is_named_and_what_was_finished_goes_on(kind, whole, endpoint, tmp_path):
+    """The system itself refuses to let files grow; the sentence says so, no file is half there, and with room the run ends as usual."""
+    wanted, _ = whole(kind)
+    out = tmp_path / "out"
+    said = kills.finish(*kills.start(kind, whole.given, out, endpoint[0], file_bytes=LIMITS[kind]))
+    assert said.startswith("UserError: ") and ("may not grow so large" in said or "full" in said), said
+    partly = {name: data for name, data in content(out).items() if name in wanted and name not in ("answers.jsonl", "state.pt")}
+    assert all(data == wanted[name] or name.endswith("log.jsonl") for name, data in partly.items())
+    assert not list(out.rglob("*.part"))
+    assert kills.finish(*kills.start(kind, whole.given, out, endpoint[0])) == "done"
+    found = content(out)
+    if kind == "labelling":  # the line that the disk cut short stays, and is passed over
+        known = [line for line in found.pop("answers.jsonl").split(b"\n") if line.endswith(b"}")]
+        assert len(known) == kills.QUESTIONS
+        wanted = {name: data for name, data in wanted.items() if name != "answers.jsonl"}
+    alike(found, wanted)
+
+
+@pytest.mark.fault("fault")
+@pytest.mark.parametrize("code, words", ((errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "may not write")))
+@pytest.mark.parametrize("write", (lambda path: write_text(path, "new"), lambda path: write_state(path, {"a": torch.zeros(2)})))
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, write, code, words):
+    (tmp_path / "file").write_text("old")
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(results.os, "replace", refuse)
+    with pytest.raises(UserError, match=words):
+        write(tmp_path / "file")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
+
+
+@pytest.mark.fault("fault")
+def test_a_run_that_ends_at_any_rename_leaves_whole_files_only(whole, tmp_path, monkeypatch):
+    """A harvest that breaks off before its first, second, third ... file appears: what is there is as in the end, and it goes on to that."""
+    wanted, _ = whole("harvesting")
+    replace, ended = os.replace, False
+    class Broken(BaseException):
+        pass
+
+    for number in range(0, 60, 7):
+        seen, out = [], tmp_path / str(number)
+
+        def broken(source, target, number=number, seen=seen):
+            seen.append(target)
+            if len(seen) > number:
+                raise Broken
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", broken)
+            try:
+                kills.harvesting(whole.given, out)
+                ended = True
+            except Broken:
+                assert not (out / "manifest.json").exists()
+        found = content(out)
+        assert all(found[name] == wanted[name] for name in found if name in wanted and name != "log.jsonl")
+        kills.harvesting(whole.given, out)
+        alike(content(out), wanted)
+    assert ended, "the last one was not broken off: all renames were tried"
+
+
+# --- damaged files -------------------------------------------------------------------------------------------------
+
+
+def flipped(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {"cut": lambda file: file.write_bytes(file.read_bytes()[:-7]), "one bit": flipped, "missing": lambda file: file.unlink(),
+          "empty": lambda file: file.write_bytes(b"")}
+
+
+@pytest.mark.fault("fault")
+@pytest.mark.parametrize("which", ("shard_00003.safetensors", "index.safetensors"))
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_of_a_store_is_named_and_mended(damage, which, whole, tmp_path):
+    wanted, _ = whole("harvesting")
+    out = tmp_path / "store"
+    shutil.copytree(whole.given / "whole_harvesting", out)
+    DAMAGE[damage](out / which)
+    with pytest.raises(UserError, match=f"{which} is .*run notebook 01"):
+        Store.open(out)
+    kills.harvesting(whole.given, out)
+    alike(content(out), wanted)
+
+
+@pytest.mark.fault("fault")
+@pytest.mark.parametrize("damage", ("cut", "one bit", "empty"))
+def test_a_damaged_state_is_named_and_nothing_else_is_touched(damage, tmp_path):
+    write_state(tmp_path / "state.pt", {"a": torch.arange(1000.0)})
+    DAMAGE[damage](tmp_path / "state.pt")
+    before = (tmp_path / "state.pt").read_bytes()
+    try:
+        assert read_state(tmp_path / "state.pt") and damage == "one bit"  # one bit of a number is no format's business
+    except UserError as error:
+        assert "is damaged" in str(error) and "begins anew" in str(error)
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
+@pytest.mark.fault("fault")
+def test_a_store_of_another_version_is_refused_and_left(whole, tmp_path):
+    out = tmp_path / "store"
+    shutil.copytree(whole.given / "whole_harvesting", out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    before = content(out)
+    with pytest.raises(UserError, match="format 99"):
+        Store.open(out)
+    alike(content(out), before)
+
+
+# --- two at once, and the clock --------------------------------------------------------------------------------------
+
+
+def held(folder: Path) -> bool:
+    """Whether somebody holds a lock below the folder."""
+    for file in folder.rglob(".*.lock"):
+        lock = FileLock(file, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return True
+        lock.release()
+    return False
+
+
+@pytest.mark.fault("fault")
+@pytest.mark.parametrize("kind", sorted(kills.WORK))
+def test_a_second_run_in_the_same_folder_is_turned_away(kind, whole, endpoint, tmp_path):
+    """The first is stopped in the middle of its work, the second told so; the first is killed, which frees the folder."""
+    wanted, _ = whole(kind)
+    out = tmp_path / "out"
+    for _ in range(20):
+        first, pipe = kills.start(kind, whole.given, out, endpoint[0])
+        while first.is_alive() and not held(tmp_path):
+            time.sleep(0.001)
+        if first.is_alive():
+            os.kill(first.pid, signal.SIGSTOP)
+            if held(tmp_path):
+                break
+            first.kill()
+        first.join()  # it was over before it could be stopped: once more
+        shutil.rmtree(out, ignore_errors=True)
+    said = kills.finish(*kills.start(kind, whole.given, out, endpoint[0]))
+    first.kill()
+    first.join()
+    pipe.close()
+    assert said.startswith("UserError: another run is ") and "wait for it, or stop it first" in said, said
+    assert kills.finish(*kills.start(kind, whole.given, out, endpoint[0])) == "done"
+    alike(content(out), wanted)
+
+
+@pytest.mark.fault("fault")
+@pytest.mark.parametrize("kind", ("harvesting", "training"))
+def test_a_clock_that_goes_backwards_changes_nothing(kind, whole, tmp_path, monkeypatch):
+    """A run that was killed, files from next year, and a clock that falls by a day at every look."""
+    wanted, seconds = whole(kind)
+    out, now = tmp_path / "out", [time.time()]
+    killed(kind, whole.given, out, "", seconds, random.Random(kind))
+    for file in out.rglob("*"):
+        os.utime(file, (now[0] + 3e7, now[0] + 3e7))
+
+    def falling():
+        now[0] -= 86_400
+        return now[0]
+
+    monkeypatch.setattr(time, "time", falling)
+    kills.WORK[kind](whole.given, out)
     alike(content(out), wanted)
