@@ -204,9 +204,9 @@ def _train(model: peft.PeftModel, windows: Iterator[Window], recipe: Recipe, fol
                 log.write(json.dumps(line) + "\n")
             report(f"{folder.name}: {tokens:,}/{recipe.tokens:,} tokens, loss {line['loss']:.3f}, {line['tokens_per_second']} tokens/s")
             adapter = dict(zip(names, masters))
-            write_state(state_file, {"step": step, "tokens": tokens, "optimizer": optimizer.state_dict(), "adapter": adapter})
-            if kept:
+            if kept:  # before the state: a run that is killed in between keeps it once more
                 write_state(folder / f"kept_{tokens:09d}.pt", {n: m.bfloat16() for n, m in adapter.items()})
+            write_state(state_file, {"step": step, "tokens": tokens, "optimizer": optimizer.state_dict(), "adapter": adapter})
             losses, began, start = [], time.monotonic(), tokens
     return model.eval()
 

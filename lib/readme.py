@@ -63,6 +63,8 @@ REAL_ROWS = (
      (("null_false_positive_rate_centred", "the null with another seed"), ("beyond_null_nrn_centred_distilled", "this pair"))),
     ("The same by latent scaling: in the activations, not in the decoder", "02",
      (("null_false_positive_rate_nu_eps", "the null with another seed"), ("beyond_null_nu_eps_distilled", "this pair"))),
+    ("Does a feature come back with another seed? Cosine with its match", "02",
+     (("stability_median", "median feature"), ("stability_unique_median", "median feature beyond the null"), ("stability_chance", "chance"))),
     ("Shared features put to other use: share whose use changes by more than 99% of the null's do", "03", (("use_reweighted", "this pair"),)),
     *((f"Is a sentence of {c} announced before it is spoken? AUROC", "03",
        ((f"auroc_{c}", "best distilled-side feature"), (f"token_only_auroc_{c}", "the token alone"), (f"sentence_only_auroc_{c}", "the last sentence's kind")))
