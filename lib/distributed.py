@@ -246,6 +246,7 @@ def train_here(store: str | Path, config: TrainConfig, folder: str | Path, proce
     try:
         return train(opened, config, folder, None if together.rank == 0 else _Silent(), str(state.device), checkpoint_seconds, together)
     except Lost as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come only now, while we look for what is kept
         raise Lost(f"process {together.rank} of {processes}: {error}; {_kept(opened, config, folder)}") from error
     finally:
         signal.signal(signal.SIGTERM, before)
