@@ -17,7 +17,7 @@ from lib.geometry import (
     pca, resample, sample_rows, shuffled, trace_cov,
 )
 from lib.harvest import capture
-from lib.results import ROOT, UserError
+from lib.results import UserError
 from lib.words import CARRIERS, Relation, load_relations, read_models, read_words, vocabulary, word_tokens
 
 
@@ -383,12 +383,3 @@ def test_relation_files(tmp_path):
     (tmp_path / "short.json").write_text(json.dumps({"a": "b"}))
     with pytest.raises(UserError, match="short.json is not a relation"):
         load_relations(tmp_path)
-
-
-def test_the_exercise_has_a_right_solution():
-    notebook = json.loads((ROOT / "notebooks" / "05_feature_geometry.ipynb").read_text(encoding="utf-8"))
-    text = "".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
-    space = {"np": np}
-    exec(text.split("```python\n")[1].split("```")[0], space)
-    a, b = random_pairs()
-    assert space["my_loss"](a, b, 3.0) == pytest.approx(parallelogram_exact(a, b, 3.0))
