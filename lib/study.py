@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import causal, effects, ladder, nulls, planted, use
+from . import causal, effects, judging, ladder, nulls, planted, use
 from .architectures import describe, match_l1, origins
 from .corpus import build, override
 from .crosscoder import CrossCoder
@@ -384,20 +384,20 @@ def compute_planted(study: Study) -> tuple[dict, dict]:
     configs = {"batchtopk": config, "l1": replace(config, variant="l1"), "jumprelu": replace(config, variant="jumprelu"),
                "dedicated": replace(config, dedicated=0.125)}  # as many as there are unique features to find
     few = {"batchtopk": config}
-    seeds, settings = planted.SEEDS, planted.SETTINGS
+    seeds, settings = judging.SEEDS, judging.SETTINGS
     if b.small:
-        seeds, settings = {"choose": (0,), "report": (10,)}, planted.SETTINGS[:2]
+        seeds, settings = {"choose": (0,), "report": (10,)}, judging.SETTINGS[:2]
         configs = {name: configs[name] for name in ("batchtopk", "l1")}
-    table = planted.study(study.work("planted"), configs, ours, settings[:1], seeds)
-    axes = planted.study(study.work("planted"), few, ours, settings, seeds)
-    table = pd.concat([table, axes[axes["setting"] != planted.OURS.name]], ignore_index=True)
-    rule = planted.recommend(table)
-    own = planted.recommend(table, "batchtopk")  # the best rule for the kind of crosscoder that the notebooks train
-    metrics = planted.judge(table, rule) | {f"{name}_batchtopk": m for name, m in planted.judge(table, own).items()}
+    table = judging.study(study.work("planted"), configs, ours, settings[:1], seeds)
+    axes = judging.study(study.work("planted"), few, ours, settings, seeds)
+    table = pd.concat([table, axes[axes["setting"] != judging.OURS.name]], ignore_index=True)
+    rule = judging.recommend(table)
+    own = judging.recommend(table, "batchtopk")  # the best rule for the kind of crosscoder that the notebooks train
+    metrics = judging.judge(table, rule) | {f"{name}_batchtopk": m for name, m in judging.judge(table, own).items()}
     rules = pd.DataFrame([{"for": "any architecture", **rule}, {"for": "batchtopk", **own}])
     regime = pd.DataFrame([(name, str(value)) for name, value in asdict(measured).items()], columns=["quantity", "value"])
     generator = pd.DataFrame([(name, str(value)) for name, value in asdict(ours).items()], columns=["parameter", "value"])
-    return metrics, {"table": table, "summary": planted.summary(table), "rules": rules, "regime": regime, "generator": generator}
+    return metrics, {"table": table, "summary": judging.summary(table), "rules": rules, "regime": regime, "generator": generator}
 
 
 # --- causes --------------------------------------------------------------------------------------------------------

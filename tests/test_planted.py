@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import planted as planted_module
+from lib import judging
 from lib.crosscoder import CrossCoder
-from lib.planted import (
-    KINDS, METHODS, OURS, SETTINGS, Cell, Planted, PlantedStore, Regime, Setting, called, cells, frequencies, from_regime, judge,
-    null_thresholds, plot, precision_recall, recommend, regime, scores, study, summary,
+from lib.judging import (
+    METHODS, OURS, SETTINGS, Cell, Setting, called, cells, judge, null_thresholds, plot, precision_recall, recommend, scores, study, summary,
 )
+from lib.planted import KINDS, QUANTILES, Planted, PlantedStore, Regime, frequencies, from_regime, regime
 from lib.results import UserError
 from lib.training import TrainConfig
 
@@ -146,7 +146,7 @@ def test_the_regime_of_planted_data_is_what_was_planted():
 def test_the_generator_takes_the_regime_to_another_width():
     law = frequencies(Planted(exponent=0.8))
     measured = Regime(
-        tokens=1000, width=96, l0=24.0, frequency_quantiles=tuple(np.quantile(law, planted_module.QUANTILES)), exponent=1.4, cv=0.7,
+        tokens=1000, width=96, l0=24.0, frequency_quantiles=tuple(np.quantile(law, QUANTILES)), exponent=1.4, cv=0.7,
         spread=0.4, cofiring_mean=0.0, cofiring_largest=0.3, norm_ratio=0.9, spread_ratio=1.0, mean_share=(0.1, 0.2), alive=1024,
         unexplained=(0.01, 0.03), dead_features=0.0, dead_directions=(0.0, 0.1), dimension=(0.2, 0.2), agreement=0.67,
         row_cosine=(0.0,) * 5, nrn_quantiles=(0.5,) * 5)
@@ -241,8 +241,8 @@ def test_a_study_resumes_and_gives_one_row_per_method_and_side(tmp_path, monkeyp
     assert set(whole["split"]) == {"choose", "report"} and whole["recall"].between(0, 1).all()
     (tmp_path / f"{wanted[-1].mark}.csv").unlink()
     made = []
-    real = planted_module._scored
-    monkeypatch.setattr(planted_module, "_scored", lambda *args: made.append(args) or real(*args))
+    real = judging._scored
+    monkeypatch.setattr(judging, "_scored", lambda *args: made.append(args) or real(*args))
     pd.testing.assert_frame_equal(study(tmp_path, CONFIGS, TINY, AXES, SEEDS, axis_seeds=1), whole)
     assert len(made) == 1
     figure = plot(whole, "batch")
