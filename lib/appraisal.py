@@ -49,7 +49,8 @@ def held_out_loss(model: PreTrainedModel, windows: Iterable[Window], limit: int 
     return {"value": mean(totals), "ci": bootstrap(totals, mean), "n": int(totals[:, 1].sum())}
 
 
-def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], max_new_tokens: int = 768) -> list[tuple[str, bool, int]]:
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question],
+            max_new_tokens: int = 768) -> list[tuple[str, bool, int]]:
     """Greedy answers: (text, ended by itself, tokens) for each question."""
     found = []
     with Progress("questions", len(questions)) as progress:

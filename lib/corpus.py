@@ -356,7 +356,8 @@ def read_texts(path: Path) -> Iterator[str]:
 def read_items(path: Path) -> Iterator[str | Trace]:
     """The texts of a file (.gz or not): of JSONL each line's "text", or its trace; of other files the stretches between blank lines.
 
-    A file that begins with ``LINES`` lines without a blank one is read line by line: some copies of WikiText are like that. A trace is a line with question, thinking and answer. UserError names a line that is neither, and a file that is no text.
+    A file that begins with ``LINES`` lines without a blank one is read line by line: some copies of WikiText are like that. A trace is
+    a line with question, thinking and answer. UserError names a line that is neither, and a file that is no text.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     jsonl = ".jsonl" in path.suffixes
@@ -424,7 +425,8 @@ def _conversation(turns: list, where: str) -> Trace:
     said = {"user": "", "assistant": ""}
     for turn in reversed(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value") or "", str):
-            raise UserError(f'{where} is a conversation whose turns are not of the form {{"from": "...", "value": "..."}}: it needs a question and an answer')
+            raise UserError(f'{where} is a conversation whose turns are not of the form {{"from": "...", "value": "..."}}: '
+                            "it needs a question and an answer")
         who = {"human": "user", "gpt": "assistant"}.get(turn.get("from"), turn.get("from"))
         said[who] = turn.get("value") or ""
     match = _THOUGHT.search(said["assistant"]) or _THINK.match(said["assistant"])

@@ -214,7 +214,8 @@ class Explorer:
         row = self.table.iloc[feature]
         number = lambda name, form: format(row[name], form) if name in row and pd.notna(row[name]) else None  # noqa: E731
         facts = [("NRN", number("nrn", ".3f")), ("fires on", number("frequency", ".2%")),
-                 ("explained by the token alone (R²)", number("token_r2", ".2f")), ("ν_ε", number("nu_eps", ".2f")), ("comes back with other seeds (cosine)", number("stability", ".2f")),
+                 ("explained by the token alone (R²)", number("token_r2", ".2f")), ("ν_ε", number("nu_eps", ".2f")),
+                 ("comes back with other seeds (cosine)", number("stability", ".2f")),
                  *((f"AUROC before {c}", number(f"auroc_{c}", ".2f")) for c in CATEGORIES)]
         shown = "; ".join(f"{name} <b>{value}</b>" for name, value in facts if value is not None)
         text = f"<p>{shown}.</p><p>By rule: <b>{html.escape(str(row['label']) or 'no label')}</b>"
@@ -252,7 +253,8 @@ class Explorer:
     def widget(self, first: int | None = None):
         """An ipywidgets box. Everything has a name for screen readers, and everything is reached by keys.
 
-        In the list box itself JupyterLab takes the arrow keys away (they choose the next cell), but not in fields: hence *Row*. The output's content is *assigned*: ``interact`` and the ``Output`` context can stall a headless run.
+        In the list box itself JupyterLab takes the arrow keys away (they choose the next cell), but not in fields: hence *Row*.
+        The output's content is *assigned*: ``interact`` and the ``Output`` context can stall a headless run.
         """
         import ipywidgets as w
 

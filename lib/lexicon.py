@@ -284,7 +284,8 @@ def _is_stop(text: str, match: re.Match) -> bool:
     """Does the punctuation end a sentence?"""
     mark = match.group()
     after = text[match.end() : match.end() + 20].lstrip(" \t")[:1]
-    line = text[text.rfind("\n", 0, match.start()) + 1 : match.start() + 1]
+    near = max(0, match.start() - 200)  # nothing below looks further back, and a line may have millions of characters
+    line = text[max(near, text.rfind("\n", near, match.start()) + 1) : match.start() + 1]
     if mark == ".":
         if _ITEM.fullmatch(line) or _ABBREVIATION.search(line[-12:]) or (after.isdigit() and _BEFORE_NUMBER.search(line[-12:])):
             return False

@@ -177,7 +177,8 @@ def environment(**wanted: str) -> Iterator[None]:
 def execute(source: Path, target: Path, failed: Path, parameters: dict, timeout: float = CELL_TIMEOUT, solutions: bool = False) -> None:
     """Execute a notebook and write its canonical form to ``target``, which changes only if every cell succeeded.
 
-    ``solutions``: with its exercises answered (``exercises.solved``). UserError with the reason if a cell fails; the notebook with its full traceback is then in ``failed``.
+    ``solutions``: with its exercises answered (``exercises.solved``). UserError with the reason if a cell fails; the notebook
+    with its full traceback is then in ``failed``.
     """
     import papermill  # 1 s; not needed to refuse a wrong parameter
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
