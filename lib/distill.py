@@ -41,7 +41,7 @@ from transformers.utils.logging import disable_progress_bar
 from . import trials
 from .prose import CURRICULUM, LATE_MIX, MID_MIX, base_document, vocabulary
 from .puzzles import ERROR_RATE, Sentence, Teacher, direct, sample_puzzle, sample_question
-from .results import alone, read_state, write_state, write_text
+from .results import alone, read_state, whole_files, write_state, write_text
 
 STAGES = ("base", "midtrain", "latetrain", "distilled", "control", "null_a", "null_b")
 CHUNK_DOCUMENTS = 2000
@@ -302,14 +302,16 @@ def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES
     sources["base"] = runs / "latetrain" / "final.pt"
     style = {}
     if "control" in stages:
-        tokenizer.save_pretrained(out / "tokenizer")
+        with whole_files(out / "tokenizer") as scratch:
+            tokenizer.save_pretrained(scratch)
         sources["style"] = choose_style(runs / "distilled", recipe, tokenizer, report)
         style = {"style_checkpoint": sources["style"].stem}
     for name, source in sources.items():
         model = build_model(recipe, len(tokenizer))
         model.load_state_dict(torch.load(source, weights_only=True))
-        model.to(torch.bfloat16).save_pretrained(out / name)
-        (out / name / "generation_config.json").unlink(missing_ok=True)
+        with whole_files(out / name) as scratch:
+            model.to(torch.bfloat16).save_pretrained(scratch)
+            (scratch / "generation_config.json").unlink(missing_ok=True)
     lines = [line for stage in stages for line in (runs / stage / "log.jsonl").read_text().splitlines()]
     write_text(out / "log.jsonl", "\n".join(lines) + "\n")
     card = {**asdict(recipe), **style, "parameters": sum(p.numel() for p in model.parameters())}

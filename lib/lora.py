@@ -36,7 +36,7 @@ from .chat import Trace, encode_trace, read_traces
 from .corpus import hub_items, read_texts
 from .distill import cut_log, learning_rate
 from .pairs import load_pair
-from .results import ROOT, UserError, alone, read_state, write_state, write_text
+from .results import ROOT, UserError, alone, read_state, whole_files, write_state, write_text
 
 STAGES = ("distilled", "null_a", "null_b")
 HELD_OUT = 0.05  # share of questions, and of paragraphs, that no adapter sees
@@ -223,8 +223,9 @@ def ship(model: peft.PeftModel, state_file: Path, out: Path, trained_on: str) ->
         if weight.requires_grad:
             weight.data.copy_(state[name])
     model.peft_config["default"].base_model_name_or_path = trained_on
-    model.to(torch.bfloat16).save_pretrained(out)
-    (out / "README.md").unlink(missing_ok=True)  # peft's own model card is an empty form
+    with whole_files(out) as scratch:
+        model.to(torch.bfloat16).save_pretrained(scratch)
+        (scratch / "README.md").unlink(missing_ok=True)  # peft's own model card is an empty form
 
 
 def traces_of(file: Path | None, recipe: Recipe) -> list[Trace]:

@@ -24,6 +24,7 @@ import pickle
 import platform
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,27 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """Another folder to write into; at the end of the block its files, flushed to the disk, take their places in ``folder``.
+
+    A block that fails changes nothing. UserError if the disk does not take it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as scratch:
+            yield Path(scratch)
+            for file in Path(scratch).iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            for file in Path(scratch).iterdir():
+                os.replace(file, folder / file.name)
+    except Exception as error:
+        if (found := disk_error(folder, error)) is error:
+            raise
+        raise found from error
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -11,7 +11,7 @@ import pytest
 
 from lib import results
 from lib.results import (ROOT, Progress, Results, Run, UserError, bootstrap, check, fingerprint, is_current, read_manifest,
-                         read_results, scoreboard, wilson, write_manifest)
+                         read_results, scoreboard, whole_files, wilson, write_manifest)
 
 
 def test_wilson_against_values_worked_out_by_hand():
@@ -207,3 +207,17 @@ def test_progress_is_a_few_lines_and_ends_with_done(capsys):
 def test_no_module_but_results_and_its_progress_is_imported_by_results():
     source = Path(results.__file__).read_text()
     assert "from .progress import" in source and source.count("from .") == 1
+
+
+def test_a_folder_gets_all_files_of_a_block_or_none(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("old")
+    with pytest.raises(ZeroDivisionError), whole_files(tmp_path / "model") as scratch:
+        (scratch / "weights").write_text("half")
+        raise ZeroDivisionError
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["weights"] and (tmp_path / "model" / "weights").read_text() == "old"
+    with whole_files(tmp_path / "model") as scratch:
+        (scratch / "weights").write_text("new")
+        (scratch / "config").write_text("c")
+        assert (tmp_path / "model" / "weights").read_text() == "old", "nothing moves before the block has ended"
+    assert {p.name: p.read_text() for p in (tmp_path / "model").iterdir()} == {"weights": "new", "config": "c"}
