@@ -27,12 +27,11 @@ from pathlib import Path
 
 import nbformat
 
-from .results import ROOT, UserError, versions
+from .results import ROOT, TIMES, UserError, versions
 from .run import canonical
 
 SAME = 1e-3  # relative
 LOOSE, NEAR_ZERO = 0.05, 0.01  # relative, and absolute, for metrics without an interval
-TIMES = ("_per_second", "_seconds")  # how fast a machine was is no result
 PAIRS = ("tiny", "tiny_large")  # whose results make figures writes; notebook 06 writes to the largest pair's
 CLONE = ROOT / "data" / "runs" / "check"
 

@@ -1,10 +1,12 @@
-"""One line that says how far a long piece of work has come."""
+"""What is shown while the work goes on: one line that says how far it has come."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
+
+PASSING = "passing"  # in an output's metadata: true of this run alone, so no part of a notebook's canonical form (lib.run)
 
 
 class Progress:
@@ -38,9 +40,9 @@ class Progress:
             from IPython.display import display
 
             if self._handle is None:
-                self._handle = display({"text/plain": line}, raw=True, display_id=True)
+                self._handle = display({"text/plain": line}, raw=True, display_id=True, metadata={PASSING: True})
             else:
-                self._handle.update({"text/plain": line}, raw=True)
+                self._handle.update({"text/plain": line}, raw=True, metadata={PASSING: True})
         elif sys.stderr.isatty():
             print(f"\r\033[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
         else:
@@ -51,3 +53,10 @@ class Progress:
 
     def __exit__(self, *error) -> None:
         self.close()
+
+
+def passing(line: str) -> None:
+    """Show a line that is true of this run alone, such as a speed: to be seen while one works, and not kept in git."""
+    from IPython.display import display
+
+    display({"text/plain": line}, raw=True, metadata={PASSING: True})

@@ -36,8 +36,9 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from scipy.stats import norm
 
-from .progress import Progress as Progress  # part of this module's interface
+from .progress import Progress as Progress, passing as passing  # part of this module's interface
 
+TIMES = ("_per_second", "_seconds")  # ends of the names of metrics that say how fast a machine was: no results, so not compared
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = "manifest.json"
 # umap is compiled by numba at its first import (half a minute): once per workspace, not once per environment
@@ -355,7 +356,7 @@ class Results:
 
     def __init__(self, notebook: str, run: Run, parameters: Mapping):
         self.notebook, self.run, self.parameters = str(notebook), run, dict(parameters)
-        self.metrics: dict[str, dict] = {}
+        self.metrics: dict[str, dict] = _Measured()
         self.tables: dict[str, dict] = {}
         self._began = time.monotonic()
 
@@ -375,6 +376,11 @@ class Results:
         self.tables[name] = {"columns": [str(c) for c in plain.columns], "rows": [list(row) for row in plain.itertuples(index=False)]}
         return frame
 
+    @property
+    def values(self) -> dict[str, float | None]:
+        """The metrics without intervals: name -> value."""
+        return _Measured({name: metric["value"] for name, metric in self.metrics.items()})
+
     def text(self, name: str, digits: int = 2) -> str:
         """A metric as prose shows it: ``0.85 [0.82, 0.88]``."""
         return _interval_text(self.metrics[name], digits)
@@ -389,9 +395,9 @@ class Results:
         return write_text(self.run.results / f"{self.notebook}.json", json.dumps(_jsonable(content), indent=1, allow_nan=False) + "\n")
 
     def frame(self) -> pd.DataFrame:
-        """The metrics as a table for the notebook: one row per metric."""
+        """The metrics as a table for the notebook: one row per metric, without speeds, which differ from run to run."""
         rows = [{"metric": name, "value": m["value"], "low": (m["ci"] or [None])[0], "high": (m["ci"] or [None])[-1], "n": m["n"]}
-                for name, m in self.metrics.items()]
+                for name, m in self.metrics.items() if not name.endswith(TIMES)]
         frame = pd.DataFrame(rows, columns=["metric", "value", "low", "high", "n"]).set_index("metric")
         return frame.astype({"value": float, "low": float, "high": float, "n": "Int64"}).round(4)
 
@@ -400,6 +406,13 @@ class Results:
 
     def _repr_html_(self) -> str:
         return self.frame().to_html(na_rep="")
+
+
+class _Measured(dict):
+    """By name of the metric. What is missing was to be measured in a cell that has not been run since ``Results`` was made."""
+
+    def __missing__(self, name: str):
+        raise UserError(f"{name!r} has not been measured since the first cells were run: choose this cell, and Run > Run All Above Selected Cell")
 
 
 def read_results(run: Run, notebook: str) -> dict:

@@ -34,6 +34,7 @@ import nbformat
 import yaml
 
 from .exercises import solved
+from .progress import PASSING
 from .results import ROOT, Run, UserError, write_text
 
 CELL_TIMEOUT = 3600  # seconds for one cell; a profile or --timeout can give more. There always is one: a kernel can stall.
@@ -237,7 +238,7 @@ def _shown(path: Path) -> str:
 def canonical(notebook: nbformat.NotebookNode, keep_parameters: bool = False) -> nbformat.NotebookNode:
     """The notebook without anything that differs between two runs of the same content, or that nobody reads.
 
-    Dropped: plotly's and widgets' data (their PNG and text stay), papermill's metadata and timings, papermill's
+    Dropped: plotly's and widgets' data (their PNG and text stay), lines of progress, papermill's metadata and timings, papermill's
     injected cell (unless ``keep_parameters``), standard error of cells that succeeded, memory addresses and paths of
     this machine. Cells are numbered c00, c01, ...
     """
@@ -265,6 +266,8 @@ def _canonical_outputs(outputs: list, execution_count: int | None, styles: dict)
     kept: list = []
     for output in outputs:
         output.pop("transient", None)
+        if output.get("metadata", {}).get(PASSING):
+            continue
         if output.output_type == "stream":
             if output.name == "stderr" and not failed:
                 continue

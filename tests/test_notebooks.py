@@ -2,6 +2,8 @@
 
 import ast
 import re
+import symtable
+from collections import defaultdict
 
 import nbformat
 import pytest
@@ -111,3 +113,21 @@ def test_profiles_fit_the_notebooks(profile):
 
 def test_every_pair_has_an_entry_that_can_be_read():
     assert "tiny" in yaml.safe_load((ROOT / "data" / "pairs.yaml").read_text())
+
+
+@each
+def test_a_name_that_other_cells_read_is_made_by_one_cell(stem):
+    """Otherwise a cell that is run again, out of order, reads what a later cell left under the same name."""
+    made, read_from = defaultdict(set), defaultdict(set)
+    for number, cell in enumerate(code(read(stem))):
+        top = symtable.symtable(cell.source, stem, "exec")
+        own = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+        tables = [top]
+        for table in tables:
+            tables += table.get_children()
+            for symbol in table.get_symbols():
+                if symbol.is_referenced() and (table is top or symbol.is_global()) and symbol.get_name() not in own:
+                    read_from[symbol.get_name()].add(number)
+        for name in own:
+            made[name].add(number)
+    assert {name: sorted(cells) for name, cells in made.items() if len(cells) > 1 and read_from[name]} == {}

@@ -221,3 +221,11 @@ def test_a_folder_gets_all_files_of_a_block_or_none(tmp_path):
         (scratch / "config").write_text("c")
         assert (tmp_path / "model" / "weights").read_text() == "old", "nothing moves before the block has ended"
     assert {p.name: p.read_text() for p in (tmp_path / "model").iterdir()} == {"weights": "new", "config": "c"}
+
+
+def test_speeds_are_kept_and_not_shown(tmp_path):
+    found = Results("01", Run("tiny", "smoke", tmp_path), {})
+    found.add("tokens_per_second", 9512.0)
+    found.add("tokens", 10)
+    assert list(found.frame().index) == ["tokens"] and "per_second" not in repr(found)
+    assert json.loads(found.write().read_text())["metrics"]["tokens_per_second"]["value"] == 9512.0
