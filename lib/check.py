@@ -1,6 +1,6 @@
 """Has any number moved? A fresh run, compared with the results that are committed.
 
-    make check                              # a clone in data/runs/check runs every notebook from nothing, 15 to 20 minutes, then compares
+    make check                              # a clone in data/runs/check runs every notebook from nothing, 10 to 15 minutes, then compares
     python -m lib.check --here              # what the last runs left in this folder, against the last commit: seconds
 
 Every metric of figures/<pair>/results is put into one of three classes:
