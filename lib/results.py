@@ -104,21 +104,28 @@ def disk_error(path: Path, error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Another name to write ``path`` under, whatever writes it: flushed to the disk and renamed at the end of the block, removed if it fails.
-
-    UserError if the disk does not take it: full, read-only, not yours.
-    """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _refused(path: Path) -> Iterator[None]:
+    """What the disk does not take inside the block becomes a UserError about ``path``: full, read-only, not yours."""
     try:
-        yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        yield
     except Exception as error:
         if (found := disk_error(path, error)) is error:
             raise
         raise found from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Another name to write ``path`` under, whatever writes it: flushed to the disk and renamed at the end of the block, removed if it fails.
+
+    UserError if the disk does not take it.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with _refused(path):
+            yield scratch
+            _flush(scratch)
+            os.replace(scratch, path)
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
@@ -130,19 +137,20 @@ def whole_files(folder: Path) -> Iterator[Path]:
 
     A block that fails changes nothing. UserError if the disk does not take it.
     """
-    try:
+    with _refused(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as scratch:
             yield Path(scratch)
-            for file in Path(scratch).iterdir():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            for file in Path(scratch).iterdir():
+            files = list(Path(scratch).iterdir())
+            for file in files:
+                _flush(file)
+            for file in files:
                 os.replace(file, folder / file.name)
-    except Exception as error:
-        if (found := disk_error(folder, error)) is error:
-            raise
-        raise found from error
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def write_text(path: Path, text: str) -> Path:
