@@ -1,8 +1,8 @@
 """What the benchmarks share: interleaved timing, ratios with their spread, and the file of results.
 
-Two ways of doing the same are timed in turns, in one process, after a round that is not counted: a machine that slows
-down for a while slows both, and the ratio of one round's times stays. ``value`` is the median of the rounds' ratios, ``low`` and ``high``
-their 25th and 75th percentiles, ``n`` the number of rounds.
+Two ways of doing the same are timed in turns, in one process, after a round that is not counted: a machine
+that slows down for a while slows both, and the ratio of one round's times stays. ``value`` is the median of
+the rounds' ratios, ``low`` and ``high`` their 25th and 75th percentiles, ``n`` the number of rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ RESULTS = Path(__file__).with_name("results.json")  # what was measured
 MACHINE = Path(__file__).with_name("machine.json")  # where, last
 
 
-def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int = 7, warmup: int = 1) -> dict[str, np.ndarray]:
+def interleaved(
+    ways: Mapping[str, Callable[[], object]], rounds: int = 7, warmup: int = 1
+) -> dict[str, np.ndarray]:
     """Seconds [rounds] that each way takes, by name. Every round runs all of them, in an order that turns."""
     names, seconds = list(ways), {name: [] for name in ways}
     for number in range(-warmup, rounds):
@@ -62,7 +64,10 @@ def record(**measured: Mapping[str, float]) -> None:
         fcntl.flock(folder, fcntl.LOCK_EX)  # released when it is closed
         kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         for name, entry in measured.items():
-            kept[name] = {key: float(f"{entry[key]:.6g}") if key != "n" else int(entry[key]) for key in ("value", "low", "high", "n")}
+            kept[name] = {
+                key: float(f"{entry[key]:.6g}") if key != "n" else int(entry[key])
+                for key in ("value", "low", "high", "n")
+            }
             print(f"{name}: {entry['value']:.4g} [{entry['low']:.4g}, {entry['high']:.4g}], n = {entry['n']}")
         write_text(RESULTS, json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
         write_text(MACHINE, json.dumps(machine(), indent=1) + "\n")
@@ -72,11 +77,22 @@ def record(**measured: Mapping[str, float]) -> None:
 
 def machine() -> dict:
     """Processor, cores, memory and versions: a ratio means nothing without them."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = [int(line.split()[1]) // 2**20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "memory_gb": memory[0] if memory else None,
-            "bfloat16_instructions": any("avx512_bf16" in line or "amx_bf16" in line for line in _lines("/proc/cpuinfo")),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "versions": versions()}
+    names = [
+        line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")
+    ]
+    memory = [
+        int(line.split()[1]) // 2**20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")
+    ]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": memory[0] if memory else None,
+        "bfloat16_instructions": any(
+            "avx512_bf16" in line or "amx_bf16" in line for line in _lines("/proc/cpuinfo")
+        ),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions(),
+    }
 
 
 def _lines(file: str) -> list[str]:

@@ -1,10 +1,12 @@
-"""What the paper's runs take, on paper: time, memory and disk, from formulas, stated rates, and what was measured here.
+"""What the paper's runs take, on paper: time, memory and disk, from formulas, stated rates, and what was
+measured here.
 
     python -m benchmarks.costs [--write] [--tflops 312] [--utilisation 0.4] [--gigabytes-per-second 2000]
 
-Prints the assumptions and the tables of docs/costs.md, and writes them there with ``--write``. Rates are those of one accelerator
-(default: an A100); a second table is for this machine, whose rates are measured by a product of matrices and by an Adam step.
-benchmarks/results.json, where it is, gives what harvesting costs beyond its forward passes.
+Prints the assumptions and the tables of docs/costs.md, and writes them there with ``--write``. Rates are
+those of one accelerator (default: an A100); a second table is for this machine, whose rates are measured by a
+product of matrices and by an Adam step. benchmarks/results.json, where it is, gives what harvesting costs
+beyond its forward passes.
 
 Per token, with D the widths of all models together, F features, k of them active::
 
@@ -50,8 +52,14 @@ class Model:
 
     @property
     def layer_parameters(self) -> int:
-        """Query and output projections, keys and values, three matrices of the MLP; norms and biases are nothing beside them."""
-        return 2 * self.width**2 + 2 * self.width * self.width * self.kv_heads // self.heads + 3 * self.width * self.ffn
+        """Query and output projections, keys and values, three matrices of the MLP; norms and biases are
+        nothing beside them.
+        """
+        return (
+            2 * self.width**2
+            + 2 * self.width * self.width * self.kv_heads // self.heads
+            + 3 * self.width * self.ffn
+        )
 
     @property
     def parameters(self) -> int:
@@ -102,7 +110,9 @@ def adam_hours(model: Model, rates: Rates) -> float:
 
 
 def training_gigabytes(model: Model) -> float:
-    """Weights, gradients and Adam's moments in float32, a batch and its reconstruction, and the features before selection."""
+    """Weights, gradients and Adam's moments in float32, a batch and its reconstruction, and the features
+    before selection.
+    """
     return (KEPT_BYTES * model.dictionary + 4 * BATCH * (3 * 2 * model.width + FEATURES)) / 1e9
 
 
@@ -118,7 +128,9 @@ def disk_terabytes(model: Model) -> float:
 
 def read_gigabytes_per_second(model: Model, rates: Rates) -> float:
     """What a disk must deliver, or training waits for it."""
-    return 1000 * disk_terabytes(model) / 3600 / (hours(sparse_flops(model), rates) + adam_hours(model, rates))
+    return (
+        1000 * disk_terabytes(model) / 3600 / (hours(sparse_flops(model), rates) + adam_hours(model, rates))
+    )
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -131,19 +143,50 @@ def time_table(rates: Rates, overhead: float) -> list[str]:
     for model in MODELS:
         harvest, adam = overhead * hours(model.harvest_flops, rates), adam_hours(model, rates)
         sparse, dense = hours(sparse_flops(model), rates) + adam, hours(dense_flops(model), rates) + adam
-        rows.append([model.name, *map(shown, (harvest, sparse, dense, harvest + sparse, sparse, harvest + sparse))])
-    return table(["pair", "harvest", "training, sparse", "training, dense", "harvest and training", "a further crosscoder, stored",
-                  "a further one, streamed"], rows)
+        rows.append(
+            [model.name, *map(shown, (harvest, sparse, dense, harvest + sparse, sparse, harvest + sparse))]
+        )
+    return table(
+        [
+            "pair",
+            "harvest",
+            "training, sparse",
+            "training, dense",
+            "harvest and training",
+            "a further crosscoder, stored",
+            "a further one, streamed",
+        ],
+        rows,
+    )
 
 
 def space_table(rates: Rates) -> list[str]:
     rows = []
     for model in MODELS:
         models, training = models_gigabytes(model), training_gigabytes(model)
-        rows.append([model.name, f"{disk_terabytes(model):.1f} TB", f"{read_gigabytes_per_second(model, rates):.1f} GB/s", "0",
-                     f"{models:.0f} GB", f"{training:.0f} GB", f"{models + training:.0f} GB"])
-    return table(["pair", "disk, stored", "read while training", "disk, streamed", "memory: harvest (both models)", "memory: training",
-                  "memory: streamed (all of it)"], rows)
+        rows.append(
+            [
+                model.name,
+                f"{disk_terabytes(model):.1f} TB",
+                f"{read_gigabytes_per_second(model, rates):.1f} GB/s",
+                "0",
+                f"{models:.0f} GB",
+                f"{training:.0f} GB",
+                f"{models + training:.0f} GB",
+            ]
+        )
+    return table(
+        [
+            "pair",
+            "disk, stored",
+            "read while training",
+            "disk, streamed",
+            "memory: harvest (both models)",
+            "memory: training",
+            "memory: streamed (all of it)",
+        ],
+        rows,
+    )
 
 
 def shown(amount: float) -> str:
@@ -172,29 +215,67 @@ def page(accelerator: Rates, stated: str, here: Rates) -> str:
     measured = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     entry = measured.get("harvest_vs_limit")
     overhead = max(entry["value"], 1.0) if entry else 1.15
-    source = "`harvest_vs_limit` of benchmarks/results.json" if entry else "the aim: it has not been measured here"
+    source = (
+        "`harvest_vs_limit` of benchmarks/results.json" if entry else "the aim: it has not been measured here"
+    )
     assumptions = [
-        f"{TOKENS / 1e6:.0f} million tokens in windows of {CONTEXT:,}, two models at half depth, {FEATURES:,} features, {ACTIVE} active per"
-        f" token, batches of {BATCH:,} tokens, one epoch.",
+        (
+            f"{TOKENS / 1e6:.0f} million tokens in windows of {CONTEXT:,}, two models at half depth,"
+            f" {FEATURES:,} features, {ACTIVE} active per token, batches of {BATCH:,} tokens, one epoch."
+        ),
         f"{stated}. Nothing else bounds the time: not the disk, and not the tokenizer.",
         f"A harvest takes {overhead:.2f} times its forward passes ({source}).",
-        '"Sparse" is a step with one dense product, the encoder\'s; "dense" is the step of public trainers, with five. Both pass over all'
-        f" parameters once, for Adam ({ADAM_BYTES} bytes each).",
-        "Stored: activations are on disk in float16, and serve further crosscoders, seeds, and notebooks 03 to 05. Streamed: nothing"
-        " is stored, and every epoch and every further crosscoder runs the models again.",
-        f"Memory for training: weights, gradients and two moments in float32 ({KEPT_BYTES} bytes a parameter), a batch and its features."
-        " Models are whole, in bfloat16, without what a forward pass needs. Streaming takes 1 GB more for shuffling, in the host's memory.",
+        (
+            '"Sparse" is a step with one dense product, the encoder\'s; "dense" is the step of public'
+            f" trainers, with five. Both pass over all parameters once, for Adam ({ADAM_BYTES} bytes each)."
+        ),
+        (
+            "Stored: activations are on disk in float16, and serve further crosscoders, seeds, and notebooks"
+            " 03 to 05. Streamed: nothing is stored, and every epoch and every further crosscoder runs the"
+            " models again."
+        ),
+        (
+            f"Memory for training: weights, gradients and two moments in float32 ({KEPT_BYTES} bytes a"
+            " parameter), a batch and its features. Models are whole, in bfloat16, without what a forward"
+            " pass needs. Streaming takes 1 GB more for shuffling, in the host's memory."
+        ),
     ]
     machine = f"{here.flops / 1e9:.0f} GFLOP/s in float32 and {here.bytes / 1e9:.0f} GB/s, as measured"
-    return "\n".join([
-        "# What the paper's runs take", "",
-        "On paper, but for the last section. Written by `python -m benchmarks.costs --write`, whose docstring has the formulas.", "",
-        "Assumptions:", "", *(f"- {line}" for line in assumptions), "",
-        f"## Time, {accelerator.name}", "", *time_table(accelerator, overhead), "",
-        "The harvest can be shared out among any number of jobs ([cluster.md](cluster.md)): its time is divided by their number.", "",
-        "## Disk and memory", "", *space_table(accelerator), "",
-        "## Time, the machine that wrote this page", "",
-        f"With {machine}. This is why there is an embedded pair.", "", *time_table(here, overhead), "", *true_size()])
+    return "\n".join(
+        [
+            "# What the paper's runs take",
+            "",
+            (
+                "On paper, but for the last section. Written by `python -m benchmarks.costs --write`, whose"
+                " docstring has the formulas."
+            ),
+            "",
+            "Assumptions:",
+            "",
+            *(f"- {line}" for line in assumptions),
+            "",
+            f"## Time, {accelerator.name}",
+            "",
+            *time_table(accelerator, overhead),
+            "",
+            (
+                "The harvest can be shared out among any number of jobs ([cluster.md](cluster.md)): its time"
+                " is divided by their number."
+            ),
+            "",
+            "## Disk and memory",
+            "",
+            *space_table(accelerator),
+            "",
+            "## Time, the machine that wrote this page",
+            "",
+            f"With {machine}. This is why there is an embedded pair.",
+            "",
+            *time_table(here, overhead),
+            "",
+            *true_size(),
+        ]
+    )
 
 
 def true_size() -> list[str]:
@@ -203,28 +284,54 @@ def true_size() -> list[str]:
         return []
     found = json.loads(TRUE_SIZE.read_text())
     disk = found["disk_gb"]
-    rows = [[name, f"{entry['seconds'] / 60:.1f} min", f"{entry['peak_memory_gb']:.1f} GB"] for name, entry in found["notebooks"].items()]
-    return ["## What was run at true size", "",
-            f"Two models of Qwen2.5-1.5B's exact configuration with random weights in bfloat16, {found['tokens']:,} tokens, {found['features']:,} features,"
-            f" on {found['machine']['cores']} cores of {found['machine']['processor']} (`python -m benchmarks.true_size`). It shows that the notebooks run at this"
-            " size, and what they hold in memory; the numbers that they find mean nothing.", "",
-            *table(["notebook", "time", "peak memory"], rows), "",
-            f"Disk: models {disk['models']:.1f} GB, store {1e6 * disk['store'] / found['tokens']:.1f} kB a token, crosscoder {disk['crosscoder']:.1f} GB, features"
-            f" {disk['features']:.2f} GB.", ""]
+    rows = [
+        [name, f"{entry['seconds'] / 60:.1f} min", f"{entry['peak_memory_gb']:.1f} GB"]
+        for name, entry in found["notebooks"].items()
+    ]
+    return [
+        "## What was run at true size",
+        "",
+        (
+            "Two models of Qwen2.5-1.5B's exact configuration with random weights in bfloat16,"
+            f" {found['tokens']:,} tokens, {found['features']:,} features, on {found['machine']['cores']}"
+            f" cores of {found['machine']['processor']} (`python -m benchmarks.true_size`). It shows that the"
+            " notebooks run at this size, and what they hold in memory; the numbers that they find mean"
+            " nothing."
+        ),
+        "",
+        *table(["notebook", "time", "peak memory"], rows),
+        "",
+        (
+            f"Disk: models {disk['models']:.1f} GB, store {1e6 * disk['store'] / found['tokens']:.1f} kB a"
+            f" token, crosscoder {disk['crosscoder']:.1f} GB, features {disk['features']:.2f} GB."
+        ),
+        "",
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tflops", type=float, default=312, help="peak of the accelerator in bfloat16, 10^12 operations a second")
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=312,
+        help="peak of the accelerator in bfloat16, 10^12 operations a second",
+    )
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached")
-    parser.add_argument("--gigabytes-per-second", type=float, default=2000, help="peak of the accelerator's memory")
+    parser.add_argument(
+        "--gigabytes-per-second", type=float, default=2000, help="peak of the accelerator's memory"
+    )
     parser.add_argument("--name", default="A100", help="of the accelerator")
     parser.add_argument("--write", action="store_true", help=f"write docs/{PAGE.name}")
     options = parser.parse_args()
     share = options.utilisation
-    accelerator = Rates(options.name, share * options.tflops * 1e12, MEMORY_SHARE * options.gigabytes_per_second * 1e9)
-    stated = (f"One {options.name}: {share:.0%} of {options.tflops:g} TFLOP/s in bfloat16, and for Adam {MEMORY_SHARE:.0%} of "
-              f"{options.gigabytes_per_second:,.0f} GB/s")
+    accelerator = Rates(
+        options.name, share * options.tflops * 1e12, MEMORY_SHARE * options.gigabytes_per_second * 1e9
+    )
+    stated = (
+        f"One {options.name}: {share:.0%} of {options.tflops:g} TFLOP/s in bfloat16, and for Adam"
+        f" {MEMORY_SHARE:.0%} of {options.gigabytes_per_second:,.0f} GB/s"
+    )
     text = page(accelerator, stated, measured_rates())
     print(text)
     if options.write:

@@ -1,9 +1,10 @@
 """The dense reference: a crosscoder's training step as public trainers write it.
 
-Every one of them multiplies the whole code [B, F] with the whole dictionary, though 50 of 16,384 entries of a row are not zero:
-forward, gradient of the code and both weights' gradients together are five dense products, 10 B D F operations a step.
-Selection is one ``topk`` over the flattened batch, the optimiser ``torch.optim.Adam`` as it comes, the gradient clipped by its norm.
-This is BatchTopK without anything dead, in the layout of those trainers: W_enc [model, d, F], W_dec [F, model, d].
+Every one of them multiplies the whole code [B, F] with the whole dictionary, though 50 of 16,384 entries of a
+row are not zero: forward, gradient of the code and both weights' gradients together are five dense products,
+10 B D F operations a step. Selection is one ``topk`` over the flattened batch, the optimiser
+``torch.optim.Adam`` as it comes, the gradient clipped by its norm. This is BatchTopK without anything dead,
+in the layout of those trainers: W_enc [model, d, F], W_dec [F, model, d].
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 
 class DenseCrossCoder(nn.Module):
-    """``forward`` gives the loss of a batch x [B, models, d]; weights as those of ``lib.crosscoder.CrossCoder`` given to ``like``."""
+    """``forward`` gives the loss of a batch x [B, models, d]; weights as those of
+    ``lib.crosscoder.CrossCoder`` given to ``like``.
+    """
 
     def __init__(self, models: int, width: int, n_features: int, k: int):
         super().__init__()
@@ -46,9 +49,13 @@ class DenseCrossCoder(nn.Module):
 
 
 class DenseTrainer:
-    """Steps of the dense reference. ``fused`` and ``bfloat16`` give it what torch offers: a fused Adam, autocast."""
+    """Steps of the dense reference. ``fused`` and ``bfloat16`` give it what torch offers: a fused Adam,
+    autocast.
+    """
 
-    def __init__(self, crosscoder, rate: float = 1e-4, clip: float = 1.0, fused: bool = False, bfloat16: bool = False):
+    def __init__(
+        self, crosscoder, rate: float = 1e-4, clip: float = 1.0, fused: bool = False, bfloat16: bool = False
+    ):
         self.crosscoder, self.clip, self.bfloat16 = DenseCrossCoder.like(crosscoder), clip, bfloat16
         self.optimizer = torch.optim.Adam(self.crosscoder.parameters(), lr=rate, fused=fused or None)
 

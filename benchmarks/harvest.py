@@ -8,10 +8,10 @@ Three ways of reading the same documents with the same pair, in turns:
     limit    the same batches through both models in plain PyTorch, stopped by a hook at the layer; nothing is kept
     full     the same batches through both models to the end, logits included
 
-for a pair of SmolLM2-135M's shape with random weights (Llama, 30 layers, width 576, 49,152 ids; documents of 100 to 600 tokens),
-and for the embedded pair, whose forwards are so short that all else counts most. Beforehand, as it is done once however long
-the text: models are loaded, the large pair's weights are hashed, text is tokenised.
-Records, in results.json, with ``_tiny`` for the embedded pair:
+for a pair of SmolLM2-135M's shape with random weights (Llama, 30 layers, width 576, 49,152 ids; documents of
+100 to 600 tokens), and for the embedded pair, whose forwards are so short that all else counts most.
+Beforehand, as it is done once however long the text: models are loaded, the large pair's weights are hashed,
+text is tokenised. Records, in results.json, with ``_tiny`` for the embedded pair:
 
     harvest_vs_limit         time of harvest / time of the limit: 1 would be no cost at all
     harvest_vs_full_forward  time of full forwards / time of harvest
@@ -51,12 +51,24 @@ class RandomPair(Pair):
 def random_pair(folder: Path) -> Pair:
     """Two models of SmolLM2-135M's shape with random weights, saved below ``folder``."""
     build_tokenizer().save_pretrained(folder / "tokenizer")
-    config = LlamaConfig(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                         num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True)
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
     for seed, name in enumerate(("base", "distilled")):
         torch.manual_seed(seed)
         LlamaForCausalLM(config).bfloat16().save_pretrained(folder / name)
-    return RandomPair("random", {name: folder / name for name in ("base", "distilled")}, tokenizer_source=folder / "tokenizer")
+    return RandomPair(
+        "random",
+        {name: folder / name for name in ("base", "distilled")},
+        tokenizer_source=folder / "tokenizer",
+    )
 
 
 def random_documents(tokens: int, ids: int, seed: int = 0) -> list[Document]:
@@ -64,8 +76,14 @@ def random_documents(tokens: int, ids: int, seed: int = 0) -> list[Document]:
     rng, documents, total = np.random.default_rng(seed), [], 0
     while total < tokens:
         length = int(rng.integers(100, 601))
-        labels = {name: np.full(length, -1, np.int8) for name in LABEL_ARRAYS} | {"kind": np.zeros(length, np.int8)}
-        documents.append(Document(rng.integers(3, ids, length).tolist(), "general", SPLITS[len(documents) % 10 == 9], labels))
+        labels = {name: np.full(length, -1, np.int8) for name in LABEL_ARRAYS} | {
+            "kind": np.zeros(length, np.int8)
+        }
+        documents.append(
+            Document(
+                rng.integers(3, ids, length).tolist(), "general", SPLITS[len(documents) % 10 == 9], labels
+            )
+        )
         total += length
     return documents
 
@@ -104,22 +122,40 @@ def compare(title: str, pair: Pair, documents: list[Document], rounds: int, suff
     models = {name: pair.load(name) for name in pair.models}
     ids, tokens = list(batches(documents)), sum(len(d.tokens) for d in documents)
     with tempfile.TemporaryDirectory() as folder:
+
         def harvested():
             shutil.rmtree(Path(folder) / "store", ignore_errors=True)
             harvest(pair, documents, Path(folder) / "store", models=models)
 
-        ways = {"harvest": harvested, "limit": lambda: to_the_layer(models, ids), "full": lambda: to_the_end(models, ids)}
+        ways = {
+            "harvest": harvested,
+            "limit": lambda: to_the_layer(models, ids),
+            "full": lambda: to_the_end(models, ids),
+        }
         seconds = interleaved(ways, rounds)
-    report(f"{title}: {tokens:,} tokens in {len(documents):,} documents, {torch.get_num_threads()} threads", seconds, "limit")
+    report(
+        f"{title}: {tokens:,} tokens in {len(documents):,} documents, {torch.get_num_threads()} threads",
+        seconds,
+        "limit",
+    )
     computed = sum(batch.numel() for batch in ids)
-    record(**{f"harvest_vs_limit{suffix}": ratio(seconds, "harvest", "limit"),
-              f"harvest_vs_full_forward{suffix}": ratio(seconds, "full", "harvest"),
-              f"harvest_padding{suffix}": spread(np.array([1 - tokens / computed]))})
+    record(
+        **{
+            f"harvest_vs_limit{suffix}": ratio(seconds, "harvest", "limit"),
+            f"harvest_vs_full_forward{suffix}": ratio(seconds, "full", "harvest"),
+            f"harvest_padding{suffix}": spread(np.array([1 - tokens / computed])),
+        }
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096, help="that the large pair reads; the embedded pair: 40 times as many")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=4096,
+        help="that the large pair reads; the embedded pair: 40 times as many",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=("large", "tiny"), help="one of the two pairs")
@@ -131,7 +167,9 @@ def main() -> None:
     if options.only != "tiny":
         with tempfile.TemporaryDirectory() as folder:
             pair = random_pair(Path(folder))
-            compare("pair of SmolLM2-135M's shape", pair, random_documents(options.tokens, 512), options.rounds)
+            compare(
+                "pair of SmolLM2-135M's shape", pair, random_documents(options.tokens, 512), options.rounds
+            )
 
 
 if __name__ == "__main__":

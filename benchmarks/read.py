@@ -1,9 +1,10 @@
-"""Shuffled reading from a store larger than memory, against a memory map read row by row; and does training ever wait for it?
+"""Shuffled reading from a store larger than memory, against a memory map read row by row; and does training
+ever wait for it?
 
     python -m benchmarks.read [--gigabytes 2] [--memory 256]
 
-Writes a synthetic store of two models of width 512 in float16 into a temporary folder. Before every round the files are dropped
-from the system's cache, as far as one may without being root. Records, in results.json:
+Writes a synthetic store of two models of width 512 in float16 into a temporary folder. Before every round the
+files are dropped from the system's cache, as far as one may without being root. Records, in results.json:
 
     read_pairs_per_second          of ``Store.reader``, a whole epoch: float32 activations of both models per second
     read_pairs_per_second_by_item  of the memory map, a row at a time
@@ -38,23 +39,39 @@ STEPS, STEPS_A_ROUND = 48, 8  # of training
 SHARD, DOCUMENT = 65_536, 512  # rows
 
 
-def write_store(folder: Path, rows: int, widths: tuple[int, ...] = (512, 512), dtype: torch.dtype = torch.float16,
-                shard_rows: int = SHARD) -> Store:
-    """A store of random activations, in documents of 512 tokens: the first of each is masked, every tenth document is to report on.
+def write_store(
+    folder: Path,
+    rows: int,
+    widths: tuple[int, ...] = (512, 512),
+    dtype: torch.dtype = torch.float16,
+    shard_rows: int = SHARD,
+) -> Store:
+    """A store of random activations, in documents of 512 tokens: the first of each is masked, every tenth
+    document is to report on.
 
-    The first two entries of each activation, which the norms leave out, tell the row: its number modulo 2048, and divided by 2048.
+    The first two entries of each activation, which the norms leave out, tell the row: its number modulo 2048,
+    and divided by 2048.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"model_{i}" for i in range(len(widths))]
     generator, shards, kept = torch.Generator().manual_seed(0), {}, []
-    noise = {n: torch.randn(min(shard_rows, rows), w, generator=generator).to(dtype) for n, w in zip(names, widths)}  # of every shard
+    # of every shard
+    noise = {
+        n: torch.randn(min(shard_rows, rows), w, generator=generator).to(dtype) for n, w in zip(names, widths)
+    }
     norms = {n: acts[:, 2:].float().norm(dim=1) for n, acts in noise.items()}
     for first in range(0, rows, shard_rows):
         row = torch.arange(first, min(first + shard_rows, rows))
         document, position = row // DOCUMENT, row % DOCUMENT
-        tensors = {"tokens": row.int() % 1000, "documents": document.int(), "positions": position.int(),
-                   "split": torch.where(document % 10 == 9, SPLITS.index("report"), SPLITS.index("train")).to(torch.int8),
-                   **{label: torch.full((len(row),), -1, dtype=torch.int8) for label in LABEL_ARRAYS}}
+        tensors = {
+            "tokens": row.int() % 1000,
+            "documents": document.int(),
+            "positions": position.int(),
+            "split": (
+                torch.where(document % 10 == 9, SPLITS.index("report"), SPLITS.index("train")).to(torch.int8)
+            ),
+            **{label: torch.full((len(row),), -1, dtype=torch.int8) for label in LABEL_ARRAYS},
+        }
         for name in names:
             acts = noise[name][: len(row)]
             acts[:, 0], acts[:, 1] = row % 2048, row // 2048
@@ -67,9 +84,15 @@ def write_store(folder: Path, rows: int, widths: tuple[int, ...] = (512, 512), d
     save_file({"kept": torch.cat(kept), **means}, folder / INDEX)
     index = {"bytes": (folder / INDEX).stat().st_size, "sha256": sha256(folder / INDEX)}
     write_manifest(
-        folder, "synthetic", format=FORMAT, models={n: {"width": w, "layer": 0} for n, w in zip(names, widths)},
-        statistics={n: {"scale": 1.0, "mean_norm": w**0.5} for n, w in zip(names, widths)}, counts={"kept": int(torch.cat(kept).sum())},
-        shards=shards, index=index)
+        folder,
+        "synthetic",
+        format=FORMAT,
+        models={n: {"width": w, "layer": 0} for n, w in zip(names, widths)},
+        statistics={n: {"scale": 1.0, "mean_norm": w**0.5} for n, w in zip(names, widths)},
+        counts={"kept": int(torch.cat(kept).sum())},
+        shards=shards,
+        index=index,
+    )
     return Store.open(folder, verify=False)
 
 
@@ -79,11 +102,15 @@ def row_numbers(acts: torch.Tensor) -> np.ndarray:
 
 
 def by_item(folder: Path, rows: np.ndarray) -> Iterator[list[torch.Tensor]]:
-    """Batches made of single rows from memory-mapped files, as a dataset of items and a default collation would."""
+    """Batches made of single rows from memory-mapped files, as a dataset of items and a default collation
+    would.
+    """
     shards = [load_file(file) for file in sorted(folder.glob("shard_*"))]
     for first in range(0, len(rows), BATCH):
-        items = [[shards[row // SHARD][name][row % SHARD].float() for name in ("acts_model_0", "acts_model_1")]
-                 for row in rows[first : first + BATCH].tolist()]
+        items = [
+            [shards[row // SHARD][name][row % SHARD].float() for name in ("acts_model_0", "acts_model_1")]
+            for row in rows[first : first + BATCH].tolist()
+        ]
         yield [torch.stack(column) for column in zip(*items)]
 
 
@@ -116,17 +143,25 @@ def reading(store: Store, memory: int, rounds: int) -> None:
             count, peak = count + len(rows), max(peak, resident())
         seconds = time.perf_counter() - began
         assert count == store.count("train") and np.array_equal(row_numbers(acts[1]), rows)
-        print(f"round {number}: {count / seconds:10,.0f} pairs a second, {len(order) / item_seconds:8,.0f} by item; "
-              f"{(peak - before) / 1e6:.0f} MB more resident, {memory / 1e6:.0f} allowed")
+        print(
+            f"round {number}: {count / seconds:10,.0f} pairs a second, {len(order) / item_seconds:8,.0f} by"
+            f" item; {(peak - before) / 1e6:.0f} MB more resident, {memory / 1e6:.0f} allowed"
+        )
         if number >= 0:
             rates.append(count / seconds)
             item_rates.append(len(order) / item_seconds)
             shares.append((peak - before) / memory)
-    record(read_pairs_per_second=spread(rates), read_pairs_per_second_by_item=spread(item_rates), read_memory_share=spread(shares))
+    record(
+        read_pairs_per_second=spread(rates),
+        read_pairs_per_second_by_item=spread(item_rates),
+        read_memory_share=spread(shares),
+    )
 
 
 def waiting(store: Store, memory: int) -> None:
-    """Train while reading. The first step is not counted; of every eight after it, the share of time in which no batch was there."""
+    """Train while reading. The first step is not counted; of every eight after it, the share of time in which
+    no batch was there.
+    """
     config = TrainConfig(n_features=16_384, k=50, batch_size=BATCH, tokens=10**9, rate=1e-4)
     trainer, shares = Trainer(store, config), []
 
@@ -145,7 +180,10 @@ def waiting(store: Store, memory: int) -> None:
                 step()
             seconds = time.perf_counter() - began
             shares.append((batches.waited - waited) / seconds)
-            print(f"{STEPS_A_ROUND * BATCH / seconds:,.0f} pairs a second trained on, {shares[-1]:.2%} of the time waiting")
+            print(
+                f"{STEPS_A_ROUND * BATCH / seconds:,.0f} pairs a second trained on, {shares[-1]:.2%} of the"
+                " time waiting"
+            )
     record(wait_share=spread(shares))
 
 

@@ -1,10 +1,11 @@
-"""One training step: ours against the dense one of public trainers, and against eai-sparsify where it is installed.
+"""One training step: ours against the dense one of public trainers, and against eai-sparsify where it is
+installed.
 
     python -m benchmarks.step                 # make bench; with PEERS=1 in an environment that has eai-sparsify too
 
-The whole step is timed: encoding, selection, loss, gradients, clipping, optimiser, and for ours what training keeps count of.
-Batches are Gaussian, so that nearly every feature fires in each of them: for sparse products the hardest case. Dead
-features, whose auxiliary loss only ours has, do not occur. Recorded are
+The whole step is timed: encoding, selection, loss, gradients, clipping, optimiser, and for ours what training
+keeps count of. Batches are Gaussian, so that nearly every feature fires in each of them: for sparse products
+the hardest case. Dead features, whose auxiliary loss only ours has, do not occur. Recorded are
 
     step_vs_dense_small, step_vs_dense_large    the dense step as it is published (float32, default Adam), by ours in bfloat16
     step_vs_dense_tuned_small                   the dense step with bfloat16 autocast and a fused Adam, by ours in bfloat16
@@ -56,9 +57,17 @@ class Ours:
 
     def __init__(self, width: int, n_features: int, precision: str):
         models = ("base", "distilled")
-        store = NoStore(models=models, widths=dict.fromkeys(models, width), scales=dict.fromkeys(models, 1.0),
-                        means={m: torch.zeros(width) for m in models}, count=lambda split: BATCH)
-        self.trainer = Trainer(store, TrainConfig(n_features, k=K, tokens=10**9, batch_size=BATCH, rate=1e-4, precision=precision))
+        store = NoStore(
+            models=models,
+            widths=dict.fromkeys(models, width),
+            scales=dict.fromkeys(models, 1.0),
+            means={m: torch.zeros(width) for m in models},
+            count=lambda split: BATCH,
+        )
+        self.trainer = Trainer(
+            store,
+            TrainConfig(n_features, k=K, tokens=10**9, batch_size=BATCH, rate=1e-4, precision=precision),
+        )
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         return self.trainer.train_step(list(x.unbind(1)))
@@ -89,25 +98,34 @@ def measure(size: str, rounds: int, peers: bool) -> None:
         turn[name] = turn.get(name, -1) + 1
         return trainers[name].step(pool[turn[name] % len(pool)])
 
-    seconds = interleaved({name: (lambda name=name: step(name)) for name in trainers}, rounds, warmup=2)
+    seconds = interleaved({name: lambda name=name: step(name) for name in trainers}, rounds, warmup=2)
     report(f"A training step, D = 2 x {width}, F = {n_features:,}, k = {K}, B = {BATCH}", seconds, "dense")
     record(**{f"step_vs_dense_{size}": ratio(seconds, "dense", OURS)})
     if size == "small":
-        record(step_vs_dense_tuned_small=ratio(seconds, "dense, fused Adam, bfloat16 autocast", OURS),
-               step_vs_dense_equal_small=ratio(seconds, "dense, fused Adam", "ours, float32"))
+        record(
+            step_vs_dense_tuned_small=ratio(seconds, "dense, fused Adam, bfloat16 autocast", OURS),
+            step_vs_dense_equal_small=ratio(seconds, "dense, fused Adam", "ours, float32"),
+        )
     if SPARSIFY in seconds:
-        record(step_vs_sparsify_small=ratio(seconds, SPARSIFY, OURS),
-               step_vs_sparsify_autocast_small=ratio(seconds, f"{SPARSIFY}, bfloat16 autocast", OURS))
+        record(
+            step_vs_sparsify_small=ratio(seconds, SPARSIFY, OURS),
+            step_vs_sparsify_autocast_small=ratio(seconds, f"{SPARSIFY}, bfloat16 autocast", OURS),
+        )
 
 
 def peak_megabytes(which: str, size: str, answers) -> None:
     """In a process of its own: the most memory that three steps take, weights and optimiser included."""
     width, n_features = SIZES[size]
     pool = batches(width, 1)
-    trainer = Ours(width, n_features, "bfloat16") if which == "ours" else DenseTrainer(crosscoder(width, n_features))
+    trainer = (
+        Ours(width, n_features, "bfloat16")
+        if which == "ours"
+        else DenseTrainer(crosscoder(width, n_features))
+    )
     for _ in range(3):
         trainer.step(pool[0])
-    with open("/proc/self/status") as status:  # getrusage would count what the parent held when this process was made
+    # getrusage would count what the parent held when this process was made
+    with open("/proc/self/status") as status:
         answers.put(next(int(line.split()[1]) / 1000 for line in status if line.startswith("VmHWM")))
 
 
@@ -121,15 +139,22 @@ def memory(size: str, rounds: int) -> None:
             process.start()
             process.join()
             found[which].append(answers.get())
-    print(f"\nPeak memory, {size} size: dense {np.median(found['dense']):,.0f} MB, ours {np.median(found['ours']):,.0f} MB")
+    print(
+        f"\nPeak memory, {size} size: dense {np.median(found['dense']):,.0f} MB, ours"
+        f" {np.median(found['ours']):,.0f} MB"
+    )
     record(**{f"memory_vs_dense_{size}": spread(np.array(found["ours"]) / np.array(found["dense"]))})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=9, help="of the small size; the large one takes half as many")
-    parser.add_argument("--peers", action="store_true", help="compare with eai-sparsify, which must be installed")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="of the small size; the large one takes half as many"
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="compare with eai-sparsify, which must be installed"
+    )
     arguments = parser.parse_args()
     print(f"{torch.get_num_threads()} threads")
     for size in arguments.sizes:

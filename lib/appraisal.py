@@ -1,7 +1,9 @@
-"""What a distilled language model has learnt, and what it has not: loss on held-out text, and what it says to questions.
+"""What a distilled language model has learnt, and what it has not: loss on held-out text, and what it says to
+questions.
 
-Everything here is measured on what no adapter was trained on: held-out traces and paragraphs, and word problems of this
-project in wordings of the report split. All models get the same prompts, the same limit and greedy decoding.
+Everything here is measured on what no adapter was trained on: held-out traces and paragraphs, and word
+problems of this project in wordings of the report split. All models get the same prompts, the same limit and
+greedy decoding.
 
     python -m lib.appraisal data/pairs/smol --traces traces.jsonl.gz --text text.txt.gz     # goes on with the model it was interrupted at;
                                                                                           # remove evaluation.json after training anew
@@ -49,13 +51,23 @@ def held_out_loss(model: PreTrainedModel, windows: Iterable[Window], limit: int 
     return {"value": mean(totals), "ci": bootstrap(totals, mean), "n": int(totals[:, 1].sum())}
 
 
-def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question],
-            max_new_tokens: int = 768) -> list[tuple[str, bool, int]]:
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    max_new_tokens: int = 768,
+) -> list[tuple[str, bool, int]]:
     """Greedy answers: (text, ended by itself, tokens) for each question."""
     found = []
     with Progress("questions", len(questions)) as progress:
         for first in range(0, len(questions), BATCH):
-            found += sample(model, tokenizer, [prompt(q.text) for q in questions[first : first + BATCH]], max_new_tokens, temperature=0.0)
+            found += sample(
+                model,
+                tokenizer,
+                [prompt(q.text) for q in questions[first : first + BATCH]],
+                max_new_tokens,
+                temperature=0.0,
+            )
             progress.update(len(found))
     return found
 
@@ -63,34 +75,51 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question
 def measures(questions: Sequence[Question], said: Sequence[tuple[str, bool, int]]) -> dict[str, dict]:
     """Shares with Wilson intervals, and "wait" per 1,000 tokens with a bootstrap over answers.
 
-    ``thinks``: the answer begins with <think>; ``closes``: it closes the thought too; ``ends``: by itself; ``accuracy``: of those
-    questions that have a number, the answer (what follows the thought, if there is one) ends with it; an unfinished thought is wrong.
+    ``thinks``: the answer begins with <think>; ``closes``: it closes the thought too; ``ends``: by itself;
+    ``accuracy``: of those questions that have a number, the answer (what follows the thought, if there is
+    one) ends with it; an unfinished thought is wrong.
     """
     n = len(said)
     thinks = [text.lstrip().startswith("<think>") for text, _, _ in said]
     closes = [t and "</think>" in text for t, (text, _, _) in zip(thinks, said)]
-    right = [final_number(text.split("</think>")[-1]) == q.answer and (c or not t)
-             for q, (text, _, _), t, c in zip(questions, said, thinks, closes) if q.answer is not None]
+    right = [
+        final_number(text.split("</think>")[-1]) == q.answer and (c or not t)
+        for q, (text, _, _), t, c in zip(questions, said, thinks, closes)
+        if q.answer is not None
+    ]
     waits = np.array([(len(WAIT.findall(text)), size) for text, _, size in said], float)
     rate = lambda rows: 1000 * rows[:, 0].sum() / max(rows[:, 1].sum(), 1)  # noqa: E731
 
     def share(hits: Sequence[bool]) -> dict:
         return {"value": sum(hits) / len(hits), "ci": wilson(sum(hits), len(hits)), "n": len(hits)}
 
-    return {"thinks": share(thinks), "closes": share(closes), "ends": share([ended for _, ended, _ in said]), "accuracy": share(right),
-            "waits_per_1000": {"value": rate(waits), "ci": bootstrap(waits, rate), "n": int(waits[:, 1].sum())},
-            "tokens_per_answer": {"value": float(waits[:, 1].mean()), "ci": bootstrap(waits[:, 1]), "n": n}}
+    return {
+        "thinks": share(thinks),
+        "closes": share(closes),
+        "ends": share([ended for _, ended, _ in said]),
+        "accuracy": share(right),
+        "waits_per_1000": {"value": rate(waits), "ci": bootstrap(waits, rate), "n": int(waits[:, 1].sum())},
+        "tokens_per_answer": {"value": float(waits[:, 1].mean()), "ci": bootstrap(waits[:, 1]), "n": n},
+    }
 
 
 def asked_before(transcripts: Path, questions: Sequence[Question]) -> bool:
-    """Whether a file of transcripts is of these very questions: an interrupted appraisal goes on with the next model."""
+    """Whether a file of transcripts is of these very questions: an interrupted appraisal goes on with the
+    next model.
+    """
     return [line["question"] for line in read_lines(transcripts)] == [q.text for q in questions]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure the models of a pair with a pretrained base: evaluation.json and transcripts.")
+    parser = argparse.ArgumentParser(
+        description="Measure the models of a pair with a pretrained base: evaluation.json and transcripts."
+    )
     parser.add_argument("out", type=Path, help="folder of the pair: data/pairs/<pair>")
-    parser.add_argument("--traces", type=Path, help="the file that the adapters were trained on: its held-out questions are used")
+    parser.add_argument(
+        "--traces",
+        type=Path,
+        help="the file that the adapters were trained on: its held-out questions are used",
+    )
     parser.add_argument("--text", type=Path, help="likewise, of the null")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
@@ -120,10 +149,15 @@ def _measure(args: argparse.Namespace) -> None:
         model = pair.load(name)
         found[name] = measures(questions, said := answers(model, tokenizer, questions))
         if traces:
-            found[name]["loss_traces"] = held_out_loss(model, trace_windows(traces, tokenizer, once, epochs=1))
+            found[name]["loss_traces"] = held_out_loss(
+                model, trace_windows(traces, tokenizer, once, epochs=1)
+            )
         if texts:
             found[name]["loss_text"] = held_out_loss(model, text_windows(texts, tokenizer, once, epochs=1))
-        rows = [{"question": q.text, "answer": q.answer, "said": text, "ended": ended} for q, (text, ended, _) in zip(questions, said)]
+        rows = [
+            {"question": q.text, "answer": q.answer, "said": text, "ended": ended}
+            for q, (text, ended, _) in zip(questions, said)
+        ]
         write_lines(kept / f"{name}.jsonl", rows)
         write_text(evaluation, json.dumps(found, indent=2) + "\n")
 

@@ -1,8 +1,9 @@
-"""Reading a model at one layer: the residual stream of texts, in batches of like length, and which of it is left out.
+"""Reading a model at one layer: the residual stream of texts, in batches of like length, and which of it is
+left out.
 
-An nnsight trace saves the output of one decoder layer and stops the forward there (later layers do not run). Texts of like
-length are batched and padded on the right, which causal attention never sees. ``lib.harvest`` writes what is read to a
-store, ``lib.streaming`` hands it on.
+An nnsight trace saves the output of one decoder layer and stops the forward there (later layers do not run).
+Texts of like length are batched and padded on the right, which causal attention never sees. ``lib.harvest``
+writes what is read to a store, ``lib.streaming`` hands it on.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ class Reader:
         self.envoy = functools.reduce(getattr, decoder_path(model).split("."), self.nnsight)[self.layer]
 
     def read(self, token_lists: Sequence[Sequence[int]], side: str = "right") -> list[torch.Tensor]:
-        """One padded batch; the residual stream [length, d] of each list, in the model's dtype, on the CPU, padding cut off."""
+        """One padded batch; the residual stream [length, d] of each list, in the model's dtype, on the CPU,
+        padding cut off.
+        """
         lengths = [len(t) for t in token_lists]
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context and max(lengths) > context:
-            raise UserError(f"a text has {max(lengths)} tokens, and this model's context is {context}: shorten it")
+            raise UserError(
+                f"a text has {max(lengths)} tokens, and this model's context is {context}: shorten it"
+            )
         ids = torch.full((len(lengths), max(lengths)), self.pad)
         spans = [slice(0, n) if side == "right" else slice(max(lengths) - n, None) for n in lengths]
         for i, (tokens, span) in enumerate(zip(token_lists, spans)):
@@ -47,7 +52,11 @@ class Reader:
         device = next(self.model.parameters()).device
         inputs = {"input_ids": ids.to(device), "use_cache": False}
         if side == "left":  # padding on the right needs no mask: no token sees what comes after it
-            inputs["attention_mask"] = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long().to(device)
+            inputs["attention_mask"] = (
+                (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None])
+                .long()
+                .to(device)
+            )
         with torch.no_grad():
             with self.nnsight.trace(inputs) as tracer:
                 acts_bsd = self.envoy.output.save()
@@ -56,19 +65,32 @@ class Reader:
         return [acts_bsd[i, span] for i, span in enumerate(spans)]
 
 
-def capture(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_lists: Sequence[Sequence[int]], layer: int | None = None,
-            side: str = "right", batch_tokens: int = BATCH_TOKENS) -> torch.Tensor:
-    """Residual stream of some short texts: float32 [all tokens, d], list after list. Nothing is masked: position 0 is in it.
+def capture(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_lists: Sequence[Sequence[int]],
+    layer: int | None = None,
+    side: str = "right",
+    batch_tokens: int = BATCH_TOKENS,
+) -> torch.Tensor:
+    """Residual stream of some short texts: float32 [all tokens, d], list after list. Nothing is masked:
+    position 0 is in it.
 
-    ``layer`` None is half depth; ``side`` is where batches are padded ("right" or "left"; it makes no difference).
+    ``layer`` None is half depth; ``side`` is where batches are padded ("right" or "left"; it makes no
+    difference).
     """
     return read_all(Reader(model, tokenizer, layer), token_lists, side, batch_tokens)[0].float()
 
 
 def read_all(
-    reader: Reader, token_lists: Sequence[Sequence[int]], side: str = "right", batch_tokens: int = BATCH_TOKENS
+    reader: Reader,
+    token_lists: Sequence[Sequence[int]],
+    side: str = "right",
+    batch_tokens: int = BATCH_TOKENS,
 ) -> tuple[torch.Tensor, int]:
-    """Activations [all tokens, d] in the order of the lists, and the number of padded positions that were computed in vain."""
+    """Activations [all tokens, d] in the order of the lists, and the number of padded positions that were
+    computed in vain.
+    """
     starts = np.cumsum([0, *map(len, token_lists)])
     out, padding = None, 0
     for batch in length_batches([len(t) for t in token_lists], batch_tokens):
@@ -84,15 +106,17 @@ def read_all(
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of documents, like lengths together, each batch at most ``batch_tokens`` with its padding (or one document).
+    """Numbers of documents, like lengths together, each batch at most ``batch_tokens`` with its padding (or
+    one document).
 
-    Of all ways to cut the sorted documents into batches, the one that computes the fewest positions, where a batch counts
-    as ``BATCH_COST`` positions of its own.
+    Of all ways to cut the sorted documents into batches, the one that computes the fewest positions, where a
+    batch counts as ``BATCH_COST`` positions of its own.
     """
     lengths = np.asarray(lengths, np.int64)
     order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :]
     best, cut = np.zeros(len(order) + 1, np.int64), np.zeros(len(order) + 1, np.int64)
-    for stop in range(1, len(order) + 1):  # best[stop]: the least cost of the first ``stop`` documents; the last batch begins at cut[stop]
+    # best[stop]: the least cost of the first ``stop`` documents; the last batch begins at cut[stop]
+    for stop in range(1, len(order) + 1):
         longest = int(lengths[order[stop - 1]])
         first = max(stop - max(batch_tokens // longest, 1), 0)
         costs = best[first:stop] + (stop - np.arange(first, stop)) * longest + BATCH_COST
@@ -105,22 +129,30 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
         yield order[first:stop].tolist()
 
 
-# --- masks -----------------------------------------------------------------------------------------------------
+# --- masks --------------------------------------------------------------------------------------------------
 
 
-def norm_limits(positions: np.ndarray, norms: Mapping[str, np.ndarray], factor: float = NORM_FACTOR) -> dict[str, float]:
-    """Above which norm a token is dropped: ``factor`` times each model's median over all tokens but the first of each text."""
+def norm_limits(
+    positions: np.ndarray, norms: Mapping[str, np.ndarray], factor: float = NORM_FACTOR
+) -> dict[str, float]:
+    """Above which norm a token is dropped: ``factor`` times each model's median over all tokens but the first
+    of each text.
+    """
     inner = np.asarray(positions) != 0
-    return {m: factor * float(np.median(np.asarray(norm, np.float64)[inner] if inner.any() else norm)) for m, norm in norms.items()}
+    return {
+        m: factor * float(np.median(np.asarray(norm, np.float64)[inner] if inner.any() else norm))
+        for m, norm in norms.items()
+    }
 
 
 def masks(
     positions: np.ndarray, norms: Mapping[str, np.ndarray], limits: Mapping[str, float] | None = None
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Which tokens are kept [n] bool, and how many are dropped by reason, from positions [n] and each model's norms [n].
+    """Which tokens are kept [n] bool, and how many are dropped by reason, from positions [n] and each model's
+    norms [n].
 
-    ``limits`` {model: norm} None are those of ``norm_limits``. A token is dropped from all models if it is dropped for one.
-    ``high_norm`` counts tokens that ``first`` has not dropped.
+    ``limits`` {model: norm} None are those of ``norm_limits``. A token is dropped from all models if it is
+    dropped for one. ``high_norm`` counts tokens that ``first`` has not dropped.
     """
     first = np.asarray(positions) == 0
     limits = norm_limits(positions, norms) if limits is None else limits

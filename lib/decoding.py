@@ -1,12 +1,13 @@
 """Decode many prompts at once, such that a thought that has ended costs nothing more.
 
-A batch is decoded in *legs* of ``LEG`` tokens; after each leg the rows that have ended leave it, and their keys and
-values leave the cache. What has been read is not read again: the cache is handed from leg to leg. It is one with *room*
-(``RoomyLayer``): transformers' own copies all keys and values at every token, which on the embedded pair took 40% of a step
-at 800 rows (one thread), and little at 100.
+A batch is decoded in *legs* of ``LEG`` tokens; after each leg the rows that have ended leave it, and their
+keys and values leave the cache. What has been read is not read again: the cache is handed from leg to leg. It
+is one with *room* (``RoomyLayer``): transformers' own copies all keys and values at every token, which on the
+embedded pair took 40% of a step at 800 rows (one thread), and little at 100.
 
-Who calls the model is up to the caller, so that plain and steered decoding (nnsight) share this loop. A row depends on no
-other: rows are padded on the left, and what has a memory of its own (noise) is told which rows are left.
+Who calls the model is up to the caller, so that plain and steered decoding (nnsight) share this loop. A row
+depends on no other: rows are padded on the left, and what has a memory of its own (noise) is told which rows
+are left.
 """
 
 from __future__ import annotations
@@ -18,20 +19,29 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-LEG = 16  # tokens; shorter legs waste less on rows that have ended, but each has to be set up (8 and 32 are as fast, as measured)
+# tokens; shorter legs waste less on rows that have ended, but each has to be set up (8 and 32 are as fast, as
+# measured)
+LEG = 16
 ROOM = 64  # positions by which the cache grows
 
 Step = Callable[[Tensor, Tensor, Tensor, DynamicCache, int], Tensor]
 
 
 def decode(
-    step: Step, config: PretrainedConfig, ids: Tensor, mask: Tensor, max_new_tokens: int, eos: int, leg: int | None = None
+    step: Step,
+    config: PretrainedConfig,
+    ids: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    eos: int,
+    leg: int | None = None,
 ) -> list[list[int]]:
     """The new token ids of every row, up to its ``eos`` (left out) or ``max_new_tokens``.
 
-    ``ids`` and ``mask`` [rows, length] are the prompts, padded on the left. ``step(ids, mask, rows, cache, n)`` continues ids
-    by up to n tokens and returns ids [rows, longer]; ``rows`` are the numbers of the rows that are left, and ``cache`` holds
-    all their positions but the last (nothing, at first). ``leg`` is ``LEG`` unless told.
+    ``ids`` and ``mask`` [rows, length] are the prompts, padded on the left. ``step(ids, mask, rows, cache,
+    n)`` continues ids by up to n tokens and returns ids [rows, longer]; ``rows`` are the numbers of the rows
+    that are left, and ``cache`` holds all their positions but the last (nothing, at first). ``leg`` is
+    ``LEG`` unless told.
     """
     said: dict[int, list[int]] = {}
     for rows, new, over in legs(step, config, ids, mask, max_new_tokens, eos, leg):
@@ -40,10 +50,16 @@ def decode(
 
 
 def legs(
-    step: Step, config: PretrainedConfig, ids: Tensor, mask: Tensor, max_new_tokens: int, eos: int, leg: int | None = None
+    step: Step,
+    config: PretrainedConfig,
+    ids: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    eos: int,
+    leg: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """``decode`` leg by leg, to watch a thought grow: (numbers of the rows in this leg [rows], all their new ids so far
-    [rows, new], which of them have ended and leave [rows] bool)."""
+    """``decode`` leg by leg, to watch a thought grow: (numbers of the rows in this leg [rows], all their new
+    ids so far [rows, new], which of them have ended and leave [rows] bool)."""
     length, rows, cache = ids.shape[1], torch.arange(len(ids)), roomy_cache(config)
     while len(rows):
         ids = step(ids, mask, rows, cache, min(leg or LEG, max_new_tokens - (ids.shape[1] - length)))
@@ -63,13 +79,17 @@ def until(words: list[int], eos: int) -> list[int]:
 
 
 class RowNoise(LogitsProcessor):
-    """Noise that belongs to rows: ``rows`` holds the numbers of those that are left, in the order of the scores."""
+    """Noise that belongs to rows: ``rows`` holds the numbers of those that are left, in the order of the
+    scores.
+    """
 
     rows: Tensor
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, [rows, heads, positions, d], at the front of a larger tensor: a new token is written in place."""
+    """Keys and values of one layer, [rows, heads, positions, d], at the front of a larger tensor: a new token
+    is written in place.
+    """
 
     room: tuple[Tensor, Tensor] | None = None
 
@@ -100,7 +120,9 @@ class RoomyLayer(DynamicLayer):
 
 
 def roomy_cache(config: PretrainedConfig) -> DynamicCache:
-    """An empty cache whose layers of full attention have room; others (sliding windows) are transformers' own."""
+    """An empty cache whose layers of full attention have room; others (sliding windows) are transformers'
+    own.
+    """
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

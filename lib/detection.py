@@ -1,15 +1,16 @@
-"""How well does a sparse code, or a token, tell some positions from others? AUROC, precision and recall for all features at once.
+"""How well does a sparse code, or a token, tell some positions from others? AUROC, precision and recall for
+all features at once.
 
-The AUROC of a feature is the probability that it is more active at a random positive position than at a random negative
-one, ties counting half: with R the sum of the positives' ranks (1..n, ties averaged) it is
+The AUROC of a feature is the probability that it is more active at a random positive position than at a
+random negative one, ties counting half: with R the sum of the positives' ranks (1..n, ties averaged) it is
 
     AUROC = (R - P (P + 1) / 2) / (P N)          P positives, N negatives                         (Mann & Whitney 1947)
 
-Codes are sparse: in a column with z zeros all zeros share the rank (z + 1) / 2, and only the nonzero entries need to be
-sorted. Everything here is a function of codes and label arrays; it knows no model and no store.
+Codes are sparse: in a column with z zeros all zeros share the rank (z + 1) / 2, and only the nonzero entries
+need to be sorted. Everything here is a function of codes and label arrays; it knows no model and no store.
 
-Token-only predictors are the control that most detectors in the literature lack: they see the current token's id and
-nothing else, and are fitted on other documents than they are judged on.
+Token-only predictors are the control that most detectors in the literature lack: they see the current token's
+id and nothing else, and are fitted on other documents than they are judged on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from scipy import sparse
 BOOT_CELLS = 4_000_000  # of a bootstrap at a time: bounds the memory
 
 
-# --- all features at once --------------------------------------------------------------------------------------
+# --- all features at once -----------------------------------------------------------------------------------
 
 
 def auroc(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
@@ -41,7 +42,9 @@ def auroc(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
         hit = labels[rows, c]
         positives = int(labels[:, c].sum())
         at_zero = positives - np.bincount(columns[hit], minlength=len(zeros))
-        rank_sum = np.bincount(columns[hit], weights=ranks[hit], minlength=len(zeros)) + at_zero * (zeros + 1) / 2
+        rank_sum = (
+            np.bincount(columns[hit], weights=ranks[hit], minlength=len(zeros)) + at_zero * (zeros + 1) / 2
+        )
         pairs = positives * (n - positives)
         found[:, c] = (rank_sum - positives * (positives + 1) / 2) / pairs if pairs else np.nan
     return found[:, 0] if np.ndim(positive) == 1 else found
@@ -59,8 +62,10 @@ def best_thresholds(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
     found = np.full((len(starts) - 1, labels.shape[1]), np.nan)
     if len(data) == 0:
         return found[:, 0] if np.ndim(positive) == 1 else found
-    taken = np.arange(len(data)) - starts[columns] + 1  # positions that this threshold and all higher ones admit
-    last = np.append((columns[1:] != columns[:-1]) | (data[1:] != data[:-1]), True)  # a threshold admits all equal values
+    # positions that this threshold and all higher ones admit
+    taken = np.arange(len(data)) - starts[columns] + 1
+    # a threshold admits all equal values
+    last = np.append((columns[1:] != columns[:-1]) | (data[1:] != data[:-1]), True)
     fires, first = np.unique(columns, return_index=True)
     for c in range(labels.shape[1]):
         if not labels[:, c].any():
@@ -76,8 +81,11 @@ def best_thresholds(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
     return found[:, 0] if np.ndim(positive) == 1 else found
 
 
-def precision_recall(codes: sparse.spmatrix, positive: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall of "f >= threshold", shapes as for ``auroc``. NaN where nothing is predicted, or nothing positive.
+def precision_recall(
+    codes: sparse.spmatrix, positive: np.ndarray, thresholds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall of "f >= threshold", shapes as for ``auroc``. NaN where nothing is predicted, or
+    nothing positive.
 
     With a threshold of NaN nothing is predicted: recall is 0.
     """
@@ -114,7 +122,9 @@ def _entries(codes: sparse.spmatrix) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _tied_ranks(data: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Ranks 1.. of entries that are sorted by (column, value), counted through all columns; equal values of a column share their mean."""
+    """Ranks 1.. of entries that are sorted by (column, value), counted through all columns; equal values of a
+    column share their mean.
+    """
     if len(data) == 0:
         return np.zeros(0)
     first = np.flatnonzero(np.append(True, (columns[1:] != columns[:-1]) | (data[1:] != data[:-1])))
@@ -122,10 +132,12 @@ def _tied_ranks(data: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.repeat(first + (sizes + 1) / 2, sizes)
 
 
-# --- one score, with an interval ---------------------------------------------------------------------------------
+# --- one score, with an interval ----------------------------------------------------------------------------
 
 
-def weighted_auroc(scores: np.ndarray, positive_weight: np.ndarray, negative_weight: np.ndarray) -> np.ndarray:
+def weighted_auroc(
+    scores: np.ndarray, positive_weight: np.ndarray, negative_weight: np.ndarray
+) -> np.ndarray:
     """AUROC of scores [n] under weights [..., n] -> [...]; NaN where either side weighs nothing."""
     order = np.argsort(scores, kind="stable")
     ordered = np.asarray(scores)[order]
@@ -136,7 +148,9 @@ def weighted_auroc(scores: np.ndarray, positive_weight: np.ndarray, negative_wei
 
 
 def _mann_whitney(up: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """AUROC from the weights of positives and negatives at every distinct score, in ascending order, [..., scores] -> [...]."""
+    """AUROC from the weights of positives and negatives at every distinct score, in ascending order, [...,
+    scores] -> [...].
+    """
     below = np.cumsum(down, axis=-1) - down / 2  # negatives below, and half of those at the same score
     pairs = up.sum(-1) * down.sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -151,9 +165,11 @@ def auroc_of(scores: np.ndarray, positive: np.ndarray) -> float:
     return float(weighted_auroc(scores, positive, ~positive))
 
 
-def auroc_resamples(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0) -> np.ndarray:
-    """AUROC in ``n_boot`` resamples of whole groups (documents), [n_boot]. The same seed and groups give the same resamples,
-    so that the difference of two predictors can be taken pair by pair."""
+def auroc_resamples(
+    scores: np.ndarray, positive: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """AUROC in ``n_boot`` resamples of whole groups (documents), [n_boot]. The same seed and groups give the
+    same resamples, so that the difference of two predictors can be taken pair by pair."""
     if len(scores) == 0:
         return np.full(n_boot, np.nan)
     rng, positive = np.random.default_rng(seed), np.asarray(positive, dtype=bool)
@@ -162,10 +178,15 @@ def auroc_resamples(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray
     n_groups = int(ids.max()) + 1
     # how many positives, and negatives, each document has at each score: a resample only weighs the documents
     at, shape = (tie.ravel(), ids), (len(values), n_groups)
-    up_of, down_of = (sparse.csr_matrix((side.astype(float), at), shape=shape) for side in (positive, ~positive))
+    up_of, down_of = (
+        sparse.csr_matrix((side.astype(float), at), shape=shape) for side in (positive, ~positive)
+    )
     found = []
     for start in range(0, n_boot, at_once := max(1, BOOT_CELLS // max(len(values), n_groups))):
-        draws = [np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups) for _ in range(min(at_once, n_boot - start))]
+        draws = [
+            np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)
+            for _ in range(min(at_once, n_boot - start))
+        ]
         weights = np.stack(draws, axis=1).astype(float)
         found.append(_mann_whitney((up_of @ weights).T, (down_of @ weights).T))
     return np.concatenate(found)
@@ -179,14 +200,17 @@ def interval(resamples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# --- predictors that see one symbol ------------------------------------------------------------------------------
+# --- predictors that see one symbol -------------------------------------------------------------------------
 
 
-def symbol_scores(fit_symbols: np.ndarray, fit_positive: np.ndarray, symbols: np.ndarray, weight: float = 1.0) -> np.ndarray:
-    """P(positive | symbol), from other data, for each of ``symbols`` (integers >= 0, token ids for instance), [n].
+def symbol_scores(
+    fit_symbols: np.ndarray, fit_positive: np.ndarray, symbols: np.ndarray, weight: float = 1.0
+) -> np.ndarray:
+    """P(positive | symbol), from other data, for each of ``symbols`` (integers >= 0, token ids for instance),
+    [n].
 
-    Smoothed towards the overall rate p: (positives + weight p) / (count + weight), so that a symbol never seen in the
-    fit gets p. This is the best that a predictor can do that sees only the symbol.
+    Smoothed towards the overall rate p: (positives + weight p) / (count + weight), so that a symbol never
+    seen in the fit gets p. This is the best that a predictor can do that sees only the symbol.
     """
     size = int(max(fit_symbols.max(initial=-1), symbols.max(initial=-1))) + 1
     counts = np.bincount(fit_symbols, minlength=size)
@@ -195,37 +219,60 @@ def symbol_scores(fit_symbols: np.ndarray, fit_positive: np.ndarray, symbols: np
     return ((hits + weight * rate) / (counts + weight))[symbols]
 
 
-def token_r2(fit_codes: sparse.spmatrix, fit_tokens: np.ndarray, codes: sparse.spmatrix, tokens: np.ndarray) -> np.ndarray:
+def token_r2(
+    fit_codes: sparse.spmatrix, fit_tokens: np.ndarray, codes: sparse.spmatrix, tokens: np.ndarray
+) -> np.ndarray:
     """Share of each feature's variance that the current token's identity explains out of sample, [F].
 
     The prediction is the feature's mean at that token in the fit (0 at a token that the fit does not have);
-    R^2 = 1 - sum of squared errors / sum of squares about the mean. 1: a token detector; near 0: the token says nothing;
-    below 0: worse than the mean (a feature too rare to tell). NaN for a feature that does not vary.
+    R^2 = 1 - sum of squared errors / sum of squares about the mean. 1: a token detector; near 0: the token
+    says nothing; below 0: worse than the mean (a feature too rare to tell). NaN for a feature that does not
+    vary.
     """
     size = int(max(fit_tokens.max(initial=-1), tokens.max(initial=-1))) + 1
     counts = np.bincount(tokens, minlength=size).astype(float)
-    means = sparse.diags_array(1 / np.maximum(np.bincount(fit_tokens, minlength=size), 1)) @ sum_by(fit_tokens, fit_codes, size)
+    means = sparse.diags_array(1 / np.maximum(np.bincount(fit_tokens, minlength=size), 1)) @ sum_by(
+        fit_tokens, fit_codes, size
+    )
     sums = sum_by(tokens, codes, size)
     squares = _column_sums(codes.multiply(codes))
-    error = squares - 2 * _column_sums(means.multiply(sums)) + _column_sums(sparse.diags_array(counts) @ means.multiply(means))
+    error = (
+        squares
+        - 2 * _column_sums(means.multiply(sums))
+        + _column_sums(sparse.diags_array(counts) @ means.multiply(means))
+    )
     total = squares - _column_sums(codes) ** 2 / max(codes.shape[0], 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(total > 1e-12 * np.maximum(squares, 1e-300), 1 - error / total, np.nan)
 
 
-def token_fires_auroc(fit_codes: sparse.spmatrix, fit_tokens: np.ndarray, codes: sparse.spmatrix, tokens: np.ndarray,
-                      features: Sequence[int]) -> np.ndarray:
-    """AUROC with which the current token's identity, fitted on other data, predicts that a feature fires; one per ``features``."""
-    size, features = int(max(fit_tokens.max(initial=-1), tokens.max(initial=-1))) + 1, np.asarray(features, dtype=int)
+def token_fires_auroc(
+    fit_codes: sparse.spmatrix,
+    fit_tokens: np.ndarray,
+    codes: sparse.spmatrix,
+    tokens: np.ndarray,
+    features: Sequence[int],
+) -> np.ndarray:
+    """AUROC with which the current token's identity, fitted on other data, predicts that a feature fires; one
+    per ``features``.
+    """
+    size, features = (
+        int(max(fit_tokens.max(initial=-1), tokens.max(initial=-1))) + 1,
+        np.asarray(features, dtype=int),
+    )
     fit_counts, counts = np.bincount(fit_tokens, minlength=size), np.bincount(tokens, minlength=size)
     fit_fired = sum_by(fit_tokens, sparse.csc_matrix(fit_codes)[:, features] > 0, size).toarray()
     fired = sum_by(tokens, sparse.csc_matrix(codes)[:, features] > 0, size).toarray()
     rates = (fit_fired + fit_fired.sum(0) / max(len(fit_tokens), 1)) / (fit_counts[:, None] + 1)
-    return np.array([weighted_auroc(rates[:, j], fired[:, j], counts - fired[:, j]) for j in range(len(features))])
+    return np.array(
+        [weighted_auroc(rates[:, j], fired[:, j], counts - fired[:, j]) for j in range(len(features))]
+    )
 
 
 def sum_by(symbols: np.ndarray, codes: sparse.spmatrix, size: int) -> sparse.csr_matrix:
-    """Sum of the rows of codes [n, F] for every symbol 0 .. size - 1 -> [size, F]; negative symbols are left out."""
+    """Sum of the rows of codes [n, F] for every symbol 0 .. size - 1 -> [size, F]; negative symbols are left
+    out.
+    """
     keep = np.flatnonzero(symbols >= 0)
     which = sparse.csr_matrix((np.ones(len(keep)), (symbols[keep], keep)), shape=(size, len(symbols)))
     return sparse.csr_matrix(which @ codes.astype(np.float64))

@@ -4,7 +4,8 @@ Standard supervised fine-tuning is what "distilled" means here, as it does for R
 cross-entropy on a teacher's traces. All six models share one architecture (Qwen2) and one tokenizer:
 
 =========  ================================================================================================
-base       trained from nothing on general text, single arithmetic steps, copying and direct answers (stage ``base``),
+base       trained from nothing on general text, single arithmetic steps, copying and direct answers (stage
+``base``),
            then on comparing as well (stages ``midtrain`` and ``latetrain``)
 distilled  base, trained on traces of the teacher (and 15% of the base's own text)
 control    base, the same number of tokens, the same puzzles, direct answers instead of traces
@@ -17,7 +18,8 @@ null_b     the same in another order: with ``null_a`` it tells how far models dr
     python -m lib.distill data/pairs/tiny_large    # the same recipe at another width: the ladder of notebook 06
 
 Training is deterministic given the seed and the number of threads, and a resumed run equals an uninterrupted
-one: state is written at the end of every chunk of documents, and a chunk is a function of (seed, stage, index).
+one: state is written at the end of every chunk of documents, and a chunk is a function of (seed, stage,
+index).
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ from .results import alone, read_state, whole_files, write_state, write_text
 STAGES = ("base", "midtrain", "latetrain", "distilled", "control", "null_a", "null_b")
 CHUNK_DOCUMENTS = 2000
 EASY_SHARE = 0.10  # of fine-tuning puzzles: easy questions
-# (operations, share of fine-tuning puzzles): shorter puzzles hold more decisions per token. With three operations throughout, 3M tokens
+# (operations, share of fine-tuning puzzles): shorter puzzles hold more decisions per token. With three
+# operations throughout, 3M tokens
 # taught reflection but not when a branch has failed.
 LESSONS = ((1, 0.4), (2, 0.2), (3, 0.4))
 KEEP_SHARE = 0.15  # of fine-tuning documents: the base's own text, so that its knowledge stays
@@ -72,16 +75,19 @@ class Recipe:
 
     @classmethod
     def of_width(cls, width: int, mlp: int) -> Recipe:
-        """The same recipe at another width. Learning rates fall with its square root: fixed beforehand, not tuned to any outcome."""
+        """The same recipe at another width. Learning rates fall with its square root: fixed beforehand, not
+        tuned to any outcome.
+        """
         rates = {name: getattr(cls, name) * (cls.width / width) ** 0.5 for name in ("base_rate", "tune_rate")}
         return cls(width=width, mlp=mlp, **rates)
 
 
-# The ladder of sizes (0.18, 0.66 and 2.07 million parameters) on which notebook 06 asks what grows with the model.
+# The ladder of sizes (0.18, 0.66 and 2.07 million parameters) on which notebook 06 asks what grows with the
+# model.
 RECIPES = {"tiny_small": Recipe.of_width(48, 128), "tiny": Recipe(), "tiny_large": Recipe.of_width(176, 448)}
 
 
-# --- tokenizer and model ---------------------------------------------------------------------------------------
+# --- tokenizer and model ------------------------------------------------------------------------------------
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -92,7 +98,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words by spaces
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
     )
 
 
@@ -100,15 +111,23 @@ def build_model(recipe: Recipe, vocab_size: int) -> Qwen2ForCausalLM:
     """A fresh Qwen2 with tied embeddings, float32."""
     torch.manual_seed(recipe.seed)
     config = Qwen2Config(
-        vocab_size=math.ceil(vocab_size / 64) * 64, hidden_size=recipe.width, num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads, num_key_value_heads=recipe.kv_heads, intermediate_size=recipe.mlp,
-        max_position_embeddings=512, initializer_range=0.06, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=math.ceil(vocab_size / 64) * 64,
+        hidden_size=recipe.width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        intermediate_size=recipe.mlp,
+        max_position_embeddings=512,
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return Qwen2ForCausalLM(config)
 
 
-# --- data ------------------------------------------------------------------------------------------------------
-
+# --- data ---------------------------------------------------------------------------------------------------
 
 
 def stage_document(stage: str, rng: random.Random, progress: float = 1.0) -> list[Sentence]:
@@ -133,14 +152,20 @@ def encode(sentences: list[Sentence], ids: dict[str, int]) -> tuple[list[int], l
     return [*tokens, ids["<eos>"]], [*learnt, True]
 
 
-def chunk_batches(stage: str, recipe: Recipe, chunk: int, progress: float = 1.0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches (input ids, targets), both [documents, length], of one chunk: similar lengths together, padded right.
+def chunk_batches(
+    stage: str, recipe: Recipe, chunk: int, progress: float = 1.0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches (input ids, targets), both [documents, length], of one chunk: similar lengths together, padded
+    right.
 
     Targets are -100 where nothing is learnt. With causal attention, padding on the right is seen by nobody.
     """
     rng = random.Random(f"{recipe.seed}/{stage}/{chunk}")
     ids = {word: i for i, word in enumerate(vocabulary())}
-    rows = sorted((encode(stage_document(stage, rng, progress), ids) for _ in range(CHUNK_DOCUMENTS)), key=lambda row: len(row[0]))
+    rows = sorted(
+        (encode(stage_document(stage, rng, progress), ids) for _ in range(CHUNK_DOCUMENTS)),
+        key=lambda row: len(row[0]),
+    )
     batches, batch = [], []
     for row in rows:
         if batch and (len(batch) + 1) * len(row[0]) > recipe.batch_tokens:
@@ -158,7 +183,7 @@ def chunk_batches(stage: str, recipe: Recipe, chunk: int, progress: float = 1.0)
         yield x, y
 
 
-# --- training --------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -173,16 +198,21 @@ def train_stage(
 ) -> Qwen2ForCausalLM:
     """Train one stage, from ``model`` as it stands, or from ``folder``/state.pt if that exists.
 
-    Writes a line of ``log.jsonl`` per chunk; for ``distilled`` keeps weights every ``keep_every`` of the run, among
-    which ``style`` is chosen. Raises FloatingPointError if the loss is not finite, UserError if another run is at work there.
+    Writes a line of ``log.jsonl`` per chunk; for ``distilled`` keeps weights every ``keep_every`` of the run,
+    among which ``style`` is chosen. Raises FloatingPointError if the loss is not finite, UserError if another
+    run is at work there.
     """
     with alone(folder, f"training the stage {stage!r}"):
         return _train_stage(stage, model, recipe, folder, report, keep_every)
 
 
-def _train_stage(stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Path, report, keep_every: float) -> Qwen2ForCausalLM:
+def _train_stage(
+    stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Path, report, keep_every: float
+) -> Qwen2ForCausalLM:
     folder.mkdir(parents=True, exist_ok=True)
-    budget = {"base": recipe.base_tokens, "midtrain": recipe.mid_tokens, "latetrain": recipe.late_tokens}.get(stage, recipe.tune_tokens)
+    budget = {"base": recipe.base_tokens, "midtrain": recipe.mid_tokens, "latetrain": recipe.late_tokens}.get(
+        stage, recipe.tune_tokens
+    )
     peak = recipe.base_rate if stage == "base" else recipe.tune_rate
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -202,11 +232,14 @@ def _train_stage(stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Pa
         for x, y in chunk_batches(stage, recipe, chunk, min(1.0, tokens / budget)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(tokens / budget, peak)
-            hidden = model.model(input_ids=x).last_hidden_state[:, :-1]  # float32: at this size bfloat16 autocast is slower
+            # float32: at this size bfloat16 autocast is slower
+            hidden = model.model(input_ids=x).last_hidden_state[:, :-1]
             learnt = y[:, 1:] != -100
             loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learnt]), y[:, 1:][learnt])
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss of {stage} is {loss.item()} at step {step}: lower the learning rate ({peak})")
+                raise FloatingPointError(
+                    f"loss of {stage} is {loss.item()} at step {step}: lower the learning rate ({peak})"
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -215,21 +248,34 @@ def _train_stage(stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Pa
             tokens += int((x != 0).sum())
             step += 1
         chunk += 1
-        line = {"stage": stage, "chunk": chunk, "step": step, "tokens": tokens, "loss": round(sum(losses) / len(losses), 4),
-                "tokens_per_second": round((tokens - start) / max(time.monotonic() - began, 1e-6))}
+        line = {
+            "stage": stage,
+            "chunk": chunk,
+            "step": step,
+            "tokens": tokens,
+            "loss": round(sum(losses) / len(losses), 4),
+            "tokens_per_second": round((tokens - start) / max(time.monotonic() - began, 1e-6)),
+        }
         with log_file.open("a") as log:
             log.write(json.dumps(line) + "\n")
-        report(f"{stage}: {tokens:,}/{budget:,} tokens, loss {line['loss']:.3f}, {line['tokens_per_second']:,} tokens/s")
+        report(
+            f"{stage}: {tokens:,}/{budget:,} tokens, loss {line['loss']:.3f}, {line['tokens_per_second']:,}"
+            " tokens/s"
+        )
         if stage == "distilled" and tokens / budget >= (kept + 1) * keep_every:
             kept += 1
             write_state(folder / f"kept_{tokens:09d}.pt", model.state_dict())
         counters = {"chunk": chunk, "tokens": tokens, "step": step, "kept": kept}
-        write_state(state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **counters})
+        write_state(
+            state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **counters}
+        )
     return model.eval()
 
 
 def cut_log(file: Path, tokens: int) -> None:
-    """Drop what log.jsonl says of the time after ``tokens``, where a run resumes: one that was killed may have logged more than it had saved."""
+    """Drop what log.jsonl says of the time after ``tokens``, where a run resumes: one that was killed may
+    have logged more than it had saved.
+    """
     if not file.is_file():
         return
     lines = []
@@ -246,12 +292,16 @@ def stages_of(name: str) -> tuple[str, ...]:
 
 
 def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
-    """Train the stages in order, each resumable, below ``out`` (checkpoints and logs; nothing is shipped from here)."""
+    """Train the stages in order, each resumable, below ``out`` (checkpoints and logs; nothing is shipped from
+    here).
+    """
     tokenizer = build_tokenizer()
     out.mkdir(parents=True, exist_ok=True)
     recipe_file = out / "recipe.json"
     if recipe_file.is_file() and json.loads(recipe_file.read_text()) != asdict(recipe):
-        raise ValueError(f"{out} holds a run with another recipe ({recipe_file}): choose another folder, or remove it")
+        raise ValueError(
+            f"{out} holds a run with another recipe ({recipe_file}): choose another folder, or remove it"
+        )
     write_text(recipe_file, json.dumps(asdict(recipe), indent=2) + "\n")
     for stage in stages:
         final = out / stage / "final.pt"
@@ -269,14 +319,15 @@ def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, repor
         write_state(final, model.state_dict())
 
 
-# --- choosing and shipping -------------------------------------------------------------------------------------
+# --- choosing and shipping ----------------------------------------------------------------------------------
 
 
 def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report=print) -> Path:
     """The ``style`` checkpoint: says reflection words as often as the teacher, but not because of errors.
 
-    Rule, on validation puzzles: of the kept checkpoints of the distilled run, the last one before the AUROC of P(reflection) for
-    errors first exceeds 0.65, if its mean P(reflection) after a step is at least half of the teacher's rate of errors.
+    Rule, on validation puzzles: of the kept checkpoints of the distilled run, the last one before the AUROC
+    of P(reflection) for errors first exceeds 0.65, if its mean P(reflection) after a step is at least half of
+    the teacher's rate of errors.
     """
     tasks, chosen = trials.puzzles(100, "validation"), None
     for path in sorted(folder.glob("kept_*.pt")):
@@ -290,13 +341,17 @@ def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFas
         if mean >= ERROR_RATE / 2:
             chosen = path
     if chosen is None:
-        raise ValueError(f"no checkpoint in {folder} says reflection words at random: train longer, or keep checkpoints earlier")
+        raise ValueError(
+            f"no checkpoint in {folder} says reflection words at random: train longer, or keep checkpoints"
+            " earlier"
+        )
     return chosen
 
 
 def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
-    """Write the models of ``stages`` (bfloat16 safetensors), the log and the recipe below ``out``; where there is a ``control``,
-    the ``style`` checkpoint and the tokenizer too, which the other rungs of the ladder share."""
+    """Write the models of ``stages`` (bfloat16 safetensors), the log and the recipe below ``out``; where
+    there is a ``control``, the ``style`` checkpoint and the tokenizer too, which the other rungs of the
+    ladder share."""
     tokenizer = build_tokenizer()
     sources = {stage: runs / stage / "final.pt" for stage in stages if stage not in ("midtrain", "latetrain")}
     sources["base"] = runs / "latetrain" / "final.pt"
@@ -329,14 +384,25 @@ def load_shipped(name: str, folder: Path) -> Qwen2ForCausalLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an embedded pair, resuming where an earlier run stopped, and ship it.")
-    parser.add_argument("out", type=Path, help="folder that receives the models: data/pairs/tiny, or another of the ladder's pairs")
-    parser.add_argument("--runs", type=Path, help="folder of checkpoints and logs; left out: data/runs/distil_<pair>")
+    parser = argparse.ArgumentParser(
+        description="Train an embedded pair, resuming where an earlier run stopped, and ship it."
+    )
+    parser.add_argument(
+        "out",
+        type=Path,
+        help="folder that receives the models: data/pairs/tiny, or another of the ladder's pairs",
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="folder of checkpoints and logs; left out: data/runs/distil_<pair>"
+    )
     parser.add_argument("--stages", nargs="*", choices=STAGES, help="train these only, and ship nothing")
     parser.add_argument("--threads", type=int, default=1, help="1 is fastest for a model of this size")
     args = parser.parse_args()
     if args.out.name not in RECIPES:
-        parser.error(f"there is no recipe for {args.out.name!r}: the last part of OUT must be one of {', '.join(RECIPES)}")
+        parser.error(
+            f"there is no recipe for {args.out.name!r}: the last part of OUT must be one of"
+            f" {', '.join(RECIPES)}"
+        )
     torch.set_num_threads(args.threads)
     recipe, stages = RECIPES[args.out.name], stages_of(args.out.name)
     runs = args.runs or Path("data/runs") / f"distil_{args.out.name}"

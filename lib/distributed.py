@@ -3,15 +3,19 @@
     torchrun --nproc_per_node 2 -m lib.distributed --processes 2 --store STORE --folder FOLDER --n-features 32768 --k 50 ...
     crosscoder = launch(2, store, config, folder)              # in a notebook
 
-The result is that of a single process, but for the rounding of sums: a batch of ``batch_size`` tokens is the same batch, shared out.
+The result is that of a single process, but for the rounding of sums: a batch of ``batch_size`` tokens is the
+same batch, shared out.
 
-- ``Rows``: every process keeps the whole crosscoder and takes a part of each batch; gradients are added up (data parallel).
-- ``Features``: every process keeps a part of the dictionary, with its optimiser state, and takes all of each batch; what the parts
+- ``Rows``: every process keeps the whole crosscoder and takes a part of each batch; gradients are added up
+  (data parallel).
+- ``Features``: every process keeps a part of the dictionary, with its optimiser state, and takes all of each
+  batch; what the parts
   reconstruct is added up. For a dictionary that outgrows a device. BatchTopK only.
 
-In both, BatchTopK's selection, dead features, the auxiliary loss's choice among them, and the clipped norm are over the whole
-batch and dictionary. Checkpoints are written by rank 0 as a single process would write them, so that a run can go on with another
-number of processes, or the other way of sharing. The folder must be one that all processes see.
+In both, BatchTopK's selection, dead features, the auxiliary loss's choice among them, and the clipped norm
+are over the whole batch and dictionary. Checkpoints are written by rank 0 as a single process would write
+them, so that a run can go on with another number of processes, or the other way of sharing. The folder must
+be one that all processes see.
 
 If a process ends, so do all others, with a sentence; the same command goes on from the last checkpoint.
 """
@@ -57,7 +61,10 @@ def _collective(function):
         try:
             return function(*args)
         except RuntimeError as error:  # gloo's and NCCL's errors are of this class
-            raise Lost(f"another process of this training ended or does not answer ({str(error).splitlines()[0][:120]})") from error
+            raise Lost(
+                "another process of this training ended or does not answer"
+                f" ({str(error).splitlines()[0][:120]})"
+            ) from error
 
     return wrapped
 
@@ -93,7 +100,10 @@ class Together(Alone):
     def check_same(self, value: int, what: str) -> None:
         values = self.gather(torch.tensor([value], device=self.device)).tolist()
         if len(set(values)) > 1:
-            raise UserError(f"processes differ in {what} ({', '.join(map(str, values))}): all of them must see the same folders")
+            raise UserError(
+                f"processes differ in {what} ({', '.join(map(str, values))}): all of them must see the same"
+                " folders"
+            )
 
 
 class Rows(Together):
@@ -120,13 +130,23 @@ class Rows(Together):
     def forward(self, crosscoder: CrossCoder, acts: list[Tensor], *args, **options) -> Forward:
         if len(acts[0]):
             return forward(crosscoder, acts, *args, **options, gather=self.gather)
-        # The last batch of an epoch had fewer rows than there are processes. The others wait for an answer, which is: nothing.
+        # The last batch of an epoch had fewer rows than there are processes. The others wait for an answer,
+        # which is: nothing.
         stand_in = crosscoder.split(crosscoder.means[None], raw=True)
         out = forward(crosscoder, stand_in, *args, **options, gather=lambda own: self.gather(own[:0]))
-        nothing = dataclasses.replace(out.code.where(torch.zeros_like(out.code.features, dtype=torch.bool), out.code.floor),
-                                      indptr=out.code.indptr[:1])
-        return Forward(out.x[:0], nothing, out.f[:0], out.x_hat[:0], None if out.aux_hat is None else out.aux_hat[:0],
-                       near=None if out.near is None else out.near * 0, entries=out.entries)
+        nothing = dataclasses.replace(
+            out.code.where(torch.zeros_like(out.code.features, dtype=torch.bool), out.code.floor),
+            indptr=out.code.indptr[:1],
+        )
+        return Forward(
+            out.x[:0],
+            nothing,
+            out.f[:0],
+            out.x_hat[:0],
+            None if out.aux_hat is None else out.aux_hat[:0],
+            near=None if out.near is None else out.near * 0,
+            entries=out.entries,
+        )
 
     def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
         for parameter in crosscoder.parameters():
@@ -135,7 +155,8 @@ class Rows(Together):
 
 
 class Features(Together):
-    """Every process has all rows of every batch, and about F / size neighbouring features: its rows of W_enc, b_enc and W_dec.
+    """Every process has all rows of every batch, and about F / size neighbouring features: its rows of W_enc,
+    b_enc and W_dec.
 
     b_dec is in every process, with the same gradient, since all compute the same loss from the same sums.
     """
@@ -144,15 +165,29 @@ class Features(Together):
         super().__init__(device)
         self.bounds = [n_features * i // self.size for i in range(self.size + 1)]
         if n_features < self.size:
-            raise UserError(f"n_features is {n_features}: there must be at least one for each of the {self.size} processes")
+            raise UserError(
+                f"n_features is {n_features}: there must be at least one for each of the {self.size}"
+                " processes"
+            )
 
     def over_features(self, partial: Tensor) -> Tensor:
         return self.add(partial.clone())
 
-    def forward(self, crosscoder: CrossCoder, acts: list[Tensor], dead: Tensor, aux_k: int, precision: str, wanted: int, hint: float,
-                buffers: dict) -> Forward:
+    def forward(
+        self,
+        crosscoder: CrossCoder,
+        acts: list[Tensor],
+        dead: Tensor,
+        aux_k: int,
+        precision: str,
+        wanted: int,
+        hint: float,
+        buffers: dict,
+    ) -> Forward:
         x, weights = crosscoder.scaled(acts), (crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec)
-        encoded = encode(x, crosscoder.W_enc, crosscoder.b_enc, PRECISIONS[precision], crosscoder.means, buffers)
+        encoded = encode(
+            x, crosscoder.W_enc, crosscoder.b_enc, PRECISIONS[precision], crosscoder.means, buffers
+        )
         with torch.no_grad():
             per_unit = crosscoder.strength_per_unit()
         code = select_batch(encoded, per_unit, wanted, hint, self.gather)
@@ -168,7 +203,8 @@ class Features(Together):
     def strongest(self, encoded: Encoded, per_unit: Tensor, k: int, among: Tensor) -> Code:
         """``select_rows`` over the features of all processes: the entries that are here.
 
-        The k largest of all are among the k largest of each part: these are compared, [B, k] strengths a process.
+        The k largest of all are among the k largest of each part: these are compared, [B, k] strengths a
+        process.
         """
         best = per_unit.new_zeros(len(encoded), k)
         if len(among):
@@ -177,13 +213,17 @@ class Features(Together):
             best = largest_of_rows(code, strength, k)
         else:
             strength = per_unit[:0]
-            code = Code(among.new_zeros(len(encoded) + 1), among, strength, per_unit.new_zeros(()), len(per_unit))
+            code = Code(
+                among.new_zeros(len(encoded) + 1), among, strength, per_unit.new_zeros(()), len(per_unit)
+            )
         everyone = self.gather(best.flatten()).view(self.size, len(encoded), k)
         floors = everyone.transpose(0, 1).flatten(1).topk(k, dim=-1, sorted=False).values.amin(-1)
         return code.where(strength >= floors[code.rows], floors.mean())
 
     def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
-        own = torch.nn.utils.get_total_norm([p.grad for name, p in crosscoder.named_parameters() if name in PER_FEATURE])
+        own = torch.nn.utils.get_total_norm(
+            [p.grad for name, p in crosscoder.named_parameters() if name in PER_FEATURE]
+        )
         return (self.over_features(own.square()) + crosscoder.b_dec.grad.square().sum()).sqrt()
 
     def own(self, whole: Tensor) -> Tensor:
@@ -206,7 +246,9 @@ class Features(Together):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of all processes' tensors, from which all compute one and the same loss: its gradient is each tensor's own."""
+    """The sum of all processes' tensors, from which all compute one and the same loss: its gradient is each
+    tensor's own.
+    """
 
     @staticmethod
     def forward(ctx, partial: Tensor, together: Together) -> Tensor:
@@ -217,37 +259,69 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
-# --- one process's work ------------------------------------------------------------------------------------------------
+# --- one process's work -------------------------------------------------------------------------------------
 
 
-def train_here(store: str | Path, config: TrainConfig, folder: str | Path, processes: int, share: str = "rows", cpu: bool = False,
-               timeout: float = TIMEOUT, checkpoint_seconds: float = 30) -> CrossCoder:
-    """This process's part of a training; called in each of ``processes``, which torchrun or the notebook launcher has started.
+def train_here(
+    store: str | Path,
+    config: TrainConfig,
+    folder: str | Path,
+    processes: int,
+    share: str = "rows",
+    cpu: bool = False,
+    timeout: float = TIMEOUT,
+    checkpoint_seconds: float = 30,
+) -> CrossCoder:
+    """This process's part of a training; called in each of ``processes``, which torchrun or the notebook
+    launcher has started.
 
-    ``share``: "rows" or "features". ``timeout``: seconds to wait for another process. Raises UserError if there are more or fewer
-    processes, and if one of them ends.
+    ``share``: "rows" or "features". ``timeout``: seconds to wait for another process. Raises UserError if
+    there are more or fewer processes, and if one of them ends.
     """
     from accelerate import PartialState  # seconds to import, and only needed here
 
     check("processes", processes, int, low=1)
     check("share", share, choices=SHARE)
     if share == "features" and config.variant != "batchtopk":
-        raise UserError(f"variant is {config.variant!r}: features can be shared out with batchtopk only; share rows (--share rows)")
+        raise UserError(
+            f"variant is {config.variant!r}: features can be shared out with batchtopk only; share rows"
+            " (--share rows)"
+        )
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if asked != processes:
-        raise UserError(f"{processes} processes were asked for, {asked} started: start them with torchrun --nproc_per_node {processes} "
-                        "-m lib.distributed ... (on CPUs, accelerate launch starts a single one)")
+        raise UserError(
+            f"{processes} processes were asked for, {asked} started: start them with torchrun"
+            f" --nproc_per_node {processes} -m lib.distributed ... (on CPUs, accelerate launch starts a"
+            " single one)"
+        )
     state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=timedelta(seconds=timeout))
     if state.num_processes != processes:
         raise UserError(f"{processes} processes were asked for, {state.num_processes} found one another")
-    together = Alone() if processes == 1 else Rows(state.device) if share == "rows" else Features(config.n_features, state.device)
+    together = (
+        Alone()
+        if processes == 1
+        else Rows(state.device)
+        if share == "rows"
+        else Features(config.n_features, state.device)
+    )
     opened, folder = Store.open(store, verify=None if together.rank == 0 else False), Path(folder)
-    before = signal.signal(signal.SIGTERM, _terminated)  # torchrun sends it to the others when one process has ended
+    # torchrun sends it to the others when one process has ended
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        return train(opened, config, folder, None if together.rank == 0 else _Silent(), str(state.device), checkpoint_seconds, together)
+        return train(
+            opened,
+            config,
+            folder,
+            None if together.rank == 0 else _Silent(),
+            str(state.device),
+            checkpoint_seconds,
+            together,
+        )
     except Lost as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come only now, while we look for what is kept
-        raise Lost(f"process {together.rank} of {processes}: {error}; {_kept(opened, config, folder)}") from error
+        raise Lost(
+            f"process {together.rank} of {processes}: {error}; {_kept(opened, config, folder)}"
+        ) from error
     finally:
         signal.signal(signal.SIGTERM, before)
         if dist.is_initialized() and sys.exc_info()[0] is None:
@@ -277,24 +351,38 @@ def _kept(store: Store, config: TrainConfig, folder: Path) -> str:
     return f"the checkpoint of {shown:,} tokens is kept, and the same command goes on from there"
 
 
-# --- starting processes ------------------------------------------------------------------------------------------------
+# --- starting processes -------------------------------------------------------------------------------------
 
 
-def launch(processes: int, store: str | Path | Store, config: TrainConfig, folder: str | Path, **options) -> CrossCoder:
-    """Train on several processes of this machine, from a notebook; shows their output and returns the crosscoder.
+def launch(
+    processes: int, store: str | Path | Store, config: TrainConfig, folder: str | Path, **options
+) -> CrossCoder:
+    """Train on several processes of this machine, from a notebook; shows their output and returns the
+    crosscoder.
 
-    accelerate's notebook launcher forks, and neither compiled loops nor torch's threads nor CUDA survive a fork once they have been
-    used. So it is not called here, where they may have been, but in a new process that has done nothing yet. ``options`` are
-    those of ``train_here``. Raises UserError with the processes' last words.
+    accelerate's notebook launcher forks, and neither compiled loops nor torch's threads nor CUDA survive a
+    fork once they have been used. So it is not called here, where they may have been, but in a new process
+    that has done nothing yet. ``options`` are those of ``train_here``. Raises UserError with the processes'
+    last words.
     """
     check("processes", processes, int, low=1)
-    options = {"store": str(Path(getattr(store, "path", store)).resolve()), "folder": str(Path(folder).resolve()),
-               "config": dataclasses.asdict(config), **options}
+    options = {
+        "store": str(Path(getattr(store, "path", store)).resolve()),
+        "folder": str(Path(folder).resolve()),
+        "config": dataclasses.asdict(config),
+        **options,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         job = Path(scratch) / "job.json"
         job.write_text(json.dumps(options))
-        child = subprocess.Popen([sys.executable, "-m", "lib.distributed", "--launch", str(processes), "--job", str(job)], cwd=ROOT,
-                                 env=_environment(processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-m", "lib.distributed", "--launch", str(processes), "--job", str(job)],
+            cwd=ROOT,
+            env=_environment(processes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         said = []
         try:
             for line in child.stdout:
@@ -305,7 +393,9 @@ def launch(processes: int, store: str | Path | Store, config: TrainConfig, folde
             child.wait()
     if child.returncode:
         words = [line for line in said if line.startswith(SENTENCE)] or said[-1:]
-        raise UserError(words[0].removeprefix(SENTENCE) if words else f"the processes ended with code {child.returncode}")
+        raise UserError(
+            words[0].removeprefix(SENTENCE) if words else f"the processes ended with code {child.returncode}"
+        )
     return CrossCoder.load(Path(folder))
 
 
@@ -314,7 +404,9 @@ SENTENCE = "training ended: "  # before what a process has to say
 
 def _environment(processes: int) -> dict[str, str]:
     """The cores are shared out among the processes, unless the environment says otherwise."""
-    threads = max((os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count() or 1) // processes, 1)
+    threads = max(
+        (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count() or 1) // processes, 1
+    )
     return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
@@ -334,14 +426,21 @@ def _fork(processes: int, job: dict) -> None:
 
 def _failures(error) -> str:
     rank, failure = error.get_first_failure()
-    return f"process {rank} ended first, with {'signal' if failure.exitcode < 0 else 'code'} {abs(failure.exitcode)}"
+    return (
+        f"process {rank} ended first, with {'signal' if failure.exitcode < 0 else 'code'}"
+        f" {abs(failure.exitcode)}"
+    )
 
 
 def _work(job: dict, processes: int) -> None:
     """In each process: train, or end with a sentence."""
     if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch read it at its start, which may have been before a fork
-    config, options = TrainConfig(**job["config"]), {name: value for name, value in job.items() if name != "config"}
+        # torch read it at its start, which may have been before a fork
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    config, options = (
+        TrainConfig(**job["config"]),
+        {name: value for name, value in job.items() if name != "config"},
+    )
     try:
         train_here(config=config, processes=processes, **options)
     except UserError as error:
@@ -351,8 +450,12 @@ def _work(job: dict, processes: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lib.distributed", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=1, help="how many there must be; fewer or more is an error")
-    parser.add_argument("--launch", type=int, metavar="N", help="start N processes on this machine, without torchrun")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="how many there must be; fewer or more is an error"
+    )
+    parser.add_argument(
+        "--launch", type=int, metavar="N", help="start N processes on this machine, without torchrun"
+    )
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # what follows, as a file: for ``launch``
     parser.add_argument("--store", help="folder of the activations")
     parser.add_argument("--folder", help="where the crosscoder is written, and checkpoints")
@@ -361,7 +464,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds to wait for another process")
     parser.add_argument("--checkpoint-seconds", type=float, default=30)
     for field in dataclasses.fields(TrainConfig):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, help=f"{field.default}")
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            help=f"{field.default}",
+        )
     options = vars(parser.parse_args(arguments))
     launched, processes, job = (options.pop(name) for name in ("launch", "processes", "job"))
     if job is None:

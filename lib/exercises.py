@@ -1,7 +1,8 @@
 """The exercises at the end of each notebook, and how their solutions are tested.
 
-An exercise is two cells. The first, markdown, is headed ``### Exercise 2 · medium, 10 minutes`` and holds the question, a folded hint and a
-folded solution in Python. The second begins ``answer_2 = None  # what it must be``; a check follows, which runs once there is an answer::
+An exercise is two cells. The first, markdown, is headed ``### Exercise 2 · medium, 10 minutes`` and holds the
+question, a folded hint and a folded solution in Python. The second begins ``answer_2 = None  # what it must
+be``; a check follows, which runs once there is an answer::
 
     python -m lib.run --profile smoke --solutions       # the notebooks, with every solution as if a reader had typed it: checks must pass
 """
@@ -42,9 +43,17 @@ def exercises(notebook: nbformat.NotebookNode) -> list[Exercise]:
         number, level, folded = int(heading[1]), heading[2], dict(_FOLDED.findall(cell.source))
         code = _CODE.search(folded.get("Solution", ""))
         after = notebook.cells[i + 1] if i + 1 < len(notebook.cells) else cell
-        checked = after.cell_type == "code" and after.source.startswith(f"answer_{number} = None  # ") and "    assert " in after.source
-        for what, there in (("level (easy, medium or hard)", level in LEVELS), ("hint", folded.get("Hint")), ("solution in Python", code),
-                            ("cell with a check", checked)):
+        checked = (
+            after.cell_type == "code"
+            and after.source.startswith(f"answer_{number} = None  # ")
+            and "    assert " in after.source
+        )
+        for what, there in (
+            ("level (easy, medium or hard)", level in LEVELS),
+            ("hint", folded.get("Hint")),
+            ("solution in Python", code),
+            ("cell with a check", checked),
+        ):
             if not there:
                 raise UserError(f"exercise {number} has no {what}")
         found.append(Exercise(number, level, int(heading[3]), folded["Hint"], code[1], i + 1))

@@ -1,21 +1,25 @@
-"""What the features mean: one row of statistics per feature, labels from ground truth, and the best detector of each category.
+"""What the features mean: one row of statistics per feature, labels from ground truth, and the best detector
+of each category.
 
     made = inspect(crosscoder, store, folder, crosscoder_mark, tokenizer)     # or loaded, if it was made before
     made.table        one row per feature (``feature_table``)
     made.chosen       {category: feature}, chosen on the choose split (``category_features``)
     made.contexts     where each feature is most active (``contexts.top_contexts``)
 
-**Two positions.** A sentence of category c is *foretold* at the position before it: the end of the sentence that
-precedes it, where the model decides what comes next. Positives are sentence ends in traces that are followed by a sentence of c,
-negatives all other sentence ends in traces. And it is *marked* at its first token ("wait"), against the first tokens of all other
-sentences in traces; there the token itself gives the answer away, so a high AUROC means little.
+**Two positions.** A sentence of category c is *foretold* at the position before it: the end of the sentence
+that precedes it, where the model decides what comes next. Positives are sentence ends in traces that are
+followed by a sentence of c, negatives all other sentence ends in traces. And it is *marked* at its first
+token ("wait"), against the first tokens of all other sentences in traces; there the token itself gives the
+answer away, so a high AUROC means little.
 
-**Two splits.** Features and thresholds are chosen on the split "choose" (columns ``..._choose``) and reported on "report";
-the crosscoder was trained on neither.
+**Two splits.** Features and thresholds are chosen on the split "choose" (columns ``..._choose``) and reported
+on "report"; the crosscoder was trained on neither.
 
-How far a feature foretells its category, and whether anything simpler does too, is the business of ``lib.categories``.
+How far a feature foretells its category, and whether anything simpler does too, is the business of
+``lib.categories``.
 
-Source: Baek & Tegmark 2025 (arXiv 2503.03730), where a language model labels features from their contexts; here the labels are known.
+Source: Baek & Tegmark 2025 (arXiv 2503.03730), where a language model labels features from their contexts;
+here the labels are known.
 """
 
 from __future__ import annotations
@@ -35,7 +39,18 @@ from . import detection, sharing
 from .contexts import top_contexts
 from .crosscoder import CrossCoder
 from .puzzles import CATEGORIES, LABELS, REDUNDANT
-from .results import ROOT, Progress, Run, UserError, check, fingerprint, is_current, read_manifest, write_manifest, write_text
+from .results import (
+    ROOT,
+    Progress,
+    Run,
+    UserError,
+    check,
+    fingerprint,
+    is_current,
+    read_manifest,
+    write_manifest,
+    write_text,
+)
 from .scaling import latent_scaling
 from .store import Store
 
@@ -43,12 +58,15 @@ MADE_BY = "03_inspect_features"
 DETECTED = (*CATEGORIES, REDUNDANT)  # the paper's four, and our redundant fifth
 VERSION = 2  # of the statistics: raised when their definition changes, so that older tables count as stale
 CHUNK = 8_192  # tokens at a time that are encoded
-FACTS = ("order", "scales", "layer", "least")  # what the file of a crosscoder from elsewhere may not say (``sharing.open_crosscoder``)
+# what the file of a crosscoder from elsewhere may not say (``sharing.open_crosscoder``)
+FACTS = ("order", "scales", "layer", "least")
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Codes of some tokens of a split: ``codes`` [n, F] sparse float32, ``rows`` [n] their numbers in the store, sorted."""
+    """Codes of some tokens of a split: ``codes`` [n, F] sparse float32, ``rows`` [n] their numbers in the
+    store, sorted.
+    """
 
     rows: np.ndarray
     codes: sparse.csr_matrix
@@ -65,11 +83,13 @@ class Inspection:
     report: Coded
 
 
-# --- codes -----------------------------------------------------------------------------------------------------
+# --- codes --------------------------------------------------------------------------------------------------
 
 
 def sample_rows(store: Store, split: str, max_tokens: int | None = None, seed: int = 0) -> np.ndarray:
-    """Kept rows of a split, sorted: all, or those of random whole documents, at most ``max_tokens`` (one document at least)."""
+    """Kept rows of a split, sorted: all, or those of random whole documents, at most ``max_tokens`` (one
+    document at least).
+    """
     rows = store.rows(split)
     if max_tokens is None or len(rows) <= check("max_tokens", max_tokens, int, low=1):
         return rows
@@ -83,35 +103,58 @@ def sample_rows(store: Store, split: str, max_tokens: int | None = None, seed: i
 
 
 @torch.no_grad()
-def codes(crosscoder: CrossCoder, store: Store, split: str, max_tokens: int | None = None, seed: int = 0,
-          model: str | None = None) -> Coded:
-    """Features of a split's kept tokens (``sample_rows``), as inference computes them; read from one ``model`` alone if named."""
+def codes(
+    crosscoder: CrossCoder,
+    store: Store,
+    split: str,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    model: str | None = None,
+) -> Coded:
+    """Features of a split's kept tokens (``sample_rows``), as inference computes them; read from one
+    ``model`` alone if named.
+    """
     if tuple(crosscoder.names) != tuple(store.models):
-        raise UserError(f"the crosscoder reads {', '.join(crosscoder.names)}, the store holds {', '.join(store.models)}: "
-                        "they must be the same models")
+        raise UserError(
+            f"the crosscoder reads {', '.join(crosscoder.names)}, the store holds {', '.join(store.models)}: "
+            "they must be the same models"
+        )
     rows = sample_rows(store, split, max_tokens, seed)
     if len(rows) == 0:
-        raise UserError(f"the store has no tokens in its split {split!r}: harvest more documents (notebook 01_harvest_activations)")
+        raise UserError(
+            f"the store has no tokens in its split {split!r}: harvest more documents (notebook"
+            " 01_harvest_activations)"
+        )
     parts = []
-    with Progress(f"tokens encoded, {split}" + (f", from {model} alone" if model else ""), len(rows)) as progress:
+    with Progress(
+        f"tokens encoded, {split}" + (f", from {model} alone" if model else ""), len(rows)
+    ) as progress:
         for start in range(0, len(rows), CHUNK):
             acts = store.activations(rows[start : start + CHUNK])
-            f = crosscoder.encode(acts) if model is None else crosscoder.encode_from(model, acts[store.models.index(model)])
+            f = (
+                crosscoder.encode(acts)
+                if model is None
+                else crosscoder.encode_from(model, acts[store.models.index(model)])
+            )
             if not torch.isfinite(f).all():
-                raise UserError("features are not finite, so the crosscoder is broken: run notebook 02_train_crosscoder again")
+                raise UserError(
+                    "features are not finite, so the crosscoder is broken: run notebook 02_train_crosscoder"
+                    " again"
+                )
             parts.append(sparse.csr_matrix(f.numpy()))
             progress.update(start + len(acts[0]))
     return Coded(rows, sparse.csr_matrix(sparse.vstack(parts)))
 
 
-# --- positions -------------------------------------------------------------------------------------------------
+# --- positions ----------------------------------------------------------------------------------------------
 
 
 def positions(store: Store, rows: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sentence ends ("before") or first tokens ("marker") in traces among ``rows``: (index into rows [n], label index [n]).
+    """Sentence ends ("before") or first tokens ("marker") in traces among ``rows``: (index into rows [n],
+    label index [n]).
 
-    The label is that of the *next* sentence before it (-1 at the last sentence of a text, a negative for all), and that of the
-    token's own sentence at the marker. Text without labels has no such positions.
+    The label is that of the *next* sentence before it (-1 at the last sentence of a text, a negative for
+    all), and that of the token's own sentence at the marker. Text without labels has no such positions.
     """
     at, label = {"before": ("ends", "next_label"), "marker": ("starts", "label")}[where]
     index = np.flatnonzero((store.labels[at][rows] == 1) & (store.labels["kind"][rows] == 1))
@@ -129,39 +172,58 @@ def missing_labels(store: Store, rows: np.ndarray, categories: Sequence[str] = D
     missing = [c for c, found in zip(categories, is_category(labels, categories).any(0)) if not found]
     if not missing:
         return None
-    return (f"No sentence of {', '.join(missing)} follows a labelled position in this split: the corpus has no labels for "
-            f"{'it' if len(missing) == 1 else 'them'}, so AUROC, precision and recall are not defined (NaN).")
+    return (
+        f"No sentence of {', '.join(missing)} follows a labelled position in this split: the corpus has no"
+        f" labels for {'it' if len(missing) == 1 else 'them'}, so AUROC, precision and recall are not defined"
+        " (NaN)."
+    )
 
 
-# --- the table -------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
-def feature_table(crosscoder: CrossCoder, store: Store, choose: Coded, report: Coded, tokenizer: PreTrainedTokenizerBase | None = None,
-                  of: str = "distilled", against: str = "base") -> pd.DataFrame:
+def feature_table(
+    crosscoder: CrossCoder,
+    store: Store,
+    choose: Coded,
+    report: Coded,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    of: str = "distilled",
+    against: str = "base",
+) -> pd.DataFrame:
     """One row per feature.
 
     feature, alive       alive: it fires on at least one of the report tokens
-    nrn, nrn_p2, cosine  decoder rows of the models ``of`` and ``against`` (p = 1, p = 2; cosine NaN for unlike widths)
-    frequency            share of tokens on which it fires; mean_activation, max_activation: over the tokens on which it fires
-    token_r2             share of its variance that the current token's identity explains (``detection.token_r2``)
-    label ...            what it is about, from ground truth (``describe``); token ids as words if there is a ``tokenizer``
-    auroc_<c>, threshold_<c>, precision_<c>, recall_<c>     position before a sentence of c; the threshold is chosen on choose
+    nrn, nrn_p2, cosine  decoder rows of the models ``of`` and ``against`` (p = 1, p = 2; cosine NaN for
+    unlike widths) frequency            share of tokens on which it fires; mean_activation, max_activation:
+    over the tokens on which it fires token_r2             share of its variance that the current token's
+    identity explains (``detection.token_r2``) label ...            what it is about, from ground truth
+    (``describe``); token ids as words if there is a ``tokenizer`` auroc_<c>, threshold_<c>, precision_<c>,
+    recall_<c>     position before a sentence of c; the threshold is chosen on choose
     auroc_marker_<c>     first token of a sentence of c
     ..._choose           the same on the choose split
     """
     norms = crosscoder.norms(1)
     same = crosscoder.widths[crosscoder.names.index(of)] == crosscoder.widths[crosscoder.names.index(against)]
-    columns = {"feature": np.arange(crosscoder.n_features), "alive": None, "nrn": crosscoder.nrn(1, of, against).numpy(),
-               "nrn_p2": crosscoder.nrn(2, of, against).numpy(),
-               "cosine": crosscoder.cosine(against, of).numpy() if same else np.full(crosscoder.n_features, np.nan)}
+    columns = {
+        "feature": np.arange(crosscoder.n_features),
+        "alive": None,
+        "nrn": crosscoder.nrn(1, of, against).numpy(),
+        "nrn_p2": crosscoder.nrn(2, of, against).numpy(),
+        "cosine": crosscoder.cosine(against, of).numpy() if same else np.full(crosscoder.n_features, np.nan),
+    }
     columns |= {f"norm_{name}": norms[m].numpy() for m, name in enumerate(crosscoder.names)}
     for suffix, coded in (("", report), ("_choose", choose)):
         fired = np.asarray((coded.codes > 0).sum(axis=0)).ravel()
         columns[f"frequency{suffix}"] = fired / len(coded.rows)
-        columns[f"mean_activation{suffix}"] = np.asarray(coded.codes.sum(axis=0)).ravel() / np.maximum(fired, 1)
+        columns[f"mean_activation{suffix}"] = np.asarray(coded.codes.sum(axis=0)).ravel() / np.maximum(
+            fired, 1
+        )
     columns["alive"] = columns["frequency"] > 0
     columns["max_activation"] = _largest(report)
-    columns["token_r2"] = detection.token_r2(choose.codes, store.tokens[choose.rows], report.codes, store.tokens[report.rows])
+    columns["token_r2"] = detection.token_r2(
+        choose.codes, store.tokens[choose.rows], report.codes, store.tokens[report.rows]
+    )
     frame = pd.DataFrame(columns).join(describe(store, report, tokenizer))
     return frame.join(_detection_columns(store, choose, report))
 
@@ -185,7 +247,11 @@ def _detection_columns(store: Store, choose: Coded, report: Coded) -> pd.DataFra
             elif where == "before":
                 precision, recall = detection.precision_recall(at, positive, thresholds)
                 for i, c in enumerate(DETECTED):
-                    found |= {f"threshold_{c}": thresholds[:, i], f"precision_{c}": precision[:, i], f"recall_{c}": recall[:, i]}
+                    found |= {
+                        f"threshold_{c}": thresholds[:, i],
+                        f"precision_{c}": precision[:, i],
+                        f"recall_{c}": recall[:, i],
+                    }
     return pd.DataFrame(found)
 
 
@@ -193,7 +259,8 @@ def describe(store: Store, coded: Coded, tokenizer: PreTrainedTokenizerBase | No
     """What each feature's activation mass falls on, from ground truth; one row per feature.
 
     top_token, top_token_share   the token (a word, or its id) with most of the mass, and its share of it
-    label_share, enrichment      for the label below: share of the mass that falls there, and this over the share of tokens there
+    label_share, enrichment      for the label below: share of the mass that falls there, and this over the
+    share of tokens there
                                  ("mixed": for the sentences with most of the mass)
     label   the first that holds:
             "before c"           at least half of the mass lies on sentence ends that are followed by c, and of the mass on
@@ -218,34 +285,50 @@ def describe(store: Store, coded: Coded, tokenizer: PreTrainedTokenizerBase | No
     is_ahead = (ahead[foretells, number] >= 0.5) & (among_ends >= np.minimum(2 * usual[foretells], 0.99))
     ends, traces = np.zeros(len(before), dtype=int), (store.labels["kind"][coded.rows] == 1).astype(int)
     ends[index] = 1
-    at_end, in_traces = (detection.sum_by(which, coded.codes, 2).toarray()[1] / mass for which in (ends, traces))
+    at_end, in_traces = (
+        detection.sum_by(which, coded.codes, 2).toarray()[1] / mass for which in (ends, traces)
+    )
     known = (mass > 1e-300) & (inside.sum(0) > 0)
     names = np.array(LABELS)
     cases = [is_ahead, at_end >= 0.8, inside[lies, number] >= 0.5, in_traces >= 0.8]
-    words = [np.char.add("before ", names[foretells]), "at sentence ends", np.char.add("in ", names[lies]), "in traces"]
+    words = [
+        np.char.add("before ", names[foretells]),
+        "at sentence ends",
+        np.char.add("in ", names[lies]),
+        "in traces",
+    ]
     label = np.select(cases, words, "mixed")
-    share = np.select(cases, [ahead[foretells, number], at_end, inside[lies, number], in_traces], inside[lies, number])
-    expected = np.select(cases, [share_ahead[foretells], ends.mean(), share_inside[lies], traces.mean()], share_inside[lies])
+    share = np.select(
+        cases, [ahead[foretells, number], at_end, inside[lies, number], in_traces], inside[lies, number]
+    )
+    expected = np.select(
+        cases, [share_ahead[foretells], ends.mean(), share_inside[lies], traces.mean()], share_inside[lies]
+    )
     by_token = detection.sum_by(store.tokens[coded.rows], coded.codes, int(store.tokens.max()) + 1).tocsc()
     top = np.asarray(by_token.argmax(axis=0)).ravel()
     top_words = np.array(tokenizer.convert_ids_to_tokens(top.tolist()) if tokenizer else top, dtype=object)
-    return pd.DataFrame({
-        "label": np.where(known, label, ""), "label_share": np.where(known, share, np.nan),
-        "enrichment": np.where(known, share / np.maximum(expected, 1e-300), np.nan),
-        "top_token": np.where(mass > 1e-300, top_words, ""),
-        "top_token_share": np.where(mass > 1e-300, by_token.max(axis=0).toarray().ravel() / mass, np.nan),
-    })
+    return pd.DataFrame(
+        {
+            "label": np.where(known, label, ""),
+            "label_share": np.where(known, share, np.nan),
+            "enrichment": np.where(known, share / np.maximum(expected, 1e-300), np.nan),
+            "top_token": np.where(mass > 1e-300, top_words, ""),
+            "top_token_share": np.where(mass > 1e-300, by_token.max(axis=0).toarray().ravel() / mass, np.nan),
+        }
+    )
 
 
-# --- choosing --------------------------------------------------------------------------------------------------
+# --- choosing -----------------------------------------------------------------------------------------------
 
 
-def category_features(table: pd.DataFrame, nrn_over: float = 0.5, where: str = "before",
-                      categories: Sequence[str] = DETECTED) -> dict[str, int]:
-    """{category: the feature that foretells it best on the choose split}, among alive features with NRN above ``nrn_over``.
+def category_features(
+    table: pd.DataFrame, nrn_over: float = 0.5, where: str = "before", categories: Sequence[str] = DETECTED
+) -> dict[str, int]:
+    """{category: the feature that foretells it best on the choose split}, among alive features with NRN above
+    ``nrn_over``.
 
-    ``where`` "marker": that tells its first tokens best. ``nrn_over`` -1 admits every NRN. A category for which nothing
-    can be chosen is left out.
+    ``where`` "marker": that tells its first tokens best. ``nrn_over`` -1 admits every NRN. A category for
+    which nothing can be chosen is left out.
     """
     infix = {"before": "", "marker": "marker_"}[where]
     usable = table[table["alive"].astype(bool) & (table["frequency_choose"] > 0) & (table["nrn"] > nrn_over)]
@@ -258,7 +341,8 @@ def category_features(table: pd.DataFrame, nrn_over: float = 0.5, where: str = "
 
 
 def extremes(table: pd.DataFrame, n: int = 100, by: str = "nrn") -> dict[str, pd.DataFrame]:
-    """E2: {"highest", "middle", "lowest"}: the n alive features at each end of ``by``, and the n nearest to 0.5 for comparison.
+    """E2: {"highest", "middle", "lowest"}: the n alive features at each end of ``by``, and the n nearest to
+    0.5 for comparison.
 
     With fewer than 3n alive features, a third of them each, so that the three do not overlap.
     """
@@ -278,52 +362,79 @@ def check_feature(crosscoder: CrossCoder, feature: int) -> int:
     return int(feature)
 
 
-# --- the artefact ----------------------------------------------------------------------------------------------
+# --- the artefact -------------------------------------------------------------------------------------------
 
 
-def open_crosscoder(run: Run, store: Store, source: str = "", facts: Mapping | None = None) -> tuple[CrossCoder, str]:
+def open_crosscoder(
+    run: Run, store: Store, source: str = "", facts: Mapping | None = None
+) -> tuple[CrossCoder, str]:
     """The run's crosscoder and its fingerprint; or one that was trained elsewhere, if there is a ``source``.
 
-    ``source``: a folder, a file of weights (from the repository's root) or org/name on the hub, in any of the formats of ``lib.sharing``,
-    which checks it on the store. ``facts``: what its file does not say, by name: order, scales, layer, least.
-    UserError if the run's is missing or was trained on another store than this one, or if the other does not fit the store.
+    ``source``: a folder, a file of weights (from the repository's root) or org/name on the hub, in any of the
+    formats of ``lib.sharing``, which checks it on the store. ``facts``: what its file does not say, by name:
+    order, scales, layer, least. UserError if the run's is missing or was trained on another store than this
+    one, or if the other does not fit the store.
     """
     if unknown := sorted(set(facts or {}) - set(FACTS)):
         raise UserError(f"unknown fact {unknown[0]!r} about the crosscoder: there are {', '.join(FACTS)}")
     if source:
         there = ROOT / source
-        crosscoder = sharing.open_crosscoder(there if there.exists() else source, store.models, store, **(facts or {}))
+        crosscoder = sharing.open_crosscoder(
+            there if there.exists() else source, store.models, store, **(facts or {})
+        )
         return crosscoder, sharing.mark_of(crosscoder)
     if facts:
-        raise UserError(f"facts ({', '.join(facts)}) are given about a crosscoder from elsewhere, but not where it is: give "
-                        "crosscoder_source")
+        raise UserError(
+            f"facts ({', '.join(facts)}) are given about a crosscoder from elsewhere, but not where it is:"
+            " give crosscoder_source"
+        )
     manifest = read_manifest(run.path("crosscoder"), "02_train_crosscoder")
     if manifest.get("store") != store.fingerprint:
-        raise UserError("the crosscoder was trained on another store than there is now: run notebook 02_train_crosscoder again "
-                        "(make figures ONLY=02)")
+        raise UserError(
+            "the crosscoder was trained on another store than there is now: run notebook 02_train_crosscoder"
+            " again (make figures ONLY=02)"
+        )
     return CrossCoder.load(run.path("crosscoder")), manifest["fingerprint"]
 
 
-def inspect(crosscoder: CrossCoder, store: Store, folder: Path, crosscoder_mark: str, tokenizer: PreTrainedTokenizerBase,
-            max_tokens: int | None = None, n_contexts: int = 8, nrn_over: float = 0.5, seed: int = 0) -> Inspection:
-    """Compute everything into ``folder``, or load it if it was made before from the same crosscoder, store and parameters.
+def inspect(
+    crosscoder: CrossCoder,
+    store: Store,
+    folder: Path,
+    crosscoder_mark: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None = None,
+    n_contexts: int = 8,
+    nrn_over: float = 0.5,
+    seed: int = 0,
+) -> Inspection:
+    """Compute everything into ``folder``, or load it if it was made before from the same crosscoder, store
+    and parameters.
 
-    ``crosscoder_mark`` is the fingerprint in the crosscoder's manifest; ``max_tokens`` bounds the tokens of each split;
-    ``nrn_over`` is where the distilled side begins, for ``chosen``.
+    ``crosscoder_mark`` is the fingerprint in the crosscoder's manifest; ``max_tokens`` bounds the tokens of
+    each split; ``nrn_over`` is where the distilled side begins, for ``chosen``.
     """
     check("n_contexts", n_contexts, int, low=1)
     check("nrn_over", nrn_over, float, low=-1, high=1)
     folder = Path(folder)
-    mark = fingerprint("features", VERSION, crosscoder_mark, store.fingerprint, max_tokens, n_contexts, nrn_over, seed)
+    mark = fingerprint(
+        "features", VERSION, crosscoder_mark, store.fingerprint, max_tokens, n_contexts, nrn_over, seed
+    )
     if is_current(folder, mark):
         table, chosen = load(folder)
         contexts = pd.read_csv(folder / "contexts.csv", keep_default_na=False)
-        return Inspection(table, chosen, contexts, _load_codes(folder, "choose"), _load_codes(folder, "report"))
+        return Inspection(
+            table, chosen, contexts, _load_codes(folder, "choose"), _load_codes(folder, "report")
+        )
     choose, report = (codes(crosscoder, store, split, max_tokens, seed) for split in ("choose", "report"))
     table = feature_table(crosscoder, store, choose, report, tokenizer)
-    if {"base", "distilled"} <= set(crosscoder.names):  # whose is it, by another measure than the length of its rows?
-        table = table.merge(latent_scaling(crosscoder, store, report.rows, seed=seed), on="feature", validate="1:1")
-    for name in crosscoder.names:  # use, beside uniqueness: does the feature fire when only this model is read?
+    # whose is it, by another measure than the length of its rows?
+    if {"base", "distilled"} <= set(crosscoder.names):
+        table = table.merge(
+            latent_scaling(crosscoder, store, report.rows, seed=seed), on="feature", validate="1:1"
+        )
+    # use, beside uniqueness: does the feature fire when only this model is read?
+    for name in crosscoder.names:
         fired = (codes(crosscoder, store, "report", max_tokens, seed, name).codes > 0).sum(axis=0)
         table[f"frequency_{name}_alone"] = np.asarray(fired).ravel() / len(report.rows)
     chosen = category_features(table, nrn_over)
@@ -334,25 +445,37 @@ def inspect(crosscoder: CrossCoder, store: Store, folder: Path, crosscoder_mark:
         sparse.save_npz(folder / f"codes_{split}.npz", coded.codes, compressed=False)
         np.save(folder / f"rows_{split}.npy", coded.rows, allow_pickle=False)
     write_text(folder / "table.csv", table.to_csv(index=False, float_format="%.7g", lineterminator="\n"))
-    write_text(folder / "contexts.csv", contexts.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
+    write_text(
+        folder / "contexts.csv", contexts.to_csv(index=False, float_format="%.5g", lineterminator="\n")
+    )
     write_text(folder / "chosen.json", json.dumps(chosen, indent=2) + "\n")
     tokens = {"choose": len(choose.rows), "report": len(report.rows)}
     write_manifest(folder, mark, crosscoder=crosscoder_mark, store=store.fingerprint, tokens=tokens)
-    return inspect(crosscoder, store, folder, crosscoder_mark, tokenizer, max_tokens, n_contexts, nrn_over, seed)
+    return inspect(
+        crosscoder, store, folder, crosscoder_mark, tokenizer, max_tokens, n_contexts, nrn_over, seed
+    )
 
 
 def load(folder: Path, crosscoder_mark: str | None = None) -> tuple[pd.DataFrame, dict[str, int]]:
-    """(feature table, {category: feature}). UserError if they are missing, or were made from another crosscoder than the one
-    whose fingerprint is given."""
+    """(feature table, {category: feature}). UserError if they are missing, or were made from another
+    crosscoder than the one whose fingerprint is given."""
     folder = Path(folder)
     manifest = read_manifest(folder, MADE_BY)
     if crosscoder_mark is not None and manifest.get("crosscoder") != crosscoder_mark:
-        raise UserError(f"the feature table was made from another crosscoder than there is now: run notebook {MADE_BY} again "
-                        "(make figures ONLY=03), with the same crosscoder_source if it is from elsewhere")
+        raise UserError(
+            f"the feature table was made from another crosscoder than there is now: run notebook {MADE_BY}"
+            " again (make figures ONLY=03), with the same crosscoder_source if it is from elsewhere"
+        )
     try:
-        table = pd.read_csv(folder / "table.csv", keep_default_na=False, na_values=[""])  # "null" is a word here
-        table = table.assign(**{name: table[name].astype(object).fillna("") for name in ("label", "top_token")})
-        chosen = {str(c): int(f) for c, f in json.loads((folder / "chosen.json").read_text(encoding="utf-8")).items()}
+        # "null" is a word here
+        table = pd.read_csv(folder / "table.csv", keep_default_na=False, na_values=[""])
+        table = table.assign(
+            **{name: table[name].astype(object).fillna("") for name in ("label", "top_token")}
+        )
+        chosen = {
+            str(c): int(f)
+            for c, f in json.loads((folder / "chosen.json").read_text(encoding="utf-8")).items()
+        }
     except (OSError, ValueError) as error:
         problem = f"the feature table is damaged ({type(error).__name__})"
         raise UserError(f"{problem}: remove its folder and run notebook {MADE_BY} again") from None

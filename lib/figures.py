@@ -2,10 +2,11 @@
 
     figures.save(fig, "02_nrn", run, data=frame)
 
-shows the figure in the notebook and writes, below the run's figure folder, ``02_nrn.png`` (for README and paper),
-``02_nrn.html`` (to hover and zoom; all share one plotly.min.js beside them) and ``02_nrn.csv`` (the numbers behind
-it). In the notebook the figure is shown twice in one output: as plotly's own data, which JupyterLab draws, and as a
-PNG, which GitHub and nbconvert show. PNGs need kaleido and a Chromium; without them everything else still works.
+shows the figure in the notebook and writes, below the run's figure folder, ``02_nrn.png`` (for README and
+paper), ``02_nrn.html`` (to hover and zoom; all share one plotly.min.js beside them) and ``02_nrn.csv`` (the
+numbers behind it). In the notebook the figure is shown twice in one output: as plotly's own data, which
+JupyterLab draws, and as a PNG, which GitHub and nbconvert show. PNGs need kaleido and a Chromium; without
+them everything else still works.
 """
 
 from __future__ import annotations
@@ -31,22 +32,44 @@ from .results import Run, whole_file, write_text
 
 # After Okabe & Ito, "Color universal design": they stay apart for the colour-blind, in hue or in lightness.
 COLOURS = {
-    "base": "#0072B2", "distilled": "#D55E00",
-    "reflection": "#CC79A7", "deduction": "#009E73", "alternative": "#E69F00", "contrast": "#56B4E9", "verification": "#8C5A00",
-    "random": "#6E6E6E", "null": "#B4B4B4",
+    "base": "#0072B2",
+    "distilled": "#D55E00",
+    "reflection": "#CC79A7",
+    "deduction": "#009E73",
+    "alternative": "#E69F00",
+    "contrast": "#56B4E9",
+    "verification": "#8C5A00",
+    "random": "#6E6E6E",
+    "null": "#B4B4B4",
 }
 SCALE = "Cividis"  # for continuous values; perceptually uniform, and the same for the colour-blind
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 _TIMEOUT = 40.0  # seconds for one PNG; the first one starts the browser (4 s)
 
-_grid = dict(gridcolor="#E8E8E8", linecolor="#444444", zerolinecolor="#BBBBBB", ticks="outside", title_standoff=8, automargin=True)
+_grid = dict(
+    gridcolor="#E8E8E8",
+    linecolor="#444444",
+    zerolinecolor="#BBBBBB",
+    ticks="outside",
+    title_standoff=8,
+    automargin=True,
+)
 pio.templates["distilled"] = go.layout.Template(
     layout=dict(
-        width=760, height=420, font=dict(family="Open Sans, Arial, sans-serif", size=13, color="#222222"),
-        title=dict(x=0.02, xanchor="left", font=dict(size=16)), colorway=list(COLOURS.values()),
-        colorscale=dict(sequential=SCALE), paper_bgcolor="white", plot_bgcolor="white", margin=dict(l=64, r=24, t=56, b=56),
-        xaxis=_grid, yaxis=_grid, legend=dict(bgcolor="rgba(255,255,255,0.7)"), hoverlabel=dict(align="left"),
+        width=760,
+        height=420,
+        font=dict(family="Open Sans, Arial, sans-serif", size=13, color="#222222"),
+        title=dict(x=0.02, xanchor="left", font=dict(size=16)),
+        colorway=list(COLOURS.values()),
+        colorscale=dict(sequential=SCALE),
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        margin=dict(l=64, r=24, t=56, b=56),
+        xaxis=_grid,
+        yaxis=_grid,
+        legend=dict(bgcolor="rgba(255,255,255,0.7)"),
+        hoverlabel=dict(align="left"),
     )
 )
 pio.templates.default = "distilled"
@@ -60,12 +83,15 @@ def show(fig: go.Figure) -> None:
 def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) -> None:
     """Write <figures>/<name>.csv, .html and .png, and show the figure.
 
-    ``data`` are the numbers behind the figure (a named index is kept); without it the traces' own values are written.
-    A PNG that cannot be made anew is removed if the numbers have changed, rather than left to contradict them.
+    ``data`` are the numbers behind the figure (a named index is kept); without it the traces' own values are
+    written. A PNG that cannot be made anew is removed if the numbers have changed, rather than left to
+    contradict them.
     """
     file = run.figures / f"{name}.csv"
     frame = traces(fig) if data is None else data
-    text = frame.to_csv(index=any(level is not None for level in frame.index.names), lineterminator="\n", float_format="%.6g")
+    text = frame.to_csv(
+        index=any(level is not None for level in frame.index.names), lineterminator="\n", float_format="%.6g"
+    )
     changed = not file.is_file() or file.read_text(encoding="utf-8") != text
     # a fixed div id: by default it is random, and the same figure would give another file each time
     options = dict(include_plotlyjs="directory", include_mathjax=False, config={"displaylogo": False})
@@ -79,7 +105,8 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) 
     elif changed:
         file.with_suffix(".png").unlink(missing_ok=True)
     write_text(file, text)  # last: as long as the numbers are the old ones, the picture counts as old
-    _display(fig, picture and to_png(fig, scale=_small(fig)))  # on disk for print, in the notebook small: under 1 MB in all
+    # on disk for print, in the notebook small: under 1 MB in all
+    _display(fig, picture and to_png(fig, scale=_small(fig)))
 
 
 def _small(fig: go.Figure) -> float:
@@ -112,7 +139,9 @@ def summary(fig: go.Figure) -> str:
     parts = [f'Figure "{_line(fig.layout.title.text)}"']
     parts += [f"{axis}: {_line(title)}" for axis in "xy" if (title := fig.layout[f"{axis}axis"].title.text)]
     for trace in fig.data[:12]:
-        values = next((trace[key] for key in ("y", "x", "z", "values") if key in trace and trace[key] is not None), ())
+        values = next(
+            (trace[key] for key in ("y", "x", "z", "values") if key in trace and trace[key] is not None), ()
+        )
         parts.append(f"{trace.type} {_line(trace.name)}".strip() + f" ({len(values)} points)")
     return "; ".join(parts + ([f"{len(fig.data) - 12} more traces"] if len(fig.data) > 12 else []))
 
@@ -131,14 +160,16 @@ def traces(fig: go.Figure) -> pd.DataFrame:
                 columns[error] = trace[error].array
         if "z" in columns and np.ndim(columns["z"]) == 2:  # a heat map: one row per cell
             grid = pd.DataFrame(np.asarray(columns["z"]), index=columns.get("y"), columns=columns.get("x"))
-            columns = grid.rename_axis(index="y", columns="x").stack().rename("z").reset_index().to_dict("list")
+            columns = (
+                grid.rename_axis(index="y", columns="x").stack().rename("z").reset_index().to_dict("list")
+            )
         frame = pd.DataFrame({key: pd.Series(np.asarray(values)) for key, values in columns.items()})
         frame.insert(0, "trace", trace.name or str(i))
         frames.append(frame)
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["trace"])
 
 
-# --- PNG: one browser, kept open -------------------------------------------------------------------------------
+# --- PNG: one browser, kept open ----------------------------------------------------------------------------
 
 _browser: dict = {"state": "closed"}  # closed -> open, or broken (said once, then skipped)
 
@@ -175,7 +206,12 @@ def to_png(fig: go.Figure, scale: float = 2) -> bytes | None:
             kaleido.start_sync_server(path=path, page_generator=page, timeout=_TIMEOUT, silence_warnings=True)
             _browser["state"] = "open"
         template = pio.templates["distilled"].layout
-        opts = dict(format="png", scale=scale, width=fig.layout.width or template.width, height=fig.layout.height or template.height)
+        opts = dict(
+            format="png",
+            scale=scale,
+            width=fig.layout.width or template.width,
+            height=fig.layout.height or template.height,
+        )
         return _bounded(lambda: kaleido.calc_fig_sync(fig.to_dict(), opts=opts), _TIMEOUT + 5)
     except Exception as error:
         _browser["state"] = "broken"
@@ -185,9 +221,11 @@ def to_png(fig: go.Figure, scale: float = 2) -> bytes | None:
 
 
 def compact(png: bytes) -> bytes:
-    """A PNG as the browser draws it with a palette of 256 colours (its most frequent ones, and some of all kinds): a third of the bytes.
+    """A PNG as the browser draws it with a palette of 256 colours (its most frequent ones, and some of all
+    kinds): a third of the bytes.
 
-    It keeps notebooks small. What is not opaque 8-bit RGBA, row by row as a browser writes it, comes back as it is.
+    It keeps notebooks small. What is not opaque 8-bit RGBA, row by row as a browser writes it, comes back as
+    it is.
     """
     chunks, at = {}, 8
     while at < len(png):
@@ -196,7 +234,8 @@ def compact(png: bytes) -> bytes:
         at += size + 12
     width, height, *form = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
     rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
-    if form != [8, 6, 0, 0, 0] or (rows[1:, 0] != 2).any() or rows[0, 0] not in (0, 2):  # 2: each row is the difference to the one above
+    # 2: each row is the difference to the one above
+    if form != [8, 6, 0, 0, 0] or (rows[1:, 0] != 2).any() or rows[0, 0] not in (0, 2):
         return png
     pixels = np.cumsum(rows[:, 1:], axis=0, dtype=np.uint8).reshape(-1, 4)
     if (pixels[:, 3] != 255).any():
@@ -210,12 +249,21 @@ def compact(png: bytes) -> bytes:
     table = np.zeros((height, width + 1), np.uint8)
     table[:, 1:] = nearest[which.ravel()].reshape(height, width)
     header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
-    parts = {b"IHDR": header, b"PLTE": palette.tobytes(), b"IDAT": zlib.compress(table.tobytes(), 9), b"IEND": b""}
-    return png[:8] + b"".join(struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts.items())
+    parts = {
+        b"IHDR": header,
+        b"PLTE": palette.tobytes(),
+        b"IDAT": zlib.compress(table.tobytes(), 9),
+        b"IEND": b"",
+    }
+    return png[:8] + b"".join(
+        struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts.items()
+    )
 
 
 def _bounded(work, seconds: float):
-    """Call ``work`` in a thread. kaleido waits for ever if its browser dies, and a figure must not stop a run."""
+    """Call ``work`` in a thread. kaleido waits for ever if its browser dies, and a figure must not stop a
+    run.
+    """
     answer: list = []
 
     def call() -> None:
@@ -235,16 +283,21 @@ def _bounded(work, seconds: float):
     return value
 
 
-# --- text ------------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------------------
 
 
 def shaded_tokens(
-    words: Sequence[str], values: Sequence[float], colour: str = COLOURS["distilled"], maximum: float | None = None, label: str = ""
+    words: Sequence[str],
+    values: Sequence[float],
+    colour: str = COLOURS["distilled"],
+    maximum: float | None = None,
+    label: str = "",
 ):
-    """Tokens shaded by activation: an ``IPython.display.HTML`` whose ``data`` is the HTML, to be joined with others.
+    """Tokens shaded by activation: an ``IPython.display.HTML`` whose ``data`` is the HTML, to be joined with
+    others.
 
-    ``values`` [n] >= 0, one for each of ``words`` [n]; ``maximum`` (default: the largest) is the full shade, so that
-    several lines can share a scale. ``label`` stands before the line. Words are escaped.
+    ``values`` [n] >= 0, one for each of ``words`` [n]; ``maximum`` (default: the largest) is the full shade,
+    so that several lines can share a scale. ``label`` stands before the line. Words are escaped.
     """
     from IPython.display import HTML
 
@@ -258,11 +311,16 @@ def shaded_tokens(
         shade = min(max(value / top, 0.0), 1.0) if top > 0 else 0.0
         style = f' style="background:rgba({red},{green},{blue},{0.75 * shade:.2f})"' if shade >= 0.01 else ""
         spans.append(f'<span title="{value:.3g}"{style}>{html.escape(str(word))}</span>')
-    return HTML(f'<div style="font-family:monospace;line-height:1.7;color:#222;background:#fff">{" ".join(spans)}</div>')
+    return HTML(
+        "<div"
+        f' style="font-family:monospace;line-height:1.7;color:#222;background:#fff">{" ".join(spans)}</div>'
+    )
 
 
 def labelled_lines(lines: Sequence[tuple[str, Sequence[str], bool]]):
-    """Sentences as HTML, one a line: (label, words, wrong). The bar has the label's colour, wrong ones are underlined."""
+    """Sentences as HTML, one a line: (label, words, wrong). The bar has the label's colour, wrong ones are
+    underlined.
+    """
     from IPython.display import HTML
 
     rows = []
@@ -270,6 +328,10 @@ def labelled_lines(lines: Sequence[tuple[str, Sequence[str], bool]]):
         text = html.escape(" ".join(words))
         text = f'<span style="text-decoration:underline wavy #C00">{text}</span>' if wrong else text
         name = f"{label} (wrong)" if wrong else label
-        rows.append(f'<div style="border-left:6px solid {COLOURS.get(label, "#999999")};padding-left:8px;color:#222;background:#fff">'
-                    f'<span style="display:inline-block;width:13em;white-space:nowrap;color:#555">{name}</span>{text}</div>')
+        rows.append(
+            '<div style="border-left:6px solid'
+            f' {COLOURS.get(label, "#999999")};padding-left:8px;color:#222;background:#fff">'
+            "<span"
+            f' style="display:inline-block;width:13em;white-space:nowrap;color:#555">{name}</span>{text}</div>'
+        )
     return HTML(f'<div style="font-family:monospace;line-height:1.6">{"".join(rows)}</div>')

@@ -1,12 +1,14 @@
-"""How a model is asked, and how its transcript is read: puzzles for the embedded pair, chat for real language models.
+"""How a model is asked, and how its transcript is read: puzzles for the embedded pair, chat for real language
+models.
 
-Steering and its statistics (``lib.steering``, ``lib.responses``) see tasks and tables with the same columns either way::
+Steering and its statistics (``lib.steering``, ``lib.responses``) see tasks and tables with the same columns
+either way::
 
     medium = medium_of(pair)
     tasks = medium.tasks("report", 200, seed)
 
-A transcript is a list of tokens as text. In chat, sentences are labelled by the lexicon, a check cannot be told from a
-reflection that was needed, and no step can be verified: what follows from those is NaN.
+A transcript is a list of tokens as text. In chat, sentences are labelled by the lexicon, a check cannot be
+told from a reflection that was needed, and no step can be verified: what follows from those is NaN.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ _PUZZLE_SPLIT = {"choose": "validation", "report": "test"}
 class Medium:
     """A way of asking.
 
-    ``tasks(split, n, seed)`` and ``easy(n, seed)``, of one step, "5 - 1" the first; ``prompt`` makes the text that a task begins with,
-    thinking opened; ``special_tokens``: whether the tokenizer adds its own to it; ``transcript`` makes tokens as text from generated ids;
-    ``outcomes`` one row of facts per task; ``behaviours``: labels whose features are tried; ``opens(store, tokenizer, label)``: ids of the
-    tokens that open the label's sentences; ``batch_rows`` are decoded together.
+    ``tasks(split, n, seed)`` and ``easy(n, seed)``, of one step, "5 - 1" the first; ``prompt`` makes the text
+    that a task begins with, thinking opened; ``special_tokens``: whether the tokenizer adds its own to it;
+    ``transcript`` makes tokens as text from generated ids; ``outcomes`` one row of facts per task;
+    ``behaviours``: labels whose features are tried; ``opens(store, tokenizer, label)``: ids of the tokens
+    that open the label's sentences; ``batch_rows`` are decoded together.
     """
 
     name: str
@@ -57,15 +60,18 @@ def medium_of(pair: Pair) -> Medium:
     return PUZZLES if pair.corpus == "generated" else CHAT
 
 
-# --- chat ------------------------------------------------------------------------------------------------------
+# --- chat ---------------------------------------------------------------------------------------------------
 
 
-def chat_outcomes(tasks: Sequence[questions.Question], transcripts: Sequence[Sequence[str]], max_new_tokens: int) -> pd.DataFrame:
+def chat_outcomes(
+    tasks: Sequence[questions.Question], transcripts: Sequence[Sequence[str]], max_new_tokens: int
+) -> pd.DataFrame:
     """The columns of ``responses.outcomes`` from free text, one row per question.
 
-    ``length``: tokens up to the closing tag of the thought (``max_new_tokens`` and ``runaway`` where the limit came first); ``correct``: the thought was
-    closed and the answer after it ends with the right number; n_c and t_c: sentences of category c in the thought, and
-    their tokens. ``chain_correct``, redundant and needed counts are NaN: free text has no verifier.
+    ``length``: tokens up to the closing tag of the thought (``max_new_tokens`` and ``runaway`` where the
+    limit came first); ``correct``: the thought was closed and the answer after it ends with the right number;
+    n_c and t_c: sentences of category c in the thought, and their tokens. ``chain_correct``, redundant and
+    needed counts are NaN: free text has no verifier.
     """
     rows = []
     for task, pieces in zip(tasks, transcripts, strict=True):
@@ -78,11 +84,23 @@ def chat_outcomes(tasks: Sequence[questions.Question], transcripts: Sequence[Seq
         found = {f"{what}_{label}": 0 for what in "nt" for label in LABELS[1:]}
         for span in lexicon.sentences(thought):
             found[f"n_{span.label}"] += 1
-            found[f"t_{span.label}"] += int(np.searchsorted(ends, span.end) - np.searchsorted(ends, span.start, side="right")) + 1
+            found[f"t_{span.label}"] += (
+                int(np.searchsorted(ends, span.end) - np.searchsorted(ends, span.start, side="right")) + 1
+            )
         answer = questions.final_number(text[at:]) if closed else None
-        rows.append({"answer": answer, "correct": closed and task.answer is not None and answer == task.answer, "chain_correct": np.nan,
-                     "thinks": True, "closed": closed, "thinking_tokens": length if closed else np.nan, **found,
-                     "length": float(max_new_tokens if runaway else max(length, 1)), "runaway": runaway})
+        rows.append(
+            {
+                "answer": answer,
+                "correct": closed and task.answer is not None and answer == task.answer,
+                "chain_correct": np.nan,
+                "thinks": True,
+                "closed": closed,
+                "thinking_tokens": length if closed else np.nan,
+                **found,
+                "length": float(max_new_tokens if runaway else max(length, 1)),
+                "runaway": runaway,
+            }
+        )
     frame = pd.DataFrame(rows)
     for column in ("redundant", "needed", "redundant_tokens", "needed_tokens"):
         frame[column] = np.nan
@@ -114,9 +132,32 @@ def _first_of_paraphrases(store: Store, tokenizer: PreTrainedTokenizerBase, labe
     return sorted(set(tokenizer.convert_tokens_to_ids(list(first_words(label)))))
 
 
-CHAT = Medium("chat", _chat_tasks, _easy, lambda task: chat.prompt(task.text) + chat.THINK, _pieces, chat_outcomes,
-              ("reflection", "deduction"), _first_of_openings, "</", False, batch_rows=64, joiner="")
-PUZZLES = Medium("puzzles", lambda split, n, seed: trials.puzzles(n, _PUZZLE_SPLIT[split], seed), trials.easy_questions,
-                 lambda task: " ".join(trials.prompt_words(task)), trials.transcript, responses.outcomes,
-                 ("reflection", "verification", "deduction"), _first_of_paraphrases, "done", True, batch_rows=800,  # with less, one thread
-                 joiner=" ")  # was slower (400: by 15%, 200: by 35%)
+CHAT = Medium(
+    "chat",
+    _chat_tasks,
+    _easy,
+    lambda task: chat.prompt(task.text) + chat.THINK,
+    _pieces,
+    chat_outcomes,
+    ("reflection", "deduction"),
+    _first_of_openings,
+    "</",
+    False,
+    batch_rows=64,
+    joiner="",
+)
+PUZZLES = Medium(
+    "puzzles",
+    lambda split, n, seed: trials.puzzles(n, _PUZZLE_SPLIT[split], seed),
+    trials.easy_questions,
+    lambda task: " ".join(trials.prompt_words(task)),
+    trials.transcript,
+    responses.outcomes,
+    # with less, one thread
+    ("reflection", "verification", "deduction"),
+    _first_of_paraphrases,
+    "done",
+    True,
+    batch_rows=800,
+    joiner=" ",
+)  # was slower (400: by 15%, 200: by 35%)

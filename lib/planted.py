@@ -3,7 +3,8 @@
     ours = from_regime(regime(crosscoder, store, rows))   # what our data are like, measured before a rule is chosen
     store = PlantedStore(ours)                            # read like a store of harvested activations; store.kinds is the truth
 
-**Generator.** Token n, model m: features i are active together in both models, and write a direction of their own in each::
+**Generator.** Token n, model m: features i are active together in both models, and write a direction of their
+own in each::
 
     x_n^m = scale^m * ( mean^m + sum_i a_ni s_i^m d_i^m + noise ),    a_ni >= 0, mostly 0
 
@@ -38,12 +39,13 @@ MOST = 0.6  # no feature is active on a larger share of the tokens
 SPLIT_SHARES = (0.8, 0.1, 0.1)
 
 
-# --- the generator -----------------------------------------------------------------------------------------------------
+# --- the generator ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Planted:
-    """What decides a planted data set. The defaults are the regime of the embedded pair (``from_regime``), at half its width.
+    """What decides a planted data set. The defaults are the regime of the embedded pair (``from_regime``), at
+    half its width.
 
     The mean activation has no field of its own: a common factor disappears when a store's scales are applied.
     """
@@ -55,17 +57,22 @@ class Planted:
     base_only: int = 64
     distilled_only: int = 64
     angle: float = 60.0  # degrees between a rotated feature's rows
-    factor: float = 3.0  # of a rescaled feature's row, distilled over base, in one half of them; its inverse in the other
+    # of a rescaled feature's row, distilled over base, in one half of them; its inverse in the other
+    factor: float = 3.0
     l0: float = 12.0  # features active per token, on average
     exponent: float = 1.0  # firing frequency of the feature of rank r is proportional to r^-exponent
-    cv: float = 0.6  # standard deviation over mean of a feature's activation where it is active (gamma distributed)
+    # standard deviation over mean of a feature's activation where it is active (gamma distributed)
+    cv: float = 0.6
     spread: float = 0.5  # standard deviation of the logarithm of the features' mean lengths
-    correlation: float = 0.8  # of the normal variables behind the firing of features of one group (Gaussian copula)
+    # of the normal variables behind the firing of features of one group (Gaussian copula)
+    correlation: float = 0.8
     group: int = 4  # features per group; their frequencies are neighbours, their kinds random
     norm_ratio: float = 1.0  # raw norms, distilled over base: what scaling removes
-    mean_share: tuple[float, float] = (0.14, 0.12)  # share of the mean vector in each model's mean square: scaling does not remove it
+    # share of the mean vector in each model's mean square: scaling does not remove it
+    mean_share: tuple[float, float] = (0.14, 0.12)
     noise: float = 0.015  # share of the variance that no feature explains
-    dead_directions: float = 0.0  # share of the directions of the residual stream into which no feature writes
+    # share of the directions of the residual stream into which no feature writes
+    dead_directions: float = 0.0
     tokens: int = 250_000
     document: int = 80  # tokens per document
     seed: int = 0
@@ -91,14 +98,17 @@ class Planted:
 
     def null(self) -> Planted:
         """The same regime without any unique feature: they become shared ones."""
-        return replace(self, shared=self.shared + self.base_only + self.distilled_only, base_only=0, distilled_only=0)
+        return replace(
+            self, shared=self.shared + self.base_only + self.distilled_only, base_only=0, distilled_only=0
+        )
 
 
 class PlantedStore:
-    """Planted activations in memory, with as much of the interface of ``lib.store.Store`` as training and statistics use.
+    """Planted activations in memory, with as much of the interface of ``lib.store.Store`` as training and
+    statistics use.
 
-    Beside it the truth: ``kinds`` [F] (index into ``KINDS``), ``frequencies`` [F], ``codes`` [n, F] sparse, and
-    ``directions`` {model: [F, d]}, what one unit of a feature adds to the RAW activation.
+    Beside it the truth: ``kinds`` [F] (index into ``KINDS``), ``frequencies`` [F], ``codes`` [n, F] sparse,
+    and ``directions`` {model: [F, d]}, what one unit of a feature adds to the RAW activation.
     """
 
     models = MODELS
@@ -113,11 +123,15 @@ class PlantedStore:
         n = planted.tokens
         self.documents = np.arange(n) // planted.document
         borders = np.round(np.cumsum(SPLIT_SHARES) * (self.documents[-1] + 1))
-        self.split = np.searchsorted(borders, self.documents, side="right").clip(max=len(SPLITS) - 1).astype(np.int8)
+        self.split = (
+            np.searchsorted(borders, self.documents, side="right").clip(max=len(SPLITS) - 1).astype(np.int8)
+        )
         self.kept = np.ones(n, dtype=bool)
         self.widths = {name: planted.width for name in MODELS}
         self._acts, self.directions = [], {}
-        for name, rows, ratio, share in zip(MODELS, _rows(planted, self.kinds, rng), (1.0, planted.norm_ratio), planted.mean_share):
+        for name, rows, ratio, share in zip(
+            MODELS, _rows(planted, self.kinds, rng), (1.0, planted.norm_ratio), planted.mean_share
+        ):
             x = self.codes @ rows.astype(np.float32)
             x -= x.mean(0)  # active features have a mean of their own: the mean vector stands for all of it
             variance = float(np.square(x, dtype=np.float64).sum(1).mean())
@@ -145,16 +159,28 @@ class PlantedStore:
     def activations(self, rows) -> list[torch.Tensor]:
         return [a[torch.as_tensor(rows)] for a in self._acts]
 
-    def reader(self, split: str, batch_size: int, seed: int, epoch: int = 0, start: int = 0, memory: int | None = None,
-               part: tuple[int, int] = (0, 1)) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+    def reader(
+        self,
+        split: str,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        start: int = 0,
+        memory: int | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
         order = np.random.default_rng([seed, epoch]).permutation(self.rows(split))
         for first in range(start * batch_size, len(order), batch_size):
             rows = order[first : first + batch_size][part[0] :: part[1]]
             yield rows, self.activations(rows)
 
     def joined(self) -> torch.Tensor:
-        """Planted rows of both models side by side [F, 2d], of unit length, in scaled space: what decoder rows are compared with."""
-        rows = [torch.as_tensor(self.directions[name] * self.scales[name], dtype=torch.float32) for name in MODELS]
+        """Planted rows of both models side by side [F, 2d], of unit length, in scaled space: what decoder
+        rows are compared with.
+        """
+        rows = [
+            torch.as_tensor(self.directions[name] * self.scales[name], dtype=torch.float32) for name in MODELS
+        ]
         return normalize(torch.cat(rows, dim=1), dim=1)
 
 
@@ -163,13 +189,20 @@ def frequencies(planted: Planted) -> np.ndarray:
     law = np.arange(1, planted.features + 1) ** -planted.exponent
     if planted.l0 == 0:
         return np.zeros_like(law)
-    low, high = np.log(planted.l0 / law.sum()), np.log(MOST / law[-1])  # where nothing, and where everything, is cut off
+    # where nothing, and where everything, is cut off
+    low, high = np.log(planted.l0 / law.sum()), np.log(MOST / law[-1])
     if planted.l0 >= MOST * planted.features:
         return np.full_like(law, MOST)
-    return np.minimum(law * np.exp(brentq(lambda t: np.minimum(law * np.exp(t), MOST).sum() - planted.l0, low - 1e-9, high)), MOST)
+    return np.minimum(
+        law
+        * np.exp(brentq(lambda t: np.minimum(law * np.exp(t), MOST).sum() - planted.l0, low - 1e-9, high)),
+        MOST,
+    )
 
 
-def _codes(planted: Planted, rank: np.ndarray, frequency: np.ndarray, rng: np.random.Generator) -> sparse.csr_matrix:
+def _codes(
+    planted: Planted, rank: np.ndarray, frequency: np.ndarray, rng: np.random.Generator
+) -> sparse.csr_matrix:
     """Activations [n, F]: which features fire by a Gaussian copula, how strongly by a gamma distribution."""
     length = np.exp(planted.spread * rng.standard_normal(planted.features))
     threshold = torch.from_numpy(ndtri(1 - frequency).astype(np.float32))
@@ -185,7 +218,11 @@ def _codes(planted: Planted, rank: np.ndarray, frequency: np.ndarray, rng: np.ra
         token, feature = (z > threshold).nonzero(as_tuple=True)
         shape = 1 / planted.cv**2
         strength = rng.gamma(shape, 1 / shape, len(feature)) * length[feature.numpy()]
-        parts.append(sparse.csr_matrix((strength.astype(np.float32), (token.numpy(), feature.numpy())), shape=(n, planted.features)))
+        parts.append(
+            sparse.csr_matrix(
+                (strength.astype(np.float32), (token.numpy(), feature.numpy())), shape=(n, planted.features)
+            )
+        )
     return sparse.csr_matrix(sparse.vstack(parts))
 
 
@@ -210,15 +247,17 @@ def _rows(planted: Planted, kinds: np.ndarray, rng: np.random.Generator) -> tupl
     return base, distilled
 
 
-# --- the regime: what the generator takes, measured ----------------------------------------------------------------------
+# --- the regime: what the generator takes, measured ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Regime:
-    """What data are like, in the generator's terms. Whatever depends on a dictionary is as the crosscoder sees it.
+    """What data are like, in the generator's terms. Whatever depends on a dictionary is as the crosscoder
+    sees it.
 
-    Pairs are (``base``, ``distilled``). The crosscoder's own k decides ``l0``, and with it the frequencies: of the true number of active
-    features they say no more than that so many suffice for ``1 - unexplained`` of the variance.
+    Pairs are (``base``, ``distilled``). The crosscoder's own k decides ``l0``, and with it the frequencies:
+    of the true number of active features they say no more than that so many suffice for ``1 - unexplained``
+    of the variance.
     """
 
     tokens: int
@@ -231,14 +270,18 @@ class Regime:
     cofiring_mean: float  # mean phi coefficient of two features' firing, over all pairs
     cofiring_largest: float  # median over features of the largest phi with any other feature
     norm_ratio: float  # raw norms, distilled over base
-    spread_ratio: float  # root of the variance after scaling, distilled over base: the imbalance that scaling leaves
+    # root of the variance after scaling, distilled over base: the imbalance that scaling leaves
+    spread_ratio: float
     mean_share: tuple[float, float]
     unexplained: tuple[float, float]  # 1 - FVE
     alive: int  # features that fire
     dead_features: float
-    dead_directions: tuple[float, float]  # share of principal directions with less variance than the mean unexplained one
-    dimension: tuple[float, float]  # participation ratio (sum l)^2 / sum l^2 of the covariance, over the width
-    agreement: float  # sum of the inner products of both models' centred activations over the geometric mean of their variances
+    # share of principal directions with less variance than the mean unexplained one
+    dead_directions: tuple[float, float]
+    # participation ratio (sum l)^2 / sum l^2 of the covariance, over the width
+    dimension: tuple[float, float]
+    # sum of the inner products of both models' centred activations over the geometric mean of their variances
+    agreement: float
     row_cosine: tuple[float, ...]  # between a feature's rows, 5, 25, 50, 75, 95%
     nrn_quantiles: tuple[float, ...]  # p = 2, likewise
 
@@ -247,7 +290,9 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @torch.no_grad()
-def regime(crosscoder: CrossCoder, store, rows: np.ndarray, of: str = "distilled", against: str = "base") -> Regime:
+def regime(
+    crosscoder: CrossCoder, store, rows: np.ndarray, of: str = "distilled", against: str = "base"
+) -> Regime:
     """Measure on tokens ``rows`` of a store what the generator needs to know. Models of one width."""
     m = [crosscoder.names.index(name) for name in (against, of)]
     width = crosscoder.widths[m[0]]
@@ -255,13 +300,23 @@ def regime(crosscoder: CrossCoder, store, rows: np.ndarray, of: str = "distilled
         raise UserError(f"{against} and {of} differ in width: planted data have one width")
     if len(rows) < 2:
         raise UserError("the regime is measured on at least two tokens")
-    parts, sums, products, between, errors, norms = [], np.zeros((2, width)), np.zeros((2, width, width)), 0.0, np.zeros(2), np.zeros(2)
+    parts, sums, products, between, errors, norms = (
+        [],
+        np.zeros((2, width)),
+        np.zeros((2, width, width)),
+        0.0,
+        np.zeros(2),
+        np.zeros(2),
+    )
     with Progress("tokens measured", len(rows)) as progress:
         for start in range(0, len(rows), CHUNK):
             acts = [torch.as_tensor(a) for a in store.activations(rows[start : start + CHUNK])]
             f = crosscoder.encode(acts)
             parts.append(sparse.csr_matrix(f.numpy()))
-            x, x_hat = crosscoder.split(crosscoder.scaled(acts)), crosscoder.split(f @ crosscoder.W_dec + crosscoder.b_dec)
+            x, x_hat = (
+                crosscoder.split(crosscoder.scaled(acts)),
+                crosscoder.split(f @ crosscoder.W_dec + crosscoder.b_dec),
+            )
             for i, model in enumerate(m):
                 own = x[model].double()
                 sums[i] += own.sum(0).numpy()
@@ -296,43 +351,72 @@ def regime(crosscoder: CrossCoder, store, rows: np.ndarray, of: str = "distilled
         return tuple(round(float(v), 4) for v in values)
 
     return Regime(
-        tokens=n, width=width, l0=round(float(fired.sum() / n), 3), frequency_quantiles=quantiles(frequency),
-        exponent=round(float(-slope), 3), cv=round(float(np.median(np.sqrt(np.maximum(square / mean**2 - 1, 0)))), 3),
+        tokens=n,
+        width=width,
+        l0=round(float(fired.sum() / n), 3),
+        frequency_quantiles=quantiles(frequency),
+        exponent=round(float(-slope), 3),
+        cv=round(float(np.median(np.sqrt(np.maximum(square / mean**2 - 1, 0)))), 3),
         spread=round(float(np.log(lengths).std()), 3),
         cofiring_mean=round(float(phi[apart].mean()), 4),
         cofiring_largest=round(float(np.median(np.where(apart, phi, -1).max(1))), 3),
-        norm_ratio=round(float(norms[1] / norms[0]), 3), spread_ratio=round(float(np.sqrt(variances[1] / variances[0])), 3),
-        mean_share=pair(np.square(means).sum(1) / (variances + np.square(means).sum(1))), unexplained=pair(errors / n / variances),
-        alive=len(alive), dead_features=round(1 - len(alive) / crosscoder.n_features, 4),
+        norm_ratio=round(float(norms[1] / norms[0]), 3),
+        spread_ratio=round(float(np.sqrt(variances[1] / variances[0])), 3),
+        mean_share=pair(np.square(means).sum(1) / (variances + np.square(means).sum(1))),
+        unexplained=pair(errors / n / variances),
+        alive=len(alive),
+        dead_features=round(1 - len(alive) / crosscoder.n_features, 4),
         dead_directions=pair((spectra < (errors / n / width)[:, None]).mean(1)),
         dimension=pair(spectra.sum(1) ** 2 / np.square(spectra).sum(1) / width),
         agreement=round(float((between / n - means[0] @ means[1]) / np.sqrt(variances.prod())), 3),
-        row_cosine=quantiles(crosscoder.cosine(against, of)[alive]), nrn_quantiles=quantiles(crosscoder.nrn(2, of, against)[alive]),
+        row_cosine=quantiles(crosscoder.cosine(against, of)[alive]),
+        nrn_quantiles=quantiles(crosscoder.nrn(2, of, against)[alive]),
     )
 
 
-def from_regime(measured: Regime, width: int = 48, unique: float = 1 / 8, rescaled: float = 1 / 16, factor: float = 3.0,
-                **changes) -> Planted:
-    """The generator's parameters for a measured regime, at another width: numbers per direction of the residual stream stay the same.
+def from_regime(
+    measured: Regime,
+    width: int = 48,
+    unique: float = 1 / 8,
+    rescaled: float = 1 / 16,
+    factor: float = 3.0,
+    **changes,
+) -> Planted:
+    """The generator's parameters for a measured regime, at another width: numbers per direction of the
+    residual stream stay the same.
 
-    What no measurement gives is set here: the shares of ``unique`` features (of each side) and of ``rescaled`` ones. As many features are
-    planted as the crosscoder has living ones: nobody knows the true number, and a larger dictionary would have claimed more. The rest
-    is half shared, half rotated; the angle is the one that gives the measured agreement of the two models' activations, which needs no
-    dictionary. ``changes`` replace any field.
+    What no measurement gives is set here: the shares of ``unique`` features (of each side) and of
+    ``rescaled`` ones. As many features are planted as the crosscoder has living ones: nobody knows the true
+    number, and a larger dictionary would have claimed more. The rest is half shared, half rotated; the angle
+    is the one that gives the measured agreement of the two models' activations, which needs no dictionary.
+    ``changes`` replace any field.
     """
     total = round(measured.alive * width / measured.width)
     if total == 0:
         raise UserError("no feature fires in this regime: there is nothing to plant")
-    counts = {"rescaled": round(rescaled * total), "base_only": round(unique * total), "distilled_only": round(unique * total)}
+    counts = {
+        "rescaled": round(rescaled * total),
+        "base_only": round(unique * total),
+        "distilled_only": round(unique * total),
+    }
     rest = total - sum(counts.values())
     counts |= {"shared": rest - rest // 2, "rotated": rest // 2}
     variance = rest + counts["base_only"] + counts["rescaled"] * (1 + factor**2) / 2
-    cosine = (measured.agreement * variance - counts["shared"] - counts["rescaled"] * factor) / max(counts["rotated"], 1)
+    cosine = (measured.agreement * variance - counts["shared"] - counts["rescaled"] * factor) / max(
+        counts["rotated"], 1
+    )
     ours = Planted(
-        width=width, **counts, angle=round(float(np.degrees(np.arccos(np.clip(cosine, 0, 1))))), factor=factor,
-        l0=round(measured.l0 * width / measured.width, 2), cv=measured.cv,
-        spread=measured.spread, correlation=_copula(measured.cofiring_largest, measured.frequency_quantiles[2]),
-        norm_ratio=measured.norm_ratio, mean_share=measured.mean_share, noise=round(float(np.mean(measured.unexplained)), 4),
+        width=width,
+        **counts,
+        angle=round(float(np.degrees(np.arccos(np.clip(cosine, 0, 1))))),
+        factor=factor,
+        l0=round(measured.l0 * width / measured.width, 2),
+        cv=measured.cv,
+        spread=measured.spread,
+        correlation=_copula(measured.cofiring_largest, measured.frequency_quantiles[2]),
+        norm_ratio=measured.norm_ratio,
+        mean_share=measured.mean_share,
+        noise=round(float(np.mean(measured.unexplained)), 4),
         dead_directions=round(float(np.mean(measured.dead_directions)), 3),
     )
     return replace(ours, exponent=_exponent(ours, measured), **changes)
@@ -340,6 +424,7 @@ def from_regime(measured: Regime, width: int = 48, unique: float = 1 / 8, rescal
 
 def _exponent(planted: Planted, measured: Regime) -> float:
     """The exponent whose frequencies have the measured quantiles: least squares of their logarithms."""
+
     def distance(exponent: float) -> float:
         found = np.quantile(frequencies(replace(planted, exponent=exponent)), QUANTILES)
         return float(np.square(np.log(found / np.maximum(measured.frequency_quantiles, 1e-4))).sum())
@@ -348,7 +433,9 @@ def _exponent(planted: Planted, measured: Regime) -> float:
 
 
 def _copula(phi: float, frequency: float) -> float:
-    """Correlation of two normal variables whose excesses, each with this frequency, have the correlation ``phi``."""
+    """Correlation of two normal variables whose excesses, each with this frequency, have the correlation
+    ``phi``.
+    """
     threshold = ndtri(1 - frequency)
 
     def excess(rho: float) -> float:

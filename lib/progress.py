@@ -6,14 +6,15 @@ import math
 import sys
 import time
 
-PASSING = "passing"  # in an output's metadata: true of this run alone, so no part of a notebook's canonical form (lib.run)
+# in an output's metadata: true of this run alone, so no part of a notebook's canonical form (lib.run)
+PASSING = "passing"
 
 
 class Progress:
     """One line that moves: ``rows: 12/50`` and at the end ``rows: 50/50 done``.
 
-    In a kernel it is one display, updated at most twice a second (bars of tqdm freeze at 0% in executed notebooks);
-    elsewhere a line on standard error, in place on a terminal, every ten seconds in a log.
+    In a kernel it is one display, updated at most twice a second (bars of tqdm freeze at 0% in executed
+    notebooks); elsewhere a line on standard error, in place on a terminal, every ten seconds in a log.
     """
 
     def __init__(self, label: str, total: int):
@@ -24,7 +25,9 @@ class Progress:
         self._closed = False
 
     def update(self, done: int, note: str = "") -> None:
-        """``done`` of ``total`` so far (not an increment). ``note`` is shown while the line moves, and not kept."""
+        """``done`` of ``total`` so far (not an increment). ``note`` is shown while the line moves, and not
+        kept.
+        """
         self.done = int(done)
         if time.monotonic() - self._last >= self._every:
             self._last = time.monotonic()
@@ -33,14 +36,20 @@ class Progress:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._show(f"{self.label}: {self.done:,}/{self.total:,} " + ("done" if self.done >= self.total else "stopped"), last=True)
+            self._show(
+                f"{self.label}: {self.done:,}/{self.total:,} "
+                + ("done" if self.done >= self.total else "stopped"),
+                last=True,
+            )
 
     def _show(self, line: str, last: bool = False) -> None:
         if self._kernel:
             from IPython.display import display
 
             if self._handle is None:
-                self._handle = display({"text/plain": line}, raw=True, display_id=True, metadata={PASSING: True})
+                self._handle = display(
+                    {"text/plain": line}, raw=True, display_id=True, metadata={PASSING: True}
+                )
             else:
                 self._handle.update({"text/plain": line}, raw=True, metadata={PASSING: True})
         elif sys.stderr.isatty():
@@ -56,7 +65,9 @@ class Progress:
 
 
 def passing(line: str) -> None:
-    """Show a line that is true of this run alone, such as a speed: to be seen while one works, and not kept in git."""
+    """Show a line that is true of this run alone, such as a speed: to be seen while one works, and not kept
+    in git.
+    """
     from IPython.display import display
 
     display({"text/plain": line}, raw=True, metadata={PASSING: True})

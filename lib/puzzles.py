@@ -7,7 +7,8 @@ A puzzle gives three operations, three candidates and a target::
 Exactly one candidate, taken through the three operations in order, ends at the target. Numbers live on a
 clock of 19 hours (all arithmetic is modulo 19). 19 is prime, so every operation is one-to-one: different
 candidates end at different numbers, and no parity or divisibility shortcut tells which one is right. What is
-left is search, which a trace of about 90 tokens carries out and a single forward pass of a small model cannot.
+left is search, which a trace of about 90 tokens carries out and a single forward pass of a small model
+cannot.
 
 The teacher writes such traces. Each sentence belongs to a category, and each category *does* something:
 
@@ -37,24 +38,35 @@ OPERATIONS = tuple(f"{sign} {n}" for sign in "+-*" for n in range(1, 10) if (sig
 
 CATEGORIES = ("reflection", "deduction", "alternative", "contrast")  # the paper's four, in its order
 REDUNDANT = "verification"
-LABELS = ("general", "other", *CATEGORIES, REDUNDANT)  # what a token's sentence can be; "general": not a trace
+# what a token's sentence can be; "general": not a trace
+LABELS = ("general", "other", *CATEGORIES, REDUNDANT)
 
 # {a} the value before, {op} the operation, {v} its result, {t} the target, {c} a candidate.
 PARAPHRASES = {
     "deduction": (
-        "so {a} {op} = {v} .", "therefore {a} {op} = {v} .", "thus {a} {op} = {v} .", "{a} {op} gives {v} .",
+        "so {a} {op} = {v} .",
+        "therefore {a} {op} = {v} .",
+        "thus {a} {op} = {v} .",
+        "{a} {op} gives {v} .",
     ),
     "contrast": (
-        "but {v} is not {t} .", "however {v} is not {t} .", "yet {v} is not {t} .", "this is not {t} .",
+        "but {v} is not {t} .",
+        "however {v} is not {t} .",
+        "yet {v} is not {t} .",
+        "this is not {t} .",
     ),
-    "alternative": (
-        "instead try {c} .", "alternatively try {c} .", "perhaps {c} .", "next is {c} .",
-    ),
+    "alternative": ("instead try {c} .", "alternatively try {c} .", "perhaps {c} .", "next is {c} ."),
     "reflection": (
-        "wait , {a} {op} = {v} .", "hold on , {a} {op} = {v} .", "hmm , {a} {op} = {v} .", "that should be {v} .",
+        "wait , {a} {op} = {v} .",
+        "hold on , {a} {op} = {v} .",
+        "hmm , {a} {op} = {v} .",
+        "that should be {v} .",
     ),
     "verification": (
-        "let me check : {a} {op} = {v} .", "to be sure , {a} {op} = {v} .", "yes , {a} {op} = {v} .", "again {a} {op} = {v} .",
+        "let me check : {a} {op} = {v} .",
+        "to be sure , {a} {op} = {v} .",
+        "yes , {a} {op} = {v} .",
+        "again {a} {op} = {v} .",
     ),
 }
 FRAME = {
@@ -99,8 +111,8 @@ def apply(operation: str, value: int) -> int:
 class Sentence:
     """Words with their label. ``step`` counts the operation steps of the trace; ``error`` marks a wrong one.
 
-    ``given`` is the number of leading words that nobody could predict (a prompt, the items of a list, the operands
-    of an exercise): they are read in training, but not learnt.
+    ``given`` is the number of leading words that nobody could predict (a prompt, the items of a list, the
+    operands of an exercise): they are read in training, but not learnt.
     """
 
     words: tuple[str, ...]
@@ -116,7 +128,9 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Puzzle:
-    """Operations (three, or fewer in lessons), three candidates, a target. ``answer`` is the one candidate that reaches it."""
+    """Operations (three, or fewer in lessons), three candidates, a target. ``answer`` is the one candidate
+    that reaches it.
+    """
 
     operations: tuple[str, ...]
     candidates: tuple[int, int, int]
@@ -135,7 +149,17 @@ class Puzzle:
         return values
 
     def prompt(self) -> list[Sentence]:
-        words = ("puzzle", ":", *self.operations, ";", "from", *map(str, self.candidates), "reach", str(self.target), ".")
+        words = (
+            "puzzle",
+            ":",
+            *self.operations,
+            ";",
+            "from",
+            *map(str, self.candidates),
+            "reach",
+            str(self.target),
+            ".",
+        )
         return [Sentence(words, "other", given=len(words))]
 
     def split(self) -> str:
@@ -160,7 +184,9 @@ class Question:
 
 
 def sample_puzzle(rng: random.Random, split: str = "train", operations: int = 3) -> Puzzle:
-    """A puzzle of the given split. Its ``operations`` are distinct, so that "what comes after * 4" has one answer."""
+    """A puzzle of the given split. Its ``operations`` are distinct, so that "what comes after * 4" has one
+    answer.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: it must be one of {', '.join(SPLITS)}")
     while True:
@@ -178,8 +204,8 @@ def sample_question(rng: random.Random) -> Question:
 class Teacher:
     """Writes the trace of a search, errors, reflections and needless checks included.
 
-    ``error_rate`` and ``verify_rate`` are probabilities per step. The teacher tries candidates in the order of
-    the prompt. A wrong value is one to three off, and is always followed by a reflection.
+    ``error_rate`` and ``verify_rate`` are probabilities per step. The teacher tries candidates in the order
+    of the prompt. A wrong value is one to three off, and is always followed by a reflection.
     """
 
     rng: random.Random
@@ -235,12 +261,13 @@ def direct(task: Puzzle | Question) -> list[Sentence]:
     return [Sentence(words_of(FRAME["answer"], v=task.answer), "other")]
 
 
-# --- reading a transcript ------------------------------------------------------------------------------------
+# --- reading a transcript -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a generated transcript says. Counts are of sentences; ``thinking_tokens`` is None if it never ends.
+    """What a generated transcript says. Counts are of sentences; ``thinking_tokens`` is None if it never
+    ends.
 
     ``chain_correct``: every step is right, or is mended by the next reflection, and the candidate that is
     answered was really taken through all operations. A lucky answer is not a solution.
@@ -345,7 +372,19 @@ def read_transcript(task: Puzzle | Question, words: list[str]) -> Reading:
     operations = list(task.operations) if isinstance(task, Puzzle) else [task.operation]
     wanted = task.target if isinstance(task, Puzzle) else task.answer
     chain = correct and thinks and mended and path == operations and value == wanted
-    return Reading(answer, correct, chain, thinks, thinking_tokens, counts, tokens, errors, errors_reflected, steps, steps_reflected)
+    return Reading(
+        answer,
+        correct,
+        chain,
+        thinks,
+        thinking_tokens,
+        counts,
+        tokens,
+        errors,
+        errors_reflected,
+        steps,
+        steps_reflected,
+    )
 
 
 def _value_of(sentence: tuple[str, ...]) -> int | None:

@@ -1,16 +1,19 @@
-"""Reading a store that is larger than memory: blocks in random order, a shuffle buffer, and batches made beside training.
+"""Reading a store that is larger than memory: blocks in random order, a shuffle buffer, and batches made
+beside training.
 
-Rows on disk that are neighbours are tokens of one text, and reading single rows is slow. So the disk is read in *blocks* of 256
-neighbouring rows, the blocks in random order, and every row then waits for a random time before it is handed out:
+Rows on disk that are neighbours are tokens of one text, and reading single rows is slow. So the disk is read
+in *blocks* of 256 neighbouring rows, the blocks in random order, and every row then waits for a random time
+before it is handed out:
 
     1. all blocks of the store that hold wanted rows are permuted; block number p arrives at time p
     2. each of its rows leaves at time p + r * u, u uniform in [0, 1); rows are handed out in the order in which they leave
     3. so at time r + p all of block p has left, and block p + r takes its place: a ring of r blocks is all that is held
 
-The order is a function of (rows wanted, seed, r) alone, and is known without reading an activation; a reader that starts in
-the middle of an epoch reads at most the r blocks before that place. Neighbouring rows are on average a third of the ring apart, and a batch
-draws on all blocks of the ring; but at both ends of an epoch, where the ring is not full, on fewer: the first n rows come from about
-sqrt(2 r n / 256) blocks. If all blocks fit into the ring, all of them arrive first, and the order is a uniform permutation.
+The order is a function of (rows wanted, seed, r) alone, and is known without reading an activation; a reader
+that starts in the middle of an epoch reads at most the r blocks before that place. Neighbouring rows are on
+average a third of the ring apart, and a batch draws on all blocks of the ring; but at both ends of an epoch,
+where the ring is not full, on fewer: the first n rows come from about sqrt(2 r n / 256) blocks. If all blocks
+fit into the ring, all of them arrive first, and the order is a uniform permutation.
 """
 
 from __future__ import annotations
@@ -32,22 +35,35 @@ import torch
 from .results import UserError, check
 
 BLOCK = 256  # rows; a multiple of 8
-EXPECTED = 8  # blocks that the system is asked to fetch before they are read: a disk answers several requests faster than one
-INDEX_BYTES = 64  # of memory for each row of the ring: its number, place and time, and copies of them while they are sorted
+# blocks that the system is asked to fetch before they are read: a disk answers several requests faster than
+# one
+EXPECTED = 8
+# of memory for each row of the ring: its number, place and time, and copies of them while they are sorted
+INDEX_BYTES = 64
 RING_SHARE = 0.75  # of the memory; the rest is for batches
 LEAST_BLOCKS = 16  # in a ring that is smaller than the store: with fewer, a batch would be a few texts
 SERIAL = 32_767  # elements up to which torch works in the calling thread alone: threads are for training
 # by the names of safetensors; bfloat16, which numpy lacks, as integers
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
-          "BOOL": "?"}
+DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<i2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Table:
     """The arrays of one safetensors file, [n, ...] each, read in stretches of rows.
 
-    By plain reads, not through a memory map: what was read is held by whoever asked for it, and nothing else is. UserError
-    if the file's header is damaged, and at reading, if the file has become shorter.
+    By plain reads, not through a memory map: what was read is held by whoever asked for it, and nothing else
+    is. UserError if the file's header is damaged, and at reading, if the file has become shorter.
     """
 
     def __init__(self, file: str | Path):
@@ -56,10 +72,15 @@ class Table:
             with self.file.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(length if length < self.file.stat().st_size else 0))
-            self._entries = {name: (e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
-                             for name, e in header.items() if name != "__metadata__"}
+            self._entries = {
+                name: (e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+                for name, e in header.items()
+                if name != "__metadata__"
+            }
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{self.file.name} cannot be read: it is missing or its header is damaged") from None
+            raise UserError(
+                f"{self.file.name} cannot be read: it is missing or its header is damaged"
+            ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name][1]
@@ -110,10 +131,12 @@ class Table:
 
 
 class Wanted:
-    """Which rows of a store are wanted, block by block: 1 bit a row. A block is ``BLOCK`` neighbouring rows of one shard.
+    """Which rows of a store are wanted, block by block: 1 bit a row. A block is ``BLOCK`` neighbouring rows
+    of one shard.
 
     bits    uint8 [blocks, BLOCK / 8]: which rows of a block; blocks without any are left out
-    starts  int64 [blocks]: number of the block's first row in the store;  shards, local  int64 [blocks]: its place on disk
+    starts  int64 [blocks]: number of the block's first row in the store;  shards, local  int64 [blocks]: its
+    place on disk
     """
 
     def __init__(self, masks: Iterable[np.ndarray]):
@@ -127,7 +150,9 @@ class Wanted:
             starts.append(base + local[-1])
             shards.append(np.full(len(used), number))
             base += len(mask)
-        self.bits, self.starts, self.shards, self.local = (np.concatenate(parts) for parts in (bits, starts, shards, local))
+        self.bits, self.starts, self.shards, self.local = (
+            np.concatenate(parts) for parts in (bits, starts, shards, local)
+        )
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -145,14 +170,19 @@ class Wanted:
 
 
 class Shuffle:
-    """The order of an epoch (see the top of this module) for a ring of ``ring`` blocks; ``key``: what it is random in."""
+    """The order of an epoch (see the top of this module) for a ring of ``ring`` blocks; ``key``: what it is
+    random in.
+    """
 
     def __init__(self, wanted: Wanted, ring: int, key: Sequence[int]):
         self.wanted, self.ring, self.key = wanted, ring, list(key)
-        self.blocks = np.random.default_rng(self.key).permutation(len(wanted.starts))  # in the order in which they are read
+        # in the order in which they are read
+        self.blocks = np.random.default_rng(self.key).permutation(len(wanted.starts))
 
     def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """The epoch in pieces of three int64 arrays [n]: row numbers; places in the ring; how many blocks have to be read first."""
+        """The epoch in pieces of three int64 arrays [n]: row numbers; places in the ring; how many blocks
+        have to be read first.
+        """
         rng, n, fits = np.random.default_rng([*self.key, 1]), len(self.blocks), len(self.blocks) <= self.ring
         waiting = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
         group = max(n if fits else self.ring // 4, 1)
@@ -162,8 +192,12 @@ class Shuffle:
             number = first + index
             # a little less than the ring: rounding must not make a row leave when its place is taken
             leaves = (n - 1 if fits else number) + (self.ring - 1 / BLOCK) * rng.random(len(rows))
-            waiting = [np.concatenate(both) for both in zip(waiting, (rows, number % self.ring * BLOCK + offset, leaves))]
-            final = waiting[2] < (last if last < n else np.inf)  # blocks to come bring no row that leaves earlier
+            waiting = [
+                np.concatenate(both)
+                for both in zip(waiting, (rows, number % self.ring * BLOCK + offset, leaves))
+            ]
+            # blocks to come bring no row that leaves earlier
+            final = waiting[2] < (last if last < n else np.inf)
             rows, places, leaves = (values[final] for values in waiting)
             order = np.argsort(leaves, kind="stable")
             yield rows[order], places[order], np.minimum(leaves[order].astype(np.int64), n - 1) + 1
@@ -175,33 +209,47 @@ class Shuffle:
 
 
 def ring_blocks(memory: int, row_bytes: int, blocks: int) -> int:
-    """Blocks in the ring for so many bytes of memory; UserError if that is too few of the store's ``blocks`` to shuffle."""
+    """Blocks in the ring for so many bytes of memory; UserError if that is too few of the store's ``blocks``
+    to shuffle.
+    """
     block_bytes = BLOCK * (row_bytes + INDEX_BYTES)
     ring, least = int(memory * RING_SHARE) // block_bytes, min(LEAST_BLOCKS, max(blocks, 1))
     if ring < least:
         needed = math.ceil(least * block_bytes / RING_SHARE / 1e6)
-        raise UserError(f"memory is {memory / 1e6:.3g} MB: shuffling rows of {row_bytes:,} bytes needs at least {needed} MB")
+        raise UserError(
+            f"memory is {memory / 1e6:.3g} MB: shuffling rows of {row_bytes:,} bytes needs at least"
+            f" {needed} MB"
+        )
     return ring
 
 
 def check_batch(memory: int, batch_size: int, width: int, prefetched: int = 2) -> None:
-    """UserError if the batches that exist at once do not fit into the memory beside the ring; float32 [batch_size, width].
+    """UserError if the batches that exist at once do not fit into the memory beside the ring; float32
+    [batch_size, width].
 
     They are those that wait, one in use, and one being made, with its rows as they are on disk.
     """
     held = (prefetched + 2.5) * 4 * batch_size * width
     if held > memory * (1 - RING_SHARE):
-        raise UserError(f"memory is {memory / 1e6:.3g} MB: batches of {batch_size:,} tokens need at least "
-                        f"{math.ceil(held / (1 - RING_SHARE) / 1e6)} MB")
+        raise UserError(
+            f"memory is {memory / 1e6:.3g} MB: batches of {batch_size:,} tokens need at least "
+            f"{math.ceil(held / (1 - RING_SHARE) / 1e6)} MB"
+        )
 
 
 def read_shuffled(
-    tables: Sequence[Table], names: Sequence[str], shuffle: Shuffle, batch_size: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    tables: Sequence[Table],
+    names: Sequence[str],
+    shuffle: Shuffle,
+    batch_size: int,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
-    """Batches of an epoch: (row numbers int64 [B], a float32 CPU tensor [B, width] per name); the last one may be shorter.
+    """Batches of an epoch: (row numbers int64 [B], a float32 CPU tensor [B, width] per name); the last one
+    may be shorter.
 
-    Starts at batch ``start``. ``part`` (i, n): of every batch only the rows i, i + n, i + 2n, ...: n readers with the same
-    seed share out the same batches.
+    Starts at batch ``start``. ``part`` (i, n): of every batch only the rows i, i + n, i + 2n, ...: n readers
+    with the same seed share out the same batches.
     """
     ring = _Ring(tables, names, shuffle)
     buffers = [np.empty((batch_size, *held.shape[1:]), held.dtype) for held in ring.held]
@@ -211,12 +259,20 @@ def read_shuffled(
         raw = [buffer[: len(rows)] for buffer in buffers]
         at = 0
         while at < len(rows):
-            ring.fill(int(due[at]))  # no further than this row needs: what is read next may take the place of rows after it
+            # no further than this row needs: what is read next may take the place of rows after it
+            ring.fill(int(due[at]))
             stop = int(np.searchsorted(due, due[at], side="right"))
             for held, out in zip(ring.held, raw):
-                np.take(held, places[at:stop], axis=0, out=out[at:stop], mode="clip")  # "raise", the default, takes a detour
+                # "raise", the default, takes a detour
+                np.take(held, places[at:stop], axis=0, out=out[at:stop], mode="clip")
             at = stop
-        yield rows, [widened(values, code, made.take(len(rows))) for values, code, made in zip(raw, ring.codes, batches)]
+        yield (
+            rows,
+            [
+                widened(values, code, made.take(len(rows)))
+                for values, code, made in zip(raw, ring.codes, batches)
+            ],
+        )
 
 
 class _Ring:
@@ -245,7 +301,9 @@ class _Ring:
         self._read = count
 
     def _where(self, number: int) -> tuple[Table, int, int]:
-        """The shard of a block, and the rows of it that hold what is wanted: from the first to the one after the last."""
+        """The shard of a block, and the rows of it that hold what is wanted: from the first to the one after
+        the last.
+        """
         wanted, block = self.shuffle.wanted, self.shuffle.blocks[number]
         offsets = np.unpackbits(wanted.bits[block]).nonzero()[0] + wanted.local[block]
         return self.tables[wanted.shards[block]], int(offsets[0]), int(offsets[-1]) + 1
@@ -254,7 +312,8 @@ class _Ring:
 class _Recycled:
     """Memory for batches, used again when nobody holds the batch any more.
 
-    Between two threads malloc would keep twice as much, and memory that comes fresh from the system costs as much time as reading.
+    Between two threads malloc would keep twice as much, and memory that comes fresh from the system costs as
+    much time as reading.
     """
 
     def __init__(self, shape: tuple[int, int]):
@@ -264,17 +323,24 @@ class _Recycled:
         """float32 [rows, width], of any content."""
         pages = self._free.pop() if self._free else _pages(self._shape, "<f4")
         lent = pages[:rows]
-        weakref.finalize(lent, self._free.append, pages).atexit = False  # the tensor holds it, and so does whatever is made of the tensor
+        # the tensor holds it, and so does whatever is made of the tensor
+        weakref.finalize(lent, self._free.append, pages).atexit = False
         return torch.from_numpy(lent)
 
 
 def _pages(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """An array straight from the system, to which it goes back at once. (Large arrays that are freed teach malloc to keep what it gets.)"""
+    """An array straight from the system, to which it goes back at once. (Large arrays that are freed teach
+    malloc to keep what it gets.)
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.frombuffer(mmap.mmap(-1, max(size, 1), access=mmap.ACCESS_COPY), dtype, math.prod(shape)).reshape(shape)
+    return np.frombuffer(
+        mmap.mmap(-1, max(size, 1), access=mmap.ACCESS_COPY), dtype, math.prod(shape)
+    ).reshape(shape)
 
 
-def cut_batches(pieces: Iterable[tuple[np.ndarray, ...]], size: int, start: int) -> Iterator[list[np.ndarray]]:
+def cut_batches(
+    pieces: Iterable[tuple[np.ndarray, ...]], size: int, start: int
+) -> Iterator[list[np.ndarray]]:
     """Pieces of any length cut anew into batches of ``size`` rows, from batch ``start`` on."""
     skip, held = start * size, None
     for piece in pieces:
@@ -308,8 +374,9 @@ class Prefetched:
             for rows, acts in batches: ...
         batches.waited   # seconds
 
-    At most ``ahead`` items wait, and one more is being made. What fails in the thread is raised where the item is taken, with
-    its traceback. ``close`` (or the end of "with", or nobody holding it any more) ends the thread and closes the source.
+    At most ``ahead`` items wait, and one more is being made. What fails in the thread is raised where the
+    item is taken, with its traceback. ``close`` (or the end of "with", or nobody holding it any more) ends
+    the thread and closes the source.
 
     waited  seconds that ``next`` was blocked, the first items included
     """
@@ -319,7 +386,9 @@ class Prefetched:
         self.waited = 0.0
         self._line = _Line(ahead)
         # the thread knows the line but not this object, which can therefore be forgotten
-        self._thread = threading.Thread(target=self._line.fill, args=(iter(source),), name="prefetch", daemon=True)
+        self._thread = threading.Thread(
+            target=self._line.fill, args=(iter(source),), name="prefetch", daemon=True
+        )
         self._thread.start()
 
     def __iter__(self) -> Prefetched:

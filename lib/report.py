@@ -2,10 +2,11 @@
 
     python -m lib.report                     # data/report: open data/report/index.html
 
-The committed notebooks with their outputs, the pages of docs/, and every figure that they show, to hover and zoom. Nothing is computed: what is
-not in figures/ is missing here too. Pictures in notebooks are replaced by the interactive figures of the same name, which share one copy
-of plotly; formulas become MathML, which browsers draw themselves. On pages made from notebooks no script runs, whatever a text may contain
-(a content security policy); figures are frames of their own.
+The committed notebooks with their outputs, the pages of docs/, and every figure that they show, to hover and
+zoom. Nothing is computed: what is not in figures/ is missing here too. Pictures in notebooks are replaced by
+the interactive figures of the same name, which share one copy of plotly; formulas become MathML, which
+browsers draw themselves. On pages made from notebooks no script runs, whatever a text may contain (a content
+security policy); figures are frames of their own.
 """
 
 from __future__ import annotations
@@ -52,29 +53,46 @@ math[display=block] { margin: .6em 0; overflow-x: auto; }
 
 
 def build(out: Path = OUT, root: Path = ROOT) -> int:
-    """Write the report below ``out`` (which is replaced) from what stands in ``root``; returns the number of pages.
+    """Write the report below ``out`` (which is replaced) from what stands in ``root``; returns the number of
+    pages.
 
-    UserError if there are no executed notebooks or no figures, or if ``out`` is a folder that is not a report.
+    UserError if there are no executed notebooks or no figures, or if ``out`` is a folder that is not a
+    report.
     """
     notebooks = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    figures = {f"{pair}/{f.stem}": f for pair in PAIRS for f in sorted((root / "figures" / pair).glob("*.html"))}
+    figures = {
+        f"{pair}/{f.stem}": f for pair in PAIRS for f in sorted((root / "figures" / pair).glob("*.html"))
+    }
     if not notebooks or not figures:
         raise UserError("there are no notebooks or no figures to report on: run make figures first")
     if out.exists() and any(out.iterdir()) and not (out / "report.css").is_file():
         raise UserError(f"{out} is not empty and not a report: choose another folder with --out")
     shutil.rmtree(out, ignore_errors=True)
     (out / "figures").mkdir(parents=True)
-    style = HtmlFormatter(style="default").get_style_defs(".highlight") + "\n@media (prefers-color-scheme: dark) {\n" \
-        + HtmlFormatter(style="monokai").get_style_defs(".highlight") + "\n.highlight { background: none }\n}\n"
+    style = (
+        HtmlFormatter(style="default").get_style_defs(".highlight")
+        + "\n@media (prefers-color-scheme: dark) {\n"
+        + HtmlFormatter(style="monokai").get_style_defs(".highlight")
+        + "\n.highlight { background: none }\n}\n"
+    )
     write_text(out / "report.css", CSS + style.replace(".highlight { background: #f8f8f8; }", ""))
     write_text(out / "figures" / "plotly.min.js", get_plotlyjs())
     for name, file in figures.items():
         (out / "figures" / name).parent.mkdir(exist_ok=True)
         text = file.read_text(encoding="utf-8").replace('src="plotly.min.js"', 'src="../plotly.min.js"')
-        write_text(out / "figures" / f"{name}.html", text.replace("<head>", f"<head><title>{html.escape(file.stem)}</title>", 1))
-    pages = [(root / "docs" / f"{name}.md", Path("docs") / f"{name}.html") for name in PAGES if (root / "docs" / f"{name}.md").is_file()]
+        write_text(
+            out / "figures" / f"{name}.html",
+            text.replace("<head>", f"<head><title>{html.escape(file.stem)}</title>", 1),
+        )
+    pages = [
+        (root / "docs" / f"{name}.md", Path("docs") / f"{name}.html")
+        for name in PAGES
+        if (root / "docs" / f"{name}.md").is_file()
+    ]
     made = {source.relative_to(root).as_posix(): target.as_posix() for source, target in pages}
-    made |= {f"notebooks/{n.name}": f"notebooks/{n.stem}.html" for n in notebooks} | {"README.md": "index.html"}
+    made |= {f"notebooks/{n.name}": f"notebooks/{n.stem}.html" for n in notebooks} | {
+        "README.md": "index.html"
+    }
     for picture in [*(root / "figures").glob("*/*.png"), *(root / "docs").glob("*.svg")]:
         place = picture.relative_to(root)
         if place.parts[0] == "docs" or place.parts[1] in PAIRS:
@@ -85,22 +103,44 @@ def build(out: Path = OUT, root: Path = ROOT) -> int:
     with Progress("pages", total) as progress:
         for notebook in notebooks:
             body, title = from_notebook(notebook, figures)
-            _write(out, Path("notebooks") / f"{notebook.stem}.html", title, body, made, notebooks, "notebooks")
+            _write(
+                out, Path("notebooks") / f"{notebook.stem}.html", title, body, made, notebooks, "notebooks"
+            )
             progress.update(done := done + 1)
         for source, target in pages:
             text = source.read_text(encoding="utf-8")
-            _write(out, target, text.split("\n")[0].lstrip("# "), markdown2html(with_mathml(text)), made, notebooks, "docs")
+            _write(
+                out,
+                target,
+                text.split("\n")[0].lstrip("# "),
+                markdown2html(with_mathml(text)),
+                made,
+                notebooks,
+                "docs",
+            )
             progress.update(done := done + 1)
         readme = markdown2html(with_mathml((root / "README.md").read_text(encoding="utf-8")))
-        _write(out, Path("index.html"), "What does distillation do inside a reasoning model?", readme + _gallery(figures), made, notebooks, "")
+        _write(
+            out,
+            Path("index.html"),
+            "What does distillation do inside a reasoning model?",
+            readme + _gallery(figures),
+            made,
+            notebooks,
+            "",
+        )
         progress.update(total)
     return total
 
 
 def from_notebook(file: Path, figures: dict[str, Path]) -> tuple[str, str]:
-    """(HTML, title) of an executed notebook. ``figures``: {pair/name: file}; pictures of the same name become frames of them."""
+    """(HTML, title) of an executed notebook. ``figures``: {pair/name: file}; pictures of the same name become
+    frames of them.
+    """
     notebook = nbformat.read(file, as_version=4)
-    title = next(line for c in notebook.cells for line in c.source.split("\n") if line.startswith("# ")).lstrip("# ")
+    title = next(
+        line for c in notebook.cells for line in c.source.split("\n") if line.startswith("# ")
+    ).lstrip("# ")
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = with_mathml(cell.source)
@@ -109,12 +149,29 @@ def from_notebook(file: Path, figures: dict[str, Path]) -> tuple[str, str]:
         for output in cell.outputs:
             if "image/png" not in output.get("data", {}):
                 continue
-            place = next((f"{pair}/{name}" for name in [next(names, "")] for pair in PAIRS if f"{pair}/{name}" in figures), None)
+            place = next(
+                (
+                    f"{pair}/{name}"
+                    for name in [next(names, "")]
+                    for pair in PAIRS
+                    if f"{pair}/{name}" in figures
+                ),
+                None,
+            )
             words = html.escape(str(output.data.get("text/plain", "figure")), quote=True)
             if place:
-                output.data = nbformat.from_dict({"text/html": _frame(figures[place], f"../figures/{place}.html", words)})
+                output.data = nbformat.from_dict(
+                    {"text/html": _frame(figures[place], f"../figures/{place}.html", words)}
+                )
             else:
-                output.data = nbformat.from_dict({"text/html": f'<img src="data:image/png;base64,{output.data["image/png"].strip()}" alt="{words}">'})
+                output.data = nbformat.from_dict(
+                    {
+                        "text/html": (
+                            f'<img src="data:image/png;base64,{output.data["image/png"].strip()}"'
+                            f' alt="{words}">'
+                        )
+                    }
+                )
     return HTMLExporter(template_name="basic").from_notebook_node(notebook)[0], title
 
 
@@ -130,7 +187,9 @@ def with_mathml(text: str) -> str:
     def drawn(match: re.Match) -> str:
         if match["block"] is None and match["inline"] is None:
             return match[0]
-        return mathml(match["block"] or match["inline"], display="block" if match["block"] else "inline").replace("\n", " ")
+        return mathml(
+            match["block"] or match["inline"], display="block" if match["block"] else "inline"
+        ).replace("\n", " ")
 
     return _MATH.sub(drawn, text)
 
@@ -138,14 +197,27 @@ def with_mathml(text: str) -> str:
 def _gallery(figures: dict[str, Path]) -> str:
     parts = ["<h2>All figures</h2>"]
     for pair in PAIRS:
-        names = [name for name, file in figures.items() if name.startswith(f"{pair}/") and file.with_suffix(".png").is_file()]
+        names = [
+            name
+            for name, file in figures.items()
+            if name.startswith(f"{pair}/") and file.with_suffix(".png").is_file()
+        ]
         if names:
-            shown = "".join(f'<a href="figures/{n}.html"><img src="figures/{n}.png" loading="lazy" alt="">{html.escape(n)}</a>' for n in names)
-            parts.append(f'<details><summary>{pair}: {len(names)} figures</summary><div class="gallery">{shown}</div></details>')
+            shown = "".join(
+                f'<a href="figures/{n}.html"><img src="figures/{n}.png" loading="lazy"'
+                f' alt="">{html.escape(n)}</a>'
+                for n in names
+            )
+            parts.append(
+                f"<details><summary>{pair}: {len(names)} figures</summary><div"
+                f' class="gallery">{shown}</div></details>'
+            )
     return "".join(parts)
 
 
-def _write(out: Path, target: Path, title: str, body: str, made: dict[str, str], notebooks: list[Path], folder: str) -> None:
+def _write(
+    out: Path, target: Path, title: str, body: str, made: dict[str, str], notebooks: list[Path], folder: str
+) -> None:
     """One page. Links to what the report does not hold lose their address, those to what it holds are bent."""
     up = "../" * len(target.parent.parts)
 
@@ -160,21 +232,35 @@ def _write(out: Path, target: Path, title: str, body: str, made: dict[str, str],
         return f'title="{html.escape(place)} in the repository"' if attribute == "href" else match[0]
 
     links = [("README", "index.html"), *((n.stem[:2], f"notebooks/{n.stem}.html") for n in notebooks)]
-    links += [(name, made[f"docs/{key}.md"]) for name, key in (("glossary", "glossary"), ("scoreboard", "scoreboard"), ("scoreboard, real model", "scoreboard_smol"))
-              if f"docs/{key}.md" in made]
+    links += [
+        (name, made[f"docs/{key}.md"])
+        for name, key in (
+            ("glossary", "glossary"),
+            ("scoreboard", "scoreboard"),
+            ("scoreboard, real model", "scoreboard_smol"),
+        )
+        if f"docs/{key}.md" in made
+    ]
     nav = "".join(f'<a href="{up}{address}">{html.escape(name)}</a>' for name, address in links)
     (out / target).parent.mkdir(exist_ok=True)
-    write_text(out / target, f"""<!doctype html>
+    write_text(
+        out / target,
+        f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="script-src 'none'; connect-src 'none'; object-src 'none'; base-uri 'none'">
 <title>{html.escape(title)}</title><link rel="stylesheet" href="{up}report.css"></head>
 <body><nav aria-label="pages">{nav}</nav><main>{_LINK.sub(bent, body)}</main></body></html>
-""")
+""",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.report", description="The whole study as HTML that opens from disk.")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder that is replaced (default: data/report)")
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.report", description="The whole study as HTML that opens from disk."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="folder that is replaced (default: data/report)"
+    )
     args = parser.parse_args(argv)
     try:
         pages = build(args.out.resolve())

@@ -1,6 +1,7 @@
 """Numbers, folders, manifests and parameter checks: what every module and notebook shares, and nothing else.
 
-A *run* is one pair of models with one set of budgets; everything it makes lies in ``data/runs/<pair>/<run>/``::
+A *run* is one pair of models with one set of budgets; everything it makes lies in
+``data/runs/<pair>/<run>/``::
 
     run = Run("tiny")                                    # figures/tiny/ are the figures of the run "default"
     mark = fingerprint(config, store.fingerprint)        # parameters and inputs -> 16 hex digits
@@ -38,19 +39,30 @@ from scipy.stats import norm
 
 from .progress import Progress as Progress, passing as passing  # part of this module's interface
 
-TIMES = ("_per_second", "_seconds")  # ends of the names of metrics that say how fast a machine was: no results, so not compared
+# ends of the names of metrics that say how fast a machine was: no results, so not compared
+TIMES = ("_per_second", "_seconds")
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = "manifest.json"
 # umap is compiled by numba at its first import (half a minute): once per workspace, not once per environment
 os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".cache" / "numba"))
-_PACKAGES = ("torch", "transformers", "nnsight", "numpy", "scipy", "scikit-learn", "pandas", "plotly", "umap-learn")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "nnsight",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pandas",
+    "plotly",
+    "umap-learn",
+)
 
 
 class UserError(Exception):
     """One sentence for the user: what was wrong, and what would be right."""
 
 
-# --- runs: where things are ------------------------------------------------------------------------------------
+# --- runs: where things are ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,9 @@ class Run:
     def __post_init__(self) -> None:
         for what, value in (("pair", self.pair), ("run", self.name)):
             if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
-                raise UserError(f"{what} is {value!r}: it must be a plain name of letters, digits, '-', '_' and '.'")
+                raise UserError(
+                    f"{what} is {value!r}: it must be a plain name of letters, digits, '-', '_' and '.'"
+                )
 
     @property
     def folder(self) -> Path:
@@ -79,7 +93,9 @@ class Run:
         return _made(self.figures / "results")
 
     def path(self, artefact: str) -> Path:
-        """The folder of an artefact ("store", "crosscoder", ...). It is not made: whether it is there says something."""
+        """The folder of an artefact ("store", "crosscoder", ...). It is not made: whether it is there says
+        something.
+        """
         return self.folder / artefact
 
 
@@ -88,24 +104,41 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of the disk is used up", errno.EFBIG: "files may not grow so large here",
-         errno.EROFS: "the disk is read-only", errno.EACCES: "you may not write there", errno.EPERM: "you may not write there"}
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "files may not grow so large here",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "you may not write there",
+    errno.EPERM: "you may not write there",
+}
 
 
 def disk_error(path: Path, error: Exception) -> Exception:
-    """A UserError that says why ``path`` cannot be written, if ``error`` means that the disk does not take it; else the error itself."""
+    """A UserError that says why ``path`` cannot be written, if ``error`` means that the disk does not take
+    it; else the error itself.
+    """
     cause = error  # torch and safetensors wrap the system's error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    number = cause.errno if cause is not None else next((code for code in _DISK if os.strerror(code) in str(error)), None)
+    number = (
+        cause.errno
+        if cause is not None
+        else next((code for code in _DISK if os.strerror(code) in str(error)), None)
+    )
     if number not in _DISK:
         return error
-    return UserError(f"{_shown(path)} cannot be written: {_DISK[number]}. What was finished is kept, and the same command goes on")
+    return UserError(
+        f"{_shown(path)} cannot be written: {_DISK[number]}. What was finished is kept, and the same command"
+        " goes on"
+    )
 
 
 @contextlib.contextmanager
 def _refused(path: Path) -> Iterator[None]:
-    """What the disk does not take inside the block becomes a UserError about ``path``: full, read-only, not yours."""
+    """What the disk does not take inside the block becomes a UserError about ``path``: full, read-only, not
+    yours.
+    """
     try:
         yield
     except Exception as error:
@@ -116,7 +149,8 @@ def _refused(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Another name to write ``path`` under, whatever writes it: flushed to the disk and renamed at the end of the block, removed if it fails.
+    """Another name to write ``path`` under, whatever writes it: flushed to the disk and renamed at the end of
+    the block, removed if it fails.
 
     UserError if the disk does not take it.
     """
@@ -133,7 +167,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
-    """Another folder to write into; at the end of the block its files, flushed to the disk, take their places in ``folder``.
+    """Another folder to write into; at the end of the block its files, flushed to the disk, take their places
+    in ``folder``.
 
     A block that fails changes nothing. UserError if the disk does not take it.
     """
@@ -170,18 +205,23 @@ def write_state(path: Path, state: Mapping) -> Path:
 
 
 def read_state(path: Path) -> dict:
-    """What ``write_state`` wrote, with weights only: nothing is unpickled. UserError for a file that is damaged."""
+    """What ``write_state`` wrote, with weights only: nothing is unpickled. UserError for a file that is
+    damaged.
+    """
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{_shown(path)} is damaged ({type(error).__name__}): remove it, and the run begins anew") from None
+        raise UserError(
+            f"{_shown(path)} is damaged ({type(error).__name__}): remove it, and the run begins anew"
+        ) from None
 
 
 @contextlib.contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
-    """Nobody else does ``what`` in ``folder`` as long as the block lasts; UserError if somebody does. A run that is killed leaves no lock.
+    """Nobody else does ``what`` in ``folder`` as long as the block lasts; UserError if somebody does. A run
+    that is killed leaves no lock.
 
     The lock is beside the folder, .<name>.lock, and is kept by the system: the file itself says nothing.
     """
@@ -197,15 +237,15 @@ def alone(folder: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-# --- fingerprints and manifests: what was made from what -------------------------------------------------------
+# --- fingerprints and manifests: what was made from what ----------------------------------------------------
 
 
 def fingerprint(*parts) -> str:
     """16 hex digits of the SHA-256 of all parts: dataclasses, dicts, lists, numbers, strings, arrays, paths.
 
-    Dicts are hashed in sorted order. A ``Path`` is hashed by its content (of a folder: the names and contents of
-    all files in it), so that a retrained model under an old name counts as new. Raises UserError for a path that
-    does not exist and TypeError for an object whose content is not plain data.
+    Dicts are hashed in sorted order. A ``Path`` is hashed by its content (of a folder: the names and contents
+    of all files in it), so that a retrained model under an old name counts as new. Raises UserError for a
+    path that does not exist and TypeError for an object whose content is not plain data.
     """
     text = json.dumps(_plain(parts), separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -226,12 +266,17 @@ def _plain(part):
         fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
         return ["dataclass", type(part).__name__, _plain(fields)]
     if isinstance(part, Mapping):
-        return ["dict", *sorted(([_plain(k), _plain(v)] for k, v in part.items()), key=lambda pair: repr(pair[0]))]
+        return [
+            "dict",
+            *sorted(([_plain(k), _plain(v)] for k, v in part.items()), key=lambda pair: repr(pair[0])),
+        ]
     if isinstance(part, (set, frozenset)):
         return ["set", *sorted((_plain(p) for p in part), key=repr)]
     if isinstance(part, (list, tuple)):
         return ["list", *(_plain(p) for p in part)]
-    raise TypeError(f"cannot fingerprint a {type(part).__name__}: give its parameters, its file, or its own fingerprint")
+    raise TypeError(
+        f"cannot fingerprint a {type(part).__name__}: give its parameters, its file, or its own fingerprint"
+    )
 
 
 def _hash_path(path: Path) -> str:
@@ -249,7 +294,9 @@ def _hash_path(path: Path) -> str:
 
 
 def write_manifest(folder: Path, fingerprint: str, **info) -> Path:
-    """Write ``folder``/manifest.json last: it is what says that the artefact is whole. ``info`` is plain data."""
+    """Write ``folder``/manifest.json last: it is what says that the artefact is whole. ``info`` is plain
+    data.
+    """
     text = json.dumps({"fingerprint": fingerprint, **_jsonable(info)}, indent=2, allow_nan=False)
     return write_text(_made(Path(folder)) / MANIFEST, text + "\n")
 
@@ -257,21 +304,27 @@ def write_manifest(folder: Path, fingerprint: str, **info) -> Path:
 def read_manifest(folder: Path, made_by: str, expected: str | None = None) -> dict:
     """The manifest of an artefact. UserError, naming the notebook that makes it, if it is missing or damaged.
 
-    ``made_by`` is the notebook's stem, "01_harvest_activations". With ``expected`` (a fingerprint) an artefact that
-    was made from other parameters or inputs is refused as stale.
+    ``made_by`` is the notebook's stem, "01_harvest_activations". With ``expected`` (a fingerprint) an
+    artefact that was made from other parameters or inputs is refused as stale.
     """
     file = Path(folder) / MANIFEST
     if not file.is_file():
-        raise UserError(f"{_shown(folder)} is missing: run notebook {made_by} first ({_command(folder, made_by)})")
+        raise UserError(
+            f"{_shown(folder)} is missing: run notebook {made_by} first ({_command(folder, made_by)})"
+        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         found = manifest["fingerprint"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{_shown(file)} is damaged: remove {_shown(folder)} and run notebook {made_by} again "
-                        f"({_command(folder, made_by)})") from None
+        raise UserError(
+            f"{_shown(file)} is damaged: remove {_shown(folder)} and run notebook {made_by} again "
+            f"({_command(folder, made_by)})"
+        ) from None
     if expected is not None and found != expected:
-        raise UserError(f"{_shown(folder)} is stale, it was made from other parameters or inputs (fingerprint {found}, needed "
-                        f"{expected}): run notebook {made_by} again ({_command(folder, made_by)})")
+        raise UserError(
+            f"{_shown(folder)} is stale, it was made from other parameters or inputs (fingerprint {found},"
+            f" needed {expected}): run notebook {made_by} again ({_command(folder, made_by)})"
+        )
     return manifest
 
 
@@ -289,7 +342,11 @@ def _command(folder: Path, made_by: str) -> str:
         pair, name = Path(folder).resolve().relative_to(ROOT / "data" / "runs").parts[:2]
     except ValueError:
         pair, name = "tiny", "default"
-    chosen = ["make figures"] + ([f"PAIR={pair}"] if pair != "tiny" else []) + ([f"PROFILE={name}"] if name != "default" else [])
+    chosen = (
+        ["make figures"]
+        + ([f"PAIR={pair}"] if pair != "tiny" else [])
+        + ([f"PROFILE={name}"] if name != "default" else [])
+    )
     return " ".join([*chosen, f"ONLY={made_by[:2]}"])
 
 
@@ -299,17 +356,18 @@ def _shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
-# --- parameter checks ------------------------------------------------------------------------------------------
+# --- parameter checks ---------------------------------------------------------------------------------------
 
 _KINDS = {int: "an integer", float: "a number", bool: "True or False", str: "a string", list: "a list"}
 
 
 def check(name: str, value, kind=None, low=None, high=None, choices=None):
-    """Return ``value``, or raise a UserError that says what ``name`` must be. ``low`` and ``high`` are inclusive.
+    """Return ``value``, or raise a UserError that says what ``name`` must be. ``low`` and ``high`` are
+    inclusive.
 
     ``kind`` is int, float (takes integers too), bool, str, list, or a tuple of kinds, with None in it if the
-    parameter may be None. Of a list, every entry is checked against the bounds and choices. NaN and infinity are
-    refused.
+    parameter may be None. Of a list, every entry is checked against the bounds and choices. NaN and infinity
+    are refused.
 
     >>> check("k", 0, int, low=1)
     Traceback (most recent call last):
@@ -326,7 +384,11 @@ def check(name: str, value, kind=None, low=None, high=None, choices=None):
     if choices is not None:
         wanted = "one of " + ", ".join(map(str, choices))
     if list in kinds:
-        wanted = wanted.replace("a list", "a list, every entry", 1) if (low, high, choices) != (None, None, None) else wanted
+        wanted = (
+            wanted.replace("a list", "a list, every entry", 1)
+            if (low, high, choices) != (None, None, None)
+            else wanted
+        )
     fine = not kinds or any(k is not None and _is(value, k) for k in kinds)
     for entry in value if isinstance(value, (list, tuple)) else [value]:
         number = isinstance(entry, (int, float, np.number)) and not isinstance(entry, bool)
@@ -351,7 +413,7 @@ def _is(value, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------
+# --- numbers ------------------------------------------------------------------------------------------------
 
 
 class Results:
@@ -381,7 +443,10 @@ class Results:
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """Record a small DataFrame as {columns, rows}; a named index becomes columns. Returns the frame."""
         plain = frame.reset_index() if any(level is not None for level in frame.index.names) else frame
-        self.tables[name] = {"columns": [str(c) for c in plain.columns], "rows": [list(row) for row in plain.itertuples(index=False)]}
+        self.tables[name] = {
+            "columns": [str(c) for c in plain.columns],
+            "rows": [list(row) for row in plain.itertuples(index=False)],
+        }
         return frame
 
     @property
@@ -396,16 +461,37 @@ class Results:
     def write(self) -> Path:
         """Write <figures>/results/NN.json (atomic) and return its path."""
         content = {
-            "notebook": self.notebook, "pair": self.run.pair, "run": self.run.name, "parameters": self.parameters,
-            "versions": versions(), "seed": self.parameters.get("seed"), "wall_seconds": round(time.monotonic() - self._began, 1),
-            "peak_memory_mb": peak_memory_mb(), "metrics": self.metrics, "tables": self.tables,
+            "notebook": self.notebook,
+            "pair": self.run.pair,
+            "run": self.run.name,
+            "parameters": self.parameters,
+            "versions": versions(),
+            "seed": self.parameters.get("seed"),
+            "wall_seconds": round(time.monotonic() - self._began, 1),
+            "peak_memory_mb": peak_memory_mb(),
+            "metrics": self.metrics,
+            "tables": self.tables,
         }
-        return write_text(self.run.results / f"{self.notebook}.json", json.dumps(_jsonable(content), indent=1, allow_nan=False) + "\n")
+        return write_text(
+            self.run.results / f"{self.notebook}.json",
+            json.dumps(_jsonable(content), indent=1, allow_nan=False) + "\n",
+        )
 
     def frame(self) -> pd.DataFrame:
-        """The metrics as a table for the notebook: one row per metric, without speeds, which differ from run to run."""
-        rows = [{"metric": name, "value": m["value"], "low": (m["ci"] or [None])[0], "high": (m["ci"] or [None])[-1], "n": m["n"]}
-                for name, m in self.metrics.items() if not name.endswith(TIMES)]
+        """The metrics as a table for the notebook: one row per metric, without speeds, which differ from run
+        to run.
+        """
+        rows = [
+            {
+                "metric": name,
+                "value": m["value"],
+                "low": (m["ci"] or [None])[0],
+                "high": (m["ci"] or [None])[-1],
+                "n": m["n"],
+            }
+            for name, m in self.metrics.items()
+            if not name.endswith(TIMES)
+        ]
         frame = pd.DataFrame(rows, columns=["metric", "value", "low", "high", "n"]).set_index("metric")
         return frame.astype({"value": float, "low": float, "high": float, "n": "Int64"}).round(4)
 
@@ -417,17 +503,24 @@ class Results:
 
 
 class _Measured(dict):
-    """By name of the metric. What is missing was to be measured in a cell that has not been run since ``Results`` was made."""
+    """By name of the metric. What is missing was to be measured in a cell that has not been run since
+    ``Results`` was made.
+    """
 
     def __missing__(self, name: str):
-        raise UserError(f"{name!r} has not been measured since the first cells were run: choose this cell, and Run > Run All Above Selected Cell")
+        raise UserError(
+            f"{name!r} has not been measured since the first cells were run: choose this cell, and Run > Run"
+            " All Above Selected Cell"
+        )
 
 
 def read_results(run: Run, notebook: str) -> dict:
     """The results that a notebook ("02") wrote in this run."""
     file = run.results / f"{notebook}.json"
     if not file.is_file():
-        raise UserError(f"{_shown(file)} is missing: run notebook {notebook} first ({_command(run.folder, notebook)})")
+        raise UserError(
+            f"{_shown(file)} is missing: run notebook {notebook} first ({_command(run.folder, notebook)})"
+        )
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -484,7 +577,8 @@ def _interval_text(metric: Mapping, digits: int) -> str:
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; (nan, nan) for n = 0. Holds its level at 0 and 1, unlike p ± 1.96 se.
+    """Wilson's score interval of a proportion; (nan, nan) for n = 0. Holds its level at 0 and 1, unlike p ±
+    1.96 se.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -496,7 +590,8 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     p, scale = successes / n, 1 + z * z / n
     middle = (p + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half  # exact at the ends, whatever rounding says
+    # exact at the ends, whatever rounding says
+    return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half
 
 
 def bootstrap(
@@ -504,8 +599,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of ``statistic(values)``; values [n] or [n, columns], resampled by row.
 
-    ``groups`` [n] (document ids, say) resamples whole groups: tokens of one document are not independent, and an
-    interval over tokens would be far too narrow. Resamples in which the statistic is NaN are left out.
+    ``groups`` [n] (document ids, say) resamples whole groups: tokens of one document are not independent, and
+    an interval over tokens would be far too narrow. Resamples in which the statistic is NaN are left out.
     """
     values = np.asarray(values)
     if len(values) == 0:
@@ -513,10 +608,18 @@ def bootstrap(
     if groups is not None and len(groups) != len(values):
         raise ValueError(f"{len(groups)} groups for {len(values)} values: must be one each")
     rng = np.random.default_rng(seed)
-    ids = np.arange(len(values)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
+    ids = (
+        np.arange(len(values))
+        if groups is None
+        else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
+    )
     n_groups = int(ids.max()) + 1
-    if statistic is np.mean and values.ndim == 1:  # sums and counts of the groups suffice: no copying of tokens
-        sums, counts = np.bincount(ids, weights=values.astype(float), minlength=n_groups), np.bincount(ids, minlength=n_groups)
+    # sums and counts of the groups suffice: no copying of tokens
+    if statistic is np.mean and values.ndim == 1:
+        sums, counts = (
+            np.bincount(ids, weights=values.astype(float), minlength=n_groups),
+            np.bincount(ids, minlength=n_groups),
+        )
         draws = (rng.integers(n_groups, size=n_groups) for _ in range(n_boot))
         found = [sums[draw].sum() / counts[draw].sum() for draw in draws]
     else:
@@ -537,5 +640,14 @@ def scoreboard(rows: Sequence[Mapping]) -> pd.DataFrame:
     for row in rows:
         if missing := {"prediction", "observed", "held"} - set(row):
             raise ValueError(f"a row of the scoreboard lacks {', '.join(sorted(missing))}")
-    frame = pd.DataFrame([{**row, "held": words[None if row["held"] is None else bool(row["held"])]} for row in rows])
-    return frame[["prediction", "observed", "held", *(c for c in frame.columns if c not in ("prediction", "observed", "held"))]]
+    frame = pd.DataFrame(
+        [{**row, "held": words[None if row["held"] is None else bool(row["held"])]} for row in rows]
+    )
+    return frame[
+        [
+            "prediction",
+            "observed",
+            "held",
+            *(c for c in frame.columns if c not in ("prediction", "observed", "held")),
+        ]
+    ]

@@ -1,8 +1,8 @@
 """Put puzzles to a model and read what it answers.
 
-``generate`` decodes, ``read`` turns transcripts into one row of facts per puzzle, and ``reflection_probability``
-asks the question that tells reflection from ritual: how likely is a reflection after an error, and how likely
-after a correct step?
+``generate`` decodes, ``read`` turns transcripts into one row of facts per puzzle, and
+``reflection_probability`` asks the question that tells reflection from ritual: how likely is a reflection
+after an error, and how likely after a correct step?
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from .decoding import RowNoise, decode
-from .puzzles import LABELS, NUMBERS, OPERATIONS, Puzzle, Question, Teacher, first_words, read_transcript, sample_puzzle, sample_question
+from .puzzles import (
+    LABELS,
+    NUMBERS,
+    OPERATIONS,
+    Puzzle,
+    Question,
+    Teacher,
+    first_words,
+    read_transcript,
+    sample_puzzle,
+    sample_question,
+)
 from .results import check, write_text
 
 Task = Puzzle | Question
@@ -70,9 +81,11 @@ class ForbidCategories(LogitsProcessor):
 
 
 class BatchNoise(RowNoise):
-    """Sampling from softmax(logits / temperature), as ``torch.multinomial`` does it: the largest of p / exponential noise.
+    """Sampling from softmax(logits / temperature), as ``torch.multinomial`` does it: the largest of p /
+    exponential noise.
 
-    The noise of a step is drawn for the whole batch, of which ``rows`` are left: those that have left do not change it.
+    The noise of a step is drawn for the whole batch, of which ``rows`` are left: those that have left do not
+    change it.
     """
 
     def __init__(self, size: int, temperature: float, seed: int):
@@ -96,10 +109,11 @@ def generate(
     max_new_tokens: int = 260,
     batch_size: int = 250,
 ) -> list[list[str]]:
-    """Transcripts: the words after the prompt of each task, "think :" or "answer :" included, without padding.
+    """Transcripts: the words after the prompt of each task, "think :" or "answer :" included, without
+    padding.
 
-    ``temperature`` 0 is greedy, 1 samples from the model's own distribution (no top-k, no top-p). ``forbid`` names
-    categories whose sentences may not be opened. Tasks are decoded in left-padded batches.
+    ``temperature`` 0 is greedy, 1 samples from the model's own distribution (no top-k, no top-p). ``forbid``
+    names categories whose sentences may not be opened. Tasks are decoded in left-padded batches.
     """
     transcripts = []
     for start in range(0, len(tasks), batch_size):
@@ -112,17 +126,34 @@ def generate(
             for source in noise:
                 source.rows = rows
             return model.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=n, logits_processor=processors, do_sample=False,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=n,
+                logits_processor=processors,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
 
-        decoded = decode(step, model.config, batch["input_ids"], batch["attention_mask"], max_new_tokens, tokenizer.eos_token_id)
+        decoded = decode(
+            step,
+            model.config,
+            batch["input_ids"],
+            batch["attention_mask"],
+            max_new_tokens,
+            tokenizer.eos_token_id,
+        )
         transcripts += [transcript(tokenizer, row, mode) for row in decoded]
     return transcripts
 
 
 def transcript(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mode: str = "think") -> list[str]:
-    """The words of generated ids, after those that opened thinking or the answer; what follows a padding token is left out."""
-    words = [word or tokenizer.unk_token for word in tokenizer.convert_ids_to_tokens(ids)]  # None: an id without a word
+    """The words of generated ids, after those that opened thinking or the answer; what follows a padding
+    token is left out.
+    """
+    # None: an id without a word
+    words = [word or tokenizer.unk_token for word in tokenizer.convert_ids_to_tokens(ids)]
     end = words.index(tokenizer.pad_token) if tokenizer.pad_token in words else len(words)
     return [*MODES[mode], *words[:end]]
 
@@ -130,22 +161,29 @@ def transcript(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mode: str
 def read(tasks: Sequence[Task], transcripts: Sequence[Sequence[str]]) -> pd.DataFrame:
     """One row per task: ``puzzles.Reading`` flattened.
 
-    Columns: answer, correct, chain_correct, thinks, closed (thinking came to its end), thinking_tokens (NaN if not
-    closed), n_<label> and t_<label> (sentences and tokens while thinking), errors, errors_reflected, correct_steps,
-    correct_steps_reflected.
+    Columns: answer, correct, chain_correct, thinks, closed (thinking came to its end), thinking_tokens (NaN
+    if not closed), n_<label> and t_<label> (sentences and tokens while thinking), errors, errors_reflected,
+    correct_steps, correct_steps_reflected.
     """
     rows = []
     for task, words in zip(tasks, transcripts, strict=True):
         reading = read_transcript(task, list(words))
-        rows.append({
-            "answer": reading.answer, "correct": reading.correct, "chain_correct": reading.chain_correct, "thinks": reading.thinks,
-            "closed": reading.thinking_tokens is not None,
-            "thinking_tokens": np.nan if reading.thinking_tokens is None else reading.thinking_tokens,
-            **{f"n_{label}": reading.counts[label] for label in LABELS[1:]},
-            **{f"t_{label}": reading.tokens_by_label[label] for label in LABELS[1:]},
-            "errors": reading.errors, "errors_reflected": reading.errors_reflected,
-            "correct_steps": reading.correct_steps, "correct_steps_reflected": reading.correct_steps_reflected,
-        })
+        rows.append(
+            {
+                "answer": reading.answer,
+                "correct": reading.correct,
+                "chain_correct": reading.chain_correct,
+                "thinks": reading.thinks,
+                "closed": reading.thinking_tokens is not None,
+                "thinking_tokens": np.nan if reading.thinking_tokens is None else reading.thinking_tokens,
+                **{f"n_{label}": reading.counts[label] for label in LABELS[1:]},
+                **{f"t_{label}": reading.tokens_by_label[label] for label in LABELS[1:]},
+                "errors": reading.errors,
+                "errors_reflected": reading.errors_reflected,
+                "correct_steps": reading.correct_steps,
+                "correct_steps_reflected": reading.correct_steps_reflected,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -153,17 +191,21 @@ def read(tasks: Sequence[Task], transcripts: Sequence[Sequence[str]]) -> pd.Data
 def reflection_probability(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Puzzle], seed: int = 0
 ) -> pd.DataFrame:
-    """The probability that the next sentence is a reflection, after every step of the teacher's traces of ``tasks``.
+    """The probability that the next sentence is a reflection, after every step of the teacher's traces of
+    ``tasks``.
 
-    The traces contain errors at the teacher's rate. One row per step: task, error (bool), p_reflection (the summed
-    probability of all first words of a reflection), right after the step's full stop.
+    The traces contain errors at the teacher's rate. One row per step: task, error (bool), p_reflection (the
+    summed probability of all first words of a reflection), right after the step's full stop.
     """
     rng = random.Random(f"reflection/{seed}")
     first = torch.tensor(tokenizer.convert_tokens_to_ids(list(first_words("reflection"))))
     rows = []
     for i, task in enumerate(tasks):
         sentences = [*task.prompt(), *Teacher(rng).solve(task)]
-        ids = [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids([w for s in sentences for w in s.words])]
+        ids = [
+            tokenizer.bos_token_id,
+            *tokenizer.convert_tokens_to_ids([w for s in sentences for w in s.words]),
+        ]
         probabilities = model(torch.tensor([ids])).logits[0].softmax(-1)[:, first].sum(-1)
         end = 0
         for sentence in sentences:
@@ -173,7 +215,7 @@ def reflection_probability(
     return pd.DataFrame(rows)
 
 
-# --- a battery of trials, kept on disk -----------------------------------------------------------------------------
+# --- a battery of trials, kept on disk ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -187,15 +229,26 @@ class Condition:
 
     @property
     def name(self) -> str:
-        return "-".join([self.model, self.mode, f"t{self.temperature:g}", *(f"no_{label}" for label in self.forbid)])
+        return "-".join(
+            [self.model, self.mode, f"t{self.temperature:g}", *(f"no_{label}" for label in self.forbid)]
+        )
 
 
-def battery(models: dict[str, PreTrainedModel], tokenizer, tasks: Sequence[Task], conditions: Sequence[Condition], folder: Path,
-            fingerprint: str, seed: int = 0, progress=None) -> dict[Condition, pd.DataFrame]:
-    """``read`` tables of all conditions. Transcripts are kept in ``folder`` under ``fingerprint``: asked once, read again.
+def battery(
+    models: dict[str, PreTrainedModel],
+    tokenizer,
+    tasks: Sequence[Task],
+    conditions: Sequence[Condition],
+    folder: Path,
+    fingerprint: str,
+    seed: int = 0,
+    progress=None,
+) -> dict[Condition, pd.DataFrame]:
+    """``read`` tables of all conditions. Transcripts are kept in ``folder`` under ``fingerprint``: asked
+    once, read again.
 
-    ``fingerprint`` stands for weights, tasks and seed; under another one everything is asked anew. An interrupted
-    battery continues with the next condition.
+    ``fingerprint`` stands for weights, tasks and seed; under another one everything is asked anew. An
+    interrupted battery continues with the next condition.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = {}
@@ -203,8 +256,16 @@ def battery(models: dict[str, PreTrainedModel], tokenizer, tasks: Sequence[Task]
         file = folder / f"{condition.name}.json"
         kept = json.loads(file.read_text()) if file.is_file() else {}
         if kept.get("fingerprint") != fingerprint:
-            transcripts = generate(models[condition.model], tokenizer, tasks, condition.mode, condition.temperature, condition.forbid, seed,
-                                   max_new_tokens=4 if condition.mode == "direct" else 260)
+            transcripts = generate(
+                models[condition.model],
+                tokenizer,
+                tasks,
+                condition.mode,
+                condition.temperature,
+                condition.forbid,
+                seed,
+                max_new_tokens=4 if condition.mode == "direct" else 260,
+            )
             kept = {"fingerprint": fingerprint, "transcripts": ["|".join(words) for words in transcripts]}
             write_text(file, json.dumps(kept))
         tables[condition] = read(tasks, [t.split("|") for t in kept["transcripts"]])

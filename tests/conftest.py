@@ -1,4 +1,6 @@
-"""What all tests share: a run in a temporary folder, and one thread (the work is small, the machine may be busy)."""
+"""What all tests share: a run in a temporary folder, and one thread (the work is small, the machine may be
+busy).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ from lib.results import Run
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", 'fault(kind, n=1): n cases of the kind "kill", "fault" or "bad input", counted by python -m tests.faults')
+    config.addinivalue_line(
+        "markers",
+        'fault(kind, n=1): n cases of the kind "kill", "fault" or "bad input", counted by python -m'
+        " tests.faults",
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,8 +51,15 @@ def chromium():
 
     if (path := find_browser()) is None:
         pytest.skip("no Chromium was found")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync"]
+    quiet = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=path, args=quiet)
         yield browser

@@ -1,7 +1,8 @@
 """``python -m tests.faults``: all kills, faults and bad inputs, and one line that counts them.
 
-Cases are marked ``@pytest.mark.fault("kill")``, ``("fault")`` or ``("bad input")``, with ``n=`` where one test has several. Every test of
-these passes only if nothing was lost and what was said is clear, so what fails counts as one that lost something or was unclear.
+Cases are marked ``@pytest.mark.fault("kill")``, ``("fault")`` or ``("bad input")``, with ``n=`` where one
+test has several. Every test of these passes only if nothing was lost and what was said is clear, so what
+fails counts as one that lost something or was unclear.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ class Count:
                 self.marks[item.nodeid] = mark.args[0], mark.kwargs.get("n", 1)
 
     def pytest_runtest_logreport(self, report):
-        if report.nodeid in self.marks and report.nodeid not in self.done and (report.failed or (report.when == "call" and report.passed)):
+        if (
+            report.nodeid in self.marks
+            and report.nodeid not in self.done
+            and (report.failed or (report.when == "call" and report.passed))
+        ):
             kind, n = self.marks[report.nodeid]
             (self.failed if report.failed else self.passed)[kind] += n
             self.done.add(report.nodeid)
@@ -36,13 +41,17 @@ class Count:
 def line(count: Count) -> str:
     """The one line."""
     met = count.passed + count.failed
-    return (f"{met['kill']} kills, {met['fault']} faults, {met['bad input']} bad inputs: {count.failed.total()} lost something or gave an "
-            "unclear error")
+    return (
+        f"{met['kill']} kills, {met['fault']} faults, {met['bad input']} bad inputs: {count.failed.total()}"
+        " lost something or gave an unclear error"
+    )
 
 
 def verdict(count: Count, code: int, least: dict[str, int] = LEAST) -> int:
     """0 if everything passed and there were enough of each kind that passed; what was skipped does not count."""
-    return int(code != 0 or count.failed.total() > 0 or any(count.passed[kind] < n for kind, n in least.items()))
+    return int(
+        code != 0 or count.failed.total() > 0 or any(count.passed[kind] < n for kind, n in least.items())
+    )
 
 
 def main(arguments: list[str]) -> int:

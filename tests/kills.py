@@ -1,7 +1,9 @@
-"""Work on toys that can be killed: a process that has imported everything forks a child for each piece, and the test kills the child.
+"""Work on toys that can be killed: a process that has imported everything forks a child for each piece, and
+the test kills the child.
 
-``start(kind, folder, ...)`` begins one of ``WORK`` below ``folder``. The forking server never computes anything, so a child inherits no
-threads of torch; a child that is killed (SIGKILL: no handler, no ``finally``, nothing is flushed) takes nothing else with it.
+``start(kind, folder, ...)`` begins one of ``WORK`` below ``folder``. The forking server never computes
+anything, so a child inherits no threads of torch; a child that is killed (SIGKILL: no handler, no
+``finally``, nothing is flushed) takes nothing else with it.
 """
 
 from __future__ import annotations
@@ -25,8 +27,18 @@ from lib.store import Store
 from lib.training import TrainConfig, train
 from tests.toys import StopAt, toy_pair
 
-RECIPE = distill.Recipe(width=16, layers=2, heads=2, kv_heads=1, mlp=16, base_tokens=6_000, mid_tokens=4_000, late_tokens=4_000,
-                        tune_tokens=8_000, batch_tokens=512)
+RECIPE = distill.Recipe(
+    width=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    mlp=16,
+    base_tokens=6_000,
+    mid_tokens=4_000,
+    late_tokens=4_000,
+    tune_tokens=8_000,
+    batch_tokens=512,
+)
 QUESTIONS = 30
 
 
@@ -41,7 +53,13 @@ def toys(folder: Path):
     names = ("base", "distilled")
     if not (folder / "pair").is_dir():
         toy_pair(folder / "pair")
-    return Pair("toy", {n: folder / "pair" / n for n in names}, tokenizer_source=folder / "pair" / "tokenizer", dictionary=32, tokens=6000)
+    return Pair(
+        "toy",
+        {n: folder / "pair" / n for n in names},
+        tokenizer_source=folder / "pair" / "tokenizer",
+        dictionary=32,
+        tokens=6000,
+    )
 
 
 def harvest_toys(given: Path, out: Path) -> Store:
@@ -66,7 +84,9 @@ def training(given: Path, out: Path, *_) -> None:
 def labelling(given: Path, out: Path, url: str) -> None:
     import pandas as pd
 
-    contexts = pd.DataFrame([(f, 1, f"text of «feature{f}»") for f in range(QUESTIONS)], columns=["feature", "rank", "text"])
+    contexts = pd.DataFrame(
+        [(f, 1, f"text of «feature{f}»") for f in range(QUESTIONS)], columns=["feature", "rank", "text"]
+    )
     table = label_features(contexts, range(QUESTIONS), out, Endpoint(url, "judge", timeout=20.0))
     write_text(out / "labels.csv", table.to_csv(index=False))
 
@@ -95,11 +115,15 @@ def _child(pipe, kind: str, given: str, out: str, url: str, file_bytes: int | No
 
 
 def start(kind: str, given: Path, out: Path, url: str = "", file_bytes: int | None = None):
-    """(process, pipe); the pipe says "begun", and then "done" or what was raised. Returns when the work has begun."""
+    """(process, pipe); the pipe says "begun", and then "done" or what was raised. Returns when the work has
+    begun.
+    """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.kills"])
     here, there = server.Pipe(duplex=False)
-    process = server.Process(target=_child, args=(there, kind, str(given), str(out), url, file_bytes), daemon=True)
+    process = server.Process(
+        target=_child, args=(there, kind, str(given), str(out), url, file_bytes), daemon=True
+    )
     process.start()
     there.close()
     assert here.poll(120) and here.recv() == "begun"

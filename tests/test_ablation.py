@@ -24,14 +24,24 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     store, pair = toy_store(folder), toy_pair(folder)
     plain = {name: pair.load(name) for name in store.models}
-    crosscoder = CrossCoder(list(store.widths.values()), 40, names=store.models, variant="l1", scales=list(store.scales.values()))
+    crosscoder = CrossCoder(
+        list(store.widths.values()), 40, names=store.models, variant="l1", scales=list(store.scales.values())
+    )
     crosscoder.requires_grad_(False)
     crosscoder.b_dec.normal_(generator=torch.Generator().manual_seed(3))
     tokenizer = pair.tokenizer()
     models = {name: ablation.wrap(model, tokenizer) for name, model in plain.items()}
     acts = store.activations(np.arange(len(store)))
     return SimpleNamespace(
-        store=store, pair=pair, plain=plain, models=models, crosscoder=crosscoder, acts=acts, tokenizer=tokenizer, layer=store.layers["base"])
+        store=store,
+        pair=pair,
+        plain=plain,
+        models=models,
+        crosscoder=crosscoder,
+        acts=acts,
+        tokenizer=tokenizer,
+        layer=store.layers["base"],
+    )
 
 
 def test_removing_every_feature_leaves_bias_and_error(world):
@@ -40,7 +50,9 @@ def test_removing_every_feature_leaves_bias_and_error(world):
     removed = ablation.removed_vectors(world.crosscoder, codes, range(40))
     for name, h, x_hat, vectors in zip(world.crosscoder.names, acts, world.crosscoder.decode(codes), removed):
         error = h - x_hat
-        torch.testing.assert_close(h - vectors, world.crosscoder.bias(name, raw=True) + error, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            h - vectors, world.crosscoder.bias(name, raw=True) + error, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_logits_equal_those_of_a_hook_for_both_paddings(world):
@@ -51,16 +63,25 @@ def test_logits_equal_those_of_a_hook_for_both_paddings(world):
     expected = []
     for row, length in enumerate(lengths):
         mine = removed[row : row + 1, :length]
-        hook = model.model.layers[world.layer].register_forward_hook(lambda module, inputs, out, mine=mine: out - mine)
+        hook = model.model.layers[world.layer].register_forward_hook(
+            lambda module, inputs, out, mine=mine: out - mine
+        )
         expected.append(model(tokens[row : row + 1, :length]).logits[0, length - 2])
         hook.remove()
     for side in ("right", "left"):
-        padded, mask, vectors, at = torch.zeros(2, 14, dtype=torch.long), torch.zeros(2, 14, dtype=torch.long), torch.zeros(2, 14, d), []
+        padded, mask, vectors, at = (
+            torch.zeros(2, 14, dtype=torch.long),
+            torch.zeros(2, 14, dtype=torch.long),
+            torch.zeros(2, 14, d),
+            [],
+        )
         for row, n in enumerate(lengths):
             place = slice(0, n) if side == "right" else slice(14 - n, 14)
             padded[row, place], mask[row, place], vectors[row, place] = tokens[row, :n], 1, removed[row, :n]
             at.append(place.stop - 2)
-        found = ablation.logits_at(world.models["distilled"], world.layer, padded, mask, (torch.arange(2), torch.tensor(at)), vectors)
+        found = ablation.logits_at(
+            world.models["distilled"], world.layer, padded, mask, (torch.arange(2), torch.tensor(at)), vectors
+        )
         torch.testing.assert_close(found, torch.stack(expected), rtol=1e-3, atol=1e-3)
 
 
@@ -82,7 +103,13 @@ def test_a_remote_pair_gives_the_same_effects(world):
     away = ablation.open_models(replace(world.pair, remote="local"), names, world.tokenizer)
     assert not any(model.dispatched for model in away.values())
     found = ablation.measure(world.store, world.crosscoder, away, targets, removals, remote="local")
-    here = ablation.measure(world.store, world.crosscoder, ablation.open_models(world.pair, names, world.tokenizer), targets, removals)
+    here = ablation.measure(
+        world.store,
+        world.crosscoder,
+        ablation.open_models(world.pair, names, world.tokenizer),
+        targets,
+        removals,
+    )
     pd.testing.assert_frame_equal(found, here, rtol=1e-5)
     assert (found["logit"].abs() > 0).any()
 
@@ -97,10 +124,14 @@ def test_what_ndif_cannot_run_is_refused(world, monkeypatch):
         with pytest.raises(UserError, match="'base' is .*NDIF runs models of the hub"):
             ablation.open_models(replace(hub, models={"base": wrong}), ["base"], world.tokenizer)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="configuration of the remote model 'base' cannot be read from org/one"):
+    with pytest.raises(
+        UserError, match="configuration of the remote model 'base' cannot be read from org/one"
+    ):
         ablation.open_models(hub, hub.models, world.tokenizer)
     asked = []
-    monkeypatch.setattr(ablation, "TransformersModel", lambda name, **how: asked.append((name, how["revision"])))
+    monkeypatch.setattr(
+        ablation, "TransformersModel", lambda name, **how: asked.append((name, how["revision"]))
+    )
     ablation.open_models(hub, hub.models, world.tokenizer)
     assert asked == [("org/one", None), ("org/two", "v1")]
 
@@ -113,9 +144,14 @@ def test_random_vectors_have_the_norms_of_the_removed_ones():
     assert not torch.allclose(found, vectors)
 
 
-TABLE = pd.DataFrame({
-    "feature": range(8), "alive": [1, 1, 1, 1, 1, 1, 0, 1], "nrn": [0.9, 0.5, 0.7, 0.52, 0.1, 0.48, 0.99, np.nan],
-    "frequency": [0.30, 0.28, 0.20, 0.10, 0.40, 0.19, 0.9, 0.001]})
+TABLE = pd.DataFrame(
+    {
+        "feature": range(8),
+        "alive": [1, 1, 1, 1, 1, 1, 0, 1],
+        "nrn": [0.9, 0.5, 0.7, 0.52, 0.1, 0.48, 0.99, np.nan],
+        "frequency": [0.30, 0.28, 0.20, 0.10, 0.40, 0.19, 0.9, 0.001],
+    }
+)
 
 
 def test_frequent_features_by_hand():
@@ -142,10 +178,13 @@ def test_targets_are_first_words_of_their_category(world):
         assert word in first_words(category)
         assert world.store.tokens[row + 1] == token
         assert world.store.split[row] == SPLITS.index(SPLIT)
-        assert world.tokenizer.convert_ids_to_tokens(int(world.store.tokens[row])) == "."  # the end of the sentence before
+        # the end of the sentence before
+        assert world.tokenizer.convert_ids_to_tokens(int(world.store.tokens[row])) == "."
     assert set(targets["category"]) == set(CATEGORIES)
     assert targets.groupby("category").size().max() == 10
-    unlabelled = SimpleNamespace(**{**vars(world.store), "labels": {**world.store.labels, "label": np.full(len(world.store), -1)}})
+    unlabelled = SimpleNamespace(
+        **{**vars(world.store), "labels": {**world.store.labels, "label": np.full(len(world.store), -1)}}
+    )
     with pytest.raises(UserError, match="must carry labels"):
         ablation.sample_targets(unlabelled)
 
@@ -155,7 +194,11 @@ def test_measured_effects(world):
     every = tuple(range(40))
     codes = world.crosscoder.encode(world.acts)
     world.crosscoder.b_enc[0] = -1e6  # a feature that never fires
-    removals = [ablation.Removal(1, "features", (0,)), ablation.Removal(1, "matched", ()), ablation.Removal(20, "features", every)]
+    removals = [
+        ablation.Removal(1, "features", (0,)),
+        ablation.Removal(1, "matched", ()),
+        ablation.Removal(20, "features", every),
+    ]
     effects = ablation.measure(world.store, world.crosscoder, world.models, targets, removals, batch_size=5)
     world.crosscoder.b_enc[0] = 0
     assert len(effects) == len(targets) * 2 * 5
@@ -174,7 +217,9 @@ def test_measured_effects(world):
     upto = rows[(rows <= target["row"]) & world.store.kept[rows]]
     keys = {"model": "distilled", "removed": "features", "row": target["row"], "category": target["category"]}
     mine = everything[(everything[list(keys)] == pd.Series(keys)).all(axis=1)].iloc[0]
-    assert mine["norm"] == pytest.approx(vectors[upto].norm(dim=1).mean().item() / world.store.mean_norms["distilled"], rel=1e-4)
+    assert mine["norm"] == pytest.approx(
+        vectors[upto].norm(dim=1).mean().item() / world.store.mean_norms["distilled"], rel=1e-4
+    )
     model, tokens = world.plain["distilled"], torch.from_numpy(world.store.tokens[rows])[None]
     edit = torch.where(torch.from_numpy(world.store.kept[rows])[:, None], vectors[rows], 0.0)
     before = model(tokens).logits[0, target["row"] - rows[0], target["token"]]
@@ -204,8 +249,19 @@ def test_missing_and_stale_artefacts_name_the_notebook_that_makes_them(tmp_path)
 
 
 def test_summary_by_hand():
-    effects = pd.DataFrame({"category": "reflection", "document": [1, 1, 2], "row": [0, 1, 2], "model": "base", "k": 1.0,
-                            "removed": "features", "logit": [-1.0, -3.0, -2.0], "log_probability": -0.5, "norm": [0.1, 0.3, 0.2]})
+    effects = pd.DataFrame(
+        {
+            "category": "reflection",
+            "document": [1, 1, 2],
+            "row": [0, 1, 2],
+            "model": "base",
+            "k": 1.0,
+            "removed": "features",
+            "logit": [-1.0, -3.0, -2.0],
+            "log_probability": -0.5,
+            "norm": [0.1, 0.3, 0.2],
+        }
+    )
     row = ablation.summarise(effects).iloc[0]
     assert (row["logit"], row["log_probability"], row["n"], row["documents"]) == (-2.0, -0.5, 3, 2)
     assert row["per_norm"] == pytest.approx(-10.0)
@@ -215,9 +271,14 @@ def test_summary_by_hand():
 
 def test_difference_is_paired():
     always = {"category": "reflection", "k": 20.0, "removed": "features"}
-    rows = [{**always, "document": d, "row": d, "model": model, "logit": -1.0 * d - extra}
-            for d in range(6) for model, extra in (("base", 0), ("distilled", 1))]
-    found = ablation.difference(pd.DataFrame(rows), 20.0, ("distilled", "features"), ("base", "features")).iloc[0]
+    rows = [
+        {**always, "document": d, "row": d, "model": model, "logit": -1.0 * d - extra}
+        for d in range(6)
+        for model, extra in (("base", 0), ("distilled", 1))
+    ]
+    found = ablation.difference(
+        pd.DataFrame(rows), 20.0, ("distilled", "features"), ("base", "features")
+    ).iloc[0]
     assert (found["difference"], found["low"], found["high"], found["n"]) == (-1, -1, -1, 6)
 
 

@@ -17,7 +17,9 @@ CONFIG = TrainConfig(n_features=40, k=3, tokens=12_000, batch_size=128, rate=3e-
 
 
 def three(lengths) -> CrossCoder:
-    """A crosscoder of three models of widths 2, 2, 3 whose rows point along the first axis, of the given lengths [F, 3]."""
+    """A crosscoder of three models of widths 2, 2, 3 whose rows point along the first axis, of the given
+    lengths [F, 3].
+    """
     lengths = torch.tensor(lengths)
     crosscoder = CrossCoder((2, 2, 3), len(lengths), ("base", "style", "distilled"), k=1)
     with torch.no_grad():
@@ -27,27 +29,45 @@ def three(lengths) -> CrossCoder:
     return crosscoder
 
 
-CASES = [([1, 1, 1], "in all"), ([0, 1, 1], "came with style"), ([0.1, 0.2, 2], "came with function"), ([3, 0, 0], "lost with style"),
-         ([2, 2, 0.3], "lost with function"), ([0, 1, 0.1], "in style alone"), ([1, 0.2, 1], "in all but style"), ([0, 0, 0], "in none")]
+CASES = [
+    ([1, 1, 1], "in all"),
+    ([0, 1, 1], "came with style"),
+    ([0.1, 0.2, 2], "came with function"),
+    ([3, 0, 0], "lost with style"),
+    ([2, 2, 0.3], "lost with function"),
+    ([0, 1, 0.1], "in style alone"),
+    ([1, 0.2, 1], "in all but style"),
+    ([0, 0, 0], "in none"),
+]
 
 
 def test_origins_by_hand():
     frame = origins(three([lengths for lengths, _ in CASES]))
     assert list(frame.origin) == [origin for _, origin in CASES]
-    assert frame.share_base[4] == pytest.approx(2 / 4.3) and frame.share_distilled[2] == pytest.approx(2 / 2.3)
+    assert frame.share_base[4] == pytest.approx(2 / 4.3) and frame.share_distilled[2] == pytest.approx(
+        2 / 2.3
+    )
     assert frame.iloc[7][["share_base", "share_style", "share_distilled"]].isna().all()
     assert not frame.uses_style[2] and frame.uses_style[1] and not frame.uses_base[7]
     # 0.2 of 2.2 and 0.3 of 4.3 lie above a threshold of 0.05
-    assert list(origins(three([lengths for lengths, _ in CASES]), threshold=0.05).origin[[4, 6]]) == ["in all", "in all"]
+    assert list(origins(three([lengths for lengths, _ in CASES]), threshold=0.05).origin[[4, 6]]) == [
+        "in all",
+        "in all",
+    ]
     # in the reverse order what was lost has come
-    assert list(origins(three([[2, 2, 0], [3, 0, 0]]), ("distilled", "style", "base")).origin) == ["came with style", "came with function"]
+    assert list(origins(three([[2, 2, 0], [3, 0, 0]]), ("distilled", "style", "base")).origin) == [
+        "came with style",
+        "came with function",
+    ]
 
 
 def test_origins_take_the_norm_they_are_told():
     crosscoder = three([[1, 1, 1]])
     with torch.no_grad():
         crosscoder.W_dec[0, :2] = torch.tensor([3.0, 4.0])
-    assert origins(crosscoder, p=1).share_base[0] == pytest.approx(7 / 9) and origins(crosscoder, p=2).share_base[0] == pytest.approx(5 / 7)
+    assert origins(crosscoder, p=1).share_base[0] == pytest.approx(7 / 9) and origins(
+        crosscoder, p=2
+    ).share_base[0] == pytest.approx(5 / 7)
 
 
 def test_errors_of_origins():
@@ -65,7 +85,8 @@ def test_the_figure_places_every_used_feature_once():
     assert isinstance(fig, go.Figure)
     drawn = {trace.name: trace for trace in fig.data}
     assert sum(len(trace.a) for trace in fig.data) == len(CASES)  # all but the one in none
-    assert list(drawn["in all (2)"].text) == [0, 8] and drawn["in all (2)"].a[1] == 0.25  # a corner on the left: style
+    # a corner on the left: style
+    assert list(drawn["in all (2)"].text) == [0, 8] and drawn["in all (2)"].a[1] == 0.25
     assert (fig.layout.ternary.baxis.title.text, fig.layout.ternary.aaxis.title.text) == ("base", "style")
     assert drawn["lost with style (1)"].b[0] == 1
 
@@ -80,10 +101,15 @@ def test_kinds_are_compared_at_what_they_reached(tmp_path):
     assert row.l0 == pytest.approx(frequency.sum()) and row.l0_low < row.l0 < row.l0_high
     assert row.dead == pytest.approx((frequency == 0).mean())
     nrn = np.array([n for n, f in zip(crosscoder.nrn().tolist(), frequency) if f > 0])
-    assert row.nrn_mean == pytest.approx(sum(nrn) / len(nrn)) and row.nrn_over_0_7 == pytest.approx(sum(n > 0.7 for n in nrn) / len(nrn))
+    assert row.nrn_mean == pytest.approx(sum(nrn) / len(nrn)) and row.nrn_over_0_7 == pytest.approx(
+        sum(n > 0.7 for n in nrn) / len(nrn)
+    )
     assert row.nrn_under_0_3 == pytest.approx(sum(n < 0.3 for n in nrn) / len(nrn))
     ordered, mean = np.sort(nrn), sum(nrn) / len(nrn)
-    assert ordered[(len(nrn) - 1) // 2] <= row.nrn_q50 <= ordered[len(nrn) // 2] and ordered[0] < row.nrn_q05 < row.nrn_q95 < ordered[-1]
+    assert (
+        ordered[(len(nrn) - 1) // 2] <= row.nrn_q50 <= ordered[len(nrn) // 2]
+        and ordered[0] < row.nrn_q05 < row.nrn_q95 < ordered[-1]
+    )
     assert row.nrn_sd == pytest.approx((sum((nrn - mean) ** 2) / (len(nrn) - 1)) ** 0.5)
     assert row.dedicated_base == row.used_distilled == 0
     assert own.dedicated_base == own.dedicated_distilled == 8 and 0 < own.used_distilled <= 8
@@ -91,7 +117,12 @@ def test_kinds_are_compared_at_what_they_reached(tmp_path):
 
 
 def test_unlike_widths_have_no_cosine(tmp_path):
-    table = compare(gaussian(widths=(5, 7)), {"a": TrainConfig(n_features=16, k=4, tokens=1000, batch_size=64)}, tmp_path, n_boot=20)
+    table = compare(
+        gaussian(widths=(5, 7)),
+        {"a": TrainConfig(n_features=16, k=4, tokens=1000, batch_size=64)},
+        tmp_path,
+        n_boot=20,
+    )
     assert np.isnan(table.cosine_median["a"]) and np.isfinite(table.nrn_mean["a"])
 
 
@@ -105,13 +136,17 @@ def test_lambda_is_found_between_two_tries(tmp_path, monkeypatch):
         return config.l1
 
     monkeypatch.setattr(architectures, "train", trained)
-    monkeypatch.setattr(architectures, "firing_frequency", lambda lam, store, split: np.full(10, lam**-0.7 / (1 + 0.1 * lam)))
+    monkeypatch.setattr(
+        architectures, "firing_frequency", lambda lam, store, split: np.full(10, lam**-0.7 / (1 + 0.1 * lam))
+    )
     found, tries = match_l1(None, 4, TrainConfig(n_features=40, k=4, l1=0.5), tmp_path, tokens=500)
     assert 10 * found**-0.7 / (1 + 0.1 * found) == pytest.approx(4, rel=0.05)
     assert list(tries.l1) == tried and tried[:2] == [0.5, 2.0] and len(tried) <= 5
     up, _ = match_l1(None, 30, TrainConfig(n_features=40, k=4, l1=8.0), tmp_path, tokens=500)
     assert 10 * up**-0.7 / (1 + 0.1 * up) == pytest.approx(30, rel=0.05)
-    nearest, tries = match_l1(None, 4, TrainConfig(n_features=40, k=4, l1=0.5), tmp_path, tokens=500, tolerance=1e-9, most=3)
+    nearest, tries = match_l1(
+        None, 4, TrainConfig(n_features=40, k=4, l1=0.5), tmp_path, tokens=500, tolerance=1e-9, most=3
+    )
     assert len(tries) == 3 and nearest == tries.l1[(tries.l0 - 4).abs().idxmin()]
 
 

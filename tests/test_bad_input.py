@@ -1,6 +1,8 @@
-"""Bad input, and what is said of it: each case must give one clear sentence, and lose nothing. ``make faults`` counts them.
+"""Bad input, and what is said of it: each case must give one clear sentence, and lose nothing. ``make
+faults`` counts them.
 
-A case is a line of a table: what is done, and words that the sentence must hold. What was there before is compared byte by byte.
+A case is a line of a table: what is done, and words that the sentence must hold. What was there before is
+compared byte by byte.
 """
 
 import gzip
@@ -45,27 +47,41 @@ settings.load_profile("same examples every time")
 
 def state_of(folder: Path) -> dict[str, str]:
     """Checksums of all files below a folder."""
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*"))
-            if p.is_file() and p.suffix != ".lock"}
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.suffix != ".lock"
+    }
 
 
 def sentence_of(error: UserError) -> str:
-    """The message, after it was looked at: something a person can read, with no traceback and of bearable length."""
+    """The message, after it was looked at: something a person can read, with no traceback and of bearable
+    length.
+    """
     text = str(error)
     assert 15 < len(text) < 700 and "Traceback" not in text and "object at 0x" not in text, text[:800]
     assert re.search(r"[a-z]{2,} [a-z]{2,}", text), f"no sentence: {text}"
     return text
 
 
-# --- the command line: parameters, names, files ------------------------------------------------------------------
+# --- the command line: parameters, names, files -------------------------------------------------------------
 
 COMMANDS = {
     "a parameter that no notebook has": (["--only", "03", "-p", "nope", "1"], "has no parameter 'nope'"),
-    "text where a number belongs": (["--only", "03", "-p", "feature", "abc"], "feature of 03_inspect_features is 'abc'"),
-    "a number with a point for a whole one": (["--only", "02", "-p", "k", "2.5"], "k of 02_train_crosscoder is 2.5"),
+    "text where a number belongs": (
+        ["--only", "03", "-p", "feature", "abc"],
+        "feature of 03_inspect_features is 'abc'",
+    ),
+    "a number with a point for a whole one": (
+        ["--only", "02", "-p", "k", "2.5"],
+        "k of 02_train_crosscoder is 2.5",
+    ),
     "true for a number": (["--only", "02", "-p", "k", "True"], "k of 02_train_crosscoder is True"),
     "a list for a number": (["--only", "02", "-p", "tokens", "[1, 2]"], "tokens of 02_train_crosscoder"),
-    "a list of the wrong things": (["--only", "04", "-p", "strengths", "['a']"], "strengths of 04_ablate_and_steer"),
+    "a list of the wrong things": (
+        ["--only", "04", "-p", "strengths", "['a']"],
+        "strengths of 04_ablate_and_steer",
+    ),
     "a parameter for several notebooks": (["--only", "02", "03", "-p", "k", "4"], "one notebook"),
     "a pair that is not there": (["--pair", "nope"], "unknown pair 'nope'"),
     "a pair whose name is a path": (["--pair", "../tiny"], "unknown pair '../tiny'"),
@@ -89,14 +105,34 @@ def test_the_driver_refuses_before_anything_runs(name, capsys):
 
 
 OTHER_COMMANDS = {
-    "a part of the study that is not there": (lambda: study.main(["--only", "nope"]), 1, "unknown part 'nope'"),
+    "a part of the study that is not there": (
+        lambda: study.main(["--only", "nope"]),
+        1,
+        "unknown part 'nope'",
+    ),
     "the study of a pair that is not there": (lambda: study.main(["--pair", "nope"]), 1, "unknown pair"),
     "robustness without its files": (lambda: robustness.main(["texts"]), 1, "needs --traces and --general"),
-    "states that were not kept": (lambda: robustness.main(["training", "--pair", "tiny", "--states", "README.md"]), 1, "not a state"),
-    "the explorer of a run that is not there": (lambda: explorer.main(["--profile", "nope"]), 2, "run notebook 03"),
-    "the explorer of a run whose name is a path": (lambda: explorer.main(["--profile", "../x"]), 2, "plain name"),
+    "states that were not kept": (
+        lambda: robustness.main(["training", "--pair", "tiny", "--states", "README.md"]),
+        1,
+        "not a state",
+    ),
+    "the explorer of a run that is not there": (
+        lambda: explorer.main(["--profile", "nope"]),
+        2,
+        "run notebook 03",
+    ),
+    "the explorer of a run whose name is a path": (
+        lambda: explorer.main(["--profile", "../x"]),
+        2,
+        "plain name",
+    ),
     "a report over somebody's folder": (lambda: report.main(["--out", str(ROOT / "lib")]), 2, "not a report"),
-    "a file of labels that is not there": (lambda: agreement.main(["sentences", "nowhere.csv"]), 2, "the file sentences does not exist"),
+    "a file of labels that is not there": (
+        lambda: agreement.main(["sentences", "nowhere.csv"]),
+        2,
+        "the file sentences does not exist",
+    ),
 }
 
 
@@ -108,9 +144,13 @@ def test_other_commands_say_what_is_wrong(name, capsys):
     assert words in said and "Traceback" not in said
 
 
-# --- registries of pairs -----------------------------------------------------------------------------------------
+# --- registries of pairs ------------------------------------------------------------------------------------
 
-FINE = {"base": "data/pairs/tiny/base", "distilled": "data/pairs/tiny/distilled", "tokenizer": "data/pairs/tiny/tokenizer"}
+FINE = {
+    "base": "data/pairs/tiny/base",
+    "distilled": "data/pairs/tiny/distilled",
+    "tokenizer": "data/pairs/tiny/tokenizer",
+}
 REGISTRIES = {
     "an empty file": (b"", "holds no pairs"),
     "a list": (b"- mine\n", "holds no pairs"),
@@ -118,31 +158,79 @@ REGISTRIES = {
     "a tab": (b"mine:\n\tbase: x\n", "not valid YAML"),
     "a quote that is not closed": (b'mine: {base: "x}', "not valid YAML"),
     "bytes that are no text": (b"\xff\xfe\x00mine: 1", "not UTF-8"),
-    "an object that python would build": (b"mine: !!python/object/apply:os.system ['true']", "not valid YAML"),
-    "a pair that stands there twice": (b"mine: {base: a/b, distilled: a/c}\nmine: {base: a/d, distilled: a/c}\n", "'mine' stands there twice"),
-    "a key that stands there twice": (b"mine: {base: a/b, base: a/d, distilled: a/c}\n", "'base' stands there twice"),
+    "an object that python would build": (
+        b"mine: !!python/object/apply:os.system ['true']",
+        "not valid YAML",
+    ),
+    "a pair that stands there twice": (
+        b"mine: {base: a/b, distilled: a/c}\nmine: {base: a/d, distilled: a/c}\n",
+        "'mine' stands there twice",
+    ),
+    "a key that stands there twice": (
+        b"mine: {base: a/b, base: a/d, distilled: a/c}\n",
+        "'base' stands there twice",
+    ),
     "an anchor that is not there": (b"mine: *other\n", "not valid YAML"),
     "a base that is empty": (b"mine: {base: , distilled: a/b}\n", "base of pair 'mine'"),
     "like a list": (b"mine: {like: [q]}\n", "which must be an entry"),
-    "ids that are one word": (b"mine: {base: a/b, distilled: a/c, differing_ids: abc}\n", "differing_ids of pair 'mine'"),
-    "a corpus whose path is a number": (b"mine: {base: a/b, distilled: a/c, corpus: [{path: 3, kind: trace}]}\n", "corpus of pair 'mine'"),
+    "ids that are one word": (
+        b"mine: {base: a/b, distilled: a/c, differing_ids: abc}\n",
+        "differing_ids of pair 'mine'",
+    ),
+    "a corpus whose path is a number": (
+        b"mine: {base: a/b, distilled: a/c, corpus: [{path: 3, kind: trace}]}\n",
+        "corpus of pair 'mine'",
+    ),
     "an entry that is a word": (yaml.safe_dump({"mine": "tiny"}).encode(), "pair 'mine'"),
     "an entry that is a list": (yaml.safe_dump({"mine": ["base"]}).encode(), "pair 'mine'"),
     "an entry that is empty": (b"mine:\n", "pair 'mine'"),
-    "an unknown key": (yaml.safe_dump({"mine": {**FINE, "temperature": 1}}).encode(), "unknown key 'temperature'"),
+    "an unknown key": (
+        yaml.safe_dump({"mine": {**FINE, "temperature": 1}}).encode(),
+        "unknown key 'temperature'",
+    ),
     "no base": (yaml.safe_dump({"mine": {"distilled": "x"}}).encode(), "lacks base"),
-    "a precision that is none": (yaml.safe_dump({"mine": {**FINE, "dtype": "float8"}}).encode(), "dtype of pair 'mine'"),
+    "a precision that is none": (
+        yaml.safe_dump({"mine": {**FINE, "dtype": "float8"}}).encode(),
+        "dtype of pair 'mine'",
+    ),
     "a layer below zero": (yaml.safe_dump({"mine": {**FINE, "layer": -3}}).encode(), "layer of pair 'mine'"),
-    "a layer in words": (yaml.safe_dump({"mine": {**FINE, "layer": "middle"}}).encode(), "layer of pair 'mine'"),
-    "a dictionary of nothing": (yaml.safe_dump({"mine": {**FINE, "dictionary": 0}}).encode(), "dictionary of pair 'mine'"),
-    "tokens in words": (yaml.safe_dump({"mine": {**FINE, "tokens": "many"}}).encode(), "tokens of pair 'mine'"),
-    "a corpus that is a word": (yaml.safe_dump({"mine": {**FINE, "corpus": "web"}}).encode(), "corpus of pair 'mine'"),
-    "a corpus of an unknown kind": (yaml.safe_dump({"mine": {**FINE, "corpus": [{"path": "a.txt", "kind": "poem"}]}}).encode(), "corpus of pair 'mine'"),
-    "remote on another planet": (yaml.safe_dump({"mine": {**FINE, "remote": "mars"}}).encode(), "remote of pair 'mine'"),
+    "a layer in words": (
+        yaml.safe_dump({"mine": {**FINE, "layer": "middle"}}).encode(),
+        "layer of pair 'mine'",
+    ),
+    "a dictionary of nothing": (
+        yaml.safe_dump({"mine": {**FINE, "dictionary": 0}}).encode(),
+        "dictionary of pair 'mine'",
+    ),
+    "tokens in words": (
+        yaml.safe_dump({"mine": {**FINE, "tokens": "many"}}).encode(),
+        "tokens of pair 'mine'",
+    ),
+    "a corpus that is a word": (
+        yaml.safe_dump({"mine": {**FINE, "corpus": "web"}}).encode(),
+        "corpus of pair 'mine'",
+    ),
+    "a corpus of an unknown kind": (
+        yaml.safe_dump({"mine": {**FINE, "corpus": [{"path": "a.txt", "kind": "poem"}]}}).encode(),
+        "corpus of pair 'mine'",
+    ),
+    "remote on another planet": (
+        yaml.safe_dump({"mine": {**FINE, "remote": "mars"}}).encode(),
+        "remote of pair 'mine'",
+    ),
     "like a pair that is not there": (yaml.safe_dump({"mine": {"like": "nobody"}}).encode(), "like 'nobody'"),
-    "others that are a list": (yaml.safe_dump({"mine": {**FINE, "others": ["a"]}}).encode(), "others of pair 'mine'"),
-    "ids that are a number": (yaml.safe_dump({"mine": {**FINE, "differing_ids": 7}}).encode(), "differing_ids of pair 'mine'"),
-    "ids that are words": (yaml.safe_dump({"mine": {**FINE, "differing_ids": ["a"]}}).encode(), "differing_ids of pair 'mine'"),
+    "others that are a list": (
+        yaml.safe_dump({"mine": {**FINE, "others": ["a"]}}).encode(),
+        "others of pair 'mine'",
+    ),
+    "ids that are a number": (
+        yaml.safe_dump({"mine": {**FINE, "differing_ids": 7}}).encode(),
+        "differing_ids of pair 'mine'",
+    ),
+    "ids that are words": (
+        yaml.safe_dump({"mine": {**FINE, "differing_ids": ["a"]}}).encode(),
+        "differing_ids of pair 'mine'",
+    ),
 }
 
 
@@ -156,14 +244,22 @@ def test_a_registry_is_read_or_refused(name, tmp_path):
     assert state_of(tmp_path) == {"pairs.yaml": hashlib.sha256(content).hexdigest()}
 
 
-# --- text --------------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------------------
 
 TEXTS = {
     "bytes that are no text": ("a.txt", b"\x89PNG\r\n\x1a\n\xff\xff", "not UTF-8"),
     "zeros": ("a.txt", b"\0" * 5000, "is not text"),
-    "a gzip file with damage inside": ("a.txt.gz", gzip.compress(b"a b c" * 50)[:10] + b"\xff" * 60, "not a whole gzip file"),
+    "a gzip file with damage inside": (
+        "a.txt.gz",
+        gzip.compress(b"a b c" * 50)[:10] + b"\xff" * 60,
+        "not a whole gzip file",
+    ),
     "turns that are words": ("a.jsonl", b'{"conversations": ["hello"]}\n', "line 1 of a.jsonl"),
-    "turns that are numbers": ("a.jsonl", b'{"conversations": [{"from": "user", "value": 3}]}\n', "line 1 of a.jsonl"),
+    "turns that are numbers": (
+        "a.jsonl",
+        b'{"conversations": [{"from": "user", "value": 3}]}\n',
+        "line 1 of a.jsonl",
+    ),
     "latin-1": ("a.txt", "café\n".encode("latin-1"), "not UTF-8"),
     "a gzip file that breaks off": ("a.txt.gz", gzip.compress(b"text " * 500)[:40], "not a whole gzip file"),
     "text that is called gzip": ("a.jsonl.gz", b'{"text": "a"}\n', "not a whole gzip file"),
@@ -172,7 +268,11 @@ TEXTS = {
     "a line without text": ("a.jsonl", b'{"words": "a"}\n', "line 1 of a.jsonl"),
     "text that is a number": ("a.jsonl", b'{"text": 5}\n', "line 1 of a.jsonl"),
     "a trace without an answer": ("a.jsonl", b'{"question": "a", "thinking": "b"}\n', "line 1 of a.jsonl"),
-    "a conversation without a thought": ("a.jsonl", b'{"conversations": [{"from": "user", "value": "a"}]}\n', "line 1 of a.jsonl"),
+    "a conversation without a thought": (
+        "a.jsonl",
+        b'{"conversations": [{"from": "user", "value": "a"}]}\n',
+        "line 1 of a.jsonl",
+    ),
 }
 
 
@@ -208,7 +308,11 @@ def corpus_of(pair, folder, content: bytes):
 
 def test_a_corpus_without_text_is_refused(pair, tmp_path):
     with pytest.raises(UserError) as error:
-        harvest(corpus_of(pair, tmp_path, b"\n\n"), build(corpus_of(pair, tmp_path, b"\n\n"), 500), tmp_path / "store")
+        harvest(
+            corpus_of(pair, tmp_path, b"\n\n"),
+            build(corpus_of(pair, tmp_path, b"\n\n"), 500),
+            tmp_path / "store",
+        )
     assert "text" in sentence_of(error.value) or "documents" in str(error.value)
     assert not (tmp_path / "store" / "manifest.json").exists()
 
@@ -218,7 +322,9 @@ def test_one_line_of_two_million_characters_becomes_windows(pair, tmp_path):
     (line,) = read_items(tmp_path / "text.txt")
     assert len(line) >= 2_000_000
     documents = [d for _, d in zip(range(20), build(mine, 2000, max_length=128))]
-    assert sum(len(d.tokens) for d in documents) >= 2000 * 0.9 and max(len(d.tokens) for d in documents) <= 128
+    assert (
+        sum(len(d.tokens) for d in documents) >= 2000 * 0.9 and max(len(d.tokens) for d in documents) <= 128
+    )
 
 
 def test_a_beginning_written_out_in_a_text_is_no_beginning(pair, tmp_path):
@@ -237,7 +343,7 @@ def test_a_corpus_that_is_not_there(pair):
         assert "nowhere" in sentence_of(error.value)
 
 
-# --- models, vocabularies, layers --------------------------------------------------------------------------------
+# --- models, vocabularies, layers ---------------------------------------------------------------------------
 
 
 def test_weights_that_are_pickles_are_refused(tmp_path):
@@ -272,7 +378,9 @@ def test_a_safetensors_file_that_breaks_off(tmp_path):
     assert "base" in sentence_of(error.value)
 
 
-@pytest.mark.parametrize("wrong, words", (({"a": torch.zeros(2)}, "crosscoder"), ({"W_enc": torch.zeros(2, 3)}, "W_enc")))
+@pytest.mark.parametrize(
+    "wrong, words", (({"a": torch.zeros(2)}, "crosscoder"), ({"W_enc": torch.zeros(2, 3)}, "W_enc"))
+)
 def test_tensors_that_are_no_crosscoder(tmp_path, wrong, words):
     save_file(wrong, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
@@ -298,7 +406,7 @@ def test_vocabularies_that_differ_are_refused_with_an_example(tokenizer):
     assert "id 0 is" in sentence_of(error.value)
 
 
-# --- activations, training, features -------------------------------------------------------------------------------
+# --- activations, training, features ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), 1e6))
@@ -308,7 +416,12 @@ def test_activations_that_are_not_finite_are_not_stored(tmp_path, value):
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(value)
     with pytest.raises(UserError) as error:
-        harvest(pair, build(pair, 300), tmp_path / "store", models={"base": model, "distilled": pair.load("distilled")})
+        harvest(
+            pair,
+            build(pair, 300),
+            tmp_path / "store",
+            models={"base": model, "distilled": pair.load("distilled")},
+        )
     assert "base" in sentence_of(error.value) and not (tmp_path / "store" / "manifest.json").exists()
 
 
@@ -387,10 +500,12 @@ def test_a_store_without_a_split(store, tmp_path):
     assert "holidays" in sentence_of(error.value)
 
 
-# --- paths that leave their folder ---------------------------------------------------------------------------------
+# --- paths that leave their folder --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ("../x", "/etc", "a/b", "a\\b", "", ".", "..", ".hidden", "a b", "a\nb", 7, None))
+@pytest.mark.parametrize(
+    "name", ("../x", "/etc", "a/b", "a\\b", "", ".", "..", ".hidden", "a b", "a\nb", 7, None)
+)
 def test_names_of_runs_stay_in_their_folder(name, tmp_path):
     for make in (lambda: Run("tiny", name, tmp_path), lambda: Run(name, "default", tmp_path)):
         with pytest.raises(UserError) as error:
@@ -426,23 +541,33 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path, place):
     sentence_of(error.value)
 
 
-# --- the endpoint that names features ------------------------------------------------------------------------------
+# --- the endpoint that names features -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("url", ("nonsense", "ftp://host/v1", "http://", "localhost:8000", "http://127.0.0.1:1/v1"))
+@pytest.mark.parametrize(
+    "url", ("nonsense", "ftp://host/v1", "http://", "localhost:8000", "http://127.0.0.1:1/v1")
+)
 def test_an_endpoint_that_is_none(url, monkeypatch, tmp_path):
     monkeypatch.setenv("LABEL_URL", url)
     monkeypatch.setenv("LABEL_MODEL", "m")
     monkeypatch.setattr(labelling.time, "sleep", lambda seconds: None)
-    texts = pd.DataFrame({"feature": [1], "rank": [1], "context": ["a «b» c"], "text": ["a «b» c"], "activation": [1.0]})
+    texts = pd.DataFrame(
+        {"feature": [1], "rank": [1], "context": ["a «b» c"], "text": ["a «b» c"], "activation": [1.0]}
+    )
     with pytest.raises(UserError) as error:
         labelling.label_features(texts, [1], tmp_path, labelling.endpoint_from_environment())
     assert url.removeprefix("http://")[:9] in sentence_of(error.value)
 
 
-# --- texts that would be more than text ----------------------------------------------------------------------------
+# --- texts that would be more than text ---------------------------------------------------------------------
 
-HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</div><iframe src=javascript:alert(1)>", "&lt;script&gt;", "<svg/onload=alert(1)>")
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</div><iframe src=javascript:alert(1)>",
+    "&lt;script&gt;",
+    "<svg/onload=alert(1)>",
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -451,7 +576,9 @@ def test_words_are_shown_and_not_interpreted(words):
     shown = figures.shaded_tokens(words, np.ones(len(words)), label=words[0]).data
     inside = re.sub(r'<(/?)(div|span|b)( (style|title)="[^"<>]*")*>', "", shown)
     assert "<" not in inside and all(html.escape(word) in shown for word in words)
-    lines = figures.labelled_lines([(words[0] if words[0] in figures.COLOURS else "reflection", words, False)]).data
+    lines = figures.labelled_lines(
+        [(words[0] if words[0] in figures.COLOURS else "reflection", words, False)]
+    ).data
     assert "<script" not in lines and "<img" not in lines and "<iframe" not in lines
 
 
@@ -464,16 +591,38 @@ def test_contexts_and_explorer_escape_words_and_labels(store):
     coded: Coded = codes(crosscoder, store, "report")
     feature = int(np.asarray((coded.codes > 0).sum(axis=0)).argmax())
     row = int(coded.rows[coded.codes[:, [feature]].toarray().ravel().argmax()])
-    contexts = pd.DataFrame([{"feature": feature, "rank": 1, "row": row, "activation": 1.0, "label": HOSTILE[0]}])
-    table = pd.DataFrame({"feature": range(8), "alive": True, "nrn": 0.5, "frequency": 0.1, "label": HOSTILE[1], "top_token": HOSTILE[2]})
+    contexts = pd.DataFrame(
+        [{"feature": feature, "rank": 1, "row": row, "activation": 1.0, "label": HOSTILE[0]}]
+    )
+    table = pd.DataFrame(
+        {
+            "feature": range(8),
+            "alive": True,
+            "nrn": 0.5,
+            "frequency": 0.1,
+            "label": HOSTILE[1],
+            "top_token": HOSTILE[2],
+        }
+    )
     columns = Columns.build(coded, store.path.parent / "columns", "bad input")
-    shown = [contexts_html(store, coded, Tokenizer(), contexts, feature).data,
-             explorer.Explorer(crosscoder, store, table, columns, Tokenizer(), named=pd.DataFrame([{"feature": feature, "label": HOSTILE[4]}])).view(feature)[1].data]
+    shown = [
+        contexts_html(store, coded, Tokenizer(), contexts, feature).data,
+        explorer.Explorer(
+            crosscoder,
+            store,
+            table,
+            columns,
+            Tokenizer(),
+            named=pd.DataFrame([{"feature": feature, "label": HOSTILE[4]}]),
+        )
+        .view(feature)[1]
+        .data,
+    ]
     for text in shown:
         assert "<script" not in text and "<img" not in text and "<iframe" not in text and "<svg" not in text
 
 
-# --- results -------------------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", ("", "{", "[]", '{"metrics": 3}', '{"metrics": {"a": {"value": 1}}}'))
@@ -482,7 +631,9 @@ def test_results_that_cannot_be_compared(content, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "02.json").write_text(content)
     fine = {"metrics": {"a": {"value": 1.0, "ci": None, "n": 1}}, "tables": {}}
-    monkeypatch.setattr(check, "committed", lambda path: json.dumps(fine) if path.endswith("02.json") else None)
+    monkeypatch.setattr(
+        check, "committed", lambda path: json.dumps(fine) if path.endswith("02.json") else None
+    )
     with pytest.raises(UserError) as error:
         check.check_folder(tmp_path)
     assert "02.json" in sentence_of(error.value)
@@ -493,12 +644,16 @@ def test_training_on_a_store_that_was_changed_loses_nothing(store, tmp_path):
     train(store, config, tmp_path / "crosscoder")
     before = state_of(tmp_path)
     with pytest.raises(UserError) as error:
-        train(Edited(store, lambda acts: torch.full_like(acts, float("nan"))), TrainConfig(n_features=0, k=4, tokens=600), tmp_path / "crosscoder")
+        train(
+            Edited(store, lambda acts: torch.full_like(acts, float("nan"))),
+            TrainConfig(n_features=0, k=4, tokens=600),
+            tmp_path / "crosscoder",
+        )
     sentence_of(error.value)
     assert state_of(tmp_path) == before
 
 
-# --- one line a case: what is wrong, what is called, words of the sentence -----------------------------------------
+# --- one line a case: what is wrong, what is called, words of the sentence ----------------------------------
 
 
 def _damaged(name, change):
@@ -533,18 +688,42 @@ def _profile(text):
 
 
 LINES = {
-    "a crosscoder that breaks off": (_damaged("crosscoder.safetensors", lambda b: b[:-50]), "is damaged: remove it"),
-    "a crosscoder with a configuration that breaks off": (_damaged("config.json", lambda b: b[:10]), "is damaged: remove it"),
-    "a crosscoder of other shapes": (_damaged("config.json", lambda b: b.replace(b"8", b"9")), "is damaged: remove it"),
+    "a crosscoder that breaks off": (
+        _damaged("crosscoder.safetensors", lambda b: b[:-50]),
+        "is damaged: remove it",
+    ),
+    "a crosscoder with a configuration that breaks off": (
+        _damaged("config.json", lambda b: b[:10]),
+        "is damaged: remove it",
+    ),
+    "a crosscoder of other shapes": (
+        _damaged("config.json", lambda b: b.replace(b"8", b"9")),
+        "is damaged: remove it",
+    ),
     "a model that breaks off": (_cut_model, "model 'base' of pair 'p' cannot be loaded"),
     "a model whose activations are all zero": (_zeros, "all activations of base are zero"),
-    "a text beyond the context": (lambda _: Reader(toy_model(16, 0), build_tokenizer()).read([[3] * 600]), "600 tokens, and this model's context is 512"),
+    "a text beyond the context": (
+        lambda _: Reader(toy_model(16, 0), build_tokenizer()).read([[3] * 600]),
+        "600 tokens, and this model's context is 512",
+    ),
     "a profile that is a list": (_profile("- 1\n"), "holds a list"),
-    "a profile with a word for parameters": (_profile("01_harvest_activations: fast\n"), "must be a mapping of name: value"),
+    "a profile with a word for parameters": (
+        _profile("01_harvest_activations: fast\n"),
+        "must be a mapping of name: value",
+    ),
     "a profile of another notebook": (_profile("09_more: {k: 3}\n"), "names 09_more"),
-    "a rate that is no number": (lambda _: TrainConfig(rate=float("nan")), "rate is nan: it must be a number"),
-    "a batch of half a token": (lambda _: TrainConfig(batch_size=2.5), "batch_size is 2.5: it must be an integer"),
-    "two models of one name": (lambda _: CrossCoder((4, 4), 8, ("a", "a"), k=2), "one distinct name per model"),
+    "a rate that is no number": (
+        lambda _: TrainConfig(rate=float("nan")),
+        "rate is nan: it must be a number",
+    ),
+    "a batch of half a token": (
+        lambda _: TrainConfig(batch_size=2.5),
+        "batch_size is 2.5: it must be an integer",
+    ),
+    "two models of one name": (
+        lambda _: CrossCoder((4, 4), 8, ("a", "a"), k=2),
+        "one distinct name per model",
+    ),
 }
 
 
@@ -558,7 +737,9 @@ def test_one_clear_sentence(name, tmp_path):
 
 @pytest.mark.parametrize("main", [writing.main, appraisal.main])
 def test_commands_on_a_pair_that_is_not_there(main, tmp_path, capsys):
-    assert main([str(tmp_path / "nobody")] if main is appraisal.main else ["nobody", str(tmp_path / "out")]) == 2
+    assert (
+        main([str(tmp_path / "nobody")] if main is appraisal.main else ["nobody", str(tmp_path / "out")]) == 2
+    )
     said = capsys.readouterr().err
     assert "unknown pair 'nobody'" in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
 
@@ -570,11 +751,20 @@ def test_a_registry_that_is_not_there(monkeypatch):
     assert "/nowhere/pairs.yaml does not exist: give a YAML file" in sentence_of(error.value)
 
 
-ANYTHING = st.recursive(st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5),
-                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True, database=None)
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+    database=None,
+)
 @given(st.dictionaries(st.sampled_from([*sorted(_KEYS), "what"]), ANYTHING, max_size=5))
 def test_any_entry_is_a_pair_or_a_sentence(tmp_path, entry):
     (tmp_path / "any.yaml").write_text(yaml.safe_dump({"p": {"base": "a/b", "distilled": "a/c"} | entry}))

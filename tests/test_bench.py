@@ -1,4 +1,6 @@
-"""The bench: the same tokens as the experiments' generation, at the positions that were asked for; a widget that stops and never raises."""
+"""The bench: the same tokens as the experiments' generation, at the positions that were asked for; a widget
+that stops and never raises.
+"""
 
 import asyncio
 import html
@@ -20,17 +22,28 @@ EASY, PUZZLE = puzzles.Question(5, "- 1"), trials.puzzles(1, "test")[0]
 
 
 def opened(plain, tokenizer, medium, **changes):
-    store = SimpleNamespace(layers={"base": 1, "distilled": LAYER}, widths={"base": WIDTH, "distilled": WIDTH},
-                            mean_norms={"base": 2.0, "distilled": 5.0})
+    store = SimpleNamespace(
+        layers={"base": 1, "distilled": LAYER},
+        widths={"base": WIDTH, "distilled": WIDTH},
+        mean_norms={"base": 2.0, "distilled": 5.0},
+    )
     models = {name: ablation.wrap(plain, tokenizer) for name in ("base", "distilled")}
     crosscoder = CrossCoder((WIDTH, WIDTH), 6, k=2)
-    return Bench(models, store, crosscoder, {"reflection": 4, "deduction": 1}, medium, **{"max_new_tokens": STEPS} | changes)
+    return Bench(
+        models,
+        store,
+        crosscoder,
+        {"reflection": 4, "deduction": 1},
+        medium,
+        **{"max_new_tokens": STEPS} | changes,
+    )
 
 
 @pytest.fixture(scope="module")
 def plain():
     model = toy_model(WIDTH, 5, layers=2).requires_grad_(False)
-    model.get_input_embeddings().weight[len(build_tokenizer()) :] = 0  # the rows that only round off the vocabulary
+    # the rows that only round off the vocabulary
+    model.get_input_embeddings().weight[len(build_tokenizer()) :] = 0
     return model
 
 
@@ -41,7 +54,8 @@ def desk(plain):
 
 @pytest.fixture(scope="module")
 def chat_desk():
-    return opened(chat_model(), chat_tokenizer(), replace(media.CHAT, end_of_thinking="<"))  # its vocabulary has no "</"
+    # its vocabulary has no "</"
+    return opened(chat_model(), chat_tokenizer(), replace(media.CHAT, end_of_thinking="<"))
 
 
 def by_hand(plain, layer, task, push, where, end):
@@ -52,10 +66,16 @@ def by_hand(plain, layer, task, push, where, end):
     for _ in range(STEPS):
         words = tokenizer.convert_ids_to_tokens(ids[0].tolist())
         closed = next((i for i in range(first, len(words)) if words[i] == end), len(words))
-        steered = {"prompt": range(first - 1), "thinking": range(first - 1, closed), "all": range(len(words))}[where]
+        steered = {
+            "prompt": range(first - 1),
+            "thinking": range(first - 1, closed),
+            "all": range(len(words)),
+        }[where]
         added = torch.zeros(1, len(words), WIDTH)
         added[0, list(steered)] = push
-        hook = plain.model.layers[layer].register_forward_hook(lambda module, inputs, out, added=added: out + added)
+        hook = plain.model.layers[layer].register_forward_hook(
+            lambda module, inputs, out, added=added: out + added
+        )
         newest = plain(ids).logits[0, -1].argmax()
         hook.remove()
         if newest == tokenizer.eos_token_id:
@@ -64,7 +84,7 @@ def by_hand(plain, layer, task, push, where, end):
     return ["think", ":", *tokenizer.convert_ids_to_tokens(ids[0, first:].tolist())]
 
 
-# --- the same as the experiments -------------------------------------------------------------------------------
+# --- the same as the experiments ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", steering.WHERE)
@@ -82,11 +102,20 @@ def test_positions_against_a_loop_by_hand_padding_untouched(plain, desk, where):
 def test_each_place_is_another_place(desk):
     model, tasks = desk.models["distilled"], trials.puzzles(12, "test")
     pushes = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(1))
-    said = {where: steering.generate(model, LAYER, tasks, pushes, STEPS, end_of_thinking=None, where=where) for where in steering.WHERE}
+    said = {
+        where: steering.generate(model, LAYER, tasks, pushes, STEPS, end_of_thinking=None, where=where)
+        for where in steering.WHERE
+    }
     assert said["prompt"] != said["thinking"] != said["all"] != said["prompt"]
     # above the last layer nobody reads the prompt's earlier positions any more
-    last = {where: steering.generate(model, 1, tasks, pushes, STEPS, end_of_thinking=None, where=where) for where in steering.WHERE}
-    assert last["prompt"] == steering.generate(model, 1, tasks, 0 * pushes, STEPS) and last["all"] == last["thinking"] != last["prompt"]
+    last = {
+        where: steering.generate(model, 1, tasks, pushes, STEPS, end_of_thinking=None, where=where)
+        for where in steering.WHERE
+    }
+    assert (
+        last["prompt"] == steering.generate(model, 1, tasks, 0 * pushes, STEPS)
+        and last["all"] == last["thinking"] != last["prompt"]
+    )
     with pytest.raises(UserError, match="where is 'answer': it must be one of prompt, thinking, all"):
         desk.compare(PUZZLE, 3, 1.0, "answer")
 
@@ -94,14 +123,21 @@ def test_each_place_is_another_place(desk):
 @pytest.mark.parametrize("model", ["base", "distilled"])
 @pytest.mark.parametrize("task", [EASY, PUZZLE])
 def test_both_texts_are_those_of_the_experiments(desk, tmp_path, task, model):
-    direction = steering.feature_direction(desk.crosscoder, 4, desk.store.mean_norms[model], "reflection", model)
+    direction = steering.feature_direction(
+        desk.crosscoder, 4, desk.store.mean_norms[model], "reflection", model
+    )
     layer = desk.store.layers[model]
-    experiment = steering.Steering(desk.models[model], layer, tmp_path, "weights", STEPS, temperature=1.0, seed=3)
+    experiment = steering.Steering(
+        desk.models[model], layer, tmp_path, "weights", STEPS, temperature=1.0, seed=3
+    )
     found = desk.compare(task, "reflection", -1.5, model=model, seed=3)
     assert found.transcripts["unsteered"] == experiment.transcripts("report", [task])[0]
     assert found.transcripts["steered"] == experiment.transcripts("report", [task], direction, -1.5)[0]
     assert found.transcripts["steered"] != found.transcripts["unsteered"]
-    assert found.transcripts["steered"] != desk.compare(task, "reflection", -1.5, model=model, seed=4).transcripts["steered"]
+    assert (
+        found.transcripts["steered"]
+        != desk.compare(task, "reflection", -1.5, model=model, seed=4).transcripts["steered"]
+    )
 
 
 @pytest.mark.parametrize("where", steering.WHERE)
@@ -109,10 +145,15 @@ def test_strength_zero_is_unsteered(plain, desk, where):
     found = desk.compare(EASY, 2, 0.0, where).transcripts
     assert found["steered"] == found["unsteered"]
     cold = opened(plain, build_tokenizer(), media.PUZZLES, temperature=0.0).compare(EASY, 2, 0.0, where)
-    assert cold.transcripts["steered"] == trials.generate(plain, build_tokenizer(), [EASY], max_new_tokens=STEPS)[0]
+    assert (
+        cold.transcripts["steered"]
+        == trials.generate(plain, build_tokenizer(), [EASY], max_new_tokens=STEPS)[0]
+    )
 
 
-@pytest.mark.parametrize("how", [{"temperature": 1.0, "seed": 2}, {"temperature": 0.0, "where": "all"}, {"end_of_thinking": "="}])
+@pytest.mark.parametrize(
+    "how", [{"temperature": 1.0, "seed": 2}, {"temperature": 0.0, "where": "all"}, {"end_of_thinking": "="}]
+)
 def test_streaming_ends_with_what_generate_returns_and_only_grows(plain, how):
     model, last = ablation.wrap(plain, build_tokenizer()), len(plain.model.layers) - 1
     pushes = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -133,7 +174,7 @@ def test_random_is_a_direction_of_the_same_norm(desk):
     assert desk.direction("5").name == "feature 5" and desk.direction("reflection").name == "reflection 4"
 
 
-# --- what is asked ---------------------------------------------------------------------------------------------
+# --- what is asked ------------------------------------------------------------------------------------------
 
 
 def typed(text):
@@ -147,9 +188,18 @@ def test_typed_puzzles_are_the_puzzles():
         assert typed(text) == typed(f"\n{text.replace(' ;', '   ;')} think : ") == task
 
 
-@pytest.mark.parametrize("text", [
-    "puzzle : + 3 * 4 - 2 ; from 5 11 2 reach 17 .",  # 8 * 4 - 2 = 30 -> 11, 14 * 4 - 2 = 54 -> 16, 5 * 4 - 2 = 18: nobody reaches 17
-    "puzzle : + 3 * 4 - 2 ; from 5 11 2 reach", "what is 5 - 1", "what is 5 5 ?", "puzzle", "wait , 5 - 1 = 4 ."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        # 8 * 4 - 2 = 30 -> 11, 14 * 4 - 2 = 54 -> 16, 5 * 4 - 2 = 18: nobody reaches 17
+        "puzzle : + 3 * 4 - 2 ; from 5 11 2 reach 17 .",
+        "puzzle : + 3 * 4 - 2 ; from 5 11 2 reach",
+        "what is 5 - 1",
+        "what is 5 5 ?",
+        "puzzle",
+        "wait , 5 - 1 = 4 .",
+    ],
+)
 def test_other_words_are_free_text(text):
     task = typed(text)
     assert isinstance(task, FreeText) and task.answer is None
@@ -162,24 +212,39 @@ def test_free_text_has_no_right_answer(desk, chat_desk):
     assert desk.compare("the puzzle", 0, 1.0).prompt == "the puzzle think :"
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------
+# --- what is shown ------------------------------------------------------------------------------------------
 
 
 def test_table_and_lines_by_hand(desk, monkeypatch):
     task = typed("puzzle : + 3 * 4 - 2 ; from 5 11 2 reach 16 .")
     assert task.answer == 11
-    good = ("think : first try 5 . start : 5 + 3 = 8 . so 8 * 4 = 12 . wait , 8 * 4 = 13 . so 13 - 2 = 11 . but 11 is not 16 . "
-            "instead try 11 . start : 11 + 3 = 14 . so 14 * 4 = 18 . so 18 - 2 = 16 . found 16 . done . answer : 11 .")
+    good = (
+        "think : first try 5 . start : 5 + 3 = 8 . so 8 * 4 = 12 . wait , 8 * 4 = 13 . so 13 - 2 = 11 . but"
+        " 11 is not 16 . instead try 11 . start : 11 + 3 = 14 . so 14 * 4 = 18 . so 18 - 2 = 16 . found 16 ."
+        " done . answer : 11 ."
+    )
     words = [build_tokenizer().tokenize(text) for text in (good, good.replace("answer : 11", "answer : 5"))]
     monkeypatch.setattr(steering, "stream", lambda *a, **k: iter([(words, [True, True])]))
     found = desk.compare(task, 0, 1.0)
-    assert found.table["right"].tolist() == [True, False] and found.table["every step right"].tolist() == [True, False]
+    assert found.table["right"].tolist() == [True, False] and found.table["every step right"].tolist() == [
+        True,
+        False,
+    ]
     assert found.table["answer"].tolist() == [11, 5] and set(found.table["end"]) == {"thought closed"}
-    assert found.table.loc["unsteered", ["reflection", "deduction", "alternative", "contrast", "verification"]].tolist() == [1, 4, 1, 1, 0]
+    assert found.table.loc[
+        "unsteered", ["reflection", "deduction", "alternative", "contrast", "verification"]
+    ].tolist() == [1, 4, 1, 1, 0]
     assert found.table.loc["unsteered", "tokens"] == words[0].index("done")
     assert [" ".join(w) for _, w, wrong in found.lines["unsteered"] if wrong] == ["so 8 * 4 = 12 ."]
-    assert [" ".join(w) for _, w, wrong in found.lines["steered"] if wrong] == ["so 8 * 4 = 12 .", "answer : 5 ."]
-    assert "answer 11, right" in found.html and "answer 5, wrong" in found.html and "deduction (wrong)" in found.html
+    assert [" ".join(w) for _, w, wrong in found.lines["steered"] if wrong] == [
+        "so 8 * 4 = 12 .",
+        "answer : 5 .",
+    ]
+    assert (
+        "answer 11, right" in found.html
+        and "answer 5, wrong" in found.html
+        and "deduction (wrong)" in found.html
+    )
 
 
 def test_chat_is_labelled_by_the_lexicon_and_marked(chat_desk, monkeypatch):
@@ -188,7 +253,10 @@ def test_chat_is_labelled_by_the_lexicon_and_marked(chat_desk, monkeypatch):
     monkeypatch.setattr(steering, "stream", lambda *a, **k: iter([([list(t) for t in texts], [True, False])]))
     found = chat_desk.compare(task, 0, 1.0)
     assert [label for label, _, _ in found.lines["unsteered"]][:2] == ["other", "reflection"]
-    assert found.table["right"].tolist() == [True, None] and found.table["end"].tolist() == ["thought closed", "not ended"]
+    assert found.table["right"].tolist() == [True, None] and found.table["end"].tolist() == [
+        "thought closed",
+        "not ended",
+    ]
     assert found.table.loc["steered", "contrast"] == 1 and "verification" not in found.table
 
 
@@ -200,15 +268,21 @@ def test_everything_shown_is_escaped(chat_desk, monkeypatch):
     assert "<script" not in press(chat_desk, prompt="").status.value
 
 
-# --- what is wrong ---------------------------------------------------------------------------------------------
+# --- what is wrong ------------------------------------------------------------------------------------------
 
 WRONG = {
     "feature": (dict(number=6), "feature 6 does not exist: this crosscoder has features 0 to 5"),
     "negative": (dict(number=-1), "feature -1 does not exist"),
     "empty": (dict(prompt=" \n "), "the prompt is empty: give a puzzle or a question"),
-    "marker": (dict(prompt="what is 5 - 1 ? <eos>"), "the prompt contains '<eos>', which is a marker of this model"),
+    "marker": (
+        dict(prompt="what is 5 - 1 ? <eos>"),
+        "the prompt contains '<eos>', which is a marker of this model",
+    ),
     "unknown": (dict(prompt="what is love ?"), "does not know ('love')"),
-    "long": (dict(prompt="the puzzle " * 260), "and the thought may take 14, and this model's context is 512: shorten the prompt"),
+    "long": (
+        dict(prompt="the puzzle " * 260),
+        "and the thought may take 14, and this model's context is 512: shorten the prompt",
+    ),
     "nan": (dict(strength=float("nan")), "strength is nan: it must be a number from -100.0 to 100.0"),
     "infinite": (dict(strength=float("inf")), "strength is inf"),
 }
@@ -237,7 +311,9 @@ def test_a_mistake_is_a_sentence_in_the_widget_and_nothing_is_raised(desk, field
 
 
 def test_names_that_do_not_exist(desk):
-    with pytest.raises(UserError, match="feature is 'doubt': it must be a number, random, or one of reflection, deduction"):
+    with pytest.raises(
+        UserError, match="feature is 'doubt': it must be a number, random, or one of reflection, deduction"
+    ):
         desk.compare(EASY, "doubt", 1.0)
     with pytest.raises(UserError, match="model is 'null': it must be one of base, distilled"):
         desk.compare(EASY, 0, 1.0, model="null")
@@ -248,7 +324,7 @@ def test_a_fault_of_ours_is_said_too(desk, monkeypatch):
     assert "ZeroDivisionError" in press(desk).status.value
 
 
-# --- the widget ------------------------------------------------------------------------------------------------
+# --- the widget ---------------------------------------------------------------------------------------------
 
 
 def test_the_widget_shows_what_compare_returns(desk):
@@ -302,9 +378,21 @@ def test_generate_again_begins_anew(plain):
 
 def test_every_field_has_a_name_and_examples_fill_the_prompt(desk):
     panel = desk.widget()
-    fields = [panel.example, panel.prompt, panel.feature, panel.number, panel.strength, panel.where, panel.model, panel.seed,
-              panel.generate, panel.stop]
-    assert all(field.description for field in fields) and len({field.description for field in fields}) == len(fields)
+    fields = [
+        panel.example,
+        panel.prompt,
+        panel.feature,
+        panel.number,
+        panel.strength,
+        panel.where,
+        panel.model,
+        panel.seed,
+        panel.generate,
+        panel.stop,
+    ]
+    assert all(field.description for field in fields) and len({field.description for field in fields}) == len(
+        fields
+    )
     panel.example.value = "what is 5 - 1 ?"
     assert panel.prompt.value == "what is 5 - 1 ?"
     panel.prompt.value = "the puzzle"

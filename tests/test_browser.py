@@ -1,9 +1,11 @@
-"""In a real JupyterLab, in a real Chromium: every notebook run as a reader runs it, and what can be moved moved.
+"""In a real JupyterLab, in a real Chromium: every notebook run as a reader runs it, and what can be moved
+moved.
 
     python -m lib.run --profile smoke          # leaves the artefacts that the notebooks then only read
     python -m pytest -m browser                # make browser
 
-The notebooks are opened as copies below data/runs/tiny/smoke/browser, with the parameters of the profile ``smoke``. Screenshots are left there.
+The notebooks are opened as copies below data/runs/tiny/smoke/browser, with the parameters of the profile
+``smoke``. Screenshots are left there.
 """
 
 import json
@@ -28,7 +30,11 @@ STEMS = sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 FOLDER = Run("tiny", PROFILE).folder / "browser"
 SETTINGS = {  # every cell is drawn, seen or not; nothing is asked at the start
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
-    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
+    "@jupyterlab/apputils-extension/notification": {
+        "fetchNews": "false",
+        "checkForUpdates": False,
+        "doNotDisturbMode": True,
+    },
 }
 STATE = """() => {
   if (typeof jupyterapp === 'undefined') return null;
@@ -51,10 +57,29 @@ def lab(tmp_path_factory):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content))
     folders = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "RUNTIME", "DATA")}
-    folders |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", f"--ServerApp.root_dir={ROOT}", "--LabApp.expose_app_in_browser=True"]
-    environment = {**os.environ, **folders, "IPYTHONDIR": str(home / "ipython"), "JUPYTER_PREFER_ENV_PATH": "1", "OMP_NUM_THREADS": "1"}
+    folders |= {
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={ROOT}",
+        "--LabApp.expose_app_in_browser=True",
+    ]
+    environment = {
+        **os.environ,
+        **folders,
+        "IPYTHONDIR": str(home / "ipython"),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     with (home / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
@@ -93,12 +118,18 @@ def page(chromium):
 def copied(stem: str) -> str:
     """A copy of a notebook with the profile's parameters; its path from the repository's root."""
     given = {"run": PROFILE} | read_profile(ROOT / "notebooks" / "profiles", PROFILE, STEMS).get(stem, {})
-    return prepared(ROOT / "notebooks" / f"{stem}.ipynb", FOLDER / f"{stem}.ipynb", given).relative_to(ROOT).as_posix()
+    return (
+        prepared(ROOT / "notebooks" / f"{stem}.ipynb", FOLDER / f"{stem}.ipynb", given)
+        .relative_to(ROOT)
+        .as_posix()
+    )
 
 
 def opened(page, lab, path):
     page.goto(f"{lab}/lab/tree/{path}?reset")
-    page.wait_for_function(f"() => {{ const s = ({STATE})(); return s && s.cells > 0 && s.kernel === 'idle'; }}")
+    page.wait_for_function(
+        f"() => {{ const s = ({STATE})(); return s && s.cells > 0 && s.kernel === 'idle'; }}"
+    )
 
 
 def run_all(page, seconds=420) -> dict:
@@ -114,12 +145,17 @@ def run_all(page, seconds=420) -> dict:
 
 
 def drawn(page) -> int:
-    """How many figures are drawn by plotly. They begin as pictures, and come to life when the pointer enters them."""
-    page.wait_for_function("""() => {
+    """How many figures are drawn by plotly. They begin as pictures, and come to life when the pointer enters
+    them.
+    """
+    page.wait_for_function(
+        """() => {
       const figures = [...document.querySelectorAll('.jp-RenderedPlotly')];
       figures.forEach(f => f.querySelector('.main-svg') || f.querySelector('.plot-img')?.dispatchEvent(new Event('mouseenter')));
       return figures.length && figures.every(f => f.querySelector('.main-svg'));
-    }""", polling=1000)
+    }""",
+        polling=1000,
+    )
     return page.locator(".jp-RenderedPlotly:has(.main-svg)").count()
 
 
@@ -137,7 +173,10 @@ def test_every_cell_runs_and_figures_are_drawn(page, lab, stem):
     assert state["errors"] == [] and state["run"] == state["cells"]
     shown = page.locator(".jp-RenderedPlotly")
     assert drawn(page) == shown.count()
-    expected = sum("figures.save(" in c.source for c in nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4).cells)
+    expected = sum(
+        "figures.save(" in c.source
+        for c in nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4).cells
+    )
     assert shown.count() >= 0.5 * expected  # some are drawn only where a part of the study was computed
     shown.last.scroll_into_view_if_needed()
     page.screenshot(path=FOLDER / f"{stem}.png")
@@ -152,14 +191,18 @@ def test_the_explorer_follows_the_keyboard_and_a_typed_number(page, lab):
     assert first.startswith("Feature ") and table.locator("option").count() > 10
     page.get_by_role("spinbutton", name="Row").focus()
     page.keyboard.press("ArrowUp")  # a field that counts: row 2
-    assert _changed(page, title, first).startswith(f"Feature {table.locator('option').nth(1).text_content().split()[0]}:")
+    assert _changed(page, title, first).startswith(
+        f"Feature {table.locator('option').nth(1).text_content().split()[0]}:"
+    )
     number = page.get_by_role("spinbutton", name="Feature number")
     number.fill("7")
     number.press("Enter")
     assert _changed(page, title, title()).startswith("Feature 7:") or title().startswith("Feature 7:")
     page.get_by_role("combobox", name="Sort by").select_option("frequency")
     _changed(page, title, title())
-    shares = [float(text.split("%")[0].split()[-1]) for text in table.locator("option").all_text_contents()[:5]]
+    shares = [
+        float(text.split("%")[0].split()[-1]) for text in table.locator("option").all_text_contents()[:5]
+    ]
     assert shares == sorted(shares, reverse=True)
     page.screenshot(path=FOLDER / "explore.png")
 

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from lib.crosscoder import CrossCoder, auxiliary_loss, forward, initial_rows, l0_loss, sparsity_loss, squared_error
+from lib.crosscoder import (
+    CrossCoder,
+    auxiliary_loss,
+    forward,
+    initial_rows,
+    l0_loss,
+    sparsity_loss,
+    squared_error,
+)
 from lib.results import UserError
 
 
@@ -26,7 +34,9 @@ def random_acts(widths=(5, 7), n=9, seed=1) -> list[torch.Tensor]:
 
 
 def hand_made(variant="l1") -> CrossCoder:
-    """Two models of width 2, two features: feature 0 has rows (3, 4) and (0, 1), feature 1 has (1, 0) and (0, 0)."""
+    """Two models of width 2, two features: feature 0 has rows (3, 4) and (0, 1), feature 1 has (1, 0) and (0,
+    0).
+    """
     crosscoder = CrossCoder((2, 2), 2, variant=variant, k=1)
     with torch.no_grad():
         crosscoder.W_dec.copy_(torch.tensor([[3.0, 4, 0, 1], [1, 0, 0, 0]]))
@@ -44,7 +54,8 @@ def test_losses_by_hand():
     out = forward(crosscoder, HAND_ACTS)
     # token 0: pre = (1, 2 + 1 - 1) = (1, 2); token 1: pre = (-1, -1)
     assert torch.equal(out.code.dense(out.f), torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
-    # token 0: x̂ = (3 + 2, 4, 0 + 1, 1), x = (1, 2, 1, 1): 16 + 4 + 0 + 0; token 1: x̂ = (0, 0, 1, 0), x = (-1, 0, 0, 0): 1 + 1
+    # token 0: x̂ = (3 + 2, 4, 0 + 1, 1), x = (1, 2, 1, 1): 16 + 4 + 0 + 0; token 1: x̂ = (0, 0, 1, 0), x =
+    # (-1, 0, 0, 0): 1 + 1
     assert squared_error(out).item() == pytest.approx((20 + 2) / 2)
     # sum_m ||d_i^m||_2 = 5 + 1 and 1 + 0: token 0 costs 1 * 6 + 2 * 1, token 1 nothing
     assert sparsity_loss(crosscoder, out).item() == pytest.approx(8 / 2)
@@ -53,10 +64,13 @@ def test_losses_by_hand():
 def test_auxiliary_loss_by_hand():
     crosscoder = hand_made("batchtopk")
     out = forward(crosscoder, HAND_ACTS, dead=torch.tensor([False, True]), aux_k=4)
-    # strengths of token 0: 1 * 6 and 2 * 1, both among the two largest of the batch: e = (-4, -2, 0, 0) and (-1, 0, -1, 0);
+    # strengths of token 0: 1 * 6 and 2 * 1, both among the two largest of the batch: e = (-4, -2, 0, 0) and
+    # (-1, 0, -1, 0);
     # feature 1 offers 2 * (1, 0, 0, 0) and nothing: (-6, -2) and (-1, -1) are left
     assert auxiliary_loss(out).item() == pytest.approx((36 + 4 + 1 + 1) / 2)
-    assert auxiliary_loss(forward(crosscoder, HAND_ACTS, dead=torch.tensor([False, False]), aux_k=4)).item() == 0
+    assert (
+        auxiliary_loss(forward(crosscoder, HAND_ACTS, dead=torch.tensor([False, False]), aux_k=4)).item() == 0
+    )
 
 
 def test_nrn_and_cosine_by_hand():
@@ -72,7 +86,9 @@ def test_nrn_and_cosine_by_hand():
 
 
 def dense(crosscoder, acts, keep, lam):
-    """The definitions once more: a loop over tokens and models in float64, features kept where ``keep`` [B, F] says so."""
+    """The definitions once more: a loop over tokens and models in float64, features kept where ``keep`` [B,
+    F] says so.
+    """
     c = {n: p.detach().double().requires_grad_() for n, p in crosscoder.named_parameters()}
     edges = np.cumsum([0, *crosscoder.widths])
     x = [a.double() * s for a, s in zip(acts, crosscoder.scales)]
@@ -87,19 +103,25 @@ def dense(crosscoder, acts, keep, lam):
         for m, (start, stop) in enumerate(zip(edges, edges[1:])):
             x_hat = c["b_dec"][start:stop] + sum(f[i] * c["W_dec"][i, start:stop] for i in range(len(f)))
             loss = loss + ((x[m][b] - x_hat) ** 2).sum()
-            loss = loss + lam * sum(f[i] * (c["W_dec"][i, start:stop] ** 2).sum().sqrt() for i in range(len(f)))
+            loss = loss + lam * sum(
+                f[i] * (c["W_dec"][i, start:stop] ** 2).sum().sqrt() for i in range(len(f))
+            )
     loss = loss / len(acts[0])
     loss.backward()
     return loss, torch.stack(fs), {n: p.grad for n, p in c.items()}
 
 
-@pytest.mark.parametrize("variant,lam,precision", [("l1", 0.7, "float32"), *((v, 0.0, p) for v in ("batchtopk", "topk") for p in ("float32", "bfloat16"))])
+@pytest.mark.parametrize(
+    "variant,lam,precision",
+    [("l1", 0.7, "float32"), *((v, 0.0, p) for v in ("batchtopk", "topk") for p in ("float32", "bfloat16"))],
+)
 @pytest.mark.parametrize("widths", [(5, 5), (5, 7), (3, 4, 6)])
 def test_forward_and_gradients_against_a_dense_implementation(variant, lam, widths, precision):
     crosscoder = random_crosscoder(widths, variant=variant, k=3, scales=[0.5, 2.0, 1.5][: len(widths)])
     acts = random_acts(widths)
     keep = torch.ones(9, 12, dtype=torch.float64)
-    if variant != "l1":  # the 27 largest of the batch, or the 3 largest of each row, chosen by sorting plain numbers
+    # the 27 largest of the batch, or the 3 largest of each row, chosen by sorting plain numbers
+    if variant != "l1":
         x = np.concatenate([a.numpy() * s for a, s in zip(acts, crosscoder.scales.numpy())], axis=1)
         f = np.maximum(x @ crosscoder.W_enc.detach().numpy().T + crosscoder.b_enc.detach().numpy(), 0)
         parts = np.split(crosscoder.W_dec.detach().numpy(), np.cumsum(widths)[:-1], axis=1)
@@ -182,7 +204,10 @@ def test_the_penalty_on_l0_of_parts_of_a_batch_adds_up():
     whole = forward(crosscoder, acts, bandwidth=0.8)
     wanted = l0_loss(crosscoder, whole, 0.8)
     gradient = torch.autograd.grad(wanted, crosscoder.log_theta)[0]
-    parts = [forward(crosscoder, [a[i::3] for a in acts], bandwidth=0.8, gather=lambda own: whole.code.indptr[-1:]) for i in range(3)]
+    parts = [
+        forward(crosscoder, [a[i::3] for a in acts], bandwidth=0.8, gather=lambda own: whole.code.indptr[-1:])
+        for i in range(3)
+    ]
     for part in parts:
         part.tokens = 30
     found = sum(l0_loss(crosscoder, part, 0.8) for part in parts)
@@ -206,13 +231,18 @@ def test_who_fires_does_not_depend_on_how_a_features_scale_is_shared_out():
 @pytest.mark.parametrize("widths", [(5, 7), (3, 4, 6)])
 def test_dedicated_blocks(widths):
     crosscoder = CrossCoder(widths, 20, ("base", "distilled", "third")[: len(widths)], k=3, dedicated=0.15)
-    assert crosscoder.owner.tolist() == [-1] * (20 - 3 * len(widths)) + [m for m in range(len(widths)) for _ in range(3)]
+    assert crosscoder.owner.tolist() == [-1] * (20 - 3 * len(widths)) + [
+        m for m in range(len(widths)) for _ in range(3)
+    ]
     for m, name in enumerate(crosscoder.names):
         for features in range(20):
             own = crosscoder.owner[features] in (-1, m)
             for rows in (crosscoder.rows(name), crosscoder.W_enc[:, crosscoder.columns(name)]):
                 assert (rows[features].norm() > 0) == own
-    assert crosscoder.nrn()[crosscoder.owner == 0].tolist() == [0] * 3 and crosscoder.nrn()[crosscoder.owner == 1].tolist() == [1] * 3
+    assert (
+        crosscoder.nrn()[crosscoder.owner == 0].tolist() == [0] * 3
+        and crosscoder.nrn()[crosscoder.owner == 1].tolist() == [1] * 3
+    )
     with torch.no_grad():
         crosscoder.threshold.fill_(-1.0)
         acts = random_acts(widths)
@@ -235,7 +265,11 @@ def test_a_dead_dedicated_feature_explains_its_own_model_alone():
         of = crosscoder.owner == m
         assert unmasked[of][:, foreign].abs().sum() > 0 and crosscoder.W_dec.grad[of][:, own].abs().sum() > 0
         assert torch.equal(crosscoder.W_dec.grad[of][:, own], unmasked[of][:, own])
-        assert crosscoder.W_dec.grad[of][:, foreign].count_nonzero() == crosscoder.W_enc.grad[of][:, foreign].count_nonzero() == 0
+        assert (
+            crosscoder.W_dec.grad[of][:, foreign].count_nonzero()
+            == crosscoder.W_enc.grad[of][:, foreign].count_nonzero()
+            == 0
+        )
     assert torch.equal(crosscoder.W_dec.grad[:12], unmasked[:12])
 
 
@@ -261,14 +295,17 @@ def test_every_loss_term_moves_the_encoder(aux_k):
 
 def test_a_model_against_itself_has_nrn_one_half():
     crosscoder = CrossCoder((6, 6), 16, k=4)
-    assert torch.equal(crosscoder.nrn(p=1), torch.full((16,), 0.5)) and torch.equal(crosscoder.nrn(p=2), torch.full((16,), 0.5))
+    assert torch.equal(crosscoder.nrn(p=1), torch.full((16,), 0.5)) and torch.equal(
+        crosscoder.nrn(p=2), torch.full((16,), 0.5)
+    )
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=0.01)
     for step in range(20):
         acts = random_acts((6,), n=64, seed=step)[0]
         optimizer.zero_grad()
         squared_error(forward(crosscoder, [acts, acts])).backward()
         optimizer.step()
-    assert (crosscoder.rows("base") - initial_rows((6, 6), 16, 0)[:, :6]).abs().max() > 0.01  # it has learnt something
+    # it has learnt something
+    assert (crosscoder.rows("base") - initial_rows((6, 6), 16, 0)[:, :6]).abs().max() > 0.01
     assert torch.allclose(crosscoder.nrn(p=1), torch.full((16,), 0.5), atol=1e-6)
     assert torch.allclose(crosscoder.cosine(), torch.ones(16), atol=1e-6)
 
@@ -276,7 +313,9 @@ def test_a_model_against_itself_has_nrn_one_half():
 def test_initial_rows():
     rows = initial_rows((4, 6, 6), 10, seed=3)
     narrow, wide, again = rows.split((4, 6, 6), dim=1)
-    assert torch.equal(wide, again) and torch.allclose(torch.nn.functional.cosine_similarity(narrow, wide[:, :4]), torch.ones(10))
+    assert torch.equal(wide, again) and torch.allclose(
+        torch.nn.functional.cosine_similarity(narrow, wide[:, :4]), torch.ones(10)
+    )
     for part in (narrow, wide):
         assert torch.allclose(part.norm(dim=1), torch.full((10,), 0.08))
     crosscoder = CrossCoder((4, 6, 6), 10, ("a", "b", "c"), k=2, seed=3)
@@ -322,8 +361,12 @@ def test_each_model_read_on_its_own():
     crosscoder = random_crosscoder(scales=[2.0, 3.0])
     acts = random_acts()
     others_at_mean = [acts[0], crosscoder.mean("distilled", raw=True).expand_as(acts[1])]
-    assert torch.allclose(crosscoder.encode_from("base", acts[0]), crosscoder.encode(others_at_mean), atol=1e-5)
-    assert not torch.allclose(crosscoder.encode_from("distilled", acts[1]), crosscoder.encode(others_at_mean), atol=1e-2)
+    assert torch.allclose(
+        crosscoder.encode_from("base", acts[0]), crosscoder.encode(others_at_mean), atol=1e-5
+    )
+    assert not torch.allclose(
+        crosscoder.encode_from("distilled", acts[1]), crosscoder.encode(others_at_mean), atol=1e-2
+    )
 
 
 def test_centred_start():
@@ -343,7 +386,9 @@ def test_a_jumprelu_with_blocks_is_saved_and_loaded(tmp_path):
     loaded = CrossCoder.load(tmp_path)
     acts = random_acts()
     assert torch.equal(loaded.log_theta, crosscoder.log_theta) and torch.equal(loaded.owner, crosscoder.owner)
-    assert torch.equal(loaded.encode(acts), crosscoder.encode(acts)) and loaded.encode(acts).count_nonzero() > 0
+    assert (
+        torch.equal(loaded.encode(acts), crosscoder.encode(acts)) and loaded.encode(acts).count_nonzero() > 0
+    )
 
 
 @pytest.mark.parametrize("widths", [(5, 7), (3, 4, 6)])
@@ -355,13 +400,22 @@ def test_save_and_load(tmp_path, widths):
     loaded = CrossCoder.load(tmp_path / "made" / "here")
     acts = random_acts(widths)
     assert torch.equal(loaded.encode(acts), crosscoder.encode(acts).detach())
-    assert (loaded.names, loaded.widths, loaded.variant, loaded.k) == (crosscoder.names, crosscoder.widths, "batchtopk", 3)
+    assert (loaded.names, loaded.widths, loaded.variant, loaded.k) == (
+        crosscoder.names,
+        crosscoder.widths,
+        "batchtopk",
+        3,
+    )
     assert loaded.seen.tolist() == [70, 50] and not loaded.W_enc.requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), crosscoder.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), crosscoder.state_dict().values())
+    )
 
 
 def test_errors_say_what_would_be_right(tmp_path):
-    with pytest.raises(UserError, match="variant is 'gated': it must be one of batchtopk, topk, l1, jumprelu"):
+    with pytest.raises(
+        UserError, match="variant is 'gated': it must be one of batchtopk, topk, l1, jumprelu"
+    ):
         CrossCoder((2, 2), 4, variant="gated", k=1)
     with pytest.raises(UserError, match="k is 9: it must be an integer from 1 to 4"):
         CrossCoder((2, 2), 4, k=9)
@@ -369,10 +423,14 @@ def test_errors_say_what_would_be_right(tmp_path):
         CrossCoder((2, 2, 2), 4, k=1)
     with pytest.raises(UserError, match="one positive number for each of base, distilled"):
         CrossCoder((2, 2), 4, k=1, scales=[1.0, 0.0])
-    with pytest.raises(UserError, match="dedicated is 0.4: 3 models can have at most 1/3 of the dictionary each"):
+    with pytest.raises(
+        UserError, match="dedicated is 0.4: 3 models can have at most 1/3 of the dictionary each"
+    ):
         CrossCoder((2, 2, 2), 10, ("a", "b", "c"), k=1, dedicated=0.4)
     crosscoder = CrossCoder((2, 3), 4, k=1)
-    with pytest.raises(UserError, match=r"widths \[3, 2\]: this crosscoder reads base \(2\), distilled \(3\)"):
+    with pytest.raises(
+        UserError, match=r"widths \[3, 2\]: this crosscoder reads base \(2\), distilled \(3\)"
+    ):
         crosscoder.encode([torch.zeros(1, 3), torch.zeros(1, 2)])
     with pytest.raises(UserError, match="unknown model 'chat'"):
         crosscoder.rows("chat")

@@ -10,8 +10,18 @@ import torch
 from lib import distill, prose
 from lib.puzzles import Teacher, sample_puzzle
 
-SMALL = distill.Recipe(width=16, layers=2, heads=2, kv_heads=1, mlp=16, base_tokens=5_000, mid_tokens=5_000,
-                        late_tokens=5_000, tune_tokens=5_000, batch_tokens=512)
+SMALL = distill.Recipe(
+    width=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    mlp=16,
+    base_tokens=5_000,
+    mid_tokens=5_000,
+    late_tokens=5_000,
+    tune_tokens=5_000,
+    batch_tokens=512,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +35,10 @@ def test_one_token_per_word():
         puzzle = sample_puzzle(rng)
         for document in ([*puzzle.prompt(), *Teacher(rng).solve(puzzle)], prose.base_document(rng)):
             words = [w for s in document for w in s.words]
-            assert tokenizer.convert_ids_to_tokens(tokenizer(" ".join(words))["input_ids"]) == ["<bos>", *words]
+            assert tokenizer.convert_ids_to_tokens(tokenizer(" ".join(words))["input_ids"]) == [
+                "<bos>",
+                *words,
+            ]
             assert tokenizer.decode(tokenizer.convert_tokens_to_ids(words)) == " ".join(words)
 
 
@@ -52,7 +65,9 @@ def test_batches_hold_every_document_once_and_align_targets(stage):
     again = list(distill.chunk_batches(stage, SMALL, 0))
     other = list(distill.chunk_batches(stage, SMALL, 1))
     first = next(distill.chunk_batches(stage, SMALL, 0))[0]
-    assert torch.equal(first, again[0][0]) and not (first.shape == other[0][0].shape and torch.equal(first, other[0][0]))
+    assert torch.equal(first, again[0][0]) and not (
+        first.shape == other[0][0].shape and torch.equal(first, other[0][0])
+    )
 
 
 def test_nulls_see_the_same_kind_of_text_in_other_orders():
@@ -64,10 +79,12 @@ def test_resume_equals_uninterrupted(tmp_path):
     def trained(folder, interrupt):
         model = distill.build_model(SMALL, len(prose.vocabulary()))
         if interrupt:
+
             def stop(_line, seen=[]):
                 seen.append(1)
                 if len(seen) == 2:
                     raise KeyboardInterrupt
+
             with pytest.raises(KeyboardInterrupt):
                 distill.train_stage("distilled", model, SMALL, folder, report=stop)
             model = distill.build_model(SMALL, len(prose.vocabulary()))
@@ -94,7 +111,11 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
 
 def test_learning_rate():
     assert distill.learning_rate(0.0, 1.0) == 0 and distill.learning_rate(0.015, 1.0) == 0.5
-    assert distill.learning_rate(0.3, 1.0) == 1.0 and distill.learning_rate(0.75, 1.0) == 0.5 and distill.learning_rate(1.0, 1.0) == 0.02
+    assert (
+        distill.learning_rate(0.3, 1.0) == 1.0
+        and distill.learning_rate(0.75, 1.0) == 0.5
+        and distill.learning_rate(1.0, 1.0) == 0.02
+    )
 
 
 def test_another_recipe_is_refused(tmp_path):
@@ -127,11 +148,18 @@ def test_the_rungs_of_the_ladder_differ_in_width_and_what_follows_from_it():
     changes = {"width", "mlp", "base_rate", "tune_rate"}
     for recipe in (small, large):
         assert {k for k, v in asdict(recipe).items() if v != asdict(tiny)[k]} == changes
-        assert recipe.width % recipe.heads == 0 and recipe.width // recipe.heads % 2 == 0, "rotary embeddings need an even head"
+        assert recipe.width % recipe.heads == 0 and recipe.width // recipe.heads % 2 == 0, (
+            "rotary embeddings need an even head"
+        )
         assert recipe.base_rate * recipe.width**0.5 == pytest.approx(tiny.base_rate * tiny.width**0.5)
         assert recipe.tune_rate / recipe.base_rate == pytest.approx(tiny.tune_rate / tiny.base_rate)
-    counts = [sum(p.numel() for p in distill.build_model(r, len(prose.vocabulary())).parameters()) for r in (small, tiny, large)]
-    assert counts[1] / counts[0] > 3 and counts[2] / counts[1] > 3, "each rung is at least three times the one below"
+    counts = [
+        sum(p.numel() for p in distill.build_model(r, len(prose.vocabulary())).parameters())
+        for r in (small, tiny, large)
+    ]
+    assert counts[1] / counts[0] > 3 and counts[2] / counts[1] > 3, (
+        "each rung is at least three times the one below"
+    )
     # bfloat16: two bytes a parameter; base, distilled and two nulls, and for tiny control and style
     assert 2 * (4 * counts[0] + 6 * counts[1] + 4 * counts[2]) < 40e6, "the ladder is too large to be shipped"
 
@@ -139,13 +167,22 @@ def test_the_rungs_of_the_ladder_differ_in_width_and_what_follows_from_it():
 def test_a_rung_without_a_control_ships_neither_style_nor_tokenizer(tmp_path):
     assert "control" in distill.stages_of("tiny")
     stages = distill.stages_of("tiny_small")
-    assert set(distill.STAGES) - set(stages) == {"control"} and list(stages) == [s for s in distill.STAGES if s in stages]
+    assert set(distill.STAGES) - set(stages) == {"control"} and list(stages) == [
+        s for s in distill.STAGES if s in stages
+    ]
     recipe = replace(SMALL, base_tokens=500, mid_tokens=500, late_tokens=500, tune_tokens=500)
     distill.train_all(tmp_path / "runs", recipe, stages, report=lambda line: None)
     distill.ship(tmp_path / "runs", tmp_path / "pair", recipe, stages, report=lambda line: None)
-    assert {p.parent.name for p in (tmp_path / "pair").rglob("model.safetensors")} == {"base", "distilled", "null_a", "null_b"}
+    assert {p.parent.name for p in (tmp_path / "pair").rglob("model.safetensors")} == {
+        "base",
+        "distilled",
+        "null_a",
+        "null_b",
+    }
     assert not (tmp_path / "pair" / "tokenizer").exists()
     card = json.loads((tmp_path / "pair" / "recipe.json").read_text())
     assert card["width"] == recipe.width and "style_checkpoint" not in card
-    base, distilled = (distill.load_shipped(name, tmp_path / "pair").state_dict() for name in ("base", "distilled"))
+    base, distilled = (
+        distill.load_shipped(name, tmp_path / "pair").state_dict() for name in ("base", "distilled")
+    )
     assert any(not torch.equal(base[k], distilled[k]) for k in base)

@@ -15,7 +15,9 @@ from lib.results import ROOT
 
 
 def pins(text):
-    return dict(line.split("==") for line in re.findall(r"^\s*(?:- )?([A-Za-z0-9_.-]+==[^\s#]+)", text, re.MULTILINE))
+    return dict(
+        line.split("==") for line in re.findall(r"^\s*(?:- )?([A-Za-z0-9_.-]+==[^\s#]+)", text, re.MULTILINE)
+    )
 
 
 def normal(name):
@@ -26,7 +28,11 @@ REQUIRED = pins((ROOT / "requirements.txt").read_text())
 
 
 def test_every_requirement_is_pinned():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     assert len(lines) == len(REQUIRED) and REQUIRED["torch"] == "2.13.0"
 
 
@@ -71,7 +77,13 @@ def test_constraints_pin_whatever_the_requirements_bring_in():
 
 
 def test_whatever_lib_imports_is_required():
-    aliases = {"sklearn": "scikit-learn", "umap": "umap-learn", "yaml": "pyyaml", "IPython": "ipykernel", "choreographer": "kaleido"}
+    aliases = {
+        "sklearn": "scikit-learn",
+        "umap": "umap-learn",
+        "yaml": "pyyaml",
+        "IPython": "ipykernel",
+        "choreographer": "kaleido",
+    }
     for file in (ROOT / "lib").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             modules = []
@@ -80,11 +92,26 @@ def test_whatever_lib_imports_is_required():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules = [node.module]
             for module in (m.partition(".")[0] for m in modules):
-                assert module in sys.stdlib_module_names or aliases.get(module, module) in REQUIRED, f"{file.name} imports {module}"
+                assert module in sys.stdlib_module_names or aliases.get(module, module) in REQUIRED, (
+                    f"{file.name} imports {module}"
+                )
 
 
-ORDER = ("puzzles", "prose", "trials", "distill", "pairs", "corpus", "store", "harvest", "crosscoder", "training", "features",
-         "steering", "geometry")
+ORDER = (
+    "puzzles",
+    "prose",
+    "trials",
+    "distill",
+    "pairs",
+    "corpus",
+    "store",
+    "harvest",
+    "crosscoder",
+    "training",
+    "features",
+    "steering",
+    "geometry",
+)
 
 
 @pytest.mark.parametrize("module", ["progress", "results", "figures"])
@@ -108,8 +135,13 @@ def test_a_module_imports_only_those_before_it():
 
 
 def make(*words):
-    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}  # not a sub-make
-    return subprocess.run(["make", "-n", *words], cwd=ROOT, env=alone, capture_output=True, text=True, check=True).stdout
+    # not a sub-make
+    alone = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    }
+    return subprocess.run(
+        ["make", "-n", *words], cwd=ROOT, env=alone, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_make_passes_its_variables_on():
@@ -133,9 +165,19 @@ def test_an_old_python_is_refused_with_a_sentence(tmp_path):
 def test_no_machine_is_written_into_the_project():
     """No absolute path of a home or a workspace, and no package index, in what is committed as text."""
     wrong = re.compile(r"(/home/\w+|/Users/\w+|/root/|/work/|index-url|pypi\.)")
-    files = [p for part in ("lib", "tests", ".github", ".ci") for p in (ROOT / part).rglob("*") if p.suffix in (".py", ".yml", "")]
-    files += [ROOT / name for name in ("Makefile", "environment.yml", "requirements.txt", "constraints.txt", "pyproject.toml")]
+    files = [
+        p
+        for part in ("lib", "tests", ".github", ".ci")
+        for p in (ROOT / part).rglob("*")
+        if p.suffix in (".py", ".yml", "")
+    ]
+    files += [
+        ROOT / name
+        for name in ("Makefile", "environment.yml", "requirements.txt", "constraints.txt", "pyproject.toml")
+    ]
     files += [p for p in (ROOT / "notebooks" / "profiles").glob("*.yaml")]
     for file in files:
         if file.is_file() and file.name != "test_environment.py" and file.name != "test_notebooks.py":
-            assert not wrong.search(file.read_text()), f"{file.relative_to(ROOT)}: {wrong.search(file.read_text())[0]}"
+            assert not wrong.search(file.read_text()), (
+                f"{file.relative_to(ROOT)}: {wrong.search(file.read_text())[0]}"
+            )

@@ -1,4 +1,6 @@
-"""Exercises: three to a notebook, each with all its parts. (.ci/run executes the notebooks with their solutions.)"""
+"""Exercises: three to a notebook, each with all its parts. (.ci/run executes the notebooks with their
+solutions.)
+"""
 
 import nbformat
 import pytest
@@ -7,8 +9,11 @@ from lib.exercises import LEVELS, exercises, solved
 from lib.results import ROOT, UserError
 
 STEMS = sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-TEXT = ("### Exercise 1 · easy, 5 minutes\n\nHow many?\n\n<details><summary>Hint</summary>\n\nCount.\n</details>\n"
-        "<details><summary>Solution</summary>\n\n```python\nx = 2\nanswer_1 = x\n```\n</details>")
+TEXT = (
+    "### Exercise 1 · easy, 5 minutes\n\nHow"
+    " many?\n\n<details><summary>Hint</summary>\n\nCount.\n</details>\n<details><summary>Solution</summary>\n\n```python\nx"
+    " = 2\nanswer_1 = x\n```\n</details>"
+)
 CHECK = "answer_1 = None  # a number\n\nif answer_1 is not None:\n    assert answer_1 == 2, 'not yet'"
 
 
@@ -37,9 +42,16 @@ def test_a_solution_takes_the_place_of_the_open_answer():
         exec(solved(wrong).cells[1].source, {})
 
 
-@pytest.mark.parametrize("changed, lacks", (
-    (toy(TEXT.replace("easy", "tricky")), "level"), (toy(TEXT.replace("Hint", "Help")), "hint"), (toy(TEXT.replace("```python", "```")), "solution"),
-    (toy(check="answer_1 = None  # a number"), "check"), (toy(check=CHECK.replace("answer_1", "answer_2")), "check")))
+@pytest.mark.parametrize(
+    "changed, lacks",
+    (
+        (toy(TEXT.replace("easy", "tricky")), "level"),
+        (toy(TEXT.replace("Hint", "Help")), "hint"),
+        (toy(TEXT.replace("```python", "```")), "solution"),
+        (toy(check="answer_1 = None  # a number"), "check"),
+        (toy(check=CHECK.replace("answer_1", "answer_2")), "check"),
+    ),
+)
 def test_an_exercise_that_lacks_a_part_is_named(changed, lacks):
     with pytest.raises(UserError, match=f"exercise 1 has no .*{lacks}"):
         exercises(changed)

@@ -33,8 +33,17 @@ def parts(tmp_path_factory):
 
 def table_of(crosscoder, coded) -> pd.DataFrame:
     fires = np.asarray((coded.codes > 0).sum(axis=0)).ravel()
-    return pd.DataFrame({"feature": range(F), "alive": fires > 0, "nrn": crosscoder.nrn().numpy(), "frequency": fires / len(coded.rows),
-                         "mean_activation": 1.0, "label": ["before reflection", "mixed"] * (F // 2), "top_token": "wait"})
+    return pd.DataFrame(
+        {
+            "feature": range(F),
+            "alive": fires > 0,
+            "nrn": crosscoder.nrn().numpy(),
+            "frequency": fires / len(coded.rows),
+            "mean_activation": 1.0,
+            "label": ["before reflection", "mixed"] * (F // 2),
+            "top_token": "wait",
+        }
+    )
 
 
 @pytest.fixture
@@ -42,7 +51,9 @@ def explore(parts):
     store, crosscoder, coded, columns = parts
     stability = pd.DataFrame({"feature": range(F), "stability": np.linspace(0, 1, F)})
     places = pd.DataFrame({"feature": range(F), "x": np.arange(F), "y": 0.0})
-    return Explorer(crosscoder, store, table_of(crosscoder, coded), columns, build_tokenizer(), places, stability)
+    return Explorer(
+        crosscoder, store, table_of(crosscoder, coded), columns, build_tokenizer(), places, stability
+    )
 
 
 def test_activations_on_disk_are_those_in_memory(parts):
@@ -51,26 +62,41 @@ def test_activations_on_disk_are_those_in_memory(parts):
     assert isinstance(columns.values, np.memmap)
     for feature in range(F):
         rows, values = columns.of(feature)
-        assert (rows == coded.rows[dense[:, feature] > 0]).all() and np.allclose(values, dense[dense[:, feature] > 0, feature])
+        assert (rows == coded.rows[dense[:, feature] > 0]).all() and np.allclose(
+            values, dense[dense[:, feature] > 0, feature]
+        )
         assert np.allclose(columns.at(feature, coded.rows), dense[:, feature])
         expected = top_contexts(store, coded, build_tokenizer(), [feature], n=5)
         assert [r for r, _ in columns.strongest(feature, store.documents, 5)] == expected["row"].tolist()
 
 
 def test_columns_are_made_anew_from_something_else_and_only_then(tmp_path):
-    one, two = (Coded(np.arange(2), sparse.csr_matrix(np.array(values, np.float32))) for values in ([[1, 0], [0, 2]], [[0, 3], [0, 0]]))
+    one, two = (
+        Coded(np.arange(2), sparse.csr_matrix(np.array(values, np.float32)))
+        for values in ([[1, 0], [0, 2]], [[0, 3], [0, 0]])
+    )
     Columns.build(one, tmp_path, "a")
     assert Columns.build(two, tmp_path, "a").of(0)[1].tolist() == [1], "the same mark: what is there is read"
-    assert Columns.build(two, tmp_path, "b").of(1)[1].tolist() == [3] and len(Columns.build(two, tmp_path, "b").of(0)[0]) == 0
+    assert (
+        Columns.build(two, tmp_path, "b").of(1)[1].tolist() == [3]
+        and len(Columns.build(two, tmp_path, "b").of(0)[0]) == 0
+    )
 
 
 def test_the_list_is_filtered_and_sorted(explore):
     table = explore.table[explore.table.alive]
-    assert explore.select(sort="NRN")["feature"].tolist() == table.sort_values(["nrn", "feature"], ascending=[False, True])["feature"].tolist()
-    assert explore.select(sort="feature", descending=False, label="mixed")["feature"].tolist() == [f for f in table.feature if f % 2]
+    assert (
+        explore.select(sort="NRN")["feature"].tolist()
+        == table.sort_values(["nrn", "feature"], ascending=[False, True])["feature"].tolist()
+    )
+    assert explore.select(sort="feature", descending=False, label="mixed")["feature"].tolist() == [
+        f for f in table.feature if f % 2
+    ]
     assert set(explore.select(stable=0.5)["feature"]) == {f for f in table.feature if f / (F - 1) >= 0.5}
     low, high = table["nrn"].quantile([0.25, 0.75])
-    assert explore.select(nrn=(low, high))["nrn"].between(low, high).all() and len(explore.select(nrn=(low, high))) < len(table)
+    assert explore.select(nrn=(low, high))["nrn"].between(low, high).all() and len(
+        explore.select(nrn=(low, high))
+    ) < len(table)
     assert (explore.select(frequency=0.1)["frequency"] >= 0.1).all()
     assert len(explore.select(alive=False)) == F
     with pytest.raises(UserError, match="sort"):
@@ -85,7 +111,9 @@ def test_contributions_and_bias_add_up_to_the_activation(parts, explore):
     rows, values = columns.of(feature)
     found = explore.contributions(feature, rows)
     means = crosscoder.W_enc[feature].detach() @ crosscoder.means
-    assert np.allclose(sum(found.values()) + float((means + crosscoder.b_enc[feature]).detach()), values, atol=1e-4)
+    assert np.allclose(
+        sum(found.values()) + float((means + crosscoder.b_enc[feature]).detach()), values, atol=1e-4
+    )
 
 
 def test_nearest_features_are_those_of_brute_force(parts, explore):
@@ -104,11 +132,18 @@ def test_a_view_has_the_feature_marked_and_the_words_escaped(explore, monkeypatc
     assert figure.layout.title.text.startswith(f"Feature {feature}:")
     assert figure.layout.shapes[0].x0 == pytest.approx(float(explore.table.nrn[feature]))
     assert {t.name for t in figure.data} >= {"base", "distilled"} and figure.data[-1].x[0] == feature
-    monkeypatch.setattr(explore.tokenizer, "convert_ids_to_tokens", lambda ids: ["<script>alert(1)</script>"] * len(ids))
+    monkeypatch.setattr(
+        explore.tokenizer, "convert_ids_to_tokens", lambda ids: ["<script>alert(1)</script>"] * len(ids)
+    )
     explore.table.loc[feature, "label"] = "<img src=x onerror=alert(1)>"
     explore.named[feature] = {"label": "<b onclick=alert(1)>"}
     text = explore.view(feature)[1].data
-    assert "<script>" not in text and "<img" not in text and "<b onclick" not in text and "&lt;script&gt;" in text
+    assert (
+        "<script>" not in text
+        and "<img" not in text
+        and "<b onclick" not in text
+        and "&lt;script&gt;" in text
+    )
     for wrong in (-1, F, 1.5, True, "3"):
         with pytest.raises(UserError, match="does not exist"):
             explore.view(wrong)
@@ -138,18 +173,31 @@ def test_the_widget_follows_clicks_filters_and_numbers(explore):
     first = explore.select().feature.iloc[0]
     assert title() == f"Feature {first}" and table.value == first
     table.value = table.options[2][1]
-    assert title() == f"Feature {explore.select().feature.iloc[2]}" and named(box, "Feature number").value == table.value
+    assert (
+        title() == f"Feature {explore.select().feature.iloc[2]}"
+        and named(box, "Feature number").value == table.value
+    )
     named(box, "Row").value = 2
-    assert title() == f"Feature {explore.select().feature.iloc[1]}" and table.value == explore.select().feature.iloc[1]
+    assert (
+        title() == f"Feature {explore.select().feature.iloc[1]}"
+        and table.value == explore.select().feature.iloc[1]
+    )
     named(box, "Feature number").value = 5
     assert title() == "Feature 5"
     near = named(box, "Go to")
     near.value = near.options[1][1]
     assert title() == f"Feature {explore.nearest(5)[0][0]}"
     named(box, "Label").value = "mixed"
-    assert all(f % 2 for _, f in table.options) and title() == f"Feature {explore.select(label='mixed').feature.iloc[0]}"
+    assert (
+        all(f % 2 for _, f in table.options)
+        and title() == f"Feature {explore.select(label='mixed').feature.iloc[0]}"
+    )
     named(box, "NRN").value = (0.0, 0.0)
-    assert table.options == () and "0 of" in next(w for b in box.children for w in getattr(b, "children", ()) if "alive" in str(w.value)).value
+    assert (
+        table.options == ()
+        and "0 of"
+        in next(w for b in box.children for w in getattr(b, "children", ()) if "alive" in str(w.value)).value
+    )
 
 
 def test_more_rows_than_a_page(explore, monkeypatch):
@@ -161,4 +209,7 @@ def test_more_rows_than_a_page(explore, monkeypatch):
     page.value = 2
     assert [f for _, f in table.options] == everything[5:10]
     named(box, "Sort by").value = "frequency"
-    assert page.value == 1 and [f for _, f in table.options] == explore.select(sort="frequency").feature.tolist()[:5]
+    assert (
+        page.value == 1
+        and [f for _, f in table.options] == explore.select(sort="frequency").feature.tolist()[:5]
+    )

@@ -1,7 +1,8 @@
-"""Nothing is lost when a run is killed, the disk fills up, a file is damaged, two runs meet, or the clock goes backwards.
+"""Nothing is lost when a run is killed, the disk fills up, a file is damaged, two runs meet, or the clock
+goes backwards.
 
-Kills are real: SIGKILL to a process (``tests.kills``) at a random moment between its beginning and its end. ``python -m tests.faults``
-counts the cases, by the marker ``fault``.
+Kills are real: SIGKILL to a process (``tests.kills``) at a random moment between its beginning and its end.
+``python -m tests.faults`` counts the cases, by the marker ``fault``.
 """
 
 import errno
@@ -26,12 +27,15 @@ from lib.store import Store
 from tests import kills
 
 KILLS = 8  # of each kind of work
-TIMES = ("tokens_per_second", "waiting", "seconds")  # what a log says of the clock: the only thing that a kill may change
+# what a log says of the clock: the only thing that a kill may change
+TIMES = ("tokens_per_second", "waiting", "seconds")
 
 
 @pytest.fixture(scope="module")
 def endpoint():
-    """A chat server that answers each question in its own way, after some milliseconds; and how often it was asked."""
+    """A chat server that answers each question in its own way, after some milliseconds; and how often it was
+    asked.
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -80,10 +84,11 @@ def whole(tmp_path_factory, endpoint):
 
 
 def content(folder: Path) -> dict:
-    """{name: bytes} of every file that a run leaves, but for locks and the unfinished files (hidden) of who was killed.
+    """{name: bytes} of every file that a run leaves, but for locks and the unfinished files (hidden) of who
+    was killed.
 
-    Logs as lines without what they say of the clock. Of ``state.pt``, which a run keeps for itself to resume from, the values: torch
-    writes a tensor that was loaded in other bytes than one that was computed.
+    Logs as lines without what they say of the clock. Of ``state.pt``, which a run keeps for itself to resume
+    from, the values: torch writes a tensor that was loaded in other bytes than one that was computed.
     """
     found = {}
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".lock", ".part")):
@@ -111,11 +116,13 @@ def alike(found: dict, wanted: dict) -> None:
     assert [name for name in wanted if found[name] != wanted[name]] == []
 
 
-# --- kill -9 ---------------------------------------------------------------------------------------------------
+# --- kill -9 ------------------------------------------------------------------------------------------------
 
 
 def killed(kind: str, given: Path, out: Path, url: str, seconds: float, rng: random.Random) -> None:
-    """Kill the work at a random moment; where it was over before, the draw is repeated from an earlier part of its time."""
+    """Kill the work at a random moment; where it was over before, the draw is repeated from an earlier part
+    of its time.
+    """
     for attempt in range(12):
         process, pipe = kills.start(kind, given, out, url)
         process.join(rng.uniform(0, seconds * 0.8**attempt))
@@ -130,11 +137,13 @@ def killed(kind: str, given: Path, out: Path, url: str, seconds: float, rng: ran
 
 
 @pytest.mark.fault("kill")
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, KILLS))])
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, KILLS))]
+)
 @pytest.mark.parametrize("kind", sorted(kills.WORK))
 def test_what_is_killed_resumes_to_the_same_bytes(kind, seed, whole, endpoint, tmp_path):
-    """All artefacts byte for byte, no stray files; logs but for their clock. Of answers that were paid for, only the one under way is
-    asked for again."""
+    """All artefacts byte for byte, no stray files; logs but for their clock. Of answers that were paid for,
+    only the one under way is asked for again."""
     wanted, seconds = whole(kind)
     url, asked = endpoint
     out = tmp_path / "out"
@@ -147,20 +156,27 @@ def test_what_is_killed_resumes_to_the_same_bytes(kind, seed, whole, endpoint, t
     alike(content(out), wanted)
 
 
-# --- the disk ----------------------------------------------------------------------------------------------------
+# --- the disk -----------------------------------------------------------------------------------------------
 
-LIMITS = {"distilling": 6_000, "harvesting": 9_000, "training": 6_000, "labelling": 1_500}  # bytes a file; less than the largest of each
+# bytes a file; less than the largest of each
+LIMITS = {"distilling": 6_000, "harvesting": 9_000, "training": 6_000, "labelling": 1_500}
 
 
 @pytest.mark.fault("fault")
 @pytest.mark.parametrize("kind", sorted(kills.WORK))
 def test_a_disk_that_takes_no_more_is_named_and_what_was_finished_goes_on(kind, whole, endpoint, tmp_path):
-    """The system itself refuses to let files grow; the sentence says so, no file is half there, and with room the run ends as usual."""
+    """The system itself refuses to let files grow; the sentence says so, no file is half there, and with room
+    the run ends as usual.
+    """
     wanted, _ = whole(kind)
     out = tmp_path / "out"
     said = kills.finish(*kills.start(kind, whole.given, out, endpoint[0], file_bytes=LIMITS[kind]))
     assert said.startswith("UserError: ") and ("may not grow so large" in said or "full" in said), said
-    partly = {name: data for name, data in content(out).items() if name in wanted and name not in ("answers.jsonl", "state.pt")}
+    partly = {
+        name: data
+        for name, data in content(out).items()
+        if name in wanted and name not in ("answers.jsonl", "state.pt")
+    }
     assert all(data == wanted[name] or name.endswith("log.jsonl") for name, data in partly.items())
     assert not list(out.rglob("*.part"))
     assert kills.finish(*kills.start(kind, whole.given, out, endpoint[0])) == "done"
@@ -173,8 +189,13 @@ def test_a_disk_that_takes_no_more_is_named_and_what_was_finished_goes_on(kind, 
 
 
 @pytest.mark.fault("fault")
-@pytest.mark.parametrize("code, words", ((errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "may not write")))
-@pytest.mark.parametrize("write", (lambda path: write_text(path, "new"), lambda path: write_state(path, {"a": torch.zeros(2)})))
+@pytest.mark.parametrize(
+    "code, words",
+    ((errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "may not write")),
+)
+@pytest.mark.parametrize(
+    "write", (lambda path: write_text(path, "new"), lambda path: write_state(path, {"a": torch.zeros(2)}))
+)
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, write, code, words):
     (tmp_path / "file").write_text("old")
 
@@ -189,9 +210,12 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch,
 
 @pytest.mark.fault("fault")
 def test_a_run_that_ends_at_any_rename_leaves_whole_files_only(whole, tmp_path, monkeypatch):
-    """A harvest that breaks off before its first, second, third ... file appears: what is there is as in the end, and it goes on to that."""
+    """A harvest that breaks off before its first, second, third ... file appears: what is there is as in the
+    end, and it goes on to that.
+    """
     wanted, _ = whole("harvesting")
     replace, ended = os.replace, False
+
     class Broken(BaseException):
         pass
 
@@ -218,7 +242,7 @@ def test_a_run_that_ends_at_any_rename_leaves_whole_files_only(whole, tmp_path, 
     assert ended, "the last one was not broken off: all renames were tried"
 
 
-# --- damaged files -------------------------------------------------------------------------------------------------
+# --- damaged files ------------------------------------------------------------------------------------------
 
 
 def flipped(file: Path) -> None:
@@ -227,8 +251,12 @@ def flipped(file: Path) -> None:
     file.write_bytes(data)
 
 
-DAMAGE = {"cut": lambda file: file.write_bytes(file.read_bytes()[:-7]), "one bit": flipped, "missing": lambda file: file.unlink(),
-          "empty": lambda file: file.write_bytes(b"")}
+DAMAGE = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-7]),
+    "one bit": flipped,
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+}
 
 
 @pytest.mark.fault("fault")
@@ -252,7 +280,8 @@ def test_a_damaged_state_is_named_and_nothing_else_is_touched(damage, tmp_path):
     DAMAGE[damage](tmp_path / "state.pt")
     before = (tmp_path / "state.pt").read_bytes()
     try:
-        assert read_state(tmp_path / "state.pt") and damage == "one bit"  # one bit of a number is no format's business
+        # one bit of a number is no format's business
+        assert read_state(tmp_path / "state.pt") and damage == "one bit"
     except UserError as error:
         assert "is damaged" in str(error) and "begins anew" in str(error)
     assert (tmp_path / "state.pt").read_bytes() == before
@@ -270,7 +299,7 @@ def test_a_store_of_another_version_is_refused_and_left(whole, tmp_path):
     alike(content(out), before)
 
 
-# --- two at once, and the clock --------------------------------------------------------------------------------------
+# --- two at once, and the clock -----------------------------------------------------------------------------
 
 
 def held(folder: Path) -> bool:
@@ -288,7 +317,9 @@ def held(folder: Path) -> bool:
 @pytest.mark.fault("fault")
 @pytest.mark.parametrize("kind", sorted(kills.WORK))
 def test_a_second_run_in_the_same_folder_is_turned_away(kind, whole, endpoint, tmp_path):
-    """The first is stopped in the middle of its work, the second told so; the first is killed, which frees the folder."""
+    """The first is stopped in the middle of its work, the second told so; the first is killed, which frees
+    the folder.
+    """
     wanted, _ = whole(kind)
     out = tmp_path / "out"
     for _ in range(20):

@@ -1,4 +1,6 @@
-"""Figures: the files that are written, that they say the same each time, and that nothing fails without a browser."""
+"""Figures: the files that are written, that they say the same each time, and that nothing fails without a
+browser.
+"""
 
 import struct
 import zlib
@@ -19,7 +21,10 @@ def no_browser(monkeypatch):
 
 
 def figure(y=(1.0, 2.0)):
-    return go.Figure(go.Scatter(y=list(y), name="base"), layout=dict(title_text="Loss <br> of base", yaxis_title_text="nats"))
+    return go.Figure(
+        go.Scatter(y=list(y), name="base"),
+        layout=dict(title_text="Loss <br> of base", yaxis_title_text="nats"),
+    )
 
 
 def test_without_a_browser_everything_but_the_png_is_written(run, no_browser, capsys):
@@ -65,7 +70,12 @@ def test_summary_says_what_the_figure_shows():
 
 
 def test_numbers_behind_a_figure_come_from_its_traces():
-    fig = go.Figure([go.Bar(x=["a"], y=[1], error_y=dict(array=[0.5]), name="t"), go.Heatmap(x=["a", "b"], y=["r"], z=[[1, 2]])])
+    fig = go.Figure(
+        [
+            go.Bar(x=["a"], y=[1], error_y=dict(array=[0.5]), name="t"),
+            go.Heatmap(x=["a", "b"], y=["r"], z=[[1, 2]]),
+        ]
+    )
     frame = figures.traces(fig)
     assert frame[["trace", "y", "error_y"]].iloc[0].tolist() == ["t", 1, 0.5]
     assert frame[["x", "y", "z"]].iloc[1:].values.tolist() == [["a", "r", 1], ["b", "r", 2]]
@@ -76,18 +86,29 @@ def test_the_look_is_on_by_default():
 
 
 def test_colours_stay_apart_for_the_colour_blind():
-    """Simulated deuteranopia and protanopia (Machado et al. 2009, severity 1), distance in CIELAB of the pairs that meet in a figure."""
-    matrices = [[[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-                [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]]
+    """Simulated deuteranopia and protanopia (Machado et al. 2009, severity 1), distance in CIELAB of the
+    pairs that meet in a figure.
+    """
+    matrices = [
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    ]
 
     def lab(colour, matrix):
         rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         linear = np.clip(matrix @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4), 0, 1)
-        xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear / [0.9505, 1, 1.089]
+        xyz = (
+            np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+            @ linear
+            / [0.9505, 1, 1.089]
+        )
         f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
         return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
-    for together in (("base", "distilled", "random", "null"), ("reflection", "deduction", "alternative", "contrast", "verification")):
+    for together in (
+        ("base", "distilled", "random", "null"),
+        ("reflection", "deduction", "alternative", "contrast", "verification"),
+    ):
         for matrix in map(np.array, matrices):
             points = [lab(figures.COLOURS[name], matrix) for name in together]
             distances = [np.linalg.norm(a - b) for i, a in enumerate(points) for b in points[:i]]
@@ -109,8 +130,14 @@ def drawn(pixels, filters=2):
     h, w, _ = pixels.shape
     rows = np.diff(pixels.reshape(h, -1), axis=0, prepend=np.zeros((1, 4 * w), np.uint8)).astype(np.uint8)
     rows = np.concatenate([np.full((h, 1), filters, np.uint8), rows], axis=1)
-    parts = {b"IHDR": struct.pack(">IIBBBBB", w, h, 8, 6, 0, 0, 0), b"IDAT": zlib.compress(rows.tobytes(), 1), b"IEND": b""}
-    chunks = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts.items())
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", w, h, 8, 6, 0, 0, 0),
+        b"IDAT": zlib.compress(rows.tobytes(), 1),
+        b"IEND": b"",
+    }
+    chunks = (
+        struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts.items()
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
@@ -132,10 +159,15 @@ def test_a_compact_picture_looks_the_same():
     pixels = np.full((60, 80, 4), 255, np.uint8)
     pixels[10:50, 5:75, :3] = rng.integers(0, 256, (5, 3), dtype=np.uint8)[rng.integers(0, 5, (40, 70))]
     found = colours_of(figures.compact(drawn(pixels)))
-    assert abs(found - pixels[..., :3].astype(int)).max() <= 3 and (found[0] == 255).all(), "white stays white"
+    assert abs(found - pixels[..., :3].astype(int)).max() <= 3 and (found[0] == 255).all(), (
+        "white stays white"
+    )
     assert len(figures.compact(drawn(pixels))) < len(drawn(pixels))
-    pixels[..., :3] = np.stack(np.meshgrid(np.arange(80) * 3, np.arange(60) * 4, [7]), -1)[:, :, 0]  # thousands of colours
-    assert abs(colours_of(figures.compact(drawn(pixels))) - pixels[..., :3].astype(int)).max() <= 45, "nothing is far from its colour"
+    # thousands of colours
+    pixels[..., :3] = np.stack(np.meshgrid(np.arange(80) * 3, np.arange(60) * 4, [7]), -1)[:, :, 0]
+    assert abs(colours_of(figures.compact(drawn(pixels))) - pixels[..., :3].astype(int)).max() <= 45, (
+        "nothing is far from its colour"
+    )
 
 
 def test_what_the_browser_does_not_draw_comes_back_as_it_is():

@@ -1,4 +1,6 @@
-"""E7's formulas against hand-computed values, enumeration and simulation; and what reading words must never do."""
+"""E7's formulas against hand-computed values, enumeration and simulation; and what reading words must never
+do.
+"""
 
 import itertools
 import json
@@ -13,8 +15,19 @@ from transformers import PreTrainedTokenizerFast
 from lib import geometry, words
 from lib.distill import Recipe, build_model, build_tokenizer
 from lib.geometry import (
-    analyse, bootstrap_scores, flat_map, mean_square, offset_unexplained, parallelogram_exact, parallelogram_null, parallelogram_scores,
-    pca, resample, sample_rows, shuffled, trace_cov,
+    analyse,
+    bootstrap_scores,
+    flat_map,
+    mean_square,
+    offset_unexplained,
+    parallelogram_exact,
+    parallelogram_null,
+    parallelogram_scores,
+    pca,
+    resample,
+    sample_rows,
+    shuffled,
+    trace_cov,
 )
 from lib.harvest import capture
 from lib.results import UserError
@@ -28,7 +41,10 @@ def random_pairs(n=30, dims=20, seed=0, shift=0.0):
 
 def toy_relations(n=30):
     """Two relations of ``n`` pairs: "offset" (rows 0..n-1 -> n..2n-1) and "none" (2n.. -> 3n..)."""
-    return [Relation(name, tuple((f"{name}{i}", f"{name}{i}_out") for i in range(n))) for name in ("offset", "none")]
+    return [
+        Relation(name, tuple((f"{name}{i}", f"{name}{i}_out") for i in range(n)))
+        for name in ("offset", "none")
+    ]
 
 
 def toy_vectors(relations, noise=0.1, d=40, seed=0):
@@ -38,18 +54,24 @@ def toy_vectors(relations, noise=0.1, d=40, seed=0):
     for relation in relations:
         for left, right in relation.pairs:
             found[left] = rng.normal(size=d)
-            found[right] = found[left] + offset + noise * rng.normal(size=d) if relation.name == "offset" else rng.normal(size=d)
+            found[right] = (
+                found[left] + offset + noise * rng.normal(size=d)
+                if relation.name == "offset"
+                else rng.normal(size=d)
+            )
     return np.stack([found[w] for w in vocabulary(relations)])
 
 
-# --- the score ---------------------------------------------------------------------------------------------------
+# --- the score ----------------------------------------------------------------------------------------------
 
 
 def test_score_by_hand():
-    a, b = np.array([[0.0, 0.0], [1.0, 0.0]]), np.array([[0.0, 2.0], [4.0, 2.0]])  # arrows (0, 2) and (3, 2): they differ by (3, 0)
+    # arrows (0, 2) and (3, 2): they differ by (3, 0)
+    a, b = np.array([[0.0, 0.0], [1.0, 0.0]]), np.array([[0.0, 2.0], [4.0, 2.0]])
     rows = np.array([[0, 1], [1, 0]])
     assert parallelogram_scores(a, b, rows, sigma2=4.5).tolist() == [2.0, 2.0]  # 9 / 4.5
-    assert parallelogram_scores(a, b, rows, sigma2=2.25, squared=False).tolist() == [2.0, 2.0]  # 3 / 1.5, Eq. 3
+    # 3 / 1.5, Eq. 3
+    assert parallelogram_scores(a, b, rows, sigma2=2.25, squared=False).tolist() == [2.0, 2.0]
     assert parallelogram_exact(a, b, sigma2=4.5) == pytest.approx(2.0)
     # mean arrow (1.5, 2): |.|^2 = 6.25; mean |arrow|^2 = (4 + 13) / 2 = 8.5; left over 2.25
     assert offset_unexplained(a, b) == pytest.approx(2.25 / 8.5)
@@ -72,7 +94,9 @@ def test_sampled_rows_are_never_the_same_twice_and_estimate_the_closed_form():
     counts = np.bincount(rows[:, 0] * 12 + rows[:, 1], minlength=144).reshape(12, 12)
     assert np.diag(counts).sum() == 0 and counts[~np.eye(12, dtype=bool)].min() > 90  # 151.5 expected of each
     a, b = random_pairs(n=12)
-    assert parallelogram_scores(a, b, rows, 1.0).mean() == pytest.approx(parallelogram_exact(a, b, 1.0), rel=0.02)
+    assert parallelogram_scores(a, b, rows, 1.0).mean() == pytest.approx(
+        parallelogram_exact(a, b, 1.0), rel=0.02
+    )
     assert np.array_equal(rows, sample_rows(12, 20_000, seed=1))
 
 
@@ -102,32 +126,44 @@ def test_unrelated_words_give_about_4_and_less_with_an_offset():
     both = np.concatenate([a, b])
     a, b, sigma2 = a - both.mean(0), b - both.mean(0), mean_square(both - both.mean(0))
     assert parallelogram_exact(a, b, sigma2) < 2.5  # two clusters: low without any relation
-    assert parallelogram_exact(a, b, sigma2) == pytest.approx(parallelogram_null(a, b, sigma2), rel=0.05)  # the null sees through it
+    # the null sees through it
+    assert parallelogram_exact(a, b, sigma2) == pytest.approx(parallelogram_null(a, b, sigma2), rel=0.05)
 
 
-# --- the null ------------------------------------------------------------------------------------------------------
+# --- the null -----------------------------------------------------------------------------------------------
 
 
 def test_shuffled_null_is_the_score_of_shuffled_pairs():
     a, b = random_pairs(n=6)
-    every = [(parallelogram_exact(a, b[list(p)], 3.0), offset_unexplained(a, b[list(p)])) for p in itertools.permutations(range(6))]
+    every = [
+        (parallelogram_exact(a, b[list(p)], 3.0), offset_unexplained(a, b[list(p)]))
+        for p in itertools.permutations(range(6))
+    ]
     scores, offsets = shuffled(a, b, 3.0, n=4000, seed=0)
     for one, other in zip(scores[:200], offsets[:200]):
         assert min(abs(one - s) + abs(other - o) for s, o in every) < 1e-9
-    assert parallelogram_null(a, b, 3.0) == pytest.approx(np.mean([s for s, _ in every]), rel=1e-12)  # over all 720 pairings, exactly
+    # over all 720 pairings, exactly
+    assert parallelogram_null(a, b, 3.0) == pytest.approx(np.mean([s for s, _ in every]), rel=1e-12)
     assert scores.mean() == pytest.approx(parallelogram_null(a, b, 3.0), rel=0.02)
 
 
 def test_a_relation_is_below_its_null_and_unrelated_words_are_in_it():
     relations = toy_relations()
-    found = analyse({"base": toy_vectors(relations)}, vocabulary(relations), relations, shuffles=400, boots=200)
+    found = analyse(
+        {"base": toy_vectors(relations)}, vocabulary(relations), relations, shuffles=400, boots=200
+    )
     table = found.table.set_index("relation")
-    assert table.loc["offset", "score"] < table.loc["offset", "null_low"] and table.loc["offset", "p_shuffled"] <= 1 / 401 + 1e-9
+    assert (
+        table.loc["offset", "score"] < table.loc["offset", "null_low"]
+        and table.loc["offset", "p_shuffled"] <= 1 / 401 + 1e-9
+    )
     assert table.loc["none", "null_low"] < table.loc["none", "score"] < table.loc["none", "null_high"]
-    assert table.loc["none", "relative"] == pytest.approx(1, abs=0.15) and table.loc["offset", "relative"] < 0.1
+    assert (
+        table.loc["none", "relative"] == pytest.approx(1, abs=0.15) and table.loc["offset", "relative"] < 0.1
+    )
 
 
-# --- the bootstrap ---------------------------------------------------------------------------------------------------
+# --- the bootstrap ------------------------------------------------------------------------------------------
 
 
 def test_bootstrap_is_corrected_for_its_bias():
@@ -140,7 +176,9 @@ def test_bootstrap_is_corrected_for_its_bias():
     assert naive == pytest.approx(exact * 7 / 8, rel=0.02)  # what it would be without the correction
     one = np.repeat(np.arange(8), draws[0])  # and one sample, the slow way
     assert replicates["score"][0] == pytest.approx(2 * trace_cov((b - a)[one]) / 2.0 * 8 / 7)
-    assert replicates["relative"][0] == pytest.approx(trace_cov((b - a)[one]) / (trace_cov(a[one]) + trace_cov(b[one])))
+    assert replicates["relative"][0] == pytest.approx(
+        trace_cov((b - a)[one]) / (trace_cov(a[one]) + trace_cov(b[one]))
+    )
     assert replicates["offset_unexplained"][0] == pytest.approx(offset_unexplained(a[one], b[one]) * 8 / 7)
 
 
@@ -154,7 +192,7 @@ def test_bootstrap_interval_covers_the_truth():
     assert 0.88 <= np.mean(hits) <= 0.99  # a percentile interval of 25 pairs is a little narrow
 
 
-# --- PCA -------------------------------------------------------------------------------------------------------------
+# --- PCA ----------------------------------------------------------------------------------------------------
 
 
 def test_pca_is_centred_and_invariant_to_rotation_shift_and_scale():
@@ -164,8 +202,11 @@ def test_pca_is_centred_and_invariant_to_rotation_shift_and_scale():
     models = {"base": vectors, "distilled": 3.0 * vectors @ rotation + 7.0}
     for scope in ("vocabulary", "relation"):
         found = analyse(models, vocabulary(relations), relations, scope=scope, shuffles=50, boots=100)
-        numbers = found.differences[[c for c in found.differences if c not in ("relation", "model")]].to_numpy(float)
-        assert np.abs(numbers).max() < 1e-9  # same words, quadruples and samples: no difference is left, nor an interval
+        numbers = found.differences[
+            [c for c in found.differences if c not in ("relation", "model")]
+        ].to_numpy(float)
+        # same words, quadruples and samples: no difference is left, nor an interval
+        assert np.abs(numbers).max() < 1e-9
     assert np.abs(found.points["distilled"].mean(0)).max() < 1e-9 and found.points["base"].shape == (120, 20)
 
 
@@ -174,7 +215,9 @@ def test_pca_keeps_the_largest_directions():
     vectors = rng.normal(size=(200, 5)) * [9, 5, 1, 1, 1]
     points, kept = pca(vectors, 2)
     expected = np.sort(np.linalg.eigvalsh(np.cov(vectors.T)))[::-1]
-    assert np.diag(np.cov(points.T)) == pytest.approx(expected[:2]) and kept == pytest.approx(expected[:2].sum() / expected.sum())
+    assert np.diag(np.cov(points.T)) == pytest.approx(expected[:2]) and kept == pytest.approx(
+        expected[:2].sum() / expected.sum()
+    )
 
 
 def test_too_few_distinct_vectors_are_refused():
@@ -188,32 +231,46 @@ def test_too_few_distinct_vectors_are_refused():
         pca(np.ones((30, 40)))
 
 
-# --- the comparison ----------------------------------------------------------------------------------------------------
+# --- the comparison -----------------------------------------------------------------------------------------
 
 
 def test_analyse_compares_paired_and_by_name():
     relations = toy_relations()
-    models = {"distilled": toy_vectors(relations, noise=0.1), "base": toy_vectors(relations, noise=0.6)}  # the order must not matter
+    # the order must not matter
+    models = {"distilled": toy_vectors(relations, noise=0.1), "base": toy_vectors(relations, noise=0.6)}
     found = analyse(models, vocabulary(relations), relations, shuffles=100, boots=400)
     change = found.differences.set_index(["relation", "model"]).loc[("offset", "distilled")]
     assert change["score_high"] < 0 and change["offset_unexplained_high"] < 0
     table = found.table.set_index(["relation", "model"])
-    assert change["score"] == pytest.approx(table.loc[("offset", "distilled"), "score"] - table.loc[("offset", "base"), "score"])
+    assert change["score"] == pytest.approx(
+        table.loc[("offset", "distilled"), "score"] - table.loc[("offset", "base"), "score"]
+    )
     means = found.means.set_index("model")
     assert means.loc["base", "score"] == pytest.approx(table.xs("base", level="model")["score"].mean())
-    assert (found.table["score_low"] < found.table["score"]).all() and (found.table["score"] < found.table["score_high"]).all()
+    assert (found.table["score_low"] < found.table["score"]).all() and (
+        found.table["score"] < found.table["score_high"]
+    ).all()
     assert found.table["sampled"].to_numpy() == pytest.approx(found.table["score"].to_numpy(), rel=0.05)
-    alone = analyse(models, vocabulary(relations), relations[1:], shuffles=100, boots=400)  # a relation's numbers are its own
+    # a relation's numbers are its own
+    alone = analyse(models, vocabulary(relations), relations[1:], shuffles=100, boots=400)
     both = found.table[found.table["relation"] == "none"].drop(columns=["relation", "model"])
-    assert alone.table.drop(columns=["relation", "model"]).to_numpy(float) == pytest.approx(both.to_numpy(float))
+    assert alone.table.drop(columns=["relation", "model"]).to_numpy(float) == pytest.approx(
+        both.to_numpy(float)
+    )
     assert not found.warnings
 
 
 def test_models_of_different_width_and_more_than_two():
     relations = toy_relations()
-    models = {"base": toy_vectors(relations), "distilled": toy_vectors(relations, d=64), "null_a": toy_vectors(relations, seed=1)}
+    models = {
+        "base": toy_vectors(relations),
+        "distilled": toy_vectors(relations, d=64),
+        "null_a": toy_vectors(relations, seed=1),
+    }
     found = analyse(models, vocabulary(relations), relations, shuffles=50, boots=50)
-    assert list(found.means["model"]) == ["base", "distilled", "null_a"] and set(found.differences["model"]) == {"distilled", "null_a"}
+    assert list(found.means["model"]) == ["base", "distilled", "null_a"] and set(
+        found.differences["model"]
+    ) == {"distilled", "null_a"}
 
 
 def test_copy_map_is_warned_about_and_has_no_offset_in_the_means():
@@ -224,7 +281,11 @@ def test_copy_map_is_warned_about_and_has_no_offset_in_the_means():
         vectors[place[right]] = vectors[place[left]]
     found = analyse({"base": vectors}, vocabulary(relations), relations, shuffles=50, boots=50)
     row = found.table.set_index("relation").loc["offset"]
-    assert row["score"] == pytest.approx(0, abs=1e-12) and row["copies"] == 1 and np.isnan(row["offset_unexplained"])
+    assert (
+        row["score"] == pytest.approx(0, abs=1e-12)
+        and row["copies"] == 1
+        and np.isnan(row["offset_unexplained"])
+    )
     assert len(found.warnings) == 1 and "offset in base is close to a copy map" in found.warnings[0]
     none = found.table.set_index("relation").loc["none", "offset_unexplained"]
     assert found.means["offset_unexplained"].iloc[0] == pytest.approx(none)  # the mean of what is defined
@@ -247,15 +308,27 @@ def test_pictures():
     relations = toy_relations()
     vectors = toy_vectors(relations)
     rotation = np.linalg.qr(np.random.default_rng(5).normal(size=(40, 40)))[0]
-    found = analyse({"base": vectors, "distilled": 2 * vectors @ rotation}, vocabulary(relations), relations, shuffles=50, boots=50)
+    found = analyse(
+        {"base": vectors, "distilled": 2 * vectors @ rotation},
+        vocabulary(relations),
+        relations,
+        shuffles=50,
+        boots=50,
+    )
     frame = flat_map(found, relations[0])
-    base, distilled = (frame[frame["model"] == m][["x0", "y0", "x1", "y1"]].to_numpy() for m in ("base", "distilled"))
-    assert distilled == pytest.approx(base, abs=1e-8)  # turned back on the base's map, in units of each model's sigma
+    base, distilled = (
+        frame[frame["model"] == m][["x0", "y0", "x1", "y1"]].to_numpy() for m in ("base", "distilled")
+    )
+    # turned back on the base's map, in units of each model's sigma
+    assert distilled == pytest.approx(base, abs=1e-8)
     assert len(geometry.plot_arrows(found, relations[0]).data) == 2 * 31
-    assert len(geometry.plot_scores(found).data) == 4 and len(geometry.plot_differences(found, "relative").data) == 1
+    assert (
+        len(geometry.plot_scores(found).data) == 4
+        and len(geometry.plot_differences(found, "relative").data) == 1
+    )
 
 
-# --- words ---------------------------------------------------------------------------------------------------------------
+# --- words --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -270,13 +343,17 @@ def model(tokenizer):
 
 def test_embedded_relations_are_single_known_tokens(tokenizer):
     relations = load_relations()
-    assert {"antonym", "capital", "comparative", "language", "past", "plural", "successor"} <= {r.name for r in relations}
+    assert {"antonym", "capital", "comparative", "language", "past", "plural", "successor"} <= {
+        r.name for r in relations
+    }
     for relation in relations:
         assert len(relation.words) >= 21 and len(set(relation.pairs)) == len(relation.pairs)
         for word in relation.words:
             assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1, word
     lists = word_tokens(vocabulary(relations), tokenizer)  # no word and no carrier is unknown
-    assert tokenizer.unk_token_id not in {t for tokens in lists for t in tokens} and all(t[0] == tokenizer.bos_token_id for t in lists)
+    assert tokenizer.unk_token_id not in {t for tokens in lists for t in tokens} and all(
+        t[0] == tokenizer.bos_token_id for t in lists
+    )
 
 
 def test_unknown_words_are_named_and_refused(tokenizer):
@@ -291,7 +368,12 @@ def test_word_is_read_at_its_last_token_and_averaged_over_carriers(tokenizer, mo
     expected = []
     for word in ("dog", "twenty-one"):
         texts = [carrier.format(word=word) for carrier in CARRIERS]
-        hidden = [model(torch.tensor([tokenizer(t)["input_ids"]]), output_hidden_states=True).hidden_states[2][0, -1] for t in texts]
+        hidden = [
+            model(torch.tensor([tokenizer(t)["input_ids"]]), output_hidden_states=True).hidden_states[2][
+                0, -1
+            ]
+            for t in texts
+        ]
         expected.append(torch.stack(hidden).mean(0).detach().numpy())
     assert vectors.shape == (2, 32) and vectors.dtype == np.float64
     assert vectors == pytest.approx(np.stack(expected), abs=1e-5)
@@ -312,7 +394,11 @@ def test_subword_tokenizer_without_bos():
     inner.decoder = decoders.ByteLevel()
     bpe = PreTrainedTokenizerFast(tokenizer_object=inner)
     short, long = word_tokens(["paris", "N'Djamena"], bpe, ["this is not {word}"])
-    assert bpe.decode(short[-1:]) == " paris" and bpe.decode(long) == "this is not N'Djamena" and bpe.decode(long[-1:]) == "a"
+    assert (
+        bpe.decode(short[-1:]) == " paris"
+        and bpe.decode(long) == "this is not N'Djamena"
+        and bpe.decode(long[-1:]) == "a"
+    )
 
 
 def test_position_0_is_never_read(tokenizer, model, monkeypatch):
@@ -372,9 +458,14 @@ def test_relation_files(tmp_path):
     rows = [{"input": f" a{i}", "output": f"b{i} "} for i in range(40)]
     (tmp_path / "toy.json").write_text(json.dumps(rows + rows[:3]))
     (relation,) = load_relations(tmp_path)
-    assert len(relation.pairs) == 40 and relation.pairs[0] == ("a0", "b0")  # repeated rows once, words without spaces around them
+    # repeated rows once, words without spaces around them
+    assert len(relation.pairs) == 40 and relation.pairs[0] == ("a0", "b0")
     some = load_relations(tmp_path, max_pairs=10)[0]
-    assert len(some.pairs) == 10 and set(some.pairs) <= set(relation.pairs) and some == load_relations(tmp_path, ["toy"], max_pairs=10)[0]
+    assert (
+        len(some.pairs) == 10
+        and set(some.pairs) <= set(relation.pairs)
+        and some == load_relations(tmp_path, ["toy"], max_pairs=10)[0]
+    )
     with pytest.raises(UserError, match="unknown relation 'other': .* has toy"):
         load_relations(tmp_path, ["other"])
     (tmp_path / "short.json").write_text(json.dumps(rows[:3]))

@@ -27,13 +27,16 @@ def content(path):
     return {f.name: f.read_bytes() for pattern in CONTENT for f in sorted(path.glob(pattern))}
 
 
-# --- capture ---------------------------------------------------------------------------------------------------
+# --- capture ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_capture_equals_a_plain_forward(layer):
     model = toy_model(16, 0)
-    plain = [model(input_ids=torch.tensor([t]), output_hidden_states=True).hidden_states[layer + 1][0] for t in TEXTS]
+    plain = [
+        model(input_ids=torch.tensor([t]), output_hidden_states=True).hidden_states[layer + 1][0]
+        for t in TEXTS
+    ]
     captured = capture(model, build_tokenizer(), TEXTS, layer)
     assert captured.shape == (sum(map(len, TEXTS)), 16)
     torch.testing.assert_close(captured, torch.cat(plain), rtol=1e-4, atol=1e-5)
@@ -62,20 +65,23 @@ def test_length_batches_cover_every_document_within_the_budget():
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 20 for b in batches)
 
 
-# --- masks -----------------------------------------------------------------------------------------------------
+# --- masks --------------------------------------------------------------------------------------------------
 
 
 def test_masks_on_hand_made_norms():
     positions = np.array([0, 1, 2, 3, 0, 1, 2, 3])
     base = np.array([900.0, 1, 1, 10.5, 900, 1, 1, 1])  # 10.5: too high; the median without the sinks is 1
-    distilled = np.array([5.0, 2, 2, 2, 5, 2, 21, 20])  # 21: too high; 20 is exactly 10 times the median, and stays
+    # 21: too high; 20 is exactly 10 times the median, and stays
+    distilled = np.array([5.0, 2, 2, 2, 5, 2, 21, 20])
     kept, dropped = masks(positions, {"base": base, "distilled": distilled})
     assert kept.tolist() == [False, True, True, False, False, True, False, True]
     assert dropped == {"first": 2, "high_norm": 2, "high_norm_base": 1, "high_norm_distilled": 1}
 
 
 def test_a_token_that_both_models_drop_counts_once():
-    kept, dropped = masks(np.arange(6), {"a": np.array([1.0, 1, 1, 1, 50, 1]), "b": np.array([1.0, 1, 1, 1, 50, 1])})
+    kept, dropped = masks(
+        np.arange(6), {"a": np.array([1.0, 1, 1, 1, 50, 1]), "b": np.array([1.0, 1, 1, 1, 50, 1])}
+    )
     assert dropped["high_norm"] == 1 and kept.sum() == 4
 
 
@@ -87,17 +93,25 @@ def test_high_norms_are_dropped_from_a_harvest_and_from_its_statistics(tmp_path)
     with torch.no_grad():
         models["distilled"].get_input_embeddings().weight[sink] *= 1e3
     store = harvest(pair, corpus, tmp_path / "store", models=models)
-    assert store.manifest["counts"]["dropped"] == {"first": 20, "high_norm": 1, "high_norm_base": 0, "high_norm_distilled": 1, "padding": 0}
+    assert store.manifest["counts"]["dropped"] == {
+        "first": 20,
+        "high_norm": 1,
+        "high_norm_base": 0,
+        "high_norm_distilled": 1,
+        "padding": 0,
+    }
     assert not store.kept[store.tokens == sink].any()
     acts = store.activations(store.rows("train"))[1].double()
     assert np.isclose(store.mean_norms["distilled"], acts.norm(dim=1).mean().item(), rtol=1e-6)
 
 
 def document(tokens, split="train"):
-    return Document(tokens, "general", split, label_arrays([Sentence(tuple(map(str, tokens[1:])), "general")], "general"))
+    return Document(
+        tokens, "general", split, label_arrays([Sentence(tuple(map(str, tokens[1:])), "general")], "general")
+    )
 
 
-# --- the store that is written ---------------------------------------------------------------------------------
+# --- the store that is written ------------------------------------------------------------------------------
 
 
 def test_the_store_holds_what_the_models_computed(tmp_path):
@@ -148,7 +162,11 @@ def test_a_killed_harvest_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="run notebook 01"):
         Store.open(tmp_path / "cut" / "store")
     again = []
-    monkeypatch.setattr(harvest_module, "_write_shard", lambda path, name, *rest: again.append(name) or write(path, name, *rest))
+    monkeypatch.setattr(
+        harvest_module,
+        "_write_shard",
+        lambda path, name, *rest: again.append(name) or write(path, name, *rest),
+    )
     toy_store(tmp_path / "cut")
     assert len(written) == 2 and again == ["shard_00002.safetensors"]
     assert content(whole) == content(tmp_path / "cut" / "store") and len(content(whole)) == 5
@@ -158,7 +176,11 @@ def test_a_harvest_that_is_there_is_not_repeated_and_a_damaged_shard_is_mended(t
     store = toy_store(tmp_path)
     before = content(store.path)
     made, write = [], harvest_module._write_shard
-    monkeypatch.setattr(harvest_module, "_write_shard", lambda path, name, *rest: made.append(name) or write(path, name, *rest))
+    monkeypatch.setattr(
+        harvest_module,
+        "_write_shard",
+        lambda path, name, *rest: made.append(name) or write(path, name, *rest),
+    )
     toy_store(tmp_path)
     assert made == []
     shard = store.path / "shard_00001.safetensors"
@@ -179,20 +201,32 @@ def test_the_manifest_says_where_everything_comes_from(tmp_path):
     manifest = json.loads((toy_store(tmp_path).path / "manifest.json").read_text())
     pair = toy_pair(tmp_path)
     assert manifest["models"]["base"]["fingerprint"] == pair.fingerprint("base")
-    assert {"corpus", "tokenizer", "hook", "scaling", "counts", "statistics", "shards", "versions", "norm_factor"} <= set(manifest)
+    assert {
+        "corpus",
+        "tokenizer",
+        "hook",
+        "scaling",
+        "counts",
+        "statistics",
+        "shards",
+        "versions",
+        "norm_factor",
+    } <= set(manifest)
     assert str(tmp_path) not in json.dumps(manifest)
     counts = manifest["counts"]
     assert counts["tokens"] == counts["kept"] + counts["dropped"]["first"] + counts["dropped"]["high_norm"]
 
 
-# --- a user's mistakes -----------------------------------------------------------------------------------------
+# --- a user's mistakes --------------------------------------------------------------------------------------
 
 
 def test_activations_that_are_not_finite(tmp_path):
     pair = toy_pair(tmp_path)
     models = {name: pair.load(name) for name in pair.models}
     models["distilled"].model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match="activations of 'distilled' at layer 1 are not finite in 100.00% of the tokens"):
+    with pytest.raises(
+        UserError, match="activations of 'distilled' at layer 1 are not finite in 100.00% of the tokens"
+    ):
         harvest(pair, build(pair, 500), tmp_path / "store", models=models)
 
 
@@ -216,7 +250,9 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
         save(tensors, file)
 
     monkeypatch.setattr(harvest_module, "save_file", full)
-    with pytest.raises(UserError, match="the disk is full: 4,000 tokens take about .* finished shards are kept"):
+    with pytest.raises(
+        UserError, match="the disk is full: 4,000 tokens take about .* finished shards are kept"
+    ):
         toy_store(tmp_path)
     assert [f.name for f in (tmp_path / "store").glob("shard_*")] == ["shard_00000.safetensors"]
     monkeypatch.setattr(harvest_module, "save_file", save)

@@ -36,17 +36,24 @@ def job(pair, path, part):
 def test_parts_in_any_order_make_the_same_bytes(pair, whole, tmp_path):
     counts = [harvest_part(pair, build(pair), tmp_path / "store", (i, 3), **SIZES) for i in (2, 0, 1)]
     assert sum(counts) == len(whole) - 2 and min(counts) > 0
-    assert not (tmp_path / "store" / "manifest.json").exists() and not (tmp_path / "store" / "log.jsonl").exists()
+    assert (
+        not (tmp_path / "store" / "manifest.json").exists()
+        and not (tmp_path / "store" / "log.jsonl").exists()
+    )
     store = merge(pair, build(pair), tmp_path / "store", **SIZES)
     assert content(store.path) == whole and store.tokens_per_second > 0
-    assert harvest(pair, build(pair), tmp_path / "store", **SIZES).fingerprint == store.fingerprint  # it is found
+    # it is found
+    assert harvest(pair, build(pair), tmp_path / "store", **SIZES).fingerprint == store.fingerprint
     assert content(merge(pair, build(pair), tmp_path / "store", **SIZES).path) == whole
     assert sorted(f.name for f in store.path.iterdir()) == sorted([*whole, "harvest.json", "log.jsonl"])
 
 
 def test_jobs_at_once_make_the_same_bytes_and_two_may_do_the_same(pair, whole, tmp_path):
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    jobs = [context.Process(target=job, args=(pair, tmp_path / "store", part)) for part in [(0, 3), (1, 3), (1, 3), (2, 3)]]
+    jobs = [
+        context.Process(target=job, args=(pair, tmp_path / "store", part))
+        for part in [(0, 3), (1, 3), (1, 3), (2, 3)]
+    ]
     for process in jobs:
         process.start()
     for process in jobs:
@@ -68,7 +75,10 @@ def test_parts_are_neighbouring_shards_that_cover_all(pair):
 def test_shards_that_are_missing_or_damaged_are_named_and_their_part_mends_them(pair, whole, tmp_path):
     for i in (0, 2):
         harvest_part(pair, build(pair), tmp_path / "store", (i, 3), **SIZES)
-    with pytest.raises(UserError, match=r"2 of 6 shards .*\(shard_00002.* is missing, shard_00003.safetensors is missing\): run their"):
+    with pytest.raises(
+        UserError,
+        match=r"2 of 6 shards .*\(shard_00002.* is missing, shard_00003.safetensors is missing\): run their",
+    ):
         merge(pair, build(pair), tmp_path / "store", **SIZES)
     harvest_part(pair, build(pair), tmp_path / "store", (1, 3), **SIZES)
     shard = tmp_path / "store" / "shard_00003.safetensors"
@@ -85,7 +95,11 @@ def test_shards_that_are_missing_or_damaged_are_named_and_their_part_mends_them(
 def test_a_harvest_makes_what_the_parts_have_left(pair, whole, tmp_path, monkeypatch):
     harvest_part(pair, build(pair), tmp_path / "store", (0, 3), **SIZES)
     made, write = [], harvest_module._write_shard
-    monkeypatch.setattr(harvest_module, "_write_shard", lambda path, name, *rest: made.append(name) or write(path, name, *rest))
+    monkeypatch.setattr(
+        harvest_module,
+        "_write_shard",
+        lambda path, name, *rest: made.append(name) or write(path, name, *rest),
+    )
     assert content(harvest(pair, build(pair), tmp_path / "store", **SIZES).path) == whole
     assert made == [f"shard_{i:05d}.safetensors" for i in (2, 3, 4, 5)]
 
@@ -95,7 +109,9 @@ def test_jobs_of_another_harvest_are_refused_and_leave_everything_alone(pair, tm
     before = content(tmp_path / "store")
     other = toy_pair(tmp_path / "other", widths=(16, 16))
     for wrong in (dict(pair=pair, documents=build(pair, seed=1)), dict(pair=other, documents=build(other))):
-        with pytest.raises(UserError, match="store holds the harvest of something else .*: give all jobs the same pair"):
+        with pytest.raises(
+            UserError, match="store holds the harvest of something else .*: give all jobs the same pair"
+        ):
             harvest_part(**wrong, path=tmp_path / "store", part=(1, 3), **SIZES)
         with pytest.raises(UserError, match="something else"):
             merge(**wrong, path=tmp_path / "store", **SIZES)

@@ -1,4 +1,6 @@
-"""Commits on the hub, resolved once and then required; streams of data sets. The hub is a fake: nothing here leaves the machine."""
+"""Commits on the hub, resolved once and then required; streams of data sets. The hub is a fake: nothing here
+leaves the machine.
+"""
 
 import json
 from types import SimpleNamespace
@@ -28,7 +30,9 @@ class Hub:
         self.asked.append((repo, revision))
         if self.error:
             raise self.error
-        return SimpleNamespace(sha=self.commit, siblings=[SimpleNamespace(rfilename=n, size=s) for n, s in self.files])
+        return SimpleNamespace(
+            sha=self.commit, siblings=[SimpleNamespace(rfilename=n, size=s) for n, s in self.files]
+        )
 
     dataset_info = model_info
 
@@ -64,7 +68,10 @@ def test_a_recorded_commit_needs_no_network(fake):
     hub.resolved("org/name")
     fake.error = httpx.ConnectError("no route to host")
     assert hub.resolved("org/name") == ("org/name", A)
-    with pytest.raises(UserError, match="cannot be asked for the model org/other .no route to host., and no commit of it is recorded"):
+    with pytest.raises(
+        UserError,
+        match="cannot be asked for the model org/other .no route to host., and no commit of it is recorded",
+    ):
         hub.resolved("org/other")
     assert "org/other" not in hub.REVISIONS.read_text()
 
@@ -83,11 +90,20 @@ def test_a_tag_is_resolved_like_a_branch(fake):
     assert fake.asked == [("org/name", "v1.0"), ("org/name", None)]
 
 
-@pytest.mark.parametrize(("error", "words"), [
-    (GatedRepoError("403 Forbidden", response=response(403)), "is gated: accept its licence at https://huggingface.co/org/name"),
-    (RepositoryNotFoundError("404", response=response(404)), "has no model org/name that you may read"),
-    (OSError("Temporary failure\nin name resolution"), "cannot be asked for the model org/name .Temporary failure., and"),
-])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            GatedRepoError("403 Forbidden", response=response(403)),
+            "is gated: accept its licence at https://huggingface.co/org/name",
+        ),
+        (RepositoryNotFoundError("404", response=response(404)), "has no model org/name that you may read"),
+        (
+            OSError("Temporary failure\nin name resolution"),
+            "cannot be asked for the model org/name .Temporary failure., and",
+        ),
+    ],
+)
 def test_errors_of_the_hub_are_one_sentence(fake, error, words):
     fake.error = error
     with pytest.raises(UserError, match=words) as raised:
@@ -109,14 +125,23 @@ def test_what_is_no_commit_is_never_recorded_or_believed(fake):
 
 
 def test_models_are_loaded_at_their_commit(fake, monkeypatch):
-    """From the pair down to what transformers is asked for; the fingerprint of a pair changes with the commit."""
+    """From the pair down to what transformers is asked for; the fingerprint of a pair changes with the
+    commit.
+    """
     from lib import pairs
 
     calls = []
-    monkeypatch.setattr(pairs.AutoConfig, "from_pretrained", lambda where, **options: calls.append((where, options)) or "config")
+    monkeypatch.setattr(
+        pairs.AutoConfig,
+        "from_pretrained",
+        lambda where, **options: calls.append((where, options)) or "config",
+    )
     pair = Pair("mine", {"base": "org/base", "distilled": f"org/distilled@{B}"})
     assert pair.config("base") == pair.config("distilled") == "config"
-    assert [(where, options["revision"]) for where, options in calls] == [("org/base", A), ("org/distilled", B)]
+    assert [(where, options["revision"]) for where, options in calls] == [
+        ("org/base", A),
+        ("org/distilled", B),
+    ]
     assert all(options["trust_remote_code"] is False for _, options in calls)
     before = pair.fingerprint("base")
     hub.REVISIONS.unlink()
@@ -128,12 +153,20 @@ def test_the_papers_pairs_are_in_the_registry_without_invented_commits():
     for name in ("r1_qwen_1.5b", "r1_qwen_7b", "r1_qwen_14b", "r1_qwen_32b", "r1_llama_8b"):
         pair = load_pair(name)
         assert pair.distilled.startswith("deepseek-ai/DeepSeek-R1-Distill-") and pair.dictionary == 32768
-        assert all("@" not in source for source in pair.models.values()), "commits are recorded when they are met"
-        assert {kind for _, kind in pair.corpus} == {"trace", "general"} and pair.dtype == pair.store_dtype == "bfloat16"
-    assert load_pair("r1_qwen_1.5b").base == "Qwen/Qwen2.5-Math-1.5B" and load_pair("r1_qwen_14b").base == "Qwen/Qwen2.5-14B"
+        assert all("@" not in source for source in pair.models.values()), (
+            "commits are recorded when they are met"
+        )
+        assert {kind for _, kind in pair.corpus} == {
+            "trace",
+            "general",
+        } and pair.dtype == pair.store_dtype == "bfloat16"
+    assert (
+        load_pair("r1_qwen_1.5b").base == "Qwen/Qwen2.5-Math-1.5B"
+        and load_pair("r1_qwen_14b").base == "Qwen/Qwen2.5-14B"
+    )
 
 
-# --- streams ---------------------------------------------------------------------------------------------------
+# --- streams ------------------------------------------------------------------------------------------------
 
 
 def test_a_data_set_is_streamed_at_its_commit(fake, monkeypatch):
@@ -151,14 +184,25 @@ def test_a_data_set_is_streamed_at_its_commit(fake, monkeypatch):
 
 def test_files_are_read_in_turns_by_their_size(fake, monkeypatch, tmp_path):
     """Real text files through the real library: a file thrice as long gives three quarters of every stretch."""
-    (tmp_path / "long.jsonl").write_text("".join(f'{{"text": "l{i:04d}", "meta": {{"a": {i}}}}}\n' for i in range(300)))
-    (tmp_path / "short.jsonl").write_text("".join(f'{{"text": "s{i:04d}", "meta": {{"b": "{i}"}}}}\n' for i in range(100)))
-    fake.files = [(name, (tmp_path / name).stat().st_size) for name in ("short.jsonl", "long.jsonl")] + [("README.md", 10)]
+    (tmp_path / "long.jsonl").write_text(
+        "".join(f'{{"text": "l{i:04d}", "meta": {{"a": {i}}}}}\n' for i in range(300))
+    )
+    (tmp_path / "short.jsonl").write_text(
+        "".join(f'{{"text": "s{i:04d}", "meta": {{"b": "{i}"}}}}\n' for i in range(100))
+    )
+    fake.files = [(name, (tmp_path / name).stat().st_size) for name in ("short.jsonl", "long.jsonl")] + [
+        ("README.md", 10)
+    ]
     real = datasets.load_dataset
 
     def load_dataset(builder, data_files, **options):
         assert data_files.startswith(f"hf://datasets/org/texts@{A}/")
-        return real(builder, data_files=str(tmp_path / data_files.rpartition("/")[2]), cache_dir=tmp_path / "cache", **options)
+        return real(
+            builder,
+            data_files=str(tmp_path / data_files.rpartition("/")[2]),
+            cache_dir=tmp_path / "cache",
+            **options,
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     lines = [json.loads(row["text"])["text"] for row in hub.rows("hub:org/texts:*.jsonl")]
@@ -178,7 +222,10 @@ def test_a_stream_is_lazy_and_its_failures_are_one_sentence(fake, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: endless())
     stream = hub.rows("hub:org/texts")
     assert next(stream) == {"text": "first"}
-    with pytest.raises(UserError, match="cannot be asked for the dataset org/texts .the line is dead., and it is read from there"):
+    with pytest.raises(
+        UserError,
+        match="cannot be asked for the dataset org/texts .the line is dead., and it is read from there",
+    ):
         next(stream)
 
 
@@ -189,5 +236,7 @@ def test_what_names_no_data_set(source):
 
 
 def test_what_names_a_data_set():
-    assert hub.dataset("hub:org/na-me.v1@v1.0:*_sample.jsonl") == hub.Dataset("org/na-me.v1@v1.0", "*_sample.jsonl")
+    assert hub.dataset("hub:org/na-me.v1@v1.0:*_sample.jsonl") == hub.Dataset(
+        "org/na-me.v1@v1.0", "*_sample.jsonl"
+    )
     assert hub.dataset("hub:org/name") == hub.Dataset("org/name", None)

@@ -1,4 +1,6 @@
-"""Token tests on real text: what counts as an opening, where the places lie, and what is put in, against a store made by hand."""
+"""Token tests on real text: what counts as an opening, where the places lie, and what is put in, against a
+store made by hand.
+"""
 
 import random
 from types import SimpleNamespace
@@ -9,7 +11,22 @@ import pytest
 from lib import injection
 from lib.puzzles import LABELS
 
-WORDS = ["_the", "_cat", "_sat", "_mat", ".", "_Wait", ",", "_so", "_it", "_is", "_then", "_dog", "_But", "Hm"]
+WORDS = [
+    "_the",
+    "_cat",
+    "_sat",
+    "_mat",
+    ".",
+    "_Wait",
+    ",",
+    "_so",
+    "_it",
+    "_is",
+    "_then",
+    "_dog",
+    "_But",
+    "Hm",
+]
 ID = {word: i for i, word in enumerate(WORDS)}
 
 
@@ -42,14 +59,27 @@ def store_of(documents, splits):
         def __len__(self):
             return len(self.tokens)
 
-    return Made(tokens=arrays["tokens"], documents=arrays["documents"], split=arrays["split"], labels=labels, kept=np.ones(len(arrays["tokens"]), bool))
+    return Made(
+        tokens=arrays["tokens"],
+        documents=arrays["documents"],
+        split=arrays["split"],
+        labels=labels,
+        kept=np.ones(len(arrays["tokens"]), bool),
+    )
 
 
 PLAIN = sentence("_the _cat _sat .", "other")
 WAIT, SO = sentence("_Wait , _it _is .", "reflection"), sentence("_so _it _is .", "deduction")
 TRACE = ("trace", [PLAIN, PLAIN, WAIT, SO, PLAIN, SO, sentence("_Wait _the _cat .", "reflection"), PLAIN])
-GENERAL = ("general", [sentence("_the _dog _sat _then _it _sat .", "general"), sentence("_the _cat _is _so _the _mat .", "general"),
-                       sentence("_the _mat _is _it .", "general"), sentence("_the _cat _sat _then .", "general")])
+GENERAL = (
+    "general",
+    [
+        sentence("_the _dog _sat _then _it _sat .", "general"),
+        sentence("_the _cat _is _so _the _mat .", "general"),
+        sentence("_the _mat _is _it .", "general"),
+        sentence("_the _cat _sat _then .", "general"),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +88,8 @@ def store():
 
 
 def test_openings_are_first_tokens_of_the_category_more_than_of_all_others(store):
-    assert injection.openings(store, "reflection") == [(ID["_Wait"], ID["_the"]), (ID["_Wait"], ID[","])]  # as often: by number of the token
+    # as often: by number of the token
+    assert injection.openings(store, "reflection") == [(ID["_Wait"], ID["_the"]), (ID["_Wait"], ID[","])]
     assert injection.openings(store, "deduction") == [(ID["_so"], ID["_it"])]
     shared = store_of([("trace", [PLAIN, PLAIN, sentence("_the _cat .", "contrast")])], [0])
     assert injection.openings(shared, "contrast") == []  # "the" opens other sentences more often
@@ -91,15 +122,23 @@ def test_places_lie_where_the_test_says(store):
         if test in ("neutral", "unrelated text"):
             assert at not in ("_Wait",)
     everywhere = {"in context", "other sentences", "injected", "neutral", "unrelated text", "decoys"}
-    assert seen == {(where, test) for where in ("before", "marker") for test in everywhere} | {("before", "full stops")}
+    assert seen == {(where, test) for where in ("before", "marker") for test in everywhere} | {
+        ("before", "full stops")
+    }
 
 
 def test_neutral_text_differs_from_injected_in_words_only(store):
     by_test = {}
     for category, where, test, text, places in trials(store, n=2):
-        if where == "marker" and category == "reflection" and test in ("injected", "neutral", "unrelated text"):
+        if (
+            where == "marker"
+            and category == "reflection"
+            and test in ("injected", "neutral", "unrelated text")
+        ):
             by_test.setdefault(test, []).append((text, places))
-    for (injected, at), (neutral, same), (plain, _) in zip(*(by_test[t] for t in ("injected", "neutral", "unrelated text"))):
+    for (injected, at), (neutral, same), (plain, _) in zip(
+        *(by_test[t] for t in ("injected", "neutral", "unrelated text"))
+    ):
         assert at == same and injected[: at[0]] == neutral[: at[0]] == plain[: at[0]]
         assert neutral[at[0]] not in ("_Wait", "_so") and neutral[at[0]].startswith("_")
         assert (injected[at[1]] == ",") == (neutral[at[1]] == ",")  # punctuation stays

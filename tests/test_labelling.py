@@ -1,4 +1,6 @@
-"""Labels by a language model: against a server that answers what was planted, and a judge whose scores are known beforehand."""
+"""Labels by a language model: against a server that answers what was planted, and a judge whose scores are
+known beforehand.
+"""
 
 import json
 import os
@@ -17,7 +19,15 @@ from scipy import sparse
 
 from lib import labelling
 from lib.features import Coded
-from lib.labelling import Endpoint, balanced_accuracy, label_features, read_label, read_numbers, score_labels, summary
+from lib.labelling import (
+    Endpoint,
+    balanced_accuracy,
+    label_features,
+    read_label,
+    read_numbers,
+    score_labels,
+    summary,
+)
 from lib.results import UserError
 
 GOOD = '{"label": "doubt", "category": "reflection", "confidence": 0.9}'
@@ -32,7 +42,9 @@ def no_waiting(monkeypatch):
 
 
 class Fake:
-    """A chat server. ``answer(messages)`` returns a text, a status (int), or (status, headers); ``asked`` are the conversations it got."""
+    """A chat server. ``answer(messages)`` returns a text, a status (int), or (status, headers); ``asked`` are
+    the conversations it got.
+    """
 
     def __init__(self, answer):
         self.asked, self.headers, fake = [], [], self
@@ -43,9 +55,14 @@ class Fake:
                 fake.asked.append((self.path, body))
                 fake.headers.append(dict(self.headers))
                 said = answer(body["messages"])
-                status, headers = said if isinstance(said, tuple) else (said, {}) if isinstance(said, int) else (200, {})
-                content = {"choices": [{"message": {"role": "assistant", "content": said}}]} if status == 200 else {
-                    "error": f"status {status}, you sent {self.headers.get('Authorization')}"}
+                status, headers = (
+                    said if isinstance(said, tuple) else (said, {}) if isinstance(said, int) else (200, {})
+                )
+                content = (
+                    {"choices": [{"message": {"role": "assistant", "content": said}}]}
+                    if status == 200
+                    else {"error": f"status {status}, you sent {self.headers.get('Authorization')}"}
+                )
                 text = json.dumps(content).encode()
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(text))}.items():
@@ -58,7 +75,9 @@ class Fake:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
 
 @pytest.fixture
@@ -85,37 +104,72 @@ def in_turn(*answers):
     return lambda messages: left.pop(0)
 
 
-# --- reading answers -------------------------------------------------------------------------------------------
+# --- reading answers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [GOOD, f"```json\n{GOOD}\n```", f"Sure! {{here}} it is:\n{GOOD}\nI hope {{this}} helps.",
-                                  GOOD.replace("reflection", "Reflection").replace("0.9", '"0.9"')])
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        f"```json\n{GOOD}\n```",
+        f"Sure! {{here}} it is:\n{GOOD}\nI hope {{this}} helps.",
+        GOOD.replace("reflection", "Reflection").replace("0.9", '"0.9"'),
+    ],
+)
 def test_a_label_is_read_whatever_stands_around_it(text):
     assert read_label(text) == ("doubt", "reflection", 0.9)
 
 
-@pytest.mark.parametrize("text", ["", "doubt", "{", "{" * 2000, "[1]", GOOD[:-1], GOOD.replace("reflection", "poetry"),
-                                  GOOD.replace("0.9", "90"), GOOD.replace("0.9", "NaN"), GOOD.replace("doubt", " "),
-                                  GOOD.replace('"doubt"', "3"), '{"label": "doubt"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "doubt",
+        "{",
+        "{" * 2000,
+        "[1]",
+        GOOD[:-1],
+        GOOD.replace("reflection", "poetry"),
+        GOOD.replace("0.9", "90"),
+        GOOD.replace("0.9", "NaN"),
+        GOOD.replace("doubt", " "),
+        GOOD.replace('"doubt"', "3"),
+        '{"label": "doubt"}',
+    ],
+)
 def test_what_is_no_label_is_not_read(text):
     assert read_label(text) is None
 
 
 def test_numbers_are_read_from_the_last_list():
-    assert read_numbers("[3, 1]", 4) == [1, 3] and read_numbers("```json\n[2,\n 2]\n```", 4) == [2] and read_numbers("[]", 4) == []
+    assert (
+        read_numbers("[3, 1]", 4) == [1, 3]
+        and read_numbers("```json\n[2,\n 2]\n```", 4) == [2]
+        and read_numbers("[]", 4) == []
+    )
     assert read_numbers("Text [1] does not fit, so: [2, 4].", 4) == [2, 4]
     for wrong in ("2, 4", "[5]", "[0]", "[1.5]", "[one]", "", "[1, 2"):
         assert read_numbers(wrong, 4) is None, wrong
 
 
-# --- the endpoint ----------------------------------------------------------------------------------------------
+# --- the endpoint -------------------------------------------------------------------------------------------
 
 
 def test_labels_and_what_is_sent(serve, tmp_path):
     fake, endpoint = serve(lambda messages: GOOD)
-    table = label_features(contexts([7, 3]), [7, 3, 99], tmp_path, endpoint)  # 99 never fires: it has no contexts
+    # 99 never fires: it has no contexts
+    table = label_features(contexts([7, 3]), [7, 3, 99], tmp_path, endpoint)
     assert table.to_dict("records") == [
-        {"feature": f, "label": "doubt", "category": "reflection", "confidence": 0.9, "parsed": True, "raw": GOOD} for f in (7, 3)]
+        {
+            "feature": f,
+            "label": "doubt",
+            "category": "reflection",
+            "confidence": 0.9,
+            "parsed": True,
+            "raw": GOOD,
+        }
+        for f in (7, 3)
+    ]
     path, body = fake.asked[0]
     assert path == "/v1/chat/completions" and body["model"] == "judge" and body["stream"] is False
     assert "1. text 1 of «feature7»\n2. text 2 of «feature7»" in body["messages"][0]["content"]
@@ -128,7 +182,9 @@ def test_one_reminder_then_the_answer_is_kept_raw(serve, tmp_path):
     assert table["parsed"].tolist() == [True, False] and table["raw"].tolist() == [GOOD, "still no"]
     assert table["label"].tolist() == ["doubt", ""] and np.isnan(table["confidence"][1])
     reminder = fake.asked[1][1]["messages"]
-    assert [m["role"] for m in reminder] == ["user", "assistant", "user"] and reminder[1]["content"] == "no idea"
+    assert [m["role"] for m in reminder] == ["user", "assistant", "user"] and reminder[1][
+        "content"
+    ] == "no idea"
 
 
 def test_thoughts_are_not_the_answer(serve, tmp_path):
@@ -167,7 +223,10 @@ def test_a_server_that_does_not_answer_in_time(serve, tmp_path):
     release.set()
 
 
-@pytest.mark.parametrize("status, words", [(401, "refuses the key"), (404, "LABEL_MODEL"), (400, "status 400"), (302, "status 302")])
+@pytest.mark.parametrize(
+    "status, words",
+    [(401, "refuses the key"), (404, "LABEL_MODEL"), (400, "status 400"), (302, "status 302")],
+)
 def test_a_mistake_of_the_user_is_said_at_once_and_without_the_key(serve, tmp_path, status, words):
     fake, endpoint = serve(lambda messages: (status, {"Location": "http://localhost:1/"}))
     with pytest.raises(UserError, match=words) as error:
@@ -201,7 +260,8 @@ def test_a_run_goes_on_where_it_stopped(serve, tmp_path):
     assert len(fake.asked) == 4
     other = Endpoint(endpoint.url, "another")
     label_features(contexts([1]), [1], tmp_path, other)
-    assert len(fake.asked) == 5 and "Authorization" not in fake.headers[4]  # another model is asked anew, without a key
+    # another model is asked anew, without a key
+    assert len(fake.asked) == 5 and "Authorization" not in fake.headers[4]
 
 
 def test_the_key_is_in_no_file_and_no_text(serve, tmp_path):
@@ -222,7 +282,9 @@ def test_endpoint_from_the_environment(monkeypatch, tmp_path):
         labelling.endpoint_from_environment()
     monkeypatch.setenv("LABEL_MODEL", "m")
     monkeypatch.setenv("LABEL_KEY", KEY + "\n")
-    assert labelling.endpoint_from_environment(timeout=3.0) == Endpoint("http://localhost:8000/v1", "m", KEY, 3.0)
+    assert labelling.endpoint_from_environment(timeout=3.0) == Endpoint(
+        "http://localhost:8000/v1", "m", KEY, 3.0
+    )
     monkeypatch.setenv("LABEL_KEY", "two words")
     with pytest.raises(UserError, match="LABEL_KEY") as error:
         labelling.endpoint_from_environment()
@@ -231,23 +293,39 @@ def test_endpoint_from_the_environment(monkeypatch, tmp_path):
         Endpoint("localhost:8000", "m")
 
 
-# --- scores ----------------------------------------------------------------------------------------------------
+# --- scores -------------------------------------------------------------------------------------------------
 
 
 def judged(n_features, k=4):
-    """Texts of feature f that fires hold the word "word<f>", silent ones do not; the first of the firing texts of feature 0 lacks it."""
+    """Texts of feature f that fires hold the word "word<f>", silent ones do not; the first of the firing
+    texts of feature 0 lacks it.
+    """
     rows = []
     for f in range(n_features):
         for i in range(2 * k):
             fires = i % 2 == 0
-            rows.append((f, 100 * f + i, i, fires, f"{f} {i} " + (f"word{f}" if fires and (f, i) != (0, 0) else "nothing")))
+            rows.append(
+                (
+                    f,
+                    100 * f + i,
+                    i,
+                    fires,
+                    f"{f} {i} " + (f"word{f}" if fires and (f, i) != (0, 0) else "nothing"),
+                )
+            )
     return pd.DataFrame(rows, columns=labelling.JUDGED)
 
 
 def rule(messages):
     """Picks the texts that hold the label as a word."""
     label = re.search(r"described as: (\S+)", messages[0]["content"])[1]
-    return str([int(i) for i, text in re.findall(r"^(\d+)\. (.*)$", messages[0]["content"], re.MULTILINE) if label in text.split()])
+    return str(
+        [
+            int(i)
+            for i, text in re.findall(r"^(\d+)\. (.*)$", messages[0]["content"], re.MULTILINE)
+            if label in text.split()
+        ]
+    )
 
 
 def labelled(words):
@@ -258,7 +336,11 @@ def labelled(words):
 def test_balanced_accuracy_by_hand():
     fires = np.array([True, False, True, False, False])
     assert balanced_accuracy(fires, [1, 2]) == pytest.approx((1 / 2 + 2 / 3) / 2)
-    assert balanced_accuracy(fires, []) == 0.5 and balanced_accuracy(fires, [1, 3]) == 1 and balanced_accuracy(fires, [2, 4, 5]) == 0
+    assert (
+        balanced_accuracy(fires, []) == 0.5
+        and balanced_accuracy(fires, [1, 3]) == 1
+        and balanced_accuracy(fires, [2, 4, 5]) == 0
+    )
     assert np.isnan(balanced_accuracy(fires, None)) and np.isnan(balanced_accuracy(np.array([True]), [1]))
 
 
@@ -271,8 +353,12 @@ def test_scores_of_a_judge_that_follows_a_rule(serve, tmp_path):
     assert len(fake.asked) == 12
     table = summary(scores)
     assert table.loc["own label", "value"] == pytest.approx(5.875 / 6) and table.loc["difference", "n"] == 6
-    assert table.loc["difference", "low"] > 0.4 and table.loc["another's label", ["low", "high"]].tolist() == [0.5, 0.5]
-    pd.testing.assert_frame_equal(score_labels(labelled([f"word{f}" for f in range(6)]), judged(6), tmp_path, endpoint, seed=1), scores)
+    assert table.loc["difference", "low"] > 0.4 and table.loc[
+        "another's label", ["low", "high"]
+    ].tolist() == [0.5, 0.5]
+    pd.testing.assert_frame_equal(
+        score_labels(labelled([f"word{f}" for f in range(6)]), judged(6), tmp_path, endpoint, seed=1), scores
+    )
     assert len(fake.asked) == 12
 
 
@@ -294,11 +380,13 @@ def test_what_has_no_label_or_no_readable_answer_is_left_out_of_means(serve, tmp
     assert alone["other"].tolist() == [-1] and np.isnan(summary(alone).loc["difference", "value"])
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------
+# --- what is shown ------------------------------------------------------------------------------------------
 
 
 class Words:
-    """A tokenizer whose pieces carry their own spaces, as those of real models do; token 9 is half a character."""
+    """A tokenizer whose pieces carry their own spaces, as those of real models do; token 9 is half a
+    character.
+    """
 
     pieces = ["<s>", " so", " the", " answer", "s", ",", "\n", " 7", " wait", "\ufffd"]
 
@@ -310,13 +398,18 @@ class Words:
 
 
 class Texts:
-    """The part of a store that is needed: documents of 60 tokens, traces (kind 1) and general text (0) by turns."""
+    """The part of a store that is needed: documents of 60 tokens, traces (kind 1) and general text (0) by
+    turns.
+    """
 
     def __init__(self, n=40, length=60):
         rng = np.random.default_rng(3)
         self.tokens = rng.integers(1, 8, n * length).astype(np.int32)
         self.documents, self.positions = np.repeat(np.arange(n), length), np.tile(np.arange(length), n)
-        self.labels = {"kind": (self.documents % 2).astype(np.int8), "label": np.full(n * length, -1, dtype=np.int8)}
+        self.labels = {
+            "kind": (self.documents % 2).astype(np.int8),
+            "label": np.full(n * length, -1, dtype=np.int8),
+        }
 
     def __len__(self):
         return len(self.tokens)
@@ -345,18 +438,30 @@ def test_texts_to_judge_are_balanced_matched_and_truly_silent():
     store = Texts()
     coded = planted(store)
     table = labelling.contexts_to_judge(store, coded, Words(), [0, 1, 2], k=5, seed=4)
-    assert set(table["feature"]) == {0} and table["fires"].sum() == 5 and len(table) == 10  # 1 never fires, 2 is never silent
-    assert table["text"].is_unique and table[table["fires"]]["document"].is_unique and not table["text"].str.contains("«").any()
+    # 1 never fires, 2 is never silent
+    assert set(table["feature"]) == {0} and table["fires"].sum() == 5 and len(table) == 10
+    assert (
+        table["text"].is_unique
+        and table[table["fires"]]["document"].is_unique
+        and not table["text"].str.contains("«").any()
+    )
     kind = store.labels["kind"][table["row"]]
     assert sorted(kind[table["fires"]]) == sorted(kind[~table["fires"]])
     fired = np.asarray(coded.codes[:, [0]].todense()).ravel() > 0
     for row in table.itertuples():
-        near = [r for r in range(row.row - labelling.BEFORE, row.row + labelling.AFTER + 1)
-                if 0 <= r < len(store) and store.documents[r] == store.documents[row.row]]
+        near = [
+            r
+            for r in range(row.row - labelling.BEFORE, row.row + labelling.AFTER + 1)
+            if 0 <= r < len(store) and store.documents[r] == store.documents[row.row]
+        ]
         assert fired[row.row] if row.fires else not fired[near].any()
     assert not table["fires"].is_monotonic_decreasing and not table["fires"].is_monotonic_increasing
-    pd.testing.assert_frame_equal(table, labelling.contexts_to_judge(store, coded, Words(), [2, 0], k=5, seed=4))
-    assert not table["row"].equals(labelling.contexts_to_judge(store, coded, Words(), [0], k=5, seed=5)["row"])
+    pd.testing.assert_frame_equal(
+        table, labelling.contexts_to_judge(store, coded, Words(), [2, 0], k=5, seed=4)
+    )
+    assert not table["row"].equals(
+        labelling.contexts_to_judge(store, coded, Words(), [0], k=5, seed=5)["row"]
+    )
 
 
 def test_texts_to_label_are_the_strongest():
@@ -368,14 +473,23 @@ def test_texts_to_label_are_the_strongest():
 
 @pytest.mark.slow
 def test_against_transformers_serve(tmp_path):
-    """The real server: TRANSFORMERS_SERVE names its executable (of an environment with transformers[serving]), SERVED_MODEL a folder."""
+    """The real server: TRANSFORMERS_SERVE names its executable (of an environment with
+    transformers[serving]), SERVED_MODEL a folder.
+    """
     program, model = os.environ.get("TRANSFORMERS_SERVE"), os.environ.get("SERVED_MODEL")
     if not program or not model:
-        pytest.skip("set TRANSFORMERS_SERVE to the program transformers and SERVED_MODEL to the folder of a chat model")
+        pytest.skip(
+            "set TRANSFORMERS_SERVE to the program transformers and SERVED_MODEL to the folder of a chat"
+            " model"
+        )
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([program, "serve", model, "--port", str(port), "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [program, "serve", model, "--port", str(port), "--device", "cpu"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         for _ in range(120):
             with suppress(OSError):
@@ -387,7 +501,8 @@ def test_against_transformers_serve(tmp_path):
         asked = (["Say hello.", "What is 2 + 2?"], "Say it again.", read, tmp_path, endpoint)
         first = labelling._ask_all("asked", *asked)
         assert all(isinstance(answer, str) and answer == raw for answer, raw in first)
-        with pytest.raises(UserError, match="can be read"):  # an answer that is no label, and is said to be none
+        # an answer that is no label, and is said to be none
+        with pytest.raises(UserError, match="can be read"):
             labelling._ask_all("asked", ["Say hello."], "Again.", labelling.read_label, tmp_path, endpoint)
     finally:
         server.terminate()

@@ -1,4 +1,6 @@
-"""Lock-step decoding: against plain and steered decoding, and against a loop without caches, with every change worked out by hand."""
+"""Lock-step decoding: against plain and steered decoding, and against a loop without caches, with every
+change worked out by hand.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ def models():
     made = {}
     for seed, name in enumerate(("base", "distilled")):
         made[name] = toy_model(WIDTH, 5 + seed, layers=3).requires_grad_(False)
-        made[name].get_input_embeddings().weight[len(TOKENIZER) :] = 0  # the rows that only round off the vocabulary
+        # the rows that only round off the vocabulary
+        made[name].get_input_embeddings().weight[len(TOKENIZER) :] = 0
     return made
 
 
@@ -47,7 +50,9 @@ def residual(model, ids, layer):
 
 
 def by_hand(models, crosscoder, task, act, change):
-    """One task, no cache, the whole text anew at each step. ``change(x, t)`` is the change at position t from residual streams x."""
+    """One task, no cache, the whole text anew at each step. ``change(x, t)`` is the change at position t from
+    residual streams x.
+    """
     words = trials.prompt_words(task)[: None if act.mode == "think" else -2]
     ids = TOKENIZER(" ".join(words), return_tensors="pt")["input_ids"]
     first, steps = ids.shape[1], STEPS + 2 * (act.mode == "free")
@@ -67,7 +72,10 @@ def by_hand(models, crosscoder, task, act, change):
         if newest == TOKENIZER.eos_token_id:
             break
         ids = torch.cat([ids, newest[None, None]], dim=1)
-    return [*(["think", ":"] if act.mode == "think" else []), *TOKENIZER.convert_ids_to_tokens(ids[0, first:].tolist())]
+    return [
+        *(["think", ":"] if act.mode == "think" else []),
+        *TOKENIZER.convert_ids_to_tokens(ids[0, first:].tolist()),
+    ]
 
 
 def row(crosscoder, i, decoder, speaker):
@@ -87,17 +95,29 @@ def code(crosscoder, base, distilled):
 def read(crosscoder, x, which):
     base, distilled = 0.5 * x["base"], 1.5 * x["distilled"]
     mean = crosscoder.means
-    return {"joint": (base, distilled), "base": (base, mean[WIDTH:]), "distilled": (mean[:WIDTH], distilled),
-            "slots base": (base, base), "slots distilled": (distilled, distilled)}[which]
+    return {
+        "joint": (base, distilled),
+        "base": (base, mean[WIDTH:]),
+        "distilled": (mean[:WIDTH], distilled),
+        "slots base": (base, base),
+        "slots distilled": (distilled, distilled),
+    }[which]
 
 
 @pytest.mark.parametrize("speaker", ["base", "distilled"])
 def test_without_an_intervention_transcripts_are_those_of_the_model(models, crosscoder, speaker):
-    assert run(models, crosscoder, Act(speaker)) == trials.generate(models[speaker], TOKENIZER, TASKS, max_new_tokens=STEPS)
+    assert run(models, crosscoder, Act(speaker)) == trials.generate(
+        models[speaker], TOKENIZER, TASKS, max_new_tokens=STEPS
+    )
     wrapped = ablation.wrap(models[speaker], TOKENIZER)
-    sampled = steering.generate(wrapped, LAYERS[speaker], TASKS, torch.zeros(len(TASKS), WIDTH), STEPS, temperature=1.0, seed=3)
+    sampled = steering.generate(
+        wrapped, LAYERS[speaker], TASKS, torch.zeros(len(TASKS), WIDTH), STEPS, temperature=1.0, seed=3
+    )
     assert run(models, crosscoder, Act(speaker), temperature=1.0, seed=3) == sampled
-    assert run(models, crosscoder, Act(speaker, Scale((0, 1), weights=0.0)), temperature=1.0, seed=3) == sampled  # nothing, the long way
+    # nothing, the long way
+    assert (
+        run(models, crosscoder, Act(speaker, Scale((0, 1), weights=0.0)), temperature=1.0, seed=3) == sampled
+    )
 
 
 def test_a_constant_push_is_steering(models, crosscoder):
@@ -112,7 +132,10 @@ def test_a_constant_push_is_steering(models, crosscoder):
 def changes(crosscoder, speaker):
     """{name: (intervention, the same by hand)}: loops over features, from the formulas."""
     other = "distilled" if speaker == "base" else "base"
-    d = {name: torch.stack([row(crosscoder, i, name, speaker) for i in range(24)]) for name in ("base", "distilled")}
+    d = {
+        name: torch.stack([row(crosscoder, i, name, speaker) for i in range(24)])
+        for name in ("base", "distilled")
+    }
     few, w = (2, 5, 11, 17), (-1.0, 2.0, 0.5, 4.0)
 
     def f(x, which):
@@ -128,24 +151,50 @@ def changes(crosscoder, speaker):
     return {
         "ablate": (Scale(few), lambda x, t: removed(x, speaker)),
         "ablate with the other's decoder": (Scale(few, decoder=other), lambda x, t: removed(x, other)),
-        "ablate to a mean": (Scale(few, offsets=(0.1, 0.2, 0.3, 0.4)),
-                             lambda x, t: removed(x, speaker) + 0.1 * d[speaker][2] + 0.2 * d[speaker][5] + 0.3 * d[speaker][11]
-                             + 0.4 * d[speaker][17]),
-        "own use": (Scale(few, w, code="own"),
-                    lambda x, t: sum(g * a * d[speaker][i] for i, g, a in zip(few, w, f(x, speaker)[list(few)]))),
+        "ablate to a mean": (
+            Scale(few, offsets=(0.1, 0.2, 0.3, 0.4)),
+            lambda x, t: (
+                removed(x, speaker)
+                + 0.1 * d[speaker][2]
+                + 0.2 * d[speaker][5]
+                + 0.3 * d[speaker][11]
+                + 0.4 * d[speaker][17]
+            ),
+        ),
+        "own use": (
+            Scale(few, w, code="own"),
+            lambda x, t: sum(g * a * d[speaker][i] for i, g, a in zip(few, w, f(x, speaker)[list(few)])),
+        ),
         "swap": (Swap(), lambda x, t: difference(f(x, other), f(x, speaker), range(24))),
-        "swap some, slots": (Swap(features=few, reading="slots"), lambda x, t: difference(
-            f(x, f"slots {other}"), f(x, f"slots {speaker}"), few)),
+        "swap some, slots": (
+            Swap(features=few, reading="slots"),
+            lambda x, t: difference(f(x, f"slots {other}"), f(x, f"slots {speaker}"), few),
+        ),
         "joint": (Swap("joint", few), lambda x, t: difference(f(x, "joint"), f(x, speaker), few)),
         "reconstruct": (Reconstruct("listener"), lambda x, t: f(x, other) @ d[speaker] + bias - x[speaker]),
-        "transplant": (Transplant(), lambda x, t: x[other] * (1 / 3 if speaker == "distilled" else 3) - x[speaker]),
-        "length of another": (Along((1.0,) * WIDTH, -2.0, Scale(few)),
-                              lambda x, t: -2.0 * removed(x, speaker).norm() / 4 * torch.ones(WIDTH)),
+        "transplant": (
+            Transplant(),
+            lambda x, t: x[other] * (1 / 3 if speaker == "distilled" else 3) - x[speaker],
+        ),
+        "length of another": (
+            Along((1.0,) * WIDTH, -2.0, Scale(few)),
+            lambda x, t: -2.0 * removed(x, speaker).norm() / 4 * torch.ones(WIDTH),
+        ),
     }
 
 
-NAMES = ["ablate", "ablate with the other's decoder", "ablate to a mean", "own use", "swap", "swap some, slots", "joint", "reconstruct",
-         "transplant", "length of another"]
+NAMES = [
+    "ablate",
+    "ablate with the other's decoder",
+    "ablate to a mean",
+    "own use",
+    "swap",
+    "swap some, slots",
+    "joint",
+    "reconstruct",
+    "transplant",
+    "length of another",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,15 +211,29 @@ def test_a_padded_batch_equals_one_at_a_time_by_hand(models, crosscoder, name):
 
 def test_rows_of_many_conditions_share_a_batch_and_do_not_notice(models, crosscoder, monkeypatch):
     kinds = [intervention for intervention, _ in changes(crosscoder, "distilled").values()]
-    acts = [Act("distilled", kind, "everywhere")
-            for kind in (None, Bias(("wait",), 2.0), Bias(("<eos>",), 1e6), Bias(("<eos>",), 4.0), RandomLike(Scale((1, 2, 3)), 4), *kinds)]
-    rows = [(task, act) for task in TASKS[:2] for act in acts] + [(TASKS[1], Act("base", kinds[0], mode="free"))]
+    acts = [
+        Act("distilled", kind, "everywhere")
+        for kind in (
+            None,
+            Bias(("wait",), 2.0),
+            Bias(("<eos>",), 1e6),
+            Bias(("<eos>",), 4.0),
+            RandomLike(Scale((1, 2, 3)), 4),
+            *kinds,
+        )
+    ]
+    rows = [(task, act) for task in TASKS[:2] for act in acts] + [
+        (TASKS[1], Act("base", kinds[0], mode="free"))
+    ]
     how = {"temperature": 0.5, "seed": 2}
     together = run(models, crosscoder, [act for _, act in rows], [task for task, _ in rows], **how)
     alone = [run(models, crosscoder, [act], [task], **how)[0] for task, act in rows]
     assert together == alone
     monkeypatch.setattr(decoding, "LEG", 3)  # rows that have ended leave the batch earlier
-    assert run(models, crosscoder, [act for _, act in rows], [task for task, _ in rows], batch_size=7, **how) == together
+    assert (
+        run(models, crosscoder, [act for _, act in rows], [task for task, _ in rows], batch_size=7, **how)
+        == together
+    )
     lengths = {len(words) for words in together}
     assert len(lengths) > 1  # some rows end early
 
@@ -192,7 +255,9 @@ def test_nothing_is_changed_once_thinking_has_ended(models, crosscoder):
     for words, task in zip(run(models, crosscoder, act), TASKS):
         assert words[:3] == ["think", ":", "done"]  # and then what the model says by itself
         ids = TOKENIZER(" ".join([*trials.prompt_words(task), "done"]), return_tensors="pt")["input_ids"]
-        assert words[3] == TOKENIZER.convert_ids_to_tokens(int(models["distilled"](ids).logits[0, -1].argmax()))
+        assert words[3] == TOKENIZER.convert_ids_to_tokens(
+            int(models["distilled"](ids).logits[0, -1].argmax())
+        )
 
 
 def test_random_changes_have_the_norms_of_what_they_stand_for(crosscoder):

@@ -12,8 +12,15 @@ import yaml
 from lib import run as driver
 from lib.results import ROOT
 
-NOTEBOOKS = ("00_distil_a_pair", "01_harvest_activations", "02_train_crosscoder", "03_inspect_features", "04_ablate_and_steer",
-             "05_feature_geometry", "06_scale")
+NOTEBOOKS = (
+    "00_distil_a_pair",
+    "01_harvest_activations",
+    "02_train_crosscoder",
+    "03_inspect_features",
+    "04_ablate_and_steer",
+    "05_feature_geometry",
+    "06_scale",
+)
 SETUP = """\
 import sys
 from pathlib import Path
@@ -48,14 +55,18 @@ def test_is_there_valid_canonical_and_small(stem):
 def test_was_executed_from_top_to_bottom_without_an_error(stem):
     cells = [c for c in code(read(stem)) if c.source.strip()]
     assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
-    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), "not executed, or not in order: make figures"
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), (
+        "not executed, or not in order: make figures"
+    )
 
 
 @each
 def test_outputs_say_nothing_of_the_machine(stem):
     for cell in code(read(stem)):
         for output in cell.outputs:
-            texts = [output.get("text", "")] + [v for mime, v in output.get("data", {}).items() if mime.startswith("text/")]
+            texts = [output.get("text", "")] + [
+                v for mime, v in output.get("data", {}).items() if mime.startswith("text/")
+            ]
             for text in texts:
                 assert not re.search(r"(/home/\w|/Users/\w|/root/|/work/|/tmp/|[A-Z]:\\\\)", text), text[:300]
                 assert "Traceback (most recent call last)" not in text
@@ -70,7 +81,9 @@ def test_parameters_are_commented_literals(stem):
     lines = cell.source.splitlines()
     for statement in ast.parse(cell.source).body:
         commented = "#" in lines[statement.end_lineno - 1]
-        assert commented or statement.targets[0].id == "seed", f"no comment with unit or range: {lines[statement.lineno - 1]}"
+        assert commented or statement.targets[0].id == "seed", (
+            f"no comment with unit or range: {lines[statement.lineno - 1]}"
+        )
     first_code = code(read(stem))[0]
     assert first_code == cell, "the parameters come first"
 
@@ -95,9 +108,13 @@ def test_opens_with_a_question_and_has_the_parts_of_the_template(stem):
 @each
 def test_cells_are_short_and_hold_no_magic(stem):
     for cell in code(read(stem)):
-        lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
+        lines = [
+            line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")
+        ]
         assert len(lines) <= 25, cell.source[:200]
-        assert not any(line.lstrip().startswith(("%", "!")) for line in lines), "cell magics break headless runs"
+        assert not any(line.lstrip().startswith(("%", "!")) for line in lines), (
+            "cell magics break headless runs"
+        )
         assert "os.chdir" not in cell.source and "interact(" not in cell.source
 
 
@@ -126,7 +143,11 @@ def test_a_name_that_other_cells_read_is_made_by_one_cell(stem):
         for table in tables:
             tables += table.get_children()
             for symbol in table.get_symbols():
-                if symbol.is_referenced() and (table is top or symbol.is_global()) and symbol.get_name() not in own:
+                if (
+                    symbol.is_referenced()
+                    and (table is top or symbol.is_global())
+                    and symbol.get_name() not in own
+                ):
                     read_from[symbol.get_name()].add(number)
         for name in own:
             made[name].add(number)

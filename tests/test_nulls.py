@@ -17,7 +17,17 @@ def scored(nrn, nu_eps=None, side=None, alive=True):
     n = len(nrn)
     nu = np.full(n, np.nan) if nu_eps is None else np.asarray(nu_eps, float)
     side = np.where(np.asarray(nrn) >= 0.5, "distilled", "base") if side is None else side
-    return pd.DataFrame({"feature": np.arange(n), "alive": alive, "nrn": nrn, "nrn_p2": nrn, "side": side, "nu_eps": nu, "nu_r": nu})
+    return pd.DataFrame(
+        {
+            "feature": np.arange(n),
+            "alive": alive,
+            "nrn": nrn,
+            "nrn_p2": nrn,
+            "side": side,
+            "nu_eps": nu,
+            "nu_r": nu,
+        }
+    )
 
 
 def limit(limits, score, side, level):
@@ -30,7 +40,8 @@ def test_thresholds_leave_the_level_beyond_them_on_both_sides():
     limits = nulls.thresholds(null, n_boot=20)
     assert limit(limits, "nrn", "distilled", 0.01) == pytest.approx(0.99)
     assert limit(limits, "nrn", "base", 0.05) == pytest.approx(0.05)
-    assert nulls.beyond(null, limits, "nrn", "distilled", 0.05).sum() == 5  # 0.96 to 1.00, 0.95 being the threshold itself
+    # 0.96 to 1.00, 0.95 being the threshold itself
+    assert nulls.beyond(null, limits, "nrn", "distilled", 0.05).sum() == 5
     assert nulls.beyond(null, limits, "nrn", "base", 0.05).sum() == 5
     assert (limits.low <= limits.threshold + 1e-12).all() or limits.threshold.isna().any()
 
@@ -112,14 +123,31 @@ def test_stability_averages_over_the_other_crosscoders():
 
 def test_a_shift_of_the_whole_null_is_not_uniqueness_of_every_feature():
     spread = np.linspace(-0.05, 0.05, 201)
-    null, again = scored(0.53 + spread), scored(0.60 + 1.1 * spread)  # the second is wider by a tenth, wherever it lies
+    # the second is wider by a tenth, wherever it lies
+    null, again = scored(0.53 + spread), scored(0.60 + 1.1 * spread)
     pair = scored(np.r_[0.4 + spread, 0.9, 0.9], alive=np.r_[np.ones(202, bool), False])
-    tables = [null.assign(pair="base, null_a", seed=0), again.assign(pair="base, null_a", seed=1), again.assign(pair="base, null_b", seed=0)]
-    roles = {("base, null_a", 0): "sets the thresholds", ("base, null_a", 1): "false positives", ("base, null_b", 0): "spread",
-             ("base, distilled", 0): "the pair"}
+    tables = [
+        null.assign(pair="base, null_a", seed=0),
+        again.assign(pair="base, null_a", seed=1),
+        again.assign(pair="base, null_b", seed=0),
+    ]
+    roles = {
+        ("base, null_a", 0): "sets the thresholds",
+        ("base, null_a", 1): "false positives",
+        ("base, null_b", 0): "spread",
+        ("base, distilled", 0): "the pair",
+    }
     rates = pd.DataFrame([{"pair": name, "seed": s, "role": role} for (name, s), role in roles.items()])
     found = nulls.centred_rates(pd.concat(tables), pair, rates).set_index("role")
-    assert list(found.index) == ["sets the thresholds", "false positives", "the pair"] and found.n.tolist() == [201, 201, 202]
+    assert list(found.index) == [
+        "sets the thresholds",
+        "false positives",
+        "the pair",
+    ] and found.n.tolist() == [201, 201, 202]
     limit = np.quantile(spread, 0.99)
-    assert found.hits.tolist() == [(spread > limit + 1e-9).sum(), (1.1 * spread > limit).sum(), 1 + (spread > limit + 0.0003).sum()]
+    assert found.hits.tolist() == [
+        (spread > limit + 1e-9).sum(),
+        (1.1 * spread > limit).sum(),
+        1 + (spread > limit + 0.0003).sum(),
+    ]
     assert (found.low < found.rate).all() and (found.rate < found.high).all()

@@ -24,16 +24,22 @@ def test_unknown_pair_lists_the_known_ones():
         load_pair("tinny")
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("mine: {base: a/b}", "lacks distilled"),
-    ("mine: {base: a/b, distilled: a/c, depth: 3}", "unknown key 'depth'"),
-    ("mine: {base: a/b, distilled: a/c, dtype: float8}", "dtype of pair 'mine'"),
-    ("mine: {base: a/b, distilled: a/c, layer: -1}", "layer of pair 'mine'"),
-    ("mine: {base: a/b, distilled: a/c, remote: yonder}", "remote of pair 'mine' is 'yonder': it must be one of True, local"),
-    ("mine: {base: a/b, distilled: a/c, corpus: [some.txt]}", "corpus of pair 'mine'"),
-    ("mine: {like: yours}", "like 'yours'"),
-    ("mine: [", "not valid YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mine: {base: a/b}", "lacks distilled"),
+        ("mine: {base: a/b, distilled: a/c, depth: 3}", "unknown key 'depth'"),
+        ("mine: {base: a/b, distilled: a/c, dtype: float8}", "dtype of pair 'mine'"),
+        ("mine: {base: a/b, distilled: a/c, layer: -1}", "layer of pair 'mine'"),
+        (
+            "mine: {base: a/b, distilled: a/c, remote: yonder}",
+            "remote of pair 'mine' is 'yonder': it must be one of True, local",
+        ),
+        ("mine: {base: a/b, distilled: a/c, corpus: [some.txt]}", "corpus of pair 'mine'"),
+        ("mine: {like: yours}", "like 'yours'"),
+        ("mine: [", "not valid YAML"),
+    ],
+)
 def test_a_wrong_entry_gets_one_sentence(tmp_path, text, message):
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -42,10 +48,16 @@ def test_a_wrong_entry_gets_one_sentence(tmp_path, text, message):
 
 def test_own_registry_resolves_folders_beside_it(tmp_path):
     toy_pair(tmp_path)
-    (tmp_path / "own.yaml").write_text("mine: {base: base, distilled: distilled, tokenizer: tokenizer, others: {again: base}}")
+    (tmp_path / "own.yaml").write_text(
+        "mine: {base: base, distilled: distilled, tokenizer: tokenizer, others: {again: base}}"
+    )
     pair = load_pair("mine", tmp_path / "own.yaml")
     model = pair.load("distilled")
-    assert not model.training and next(model.parameters()).dtype == torch.float32 and not next(model.parameters()).requires_grad
+    assert (
+        not model.training
+        and next(model.parameters()).dtype == torch.float32
+        and not next(model.parameters()).requires_grad
+    )
     assert pair.fingerprint("again") == pair.fingerprint("base") != pair.fingerprint("distilled")
     with pytest.raises(UserError, match="no model 'control': it has base, distilled, again"):
         pair.load("control")
@@ -54,7 +66,9 @@ def test_own_registry_resolves_folders_beside_it(tmp_path):
 
 def test_a_registry_is_named_for_a_whole_process(tmp_path, monkeypatch):
     toy_pair(tmp_path)
-    (tmp_path / "own.yaml").write_text("tiny: {base: base, distilled: distilled, tokenizer: tokenizer, dictionary: 77, remote: true}")
+    (tmp_path / "own.yaml").write_text(
+        "tiny: {base: base, distilled: distilled, tokenizer: tokenizer, dictionary: 77, remote: true}"
+    )
     monkeypatch.setenv("PAIRS_REGISTRY", str(tmp_path / "own.yaml"))
     assert load_pair("tiny").dictionary == 77 and load_pair("tiny").base == tmp_path / "base"
     assert load_pair("tiny").remote is True and load_pair("tiny", REGISTRY).remote is False
@@ -74,8 +88,16 @@ def test_missing_models_and_pickles_are_refused(tmp_path):
 
 
 def test_half_depth_of_qwen_and_llama():
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=7, num_attention_heads=2, intermediate_size=8))
-    assert half_depth(toy_model(16, 0, layers=6)) == 2 and half_depth(llama) == 2 and len(decoder_layers(llama)) == 7
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=8, num_hidden_layers=7, num_attention_heads=2, intermediate_size=8
+        )
+    )
+    assert (
+        half_depth(toy_model(16, 0, layers=6)) == 2
+        and half_depth(llama) == 2
+        and len(decoder_layers(llama)) == 7
+    )
     assert half_depth(toy_model(16, 0, layers=1)) == 0
     assert check_layer(llama, 6) == 6
     with pytest.raises(UserError, match="from 0 to 6"):
@@ -88,19 +110,24 @@ def test_vocabularies_that_differ_are_refused_unless_known():
     text = theirs.backend_tokenizer.to_str().replace('"wait":', '"wait!":')
     theirs = PreTrainedTokenizerFast(tokenizer_object=type(ours.backend_tokenizer).from_str(text))
     differing = ours.get_vocab()["wait"]
-    with pytest.raises(UserError, match=f"differ in 1 ids \\(id {differing} is 'wait' in base and 'wait!' in distilled"):
+    with pytest.raises(
+        UserError, match=f"differ in 1 ids \\(id {differing} is 'wait' in base and 'wait!' in distilled"
+    ):
         check_vocabularies({"base": ours, "distilled": theirs})
     assert check_vocabularies({"base": ours, "distilled": theirs}, [differing]) == (differing,)
 
 
-@pytest.mark.parametrize(("entry", "message"), [
-    ("{hub: org/texts, kind: trace}", None),
-    ("{hub: org/texts@v1, files: '*.jsonl', kind: general}", None),
-    ("{hub: org/texts, path: some.txt, kind: trace}", "corpus of pair 'mine' must be"),
-    ("{path: some.txt, files: '*.jsonl', kind: trace}", "corpus of pair 'mine' must be"),
-    ("{hub: org/texts, kind: thoughts}", "corpus of pair 'mine' must be"),
-    ("{hub: texts, kind: trace}", "names neither a file nor a data set on the hub"),
-])
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{hub: org/texts, kind: trace}", None),
+        ("{hub: org/texts@v1, files: '*.jsonl', kind: general}", None),
+        ("{hub: org/texts, path: some.txt, kind: trace}", "corpus of pair 'mine' must be"),
+        ("{path: some.txt, files: '*.jsonl', kind: trace}", "corpus of pair 'mine' must be"),
+        ("{hub: org/texts, kind: thoughts}", "corpus of pair 'mine' must be"),
+        ("{hub: texts, kind: trace}", "names neither a file nor a data set on the hub"),
+    ],
+)
 def test_a_corpus_from_the_hub(tmp_path, entry, message):
     (tmp_path / "own.yaml").write_text(f"mine: {{base: a/b, distilled: a/c, corpus: [{entry}]}}")
     if message:
@@ -111,20 +138,29 @@ def test_a_corpus_from_the_hub(tmp_path, entry, message):
         assert source.startswith("hub:org/texts") and kind in ("trace", "general")
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "notebooks" / "profiles").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "notebooks" / "profiles").glob("*.yaml")), ids=lambda file: file.stem
+)
 def test_a_profile_names_parameters_that_its_notebooks_have(file):
     notebooks = {path.stem: path for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")}
     profile = driver.read_profile(file.parent, file.stem, list(notebooks))
     for stem, values in profile.items():
         if stem in notebooks:
-            assert set(driver.checked(stem, driver.parameters_of(notebooks[stem]), values or {})) == set(values or {})
+            assert set(driver.checked(stem, driver.parameters_of(notebooks[stem]), values or {})) == set(
+                values or {}
+            )
 
 
 def test_the_papers_profile_has_the_papers_numbers():
     profile = driver.read_yaml(ROOT / "notebooks" / "profiles" / "paper.yaml")
     harvest, training = profile["01_harvest_activations"], profile["02_train_crosscoder"]
     assert harvest["tokens"] == training["tokens"] == 400_000_000 and training["n_features"] == 32_768
-    assert (training["variant"], training["batch_size"], training["learning_rate"], training["l1_coefficient"]) == ("l1", 4096, 5e-5, 2.0)
+    assert (
+        training["variant"],
+        training["batch_size"],
+        training["learning_rate"],
+        training["l1_coefficient"],
+    ) == ("l1", 4096, 5e-5, 2.0)
 
 
 def test_the_night_on_one_gpu_is_what_its_arithmetic_says():

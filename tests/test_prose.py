@@ -38,7 +38,7 @@ def test_only_what_can_be_known_is_learnt():
     rng = random.Random(3)
     for sentence in prose.arithmetic(rng):
         learnt = sentence.words[sentence.given :]
-        a, op = (sentence.words[2:4] if sentence.words[0] == "what" else sentence.words[:2])
+        a, op = sentence.words[2:4] if sentence.words[0] == "what" else sentence.words[:2]
         assert learnt == (str(apply(op, int(a))), ".")
     listing, again, *lookups = prose.copying(rng)
     items = listing.words[2:-1]
@@ -71,8 +71,13 @@ def test_verdicts_are_right_and_the_statements_are_not_learnt():
         for sentence in sentences[target is not None :]:
             *statement, verdict, stop = (w for w in sentence.words)
             statement = [w for w in statement if w != "."]
-            right = int(statement[-1]) == (apply(statement[1], int(statement[0])) if target is None else target)
-            assert verdict == ("true" if right else "false") and sentence.words[sentence.given :] == (verdict, stop)
+            right = int(statement[-1]) == (
+                apply(statement[1], int(statement[0])) if target is None else target
+            )
+            assert verdict == ("true" if right else "false") and sentence.words[sentence.given :] == (
+                verdict,
+                stop,
+            )
             seen[verdict] += 1
     assert 0.8 < seen["true"] / seen["false"] < 1.25
 

@@ -5,8 +5,25 @@ import random
 import pytest
 
 from lib import prose
-from lib.puzzles import (CATEGORIES, FRAME, LABELS, MODULUS, OPERATIONS, PARAPHRASES, Puzzle, Question, Sentence, Teacher, apply, direct,
-                         first_words, label_of, read_transcript, sample_puzzle, sentences_of)
+from lib.puzzles import (
+    CATEGORIES,
+    FRAME,
+    LABELS,
+    MODULUS,
+    OPERATIONS,
+    PARAPHRASES,
+    Puzzle,
+    Question,
+    Sentence,
+    Teacher,
+    apply,
+    direct,
+    first_words,
+    label_of,
+    read_transcript,
+    sample_puzzle,
+    sentences_of,
+)
 
 PUZZLE = Puzzle(("+ 3", "* 4", "- 2"), (5, 11, 2), 11)  # 5: 8 13 11; 11: 14 18 16; 2: 5 1 18
 
@@ -17,7 +34,9 @@ def words(sentences):
 
 def test_arithmetic_on_the_clock():
     assert apply("* 4", 9) == 17 and apply("- 9", 2) == 12 and apply("+ 9", 18) == 8
-    assert PUZZLE.chain(5) == [8, 13, 11] and PUZZLE.chain(11) == [14, 18, 16] and PUZZLE.chain(2) == [5, 1, 18]
+    assert (
+        PUZZLE.chain(5) == [8, 13, 11] and PUZZLE.chain(11) == [14, 18, 16] and PUZZLE.chain(2) == [5, 1, 18]
+    )
     assert PUZZLE.target == 16
     assert " ".join(words(PUZZLE.prompt())) == "puzzle : + 3 * 4 - 2 ; from 5 11 2 reach 16 ."
 
@@ -71,9 +90,15 @@ def test_teacher_is_right_and_its_labels_mean_what_they_say(seed):
             assert (following.label == "reflection") == sentence.error
             if sentence.label in PARAPHRASES:
                 assert label_of(sentence.words) == sentence.label
-        assert reading.counts["contrast"] == reading.counts["alternative"] == puzzle.candidates.index(puzzle.answer)
+        assert (
+            reading.counts["contrast"]
+            == reading.counts["alternative"]
+            == puzzle.candidates.index(puzzle.answer)
+        )
         assert reading.counts["reflection"] == sum(s.label == "reflection" for s in trace)
-        assert reading.tokens_by_label["deduction"] == sum(len(s.words) for s in trace if s.label == "deduction")
+        assert reading.tokens_by_label["deduction"] == sum(
+            len(s.words) for s in trace if s.label == "deduction"
+        )
 
 
 def test_shares_of_errors_and_checks():
@@ -90,8 +115,11 @@ def test_functional_is_what_the_paper_names_and_verification_is_not():
     assert not Sentence(("x",), "verification").functional and set(CATEGORIES) < set(LABELS)
 
 
-RIGHT = "think : first try 5 . start : 5 + 3 = 8 . so 8 * 4 = 13 . 13 - 2 gives 11 . but 11 is not 16 . instead try 11 . " \
-        "start : 11 + 3 = 14 . thus 14 * 4 = 17 . wait , 14 * 4 = 18 . so 18 - 2 = 16 . found 16 . done . answer : 11 ."
+RIGHT = (
+    "think : first try 5 . start : 5 + 3 = 8 . so 8 * 4 = 13 . 13 - 2 gives 11 . but 11 is not 16 . instead"
+    " try 11 . start : 11 + 3 = 14 . thus 14 * 4 = 17 . wait , 14 * 4 = 18 . so 18 - 2 = 16 . found 16 . done"
+    " . answer : 11 ."
+)
 
 
 def split(text):
@@ -106,8 +134,17 @@ def split(text):
 def test_a_transcript_written_by_hand():
     reading = read_transcript(PUZZLE, [*split(RIGHT), "<eos>", "so"])
     assert reading.answer == 11 and reading.correct and reading.chain_correct
-    assert (reading.errors, reading.errors_reflected, reading.correct_steps, reading.correct_steps_reflected) == (1, 1, 5, 0)
-    assert reading.counts["deduction"] == 4 and reading.counts["reflection"] == 1 and reading.counts["contrast"] == 1
+    assert (
+        reading.errors,
+        reading.errors_reflected,
+        reading.correct_steps,
+        reading.correct_steps_reflected,
+    ) == (1, 1, 5, 0)
+    assert (
+        reading.counts["deduction"] == 4
+        and reading.counts["reflection"] == 1
+        and reading.counts["contrast"] == 1
+    )
     assert reading.thinking_tokens == split(RIGHT).index("done")
 
 
@@ -141,14 +178,20 @@ def test_a_garbled_end_is_read_all_the_same():
 def test_easy_question():
     question = Question(5, "- 1")
     assert words(question.prompt()) == ["what", "is", "5", "- 1", "?"] and question.answer == 4
-    reading = read_transcript(question, split("think : start : 5 - 1 = 4 . let me check : 5 - 1 = 4 . done . answer : 4 ."))
+    reading = read_transcript(
+        question, split("think : start : 5 - 1 = 4 . let me check : 5 - 1 = 4 . done . answer : 4 .")
+    )
     assert reading.chain_correct and reading.counts["verification"] == 1
     assert words(direct(question)) == ["answer", ":", "4", "."]
     assert read_transcript(question, words(Teacher(random.Random(0)).solve(question))).chain_correct
 
 
 def test_sentences_are_split_after_full_stops():
-    assert sentences_of(split("think : first try 5 . so")) == [("think", ":"), ("first", "try", "5", "."), ("so",)]
+    assert sentences_of(split("think : first try 5 . so")) == [
+        ("think", ":"),
+        ("first", "try", "5", "."),
+        ("so",),
+    ]
 
 
 def test_every_word_of_every_generator_is_in_the_vocabulary():

@@ -1,4 +1,6 @@
-"""Word problems: every answer worked out again from the words of the question alone; splits, chat and transcripts."""
+"""Word problems: every answer worked out again from the words of the question alone; splits, chat and
+transcripts.
+"""
 
 import random
 import re
@@ -67,15 +69,23 @@ def test_splits_share_no_wording_and_no_question():
     assert all(q.answer is not None for q in ask("report", 40, open_share=0.0))
 
 
-@pytest.mark.parametrize("text, number", [
-    ("It is \\boxed{12}, not 4.", 12), ("So 1,250 litres.", 1250), ("3 and then 4.5", 4.5), ("It is -3.", -3), ("none", None), ("\\boxed{x} 5", None),
-    ("\\boxed{1} and \\boxed{2}", 2),
-])
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("It is \\boxed{12}, not 4.", 12),
+        ("So 1,250 litres.", 1250),
+        ("3 and then 4.5", 4.5),
+        ("It is -3.", -3),
+        ("none", None),
+        ("\\boxed{x} 5", None),
+        ("\\boxed{1} and \\boxed{2}", 2),
+    ],
+)
 def test_the_number_that_an_answer_ends_with(text, number):
     assert final_number(text) == number
 
 
-# --- chat as a medium ------------------------------------------------------------------------------------------
+# --- chat as a medium ---------------------------------------------------------------------------------------
 
 
 def pieces(text):
@@ -84,7 +94,11 @@ def pieces(text):
 
 def test_a_transcript_is_counted_by_hand():
     thought = "First, I add. So it is 7.\nWait, let me check again. But 7 is odd."
-    said = [pieces(f"{thought}\n</think>\n\nThe answer is 7."), pieces("So it is 7. Or is it"), pieces(f"{thought}\n</think>\n\nIt is 8.")]
+    said = [
+        pieces(f"{thought}\n</think>\n\nThe answer is 7."),
+        pieces("So it is 7. Or is it"),
+        pieces(f"{thought}\n</think>\n\nIt is 8."),
+    ]
     tasks = [Question("a", 7, 0)] * 3
     frame = media.chat_outcomes(tasks, said, max_new_tokens=len(said[1]))
     assert frame.correct.tolist() == [True, False, False] and frame.runaway.tolist() == [False, True, False]

@@ -1,4 +1,6 @@
-"""Reading from a store larger than memory: every row once, in an order that mixes, within its memory; and prefetching."""
+"""Reading from a store larger than memory: every row once, in an order that mixes, within its memory; and
+prefetching.
+"""
 
 import gc
 import json
@@ -51,7 +53,9 @@ def epoch_of(store, memory=LITTLE, batch_size=100, **where):
 @pytest.mark.parametrize("seed", range(20))
 def test_any_rows_in_any_ring_come_once_and_no_place_is_taken_too_early(seed):
     rng = np.random.default_rng(seed)
-    masks = [rng.random(rng.integers(1, 5000)) < rng.choice([0.01, 0.5, 1.0]) for _ in range(rng.integers(1, 6))]
+    masks = [
+        rng.random(rng.integers(1, 5000)) < rng.choice([0.01, 0.5, 1.0]) for _ in range(rng.integers(1, 6))
+    ]
     wanted = Wanted(masks)
     expected = np.flatnonzero(np.concatenate(masks))
     assert np.array_equal(wanted.rows(), expected) and len(wanted) == len(expected)
@@ -60,7 +64,8 @@ def test_any_rows_in_any_ring_come_once_and_no_place_is_taken_too_early(seed):
     assert np.array_equal(np.sort(rows), expected) and np.array_equal(rows, shuffle.rows())
     number = np.empty(len(wanted.starts), int)
     number[shuffle.blocks] = np.arange(len(number))
-    own = number[np.searchsorted(wanted.starts, rows, side="right") - 1]  # of each row, when its block is read
+    # of each row, when its block is read
+    own = number[np.searchsorted(wanted.starts, rows, side="right") - 1]
     assert (np.diff(due) >= 0).all() and (due > own).all() and (due <= own + shuffle.ring).all()
     assert np.array_equal(places, own % shuffle.ring * BLOCK + rows - wanted.starts[shuffle.blocks[own]])
 
@@ -71,10 +76,15 @@ def test_every_kept_row_once_an_epoch_with_its_activations(tmp_path, memory, dty
     store = write_store(tmp_path / "store", rows=9000, widths=WIDTHS, dtype=dtype, shard_rows=2000)
     batches = list(store.reader("train", 128, seed=3, memory=memory))
     rows = np.concatenate([rows for rows, _ in batches])
-    assert np.array_equal(np.sort(rows), store.rows("train")) and np.array_equal(rows, store.order("train", 3, 0, memory))
+    assert np.array_equal(np.sort(rows), store.rows("train")) and np.array_equal(
+        rows, store.order("train", 3, 0, memory)
+    )
     assert len(rows) == store.count("train") and {len(r) for r, _ in batches[:-1]} == {128}
     for rows, acts in batches:
-        assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(acts, store.activations(rows), strict=True))
+        assert all(
+            torch.equal(a, b) and a.dtype == torch.float32
+            for a, b in zip(acts, store.activations(rows), strict=True)
+        )
 
 
 def test_same_seed_same_order_another_seed_or_epoch_another(store):
@@ -83,7 +93,8 @@ def test_same_seed_same_order_another_seed_or_epoch_another(store):
     assert np.array_equal(rows, epoch_of(store, batch_size=333)[0])  # batches do not decide the order
     for other in ({"seed": 2}, {"epoch": 1}, {"memory": 2 * LITTLE // 3}):
         assert not np.array_equal(rows, epoch_of(store, **other)[0])
-    assert np.array_equal(epoch_of(store, memory=10**7)[0], epoch_of(store, memory=10**8)[0])  # both hold the whole split
+    # both hold the whole split
+    assert np.array_equal(epoch_of(store, memory=10**7)[0], epoch_of(store, memory=10**8)[0])
 
 
 @pytest.mark.parametrize("memory", [LITTLE, 1 << 30])
@@ -97,7 +108,9 @@ def test_resuming_equals_going_on_and_reads_no_more_than_a_ring(store, memory, m
         for (rows, acts), (again, acts_again) in zip(whole[start:], rest):
             assert np.array_equal(rows, again) and all(map(torch.equal, acts, acts_again))
         if start == len(whole) - 1 and memory == LITTLE:
-            assert len(read) <= 2 * int(LITTLE * reading.RING_SHARE / (BLOCK * ROW)) and len(set(read)) == len(read)
+            assert len(read) <= 2 * int(LITTLE * reading.RING_SHARE / (BLOCK * ROW)) and len(
+                set(read)
+            ) == len(read)
 
 
 def test_neighbours_in_a_text_are_apart(store):
@@ -106,7 +119,8 @@ def test_neighbours_in_a_text_are_apart(store):
     place[rows] = np.arange(len(rows))
     pairs = rows[np.isin(rows + 1, rows)]
     apart = np.abs(place[pairs] - place[pairs + 1])
-    assert np.median(apart) > 5 * BLOCK  # the ring has 26 blocks, and 29% of it would be the median, but for the ends of the epoch
+    # the ring has 26 blocks, and 29% of it would be the median, but for the ends of the epoch
+    assert np.median(apart) > 5 * BLOCK
     texts = [len(np.unique(store.documents[r])) for r, _ in batches[20:-20]]
     assert min(texts) > 12  # of 100 rows; a ring holds parts of 26 or more
     full = store.order("train", 1, 0)
@@ -118,7 +132,10 @@ def test_parts_share_out_the_same_batches(store):
     parts = [list(store.reader("train", 100, seed=1, memory=LITTLE, part=(i, 3))) for i in range(3)]
     for number, three in enumerate(zip(*parts, strict=True)):
         batch = whole[number * 100 : (number + 1) * 100]
-        assert all(np.array_equal(rows, batch[i::3]) and np.array_equal(row_numbers(acts[0]), rows) for i, (rows, acts) in enumerate(three))
+        assert all(
+            np.array_equal(rows, batch[i::3]) and np.array_equal(row_numbers(acts[0]), rows)
+            for i, (rows, acts) in enumerate(three)
+        )
 
 
 def test_what_is_too_little_memory_is_said(store):
@@ -156,7 +173,11 @@ def test_opening_reads_no_activations_and_arrays_come_when_asked_for(store, monk
     assert opened.count("train") + opened.count("report") == opened.manifest["counts"]["kept"]
     assert set(read()) == {"mean_model_0", "mean_model_1", "kept", "split"}
     assert list(opened.labels) and "tokens" not in read()
-    assert opened.tokens is opened.tokens and opened.norms["model_0"] is opened.norms["model_0"] and len(opened.norms) == 2
+    assert (
+        opened.tokens is opened.tokens
+        and opened.norms["model_0"] is opened.norms["model_0"]
+        and len(opened.norms) == 2
+    )
     assert read().count("tokens") == read().count("norm_model_0") == 6 and "norm_model_1" not in read()
     with pytest.raises(KeyError):
         opened.labels["nothing"]
@@ -187,7 +208,13 @@ def test_resident_memory_stays_within_the_bound(tmp_path):
     store = write_store(tmp_path / "store", rows=180_000, widths=(256, 256), shard_rows=40_000)
     size = sum(entry["bytes"] for entry in store.manifest["shards"].values())
     assert size > 5 * memory
-    done = subprocess.run([sys.executable, "-c", MEASURE, store.path, str(memory)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, store.path, str(memory)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     anonymous, files, seen = json.loads(done.stdout)
     assert 0.5 * memory < anonymous < memory and files < 0.1 * memory and seen == store.count("train")

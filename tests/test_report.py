@@ -16,19 +16,40 @@ PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwG
 
 @pytest.fixture
 def root(tmp_path):
-    """A repository in small: one notebook with a saved figure, an unsaved one and a text that would run a script."""
+    """A repository in small: one notebook with a saved figure, an unsaved one and a text that would run a
+    script.
+    """
     for folder in ("notebooks", "docs", "figures/tiny"):
         (tmp_path / folder).mkdir(parents=True)
     picture = lambda words: new.new_output("display_data", {"image/png": PIXEL, "text/plain": words})  # noqa: E731
-    notebook = new.new_notebook(cells=[
-        new.new_markdown_cell("# 00 · What is it?\n\nWith $\\frac{a}{b}$ and `$HOME` as code. Next: [01](01_missing.ipynb), [README](../README.md), [web](https://example.org/)"),
-        new.new_code_cell('figures.save(fig, "00_loss", run)', outputs=[picture('Figure "Loss"')]),
-        new.new_code_cell("show()", outputs=[picture('Figure "Other" <b>'), new.new_output("stream", text="<script>alert(1)</script>")])])
+    notebook = new.new_notebook(
+        cells=[
+            new.new_markdown_cell(
+                "# 00 · What is it?\n\nWith $\\frac{a}{b}$ and `$HOME` as code. Next: [01](01_missing.ipynb),"
+                " [README](../README.md), [web](https://example.org/)"
+            ),
+            new.new_code_cell('figures.save(fig, "00_loss", run)', outputs=[picture('Figure "Loss"')]),
+            new.new_code_cell(
+                "show()",
+                outputs=[
+                    picture('Figure "Other" <b>'),
+                    new.new_output("stream", text="<script>alert(1)</script>"),
+                ],
+            ),
+        ]
+    )
     nbformat.write(notebook, tmp_path / "notebooks" / "00_what.ipynb")
-    go.Figure(go.Scatter(y=[1, 2]), layout=dict(height=420, width=760)).write_html(tmp_path / "figures/tiny/00_loss.html", include_plotlyjs="directory")
+    go.Figure(go.Scatter(y=[1, 2]), layout=dict(height=420, width=760)).write_html(
+        tmp_path / "figures/tiny/00_loss.html", include_plotlyjs="directory"
+    )
     (tmp_path / "figures/tiny/00_loss.png").write_bytes(b"png")
-    (tmp_path / "docs/glossary.md").write_text("# Glossary\n\nBack to [notebook](../notebooks/00_what.ipynb); code is in [lib](../lib/report.py).")
-    (tmp_path / "README.md").write_text("# Study\n\n[first](notebooks/00_what.ipynb) ![loss](figures/tiny/00_loss.png) [words](docs/glossary.md) [part](#below)")
+    (tmp_path / "docs/glossary.md").write_text(
+        "# Glossary\n\nBack to [notebook](../notebooks/00_what.ipynb); code is in [lib](../lib/report.py)."
+    )
+    (tmp_path / "README.md").write_text(
+        "# Study\n\n[first](notebooks/00_what.ipynb) ![loss](figures/tiny/00_loss.png)"
+        " [words](docs/glossary.md) [part](#below)"
+    )
     return tmp_path
 
 
@@ -36,7 +57,11 @@ def test_pages_link_to_what_is_there_and_to_nothing_else_on_disk(root):
     out = root / "out"
     assert report.build(out, root) == 3
     assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.html")) == [
-        "docs/glossary.html", "figures/tiny/00_loss.html", "index.html", "notebooks/00_what.html"]
+        "docs/glossary.html",
+        "figures/tiny/00_loss.html",
+        "index.html",
+        "notebooks/00_what.html",
+    ]
     for page in out.rglob("*.html"):
         for address in re.findall(r'(?:href|src)="([^"]+)"', page.read_text()):
             parts = urlsplit(address)
@@ -52,7 +77,12 @@ def test_a_saved_figure_becomes_a_frame_and_another_stays_a_picture_with_words(r
     report.build(root / "out", root)
     text = (root / "out" / "notebooks" / "00_what.html").read_text()
     (frame,), (picture,) = re.findall("<iframe [^>]*>", text), re.findall("<img [^>]*>", text)
-    for part in ('src="../figures/tiny/00_loss.html"', 'width="780"', 'height="440"', "title='Figure \"Loss\"'"):
+    for part in (
+        'src="../figures/tiny/00_loss.html"',
+        'width="780"',
+        'height="440"',
+        "title='Figure \"Loss\"'",
+    ):
         assert part in frame
     assert "alt='Figure \"Other\" &lt;b&gt;'" in picture
     assert 'src="../plotly.min.js"' in (root / "out" / "figures/tiny/00_loss.html").read_text()
@@ -99,5 +129,7 @@ def test_it_opens_from_disk_with_every_figure_and_no_request(chromium, tmp_path)
         for frame in page.frames[1:]:
             frame.wait_for_selector(".main-svg", state="attached")
         assert page.locator("iframe").count() == len(page.frames) - 1
-        assert not page.evaluate("[...document.images].filter(i => i.loading !== 'lazy' && !i.naturalWidth).map(i => i.src)"), file
+        assert not page.evaluate(
+            "[...document.images].filter(i => i.loading !== 'lazy' && !i.naturalWidth).map(i => i.src)"
+        ), file
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == [] and said == []

@@ -37,7 +37,9 @@ def test_spread_and_distance_are_what_they_are_called(store):
     assert row["nrn_q50"] == pytest.approx(0.75) and sorted(set(np.round(nrn.tolist(), 3))) == [0.1, 0.75]
     assert row["spread"] == pytest.approx(row["nrn_q99"] - row["nrn_q01"]) and 0 < row["alive"] <= 32
     base, distilled = (x.double().numpy() for x in store.activations(store.rows("report")))
-    assert row["distance"] == pytest.approx((np.linalg.norm(distilled - base, axis=1) / np.linalg.norm(base, axis=1)).mean(), rel=1e-5)
+    assert row["distance"] == pytest.approx(
+        (np.linalg.norm(distilled - base, axis=1) / np.linalg.norm(base, axis=1)).mean(), rel=1e-5
+    )
     assert row["fve_base_low"] <= row["fve_base"] <= row["fve_base_high"]
 
 

@@ -1,4 +1,6 @@
-"""The driver: what it refuses before anything runs, what it leaves behind when a notebook fails, and the canonical form."""
+"""The driver: what it refuses before anything runs, what it leaves behind when a notebook fails, and the
+canonical form.
+"""
 
 import json
 import os
@@ -11,13 +13,17 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from lib import run as driver
 from lib.results import ROOT, UserError
 
-PARAMETERS = 'pair = "tiny"  # entry of data/pairs.yaml\nrun = "default"\nseed = 0\nrate = 1e-3\nks = [1, 2]\nfast = True\nfeature = None'
+PARAMETERS = (
+    'pair = "tiny"  # entry of data/pairs.yaml\nrun = "default"\nseed = 0\nrate = 1e-3\nks = [1, 2]\nfast ='
+    " True\nfeature = None"
+)
 
 
 def write(folder, stem, *cells):
     parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
     nb = new_notebook(cells=[new_markdown_cell("# ?"), parameters, *map(new_code_cell, cells)])
-    nb.metadata["kernelspec"] = {"name": "no-such-kernel", "display_name": "x", "language": "python"}  # the driver has its own
+    # the driver has its own
+    nb.metadata["kernelspec"] = {"name": "no-such-kernel", "display_name": "x", "language": "python"}
     nbformat.write(nb, folder / f"{stem}.ipynb")
 
 
@@ -43,20 +49,32 @@ def text_of(notebook):
     return "".join(o.get("text", "") for c in nbformat.read(notebook, 4).cells for o in c.get("outputs", ()))
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["--pair", "tinny"], "unknown pair 'tinny': there are tiny, other"),
-    (["--profile", "big"], "unknown profile 'big': there are default, smoke"),
-    (["--only", "07"], "unknown notebook '07': there are 00_first, 01_second"),
-    (["--only", "01", "-p", "fetaure", "3"], "01_second has no parameter 'fetaure': it has fast, feature,"),
-    (["--only", "01", "-p", "seed", "1.5"], "seed of 01_second is 1.5: it must be of type int, like its default 0"),
-    (["--only", "01", "-p", "seed", "True"], "seed of 01_second is True: it must be of type int"),
-    (["--only", "01", "-p", "rate", "fast"], "rate of 01_second is 'fast': it must be of type float"),
-    (["--only", "01", "-p", "fast", "1"], "fast of 01_second is 1: it must be of type bool"),
-    (["--only", "01", "-p", "ks", "3"], "ks of 01_second is 3: it must be of type list"),
-    (["--only", "01", "-p", "ks", "['a']"], "ks of 01_second is ['a']: it must be of type list, like its default [1, 2]"),
-    (["-p", "seed", "1"], "-p sets a parameter of one notebook, and 2 are chosen"),
-    (["--registry", "nowhere.yaml"], "registry of pairs nowhere.yaml does not exist"),
-])
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--pair", "tinny"], "unknown pair 'tinny': there are tiny, other"),
+        (["--profile", "big"], "unknown profile 'big': there are default, smoke"),
+        (["--only", "07"], "unknown notebook '07': there are 00_first, 01_second"),
+        (
+            ["--only", "01", "-p", "fetaure", "3"],
+            "01_second has no parameter 'fetaure': it has fast, feature,",
+        ),
+        (
+            ["--only", "01", "-p", "seed", "1.5"],
+            "seed of 01_second is 1.5: it must be of type int, like its default 0",
+        ),
+        (["--only", "01", "-p", "seed", "True"], "seed of 01_second is True: it must be of type int"),
+        (["--only", "01", "-p", "rate", "fast"], "rate of 01_second is 'fast': it must be of type float"),
+        (["--only", "01", "-p", "fast", "1"], "fast of 01_second is 1: it must be of type bool"),
+        (["--only", "01", "-p", "ks", "3"], "ks of 01_second is 3: it must be of type list"),
+        (
+            ["--only", "01", "-p", "ks", "['a']"],
+            "ks of 01_second is ['a']: it must be of type list, like its default [1, 2]",
+        ),
+        (["-p", "seed", "1"], "-p sets a parameter of one notebook, and 2 are chosen"),
+        (["--registry", "nowhere.yaml"], "registry of pairs nowhere.yaml does not exist"),
+    ],
+)
 def test_wrong_usage_is_one_sentence_before_anything_runs(house, capsys, words, sentence):
     before = {p: p.read_bytes() for p in house.rglob("*.*")}
     assert call(house, *words) == 2
@@ -67,34 +85,59 @@ def test_wrong_usage_is_one_sentence_before_anything_runs(house, capsys, words, 
 
 
 def test_a_profile_of_a_pair_is_laid_over_the_profile(house):
-    (house / "profiles" / "default.yaml").write_text("timeout: 60\n00_first: {seed: 5, rate: 0.1}\nstudy: {seeds: 2}\n")
-    (house / "profiles" / "default.other.yaml").write_text("timeout: 90\n00_first: {seed: 7}\n01_second: {ks: [3]}\n")
+    (house / "profiles" / "default.yaml").write_text(
+        "timeout: 60\n00_first: {seed: 5, rate: 0.1}\nstudy: {seeds: 2}\n"
+    )
+    (house / "profiles" / "default.other.yaml").write_text(
+        "timeout: 90\n00_first: {seed: 7}\n01_second: {ks: [3]}\n"
+    )
     read = lambda pair: driver.read_profile(house / "profiles", "default", ["00_first", "01_second"], pair)  # noqa: E731
     assert read("tiny") == {"timeout": 60, "00_first": {"seed": 5, "rate": 0.1}, "study": {"seeds": 2}}
-    assert read("other") == {"timeout": 90, "00_first": {"seed": 7, "rate": 0.1}, "study": {"seeds": 2}, "01_second": {"ks": [3]}}
+    assert read("other") == {
+        "timeout": 90,
+        "00_first": {"seed": 7, "rate": 0.1},
+        "study": {"seeds": 2},
+        "01_second": {"ks": [3]},
+    }
     (house / "profiles" / "default.other.yaml").write_text("09_none: {}\n")
     with pytest.raises(UserError, match="profile 'default.other' names 09_none"):
         read("other")
 
 
 def test_notebooks_load_pairs_from_a_registry_of_ones_own(house, tmp_path, monkeypatch):
-    (tmp_path / "own.yaml").write_text("tiny: {base: a/b, distilled: a/c, dictionary: 77}\nmine: {like: tiny, dictionary: 78}\n")
-    write(house, "01_second", f"import sys\nsys.path.insert(0, {str(ROOT)!r})", "from lib.pairs import load_pair\nprint(load_pair(pair).dictionary)")
+    (tmp_path / "own.yaml").write_text(
+        "tiny: {base: a/b, distilled: a/c, dictionary: 77}\nmine: {like: tiny, dictionary: 78}\n"
+    )
+    write(
+        house,
+        "01_second",
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})",
+        "from lib.pairs import load_pair\nprint(load_pair(pair).dictionary)",
+    )
     monkeypatch.chdir(tmp_path)
     before = (house / "01_second.ipynb").read_bytes()
     assert call(house, "--pair", "mine", "--registry", "own.yaml", "--only", "01") == 0
-    assert text_of(tmp_path / "data" / "runs" / "mine" / "default" / "notebooks" / "01_second.ipynb") == "78\n"
+    assert (
+        text_of(tmp_path / "data" / "runs" / "mine" / "default" / "notebooks" / "01_second.ipynb") == "78\n"
+    )
     assert "PAIRS_REGISTRY" not in os.environ
     monkeypatch.setenv("PAIRS_REGISTRY", "own.yaml")
-    assert call(house, "--only", "01") == 0  # this tiny is not the embedded pair: the canonical notebook is left alone
-    assert text_of(tmp_path / "data" / "runs" / "tiny" / "default" / "notebooks" / "01_second.ipynb") == "77\n"
+    # this tiny is not the embedded pair: the canonical notebook is left alone
+    assert call(house, "--only", "01") == 0
+    assert (
+        text_of(tmp_path / "data" / "runs" / "tiny" / "default" / "notebooks" / "01_second.ipynb") == "77\n"
+    )
     assert (house / "01_second.ipynb").read_bytes() == before
     assert call(house, "--pair", "other", "--only", "01") == 2
 
 
 def test_a_profile_with_a_wrong_value_or_notebook_stops_before_the_first_notebook(house, capsys):
-    for content, sentence in (("01_second: {seed: x}", "seed of 01_second is 'x'"), ("09_none: {}", "names 09_none"),
-                              ("- a", "must hold name: value"), ("a: [", "not valid YAML")):
+    for content, sentence in (
+        ("01_second: {seed: x}", "seed of 01_second is 'x'"),
+        ("09_none: {}", "names 09_none"),
+        ("- a", "must hold name: value"),
+        ("a: [", "not valid YAML"),
+    ):
         (house / "profiles" / "smoke.yaml").write_text(content)
         assert call(house, "--profile", "smoke") == 2
         assert sentence in capsys.readouterr().err
@@ -127,7 +170,9 @@ def test_default_run_is_written_in_place_and_twice_the_same(house, capsys):
     assert call(house, "--only", "0") == 0
     assert (house / "00_first.ipynb").read_bytes() == first
     nb = nbformat.read(house / "00_first.ipynb", 4)
-    assert [c.id for c in nb.cells] == ["c00", "c01", "c02"] and [c.get("execution_count") for c in nb.cells] == [None, 1, 2]
+    assert [c.id for c in nb.cells] == ["c00", "c01", "c02"] and [
+        c.get("execution_count") for c in nb.cells
+    ] == [None, 1, 2]
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     assert nb.metadata == {"kernelspec": kernel, "language_info": {"name": "python"}}
     assert not list((house.parent / "data").rglob("*.ipynb"))
@@ -138,9 +183,13 @@ def test_another_profile_or_value_leaves_the_canonical_notebook_alone(house):
     assert call(house, "--profile", "smoke", "--only", "00") == 0
     executed = house.parent / "data" / "runs" / "tiny" / "smoke" / "notebooks" / "00_first.ipynb"
     assert text_of(executed) == "tiny smoke 5 0.01\n"
-    assert any(driver.INJECTED in c.metadata.get("tags", []) for c in nbformat.read(executed, 4).cells)  # it says what it ran with
+    # it says what it ran with
+    assert any(driver.INJECTED in c.metadata.get("tags", []) for c in nbformat.read(executed, 4).cells)
     assert call(house, "--only", "00", "-p", "seed", "3") == 0
-    assert text_of(house.parent / "data" / "runs" / "tiny" / "default" / "notebooks" / "00_first.ipynb") == "tiny default 3 0.001\n"
+    assert (
+        text_of(house.parent / "data" / "runs" / "tiny" / "default" / "notebooks" / "00_first.ipynb")
+        == "tiny default 3 0.001\n"
+    )
     assert (house / "00_first.ipynb").read_bytes() == before
 
 
@@ -153,7 +202,8 @@ def test_a_broken_notebook_fails_cleanly_and_loses_nothing(house, capsys):
     out, err = capsys.readouterr()
     assert "error: 01_second: store is missing: run notebook 01 first" in err and "Traceback" not in err
     assert (house / "01_second.ipynb").read_bytes() == before
-    assert text_of(house / "00_first.ipynb") and not text_of(house / "02_third.ipynb")  # done stays done; the rest did not run
+    # done stays done; the rest did not run
+    assert text_of(house / "00_first.ipynb") and not text_of(house / "02_third.ipynb")
     failed = house.parent / "data" / "runs" / "tiny" / "default" / "notebooks" / "01_second.failed.ipynb"
     assert str(failed) in err and "so far" in text_of(failed)
     write(house, "01_second", "print('mended')")
@@ -192,29 +242,61 @@ def test_the_kernel_is_this_interpreter_and_the_environment_is_restored():
 def messy():
     """A notebook with everything that an executed one may carry."""
     table = '<style>#T_a1b2c_row0 {}</style><table id="T_a1b2c"></table>'
-    figure = {"application/vnd.plotly.v1+json": {"data": []}, "image/png": "iVBORw0KGgo=\n", "text/plain": 'Figure "x"'}
+    figure = {
+        "application/vnd.plotly.v1+json": {"data": []},
+        "image/png": "iVBORw0KGgo=\n",
+        "text/plain": 'Figure "x"',
+    }
     outputs = [
-        new_output("stream", name="stdout", text="one "), new_output("stream", name="stderr", text="warning"),
+        new_output("stream", name="stdout", text="one "),
+        new_output("stream", name="stderr", text="warning"),
         new_output("stream", name="stdout", text=f"two <x at 0x7f0012ab34cd> {driver.ROOT}/data\n"),
         new_output("display_data", figure, metadata={"a": 1}),
-        new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1f"}, "text/plain": "IntSlider(value=1)"}),
+        new_output(
+            "display_data",
+            {
+                "application/vnd.jupyter.widget-view+json": {"model_id": "1f"},
+                "text/plain": "IntSlider(value=1)",
+            },
+        ),
         new_output("execute_result", {"text/html": table, "text/plain": "<Styler>"}, execution_count=9),
     ]
     metadata = {"papermill": {"duration": 1.5}, "tags": ["parameters"], "execution": {"iopub": "t"}}
-    cells = [new_code_cell("x", outputs=outputs, execution_count=9, metadata=metadata),
-             new_code_cell("seed = 3", metadata={"tags": [driver.INJECTED]}), new_markdown_cell("text", metadata={"papermill": {}})]
+    cells = [
+        new_code_cell("x", outputs=outputs, execution_count=9, metadata=metadata),
+        new_code_cell("seed = 3", metadata={"tags": [driver.INJECTED]}),
+        new_markdown_cell("text", metadata={"papermill": {}}),
+    ]
     kernel = {"name": "mine", "display_name": "m"}
-    return new_notebook(cells=cells, metadata={"papermill": {"start_time": "now"}, "widgets": {"state": {}}, "kernelspec": kernel})
+    return new_notebook(
+        cells=cells,
+        metadata={"papermill": {"start_time": "now"}, "widgets": {"state": {}}, "kernelspec": kernel},
+    )
 
 
 def test_canonical_form_drops_what_varies_and_keeps_what_is_read():
     nb = driver.canonical(messy())
     text = nbformat.writes(nb)
-    for gone in ("plotly", "widget", "papermill", "duration", "warning", "0x7f0012ab34cd", str(driver.ROOT), "T_a1b2c", "mine",
-                 "seed = 3", "iopub"):
+    for gone in (
+        "plotly",
+        "widget",
+        "papermill",
+        "duration",
+        "warning",
+        "0x7f0012ab34cd",
+        str(driver.ROOT),
+        "T_a1b2c",
+        "mine",
+        "seed = 3",
+        "iopub",
+    ):
         assert gone not in text, gone
     first = nb.cells[0]
-    assert first.metadata == {"tags": ["parameters"]} and first.execution_count == 1 and first.outputs[-1].execution_count == 1
+    assert (
+        first.metadata == {"tags": ["parameters"]}
+        and first.execution_count == 1
+        and first.outputs[-1].execution_count == 1
+    )
     assert [o.output_type for o in first.outputs] == ["stream", "display_data", "execute_result"]
     assert first.outputs[0].text == "one two <x at 0x0> data\n"
     assert set(first.outputs[1].data) == {"image/png", "text/plain"}
@@ -233,7 +315,10 @@ def test_canonical_form_of_the_canonical_form_is_itself(tmp_path):
 
 
 def test_an_error_keeps_its_standard_error():
-    outputs = [new_output("stream", name="stderr", text="cause"), new_output("error", ename="E", evalue="", traceback=[])]
+    outputs = [
+        new_output("stream", name="stderr", text="cause"),
+        new_output("error", ename="E", evalue="", traceback=[]),
+    ]
     cell = new_code_cell("x", execution_count=1, outputs=outputs)
     assert driver.canonical(new_notebook(cells=[cell])).cells[0].outputs[0].text == "cause"
 
@@ -245,8 +330,13 @@ def test_canonical_of_something_else_is_refused(tmp_path, capsys):
 
 
 def test_progress_in_a_kernel_is_one_line_that_the_canonical_form_has_not():
-    cells = [f"import sys\nsys.path.insert(0, {str(driver.ROOT)!r})\nfrom lib.results import Progress, passing",
-             "p = Progress('rows', 3)\nfor i in range(4):\n    p.update(i, note='fast')\np.close()\npassing('4 rows a second')\n'a result'"]
+    cells = [
+        f"import sys\nsys.path.insert(0, {str(driver.ROOT)!r})\nfrom lib.results import Progress, passing",
+        (
+            "p = Progress('rows', 3)\nfor i in range(4):\n    p.update(i, note='fast')\np.close()\npassing('4"
+            " rows a second')\n'a result'"
+        ),
+    ]
     nb = new_notebook(cells=[new_code_cell(c) for c in cells])
     with driver.own_kernel():
         NotebookClient(nb, kernel_name="python3", timeout=60).execute()

@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from lib import sparse
-from lib.sparse import Code, encode, jump, reconstruct, select_above, select_batch, select_positive, select_rows
+from lib.sparse import (
+    Code,
+    encode,
+    jump,
+    reconstruct,
+    select_above,
+    select_batch,
+    select_positive,
+    select_rows,
+)
 
 B, D, F = 37, 24, 130
 
@@ -19,7 +28,9 @@ def any_device(request, monkeypatch):
 @pytest.fixture
 def weights():
     generator = torch.Generator().manual_seed(0)
-    W_enc, W_dec, b_enc, x = (torch.randn(*shape, generator=generator) for shape in ((F, D), (F, D), (F,), (B, D)))
+    W_enc, W_dec, b_enc, x = (
+        torch.randn(*shape, generator=generator) for shape in ((F, D), (F, D), (F,), (B, D))
+    )
     return W_enc.requires_grad_(), b_enc.requires_grad_(), W_dec.requires_grad_(), x
 
 
@@ -35,7 +46,8 @@ def test_the_batch_keeps_its_largest_strengths(weights, any_device, dtype, hint)
     per_unit = torch.linspace(0, 2, F)
     v = strengths(weights, per_unit)
     floor = v.flatten().sort(descending=True).values[4 * B - 1]
-    code = select_batch(encode(x, W_enc, b_enc, dtype), per_unit, 4 * B, hint * float(floor))  # a guess, good or bad, changes nothing
+    # a guess, good or bad, changes nothing
+    code = select_batch(encode(x, W_enc, b_enc, dtype), per_unit, 4 * B, hint * float(floor))
     assert torch.equal(code.dense() > 0, v >= floor) and (v >= floor).sum() == 4 * B
     assert code.floor.item() == pytest.approx(floor.item(), rel=1e-5)
     assert torch.allclose(code.dense(), (x @ W_enc.T + b_enc).relu().detach() * (v >= floor), atol=1e-5)
@@ -56,8 +68,17 @@ def test_rows_keep_their_largest_strengths(weights, any_device, dtype, among):
     assert code.floor.item() == pytest.approx(floors.mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype,low,expected", [  # rounding is a share of a product: close to 0 bfloat16 cannot tell
-    (torch.float32, 0.01, 1), (torch.float32, 1.5, 50), (torch.bfloat16, 1.5, 50), (torch.float32, 1e6, 3), (torch.bfloat16, 1e6, 3)])
+# rounding is a share of a product: close to 0 bfloat16 cannot tell
+@pytest.mark.parametrize(
+    "dtype,low,expected",
+    [
+        (torch.float32, 0.01, 1),
+        (torch.float32, 1.5, 50),
+        (torch.bfloat16, 1.5, 50),
+        (torch.float32, 1e6, 3),
+        (torch.bfloat16, 1e6, 3),
+    ],
+)
 def test_everything_above_a_strength(weights, any_device, dtype, low, expected):
     W_enc, b_enc, _, x = weights
     per_unit = torch.linspace(0, 2, F)
@@ -70,7 +91,11 @@ def test_everything_above_a_strength(weights, any_device, dtype, low, expected):
 def test_pseudo_gradients_of_thresholds_against_a_loop(weights, any_device, per_row):
     W_enc, b_enc, W_dec, x = weights
     edge = select_rows(encode(x, W_enc, b_enc), torch.ones(F), per_row)
-    sums, log_theta, rise = torch.randn(B, D, requires_grad=True), torch.zeros(F, requires_grad=True), torch.linspace(0.5, 3, F)
+    sums, log_theta, rise = (
+        torch.randn(B, D, requires_grad=True),
+        torch.zeros(F, requires_grad=True),
+        torch.linspace(0.5, 3, F),
+    )
     out = jump(sums, log_theta, W_dec, edge, rise)
     assert torch.equal(out, sums)
     at_out = torch.randn(B, D)
@@ -85,7 +110,10 @@ def test_fewer_positive_values_than_places(any_device):
     x, W = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [0.4], [-1.0]])
     encoded = encode(x, W, torch.zeros(3))
     per_unit = torch.tensor([0.1, 1.0, 9.0])
-    assert select_batch(encoded, per_unit, 2).dense().tolist() == [[0, pytest.approx(0.4), 0], [0, pytest.approx(0.8), 0]]
+    assert select_batch(encoded, per_unit, 2).dense().tolist() == [
+        [0, pytest.approx(0.4), 0],
+        [0, pytest.approx(0.8), 0],
+    ]
     everything = select_batch(encoded, per_unit, 5)
     assert torch.equal(everything.dense(), (x @ W.T).relu()) and everything.floor.item() == pytest.approx(0.1)
     nothing = select_batch(encode(x, -W.abs(), torch.zeros(3)), per_unit, 2)
@@ -107,16 +135,25 @@ def test_products_and_gradients_against_dense_autograd(weights, any_device, per_
     for_f, for_sums = torch.randn(len(code.values)), torch.randn(B, D)
 
     def gradients(f, sums):
-        return torch.autograd.grad((f * for_f).sum() + (sums * for_sums).square().sum(), (W_enc, b_enc, W_dec), retain_graph=True)
+        return torch.autograd.grad(
+            (f * for_f).sum() + (sums * for_sums).square().sum(), (W_enc, b_enc, W_dec), retain_graph=True
+        )
 
     dense = (x @ W_enc.T + b_enc).relu() * (code.dense() > 0)
     expected = gradients(dense[code.rows, code.features], dense @ W_dec)
     f, sums = reconstruct(W_enc, b_enc, W_dec, x, code)
-    assert torch.allclose(f, dense[code.rows, code.features], atol=1e-5) and torch.allclose(sums, dense @ W_dec, atol=1e-4)
+    assert torch.allclose(f, dense[code.rows, code.features], atol=1e-5) and torch.allclose(
+        sums, dense @ W_dec, atol=1e-4
+    )
     for found, wanted in zip(gradients(f, sums), expected):
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-3)
     only_f = torch.autograd.grad((f * for_f).sum(), (W_enc, W_dec))
-    assert torch.allclose(only_f[0], torch.autograd.grad((dense[code.rows, code.features] * for_f).sum(), W_enc)[0], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(
+        only_f[0],
+        torch.autograd.grad((dense[code.rows, code.features] * for_f).sum(), W_enc)[0],
+        rtol=1e-4,
+        atol=1e-4,
+    )
     assert only_f[1].abs().sum() == 0
 
 
@@ -144,8 +181,18 @@ def test_screening_far_from_zero_is_exact_with_a_centre(weights):
 
 
 def test_a_code():
-    code = Code(torch.tensor([0, 2, 2, 3]), torch.tensor([0, 3, 1]), torch.tensor([1.0, 2.0, 5.0]), torch.tensor(1.0), 4)
-    assert code.dense().tolist() == [[1, 0, 0, 2], [0, 0, 0, 0], [0, 5, 0, 0]] and code.rows.tolist() == [0, 0, 2]
+    code = Code(
+        torch.tensor([0, 2, 2, 3]),
+        torch.tensor([0, 3, 1]),
+        torch.tensor([1.0, 2.0, 5.0]),
+        torch.tensor(1.0),
+        4,
+    )
+    assert code.dense().tolist() == [[1, 0, 0, 2], [0, 0, 0, 0], [0, 5, 0, 0]] and code.rows.tolist() == [
+        0,
+        0,
+        2,
+    ]
     assert code.fired().tolist() == [True, True, False, True]
     some = code.where(torch.tensor([False, True, True]), torch.tensor(2.0))
     assert some.dense().tolist() == [[0, 0, 0, 2], [0, 0, 0, 0], [0, 5, 0, 0]] and some.floor == 2

@@ -23,7 +23,8 @@ TASKS = [Question(5, "- 1"), *trials.puzzles(3, "test")]  # prompts of two lengt
 @pytest.fixture(scope="module")
 def plain():
     model = toy_model(WIDTH, 5, layers=2).requires_grad_(False)
-    model.get_input_embeddings().weight[len(build_tokenizer()) :] = 0  # the rows that only round off the vocabulary
+    # the rows that only round off the vocabulary
+    model.get_input_embeddings().weight[len(build_tokenizer()) :] = 0
     return model
 
 
@@ -48,7 +49,9 @@ def by_hand(plain, task, push, end_of_thinking="", only_at=""):
             word = tokenizer.convert_ids_to_tokens(int(ids[0, position]))
             thinking = thinking and word != end_of_thinking
             added[0, position] = push if thinking and only_at in ("", word) else 0
-        hook = plain.model.layers[LAYER].register_forward_hook(lambda module, inputs, out, added=added: out + added)
+        hook = plain.model.layers[LAYER].register_forward_hook(
+            lambda module, inputs, out, added=added: out + added
+        )
         newest = plain(ids).logits[0, -1].argmax()
         hook.remove()
         if newest == tokenizer.eos_token_id:
@@ -69,7 +72,9 @@ def test_a_padded_batch_equals_one_at_a_time_by_hand(plain, model, pushes):
     assert together != steering.generate(model, LAYER, TASKS, 0 * pushes, STEPS)
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.2, "seed": 1}, {"end_of_thinking": None}, {"only_at": "="}])
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 0.2, "seed": 1}, {"end_of_thinking": None}, {"only_at": "="}]
+)
 def test_rows_that_end_leave_the_batch_and_nothing_changes(plain, model, pushes, monkeypatch, how):
     last = len(plain.model.layers) - 1
     stop = pushes.clone()
@@ -90,11 +95,14 @@ def test_rows_that_end_leave_the_batch_and_nothing_changes(plain, model, pushes,
     assert steering.generate(model, last, TASKS, stop, STEPS, **how) == whole
     if "only_at" not in how:
         assert any(rows == [0, 1, 3] for rows, _, _ in seen)
-    assert len(seen) == STEPS / 3 and all(cached == length - 1 for _, length, cached in seen[1:])  # nothing is read twice
+    # nothing is read twice
+    assert len(seen) == STEPS / 3 and all(cached == length - 1 for _, length, cached in seen[1:])
 
 
 def test_where_a_batch_differs_from_one_alone_the_two_top_logits_are_all_but_equal():
-    """On a model with thoughts of 60 tokens and 40 rows: float addition in another order may tip a tie, and nothing else."""
+    """On a model with thoughts of 60 tokens and 40 rows: float addition in another order may tip a tie, and
+    nothing else.
+    """
     plain, tokenizer = toy_model(WIDTH, 7, layers=3).requires_grad_(False), build_tokenizer()
     plain.get_input_embeddings().weight[len(tokenizer) :] = 0
     tasks = [Question(5, "- 1"), *trials.puzzles(20, "test"), *trials.easy_questions(19)]
@@ -113,7 +121,9 @@ def test_margin_is_the_distance_of_the_two_top_logits(plain):
     prompt = tokenizer(" ".join(trials.prompt_words(TASKS[0])), return_tensors="pt")["input_ids"]
     said = torch.tensor([tokenizer.convert_tokens_to_ids(words[2:5])])
     top = plain(torch.cat([prompt, said], dim=1)).logits[0, -1].topk(2).values
-    assert margin(plain, tokenizer, LAYER, TASKS[0], push, words, [*words[:5], "x"]) == pytest.approx(float(top[0] - top[1]), abs=1e-5)
+    assert margin(plain, tokenizer, LAYER, TASKS[0], push, words, [*words[:5], "x"]) == pytest.approx(
+        float(top[0] - top[1]), abs=1e-5
+    )
     assert margin(plain, tokenizer, LAYER, TASKS[0], push, words, words[:5], temperature=1.0) > 0
 
 
@@ -128,7 +138,10 @@ def test_steering_at_one_token_only(plain, model, pushes):
 
 def test_samples_do_not_depend_on_the_batch_and_follow_the_softmax(model, pushes):
     together = steering.generate(model, LAYER, TASKS, pushes, STEPS, temperature=1.0, seed=3)
-    alone = [steering.generate(model, LAYER, [task], push[None], STEPS, temperature=1.0, seed=3)[0] for task, push in zip(TASKS, pushes)]
+    alone = [
+        steering.generate(model, LAYER, [task], push[None], STEPS, temperature=1.0, seed=3)[0]
+        for task, push in zip(TASKS, pushes)
+    ]
     assert together == alone
     assert together != steering.generate(model, LAYER, TASKS, pushes, STEPS, temperature=1.0, seed=4)
     logits = torch.log(torch.tensor([0.5, 0.3, 0.2])).expand(2, 3)
@@ -168,13 +181,26 @@ def test_remote_execution_path_gives_the_same(model, pushes, how):
 def test_a_remote_pair_steers_and_is_probed_alike(tmp_path):
     store, pair = toy_store(tmp_path), replace(toy_pair(tmp_path), remote="local")
     layer, tokenizer = store.layers["distilled"], pair.tokenizer()
-    here, away = (ablation.open_models(p, ["distilled"], tokenizer)["distilled"] for p in (replace(pair, remote=False), pair))
-    push = steering.Direction("deduction 3", "deduction", 9 * torch.randn(24, generator=torch.Generator().manual_seed(0)))
-    made = [steering.Steering(m, layer, tmp_path / str(remote), "weights", 6, remote=remote).run("report", TASKS, [(push, 1.0)])
-            for m, remote in ((here, False), (away, "local"))]
+    here, away = (
+        ablation.open_models(p, ["distilled"], tokenizer)["distilled"]
+        for p in (replace(pair, remote=False), pair)
+    )
+    push = steering.Direction(
+        "deduction 3", "deduction", 9 * torch.randn(24, generator=torch.Generator().manual_seed(0))
+    )
+    made = [
+        steering.Steering(m, layer, tmp_path / str(remote), "weights", 6, remote=remote).run(
+            "report", TASKS, [(push, 1.0)]
+        )
+        for m, remote in ((here, False), (away, "local"))
+    ]
     pd.testing.assert_frame_equal(*made)
-    slopes = [steering.influence(store, m, layer, ("reflection",), split="train", documents=3, remote=remote)["reflection"]
-              for m, remote in ((here, False), (away, "local"))]
+    slopes = [
+        steering.influence(store, m, layer, ("reflection",), split="train", documents=3, remote=remote)[
+            "reflection"
+        ]
+        for m, remote in ((here, False), (away, "local"))
+    ]
     torch.testing.assert_close(*slopes)
     assert slopes[0].norm() > 0
 
@@ -217,7 +243,9 @@ def test_influence_is_the_slope_of_a_sentences_probability(tmp_path):
     store, pair = toy_store(tmp_path), toy_pair(tmp_path)
     plain, tokenizer = pair.load("distilled"), pair.tokenizer()
     layer, labels = store.layers["distilled"], ("reflection", "verification")
-    found = steering.influence(store, ablation.wrap(plain, tokenizer), layer, labels, split="train", documents=3)
+    found = steering.influence(
+        store, ablation.wrap(plain, tokenizer), layer, labels, split="train", documents=3
+    )
     rows = np.flatnonzero((store.labels["kind"] == 1) & (store.split == 0))
     documents = np.random.default_rng(0).permutation(np.unique(store.documents[rows]))[:3]
     step, slopes, n = 0.05, dict.fromkeys(labels, 0.0), 0
@@ -232,7 +260,9 @@ def test_influence_is_the_slope_of_a_sentences_probability(tmp_path):
         for sign in (-1, 1):
             added = torch.zeros(1, len(mine), len(direction))
             added[0, start:] = sign * step * direction
-            hook = plain.model.layers[layer].register_forward_hook(lambda module, inputs, out, added=added: out + added)
+            hook = plain.model.layers[layer].register_forward_hook(
+                lambda module, inputs, out, added=added: out + added
+            )
             probability[sign] = plain(ids).logits[0, at].softmax(-1)
             hook.remove()
         for label in labels:
@@ -246,13 +276,29 @@ def test_influence_is_the_slope_of_a_sentences_probability(tmp_path):
 def test_candidates_read_or_write_and_belong_to_one_label():
     crosscoder = CrossCoder((4, 4), 5, k=2)
     with torch.no_grad():
-        crosscoder.W_dec[:, 4:] = torch.tensor([[1.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 3, 0], [9, 0, 0, 0], [9, 0, 0, 0]])
-    features = pd.DataFrame({"feature": range(5), "alive": [1, 1, 1, 0, 1], "nrn": [0.9, 0.8, 0.7, 0.9, 0.2],
-                             "auroc_reflection_choose": [0.9, 0.8, 0.6, 0.99, 1.0], "auroc_deduction_choose": [0.5, 0.7, 0.6, 0.99, 1.0]})
-    gradients = {"reflection": torch.tensor([0.1, 0.1, 0.3, 0.0]), "deduction": torch.tensor([0.1, 0.2, -0.5, 0.0])}
-    found = steering.candidates(features, crosscoder, gradients, norm=10.0, n=1)  # 3 is dead and 4 is the base's
+        crosscoder.W_dec[:, 4:] = torch.tensor(
+            [[1.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 3, 0], [9, 0, 0, 0], [9, 0, 0, 0]]
+        )
+    features = pd.DataFrame(
+        {
+            "feature": range(5),
+            "alive": [1, 1, 1, 0, 1],
+            "nrn": [0.9, 0.8, 0.7, 0.9, 0.2],
+            "auroc_reflection_choose": [0.9, 0.8, 0.6, 0.99, 1.0],
+            "auroc_deduction_choose": [0.5, 0.7, 0.6, 0.99, 1.0],
+        }
+    )
+    gradients = {
+        "reflection": torch.tensor([0.1, 0.1, 0.3, 0.0]),
+        "deduction": torch.tensor([0.1, 0.2, -0.5, 0.0]),
+    }
+    # 3 is dead and 4 is the base's
+    found = steering.candidates(features, crosscoder, gradients, norm=10.0, n=1)
     assert list(zip(found["label"], found["feature"], found["by"])) == [
-        ("reflection", 0, "reads"), ("reflection", 2, "writes"), ("deduction", 1, "reads")]
+        ("reflection", 0, "reads"),
+        ("reflection", 2, "writes"),
+        ("deduction", 1, "reads"),
+    ]
     assert found["influence"].tolist() == pytest.approx([1.0, 3.0, 2.0])  # rows are brought to the norm
     assert found["times_random"].iloc[1] == pytest.approx(3.0 / (10 * 0.11**0.5 / 2))
     with pytest.raises(UserError, match="no AUROC of contrast"):

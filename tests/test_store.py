@@ -27,7 +27,13 @@ def store(folder):
 
 def test_shapes_widths_and_names(store):
     assert store.models == ("base", "distilled") and store.widths == {"base": 16, "distilled": 24}
-    assert len(store) == len(store.tokens) == len(store.kept) == len(store.labels["label"]) == len(store.norms["base"])
+    assert (
+        len(store)
+        == len(store.tokens)
+        == len(store.kept)
+        == len(store.labels["label"])
+        == len(store.norms["base"])
+    )
     acts = store.activations([3, 1, len(store) - 1, 3])
     assert [a.shape for a in acts] == [(4, 16), (4, 24)] and all(a.dtype == torch.float32 for a in acts)
     assert torch.equal(acts[0][0], acts[0][3])
@@ -40,7 +46,11 @@ def test_rows_are_kept_sorted_and_split_by_document(store):
     assert sum(map(len, rows.values())) == store.kept.sum() == store.manifest["counts"]["kept"]
     assert all((np.diff(r) > 0).all() for r in rows.values())
     documents = [set(store.documents[r]) for r in rows.values()]
-    assert not documents[0] & documents[1] and not documents[0] & documents[2] and not documents[1] & documents[2]
+    assert (
+        not documents[0] & documents[1]
+        and not documents[0] & documents[2]
+        and not documents[1] & documents[2]
+    )
     assert (store.positions[store.kept] > 0).all()
     with pytest.raises(UserError, match="split is 'test'"):
         store.rows("test")
@@ -48,7 +58,9 @@ def test_rows_are_kept_sorted_and_split_by_document(store):
 
 def test_every_kept_token_once_an_epoch(store):
     order = store.order("train", seed=3, epoch=0)
-    assert np.array_equal(np.sort(order), store.rows("train")) and not np.array_equal(order, store.rows("train"))
+    assert np.array_equal(np.sort(order), store.rows("train")) and not np.array_equal(
+        order, store.rows("train")
+    )
     batches = list(store.batches("train", 100, seed=3, epoch=0))
     assert all(torch.equal(torch.cat([b[m] for b in batches]), store.activations(order)[m]) for m in (0, 1))
     assert {len(b[0]) for b in batches[:-1]} == {100}
@@ -56,8 +68,17 @@ def test_every_kept_token_once_an_epoch(store):
 
 def test_activations_of_any_rows_equal_those_of_all(store):
     everything = store.activations(range(len(store)))
-    for rows in ([], [7], [5, 5, 4], np.arange(1000, 3000), np.random.default_rng(0).integers(0, len(store), 500)):
-        assert all(torch.equal(a, whole[torch.as_tensor(rows, dtype=torch.int64)]) for a, whole in zip(store.activations(rows), everything))
+    for rows in (
+        [],
+        [7],
+        [5, 5, 4],
+        np.arange(1000, 3000),
+        np.random.default_rng(0).integers(0, len(store), 500),
+    ):
+        assert all(
+            torch.equal(a, whole[torch.as_tensor(rows, dtype=torch.int64)])
+            for a, whole in zip(store.activations(rows), everything)
+        )
     assert [a.shape for a in store.activations([])] == [(0, 16), (0, 24)]
 
 
@@ -88,12 +109,17 @@ def test_statistics_are_over_kept_train_tokens_in_float64(store):
         norms = acts.norm(dim=1)
         assert np.isclose(store.scales[name], np.sqrt(acts.shape[1]) / norms.mean().item(), rtol=1e-6)
         assert np.isclose((norms * store.scales[name]).mean().item(), np.sqrt(acts.shape[1]), rtol=1e-6)
-        assert torch.allclose(store.means[name], acts.mean(0), rtol=1e-9) and store.means[name].dtype == torch.float64
+        assert (
+            torch.allclose(store.means[name], acts.mean(0), rtol=1e-9)
+            and store.means[name].dtype == torch.float64
+        )
         variance = store.manifest["statistics"][name]["total_variance"]
         assert np.isclose(variance, (acts - acts.mean(0)).square().sum(1).mean().item(), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("harm", "message"), [("remove", "missing"), ("truncate", "truncated"), ("flip", "damaged")])
+@pytest.mark.parametrize(
+    ("harm", "message"), [("remove", "missing"), ("truncate", "truncated"), ("flip", "damaged")]
+)
 @pytest.mark.parametrize("name", ["shard_00001.safetensors", "index.safetensors"])
 def test_damage_is_detected_and_named(folder, tmp_path, harm, message, name):
     shutil.copytree(folder / "store", tmp_path / "store")

@@ -50,13 +50,24 @@ def epoch(stream, **options):
 
 def same(one, other):
     return len(one) == len(other) and all(
-        np.array_equal(r, s) and all(torch.equal(a, b) for a, b in zip(x, y)) for (r, x), (s, y) in zip(one, other))
+        np.array_equal(r, s) and all(torch.equal(a, b) for a, b in zip(x, y))
+        for (r, x), (s, y) in zip(one, other)
+    )
 
 
 def test_rows_scales_and_means_are_those_of_a_store(stream, store):
-    assert stream.models == store.models and stream.widths == store.widths and stream.layers == store.layers and len(stream) == len(store)
-    assert stream.sampled == stream.count("train") == store.count("train") and stream.count("report") == store.count("report")
-    assert stream.scales == pytest.approx(store.scales) and stream.mean_norms == pytest.approx(store.mean_norms)
+    assert (
+        stream.models == store.models
+        and stream.widths == store.widths
+        and stream.layers == store.layers
+        and len(stream) == len(store)
+    )
+    assert stream.sampled == stream.count("train") == store.count("train") and stream.count(
+        "report"
+    ) == store.count("report")
+    assert stream.scales == pytest.approx(store.scales) and stream.mean_norms == pytest.approx(
+        store.mean_norms
+    )
     for m in store.models:
         torch.testing.assert_close(stream.means[m], store.means[m])
 
@@ -70,7 +81,8 @@ def test_every_token_once_and_with_the_activations_of_a_store(stream, store, spl
     for m, expected in enumerate(store.activations(rows)):
         got = torch.cat([acts[m] for _, acts in read])
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)  # other batches: the last bit of a float16 may differ
+        # other batches: the last bit of a float16 may differ
+        torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(stream, small_windows):
@@ -130,7 +142,9 @@ def test_high_norms_are_dropped_when_they_are_met(pair, tmp_path):
     store = harvest(pair, corpus, tmp_path / "store", models=models)
     assert stream.count("train") == 300
     rows = np.concatenate([r for r, _ in epoch(stream)])
-    assert np.array_equal(np.sort(rows), store.rows("train")) and stream.count("train") == 299 == store.count("train")
+    assert np.array_equal(np.sort(rows), store.rows("train")) and stream.count("train") == 299 == store.count(
+        "train"
+    )
 
 
 def test_a_users_mistakes(pair, stream):
@@ -154,6 +168,8 @@ def test_a_crosscoder_trains_on_the_stream_as_well_as_on_a_store(tmp_path, monke
         crosscoder = train(source, config, tmp_path / name)
         acts = store.activations(store.rows("report"))
         decoded = crosscoder.decode(crosscoder.encode(acts))
-        fves[name] = 1 - np.mean([float((a - b).square().sum() / (a - a.mean(0)).square().sum()) for a, b in zip(acts, decoded)])
+        fves[name] = 1 - np.mean(
+            [float((a - b).square().sum() / (a - a.mean(0)).square().sum()) for a, b in zip(acts, decoded)]
+        )
         assert int(crosscoder.seen[1]) == store.count("train")
     assert fves["stream"] > 0.5 and abs(fves["stream"] - fves["store"]) < 0.03, fves

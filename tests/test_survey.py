@@ -15,7 +15,16 @@ from lib.pairs import Pair
 from lib.puzzles import CATEGORIES, LABELS
 from lib.results import UserError
 from lib.survey import (
-    contents, drift, labelled_text, norm_histogram, norms_by_position, norms_figure, openers, similarity, similarity_figure, word_rates,
+    contents,
+    drift,
+    labelled_text,
+    norm_histogram,
+    norms_by_position,
+    norms_figure,
+    openers,
+    similarity,
+    similarity_figure,
+    word_rates,
 )
 
 
@@ -40,7 +49,11 @@ def test_text_has_every_word_once_and_says_what_is_wrong(store, pair):
     document = int(store.documents[np.flatnonzero(store.labels["error"] == 1)[0]])
     text = labelled_text(document, store, pair.tokenizer()).data
     shown = Counter(html.unescape(re.sub("<[^>]*>", " ", text)).split())
-    words = Counter(" ".join(pair.tokenizer().convert_ids_to_tokens(store.tokens[store.documents == document].tolist())).split())
+    words = Counter(
+        " ".join(
+            pair.tokenizer().convert_ids_to_tokens(store.tokens[store.documents == document].tolist())
+        ).split()
+    )
     assert not words - shown and set(shown - words) <= {*LABELS, "(wrong)", "(no", "label)"}
     assert "(wrong)" in text and "reflection" in text and "&lt;bos&gt;" in text
 
@@ -49,8 +62,13 @@ def test_openers_are_the_commonest_first_words_of_each_category(store, pair):
     words = pair.tokenizer().convert_ids_to_tokens(store.tokens.tolist())
     expected = []
     for category in CATEGORIES:
-        first = Counter(word for word, start, label, split in zip(words, store.labels["starts"], store.labels["label"], store.split)
-                        if start == 1 and label == LABELS.index(category) and split == 0)
+        first = Counter(
+            word
+            for word, start, label, split in zip(
+                words, store.labels["starts"], store.labels["label"], store.split
+            )
+            if start == 1 and label == LABELS.index(category) and split == 0
+        )
         counts = sorted(first.values(), reverse=True)
         mine = openers(store, pair.tokenizer(), 2)[len(expected) : len(expected) + min(2, len(first))]
         assert [first[word] for word in mine] == counts[:2]  # ties may go either way
@@ -66,7 +84,9 @@ def test_word_rates_by_hand(store, pair):
 
 def test_norms(store):
     frame = norms_by_position(store, longest=10)
-    median = frame[(frame.position == 4) & (frame.model == "distilled") & (frame["quantile"] == "median")].norm.item()
+    median = frame[
+        (frame.position == 4) & (frame.model == "distilled") & (frame["quantile"] == "median")
+    ].norm.item()
     assert np.isclose(median, np.median(store.norms["distilled"][store.positions == 4]))
     assert np.allclose(norm_histogram(store).groupby("model").share.sum(), 1)
 
@@ -92,13 +112,21 @@ def test_unlike_widths_have_no_cosine(tmp_path):
 def test_drift_reads_checkpoints_anew(store, pair):
     torch.manual_seed(0)
     frame = drift(pair, store, ["base", "distilled"], documents=20).set_index(["model", "kind"])
-    assert np.allclose(frame.loc["base", "cosine"], 1, atol=1e-5) and (frame.loc["distilled", "cosine"] < 0.5).all()
+    assert (
+        np.allclose(frame.loc["base", "cosine"], 1, atol=1e-5)
+        and (frame.loc["distilled", "cosine"] < 0.5).all()
+    )
 
 
 def test_figures_show_the_numbers_of_their_tables(store):
     table = similarity(store)
     fig = similarity_figure(table, "title")
-    assert [t.x[0] for t in fig.data[:-1]] == table.cosine.tolist() and list(fig.data[-1].x) == table.other_token.tolist()
+    assert [t.x[0] for t in fig.data[:-1]] == table.cosine.tolist() and list(
+        fig.data[-1].x
+    ) == table.other_token.tolist()
     norms = norms_by_position(store, longest=8)
     lines = {t.name: list(t.y) for t in norms_figure(norms).data}
-    assert lines["base, median"] == norms[(norms.model == "base") & (norms["quantile"] == "median")].norm.tolist()
+    assert (
+        lines["base, median"]
+        == norms[(norms.model == "base") & (norms["quantile"] == "median")].norm.tolist()
+    )

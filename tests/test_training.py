@@ -14,7 +14,9 @@ from tests.toys import Interrupted, StopAt, toy_model, toy_pair, toy_store
 
 
 class MemoryStore:
-    """A stand-in for lib.store.Store: arrays in memory, documents of ten tokens, the last tenth of them to report on."""
+    """A stand-in for lib.store.Store: arrays in memory, documents of ten tokens, the last tenth of them to
+    report on.
+    """
 
     fingerprint = "memory"
 
@@ -22,7 +24,9 @@ class MemoryStore:
         self.arrays = [torch.as_tensor(a, dtype=torch.float32) for a in arrays]
         self.models = names[: len(arrays)]
         self.widths = {n: a.shape[1] for n, a in zip(self.models, self.arrays)}
-        self.scales = {n: a.shape[1] ** 0.5 / a.norm(dim=1).mean().item() for n, a in zip(self.models, self.arrays)}
+        self.scales = {
+            n: a.shape[1] ** 0.5 / a.norm(dim=1).mean().item() for n, a in zip(self.models, self.arrays)
+        }
         self.means = {n: a.double().mean(0) for n, a in zip(self.models, self.arrays)}
         self.documents = np.arange(len(arrays[0])) // 10
 
@@ -50,7 +54,9 @@ class MemoryStore:
 
 
 def planted(n=20_000, d=24, per_side=(16, 8, 8), active=3, seed=0):
-    """Activations with a known dictionary: shared, base-only and distilled-only unit directions, each rarely active."""
+    """Activations with a known dictionary: shared, base-only and distilled-only unit directions, each rarely
+    active.
+    """
     rng = np.random.default_rng(seed)
     total = sum(per_side)
     directions = rng.standard_normal((2, total, d))
@@ -104,7 +110,9 @@ def test_dead_features_come_back_through_the_auxiliary_loss(tmp_path):
     store, _, _ = planted(n=4000)
     shares = {}
     for aux in (0.0, 1.0):
-        trainer = Trainer(store, TrainConfig(n_features=48, k=3, tokens=40_000, batch_size=128, rate=3e-3, aux=aux, aux_k=8))
+        trainer = Trainer(
+            store, TrainConfig(n_features=48, k=3, tokens=40_000, batch_size=128, rate=3e-3, aux=aux, aux_k=8)
+        )
         with torch.no_grad():
             trainer.crosscoder.W_dec[24:] *= 1e-3  # of no strength: they lose every selection
         trainer.run_until(40_000)
@@ -115,7 +123,16 @@ def test_dead_features_come_back_through_the_auxiliary_loss(tmp_path):
 @pytest.mark.parametrize("variant,dedicated", [("batchtopk", 0.0), ("l1", 0.0), ("jumprelu", 0.1)])
 def test_resumed_equals_uninterrupted(tmp_path, variant, dedicated):
     store = gaussian()
-    config = TrainConfig(n_features=24, k=4, variant=variant, tokens=3000, batch_size=64, aux_k=8, dead_after=0.01, dedicated=dedicated)
+    config = TrainConfig(
+        n_features=24,
+        k=4,
+        variant=variant,
+        tokens=3000,
+        batch_size=64,
+        aux_k=8,
+        dead_after=0.01,
+        dedicated=dedicated,
+    )
     straight = train(store, config, tmp_path / "straight", StopAt(1e9))
     for at in (500, 1080, 2000):  # 540 training tokens: the second is the end of an epoch
         with pytest.raises(Interrupted):
@@ -126,28 +143,43 @@ def test_resumed_equals_uninterrupted(tmp_path, variant, dedicated):
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     logs = [read_log(tmp_path / f) for f in ("straight", "broken")]
     for a, b in zip(*logs, strict=True):
-        assert {k: v for k, v in a.items() if k not in TIMES} == {k: v for k, v in b.items() if k not in TIMES}
+        assert {k: v for k, v in a.items() if k not in TIMES} == {
+            k: v for k, v in b.items() if k not in TIMES
+        }
     assert not list((tmp_path / "broken").glob("checkpoint-*"))
 
 
 def test_jumprelu_reaches_the_l0_that_it_is_told(tmp_path):
     """Far from where BatchTopK's common threshold would leave it: thresholds have parted."""
     store, _, _ = planted(n=4000)
-    config = TrainConfig(n_features=48, variant="jumprelu", k=3, tokens=40_000, batch_size=128, rate=3e-3, aux_k=8)
+    config = TrainConfig(
+        n_features=48, variant="jumprelu", k=3, tokens=40_000, batch_size=128, rate=3e-3, aux_k=8
+    )
     crosscoder = train(store, config, tmp_path)
     card = health(crosscoder, store, n_boot=20)
     assert card["l0"]["value"] == pytest.approx(3, rel=0.1) and card["fve_base"]["value"] > 0.8
     theta = crosscoder.log_theta.exp()
     assert theta.std() > 0.05 * theta.mean() and len(set(theta.tolist())) > 40
     log = read_log(tmp_path)
-    assert log[-1]["threshold"] == pytest.approx(theta.mean().item(), rel=1e-3) and log[-1]["l0"] == pytest.approx(3, rel=0.1)
+    assert log[-1]["threshold"] == pytest.approx(theta.mean().item(), rel=1e-3) and log[-1][
+        "l0"
+    ] == pytest.approx(3, rel=0.1)
 
 
 @pytest.mark.parametrize("variant", ["batchtopk", "topk", "l1", "jumprelu"])
 def test_dedicated_features_have_nothing_in_another_model(variant):
     """Bitwise: weights, moments, whatever fires, in blocks for three models of unlike widths."""
     store = gaussian(n=600, widths=(8, 12, 16))
-    config = TrainConfig(n_features=40, k=6, variant=variant, tokens=2000, batch_size=64, aux_k=8, dead_after=0.02, dedicated=0.1)
+    config = TrainConfig(
+        n_features=40,
+        k=6,
+        variant=variant,
+        tokens=2000,
+        batch_size=64,
+        aux_k=8,
+        dead_after=0.02,
+        dedicated=0.1,
+    )
     trainer = Trainer(store, config)
     began = trainer.crosscoder.W_dec.detach().clone()
     trainer.run_until(1200)
@@ -155,18 +187,28 @@ def test_dedicated_features_have_nothing_in_another_model(variant):
     resumed = Trainer(store, config)
     resumed.restore(state)
     resumed.run_until(2000)
-    assert variant == "l1" or max(line["auxiliary"] for line in trainer.log + resumed.log) > 0  # dead ones took part
+    # dead ones took part
+    assert variant == "l1" or max(line["auxiliary"] for line in trainer.log + resumed.log) > 0
     for trained in (trainer, resumed):
         crosscoder, trained_by = trained.crosscoder, trained.optimizer.state
         trained.close()
         for m, name in enumerate(store.models):
             own = crosscoder.owner == m
-            foreign = [i for other in store.models if other != name for i in range(*crosscoder.columns(other).indices(36))]
+            foreign = [
+                i
+                for other in store.models
+                if other != name
+                for i in range(*crosscoder.columns(other).indices(36))
+            ]
             for weights in (crosscoder.W_enc, crosscoder.W_dec):
                 moments = [trained_by[weights][key] for key in ("exp_avg", "exp_avg_sq")]
                 for tensor in (weights.detach(), *moments):
                     block = tensor[own][:, foreign].contiguous()
-                    assert own.sum() == 4 and block.shape == (4, len(foreign)) and not block.view(torch.int32).any()
+                    assert (
+                        own.sum() == 4
+                        and block.shape == (4, len(foreign))
+                        and not block.view(torch.int32).any()
+                    )
                     assert tensor[own][:, crosscoder.columns(name)].count_nonzero() > 0
         assert (crosscoder.W_dec - began).abs().max() > 0.01
     nrn = resumed.crosscoder.nrn(p=2, of="third", against="base")
@@ -176,21 +218,30 @@ def test_dedicated_features_have_nothing_in_another_model(variant):
 
 def test_three_models_of_unlike_widths_from_end_to_end(tmp_path):
     store = gaussian(n=600, widths=(8, 12, 16))
-    crosscoder = train(store, TrainConfig(n_features=40, k=6, tokens=3000, batch_size=64, aux_k=8, dedicated=0.1), tmp_path)
+    crosscoder = train(
+        store, TrainConfig(n_features=40, k=6, tokens=3000, batch_size=64, aux_k=8, dedicated=0.1), tmp_path
+    )
     norms = crosscoder.norms(2)
     for i, of in enumerate(store.models):
         for j, against in enumerate(store.models):
             wanted = norms[i] / (norms[i] + norms[j])
             assert torch.equal(crosscoder.nrn(2, of, against).nan_to_num(-1), wanted.nan_to_num(-1))
             if i != j:
-                with pytest.raises(UserError, match=r"differ in width \(base \(8\), distilled \(12\), third \(16\)\)"):
+                with pytest.raises(
+                    UserError, match=r"differ in width \(base \(8\), distilled \(12\), third \(16\)\)"
+                ):
                     crosscoder.cosine(of, against)
     acts = store.activations(np.arange(5))
     for m, name in enumerate(store.models):  # the others at their means
-        at_means = [a if m == n else crosscoder.mean(other, raw=True).expand_as(a) for n, (other, a) in enumerate(zip(store.models, acts))]
+        at_means = [
+            a if m == n else crosscoder.mean(other, raw=True).expand_as(a)
+            for n, (other, a) in enumerate(zip(store.models, acts))
+        ]
         assert torch.allclose(crosscoder.encode_from(name, acts[m]), crosscoder.encode(at_means), atol=1e-5)
     decoded = crosscoder.decode(crosscoder.encode(acts))
-    assert [d.shape for d in decoded] == [(5, 8), (5, 12), (5, 16)] and [a.shape for a in acts] == [d.shape for d in decoded]
+    assert [d.shape for d in decoded] == [(5, 8), (5, 12), (5, 16)] and [a.shape for a in acts] == [
+        d.shape for d in decoded
+    ]
     card = health(crosscoder, store, n_boot=20)
     assert all(0 < card[f"fve_{name}"]["value"] < 1 for name in store.models)
 
@@ -199,8 +250,18 @@ def test_an_option_that_does_nothing_makes_no_run_stale():
     store, plain = gaussian(n=100), TrainConfig()
     mark = plain.fingerprint(store)
     assert mark == TrainConfig(bandwidth=0.3, l0=2.0).fingerprint(store)
-    assert mark != TrainConfig(dedicated=0.1).fingerprint(store) and mark != TrainConfig(seed=1).fingerprint(store)
-    assert len({TrainConfig(variant="jumprelu", **option).fingerprint(store) for option in ({}, {"bandwidth": 0.3}, {"l0": 2.0})}) == 3
+    assert mark != TrainConfig(dedicated=0.1).fingerprint(store) and mark != TrainConfig(seed=1).fingerprint(
+        store
+    )
+    assert (
+        len(
+            {
+                TrainConfig(variant="jumprelu", **option).fingerprint(store)
+                for option in ({}, {"bandwidth": 0.3}, {"l0": 2.0})
+            }
+        )
+        == 3
+    )
 
 
 def test_a_finished_run_is_loaded_and_another_config_is_not(tmp_path):
@@ -208,7 +269,10 @@ def test_a_finished_run_is_loaded_and_another_config_is_not(tmp_path):
     first = train(store, SMALL, tmp_path)
     written = (tmp_path / "crosscoder.safetensors").stat().st_mtime_ns
     again = train(store, SMALL, tmp_path, StopAt(0))
-    assert torch.equal(first.W_dec, again.W_dec) and (tmp_path / "crosscoder.safetensors").stat().st_mtime_ns == written
+    assert (
+        torch.equal(first.W_dec, again.W_dec)
+        and (tmp_path / "crosscoder.safetensors").stat().st_mtime_ns == written
+    )
     other = TrainConfig(n_features=24, k=4, tokens=3000, batch_size=64, aux_k=8, seed=1)
     with pytest.raises(Interrupted):
         train(store, other, tmp_path, StopAt(0))
@@ -235,12 +299,18 @@ def test_non_finite_activations_are_named(tmp_path):
 
 def test_a_loss_that_explodes_is_refused(tmp_path):
     with pytest.raises(UserError, match="lower the learning rate"):
-        train(gaussian(), TrainConfig(n_features=24, k=4, tokens=3000, batch_size=64, rate=1e30, warmup=0.0), tmp_path)
+        train(
+            gaussian(),
+            TrainConfig(n_features=24, k=4, tokens=3000, batch_size=64, rate=1e30, warmup=0.0),
+            tmp_path,
+        )
 
 
 def test_schedules():
     config = TrainConfig(rate=2.0, warmup=0.1, decay=0.2, l1=4.0, l1_warmup=0.05)
-    assert [config.learning_rate(t) for t in (0, 0.05, 0.1, 0.5, 0.8, 0.9, 1)] == pytest.approx([0, 1, 2, 2, 2, 1, 0])
+    assert [config.learning_rate(t) for t in (0, 0.05, 0.1, 0.5, 0.8, 0.9, 1)] == pytest.approx(
+        [0, 1, 2, 2, 2, 1, 0]
+    )
     assert [config.sparsity_weight(t) for t in (0, 0.025, 0.05, 1)] == pytest.approx([0, 2, 4, 4])
     with pytest.raises(UserError, match="k is 0: it must be an integer from 1 to 1024"):
         TrainConfig(k=0)
@@ -259,11 +329,18 @@ def test_fve_and_l0_by_hand():
     card = health(crosscoder, store, n_boot=50)
     rows = store.rows("report")
     x = [a[rows].double().numpy() for a in store.arrays]
-    f = np.maximum(np.concatenate(x, 1) @ crosscoder.W_enc.detach().double().numpy().T + crosscoder.b_enc.detach().double().numpy(), 0)
+    f = np.maximum(
+        np.concatenate(x, 1) @ crosscoder.W_enc.detach().double().numpy().T
+        + crosscoder.b_enc.detach().double().numpy(),
+        0,
+    )
     for m, name in enumerate(("base", "distilled")):
         x_hat = f @ crosscoder.rows(name).double().numpy() + crosscoder.bias(name).double().numpy()
         expected = 1 - ((x[m] - x_hat) ** 2).sum() / ((x[m] - x[m].mean(0)) ** 2).sum()
-        assert card[f"fve_{name}"]["value"] == pytest.approx(expected, rel=1e-4) and card[f"fve_{name}"]["n"] == 4
+        assert (
+            card[f"fve_{name}"]["value"] == pytest.approx(expected, rel=1e-4)
+            and card[f"fve_{name}"]["n"] == 4
+        )
     assert card["l0"]["value"] == pytest.approx((f > 0).sum(1).mean())
     assert card["l0"]["ci"][0] <= card["l0"]["value"] <= card["l0"]["ci"][1]
     assert firing_frequency(crosscoder, store).tolist() == pytest.approx((f > 0).mean(0).tolist())
@@ -293,14 +370,16 @@ def test_cross_entropy_of_an_exact_reconstruction_is_the_models_own(harvested):
     crosscoder.centre([store.means[n] for n in store.models])
     for name, model in models.items():
         ce = cross_entropies(crosscoder, store, name, model, max_tokens=2000)
-        assert ce["reconstruction"].sum() == pytest.approx(ce["own"].sum(), rel=2e-3)  # the store keeps float16
+        # the store keeps float16
+        assert ce["reconstruction"].sum() == pytest.approx(ce["own"].sum(), rel=2e-3)
         assert abs(ce["mean"].sum() - ce["own"].sum()) > 0.01 * ce["own"].sum()
         document = int(store.documents[store.rows("report")[0]])
         of_it = np.flatnonzero(store.documents == document)
         ids = torch.as_tensor(store.tokens[of_it].astype(np.int64))[None]
         with torch.no_grad():
             alone = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
-        assert np.isclose(ce["own"], -alone.item(), rtol=1e-4).any()  # transformers alone, without padding or nnsight
+        # transformers alone, without padding or nnsight
+        assert np.isclose(ce["own"], -alone.item(), rtol=1e-4).any()
 
 
 def test_the_mean_replaces_kept_positions_only(harvested):
@@ -317,7 +396,9 @@ def test_the_mean_replaces_kept_positions_only(harvested):
         of_it = np.flatnonzero(store.documents == document)
         ids = torch.as_tensor(store.tokens[of_it].astype(np.int64))[None]
         kept = torch.as_tensor(store.kept[of_it])[None, :, None]
-        handle = model.model.layers[half_depth(model)].register_forward_hook(lambda _, __, h, kept=kept: torch.where(kept, mean, h))
+        handle = model.model.layers[half_depth(model)].register_forward_hook(
+            lambda _, __, h, kept=kept: torch.where(kept, mean, h)
+        )
         with torch.no_grad():
             sums.append(-model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum().item())
         handle.remove()
@@ -326,7 +407,9 @@ def test_the_mean_replaces_kept_positions_only(harvested):
 
 def test_three_models_of_unlike_width_from_a_harvested_store(tmp_path):
     store = toy_store(tmp_path, tokens=1500, widths=(16, 24, 8))
-    crosscoder = train(store, TrainConfig(n_features=64, k=8, tokens=6000, batch_size=128, aux_k=8), tmp_path / "crosscoder")
+    crosscoder = train(
+        store, TrainConfig(n_features=64, k=8, tokens=6000, batch_size=128, aux_k=8), tmp_path / "crosscoder"
+    )
     card = health(crosscoder, store, n_boot=20)
     assert {"fve_base", "fve_distilled", "fve_third"} <= set(card)
     assert all(np.isfinite(card[f"fve_{n}"]["value"]) for n in store.models)
@@ -337,12 +420,19 @@ def test_three_models_of_unlike_width_from_a_harvested_store(tmp_path):
 
 def test_census_and_tails(tmp_path):
     store, _, _ = planted(n=4000)
-    crosscoder = train(store, TrainConfig(n_features=48, k=3, tokens=40_000, batch_size=256, aux_k=8), tmp_path)
+    crosscoder = train(
+        store, TrainConfig(n_features=48, k=3, tokens=40_000, batch_size=256, aux_k=8), tmp_path
+    )
     frame = census(crosscoder, store)
-    assert list(frame.feature) == list(range(48)) and (frame.alive == (firing_frequency(crosscoder, store) > 0)).all()
+    assert (
+        list(frame.feature) == list(range(48))
+        and (frame.alive == (firing_frequency(crosscoder, store) > 0)).all()
+    )
     assert frame.nrn_p2.to_numpy() == pytest.approx(crosscoder.nrn(p=2).numpy())
     assert frame.cosine.to_numpy() == pytest.approx(crosscoder.cosine().numpy(), abs=1e-6)
-    by_hand = torch.nn.functional.cosine_similarity(crosscoder.rows("base")[0], crosscoder.rows("distilled")[24], dim=0)
+    by_hand = torch.nn.functional.cosine_similarity(
+        crosscoder.rows("base")[0], crosscoder.rows("distilled")[24], dim=0
+    )
     assert frame.cosine_shuffled[0] == pytest.approx(by_hand.item(), abs=1e-6)
     counted = tails(pd.DataFrame({"nrn": [0.05, 0.2, 0.5, 0.95, np.nan]})).set_index("cut-off")
     assert counted.features.to_dict() == {"< 0.1": 1, "< 0.3": 2, "> 0.7": 1, "> 0.9": 1}
@@ -355,7 +445,9 @@ def test_a_store_of_other_weights_is_refused(tmp_path):
     pair = toy_pair(run.folder)
     assert open_store(run, pair).models == ("base", "distilled")
     toy_model(16, seed=99).save_pretrained(run.folder / "base")
-    with pytest.raises(UserError, match="other weights of 'base' .* run notebook 01_harvest_activations again"):
+    with pytest.raises(
+        UserError, match="other weights of 'base' .* run notebook 01_harvest_activations again"
+    ):
         open_store(run, pair)
     with pytest.raises(UserError, match="run notebook 01_harvest_activations first"):
         open_store(Run("toy", "empty", root=tmp_path), pair)
@@ -366,7 +458,10 @@ def test_gradients_live_in_memory_that_is_kept():
     trainer.run_until(64)
     places = {name: trainer.buffers[name].data_ptr() for name in ("grad_enc", "grad_dec")}
     trainer.run_until(192)
-    assert trainer.crosscoder.W_enc.grad.data_ptr() == places["grad_enc"] and trainer.crosscoder.W_dec.grad.data_ptr() == places["grad_dec"]
+    assert (
+        trainer.crosscoder.W_enc.grad.data_ptr() == places["grad_enc"]
+        and trainer.crosscoder.W_dec.grad.data_ptr() == places["grad_dec"]
+    )
 
 
 def test_a_bfloat16_encoder_learns_as_much():
@@ -374,6 +469,8 @@ def test_a_bfloat16_encoder_learns_as_much():
     store, *_ = planted(n=4000)
     found = []
     for precision in ("float32", "bfloat16"):
-        trainer = Trainer(store, TrainConfig(n_features=48, k=4, tokens=20_000, batch_size=128, precision=precision))
+        trainer = Trainer(
+            store, TrainConfig(n_features=48, k=4, tokens=20_000, batch_size=128, precision=precision)
+        )
         found.append(trainer.run_until(20_000)["fve"])
     assert found[0] > 0.5 and abs(found[0] - found[1]) < 0.002

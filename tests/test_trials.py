@@ -1,4 +1,6 @@
-"""Decoding and reading: forbidden sentences do not appear, padding changes nothing, probabilities are probabilities."""
+"""Decoding and reading: forbidden sentences do not appear, padding changes nothing, probabilities are
+probabilities.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,11 @@ def toy():
 
 def test_puzzles_are_distinct_and_reproducible():
     tasks = trials.puzzles(50, "test", seed=3)
-    assert len(set(tasks)) == 50 and tasks == trials.puzzles(50, "test", seed=3) and tasks != trials.puzzles(50, "test", seed=4)
+    assert (
+        len(set(tasks)) == 50
+        and tasks == trials.puzzles(50, "test", seed=3)
+        and tasks != trials.puzzles(50, "test", seed=4)
+    )
     assert {t.split() for t in tasks} == {"test"}
 
 
@@ -47,7 +53,10 @@ def test_batches_and_padding_do_not_change_greedy_transcripts(toy):
 def test_sampling_is_seeded(toy):
     model, tokenizer = toy
     tasks = trials.puzzles(2, "test")
-    a, b, c = (trials.generate(model, tokenizer, tasks, temperature=1.0, seed=s, max_new_tokens=10) for s in (0, 0, 1))
+    a, b, c = (
+        trials.generate(model, tokenizer, tasks, temperature=1.0, seed=s, max_new_tokens=10)
+        for s in (0, 0, 1)
+    )
     assert a == b != c
 
 
@@ -57,14 +66,31 @@ def test_tokens_are_those_of_transformers_own_generate(toy, monkeypatch, tempera
     monkeypatch.setattr(decoding, "LEG", 4)
     monkeypatch.setattr(decoding, "ROOM", 3)
     tasks = [*trials.puzzles(3, "test"), Question(5, "- 1")]
-    batch = tokenizer([" ".join(trials.prompt_words(t)) for t in tasks], return_tensors="pt", padding=True, padding_side="left")
-    plain = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 40, "pad_token_id": 0}
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    batch = tokenizer(
+        [" ".join(trials.prompt_words(t)) for t in tasks],
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+    plain = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "max_new_tokens": 40,
+        "pad_token_id": 0,
+    }
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     torch.manual_seed(0)
     end = int(model.generate(**plain, **sampling)[0, batch["input_ids"].shape[1] + 5])
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)  # a word that a row says: rows leave at different times
+    # a word that a row says: rows leave at different times
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     torch.manual_seed(0)
-    expected = model.generate(**plain, eos_token_id=end, **sampling)[:, batch["input_ids"].shape[1] :].tolist()
+    expected = model.generate(**plain, eos_token_id=end, **sampling)[
+        :, batch["input_ids"].shape[1] :
+    ].tolist()
     found = trials.generate(model, tokenizer, tasks, temperature=temperature, max_new_tokens=40)
     expected = [row[: row.index(end)] if end in row else row for row in expected]
     assert found == [trials.transcript(tokenizer, row) for row in expected]
@@ -73,7 +99,13 @@ def test_tokens_are_those_of_transformers_own_generate(toy, monkeypatch, tempera
 
 def test_reading_gives_a_row_per_task():
     tasks = [Question(5, "- 1"), Question(5, "- 1")]
-    table = trials.read(tasks, [["think", ":", "start", ":", "5", "- 1", "=", "4", ".", "done", ".", "answer", ":", "4", "."], ["so"]])
+    table = trials.read(
+        tasks,
+        [
+            ["think", ":", "start", ":", "5", "- 1", "=", "4", ".", "done", ".", "answer", ":", "4", "."],
+            ["so"],
+        ],
+    )
     assert table.correct.tolist() == [True, False] and table.chain_correct.tolist() == [True, False]
     assert table.thinking_tokens[0] == 9 and table.closed.tolist() == [True, False]
     with pytest.raises(ValueError):

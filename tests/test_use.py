@@ -1,4 +1,6 @@
-"""Use of features: readings, changes and their intervals by hand and in loops, planted changes, phases and events against the words."""
+"""Use of features: readings, changes and their intervals by hand and in loops, planted changes, phases and
+events against the words.
+"""
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from lib.results import UserError
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A store of two toy models of equal width, a crosscoder that fires on it, and the report split's rows, read."""
+    """A store of two toy models of equal width, a crosscoder that fires on it, and the report split's rows,
+    read.
+    """
     store = toy_store(tmp_path_factory.mktemp("use"), tokens=6000, widths=(16, 16))
     crosscoder = CrossCoder([16, 16], 24, store.models, k=4, scales=[store.scales[m] for m in store.models])
     crosscoder.centre([store.means[m].float() for m in store.models])
@@ -39,15 +43,18 @@ def by_hand(base, distilled, documents):
     return use.Readings(np.arange(len(documents)), np.asarray(documents), codes)
 
 
-# --- reading ---------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def test_slots_are_a_pair_of_equal_models():
     crosscoder = CrossCoder([3, 3], 50, k=8, scales=[0.5, 2.0], variant="l1").requires_grad_(False)
     acts = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    for name, other in (("base", [acts, acts / 4]), ("distilled", [4 * acts, acts])):  # the same after each slot's own scale
+    # the same after each slot's own scale
+    for name, other in (("base", [acts, acts / 4]), ("distilled", [4 * acts, acts])):
         assert torch.allclose(use.encode_slots(crosscoder, name, acts), crosscoder.encode(other), atol=1e-6)
-    assert not torch.allclose(use.encode_slots(crosscoder, "base", acts), use.encode_slots(crosscoder, "distilled", acts))
+    assert not torch.allclose(
+        use.encode_slots(crosscoder, "base", acts), use.encode_slots(crosscoder, "distilled", acts)
+    )
 
 
 def test_slots_need_equal_widths_and_a_known_name():
@@ -82,27 +89,38 @@ def test_explained_against_decode(toy):
     assert found.at[("base", "joint"), "l0"] == pytest.approx(readings.codes["joint"].nnz / len(rows))
 
 
-# --- the table of use --------------------------------------------------------------------------------------------
+# --- the table of use ---------------------------------------------------------------------------------------
 
 
 def test_table_by_hand(toy):
-    # feature 0: twice the activation on the same tokens; 1: fires only in the distilled model; 2: dead; 3: the same in both
+    # feature 0: twice the activation on the same tokens; 1: fires only in the distilled model; 2: dead; 3:
+    # the same in both
     base = [[1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1], [2, 0, 0, 0]]
     distilled = [[2, 0, 0, 1], [2, 3, 0, 0], [0, 0, 0, 1], [4, 0, 0, 0]]
     readings = by_hand(base, distilled, [5, 5, 7, 7])
     table = use.use_table(toy[1], toy[0], readings.rows, n_boot=50, readings=readings)
     assert table["alive"].tolist() == [True, True, False, True]
-    assert table["frequency_base"].tolist() == [0.75, 0, 0, 0.5] and table["mean_distilled"].tolist() == [2, 0.75, 0, 0.5]
+    assert table["frequency_base"].tolist() == [0.75, 0, 0, 0.5] and table["mean_distilled"].tolist() == [
+        2,
+        0.75,
+        0,
+        0.5,
+    ]
     assert table["firing_mean_base"][0] == pytest.approx(4 / 3) and np.isnan(table["firing_mean_base"][1])
     # half a typical activation: (4 + 8) / (3 + 3) / 2 = 1; and 3 / 1 / 2 = 1.5
     assert table["change"].tolist() == pytest.approx([np.log(9 / 5), np.log(4.5 / 1.5), 0, 0])
     assert table["change_frequency"].tolist() == pytest.approx([0, np.log(1.5 / 0.5), 0, 0])
     assert table["difference"].tolist() == pytest.approx([1, 0.75, 0, 0])
-    # documents: sums of feature 0 change by 2 and 2, of feature 1 by 3 and 0; one resample of documents of two lengths
+    # documents: sums of feature 0 change by 2 and 2, of feature 1 by 3 and 0; one resample of documents of
+    # two lengths
     assert table["p"][0] == 0 and table["p"][1] == pytest.approx(ttest_1samp([3, 0], 0).pvalue)
     assert np.isnan(table["p"][2]) and table["p"][3] == 1, "dead is not tested, unchanged is no change"
-    assert table["q"][[0, 1, 3]].tolist() == pytest.approx([0, 0.75, 1]), "Benjamini-Hochberg over the three that are alive"
-    assert table["difference_low"][1] == 0 and table["difference_high"][1] == 1.5, "resamples hold the first document 0, 1 or 2 times"
+    assert table["q"][[0, 1, 3]].tolist() == pytest.approx([0, 0.75, 1]), (
+        "Benjamini-Hochberg over the three that are alive"
+    )
+    assert table["difference_low"][1] == 0 and table["difference_high"][1] == 1.5, (
+        "resamples hold the first document 0, 1 or 2 times"
+    )
 
 
 def test_intervals_resample_documents_not_tokens():
@@ -126,7 +144,11 @@ def test_planted_changes_are_found_and_noise_is_not():
     distilled[:, 10:20] *= rng.random((2000, 10)) < 1 / 3
     readings = by_hand(base, distilled, documents)
     table = use.use_table(CrossCoder([2, 2], 300, k=1), None, readings.rows, n_boot=100, readings=readings)
-    assert (table["q"][:20] < 0.01).all() and (table["change"][:10] > 0.7).all() and (table["change"][10:20] < -0.7).all()
+    assert (
+        (table["q"][:20] < 0.01).all()
+        and (table["change"][:10] > 0.7).all()
+        and (table["change"][10:20] < -0.7).all()
+    )
     noise = table[20:]
     assert (noise["q"] < 0.05).sum() <= 2, "corrected for as many features as there are"
     assert 0.01 < (noise["p"] < 0.05).mean() < 0.1, "p keeps its level where nothing changed"
@@ -137,14 +159,24 @@ def test_planted_changes_are_found_and_noise_is_not():
     changed = use.reweighted(table, null)
     assert changed[:20].all() and changed[20:].mean() < 0.05 and use.reweighted(null, null).sum() == 3
     unique = np.arange(300) < 5
-    assert use.kinds_of_change(table, unique, changed)[[0, 9, 299]].tolist() == ["unique", "reweighted", "unchanged"]
+    assert use.kinds_of_change(table, unique, changed)[[0, 9, 299]].tolist() == [
+        "unique",
+        "reweighted",
+        "unchanged",
+    ]
 
 
 def test_a_limit_by_hand(toy):
     table = use.use_table(toy[1], toy[0], toy[2], n_boot=2, readings=toy[3])[:4].assign(
-        alive=[True, True, True, False], change=[-2.0, 0.5, 1.0, 9.0])
+        alive=[True, True, True, False], change=[-2.0, 0.5, 1.0, 9.0]
+    )
     assert use.change_limit(table, 0.5) == 1.0
-    assert use.reweighted(table, 0.9).tolist() == [True, False, True, False], "a fall counts, a dead feature does not"
+    assert use.reweighted(table, 0.9).tolist() == [
+        True,
+        False,
+        True,
+        False,
+    ], "a fall counts, a dead feature does not"
     with pytest.raises(UserError, match="nothing to compare"):
         use.change_limit(table.assign(alive=False))
 
@@ -157,12 +189,15 @@ def test_by_group_is_the_table_of_the_groups_rows(toy):
     part = table[table["group"] == "thinking"].reset_index(drop=True)
     columns = ["frequency_base", "mean_distilled", "change", "change_low", "difference_high", "p"]
     assert np.allclose(part[columns], same[columns], equal_nan=True)
-    assert set(table["group"]) == set(use.PHASES) and (table["q"].dropna() >= table["p"][table["q"].notna()] - 1e-12).all()
+    assert (
+        set(table["group"]) == set(use.PHASES)
+        and (table["q"].dropna() >= table["p"][table["q"].notna()] - 1e-12).all()
+    )
     with pytest.raises(UserError, match="by is 'word'"):
         use.use_table(crosscoder, store, rows, by="word", readings=readings)
 
 
-# --- phases and events ---------------------------------------------------------------------------------------------
+# --- phases and events --------------------------------------------------------------------------------------
 
 
 def test_phases_against_the_words(toy, words):
@@ -174,7 +209,9 @@ def test_phases_against_the_words(toy, words):
             continue
         document = np.flatnonzero(store.documents == store.documents[row])
         before = list(words[document[document <= row]])
-        assert use.PHASES[phase] == ("answer" if "answer" in before else "thinking" if "think" in before else "prompt")
+        assert use.PHASES[phase] == (
+            "answer" if "answer" in before else "thinking" if "think" in before else "prompt"
+        )
 
 
 def test_traces_without_labels_have_no_phase(toy):
@@ -187,7 +224,9 @@ def test_traces_without_labels_have_no_phase(toy):
 
 
 def test_in_real_text_the_tags_of_the_thought_tell_the_phase():
-    """Tags 5 6 and 7 6; documents: whole, unfinished, a window that ends a thought, one without tags, general text."""
+    """Tags 5 6 and 7 6; documents: whole, unfinished, a window that ends a thought, one without tags, general
+    text.
+    """
     texts = [[1, 5, 6, 2, 7, 6, 3], [1, 1, 5, 6, 2], [2, 2, 7, 6, 3], [1, 2, 5], [5, 6, 1]]
 
     class Real:
@@ -196,18 +235,30 @@ def test_in_real_text_the_tags_of_the_thought_tell_the_phase():
         manifest = {"corpus": {"think_tags": [[5, 6], [7, 6]]}}
 
     general, prompt, thinking, answer = range(4)
-    expected = [[prompt, *[thinking] * 3, *[answer] * 3], [prompt, prompt, *[thinking] * 3], [thinking, thinking, *[answer] * 3],
-                [-1] * 3, [general] * 3]
+    expected = [
+        [prompt, *[thinking] * 3, *[answer] * 3],
+        [prompt, prompt, *[thinking] * 3],
+        [thinking, thinking, *[answer] * 3],
+        [-1] * 3,
+        [general] * 3,
+    ]
     assert use.phase_of(Real, np.arange(23)).tolist() == sum(expected, [])
     assert use.phase_of(Real, np.array([3, 9, 21])).tolist() == [thinking, thinking, general]
 
 
 def test_events_against_the_words(toy, words):
     store, rows = toy[0], np.flatnonzero(toy[0].kept)
-    reflections = [r for r in rows if store.labels["kind"][r] == 1 and words[r - 1] == "." and
-                   (words[r] in ("wait", "hold", "hmm") or words[r] == "that" and words[r + 1] == "should")]
+    reflections = [
+        r
+        for r in rows
+        if store.labels["kind"][r] == 1
+        and words[r - 1] == "."
+        and (words[r] in ("wait", "hold", "hmm") or words[r] == "that" and words[r + 1] == "should")
+    ]
     assert len(reflections) > 5 and use.event_rows(store, rows, "before a reflection").tolist() == reflections
-    assert use.event_rows(store, rows, "after an error").tolist() == reflections, "the teacher mends every error"
+    assert use.event_rows(store, rows, "after an error").tolist() == reflections, (
+        "the teacher mends every error"
+    )
     failed = use.event_rows(store, rows, "after a failed comparison")
     assert len(failed) > 5 and set(words[failed]) <= {"instead", "alternatively", "perhaps", "next"}
     right = use.event_rows(store, rows, "after a right step")
@@ -223,7 +274,11 @@ def test_firing_by_phase_in_a_loop(toy):
     phases = use.phase_of(store, rows)
     for row in found.itertuples():
         f = readings.codes[row.reading][phases == use.PHASES.index(row.phase)][:, [row.feature]].toarray()
-        assert row.tokens == len(f) and row.frequency == pytest.approx((f > 0).mean()) and row.mean == pytest.approx(f.mean(), abs=1e-6)
+        assert (
+            row.tokens == len(f)
+            and row.frequency == pytest.approx((f > 0).mean())
+            and row.mean == pytest.approx(f.mean(), abs=1e-6)
+        )
         assert row.mean_low <= row.mean_high and row.frequency_low <= row.frequency_high
 
 
@@ -233,13 +288,24 @@ def test_averages_around_events_in_a_loop(toy):
     assert set(found["offset"]) == set(range(-3, 4)) and set(found["event"]) == set(use.EVENTS)
     place = {row: i for i, row in enumerate(readings.rows)}
     for row in found[found["reading"] == "distilled"].itertuples():
-        values = [readings.codes["distilled"][place[c + row.offset], row.feature] for c in use.event_rows(store, rows, row.event)
-                  if c + row.offset in place and store.documents[c + row.offset] == store.documents[c]]
-        assert row.n == len(values) and row.mean == pytest.approx(np.mean(values)) and row.frequency == np.mean(np.array(values) > 0)
+        values = [
+            readings.codes["distilled"][place[c + row.offset], row.feature]
+            for c in use.event_rows(store, rows, row.event)
+            if c + row.offset in place and store.documents[c + row.offset] == store.documents[c]
+        ]
+        assert (
+            row.n == len(values)
+            and row.mean == pytest.approx(np.mean(values))
+            and row.frequency == np.mean(np.array(values) > 0)
+        )
     last = found[(found["event"] == "after a failed comparison") & (found["offset"] == -1)]
-    own = use.around_events(crosscoder, store, rows, [2, 5], events=["after a failed comparison"], window=3, n_boot=20)
+    own = use.around_events(
+        crosscoder, store, rows, [2, 5], events=["after a failed comparison"], window=3, n_boot=20
+    )
     same = own[own["offset"] == -1].reset_index(drop=True)
-    assert np.allclose(same["mean_low"], last["mean_low"]) and np.allclose(same["mean"], last["mean"]), "read again, the same"
+    assert np.allclose(same["mean_low"], last["mean_low"]) and np.allclose(same["mean"], last["mean"]), (
+        "read again, the same"
+    )
 
 
 def test_events_figure_has_a_line_per_model_and_panel(toy):

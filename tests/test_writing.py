@@ -22,7 +22,9 @@ class Stop(Exception):
     pass
 
 
-def test_a_writing_that_breaks_off_within_a_batch_goes_on_to_the_same_file(tokenizer, tmp_path, quick, monkeypatch):
+def test_a_writing_that_breaks_off_within_a_batch_goes_on_to_the_same_file(
+    tokenizer, tmp_path, quick, monkeypatch
+):
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     writing.write_corpus("general", chat_model(), tokenizer, whole, 150)
     batches = [json.loads(line)["batch"] for line in whole.read_text(encoding="utf-8").split("\n")[:-1]]
@@ -39,48 +41,86 @@ def test_a_writing_that_breaks_off_within_a_batch_goes_on_to_the_same_file(token
         patch.setattr(writing, "json", SimpleNamespace(dumps=full, loads=json.loads))
         with pytest.raises(Stop):
             writing.write_corpus("general", chat_model(), tokenizer, broken, 150)
-    assert [json.loads(line)["batch"] for line in broken.read_text(encoding="utf-8").split("\n")[:-1]] == batches[:before]
+    assert [
+        json.loads(line)["batch"] for line in broken.read_text(encoding="utf-8").split("\n")[:-1]
+    ] == batches[:before]
     writing.write_corpus("general", chat_model(), tokenizer, broken, 150)
     assert broken.read_bytes() == whole.read_bytes()
 
 
 def test_line_separators_of_unicode_are_characters_like_others(tokenizer, tmp_path, quick, monkeypatch):
     texts = iter([f"One\u2028two\x85{i}\u2029 three." for i in range(100)])
-    monkeypatch.setattr(writing, "sample", lambda model, tokenizer, prompts, *_, **__: [(next(texts), False, 5) for _ in prompts])
+    monkeypatch.setattr(
+        writing,
+        "sample",
+        lambda model, tokenizer, prompts, *_, **__: [(next(texts), False, 5) for _ in prompts],
+    )
     file = tmp_path / "a.jsonl"
     assert writing.write_corpus("general", None, tokenizer, file, 20) == 20
     assert writing.write_corpus("general", None, tokenizer, file, 40) == 40
     writing.pack(file, tmp_path / "a.jsonl.gz")
-    packed = [json.loads(line) for line in gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()).decode().split("\n")[:-1]]
+    packed = [
+        json.loads(line)
+        for line in gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()).decode().split("\n")[:-1]
+    ]
     assert len(packed) == 8 and packed[7]["text"].endswith("One\u2028two\x857\u2029 three.")
 
 
 def test_a_text_comes_once_and_its_tokens_count_once(tokenizer, tmp_path, quick, monkeypatch):
-    said = iter([("a", True, 3), ("b", True, 4), ("a", True, 3), ("c", False, 5),
-                 ("b", True, 4), ("d", True, 6), ("e", False, 7), ("e", False, 7)])
+    said = iter(
+        [
+            ("a", True, 3),
+            ("b", True, 4),
+            ("a", True, 3),
+            ("c", False, 5),
+            ("b", True, 4),
+            ("d", True, 6),
+            ("e", False, 7),
+            ("e", False, 7),
+        ]
+    )
     monkeypatch.setattr(writing, "_prompts", lambda kind, number, seed: [("Say ", {"answer": number})] * 4)
-    monkeypatch.setattr(writing, "sample", lambda model, tokenizer, prompts, *_, **__: [next(said) for _ in prompts])
+    monkeypatch.setattr(
+        writing, "sample", lambda model, tokenizer, prompts, *_, **__: [next(said) for _ in prompts]
+    )
     assert writing.write_corpus("trace", None, tokenizer, tmp_path / "a.jsonl", 20) == 3 + 4 + 5 + 6 + 7
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert [line["text"] for line in lines] == ["Say a<|im_end|>\n", "Say b<|im_end|>\n", "Say c", "Say d<|im_end|>\n", "Say e"]
+    assert [line["text"] for line in lines] == [
+        "Say a<|im_end|>\n",
+        "Say b<|im_end|>\n",
+        "Say c",
+        "Say d<|im_end|>\n",
+        "Say e",
+    ]
     assert [line["batch"] for line in lines] == [0, 0, 0, 1, 1] == [line["answer"] for line in lines]
 
 
 def test_a_seed_decides_the_texts_and_no_neighbour_changes_a_greedy_one(tokenizer):
     model, prompts = chat_model(), ["How many socks?", "Harbours and rivers. First, I count. So", "a"]
     drawn = writing.sample(model, tokenizer, prompts, 12, seed=3)
-    assert drawn == writing.sample(model, tokenizer, prompts, 12, seed=3) != writing.sample(model, tokenizer, prompts, 12, seed=4)
+    assert (
+        drawn
+        == writing.sample(model, tokenizer, prompts, 12, seed=3)
+        != writing.sample(model, tokenizer, prompts, 12, seed=4)
+    )
     greedy = writing.sample(model, tokenizer, prompts, 12, temperature=0.0)
     assert greedy == writing.sample(model, tokenizer, prompts, 12, temperature=0.0, seed=9)
-    assert greedy == writing.sample(model, tokenizer, prompts, 12, seed=5, top_k=1)  # of one token, the likeliest is drawn
-    assert greedy == [writing.sample(model, tokenizer, [p], 12, temperature=0.0)[0] for p in prompts]  # padding is not read
+    # of one token, the likeliest is drawn
+    assert greedy == writing.sample(model, tokenizer, prompts, 12, seed=5, top_k=1)
+    # padding is not read
+    assert greedy == [writing.sample(model, tokenizer, [p], 12, temperature=0.0)[0] for p in prompts]
 
 
 def test_batches_of_prompts_follow_one_another(quick):
     for kind in ("trace", "general"):
         some = [text for number in range(5) for text, _ in writing._prompts(kind, number, 1)]
-        assert len(set(some)) == len(some) == 20 and some[:4] != [text for text, _ in writing._prompts(kind, 0, 2)]
-    assert all("answer" in facts and text.endswith("<|im_start|>assistant\n") for text, facts in writing._prompts("trace", 3, 1))
+        assert len(set(some)) == len(some) == 20 and some[:4] != [
+            text for text, _ in writing._prompts(kind, 0, 2)
+        ]
+    assert all(
+        "answer" in facts and text.endswith("<|im_start|>assistant\n")
+        for text, facts in writing._prompts("trace", 3, 1)
+    )
 
 
 def test_a_corpus_is_the_same_whether_it_was_interrupted_or_not(tokenizer, tmp_path, monkeypatch):
@@ -97,7 +137,10 @@ def test_a_corpus_is_the_same_whether_it_was_interrupted_or_not(tokenizer, tmp_p
         assert len({line["text"] for line in lines}) == len(lines)
         assert all(("answer" in line) == (kind == "trace") for line in lines)
         if kind == "trace":
-            assert all(line["text"].startswith("<|im_start|>user\n") and "<|im_start|>assistant\n" in line["text"] for line in lines)
+            assert all(
+                line["text"].startswith("<|im_start|>user\n") and "<|im_start|>assistant\n" in line["text"]
+                for line in lines
+            )
 
 
 def test_what_is_packed_is_the_same_to_the_byte(tmp_path):
@@ -112,7 +155,7 @@ def test_what_is_packed_is_the_same_to_the_byte(tmp_path):
 
 def test_greedy_writing_is_what_the_model_finds_likeliest(tokenizer):
     model, prompt = chat_model(), "How many socks"
-    (text, ended, size), = writing.sample(model, tokenizer, [prompt], 6, temperature=0.0)
+    ((text, ended, size),) = writing.sample(model, tokenizer, [prompt], 6, temperature=0.0)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     for _ in range(6):
         with torch.no_grad():
@@ -127,7 +170,11 @@ def test_greedy_writing_is_what_the_model_finds_likeliest(tokenizer):
 def test_openings_come_round_only_when_all_were_there():
     total = len(writing.OPENINGS) * len(writing.SUBJECTS)
     some = list(islice(writing.openings(1), total + 1))
-    assert len(set(some[:total])) == total and some[total] in some[:total] and some[:5] != list(islice(writing.openings(2), 5))
+    assert (
+        len(set(some[:total])) == total
+        and some[total] in some[:total]
+        and some[:5] != list(islice(writing.openings(2), 5))
+    )
 
 
 def test_seeds_of_batches_differ():

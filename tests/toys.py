@@ -1,4 +1,6 @@
-"""Toys for tests: a pair of tiny random models that share the embedded tokenizer, and a store harvested from them."""
+"""Toys for tests: a pair of tiny random models that share the embedded tokenizer, and a store harvested from
+them.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,29 @@ def toy_llama(width: int = 16, seed: int = 0, layers: int = 4, **changes) -> Lla
 
 def _random(model, config, width: int, seed: int, layers: int, **changes):
     torch.manual_seed(seed)
-    usual = dict(vocab_size=512, num_attention_heads=2, num_key_value_heads=1, intermediate_size=2 * width, max_position_embeddings=512,
-                 tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2)
+    usual = dict(
+        vocab_size=512,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=2 * width,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
     return model(config(hidden_size=width, num_hidden_layers=layers, **(usual | changes))).eval()
 
 
-# --- chat models in small ------------------------------------------------------------------------------------------
+# --- chat models in small -----------------------------------------------------------------------------------
 
-TEXT = ["How many socks are in two drawers of six?", "First, I count. Wait, that is eleven. So it is 12.", "The answer is 12.",
-        "Harbours and rivers."]
+TEXT = [
+    "How many socks are in two drawers of six?",
+    "First, I count. Wait, that is eleven. So it is 12.",
+    "The answer is 12.",
+    "Harbours and rivers.",
+]
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
@@ -44,14 +60,31 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     markers = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=320, special_tokens=markers, show_progress=False,
-                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    bpe.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=markers,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
 
 
 def chat_model(seed: int = 0, width: int = 16) -> LlamaForCausalLM:
-    return toy_llama(width, seed, layers=2, vocab_size=320, intermediate_size=32, tie_word_embeddings=False, pad_token_id=2,
-                     initializer_range=0.3)
+    return toy_llama(
+        width,
+        seed,
+        layers=2,
+        vocab_size=320,
+        intermediate_size=32,
+        tie_word_embeddings=False,
+        pad_token_id=2,
+        initializer_range=0.3,
+    )
 
 
 def toy_adapter(folder: Path, seed: int = 3, **changes) -> dict[str, torch.Tensor]:
@@ -67,10 +100,12 @@ def toy_adapter(folder: Path, seed: int = 3, **changes) -> dict[str, torch.Tenso
     return {name: p.detach() for name, p in model.named_parameters() if "lora" in name}
 
 
-# --- pairs and stores ----------------------------------------------------------------------------------------------
+# --- pairs and stores ---------------------------------------------------------------------------------------
 
 
-def toy_pair(folder: str | Path, widths: tuple[int, ...] = (16, 24), names: tuple[str, ...] = ("base", "distilled")) -> Pair:
+def toy_pair(
+    folder: str | Path, widths: tuple[int, ...] = (16, 24), names: tuple[str, ...] = ("base", "distilled")
+) -> Pair:
     """Save tiny random models and the tokenizer below ``folder``; by default two of unlike width."""
     folder = Path(folder)
     build_tokenizer().save_pretrained(folder / "tokenizer")
@@ -80,10 +115,17 @@ def toy_pair(folder: str | Path, widths: tuple[int, ...] = (16, 24), names: tupl
     return Pair("toy", folders, tokenizer_source=folder / "tokenizer", dictionary=32, tokens=4000)
 
 
-def toy_store(folder: str | Path, tokens: int = 4000, widths: tuple[int, ...] = (16, 24), seed: int = 0, **options) -> Store:
+def toy_store(
+    folder: str | Path, tokens: int = 4000, widths: tuple[int, ...] = (16, 24), seed: int = 0, **options
+) -> Store:
     """A store of about ``tokens`` tokens from ``toy_pair``, at ``folder``/store, in shards of 1,500 tokens."""
     pair = toy_pair(folder, widths, names=("base", "distilled", "third")[: len(widths)])
-    return harvest(pair, build(pair, tokens, seed=seed), Path(folder) / "store", **{"shard_tokens": 1500, "batch_tokens": 2048, **options})
+    return harvest(
+        pair,
+        build(pair, tokens, seed=seed),
+        Path(folder) / "store",
+        **{"shard_tokens": 1500, "batch_tokens": 2048, **options},
+    )
 
 
 class Interrupted(Exception):
