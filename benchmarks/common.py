@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.results import versions, write_text
+from lib.runs import versions, write_text
 
 RESULTS = Path(__file__).with_name("results.json")  # what was measured
 MACHINE = Path(__file__).with_name("machine.json")  # where, last

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lib.results import ROOT, write_text
+from lib.runs import write_text
+from lib.settings import ROOT
 
 from .common import RESULTS
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 class DenseCrossCoder(nn.Module):
     """``forward`` gives the loss of a batch x [B, models, d]; weights as those of
-    ``lib.crosscoder.CrossCoder`` given to ``like``.
+    ``lib.crosscoder.model.CrossCoder`` given to ``like``.
     """
 
     def __init__(self, models: int, width: int, n_features: int, k: int):

@@ -29,9 +29,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.results import ROOT, read_manifest
-from lib.store import Store
-from lib.training import LOG_LINES, TrainConfig, Trainer, read_log
+from lib.activations.store import Store
+from lib.crosscoder.training import LOG_LINES, TrainConfig, Trainer, read_log
+from lib.runs import read_manifest
+from lib.settings import ROOT
 from tests.toys import toy_store
 
 from .common import record, spread
@@ -70,7 +71,7 @@ def together(store: Store, config: TrainConfig, folder: Path, share: str) -> tup
             "--nproc-per-node",
             str(PROCESSES),
             "-m",
-            "lib.distributed",
+            "lib.crosscoder.launch",
             "--cpu",
             "--processes",
             str(PROCESSES),

@@ -23,9 +23,9 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from lib.crosscoder import CrossCoder
-from lib.explorer import Columns, Explorer
-from lib.features import Coded
+from lib.crosscoder.codes import Coded
+from lib.crosscoder.model import CrossCoder
+from lib.features.explorer import Columns, Explorer
 
 from .common import record, spread
 

@@ -1,5 +1,5 @@
 """Steered thoughts: one prompt at a time, one condition at a time, and conditions together as
-``lib.steering`` does it.
+``lib.steering.steer`` does it.
 
     python -m benchmarks.generate
 
@@ -27,11 +27,14 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.common import interleaved, ratio, record, report
-from lib import ablation, steering, trials
-from lib.crosscoder import CrossCoder
-from lib.features import load
-from lib.pairs import load_pair
-from lib.results import Run, UserError
+from lib.crosscoder.model import CrossCoder
+from lib.distil import trials
+from lib.features.table import load
+from lib.models import decode, reader
+from lib.models.pairs import load_pair
+from lib.runs import Run
+from lib.settings import UserError
+from lib.steering import steer as steering
 
 NORM = 68.0  # mean residual norm of the distilled model at half depth, from notebook 01: strength 1
 STRENGTHS = (-0.5, -0.25, 0.25, 0.5)
@@ -61,7 +64,7 @@ def as_it_comes(
     tokenizer = model.tokenizer
     end, noise = (
         tokenizer.convert_tokens_to_ids(END),
-        (steering.TaskNoise(tasks, temperature, SEED) if temperature else None),
+        (decode.TaskNoise(tasks, temperature, SEED) if temperature else None),
     )
     inputs = dict(
         tokenizer(
@@ -125,7 +128,7 @@ def margin(
     scores = model(ids).logits[:, -1].float()
     hook.remove()
     if temperature:
-        noise = steering.TaskNoise([task], temperature, SEED)
+        noise = decode.TaskNoise([task], temperature, SEED)
         # words begin with "think :", so this is the step of the difference
         scores = [noise(ids, scores) for _ in range(shared - 1)][-1]
     first, second = scores[0].topk(2).values
@@ -142,7 +145,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     pair = load_pair("tiny")
     plain, tokenizer = pair.load("distilled"), pair.tokenizer()
-    model, layer = ablation.wrap(plain, tokenizer), len(plain.model.layers) // 2 - 1
+    model, layer = reader.wrap(plain, tokenizer), len(plain.model.layers) // 2 - 1
     name, vector = direction(plain.config.hidden_size)
     tasks = trials.puzzles(options.prompts, "test")
     rows = [(s * vector, task) for task in tasks for s in STRENGTHS]

@@ -4,7 +4,7 @@
 
 Three ways of reading the same documents with the same pair, in turns:
 
-    harvest  ``lib.harvest.harvest`` into a fresh folder: nnsight, norms, masks, statistics, checksums, everything written
+    harvest  ``lib.activations.harvest.harvest`` into a fresh folder: nnsight, norms, masks, statistics, checksums, everything written
     limit    the same batches through both models in plain PyTorch, stopped by a hook at the layer; nothing is kept
     full     the same batches through both models to the end, logits included
 
@@ -30,11 +30,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lib.capture import BATCH_TOKENS, length_batches
-from lib.corpus import LABEL_ARRAYS, SPLITS, Document, build
-from lib.distill import build_tokenizer
-from lib.harvest import SHARD_TOKENS, groups, harvest
-from lib.pairs import Pair, decoder_layers, half_depth, load_pair
+from lib.activations.harvest import SHARD_TOKENS, groups, harvest
+from lib.distil.organism import build_tokenizer
+from lib.labels import LABEL_ARRAYS, SPLITS
+from lib.models.pairs import Pair, decoder_layers, half_depth, load_pair
+from lib.models.reader import BATCH_TOKENS, length_batches
+from lib.text.corpus import Document, build
 
 from .common import interleaved, ratio, record, report, spread
 

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib.corpus import LABEL_ARRAYS, SPLITS
-from lib.reading import Prefetched
-from lib.results import write_manifest
-from lib.store import FORMAT, INDEX, Store, sha256
-from lib.training import TrainConfig, Trainer
+from lib.activations.shuffle import Prefetched
+from lib.activations.store import FORMAT, INDEX, Store, sha256
+from lib.crosscoder.training import TrainConfig, Trainer
+from lib.labels import LABEL_ARRAYS, SPLITS
+from lib.runs import write_manifest
 
 from .common import record, spread
 

@@ -26,8 +26,8 @@ import torch
 
 from benchmarks.common import interleaved, ratio, record, report, spread
 from benchmarks.dense import DenseTrainer
-from lib.crosscoder import CrossCoder
-from lib.training import TrainConfig, Trainer
+from lib.crosscoder.model import CrossCoder
+from lib.crosscoder.training import TrainConfig, Trainer
 
 SIZES = {"small": (512, 16_384), "large": (1_536, 32_768)}  # width of each of two models, features
 BATCH, K = 1_024, 50
@@ -53,7 +53,7 @@ class NoStore(SimpleNamespace):
 
 
 class Ours:
-    """Steps of ``lib.training.Trainer``, on batches that are in memory."""
+    """Steps of ``lib.crosscoder.training.Trainer``, on batches that are in memory."""
 
     def __init__(self, width: int, n_features: int, precision: str):
         models = ("base", "distilled")

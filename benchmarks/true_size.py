@@ -27,8 +27,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from lib.pairs import load_pair
-from lib.results import ROOT, write_text
+from lib.models.pairs import load_pair
+from lib.runs import write_text
+from lib.settings import ROOT
 
 from .common import machine
 
@@ -103,7 +104,7 @@ def main() -> int:
                 [
                     sys.executable,
                     "-m",
-                    "lib.run",
+                    "lib.tools.notebooks",
                     "--pair",
                     PAIR,
                     "--profile",

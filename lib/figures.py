@@ -28,7 +28,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from .results import Run, whole_file, write_text
+from .runs import Run, whole_file, write_text
 
 # After Okabe & Ito, "Color universal design": they stay apart for the colour-blind, in hue or in lightness.
 COLOURS = {

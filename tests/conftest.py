@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is
 
 import pytest
 
-from lib.results import Run
+from lib.runs import Run
 
 
 def pytest_configure(config):

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 
-FILES = ["tests/test_faults.py", "tests/test_bad_input.py"]
+FILES = ["tests/house/test_faults.py", "tests/house/test_bad_input.py"]
 LEAST = {"kill": 30, "fault": 20, "bad input": 60}
 
 

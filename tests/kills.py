@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 
-from lib import distill
-from lib.corpus import build
-from lib.harvest import harvest
-from lib.labelling import Endpoint, label_features
-from lib.results import UserError, write_text
-from lib.store import Store
-from lib.training import TrainConfig, train
+from lib.activations.harvest import harvest
+from lib.activations.store import Store
+from lib.crosscoder.training import TrainConfig, train
+from lib.distil import organism as distill
+from lib.features.naming import Endpoint, label_features
+from lib.runs import write_text
+from lib.settings import UserError
+from lib.text.corpus import build
 from tests.toys import StopAt, toy_pair
 
 RECIPE = distill.Recipe(
@@ -48,7 +49,7 @@ def prepare(folder: Path) -> None:
 
 
 def toys(folder: Path):
-    from lib.pairs import Pair
+    from lib.models.pairs import Pair
 
     names = ("base", "distilled")
     if not (folder / "pair").is_dir():

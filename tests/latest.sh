@@ -13,7 +13,7 @@ grep -viE "^($pattern|tokenizers|huggingface_hub|kaleido)==" constraints.txt > "
 sed -E "s/^($pattern|tokenizers|huggingface_hub|kaleido)==.*/\1/" requirements.txt > "$home/requirements.txt"
 pip install --upgrade -r "$home/requirements.txt" -c "$home/constraints.txt" || pip install --upgrade -r "$home/requirements.txt" || exit 2
 # what is pinned is checked elsewhere: here it differs on purpose
-"$home/bin/python" -m pytest --deselect tests/test_environment.py "$@" | tee "$home/log"
+"$home/bin/python" -m pytest --deselect tests/house/test_environment.py "$@" | tee "$home/log"
 code=${PIPESTATUS[0]}
 found=$("$home/bin/python" -c 'import sys; from importlib.metadata import version; print(", ".join(f"{n} {version(n)}" for n in sys.argv[1:]))' "${newest[@]}")
 pinned=$(grep -E "^($pattern)==" constraints.txt | sed 's/==/ /' | paste -sd, | sed 's/,/, /g')

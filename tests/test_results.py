@@ -9,24 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import results
-from lib.results import (
-    ROOT,
-    Progress,
-    Results,
-    Run,
-    UserError,
-    bootstrap,
-    check,
-    fingerprint,
-    is_current,
-    read_manifest,
-    read_results,
-    scoreboard,
-    whole_files,
-    wilson,
-    write_manifest,
-)
+from lib import runs as results
+from lib.results import Results, read_results, scoreboard
+from lib.runs import Progress, Run, fingerprint, is_current, read_manifest, whole_files, write_manifest
+from lib.settings import ROOT, UserError, check
+from lib.stats import bootstrap, wilson
 
 
 def test_wilson_against_values_worked_out_by_hand():

@@ -11,11 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from lib.corpus import build
-from lib.distill import build_tokenizer
-from lib.harvest import harvest
-from lib.pairs import Pair
-from lib.store import Store
+from lib.activations.harvest import harvest
+from lib.activations.store import Store
+from lib.distil.organism import build_tokenizer
+from lib.models.pairs import Pair
+from lib.text.corpus import build
 
 
 def toy_model(width: int, seed: int, layers: int = 4) -> Qwen2ForCausalLM:

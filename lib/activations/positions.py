@@ -1,0 +1,131 @@
+"""Where in a text a token stands: sentence ends, categories, phases of a thought, events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..labels import DETECTED, LABELS
+from ..settings import check
+from .store import Store
+
+# --- positions ----------------------------------------------------------------------------------------------
+
+
+def positions(store: Store, rows: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sentence ends ("before") or first tokens ("marker") in traces among ``rows``: (index into rows [n],
+    label index [n]).
+
+    The label is that of the *next* sentence before it (-1 at the last sentence of a text, a negative for
+    all), and that of the token's own sentence at the marker. Text without labels has no such positions.
+    """
+    at, label = {"before": ("ends", "next_label"), "marker": ("starts", "label")}[where]
+    index = np.flatnonzero((store.labels[at][rows] == 1) & (store.labels["kind"][rows] == 1))
+    return index, store.labels[label][rows[index]]
+
+
+def is_category(labels: np.ndarray, categories: Sequence[str] = DETECTED) -> np.ndarray:
+    """Label indices [n] to one boolean column per category, [n, C]."""
+    return np.stack([labels == LABELS.index(c) for c in categories], axis=1)
+
+
+def missing_labels(store: Store, rows: np.ndarray, categories: Sequence[str] = DETECTED) -> str | None:
+    """A sentence about the categories that no labelled trace among ``rows`` has; None if all are there."""
+    labels = positions(store, rows, "before")[1]
+    missing = [c for c, found in zip(categories, is_category(labels, categories).any(0)) if not found]
+    if not missing:
+        return None
+    return (
+        f"No sentence of {', '.join(missing)} follows a labelled position in this split: the corpus has no"
+        f" labels for {'it' if len(missing) == 1 else 'them'}, so AUROC, precision and recall are not defined"
+        " (NaN)."
+    )
+
+
+PHASES = ("general", "prompt", "thinking", "answer")
+EVENTS = {  # the first token after a boundary between two sentences of a trace, by what stands on either side
+    "before a reflection": lambda last, error, following: following == LABELS.index("reflection"),
+    "after a reflection": lambda last, error, following: last == LABELS.index("reflection"),
+    "after an error": lambda last, error, following: error,
+    "after a right step": lambda last, error, following: (last == LABELS.index("deduction")) & ~error,
+    "after a failed comparison": lambda last, error, following: last == LABELS.index("contrast"),
+}
+
+
+# --- where in a text ----------------------------------------------------------------------------------------
+
+
+def phase_of(store: Store, rows: np.ndarray) -> np.ndarray:
+    """Index into PHASES of each of ``rows``, int8 [n]; -1 in traces without labels, and in real text without
+    a tag of the thought.
+
+    In the embedded pair's traces the first sentence is the prompt, the last the answer, and all between them
+    is thinking; in real text the think tags tell, whose token ids the store's manifest has.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    whole = np.flatnonzero(np.isin(store.documents, np.unique(store.documents[rows])))
+    starts, documents = store.labels["starts"][whole].astype(np.int64), store.documents[whole]
+    _, first, which, length = np.unique(documents, return_index=True, return_inverse=True, return_counts=True)
+    if tags := store.manifest["corpus"].get("think_tags"):
+        trace = _phase_by_tags(store.tokens[whole], which, *tags)
+    else:
+        ordinal = np.cumsum(starts)
+        ordinal = ordinal - (ordinal[first] - starts[first])[which]  # 1 in the first sentence, 0 before it
+        last = ordinal[first + length - 1][which]
+        prompt, thinking, answer = (PHASES.index(p) for p in PHASES[1:])
+        trace = np.select([last == 0, ordinal <= 1, ordinal == last], [-1, prompt, answer], thinking)
+    phase = np.where(store.labels["kind"][whole] == 1, trace, PHASES.index("general")).astype(np.int8)
+    return phase[np.searchsorted(whole, rows)]
+
+
+def _phase_by_tags(
+    tokens: np.ndarray, document: np.ndarray, opening: Sequence[int], closing: Sequence[int]
+) -> np.ndarray:
+    """Phase of each token: before the first opening tag of its document prompt, up to the closing one (or the
+    end) thinking, then answer.
+
+    ``document`` [n] numbers the documents from 0, in order. A document without opening tag thinks from its
+    beginning if it closes the thought (a window of a long trace); without any tag nothing is known: -1.
+    """
+
+    def firsts(tag: Sequence[int]) -> np.ndarray:
+        """Where the tag begins first in each document; ``n`` where it does not."""
+        here = np.all([np.roll(tokens, -i) == t for i, t in enumerate(tag)], axis=0) & (
+            document == np.roll(document, 1 - len(tag))
+        )
+        found = np.full(int(document[-1]) + 1, len(tokens))
+        np.minimum.at(found, document[here], np.flatnonzero(here))
+        return found
+
+    at, n = np.arange(len(tokens)), len(tokens)
+    opened, closed = firsts(opening), firsts(closing)
+    begins = np.where(opened < n, opened, np.where(closed < n, 0, n))[document]
+    known = ((opened < n) | (closed < n))[document]
+    phase = np.select(
+        [at < begins, at < closed[document]],
+        [PHASES.index("prompt"), PHASES.index("thinking")],
+        PHASES.index("answer"),
+    )
+    return np.where(known, phase, -1)
+
+
+def groups_of(store: Store, rows: np.ndarray, by: str) -> dict[str, np.ndarray]:
+    """{name: mask over ``rows``}, of those that occur: by "phase", or by "category" of the token's own
+    sentence.
+    """
+    names = {"phase": PHASES, "category": LABELS}[check("by", by, str, choices=("phase", "category"))]
+    index = phase_of(store, rows) if by == "phase" else store.labels["label"][rows]
+    return {name: index == i for i, name in enumerate(names) if (index == i).any()}
+
+
+def event_rows(store: Store, rows: np.ndarray, event: str) -> np.ndarray:
+    """Among ``rows``: the first tokens after the sentence boundaries of traces that are this event (EVENTS)."""
+    check("event", event, str, choices=tuple(EVENTS))
+    rows = np.asarray(rows, dtype=np.int64)
+    first = rows[(store.labels["starts"][rows] == 1) & (store.labels["kind"][rows] == 1) & (rows > 0)]
+    first = first[
+        (store.documents[first] == store.documents[first - 1]) & (store.labels["ends"][first - 1] == 1)
+    ]
+    label, error = store.labels["label"], store.labels["error"]
+    return first[EVENTS[event](label[first - 1], error[first - 1] == 1, label[first])]

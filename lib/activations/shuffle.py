@@ -1,0 +1,461 @@
+"""Reading a store that is larger than memory: blocks in random order, a shuffle buffer, and batches made
+beside training.
+
+Rows on disk that are neighbours are tokens of one text, and reading single rows is slow. So the disk is read
+in *blocks* of 256 neighbouring rows, the blocks in random order, and every row then waits for a random time
+before it is handed out:
+
+    1. all blocks of the store that hold wanted rows are permuted; block number p arrives at time p
+    2. each of its rows leaves at time p + r * u, u uniform in [0, 1); rows are handed out in the order in which they leave
+    3. so at time r + p all of block p has left, and block p + r takes its place: a ring of r blocks is all that is held
+
+The order is a function of (rows wanted, seed, r) alone, and is known without reading an activation; a reader
+that starts in the middle of an epoch reads at most the r blocks before that place. Neighbouring rows are on
+average a third of the ring apart, and a batch draws on all blocks of the ring; but at both ends of an epoch,
+where the ring is not full, on fewer: the first n rows come from about sqrt(2 r n / 256) blocks. If all blocks
+fit into the ring, all of them arrive first, and the order is a uniform permutation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..settings import UserError, check
+
+BLOCK = 256  # rows; a multiple of 8
+# blocks that the system is asked to fetch before they are read: a disk answers several requests faster than
+# one
+EXPECTED = 8
+# of memory for each row of the ring: its number, place and time, and copies of them while they are sorted
+INDEX_BYTES = 64
+RING_SHARE = 0.75  # of the memory; the rest is for batches
+LEAST_BLOCKS = 16  # in a ring that is smaller than the store: with fewer, a batch would be a few texts
+SERIAL = 32_767  # elements up to which torch works in the calling thread alone: threads are for training
+# by the names of safetensors; bfloat16, which numpy lacks, as integers
+DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<i2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Table:
+    """The arrays of one safetensors file, [n, ...] each, read in stretches of rows.
+
+    By plain reads, not through a memory map: what was read is held by whoever asked for it, and nothing else
+    is. UserError if the file's header is damaged, and at reading, if the file has become shorter.
+    """
+
+    def __init__(self, file: str | Path):
+        self.file = Path(file)
+        try:
+            with self.file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length if length < self.file.stat().st_size else 0))
+            self._entries = {
+                name: (e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+                for name, e in header.items()
+                if name != "__metadata__"
+            }
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{self.file.name} cannot be read: it is missing or its header is damaged"
+            ) from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name][1]
+
+    def row_bytes(self, name: str) -> int:
+        code, shape, _ = self._entries[name]
+        return np.dtype(DTYPES[code]).itemsize * math.prod(shape[1:])
+
+    def dtype(self, name: str) -> str:
+        """A name of safetensors: a key of ``DTYPES``."""
+        return self._entries[name][0]
+
+    def read(self, name: str, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows ``first`` to ``stop`` of an array, as they are on disk (bfloat16: its bits as int16)."""
+        shape = self.shape(name)
+        stop = shape[0] if stop is None else stop
+        out = np.empty((stop - first, *shape[1:]), DTYPES[self.dtype(name)])
+        self.read_into(out, name, first)
+        return out
+
+    def read_into(self, out: np.ndarray, name: str, first: int) -> None:
+        """Fill ``out`` (contiguous, of the array's dtype) with the rows from ``first`` on."""
+        at, size = self._span(name, first, first + len(out))
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                stream.seek(at)
+                left = memoryview(out.reshape(-1).view(np.uint8))
+                while len(left) and (count := stream.readinto(left)):
+                    left = left[count:]
+        except FileNotFoundError:
+            raise UserError(f"{self.file.name} is missing: it was removed while it was in use") from None
+        if len(left):
+            raise UserError(f"{self.file.name} is truncated: {len(left):,} of {size:,} bytes are missing")
+
+    def expect(self, name: str, first: int, stop: int) -> None:
+        """Tell the system that these rows are read soon. Where it cannot be told, nothing happens."""
+        if hasattr(os, "posix_fadvise"):
+            try:
+                with self.file.open("rb", buffering=0) as stream:
+                    os.posix_fadvise(stream.fileno(), *self._span(name, first, stop), os.POSIX_FADV_WILLNEED)
+            except OSError:
+                pass  # reading it will say what is wrong
+
+    def _span(self, name: str, first: int, stop: int) -> tuple[int, int]:
+        """(offset, length) in bytes."""
+        row = self.row_bytes(name)
+        return self._entries[name][2] + first * row, (stop - first) * row
+
+
+class Wanted:
+    """Which rows of a store are wanted, block by block: 1 bit a row. A block is ``BLOCK`` neighbouring rows
+    of one shard.
+
+    bits    uint8 [blocks, BLOCK / 8]: which rows of a block; blocks without any are left out
+    starts  int64 [blocks]: number of the block's first row in the store;  shards, local  int64 [blocks]: its
+    place on disk
+    """
+
+    def __init__(self, masks: Iterable[np.ndarray]):
+        """``masks``: a bool array per shard."""
+        bits, starts, shards, local, base = [], [], [], [], 0
+        for number, mask in enumerate(masks):
+            packed = np.packbits(np.pad(mask, (0, -len(mask) % BLOCK))).reshape(-1, BLOCK // 8)
+            (used,) = packed.any(axis=1).nonzero()
+            bits.append(packed[used])
+            local.append(used * BLOCK)
+            starts.append(base + local[-1])
+            shards.append(np.full(len(used), number))
+            base += len(mask)
+        self.bits, self.starts, self.shards, self.local = (
+            np.concatenate(parts) for parts in (bits, starts, shards, local)
+        )
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return int(np.bitwise_count(self.bits).sum(dtype=np.int64))
+
+    def rows(self) -> np.ndarray:
+        """Sorted row numbers, int64: 8 bytes a row."""
+        parts = (np.arange(i, min(i + 4096, len(self.starts))) for i in range(0, len(self.starts), 4096))
+        return np.concatenate([np.empty(0, np.int64), *(self.of(part)[0] for part in parts)])
+
+    def of(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All rows of some blocks: (row number, index into ``blocks``, offset in the block) of each."""
+        index, offset = np.unpackbits(self.bits[blocks], axis=1).nonzero()
+        return self.starts[blocks[index]] + offset, index, offset
+
+
+class Shuffle:
+    """The order of an epoch (see the top of this module) for a ring of ``ring`` blocks; ``key``: what it is
+    random in.
+    """
+
+    def __init__(self, wanted: Wanted, ring: int, key: Sequence[int]):
+        self.wanted, self.ring, self.key = wanted, ring, list(key)
+        # in the order in which they are read
+        self.blocks = np.random.default_rng(self.key).permutation(len(wanted.starts))
+
+    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The epoch in pieces of three int64 arrays [n]: row numbers; places in the ring; how many blocks
+        have to be read first.
+        """
+        rng, n, fits = np.random.default_rng([*self.key, 1]), len(self.blocks), len(self.blocks) <= self.ring
+        waiting = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
+        group = max(n if fits else self.ring // 4, 1)
+        for first in range(0, n, group):
+            last = min(first + group, n)
+            rows, index, offset = self.wanted.of(self.blocks[first:last])
+            number = first + index
+            # a little less than the ring: rounding must not make a row leave when its place is taken
+            leaves = (n - 1 if fits else number) + (self.ring - 1 / BLOCK) * rng.random(len(rows))
+            waiting = [
+                np.concatenate(both)
+                for both in zip(waiting, (rows, number % self.ring * BLOCK + offset, leaves))
+            ]
+            # blocks to come bring no row that leaves earlier
+            final = waiting[2] < (last if last < n else np.inf)
+            rows, places, leaves = (values[final] for values in waiting)
+            order = np.argsort(leaves, kind="stable")
+            yield rows[order], places[order], np.minimum(leaves[order].astype(np.int64), n - 1) + 1
+            waiting = [values[~final] for values in waiting]
+
+    def rows(self) -> np.ndarray:
+        """The whole epoch's row numbers, int64: 8 bytes a row."""
+        return np.concatenate([np.empty(0, np.int64), *(rows for rows, _, _ in self.pieces())])
+
+
+def ring_blocks(memory: int, row_bytes: int, blocks: int) -> int:
+    """Blocks in the ring for so many bytes of memory; UserError if that is too few of the store's ``blocks``
+    to shuffle.
+    """
+    block_bytes = BLOCK * (row_bytes + INDEX_BYTES)
+    ring, least = int(memory * RING_SHARE) // block_bytes, min(LEAST_BLOCKS, max(blocks, 1))
+    if ring < least:
+        needed = math.ceil(least * block_bytes / RING_SHARE / 1e6)
+        raise UserError(
+            f"memory is {memory / 1e6:.3g} MB: shuffling rows of {row_bytes:,} bytes needs at least"
+            f" {needed} MB"
+        )
+    return ring
+
+
+def check_batch(memory: int, batch_size: int, width: int, prefetched: int = 2) -> None:
+    """UserError if the batches that exist at once do not fit into the memory beside the ring; float32
+    [batch_size, width].
+
+    They are those that wait, one in use, and one being made, with its rows as they are on disk.
+    """
+    held = (prefetched + 2.5) * 4 * batch_size * width
+    if held > memory * (1 - RING_SHARE):
+        raise UserError(
+            f"memory is {memory / 1e6:.3g} MB: batches of {batch_size:,} tokens need at least "
+            f"{math.ceil(held / (1 - RING_SHARE) / 1e6)} MB"
+        )
+
+
+def read_shuffled(
+    tables: Sequence[Table],
+    names: Sequence[str],
+    shuffle: Shuffle,
+    batch_size: int,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+    """Batches of an epoch: (row numbers int64 [B], a float32 CPU tensor [B, width] per name); the last one
+    may be shorter.
+
+    Starts at batch ``start``. ``part`` (i, n): of every batch only the rows i, i + n, i + 2n, ...: n readers
+    with the same seed share out the same batches.
+    """
+    ring = _Ring(tables, names, shuffle)
+    buffers = [np.empty((batch_size, *held.shape[1:]), held.dtype) for held in ring.held]
+    batches = [_Recycled(buffer.shape) for buffer in buffers]
+    for batch in cut_batches(shuffle.pieces(), batch_size, start):
+        rows, places, due = (values[part[0] :: part[1]] for values in batch)
+        raw = [buffer[: len(rows)] for buffer in buffers]
+        at = 0
+        while at < len(rows):
+            # no further than this row needs: what is read next may take the place of rows after it
+            ring.fill(int(due[at]))
+            stop = int(np.searchsorted(due, due[at], side="right"))
+            for held, out in zip(ring.held, raw):
+                # "raise", the default, takes a detour
+                np.take(held, places[at:stop], axis=0, out=out[at:stop], mode="clip")
+            at = stop
+        yield (
+            rows,
+            [
+                widened(values, code, made.take(len(rows)))
+                for values, code, made in zip(raw, ring.codes, batches)
+            ],
+        )
+
+
+class _Ring:
+    """The blocks that are in memory: ``held`` has an array [blocks * BLOCK, width] per name, as on disk."""
+
+    def __init__(self, tables: Sequence[Table], names: Sequence[str], shuffle: Shuffle):
+        self.tables, self.names, self.shuffle = tables, names, shuffle
+        self.codes = [tables[0].dtype(name) for name in names] if tables else []
+        rows = min(shuffle.ring, len(shuffle.blocks)) * BLOCK
+        shapes = [(rows, *tables[0].shape(name)[1:]) for name in names]
+        self.held = [_pages(shape, DTYPES[code]) for shape, code in zip(shapes, self.codes)]
+        self._read = self._expected = 0  # numbers of the blocks that come next
+
+    def fill(self, count: int) -> None:
+        """Read until the first ``count`` blocks have been read, but for those whose place is taken by then."""
+        for number in range(max(self._read, count - self.shuffle.ring), count):
+            for later in range(max(self._expected, number), min(number + EXPECTED, len(self.shuffle.blocks))):
+                table, first, stop = self._where(later)
+                for name in self.names:
+                    table.expect(name, first, stop)
+            self._expected = number + EXPECTED
+            table, first, stop = self._where(number)
+            place = number % self.shuffle.ring * BLOCK + first % BLOCK
+            for name, held in zip(self.names, self.held):
+                table.read_into(held[place : place + stop - first], name, first)
+        self._read = count
+
+    def _where(self, number: int) -> tuple[Table, int, int]:
+        """The shard of a block, and the rows of it that hold what is wanted: from the first to the one after
+        the last.
+        """
+        wanted, block = self.shuffle.wanted, self.shuffle.blocks[number]
+        offsets = np.unpackbits(wanted.bits[block]).nonzero()[0] + wanted.local[block]
+        return self.tables[wanted.shards[block]], int(offsets[0]), int(offsets[-1]) + 1
+
+
+class _Recycled:
+    """Memory for batches, used again when nobody holds the batch any more.
+
+    Between two threads malloc would keep twice as much, and memory that comes fresh from the system costs as
+    much time as reading.
+    """
+
+    def __init__(self, shape: tuple[int, int]):
+        self._shape, self._free = shape, []
+
+    def take(self, rows: int) -> torch.Tensor:
+        """float32 [rows, width], of any content."""
+        pages = self._free.pop() if self._free else _pages(self._shape, "<f4")
+        lent = pages[:rows]
+        # the tensor holds it, and so does whatever is made of the tensor
+        weakref.finalize(lent, self._free.append, pages).atexit = False
+        return torch.from_numpy(lent)
+
+
+def _pages(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An array straight from the system, to which it goes back at once. (Large arrays that are freed teach
+    malloc to keep what it gets.)
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer(
+        mmap.mmap(-1, max(size, 1), access=mmap.ACCESS_COPY), dtype, math.prod(shape)
+    ).reshape(shape)
+
+
+def cut_batches(
+    pieces: Iterable[tuple[np.ndarray, ...]], size: int, start: int
+) -> Iterator[list[np.ndarray]]:
+    """Pieces of any length cut anew into batches of ``size`` rows, from batch ``start`` on."""
+    skip, held = start * size, None
+    for piece in pieces:
+        if skip >= len(piece[0]):
+            skip -= len(piece[0])
+            continue
+        piece, skip = [values[skip:] for values in piece], 0
+        held = piece if held is None else [np.concatenate(both) for both in zip(held, piece)]
+        whole = len(held[0]) // size * size
+        for first in range(0, whole, size):
+            yield [values[first : first + size] for values in held]
+        held = [values[whole:] for values in held]
+    if held is not None and len(held[0]):
+        yield held
+
+
+def widened(raw: np.ndarray, code: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [n, d] of what was read from a table with dtype ``code``; by one thread, whatever their number."""
+    stored = torch.from_numpy(raw if code == "F32" else raw.view(np.int16)).view(FLOATS[code])
+    out = torch.empty(stored.shape, dtype=torch.float32) if out is None else out
+    step = max(SERIAL // max(stored.shape[1], 1), 1)
+    for first in range(0, len(out), step):
+        out[first : first + step].copy_(stored[first : first + step])
+    return out
+
+
+class Prefetched:
+    """An iterator whose next items are made by a thread of its own while the present one is used.
+
+        with Prefetched(store.reader("train", 1024, seed=0)) as batches:
+            for rows, acts in batches: ...
+        batches.waited   # seconds
+
+    At most ``ahead`` items wait, and one more is being made. What fails in the thread is raised where the
+    item is taken, with its traceback. ``close`` (or the end of "with", or nobody holding it any more) ends
+    the thread and closes the source.
+
+    waited  seconds that ``next`` was blocked, the first items included
+    """
+
+    def __init__(self, source: Iterable, ahead: int = 2):
+        check("ahead", ahead, int, low=1)
+        self.waited = 0.0
+        self._line = _Line(ahead)
+        # the thread knows the line but not this object, which can therefore be forgotten
+        self._thread = threading.Thread(
+            target=self._line.fill, args=(iter(source),), name="prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Prefetched:
+        return self
+
+    def __next__(self):
+        began = time.perf_counter()
+        try:
+            return self._line.take()
+        finally:
+            self.waited += time.perf_counter() - began
+
+    def close(self) -> None:
+        """End the thread, and wait for that. What has been prefetched is lost; ``next`` raises StopIteration."""
+        self._line.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> Prefetched:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_thread"):
+            self._line.close()
+
+
+class _Line:
+    """Where items wait between the thread that makes them and the one that takes them."""
+
+    def __init__(self, ahead: int):
+        self._ahead, self._items, self._changed = ahead, deque(), threading.Condition()
+        self._over, self._error = False, None
+
+    def fill(self, source: Iterator) -> None:
+        try:
+            for item in source:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._over or len(self._items) < self._ahead)
+                    if self._over:
+                        break
+                    self._items.append(item)
+                    self._changed.notify_all()
+                del item  # or it would stay in memory while the next one is made
+        except BaseException as error:
+            self._error = error
+        finally:
+            if hasattr(source, "close"):
+                source.close()
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
+
+    def take(self):
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or self._items)
+            if self._items:
+                item = self._items.popleft()
+                self._changed.notify_all()
+                return item
+            error, self._error = self._error, None
+        raise error or StopIteration
+
+    def close(self) -> None:
+        with self._changed:
+            self._over = True
+            self._items.clear()
+            self._changed.notify_all()

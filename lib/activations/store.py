@@ -1,0 +1,320 @@
+"""Activations on disk: shards, a manifest that vouches for them, shuffled batches out of them.
+
+One row per token, of all models at once, in the order of the corpus::
+
+    shard_00000.safetensors   acts_<model> [n, d_m], norm_<model> [n], tokens, documents, positions, split, labels
+    ...
+    index.safetensors         kept [rows]: what the masks leave; mean_<model> [d_m] float64
+    manifest.json             fingerprints, counts, statistics in float64, the SHA-256 of every file: written last
+    log.jsonl                 a line per shard, with its time; not part of the content
+
+``lib.activations.harvest`` writes a store; this module reads it, ``lib.activations.shuffle`` does the reading. A store may be larger
+than memory: what is there per token is read when it is first asked for, activations whenever they are. They
+are handed out raw, as the model computed them; ``store.scales`` are what a crosscoder multiplies by, once, so
+that every model has mean norm sqrt(d).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..labels import LABEL_ARRAYS, SPLITS
+from ..models.pairs import Pair
+from ..runs import MANIFEST, Run, read_manifest
+from ..settings import UserError, check, path_shown
+from .shuffle import Shuffle, Table, Wanted, check_batch, read_shuffled, ring_blocks, widened
+
+MADE_BY = "01_harvest_activations"
+INDEX = "index.safetensors"
+FORMAT = 1
+MEMORY = 1 << 30  # bytes that reading shuffled batches takes, where nothing else is said
+GAP = 16  # rows: what is no further apart is read at once
+STRETCH = 4096  # rows that are read at once, at most
+VERIFY_BYTES = 4 << 30  # checksums of a store up to this size are compared when it is opened: some seconds
+
+
+class Store:
+    """A harvested store. Rows are numbered through all shards; everything per token has ``len(store)``
+    entries.
+
+    models      names, in the order in which activations are handed out
+    widths      {model: d_m};  layers {model: index of the decoder layer that was read}
+    scales      {model: sqrt(d_m) / mean norm}, over kept tokens of the train split, float64
+    mean_norms  {model: mean norm of the residual stream}, over the same tokens: the unit of steering strength
+    means       {model: float64 [d_m]}, over the same tokens: what mean ablation puts in place of an
+    activation
+
+    Read when first used, and then in memory, with so many bytes per token of the store:
+
+    tokens, documents, positions   int32, 4 each: token id, number of the document, position in it
+    split       int8, 1: index into SPLITS;  kept  bool, 1: False where a mask drops the token
+    labels      {name: int8}, 1 each, as in ``corpus.LABEL_ARRAYS``
+    norms       {model: float32}, 4 each: norm of every token's activation
+    """
+
+    def __init__(self, path: Path, manifest: dict):
+        self.path, self.manifest, self.fingerprint = Path(path), manifest, manifest["fingerprint"]
+        self.models: tuple[str, ...] = tuple(manifest["models"])
+        self.widths = {m: int(manifest["models"][m]["width"]) for m in self.models}
+        self.layers = {m: int(manifest["models"][m]["layer"]) for m in self.models}
+        statistics = manifest["statistics"]
+        self.scales = {m: float(statistics[m]["scale"]) for m in self.models}
+        self.mean_norms = {m: float(statistics[m]["mean_norm"]) for m in self.models}
+        self._shards = [Table(self.path / name) for name in manifest["shards"]]
+        self._starts = np.cumsum([0, *(table.shape("tokens")[0] for table in self._shards)])
+        self._index = Table(self.path / INDEX)
+        self.means = {m: torch.from_numpy(self._index.read(f"mean_{m}")) for m in self.models}
+        self.labels = _Lazy(LABEL_ARRAYS, self._joined)
+        self.norms = _Lazy(self.models, lambda m: self._joined(f"norm_{m}"))
+        self._wanted: dict[str, Wanted] = {}
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return self._joined("tokens")
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        return self._joined("documents")
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        return self._joined("positions")
+
+    @cached_property
+    def split(self) -> np.ndarray:
+        return self._joined("split")
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        return self._index.read("kept")
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool | None = None) -> Store:
+        """Open a store; UserError if it is missing, or names the file that is missing, truncated or damaged.
+
+        Sizes of files are compared always; checksums, for which everything is read, if ``verify`` says so,
+        and without being told for a store of up to ``VERIFY_BYTES``.
+        """
+        path = Path(path)
+        manifest = read_manifest(path, MADE_BY)
+        if not isinstance(manifest.get("shards"), dict) or not isinstance(manifest.get("index"), dict):
+            raise UserError(
+                f"{path_shown(path / MANIFEST)} is damaged: remove {path_shown(path)} and run notebook {MADE_BY}"
+                " again"
+            )
+        files = {**manifest["shards"], INDEX: manifest["index"]}
+        if odd := next((name for name in files if Path(name).name != name), None):
+            raise UserError(
+                f"{path_shown(path / MANIFEST)} names the shard {odd!r}, which lies outside of the store: remove"
+                f" {path_shown(path)} and run notebook {MADE_BY} again"
+            )
+        if verify is None:
+            verify = sum(expected.get("bytes", 0) for expected in files.values()) <= VERIFY_BYTES
+        for name, expected in files.items():
+            if problem := file_problem(path / name, expected, verify):
+                raise UserError(
+                    f"{path_shown(path / name)} is {problem}: run notebook {MADE_BY} again, it makes just this"
+                    " file anew"
+                )
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"{path_shown(path)} has format {manifest.get('format')}, this code reads format {FORMAT}: remove"
+                f" it and run notebook {MADE_BY}"
+            )
+        try:
+            return cls(path, manifest)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{path_shown(path / MANIFEST)} is damaged: remove {path_shown(path)} and run notebook {MADE_BY}"
+                " again"
+            ) from None
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __repr__(self) -> str:
+        widths = ", ".join(f"{m} [{w}]" for m, w in self.widths.items())
+        kept = self.manifest["counts"]["kept"]
+        return (
+            f"Store({len(self):,} tokens, {kept:,} kept; {widths}; {len(self._shards)} shards,"
+            f" {self.fingerprint})"
+        )
+
+    def count(self, split: str) -> int:
+        """How many rows ``rows`` would return."""
+        return len(self._wanted_of(split))
+
+    def rows(self, split: str) -> np.ndarray:
+        """Sorted int64 numbers of the kept rows of a split: "train", "choose" or "report"; 8 bytes for each."""
+        return self._wanted_of(split).rows()
+
+    def activations(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> list[torch.Tensor]:
+        """Raw activations of any rows, in their order: a float32 CPU tensor [n, d_m] per model, in the order
+        of ``models``.
+
+        Fast for rows that are neighbours. For shuffled batches of a whole split there is ``reader``.
+        """
+        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+            raise UserError(
+                f"rows {rows.min()} to {rows.max()} are asked for: the store has rows 0 to {len(self) - 1}"
+            )
+        distinct, places = np.unique(rows, return_inverse=True)
+        read = [[self._shards[0].read(f"acts_{m}", 0, 0)] for m in self.models]
+        for shard, first, stop, wanted in self._stretches(distinct):
+            for m, parts in zip(self.models, read):
+                parts.append(self._shards[shard].read(f"acts_{m}", first, stop)[wanted])
+        in_order = np.array_equal(rows, distinct)
+        raw = (np.concatenate(parts) for parts in read)
+        return [
+            widened(r if in_order else r[places], self._shards[0].dtype(f"acts_{m}"))
+            for m, r in zip(self.models, raw)
+        ]
+
+    def reader(
+        self,
+        split: str,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        start: int = 0,
+        memory: int = MEMORY,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+        """One epoch in shuffled batches: (row numbers int64 [B], raw float32 [B, d_m] per model); the last
+        may be shorter.
+
+        Every kept token of the split comes once. ``start`` skips that many batches and reads no more than a
+        ring of blocks for it: the rest of an interrupted epoch is the same to the bit. ``memory`` (bytes)
+        bounds what is resident at a time, two prefetched batches included; beside it there is one bit per
+        token of the store. It belongs to what decides the order (as do split, seed and epoch), unless the
+        whole split fits. ``part`` (i, n): of each batch the rows i, i + n, i + 2n, ... UserError if
+        ``memory`` is too small.
+        """
+        check("batch_size", batch_size, int, low=1)
+        check("start", start, int, low=0)
+        check("part", part[0], int, low=0, high=check("part", part[1], int, low=1) - 1)
+        check_batch(memory, batch_size, sum(self.widths.values()))
+        names = [f"acts_{m}" for m in self.models]
+        return read_shuffled(
+            self._shards, names, self._shuffle(split, seed, epoch, memory), batch_size, start, part
+        )
+
+    def order(self, split: str, seed: int, epoch: int, memory: int = MEMORY) -> np.ndarray:
+        """The rows of a split in the order in which ``reader`` hands them out: int64, 8 bytes for each."""
+        return self._shuffle(split, seed, epoch, memory).rows()
+
+    def batches(
+        self, split: str, batch_size: int, seed: int, epoch: int, start: int = 0, memory: int = MEMORY
+    ) -> Iterator[list[torch.Tensor]]:
+        """``reader`` without row numbers: raw float32 [B, d_m] per model."""
+        return (acts for _, acts in self.reader(split, batch_size, seed, epoch, start, memory))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the harvest that wrote this store: tokens (each through all models) by the seconds in its
+        log.
+        """
+        lines = list(read_log(self.path).values())
+        return sum(line["tokens"] for line in lines) / max(sum(line["seconds"] for line in lines), 1e-9)
+
+    def _joined(self, name: str) -> np.ndarray:
+        return np.concatenate([table.read(name) for table in self._shards])
+
+    def _wanted_of(self, split: str) -> Wanted:
+        check("split", split, str, choices=SPLITS)
+        if split not in self._wanted:
+            bounds = zip(self._shards, self._starts, self._starts[1:])
+            masks = (
+                self._index.read("kept", a, b) & (table.read("split") == SPLITS.index(split))
+                for table, a, b in bounds
+            )
+            self._wanted[split] = Wanted(masks)
+        return self._wanted[split]
+
+    def _shuffle(self, split: str, seed: int, epoch: int, memory: int) -> Shuffle:
+        wanted, row_bytes = (
+            self._wanted_of(split),
+            sum(self._shards[0].row_bytes(f"acts_{m}") for m in self.models),
+        )
+        ring = ring_blocks(check("memory", memory, int, low=1), row_bytes, len(wanted.starts))
+        return Shuffle(wanted, ring, (seed, epoch, SPLITS.index(split)))
+
+    def _stretches(self, rows: np.ndarray) -> Iterator[tuple[int, int, int, np.ndarray]]:
+        """Sorted rows as (shard, first, stop, int64 [n] rows counted from first): what is read at a time,
+        gaps of a few rows included.
+        """
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
+        local = rows - self._starts[shard_of]
+        apart = (np.diff(local) > GAP) | (np.diff(shard_of) > 0) | (np.diff(local // STRETCH) > 0)
+        for part in np.split(np.arange(len(rows)), np.flatnonzero(apart) + 1) if len(rows) else ():
+            first, last = int(local[part[0]]), int(local[part[-1]])
+            yield int(shard_of[part[0]]), first, last + 1, local[part] - first
+
+
+class _Lazy(Mapping):
+    """{name: array}, each made when it is first asked for, and then kept."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], np.ndarray]):
+        self._names, self._make, self._made = tuple(names), make, {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def file_problem(file: Path, expected: dict, verify: bool = True) -> str | None:
+    """ "missing", "truncated" or "damaged", against {bytes, sha256}; None if the file is as it was written."""
+    if not file.is_file():
+        return "missing"
+    if file.stat().st_size != expected.get("bytes"):
+        return "truncated" if file.stat().st_size < expected.get("bytes", 0) else "damaged"
+    return "damaged" if verify and sha256(file) != expected["sha256"] else None
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_log(path: Path) -> dict[str, dict]:
+    """{shard: its last line in log.jsonl}. A line that an interruption cut short is passed over."""
+    lines = {}
+    file = path / "log.jsonl"
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            entry = json.loads(line)
+            lines[entry["shard"]] = entry
+        except (ValueError, KeyError):
+            continue
+    return lines
+
+
+def open_store(run: Run, pair: Pair) -> Store:
+    """The run's store of activations; UserError if it is missing, damaged, or was harvested from other
+    weights than the pair's now.
+    """
+    store = Store.open(run.path("store"))
+    for name in store.models:
+        if name not in pair.models or store.manifest["models"][name]["fingerprint"] != pair.fingerprint(name):
+            raise UserError(
+                f"the store was harvested from other weights of {name!r} than the pair {pair.name!r} has now:"
+                f" run notebook {MADE_BY} again (make figures ONLY=01)"
+            )
+    return store

@@ -1,0 +1,260 @@
+"""Activations that are never stored: both models read the text while a crosscoder trains on what they hold.
+
+    stream = Stream(pair, corpus.build(pair))
+    crosscoder = train(stream, config, folder)          # in place of a store
+
+The text is read in *windows* of neighbouring documents of one split. Both models run over a window, position
+0 is dropped, and every other row waits in memory for a random time before it is handed out:
+
+    1. window number t is computed at time t
+    2. each of its rows leaves at time t + r * u, u uniform in [0, 1); rows are handed out in the order in which they leave
+    3. so after time t + r all of window t has left: r windows are all that is held
+
+Which row leaves when depends on the lengths of the documents, on the seed and on the memory alone. A run that
+is resumed in the middle of an epoch therefore computes no more than the windows that were held there, and
+goes on to the bit. Windows come in the order of the text: a corpus that is sorted by subject has to be mixed
+first.
+
+Compared with a store: no disk, but each epoch runs the models again. Scales, means and the limit on norms
+come from the first ``sample_tokens`` tokens of the train split, not from all of it, and a norm above the
+limit is noticed when it is met: such a token makes its batch shorter. Notebooks 03 to 05 look up tokens one
+by one and need a store, though of fewer tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ..labels import SPLITS
+from ..models.pairs import DTYPES, Pair
+from ..models.reader import BATCH_TOKENS, masks, norm_limits, read_all, row_norms
+from ..runs import fingerprint
+from ..settings import UserError, check
+from ..text.corpus import Corpus, Document
+from .harvest import SHARD_TOKENS, check_finite, job_of, readers_of
+from .shuffle import INDEX_BYTES, RING_SHARE, check_batch, cut_batches
+from .store import MEMORY
+
+SAMPLE_TOKENS = 100_000
+WINDOWS = 8  # r
+SOON = WINDOWS - 1e-6  # a little less: rounding must not make a row leave when its window is gone
+LEAST_WINDOW = 1024  # tokens; with fewer, what is held would be a few texts
+
+
+class Stream:
+    """What ``training.Trainer`` needs of a store. Rows have the numbers that they would have in a store of
+    the same text.
+
+    models, widths, layers, scales, mean_norms, means   as in ``store.Store``, from the sample; norms_limits
+    {model: norm}
+    sampled   number of tokens behind these estimates, after masking
+    len()     tokens of the text, of all splits
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        documents: Corpus | Iterable[Document],
+        layer: int | None = None,
+        models: Mapping[str, PreTrainedModel] | None = None,
+        sample_tokens: int = SAMPLE_TOKENS,
+        batch_tokens: int = BATCH_TOKENS,
+        device: str | None = None,
+    ):
+        """Parameters as in ``harvest.harvest``. Goes through the text once, without the models, to know its
+        lengths.
+        """
+        check("sample_tokens", sample_tokens, int, low=1)
+        job = job_of(pair, documents, "", layer, SHARD_TOKENS, batch_tokens)
+        self.fingerprint = fingerprint("stream", job.mark, sample_tokens)
+        self.models = tuple(pair.models)
+        self.widths = {m: job.about["models"][m]["width"] for m in self.models}
+        self.layers = {m: job.about["models"][m]["layer"] for m in self.models}
+        self._corpus, self._dtype, self._batch_tokens = job.corpus, pair.store_dtype, batch_tokens
+        self._readers = readers_of(job, models, device)
+        sample, lengths, splits, sampled = [], [], [], 0
+        for document in self._corpus:
+            lengths.append(len(document.tokens))
+            splits.append(SPLITS.index(document.split))
+            if document.split == "train" and sampled < sample_tokens:
+                sample.append(document.tokens)
+                sampled += len(document.tokens)
+        self._lengths, self._splits = np.array(lengths, np.int64), np.array(splits, np.int8)
+        self._starts = np.cumsum([0, *lengths])
+        self._high: set[int] = set()  # rows above the limit, as far as they have been met
+        self._estimate(sample)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __repr__(self) -> str:
+        widths = ", ".join(f"{m} [{w}]" for m, w in self.widths.items())
+        return (
+            f"Stream({len(self):,} tokens; {widths}; scales from {self.sampled:,} tokens; {self.fingerprint})"
+        )
+
+    def count(self, split: str) -> int:
+        """Tokens of a split: all but the first of each text, and but those whose norm has been found to be
+        too high.
+        """
+        own = self._splits == SPLITS.index(check("split", split, str, choices=SPLITS))
+        high = np.fromiter(self._high, np.int64, len(self._high))
+        of = self._splits[np.searchsorted(self._starts, high, side="right") - 1]
+        return int(np.maximum(self._lengths[own] - 1, 0).sum()) - int((of == SPLITS.index(split)).sum())
+
+    def reader(
+        self,
+        split: str,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        start: int = 0,
+        memory: int = MEMORY,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+        """One epoch in shuffled batches, as ``Store.reader``: (row numbers int64 [B], raw float32 [B, d_m]
+        per model).
+
+        ``memory`` (bytes) bounds what is held beside the models and their forward passes. Of ``part`` (i, n)
+        every process runs all forward passes. UserError if the memory is too small, for activations that are
+        not finite, and if all norms of a batch are above the limit.
+        """
+        check("batch_size", batch_size, int, low=1)
+        check("start", start, int, low=0)
+        check("part", part[0], int, low=0, high=check("part", part[1], int, low=1) - 1)
+        check_batch(memory, batch_size, sum(self.widths.values()))
+        own = np.flatnonzero(self._splits == SPLITS.index(check("split", split, str, choices=SPLITS)))
+        windows = self._windows(own, self._window_tokens(memory))
+        return self._read(split, windows, batch_size, [seed, epoch, SPLITS.index(split)], start, part)
+
+    def _read(
+        self,
+        split: str,
+        windows: list[np.ndarray],
+        batch_size: int,
+        key: list[int],
+        start: int,
+        part: tuple[int, int],
+    ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+        texts, held, computed = (d.tokens for d in self._corpus if d.split == split), {}, 0
+        for batch in cut_batches(self._pieces(windows, key), batch_size, start):
+            last = int(batch[3][-1])
+            for number in range(computed, last + 1):
+                lists = list(itertools.islice(texts, len(windows[number])))
+                # or it had left before this epoch was resumed
+                if number >= int(batch[1].min()) or number > last - WINDOWS:
+                    held[number] = self._window(lists, self._rows(windows[number]))
+            computed = last + 1
+            rows, window, local = (values[part[0] :: part[1]] for values in batch[:3])
+            good = np.ones(len(rows), bool)
+            acts = [torch.empty(len(rows), width) for width in self.widths.values()]
+            for number in np.unique(window):
+                (at,) = np.nonzero(window == number)
+                stored, kept = held[number]
+                good[at] = kept[local[at]]
+                for out, values in zip(acts, stored):
+                    out[at] = values[local[at]].float()
+            if len(rows) and not good.any():
+                raise UserError(
+                    "all norms of a batch are above the limit, which comes from the beginning of the text:"
+                    " mix the text first"
+                )
+            yield (rows, acts) if good.all() else (rows[good], [a[good] for a in acts])
+            held = {number: content for number, content in held.items() if number > last - WINDOWS}
+
+    def _pieces(self, windows: list[np.ndarray], key: list[int]) -> Iterator[list[np.ndarray]]:
+        """The order of an epoch, a piece per unit of time, as arrays [n]: row number, window, index in it,
+        time.
+        """
+        rng, last = np.random.default_rng(key), len(windows) - 1
+        waiting = [np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)]
+        for t, documents in enumerate(windows):
+            rows = self._rows(documents)
+            # if all windows can be held, rows wait for the last one: a uniform permutation
+            arrived = last if last < WINDOWS else t
+            coming = [
+                rows,
+                np.full(len(rows), t),
+                np.arange(len(rows)),
+                arrived + SOON * rng.random(len(rows)),
+            ]
+            waiting = [np.concatenate(both) for both in zip(waiting, coming)]
+            leaves = (waiting[3] < t + 1) | (t == last)
+            order = np.flatnonzero(leaves)[np.argsort(waiting[3][leaves], kind="stable")]
+            yield [*(values[order] for values in waiting[:3]), np.full(len(order), t)]
+            waiting = [values[~leaves] for values in waiting]
+
+    def _windows(self, documents: np.ndarray, tokens: int) -> list[np.ndarray]:
+        """Documents (their numbers) of one split, cut into windows of about so many tokens."""
+        place = (np.cumsum(self._lengths[documents]) - 1) // tokens
+        return np.split(documents, np.flatnonzero(np.diff(place)) + 1) if len(documents) else []
+
+    def _rows(self, documents: np.ndarray) -> np.ndarray:
+        """Row numbers of all tokens but the first of each document."""
+        inner = np.maximum(self._lengths[documents] - 1, 0)
+        begin = np.repeat(self._starts[documents] + 1 - (np.cumsum(inner) - inner), inner)
+        return begin + np.arange(len(begin))
+
+    def _window_tokens(self, memory: int) -> int:
+        row = sum(self.widths.values()) * DTYPES[self._dtype].itemsize + INDEX_BYTES
+        at_work = 4 * max(self.widths.values()) + row  # of the window that is being computed
+        tokens = int(check("memory", memory, int, low=1) * RING_SHARE) // (row * (WINDOWS + 1) + at_work)
+        if tokens < LEAST_WINDOW:
+            needed = math.ceil(LEAST_WINDOW * (row * (WINDOWS + 1) + at_work) / RING_SHARE / 1e6)
+            raise UserError(
+                f"memory is {memory / 1e6:.3g} MB: shuffling rows of {row:,} bytes needs at least {needed} MB"
+            )
+        return min(tokens, SHARD_TOKENS)
+
+    def _window(self, lists: list[list[int]], rows: np.ndarray) -> tuple[list[torch.Tensor], np.ndarray]:
+        """Activations [rows, d] of a window, per model, in the dtype of a store; and which norms are not too
+        high.
+        """
+        inner = np.concatenate([np.arange(len(t)) > 0 for t in lists])
+        acts, norms = self._acts(lists, int(rows[0]) if len(rows) else 0)
+        kept, _ = masks(np.ones(len(rows)), {m: norm[inner] for m, norm in norms.items()}, self.norm_limits)
+        self._high.update(rows[~kept].tolist())
+        return [a[torch.from_numpy(inner)] for a in acts.values()], kept
+
+    def _acts(
+        self, lists: list[list[int]], first: int
+    ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
+        """Activations [tokens, d] and norms [tokens] of some texts, by model."""
+        acts, norms = {}, {}
+        for model, reader in self._readers.items():
+            raw, _ = read_all(reader, lists, batch_tokens=self._batch_tokens)
+            acts[model] = raw.to(DTYPES[self._dtype])
+            check_finite(raw, acts[model], model, reader.layer, self._dtype, first)
+            norms[model] = row_norms(acts[model]).numpy()
+        return acts, norms
+
+    def _estimate(self, lists: list[list[int]]) -> None:
+        """Limits on norms, scales and means, from the sample. Read twice, since means are over what the
+        limits leave.
+        """
+        if not any(len(t) > 1 for t in lists):
+            raise UserError(
+                "the text has no token to train on: give documents of the train split, of two tokens or more"
+            )
+        positions = np.concatenate([np.arange(len(t)) for t in lists])
+        parts = [lists[i : i + 64] for i in range(0, len(lists), 64)]
+        norms = [self._acts(part, 0)[1] for part in parts]
+        norms = {m: np.concatenate([n[m] for n in norms]) for m in self.models}
+        self.norm_limits = norm_limits(positions, norms)
+        kept, _ = masks(positions, norms, self.norm_limits)
+        self.sampled = int(kept.sum())
+        self.mean_norms = {m: float(norm[kept].mean(dtype=np.float64)) for m, norm in norms.items()}
+        self.scales = {m: math.sqrt(self.widths[m]) / self.mean_norms[m] for m in self.models}
+        self.means = {m: torch.zeros(width, dtype=torch.float64) for m, width in self.widths.items()}
+        at = 0
+        for part in parts:
+            stop = at + sum(map(len, part))
+            for m, acts in self._acts(part, 0)[0].items():
+                self.means[m] += acts[torch.from_numpy(kept[at:stop])].double().sum(0) / self.sampled
+            at = stop

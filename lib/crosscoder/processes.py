@@ -1,0 +1,301 @@
+"""Training one crosscoder on several processes or machines, started by torchrun or from a notebook.
+
+    torchrun --nproc_per_node 2 -m lib.crosscoder.launch --processes 2 --store STORE --folder FOLDER --n-features 32768 --k 50 ...
+    crosscoder = launch(2, store, config, folder)              # in a notebook
+
+The result is that of a single process, but for the rounding of sums: a batch of ``batch_size`` tokens is the
+same batch, shared out.
+
+- ``Rows``: every process keeps the whole crosscoder and takes a part of each batch; gradients are added up
+  (data parallel).
+- ``Features``: every process keeps a part of the dictionary, with its optimiser state, and takes all of each
+  batch; what the parts
+  reconstruct is added up. For a dictionary that outgrows a device. BatchTopK only.
+
+In both, BatchTopK's selection, dead features, the auxiliary loss's choice among them, and the clipped norm
+are over the whole batch and dictionary. Checkpoints are written by rank 0 as a single process would write
+them, so that a run can go on with another number of processes, or the other way of sharing. The folder must
+be one that all processes see.
+
+If a process ends, so do all others, with a sentence; the same command goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..settings import UserError
+from .model import PRECISIONS, CrossCoder, Forward, forward
+from .sparse import Code, Encoded, encode, largest_of_rows, reconstruct, select_batch, select_rows
+
+PER_FEATURE = ("W_dec", "W_enc", "b_enc", "log_theta")  # parameters of the crosscoder that are [F, ...]
+TIMEOUT = 600  # seconds that a process waits for the others
+SHARE = ("rows", "features")
+
+
+class SingleProcess:
+    """The processes that train one crosscoder together, if that is a single one. ``lib.crosscoder.processes`` has
+    those with company.
+
+    Processes may hold different rows of a batch, or different features of the dictionary. What one has of a
+    sum is made whole by ``over_rows`` and ``over_features``: each adds up the processes that differ in just
+    that. All processes call all of these in the same order.
+    """
+
+    rank, size = 0, 1
+    part = (0, 1)  # which rows of every batch are read here, as ``Store.reader`` has it
+
+    def over_rows(self, partial: Tensor) -> Tensor:
+        return partial
+
+    def over_features(self, partial: Tensor) -> Tensor:
+        return partial
+
+    def rows(self, own: int) -> int:
+        """Number of rows of a batch of which ``own`` are here."""
+        return own
+
+    def any_row(self, flags: Tensor) -> Tensor:
+        """Where a bool of this or of another process, with other rows, is set."""
+        return flags
+
+    def forward(self, *args, **options) -> Forward:
+        """``crosscoder.forward`` over the whole batch and all features."""
+        return forward(*args, **options)
+
+    def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
+        """Make the gradients those of the whole batch; returns the norm over all parameters."""
+        return torch.nn.utils.get_total_norm([p.grad for p in crosscoder.parameters()])
+
+    def own(self, whole: Tensor) -> Tensor:
+        """The part of a tensor [F, ...] that is kept here."""
+        return whole
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The tensor [F, ...] of which each process keeps a part; only on rank 0."""
+        return own
+
+    def agreed(self, flag: bool) -> bool:
+        """What rank 0 says. Also a barrier."""
+        return flag
+
+    def check_same(self, value: int, what: str) -> None:
+        """UserError if a process has another value."""
+
+
+SINGLE_PROCESS = SingleProcess()
+
+
+class Lost(UserError):
+    """Another process of the training has ended, or does not answer."""
+
+
+def _collective(function):
+    """What the backend raises when a process is missing, as ``Lost``."""
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        try:
+            return function(*args)
+        except RuntimeError as error:  # gloo's and NCCL's errors are of this class
+            raise Lost(
+                "another process of this training ended or does not answer"
+                f" ({str(error).splitlines()[0][:120]})"
+            ) from error
+
+    return wrapped
+
+
+class Together(SingleProcess):
+    """What rows and features have in common. The process group is made already; tensors are on ``device``."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+    @_collective
+    def add(self, partial: Tensor) -> Tensor:
+        """The sum over all processes, the same in each; written into ``partial``."""
+        dist.all_reduce(partial)
+        return partial
+
+    @_collective
+    def gather(self, own: Tensor) -> Tensor:
+        """The 1-d tensors of all processes, of any lengths, one after the other; the same in each."""
+        lengths = torch.zeros(self.size, dtype=torch.int64, device=own.device)
+        lengths[self.rank] = len(own)
+        dist.all_reduce(lengths)
+        lengths = lengths.tolist()
+        padded = own.new_zeros(max(*lengths, 1))
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths)])
+
+    def agreed(self, flag: bool) -> bool:
+        return bool(self.add(torch.tensor(int(flag and self.rank == 0), device=self.device)))
+
+    def check_same(self, value: int, what: str) -> None:
+        values = self.gather(torch.tensor([value], device=self.device)).tolist()
+        if len(set(values)) > 1:
+            raise UserError(
+                f"processes differ in {what} ({', '.join(map(str, values))}): all of them must see the same"
+                " folders"
+            )
+
+
+class Rows(Together):
+    """Every process has all features, and rows rank, rank + size, ... of every batch."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        super().__init__(device)
+        self.part = (self.rank, self.size)
+
+    def over_rows(self, partial: Tensor) -> Tensor:
+        return self.add(partial.clone())
+
+    def rows(self, own: int) -> int:
+        return int(self.add(torch.tensor(own, device=self.device)))
+
+    def any_row(self, flags: Tensor) -> Tensor:
+        return self._any(flags.to(self.device, torch.uint8, copy=True)).to(flags.device, torch.bool)
+
+    @_collective
+    def _any(self, flags: Tensor) -> Tensor:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return flags
+
+    def forward(self, crosscoder: CrossCoder, acts: list[Tensor], *args, **options) -> Forward:
+        if len(acts[0]):
+            return forward(crosscoder, acts, *args, **options, gather=self.gather)
+        # The last batch of an epoch had fewer rows than there are processes. The others wait for an answer,
+        # which is: nothing.
+        stand_in = crosscoder.split(crosscoder.means[None], raw=True)
+        out = forward(crosscoder, stand_in, *args, **options, gather=lambda own: self.gather(own[:0]))
+        nothing = dataclasses.replace(
+            out.code.where(torch.zeros_like(out.code.features, dtype=torch.bool), out.code.floor),
+            indptr=out.code.indptr[:1],
+        )
+        return Forward(
+            out.x[:0],
+            nothing,
+            out.f[:0],
+            out.x_hat[:0],
+            None if out.aux_hat is None else out.aux_hat[:0],
+            near=None if out.near is None else out.near * 0,
+            entries=out.entries,
+        )
+
+    def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
+        for parameter in crosscoder.parameters():
+            self.add(parameter.grad)
+        return super().gradient_norm(crosscoder)
+
+
+class Features(Together):
+    """Every process has all rows of every batch, and about F / size neighbouring features: its rows of W_enc,
+    b_enc and W_dec.
+
+    b_dec is in every process, with the same gradient, since all compute the same loss from the same sums.
+    """
+
+    def __init__(self, n_features: int, device: torch.device | str = "cpu"):
+        super().__init__(device)
+        self.bounds = [n_features * i // self.size for i in range(self.size + 1)]
+        if n_features < self.size:
+            raise UserError(
+                f"n_features is {n_features}: there must be at least one for each of the {self.size}"
+                " processes"
+            )
+
+    def over_features(self, partial: Tensor) -> Tensor:
+        return self.add(partial.clone())
+
+    def forward(
+        self,
+        crosscoder: CrossCoder,
+        acts: list[Tensor],
+        dead: Tensor,
+        aux_k: int,
+        precision: str,
+        wanted: int,
+        hint: float,
+        buffers: dict,
+    ) -> Forward:
+        x, weights = crosscoder.scaled(acts), (crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec)
+        encoded = encode(
+            x, crosscoder.W_enc, crosscoder.b_enc, PRECISIONS[precision], crosscoder.means, buffers
+        )
+        with torch.no_grad():
+            per_unit = crosscoder.strength_per_unit()
+        code = select_batch(encoded, per_unit, wanted, hint, self.gather)
+        if aux_k == 0 or not self.over_features(dead.any().int()):
+            f, sums = reconstruct(*weights, x, code, buffers)
+            return Forward(x, code, f, _Sum.apply(sums, self) + crosscoder.b_dec)
+        both = code.above(self.strongest(encoded, per_unit, aux_k, dead.nonzero().squeeze(-1)))
+        f, sums = reconstruct(*weights, torch.cat([x, x]), both, buffers)
+        sums = _Sum.apply(sums, self)
+        return Forward(x, code, f[: len(code.features)], sums[: len(x)] + crosscoder.b_dec, sums[len(x) :])
+
+    @torch.no_grad()
+    def strongest(self, encoded: Encoded, per_unit: Tensor, k: int, among: Tensor) -> Code:
+        """``select_rows`` over the features of all processes: the entries that are here.
+
+        The k largest of all are among the k largest of each part: these are compared, [B, k] strengths a
+        process.
+        """
+        best = per_unit.new_zeros(len(encoded), k)
+        if len(among):
+            code = select_rows(encoded, per_unit, k, among)
+            strength = code.values * per_unit[code.features]
+            best = largest_of_rows(code, strength, k)
+        else:
+            strength = per_unit[:0]
+            code = Code(
+                among.new_zeros(len(encoded) + 1), among, strength, per_unit.new_zeros(()), len(per_unit)
+            )
+        everyone = self.gather(best.flatten()).view(self.size, len(encoded), k)
+        floors = everyone.transpose(0, 1).flatten(1).topk(k, dim=-1, sorted=False).values.amin(-1)
+        return code.where(strength >= floors[code.rows], floors.mean())
+
+    def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
+        own = torch.nn.utils.get_total_norm(
+            [p.grad for name, p in crosscoder.named_parameters() if name in PER_FEATURE]
+        )
+        return (self.over_features(own.square()) + crosscoder.b_dec.grad.square().sum()).sqrt()
+
+    def own(self, whole: Tensor) -> Tensor:
+        return whole[self.bounds[self.rank] : self.bounds[self.rank + 1]].clone()
+
+    @_collective
+    def whole(self, own: Tensor) -> Tensor:
+        """In the memory of rank 0's host, where it comes part by part: no device has to hold it."""
+        own = own.contiguous()
+        if self.rank:
+            dist.send(own, 0)
+            return own.cpu()
+        whole = torch.empty(self.bounds[-1], *own.shape[1:], dtype=own.dtype)
+        whole[: self.bounds[1]] = own
+        for rank in range(1, self.size):
+            part = own.new_empty(self.bounds[rank + 1] - self.bounds[rank], *own.shape[1:])
+            dist.recv(part, rank)
+            whole[self.bounds[rank] : self.bounds[rank + 1]] = part
+        return whole
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of all processes' tensors, from which all compute one and the same loss: its gradient is each
+    tensor's own.
+    """
+
+    @staticmethod
+    def forward(ctx, partial: Tensor, together: Together) -> Tensor:
+        return together.add(partial.clone())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None

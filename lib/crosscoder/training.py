@@ -1,0 +1,512 @@
+"""Training a crosscoder on a store of activations.
+
+    config = TrainConfig(n_features=1024, k=24)
+    crosscoder = train(store, config, run.path("crosscoder"))     # resumes if it was interrupted; loads if it is done
+
+Adam with gradient clipping; the learning rate warms up, stays flat, and falls linearly to 0. A run is a
+function of (config, store): batches depend on (seed, epoch, position) alone, so that an interrupted run,
+resumed from its last checkpoint, ends with the same weights as an uninterrupted one (for the same number of
+threads).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, make_dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..activations.shuffle import Prefetched
+from ..activations.store import MADE_BY, MEMORY
+from ..runs import Progress, exclusive, fingerprint, is_current, write_manifest, write_state, write_text
+from ..settings import UserError, check
+from .model import (
+    PRECISIONS,
+    VARIANTS,
+    CrossCoder,
+    Forward,
+    auxiliary_loss,
+    l0_loss,
+    sparsity_loss,
+    squared_error,
+)
+from .processes import PER_FEATURE, SINGLE_PROCESS, SingleProcess
+
+LOG_LINES = 100  # lines of log.jsonl in a run; checkpoints are written at lines only
+# of the run: JumpReLU selects as BatchTopK until then, to find where its thresholds begin
+THRESHOLDS_BEGIN = 0.2
+THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that becomes the inference threshold
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that decides the weights, beside the store. "share" is always of the tokens of the run.
+
+    ``tokens`` counts tokens shown: beyond the store's number of training tokens, epochs repeat it in new
+    orders.
+    """
+
+    n_features: int = 1024
+    variant: str = "batchtopk"
+    k: int = 24  # batchtopk, jumprelu: mean number of features per token; topk: their number
+    tokens: int = 2_000_000
+    batch_size: int = 1024  # tokens
+    rate: float = 3e-3  # Adam's peak learning rate
+    warmup: float = 0.02  # share: learning rate rises linearly
+    decay: float = 0.3  # share: learning rate falls linearly to 0
+    clip: float = 1.0  # of the gradient's global norm; 0: never
+    l1: float = 2.0  # l1: lambda, at its full value
+    l1_warmup: float = 0.05  # share: lambda rises linearly
+    aux: float = 0.5  # all but l1: alpha, weight of the auxiliary loss
+    aux_k: int = 64  # dead features per token that the auxiliary loss uses
+    dead_after: float = 0.01  # share without firing after which a feature counts as dead
+    # of the encoder's product (not l1): bfloat16 is faster on processors that have it
+    precision: str = "float32"
+    # bytes for shuffling: part of what decides the order of tokens in a store that is larger
+    memory: int = MEMORY
+    seed: int = 0
+    # jumprelu: lambda, weight of (L0 / k - 1)^2 in units of D, which is about the mean squared norm of x
+    l0: float = 1.0
+    bandwidth: float = 0.5  # jumprelu: h, width of the kernel about a threshold, as a share of it
+    dedicated: float = 0.0  # share of the dictionary that is reserved for each model
+
+    def __post_init__(self) -> None:
+        check("variant", self.variant, choices=VARIANTS)
+        check("precision", self.precision, choices=("float32",) if self.variant == "l1" else PRECISIONS)
+        for name in ("n_features", "tokens", "batch_size", "aux_k", "memory"):
+            check(name, getattr(self, name), int, low=1)
+        check("k", self.k, int, low=1, high=self.n_features if self.variant != "l1" else None)
+        check("rate", self.rate, float, low=0)
+        for name in ("warmup", "decay", "l1_warmup", "dead_after", "dedicated"):
+            check(name, getattr(self, name), float, low=0, high=1)
+        for name in ("clip", "l1", "aux", "l0"):
+            check(name, getattr(self, name), float, low=0)
+        # entries of no strength are out of the kernel's reach
+        check("bandwidth", self.bandwidth, float, low=0.01, high=1.9)
+
+    def learning_rate(self, done: float) -> float:
+        """Learning rate when the share ``done`` of the run is over."""
+        rise = done / self.warmup if self.warmup else 1.0
+        fall = (1 - done) / self.decay if self.decay else 1.0
+        return self.rate * max(0.0, min(1.0, rise, fall))
+
+    def sparsity_weight(self, done: float) -> float:
+        """lambda when the share ``done`` of the run is over."""
+        return self.l1 * min(1.0, done / self.l1_warmup if self.l1_warmup else 1.0)
+
+    def fingerprint(self, store) -> str:
+        """Of a run on this store. An option that does nothing here does not count: its coming makes no older
+        run stale.
+        """
+        idle = {"l0", "bandwidth"} if self.variant != "jumprelu" else set()
+        names = [
+            f.name for f in fields(self) if f.name not in (idle if self.dedicated else idle | {"dedicated"})
+        ]
+        used = make_dataclass("TrainConfig", names)(*(getattr(self, name) for name in names))
+        return fingerprint(used, store.fingerprint)
+
+
+def train(
+    store,
+    config: TrainConfig,
+    folder: Path,
+    progress=None,
+    device: str | None = None,
+    checkpoint_seconds: float = 30,
+    together: SingleProcess = SINGLE_PROCESS,
+) -> CrossCoder:
+    """Train on the store's "train" split, or resume, or load what is there already for the same config and
+    store.
+
+    ``folder`` receives crosscoder.safetensors, config.json, log.jsonl and manifest.json; while training, a
+    checkpoint, named after the fingerprint, so that another config's unfinished run is left alone.
+    ``progress`` has ``update(done_tokens, note)`` and ``close()``. Raises UserError for non-finite
+    activations, a loss that is not finite, and a store that repeats tokens before it has shown all.
+    ``device`` None is a GPU if there is one. ``together``: see ``lib.crosscoder.processes``; all processes must see
+    the same folder, in which rank 0 writes. Checkpoints are those of a single process: their number may
+    change.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(folder)
+    mark = config.fingerprint(store)
+    if is_current(folder, mark):
+        return CrossCoder.load(folder)
+    with exclusive(folder, "training a crosscoder") if together.rank == 0 else contextlib.nullcontext():
+        return _train(store, config, folder, mark, progress, device, checkpoint_seconds, together)
+
+
+def _train(
+    store,
+    config: TrainConfig,
+    folder: Path,
+    mark: str,
+    progress,
+    device: str,
+    checkpoint_seconds: float,
+    together: SingleProcess,
+) -> CrossCoder:
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = checkpoint_file(folder, mark)
+    trainer = Trainer(store, config, device, together)
+    if checkpoint.is_file():
+        trainer.restore(
+            torch.load(
+                checkpoint,
+                map_location="cpu",
+                weights_only=True,
+                # only parts of it are copied
+                mmap=len(trainer.last_fired) < config.n_features,
+            )
+        )
+    together.check_same(trainer.shown, f"tokens shown, according to the checkpoint in {folder.name}")
+    progress = progress or Progress("tokens trained on", config.tokens)
+    saved = time.monotonic()
+    try:
+        while trainer.shown < config.tokens:
+            line = trainer.run_until(trainer.shown + config.tokens / LOG_LINES)
+            progress.update(
+                min(trainer.shown, config.tokens), f"FVE {line['fve']:.3f}, dead {line['dead']:.1%}"
+            )
+            if (
+                together.agreed(time.monotonic() - saved >= checkpoint_seconds)
+                and trainer.shown < config.tokens
+            ):
+                state = trainer.state()  # from all processes
+                if together.rank == 0:
+                    write_state(checkpoint, state)
+                saved = time.monotonic()
+    finally:
+        trainer.close()
+    progress.close()
+    crosscoder = trainer.finish()
+    if together.rank == 0:
+        crosscoder.save(folder)
+        write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.log))
+        write_manifest(folder, mark, store=store.fingerprint, config=asdict(config), processes=together.size)
+        checkpoint.unlink(missing_ok=True)
+    together.agreed(True)  # the files are there
+    return crosscoder if together.rank == 0 else CrossCoder.load(folder)
+
+
+def checkpoint_file(folder: Path, mark: str) -> Path:
+    """The checkpoint of an unfinished run with the fingerprint ``mark``."""
+    return Path(folder) / f"checkpoint-{mark}.pt"
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of log.jsonl: step, tokens, rate, losses, fve, l0 in the batch and at the threshold, dead
+    share, tokens per second, and the share of the time that was spent waiting for batches."""
+    return [
+        json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+class Trainer:
+    """Weights, optimiser and position of a run; ``run_until`` advances it, ``state`` and ``restore`` make it
+    resumable.
+    """
+
+    def __init__(
+        self, store, config: TrainConfig, device: str = "cpu", together: SingleProcess = SINGLE_PROCESS
+    ):
+        self.store, self.config, self.device, self.together = store, config, device, together
+        if store.count("train") == 0:
+            raise UserError(f"the store has no training tokens: harvest more documents (notebook {MADE_BY})")
+        widths = [store.widths[name] for name in store.models]
+        scales = [store.scales[name] for name in store.models]
+        self.crosscoder = CrossCoder(
+            widths,
+            config.n_features,
+            store.models,
+            config.variant,
+            config.k,
+            scales,
+            config.seed,
+            config.dedicated,
+        )
+        self._each_feature(together.own)
+        self.crosscoder.to(device).centre([store.means[name].to(device) for name in store.models])
+        self.optimizer = make_optimizer(self.crosscoder, config)
+        self.step = self.shown = self.epoch = self.position = 0  # position: batches done in this epoch
+        # tokens shown when a feature last fired
+        self.last_fired = torch.zeros(len(self.crosscoder.b_enc), dtype=torch.int64, device=device)
+        self.seen = torch.zeros(len(store), dtype=torch.bool)  # rows of the store that were shown
+        self.log: list[dict] = []
+        self.batches: Prefetched | None = None  # what comes next, made by a thread beside training
+        self.floor = 0.0  # smallest strength kept in the last batch: where the next selection begins to look
+        self.waited = 0.0  # seconds spent waiting for batches, without those of ``batches``
+        self.buffers: dict = {}  # memory for the products and gradients of a step
+
+    def _next_batch(self) -> tuple[np.ndarray, list[Tensor]]:
+        """Row numbers [B] and RAW activations of the next batch; begins a new epoch where one is over."""
+        if self.batches is None:
+            self.batches = Prefetched(
+                _batches(self.store, self.config, self.epoch, self.position, self.together.part)
+            )
+        epoch, rows, acts = next(self.batches)
+        if epoch != self.epoch:
+            self.check_distinct()
+            self.epoch, self.position = epoch, 0
+        self.position += 1
+        return rows, acts
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        if self.batches is not None:
+            self.waited += self.batches.waited
+            self.batches.close()
+            self.batches = None
+
+    def run_until(self, tokens: float) -> dict:
+        """Train until ``tokens`` have been shown; returns (and logs) a line of averages since the last one."""
+        began, waited, before, sums, steps = time.monotonic(), self.waiting(), self.shown, 0.0, 0
+        while self.shown < min(tokens, self.config.tokens):
+            rows, acts = self._next_batch()
+            for name, act in zip(self.store.models, acts):
+                if not torch.isfinite(act.sum()):  # on the CPU, where batches come from: no device is stalled
+                    bad = rows[(~torch.isfinite(act).all(-1)).numpy()][:3]
+                    raise UserError(
+                        f"activations of {name} are not finite (store rows {', '.join(map(str, bad))}, ...): "
+                        f"harvest again, in a wider dtype (notebook {MADE_BY})"
+                    )
+            self.seen[torch.as_tensor(rows)] = True
+            acts = [act.to(self.device, non_blocking=True) for act in acts]
+            sums = sums + self.train_step(acts)
+            steps += 1
+        seconds = time.monotonic() - began
+        return self._log_line(
+            sums / steps, acts, (self.shown - before) / seconds, (self.waiting() - waited) / seconds
+        )
+
+    def waiting(self) -> float:
+        """Seconds that training has spent waiting for batches."""
+        return self.waited + (self.batches.waited if self.batches else 0.0)
+
+    def train_step(self, acts: list[Tensor]) -> Tensor:
+        """One batch: forward, loss, optimiser step, counts. Returns [5] on the device: loss, error, extra
+        term, L0, gradient norm.
+        """
+        config, done, together = self.config, self.shown / self.config.tokens, self.together
+        aux_k = config.aux_k if config.variant != "l1" and config.aux else 0
+        tokens = together.rows(len(acts[0]))
+        # JumpReLU: its thresholds all begin where BatchTopK's lies after the first steps, in which strengths
+        # grow many times over
+        begins = config.variant == "jumprelu" and done < THRESHOLDS_BEGIN
+        jumprelu = {"bandwidth": config.bandwidth} if config.variant == "jumprelu" and not begins else {}
+        out = together.forward(
+            self.crosscoder,
+            acts,
+            self._dead(),
+            aux_k,
+            config.precision,
+            wanted=config.k * tokens,
+            hint=self.floor,
+            buffers=self.buffers,
+            **jumprelu,
+        )
+        out.tokens = tokens
+        loss, error, extra = total_loss(self.crosscoder, out, config, done)
+        norm = optimizer_step(
+            self.optimizer, loss, self.crosscoder, config.clip, config.learning_rate(done), together
+        )
+        with torch.no_grad():
+            self.shown += tokens
+            self.last_fired[together.any_row(out.code.fired())] = self.shown
+            self.floor = float(out.code.floor)
+            if begins:
+                self.crosscoder.log_theta.fill_(float(out.code.floor.clamp(min=1e-6).log()))
+            elif config.variant == "batchtopk":
+                weight = 1.0 if self.step == 0 else min(1.0, tokens / (THRESHOLD_SHARE * config.tokens))
+                self.crosscoder.threshold.lerp_(out.code.floor, weight)
+        self.step += 1
+        l0 = together.over_features(torch.tensor(len(out.code.features) / tokens, device=norm.device))
+        means = together.over_rows(torch.stack([loss.detach(), error.detach(), extra.detach(), l0]))
+        return torch.cat([means, norm[None]])
+
+    def _dead(self) -> Tensor:
+        """Which of the features kept here are dead."""
+        return self.shown - self.last_fired > self.config.dead_after * self.config.tokens
+
+    @torch.no_grad()
+    def _log_line(self, means: Tensor, acts: list[Tensor], speed: float, waiting: float) -> dict:
+        loss, error, extra, l0, norm = means.tolist()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} after {self.shown:,} tokens: lower the learning rate"
+                f" ({self.config.rate})"
+            )
+        spread = (self.crosscoder.scaled(acts) - self.crosscoder.means).square().sum()
+        at_threshold = self.together.over_features((self.crosscoder.encode(acts) > 0).sum().float())
+        sums = torch.stack([spread.new_tensor(len(acts[0])), spread, at_threshold])
+        tokens, spread, at_threshold = self.together.over_rows(sums).tolist()
+        dead = self.together.over_features(self._dead().float().sum()) / self.config.n_features
+        rate = self.config.learning_rate(self.shown / self.config.tokens)
+        thresholds = (
+            self.crosscoder.log_theta.exp()
+            if self.config.variant == "jumprelu"
+            else self.crosscoder.threshold
+        )
+        line = {
+            "step": self.step,
+            "tokens": self.shown,
+            "epoch": self.epoch,
+            "rate": rate,
+            "loss": loss,
+            "squared_error": error,
+            "sparsity" if self.config.variant == "l1" else "auxiliary": extra,
+            "fve": 1 - error * tokens / spread,
+            "l0": l0,
+            "l0_at_threshold": at_threshold / tokens,
+            "threshold": float(thresholds.mean()),
+            "dead": float(dead),
+            "gradient_norm": norm,
+            "tokens_per_second": round(speed),
+            "waiting": round(waiting, 4),
+        }
+        self.log.append(line)
+        return line
+
+    def check_distinct(self) -> int:
+        """Distinct tokens seen so far. Within an epoch no token may come twice, and a finished epoch has
+        shown all of them.
+        """
+        self.seen = self.together.any_row(self.seen)
+        count = self.store.count("train")  # a stream finds tokens to leave out as it goes
+        distinct, expected = int(self.seen.sum()), min(self.shown, count)
+        if distinct != expected:
+            raise UserError(
+                f"{self.shown:,} tokens were shown, but only {distinct:,} distinct ones of the store's"
+                f" {count:,}: it repeats itself before it has shown all (expected {expected:,})"
+            )
+        return distinct
+
+    def finish(self) -> CrossCoder:
+        """The trained crosscoder, for use without gradients."""
+        self.crosscoder.seen.copy_(torch.tensor([self.shown, self.check_distinct()]))
+        self._each_feature(self.together.whole)
+        return self.crosscoder.cpu().eval().requires_grad_(False)
+
+    def state(self) -> dict:
+        """All that decides how the run goes on, of all processes, on rank 0. Nothing random is left but the
+        order of batches.
+        """
+        self.seen = self.together.any_row(self.seen)
+        place = {name: getattr(self, name) for name in ("step", "shown", "epoch", "position", "log")}
+        crosscoder, optimizer = self._states(
+            self.crosscoder.state_dict(), self.optimizer.state_dict(), self.together.whole
+        )
+        return {
+            "crosscoder": crosscoder,
+            "optimizer": optimizer,
+            "last_fired": self.together.whole(self.last_fired),
+            "seen": torch.from_numpy(np.packbits(self.seen.numpy())),
+            **place,
+        }
+
+    def restore(self, state: dict) -> None:
+        crosscoder, optimizer = self._states(state["crosscoder"], state["optimizer"], self.together.own)
+        self.crosscoder.load_state_dict(crosscoder)
+        self.optimizer.load_state_dict(optimizer)
+        for name in ("step", "shown", "epoch", "position", "log"):
+            setattr(self, name, state[name])
+        self.last_fired = self.together.own(state["last_fired"]).clone().to(self.device)
+        self.seen = torch.from_numpy(np.unpackbits(state["seen"].cpu().numpy(), count=len(self.seen))).bool()
+        self.close()  # and go on reading from there
+
+    @torch.no_grad()
+    def _each_feature(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put in place of every parameter [F, ...] what ``change`` makes of it."""
+        for name, parameter in list(self.crosscoder.named_parameters()):
+            if name in PER_FEATURE:
+                setattr(self.crosscoder, name, torch.nn.Parameter(change(parameter.data)))
+        self.crosscoder.owner = change(self.crosscoder.owner)
+
+    def _states(
+        self, crosscoder: dict, optimizer: dict, change: Callable[[Tensor], Tensor]
+    ) -> tuple[dict, dict]:
+        """State dicts of crosscoder and optimiser with the same done to whatever is [F, ...] in them."""
+        names = [name for name, _ in self.crosscoder.named_parameters()]  # the optimiser numbers them
+        moments = {
+            number: {
+                key: change(value) if names[number] in PER_FEATURE and value.dim() else value.clone()
+                for key, value in own.items()
+            }
+            for number, own in optimizer["state"].items()
+        }
+        weights = {
+            name: change(value) if name in PER_FEATURE else value for name, value in crosscoder.items()
+        }
+        return weights, {**optimizer, "state": moments}
+
+
+def _batches(
+    store, config: TrainConfig, epoch: int, position: int, part: tuple[int, int]
+) -> Iterator[tuple[int, np.ndarray, list[Tensor]]]:
+    """(epoch, row numbers, activations) from a place on, without end. It knows no trainer: its thread must
+    not keep one alive.
+    """
+    for number in itertools.count(epoch):
+        start = position if number == epoch else 0
+        for rows, acts in store.reader(
+            "train", config.batch_size, config.seed, number, start, config.memory, part
+        ):
+            yield number, rows, acts
+
+
+def total_loss(
+    crosscoder: CrossCoder, out: Forward, config: TrainConfig, done: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, squared error, unweighted second term) of a batch: see ``crosscoder.LOSS_FORMULAS``."""
+    error = squared_error(out)
+    if config.variant == "l1":
+        extra, weight = sparsity_loss(crosscoder, out), config.sparsity_weight(done)
+    else:
+        extra, weight = auxiliary_loss(out), config.aux
+    loss = error + weight * extra
+    if config.variant == "jumprelu":
+        loss = loss + config.l0 * sum(crosscoder.widths) * l0_loss(crosscoder, out, config.bandwidth)
+    return loss, error, extra
+
+
+def make_optimizer(crosscoder: CrossCoder, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam (0.9, 0.999), fused: several times faster than the default on a CPU.
+
+    JumpReLU's thresholds forget sooner (0.9, 0.99): the first gradients of the penalty are many times the
+    later ones, and a second moment that kept them for 1,000 steps would hold L0 where it happened to be.
+    """
+    groups = [{"params": [p for name, p in crosscoder.named_parameters() if name != "log_theta"]}]
+    if crosscoder.variant == "jumprelu":
+        # last, as among the crosscoder's parameters
+        groups.append({"params": [crosscoder.log_theta], "betas": (0.9, 0.99)})
+    return torch.optim.Adam(groups, lr=config.rate, betas=(0.9, 0.999), fused=True)
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    crosscoder: CrossCoder,
+    clip: float,
+    rate: float,
+    together: SingleProcess = SINGLE_PROCESS,
+) -> Tensor:
+    """Backward, clip the gradient's global norm, step at this learning rate. Returns the norm before
+    clipping.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    crosscoder.mask_gradients()
+    norm = together.gradient_norm(crosscoder)
+    # The fused Adam divides gradients by this as it reads them: clipping costs no pass of its own.
+    optimizer.grad_scale = (norm / clip).clamp(min=1.0) if clip else None
+    optimizer.step()
+    return norm.detach()

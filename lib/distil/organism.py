@@ -1,0 +1,414 @@
+"""Train the embedded pair: a base model, its distilled copy, and the four checkpoints that keep us honest.
+
+Standard supervised fine-tuning is what "distilled" means here, as it does for R1-Distill-Qwen: next-token
+cross-entropy on a teacher's traces. All six models share one architecture (Qwen2) and one tokenizer:
+
+=========  ================================================================================================
+base       trained from nothing on general text, single arithmetic steps, copying and direct answers (stage
+``base``),
+           then on comparing as well (stages ``midtrain`` and ``latetrain``)
+distilled  base, trained on traces of the teacher (and 15% of the base's own text)
+control    base, the same number of tokens, the same puzzles, direct answers instead of traces
+style      an early checkpoint of ``distilled``: it says "wait", but not because something is wrong
+null_a     base, the same number of tokens and the same schedule, on its own kind of text
+null_b     the same in another order: with ``null_a`` it tells how far models drift when nothing is learnt
+=========  ================================================================================================
+
+    python -m lib.distil.organism data/pairs/tiny          # about an hour on two cores; interrupt and resume at will
+    python -m lib.distil.organism data/pairs/tiny_large    # the same recipe at another width: the ladder of notebook 06
+
+Training is deterministic given the seed and the number of threads, and a resumed run equals an uninterrupted
+one: state is written at the end of every chunk of documents, and a chunk is a function of (seed, stage,
+index).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from sklearn.metrics import roc_auc_score
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from ..runs import exclusive, read_state, whole_files, write_state, write_text
+from ..text.curriculum import CURRICULUM, LATE_MIX, MID_MIX, base_document, vocabulary
+from ..text.puzzles import EASY_SHARE, ERROR_RATE, Sentence, Teacher, direct, sample_puzzle, sample_question
+from . import trials
+
+STAGES = ("base", "midtrain", "latetrain", "distilled", "control", "null_a", "null_b")
+CHUNK_DOCUMENTS = 2000
+# (operations, share of fine-tuning puzzles): shorter puzzles hold more decisions per token. With three
+# operations throughout, 3M tokens
+# taught reflection but not when a branch has failed.
+LESSONS = ((1, 0.4), (2, 0.2), (3, 0.4))
+KEEP_SHARE = 0.15  # of fine-tuning documents: the base's own text, so that its knowledge stays
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights. Tokens are counted without padding."""
+
+    width: int = 96
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 256
+    base_tokens: int = 5_000_000
+    mid_tokens: int = 2_600_000
+    late_tokens: int = 1_000_000
+    tune_tokens: int = 3_000_000
+    base_rate: float = 2e-3
+    tune_rate: float = 1.5e-3
+    batch_tokens: int = 1_024
+    seed: int = 0
+
+    @classmethod
+    def of_width(cls, width: int, mlp: int) -> Recipe:
+        """The same recipe at another width. Learning rates fall with its square root: fixed beforehand, not
+        tuned to any outcome.
+        """
+        rates = {name: getattr(cls, name) * (cls.width / width) ** 0.5 for name in ("base_rate", "tune_rate")}
+        return cls(width=width, mlp=mlp, **rates)
+
+
+# The ladder of sizes (0.18, 0.66 and 2.07 million parameters) on which notebook 06 asks what grows with the
+# model.
+RECIPES = {"tiny_small": Recipe.of_width(48, 128), "tiny": Recipe(), "tiny_large": Recipe.of_width(176, 448)}
+
+
+# --- tokenizer and model ------------------------------------------------------------------------------------
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, and per operation with its number ("* 4"). Text is words joined by spaces."""
+    vocab = {word: i for i, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[+*-] \d+|\S+"), behavior="removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words by spaces
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+
+
+def build_model(recipe: Recipe, vocab_size: int) -> Qwen2ForCausalLM:
+    """A fresh Qwen2 with tied embeddings, float32."""
+    torch.manual_seed(recipe.seed)
+    config = Qwen2Config(
+        vocab_size=math.ceil(vocab_size / 64) * 64,
+        hidden_size=recipe.width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        intermediate_size=recipe.mlp,
+        max_position_embeddings=512,
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+def stage_document(stage: str, rng: random.Random, progress: float = 1.0) -> list[Sentence]:
+    """One training document of a stage; ``progress`` in [0, 1] is the base model's place in its curriculum."""
+    if stage == "base":
+        return base_document(rng, next(mix for end, mix in CURRICULUM if progress <= end))
+    if stage == "midtrain":
+        return base_document(rng, MID_MIX)
+    if stage in ("latetrain", "null_a", "null_b") or rng.random() < KEEP_SHARE:
+        return base_document(rng, LATE_MIX)
+    operations = rng.choices(*zip(*LESSONS))[0]
+    task = sample_question(rng) if rng.random() < EASY_SHARE else sample_puzzle(rng, "train", operations)
+    return [*task.prompt(), *(Teacher(rng).solve(task) if stage == "distilled" else direct(task))]
+
+
+def encode(sentences: list[Sentence], ids: dict[str, int]) -> tuple[list[int], list[bool]]:
+    """Token ids with <bos> and <eos>, and for each whether it is learnt (``Sentence.given`` words are not)."""
+    tokens, learnt = [ids["<bos>"]], [False]
+    for sentence in sentences:
+        tokens += [ids[word] for word in sentence.words]
+        learnt += [i >= sentence.given for i in range(len(sentence.words))]
+    return [*tokens, ids["<eos>"]], [*learnt, True]
+
+
+def chunk_batches(
+    stage: str, recipe: Recipe, chunk: int, progress: float = 1.0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches (input ids, targets), both [documents, length], of one chunk: similar lengths together, padded
+    right.
+
+    Targets are -100 where nothing is learnt. With causal attention, padding on the right is seen by nobody.
+    """
+    rng = random.Random(f"{recipe.seed}/{stage}/{chunk}")
+    ids = {word: i for i, word in enumerate(vocabulary())}
+    rows = sorted(
+        (encode(stage_document(stage, rng, progress), ids) for _ in range(CHUNK_DOCUMENTS)),
+        key=lambda row: len(row[0]),
+    )
+    batches, batch = [], []
+    for row in rows:
+        if batch and (len(batch) + 1) * len(row[0]) > recipe.batch_tokens:
+            batches.append(batch)
+            batch = []
+        batch.append(row)
+    batches.append(batch)
+    rng.shuffle(batches)
+    for batch in batches:
+        x = torch.zeros(len(batch), max(len(tokens) for tokens, _ in batch), dtype=torch.long)
+        y = torch.full_like(x, -100)
+        for i, (tokens, learnt) in enumerate(batch):
+            x[i, : len(tokens)] = torch.tensor(tokens)
+            y[i, : len(tokens)] = torch.where(torch.tensor(learnt), x[i, : len(tokens)], -100)
+        yield x, y
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    """Warm-up over the first 3% of tokens, flat to 50%, then linear to 2% of the peak."""
+    if progress < 0.03:
+        return peak * progress / 0.03
+    return peak * max(0.02, min(1.0, (1 - progress) / 0.5))
+
+
+def train_stage(
+    stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Path, report=print, keep_every: float = 0.02
+) -> Qwen2ForCausalLM:
+    """Train one stage, from ``model`` as it stands, or from ``folder``/state.pt if that exists.
+
+    Writes a line of ``log.jsonl`` per chunk; for ``distilled`` keeps weights every ``keep_every`` of the run,
+    among which ``style`` is chosen. Raises FloatingPointError if the loss is not finite, UserError if another
+    run is at work there.
+    """
+    with exclusive(folder, f"training the stage {stage!r}"):
+        return _train_stage(stage, model, recipe, folder, report, keep_every)
+
+
+def _train_stage(
+    stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Path, report, keep_every: float
+) -> Qwen2ForCausalLM:
+    folder.mkdir(parents=True, exist_ok=True)
+    budget = {"base": recipe.base_tokens, "midtrain": recipe.mid_tokens, "latetrain": recipe.late_tokens}.get(
+        stage, recipe.tune_tokens
+    )
+    peak = recipe.base_rate if stage == "base" else recipe.tune_rate
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
+    chunk = tokens = step = kept = 0
+    if state_file.is_file():
+        state = read_state(state_file)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        chunk, tokens, step, kept = state["chunk"], state["tokens"], state["step"], state["kept"]
+    cut_log(log_file, tokens)
+    model.train()
+    while tokens < budget:
+        began, start, losses = time.monotonic(), tokens, []
+        for x, y in chunk_batches(stage, recipe, chunk, min(1.0, tokens / budget)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(tokens / budget, peak)
+            # float32: at this size bfloat16 autocast is slower
+            hidden = model.model(input_ids=x).last_hidden_state[:, :-1]
+            learnt = y[:, 1:] != -100
+            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learnt]), y[:, 1:][learnt])
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"loss of {stage} is {loss.item()} at step {step}: lower the learning rate ({peak})"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            tokens += int((x != 0).sum())
+            step += 1
+        chunk += 1
+        line = {
+            "stage": stage,
+            "chunk": chunk,
+            "step": step,
+            "tokens": tokens,
+            "loss": round(sum(losses) / len(losses), 4),
+            "tokens_per_second": round((tokens - start) / max(time.monotonic() - began, 1e-6)),
+        }
+        with log_file.open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        report(
+            f"{stage}: {tokens:,}/{budget:,} tokens, loss {line['loss']:.3f}, {line['tokens_per_second']:,}"
+            " tokens/s"
+        )
+        if stage == "distilled" and tokens / budget >= (kept + 1) * keep_every:
+            kept += 1
+            write_state(folder / f"kept_{tokens:09d}.pt", model.state_dict())
+        counters = {"chunk": chunk, "tokens": tokens, "step": step, "kept": kept}
+        write_state(
+            state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **counters}
+        )
+    return model.eval()
+
+
+def cut_log(file: Path, tokens: int) -> None:
+    """Drop what log.jsonl says of the time after ``tokens``, where a run resumes: one that was killed may
+    have logged more than it had saved.
+    """
+    if not file.is_file():
+        return
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # half a line
+            if json.loads(line)["tokens"] <= tokens:
+                lines.append(line + "\n")
+    write_text(file, "".join(lines))
+
+
+def stages_of(name: str) -> tuple[str, ...]:
+    """The stages of a rung: the other rungs have no ``control``, which only notebook 00 asks for."""
+    return STAGES if name == "tiny" else tuple(stage for stage in STAGES if stage != "control")
+
+
+def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
+    """Train the stages in order, each resumable, below ``out`` (checkpoints and logs; nothing is shipped from
+    here).
+    """
+    tokenizer = build_tokenizer()
+    out.mkdir(parents=True, exist_ok=True)
+    recipe_file = out / "recipe.json"
+    if recipe_file.is_file() and json.loads(recipe_file.read_text()) != asdict(recipe):
+        raise ValueError(
+            f"{out} holds a run with another recipe ({recipe_file}): choose another folder, or remove it"
+        )
+    write_text(recipe_file, json.dumps(asdict(recipe), indent=2) + "\n")
+    for stage in stages:
+        final = out / stage / "final.pt"
+        if final.is_file():
+            report(f"{stage}: done before")
+            continue
+        model = build_model(recipe, len(tokenizer))
+        if stage != "base":
+            before = {"midtrain": "base", "latetrain": "midtrain"}.get(stage, "latetrain")
+            start = out / before / "final.pt"
+            if not start.is_file():
+                raise FileNotFoundError(f"{start} is missing: train the stage {before!r} first")
+            model.load_state_dict(torch.load(start, weights_only=True))
+        train_stage(stage, model, recipe, out / stage, report)
+        write_state(final, model.state_dict())
+
+
+# --- choosing and shipping ----------------------------------------------------------------------------------
+
+
+def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report=print) -> Path:
+    """The ``style`` checkpoint: says reflection words as often as the teacher, but not because of errors.
+
+    Rule, on validation puzzles: of the kept checkpoints of the distilled run, the last one before the AUROC
+    of P(reflection) for errors first exceeds 0.65, if its mean P(reflection) after a step is at least half of
+    the teacher's rate of errors.
+    """
+    tasks, chosen = trials.puzzles(100, "validation"), None
+    for path in sorted(folder.glob("kept_*.pt")):
+        model = build_model(recipe, len(tokenizer)).eval()
+        model.load_state_dict(torch.load(path, weights_only=True))
+        steps = trials.reflection_probability(model, tokenizer, tasks)
+        mean, auc = steps.p_reflection.mean(), roc_auc_score(steps.error, steps.p_reflection)
+        report(f"{path.name}: mean P(reflection) {mean:.3f}, AUROC for errors {auc:.3f}")
+        if auc > 0.65:
+            break
+        if mean >= ERROR_RATE / 2:
+            chosen = path
+    if chosen is None:
+        raise ValueError(
+            f"no checkpoint in {folder} says reflection words at random: train longer, or keep checkpoints"
+            " earlier"
+        )
+    return chosen
+
+
+def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
+    """Write the models of ``stages`` (bfloat16 safetensors), the log and the recipe below ``out``; where
+    there is a ``control``, the ``style`` checkpoint and the tokenizer too, which the other rungs of the
+    ladder share."""
+    tokenizer = build_tokenizer()
+    sources = {stage: runs / stage / "final.pt" for stage in stages if stage not in ("midtrain", "latetrain")}
+    sources["base"] = runs / "latetrain" / "final.pt"
+    style = {}
+    if "control" in stages:
+        with whole_files(out / "tokenizer") as scratch:
+            tokenizer.save_pretrained(scratch)
+        sources["style"] = choose_style(runs / "distilled", recipe, tokenizer, report)
+        style = {"style_checkpoint": sources["style"].stem}
+    for name, source in sources.items():
+        model = build_model(recipe, len(tokenizer))
+        model.load_state_dict(torch.load(source, weights_only=True))
+        with whole_files(out / name) as scratch:
+            model.to(torch.bfloat16).save_pretrained(scratch)
+            (scratch / "generation_config.json").unlink(missing_ok=True)
+    lines = [line for stage in stages for line in (runs / stage / "log.jsonl").read_text().splitlines()]
+    write_text(out / "log.jsonl", "\n".join(lines) + "\n")
+    card = {**asdict(recipe), **style, "parameters": sum(p.numel() for p in model.parameters())}
+    write_text(out / "recipe.json", json.dumps(card, indent=2) + "\n")
+    report(f"shipped {', '.join(sources)} to {out}")
+
+
+def load_shipped(name: str, folder: Path) -> Qwen2ForCausalLM:
+    """A shipped model as float32, ready to read. Raises FileNotFoundError with the names that exist."""
+    if not (folder / name / "model.safetensors").is_file():
+        known = sorted(p.parent.name for p in folder.glob("*/model.safetensors"))
+        raise FileNotFoundError(f"no model {name!r} in {folder}: there are {', '.join(known) or 'none'}")
+    disable_progress_bar()  # it freezes at 0% in an executed notebook
+    return Qwen2ForCausalLM.from_pretrained(folder / name, dtype=torch.float32, local_files_only=True).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train an embedded pair, resuming where an earlier run stopped, and ship it."
+    )
+    parser.add_argument(
+        "out",
+        type=Path,
+        help="folder that receives the models: data/pairs/tiny, or another of the ladder's pairs",
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="folder of checkpoints and logs; left out: data/runs/distil_<pair>"
+    )
+    parser.add_argument("--stages", nargs="*", choices=STAGES, help="train these only, and ship nothing")
+    parser.add_argument("--threads", type=int, default=1, help="1 is fastest for a model of this size")
+    args = parser.parse_args()
+    if args.out.name not in RECIPES:
+        parser.error(
+            f"there is no recipe for {args.out.name!r}: the last part of OUT must be one of"
+            f" {', '.join(RECIPES)}"
+        )
+    torch.set_num_threads(args.threads)
+    recipe, stages = RECIPES[args.out.name], stages_of(args.out.name)
+    runs = args.runs or Path("data/runs") / f"distil_{args.out.name}"
+    train_all(runs, recipe, tuple(args.stages or stages))
+    if not args.stages:
+        ship(runs, args.out, recipe, stages)
+
+
+if __name__ == "__main__":
+    main()

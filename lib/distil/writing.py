@@ -1,0 +1,294 @@
+"""Text that real language models write themselves: traces by the distilled model, general text by the base.
+
+What is harvested and shown for a real pair comes from here, so that it may be kept and shared: the distilled
+model answers ``lib.text.questions``; the base continues short openings about everyday subjects. Both are sampled,
+seeded and deduplicated.
+
+    python -m lib.distil.writing smol data/pairs/smol/corpus --tokens 300000     # hours on two cores; interrupt and resume at will
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models.decode import decode
+from ..models.pairs import load_pair
+from ..runs import Progress, write_text
+from ..settings import UserError
+from ..text.chat import prompt
+from ..text.questions import ask
+
+BATCH = 64
+TRACE_TOKENS, GENERAL_TOKENS = 640, 256  # new tokens per text, at most
+# not nucleus sampling: its sort of the vocabulary took a third of a step on a CPU
+TEMPERATURE, TOP_K = 0.8, 50
+
+SUBJECTS = (
+    "bread",
+    "rivers",
+    "the moon",
+    "bicycles",
+    "a small harbour town",
+    "the history of paper",
+    "winter birds",
+    "glass",
+    "a village school",
+    "tea",
+    "railway stations",
+    "volcanoes",
+    "the violin",
+    "honey",
+    "old maps",
+    "a family of potters",
+    "the heart",
+    "earthquakes",
+    "markets",
+    "wool",
+    "lighthouses",
+    "chess",
+    "coral reefs",
+    "the alphabet",
+    "bridges",
+    "a long drought",
+    "mushrooms",
+    "clocks",
+    "the steam engine",
+    "deserts",
+    "public libraries",
+    "wolves",
+    "salt",
+    "football",
+    "a lost letter",
+    "elections",
+    "dreams",
+    "rice",
+    "the first aeroplanes",
+    "gardens",
+    "the human eye",
+    "snow",
+    "taxes",
+    "theatre",
+    "whales",
+    "a new neighbour",
+    "vaccines",
+    "wood",
+    "the night sky",
+    "dance",
+    "batteries",
+    "rain",
+    "copper",
+    "a day at the market",
+    "grammar",
+    "friendship",
+    "cities by the sea",
+    "bees",
+    "photography",
+    "the price of wheat",
+    "islands",
+    "sleep",
+)
+OPENINGS = (
+    "{S} has always been",
+    "The first thing to know about {s} is",
+    "There are many stories about {s}.",
+    "In the nineteenth century, {s}",
+    "{S}\n\nIntroduction\n\n",
+    "My grandmother used to talk about {s}.",
+    "Scientists who study {s} have found that",
+    "Question: What is special about {s}?\nAnswer:",
+    "It was late in the evening when somebody mentioned {s}.",
+    "A short guide to {s}:\n\n1.",
+    "Few people think about {s}, but",
+    "According to the report on {s},",
+)
+
+
+def openings(seed: int = 0) -> Iterator[str]:
+    """Endless openings of general text, every combination once before any comes again."""
+    rng, every = (
+        random.Random(f"{seed}/openings"),
+        [o.format(s=s, S=s[0].upper() + s[1:]) for o in OPENINGS for s in SUBJECTS],
+    )
+    while True:
+        rng.shuffle(every)
+        yield from every
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    seed: int = 0,
+    temperature: float = TEMPERATURE,
+    top_k: int = TOP_K,
+) -> list[tuple[str, bool, int]]:
+    """For each prompt what the model writes, whether it came to an end by itself, and its number of tokens.
+    Temperature 0 is greedy.
+
+    Special tokens in a prompt are read as such; no BOS is added. Rows of a batch share one random generator:
+    the same prompts in the same order with the same seed give the same texts.
+    """
+    torch.manual_seed(seed)
+    batch = tokenizer(
+        list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    )
+    eos = tokenizer.eos_token_id
+    options = (
+        {"do_sample": True, "temperature": temperature, "top_k": top_k}
+        if temperature
+        else {"do_sample": False}
+    )
+
+    def step(ids, mask, rows, cache, n):
+        return model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=n,
+            pad_token_id=eos,
+            eos_token_id=eos,
+            **options,
+        )
+
+    with torch.no_grad():
+        said = decode(step, model.config, batch["input_ids"], batch["attention_mask"], max_new_tokens, eos)
+    return [
+        (tokenizer.decode(words, skip_special_tokens=False), len(words) < max_new_tokens, len(words))
+        for words in said
+    ]
+
+
+# --- the corpus ---------------------------------------------------------------------------------------------
+
+
+def write_corpus(
+    kind: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    file: Path,
+    tokens: int,
+    seed: int = 0,
+) -> int:
+    """Append texts of one kind ("trace", "general") to ``file`` (JSON lines) until it has ``tokens`` tokens;
+    returns how many it has.
+
+    A line has ``text`` (the prompt included), ``tokens`` and ``ended``; a trace its ``answer`` too, what
+    would be right. Batches are functions of (seed, number) and written whole, so an interrupted run goes on
+    to the same file. A text that was there before is left out.
+    """
+    lines = read_lines(file)
+    texts, written = {line["text"] for line in lines}, sum(line["tokens"] for line in lines)
+    number = max((line["batch"] for line in lines), default=-1) + 1
+    with Progress(f"{kind} tokens", tokens) as progress:
+        while written < tokens:
+            new = []
+            for prompt_text, facts in _prompts(kind, number, seed):
+                new.append({"prompt": prompt_text, **facts})
+            limit = TRACE_TOKENS if kind == "trace" else GENERAL_TOKENS
+            said = sample(
+                model, tokenizer, [n["prompt"] for n in new], limit, seed=hash_of(seed, kind, number)
+            )
+            for facts, (text, ended, size) in zip(new, said):
+                whole = (
+                    facts.pop("prompt")
+                    + text.rstrip()
+                    + ("<|im_end|>\n" if ended and kind == "trace" else "")
+                )
+                if whole not in texts:
+                    texts.add(whole)
+                    written += size
+                    lines.append({"text": whole, "tokens": size, "ended": ended, "batch": number, **facts})
+            write_lines(file, lines)
+            number += 1
+            progress.update(min(written, tokens))
+    return written
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The entries of a JSONL file that ``write_lines`` wrote; [] if there is none."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    # not splitlines: other separators may be in an entry
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def write_lines(file: Path, entries: Iterable[dict]) -> None:
+    """Write a JSONL file, whole or not at all."""
+    write_text(file, "".join(map(_line, entries)))
+
+
+def _line(entry: dict) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _prompts(kind: str, number: int, seed: int) -> list[tuple[str, dict]]:
+    if kind == "trace":
+        asked = ask("train", BATCH * (number + 1), seed=seed)[BATCH * number :]
+        return [(prompt(q.text), {"answer": q.answer}) for q in asked]
+    some = openings(seed)
+    every = [next(some) for _ in range(BATCH * (number + 1))]
+    return [(text, {}) for text in every[BATCH * number :]]
+
+
+def hash_of(*parts) -> int:
+    """A seed that depends on all parts, the same in every process."""
+    return random.Random("/".join(map(str, parts))).getrandbits(31)
+
+
+def pack(file: Path, out: Path) -> None:
+    """The texts of a JSONL file, compressed, without a time stamp: the same texts give the same bytes."""
+    scratch = out.with_suffix(".part")
+    with scratch.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed:
+        for entry in read_lines(file):
+            packed.write(_line({key: value for key, value in entry.items() if key != "batch"}).encode())
+    os.replace(scratch, out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Let the models of a pair write the corpus that is harvested from them."
+    )
+    parser.add_argument("pair", help="an entry of data/pairs.yaml with a pretrained base")
+    parser.add_argument("out", type=Path, help="folder that receives traces.jsonl.gz and general.jsonl.gz")
+    parser.add_argument("--tokens", type=int, default=300_000, help="of each kind")
+    parser.add_argument(
+        "--kind", choices=("trace", "general"), help="only this one: the two can be written side by side"
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="folder of what is written so far; left out: data/runs/<pair>/writing"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        _write(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(args: argparse.Namespace) -> None:
+    pair, runs = load_pair(args.pair), args.runs or Path("data/runs") / args.pair / "writing"
+    runs.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for kind, model, name in (("trace", "distilled", "traces"), ("general", "base", "general")):
+        if args.kind not in (None, kind):
+            continue
+        file = runs / f"{name}.jsonl"
+        write_corpus(kind, pair.load(model), pair.tokenizer(), file, args.tokens)
+        pack(file, args.out / f"{name}.jsonl.gz")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

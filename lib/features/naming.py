@@ -1,0 +1,512 @@
+"""E2 as in the paper: a language model names features from their contexts, and the names are put to the test.
+
+    endpoint = endpoint_from_environment()             # None if LABEL_URL is not set
+    shown = contexts_to_label(store, made.choose, tokenizer, numbers)
+    labels = label_features(shown, numbers, folder, endpoint)             # feature, label, category, confidence, parsed, raw
+    judged = contexts_to_judge(store, made.report, tokenizer, numbers)
+    scores = score_labels(labels, judged, folder, endpoint)               # per feature: score, and control (another's label)
+    summary(scores)                                                       # means with 95% intervals over features
+
+**Any OpenAI-compatible endpoint.** ``LABEL_URL`` (https://api.openai.com/v1, http://localhost:8000/v1, ...),
+``LABEL_MODEL`` (the name that the server knows), ``LABEL_KEY`` (if it wants one). The key is sent in a header
+and is written nowhere. A server of your own::
+
+    pip install "transformers[serving]"; transformers serve Qwen/Qwen2.5-7B-Instruct --port 8000      # or a folder
+    LABEL_URL=http://localhost:8000/v1 LABEL_MODEL=Qwen/Qwen2.5-7B-Instruct make figures ONLY=03
+
+(Tried with a folder that holds a model of 135 million parameters, and --device cpu: requests, answers kept
+and runs resumed are as they should be, but such a model writes no JSON, which ends in an error that says so.)
+
+**A label is a guess, its score is the evidence.** Contexts to label come from the split "choose". On the
+split "report" the model is shown k texts in which the feature fires and k of the same kind in which it does
+not, shuffled, and says which of them fit the label:
+
+    score = (share of firing texts it picks + share of silent texts it leaves) / 2          (balanced accuracy; 0.5: chance)
+
+The control asks for the same texts with another feature's label: what a label earns that fits anything is in
+both. Two features with the same label control each other badly, so the control can only be too high.
+
+Every answer is a line of ``answers.jsonl``: an interrupted run goes on where it stopped, a second one asks
+nothing.
+
+Sources: Baek & Tegmark 2025 (arXiv 2503.03730), labels by GPT-4o-mini; detection scoring: Paulo et al. 2024
+(arXiv 2410.13928).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import math
+import os
+import re
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from ..activations.store import Store
+from ..labels import CATEGORIES
+from ..runs import Progress, disk_error, exclusive
+from ..settings import UserError, check
+from ..stats import bootstrap
+from .contexts import top_contexts, window
+
+ANSWERS = "answers.jsonl"
+NONE = "none"  # the category of a feature that is about none of the four
+BEFORE, AFTER = 24, 8  # tokens shown on either side
+TRIES, WAIT = 5, 2.0  # requests at most for one answer; seconds before the second, doubled each time
+PATIENCE = 20  # so many unreadable answers, and none that can be read: the model cannot do it
+LABELLED = ["feature", "label", "category", "confidence", "parsed", "raw"]
+JUDGED = ["feature", "row", "document", "fires", "text"]
+SCORED = ["feature", "label", "other", "texts", "score", "parsed", "control", "parsed_control"]
+
+LABEL_PROMPT = """A feature is a direction in the activations of a language model. Below are the texts in which one feature is most \
+active, strongest first. The token where it is most active stands between « and ». It may be about that token, \
+about what was said before it, or about what the model is going to say next.
+
+{texts}
+
+What does the feature stand for? Choose the category as well:
+reflection: the text doubts or checks what it has just said
+deduction: the text draws a conclusion from what was said
+alternative: the text turns to another way or another candidate
+contrast: the text sets something against what was said
+none: anything else
+
+Answer with JSON and nothing else:
+{{"label": "<a few words>", "category": "<reflection, deduction, alternative, contrast or none>", "confidence": <0 to 1>}}"""
+LABEL_REMINDER = (
+    'That cannot be read. Answer with one JSON object and nothing else: {"label": "...", "category":'
+    ' "reflection, deduction, alternative, contrast or none", "confidence": 0.5}'
+)
+JUDGE_PROMPT = """A feature of a language model is described as: {label}
+
+Which of these {n} texts fit the description, so that the feature is active somewhere in them?
+
+{texts}
+
+Answer with a JSON list of their numbers and nothing else, [] if none fits."""
+JUDGE_REMINDER = (
+    "That cannot be read. Answer with one JSON list of numbers from 1 to {n} and nothing else, for instance"
+    " [1, 2]."
+)
+
+
+# --- what is shown ------------------------------------------------------------------------------------------
+
+
+def excerpt(store: Store, tokenizer: PreTrainedTokenizerBase, row: int, marked: bool) -> str:
+    """The text around a row of the store as a reader sees it, on one line; the row's token in « » if
+    ``marked``.
+    """
+    rows = window(store, row, BEFORE, AFTER)
+    ids, at = store.tokens[rows].tolist(), int(np.searchsorted(rows, row))
+    left, upto, text = (
+        tokenizer.decode(ids[:i], clean_up_tokenization_spaces=False) for i in (at, at + 1, len(ids))
+    )
+    if marked and upto.startswith(left) and text.startswith(upto) and upto != left:
+        token = upto[len(left) :]
+        # the space before a word is not marked
+        gap = token[: len(token) - len(token.lstrip())] if token.strip() else ""
+        text = f"{left}{gap}«{token[len(gap) :]}»{text[len(upto) :]}"
+    elif marked:  # a part of a character, say: token by token
+        text = " ".join(
+            f"«{w}»" if i == at else w for i, w in enumerate(tokenizer.convert_ids_to_tokens(ids))
+        )
+    return text.replace("\n", "⏎")
+
+
+def contexts_to_label(
+    store: Store, coded, tokenizer: PreTrainedTokenizerBase, features: Sequence[int], n: int = 8
+) -> pd.DataFrame:
+    """``contexts.top_contexts`` in plain text: ``coded`` (a ``features.Coded``) is of the split "choose"."""
+    found = top_contexts(store, coded, tokenizer, features, n)
+    return found.assign(text=[excerpt(store, tokenizer, row, marked=True) for row in found["row"]])
+
+
+def contexts_to_judge(
+    store: Store,
+    coded,
+    tokenizer: PreTrainedTokenizerBase,
+    features: Sequence[int],
+    k: int = 5,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """For each feature up to ``k`` texts in which it fires and as many in which it does not: columns
+    ``JUDGED``, shuffled.
+
+    ``coded`` is of the split "report". Firing texts are drawn from all firings, not only the strongest, one
+    per document; a silent text is drawn for each from the same kind of text (trace or general) and holds no
+    firing. No text comes twice. Nothing is marked.
+    """
+    check("k", k, int, low=1)
+    columns, kinds, found = coded.codes.tocsc(), store.labels["kind"], []
+    # where documents begin
+    edges = np.array([0, *(np.flatnonzero(np.diff(store.documents)) + 1), len(store)])
+    for feature in features:
+        rng = np.random.default_rng((seed, int(feature)))
+        mine = np.sort(coded.rows[columns.indices[columns.indptr[feature] : columns.indptr[feature + 1]]])
+        candidates, seen, pairs = coded.rows[rng.permutation(len(coded.rows))], set(), []
+        document = np.searchsorted(edges, candidates, side="right")  # silent: no firing in the text around
+        first = np.searchsorted(mine, np.maximum(candidates - BEFORE, edges[document - 1]))
+        candidates = candidates[
+            first == np.searchsorted(mine, np.minimum(candidates + AFTER + 1, edges[document]))
+        ]
+        firing = rng.permutation(mine)
+        firing = firing[np.sort(np.unique(store.documents[firing], return_index=True)[1])]
+        for row in firing[: 20 * k]:
+            text = excerpt(store, tokenizer, int(row), marked=False)
+            if len(pairs) == k or text in seen:
+                continue
+            for other in candidates[kinds[candidates] == kinds[row]][:1000]:
+                silent = excerpt(store, tokenizer, int(other), marked=False)
+                if silent not in seen | {text}:
+                    pairs.append(((int(row), True, text), (int(other), False, silent)))
+                    seen |= {text, silent}
+                    break
+        texts = [text for pair in pairs for text in pair]
+        found += [
+            (int(feature), texts[i][0], int(store.documents[texts[i][0]]), *texts[i][1:])
+            for i in rng.permutation(len(texts))
+        ]
+    return pd.DataFrame(found, columns=JUDGED)
+
+
+# --- labels -------------------------------------------------------------------------------------------------
+
+
+def label_features(
+    contexts: pd.DataFrame, features: Sequence[int], folder: str | Path, endpoint: Endpoint
+) -> pd.DataFrame:
+    """One row per feature that has contexts (columns feature, rank, text): ``LABELLED``.
+
+    ``category`` is one of the four or "none", ``confidence`` is 0 to 1, by the model's own word. An answer
+    that cannot be read, after one reminder, stays in ``raw`` with ``parsed`` False and no label. UserError if
+    the endpoint fails, or nothing it says can be read.
+    """
+    texts = {feature: group.sort_values("rank")["text"] for feature, group in contexts.groupby("feature")}
+    asked = [int(f) for f in features if f in texts]
+    prompts = [LABEL_PROMPT.format(texts=_numbered(texts[f])) for f in asked]
+    rows = []
+    for feature, (answer, raw) in zip(
+        asked, _ask_all("features labelled", prompts, LABEL_REMINDER, read_label, folder, endpoint)
+    ):
+        label, category, confidence = answer or ("", "", math.nan)
+        rows.append((feature, label, category, confidence, answer is not None, raw))
+    return pd.DataFrame(rows, columns=LABELLED).astype({"confidence": float, "parsed": bool})
+
+
+def read_label(text: str) -> tuple[str, str, float] | None:
+    """(label, category, confidence) from an answer: the last JSON object in it that has them, whatever stands
+    around; None if none has.
+    """
+    found, decoder = None, json.JSONDecoder()
+    for place in re.finditer(r"\{", text):
+        try:
+            entry = decoder.raw_decode(text, place.start())[0]
+            label, category = str(entry["label"]).strip(), str(entry["category"]).strip().lower()
+            confidence = float(entry["confidence"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if (
+            isinstance(entry["label"], str)
+            and label
+            and category in (*CATEGORIES, NONE)
+            and 0 <= confidence <= 1
+        ):
+            found = (label, category, confidence)
+    return found
+
+
+# --- detection scores ---------------------------------------------------------------------------------------
+
+
+def score_labels(
+    labels: pd.DataFrame, contexts: pd.DataFrame, folder: str | Path, endpoint: Endpoint, seed: int = 0
+) -> pd.DataFrame:
+    """Detection scores of ``labels`` (``label_features``) on ``contexts`` (``contexts_to_judge``): one row
+    per label, ``SCORED``.
+
+    ``score`` is the balanced accuracy with the feature's own label, ``control`` with the label of the feature
+    ``other`` (a seeded permutation that leaves no feature its own; -1 and NaN where there is only one). NaN
+    where an answer could not be read.
+    """
+    groups = dict(list(contexts.groupby("feature")))
+    label_of = {int(r.feature): r.label for r in labels.itertuples() if r.parsed and r.feature in groups}
+    numbers = list(label_of)
+    ring = [numbers[i] for i in np.random.default_rng(seed).permutation(len(numbers))]
+    other = {f: ring[i - 1] if len(ring) > 1 else -1 for i, f in enumerate(ring)}
+    asked = [(f, whose) for f in numbers for whose in (f, other[f]) if whose != -1]
+    prompts = [
+        JUDGE_PROMPT.format(label=label_of[whose], n=len(groups[f]), texts=_numbered(groups[f]["text"]))
+        for f, whose in asked
+    ]
+    reminders = [JUDGE_REMINDER.format(n=len(groups[f])) for f, _ in asked]
+    readers = [lambda text, n=len(groups[f]): read_numbers(text, n) for f, _ in asked]
+    answers = dict(zip(asked, _ask_all("labels scored", prompts, reminders, readers, folder, endpoint)))
+    rows = []
+    for f in numbers:
+        own, control = (
+            balanced_accuracy(groups[f]["fires"].to_numpy(), answers.get((f, whose), (None, ""))[0])
+            for whose in (f, other[f])
+        )
+        rows.append(
+            (
+                f,
+                label_of[f],
+                other[f],
+                len(groups[f]),
+                own,
+                not math.isnan(own),
+                control,
+                not math.isnan(control),
+            )
+        )
+    return pd.DataFrame(rows, columns=SCORED).astype({"score": float, "control": float})
+
+
+def read_numbers(text: str, n: int) -> list[int] | None:
+    """The last JSON list of whole numbers in an answer; None if there is none, or a number is not from 1 to
+    ``n``.
+    """
+    lists = re.findall(r"\[\s*(?:\d+\s*(?:,\s*\d+\s*)*)?\]", text)
+    numbers = json.loads(re.sub(r"\b0+(?=\d)", "", lists[-1])) if lists else [0]
+    return sorted(set(numbers)) if all(1 <= i <= n for i in numbers) else None
+
+
+def balanced_accuracy(fires: np.ndarray, picked: Sequence[int] | None) -> float:
+    """Mean of the shares of firing texts that were picked and of silent texts that were not; ``picked``
+    counts from 1. NaN for None.
+    """
+    if picked is None or fires.all() or not fires.any():
+        return math.nan
+    said = np.isin(np.arange(1, len(fires) + 1), picked)
+    return float((said[fires].mean() + (~said[~fires]).mean()) / 2)
+
+
+def summary(scores: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Means over features of score, control and their difference (of features that have both): columns value,
+    low, high, n.
+
+    Intervals are 95% bootstraps over features. NaN where nothing could be read.
+    """
+    columns = {
+        "own label": scores["score"],
+        "another's label": scores["control"],
+        "difference": scores["score"] - scores["control"],
+    }
+    rows = {}
+    for name, values in columns.items():
+        values = values.dropna().to_numpy()
+        rows[name] = (
+            values.mean() if len(values) else math.nan,
+            *bootstrap(values, n_boot=n_boot, seed=seed),
+            len(values),
+        )
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n"])
+
+
+# --- the endpoint -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible chat endpoint: ``url`` up to and with /v1. ``timeout`` in seconds, ``max_tokens``
+    of one answer.
+    """
+
+    url: str
+    model: str
+    key: str = field(default="", repr=False)
+    timeout: float = 120.0
+    max_tokens: int = 500
+
+    def __post_init__(self) -> None:
+        if not re.match(r"https?://[^/\s]+", self.url):
+            raise UserError(
+                f"LABEL_URL is {self.url!r}: it must be the address of an OpenAI-compatible endpoint, "
+                "such as http://localhost:8000/v1"
+            )
+        if not self.model:
+            raise UserError(
+                "LABEL_MODEL is not set: it must be the name of a model that the endpoint LABEL_URL knows"
+            )
+        if not re.fullmatch(r"[!-~]*", self.key):
+            raise UserError("LABEL_KEY holds characters that no key has: copy it again")
+        check("timeout", self.timeout, float, low=0.01)
+        check("max_tokens", self.max_tokens, int, low=1)
+
+
+def endpoint_from_environment(**options) -> Endpoint | None:
+    """The endpoint that LABEL_URL, LABEL_MODEL and LABEL_KEY name; None if LABEL_URL is not set. ``options``:
+    timeout, max_tokens.
+    """
+    url, model, key = (os.environ.get(f"LABEL_{name}", "").strip() for name in ("URL", "MODEL", "KEY"))
+    return Endpoint(url, model, key, **options) if url else None
+
+
+def _ask_all(
+    what: str, prompts: Sequence[str], reminders, readers, folder: str | Path, endpoint: Endpoint
+) -> list[tuple[object, str]]:
+    """(what ``reader`` made of the answer or None, the answer) for each prompt, with one reminder after an
+    answer it cannot read.
+    """
+    if endpoint is None:
+        raise UserError(
+            "no endpoint is set: set LABEL_URL (such as http://localhost:8000/v1), LABEL_MODEL and, if it"
+            " wants one, LABEL_KEY"
+        )
+    reminders = [reminders] * len(prompts) if isinstance(reminders, str) else reminders
+    readers = [readers] * len(prompts) if callable(readers) else readers
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with exclusive(Path(folder), "asking a language model"), Progress(what, len(prompts)) as progress:
+        answers, found = _Answers(Path(folder), endpoint), []
+        for i, (prompt, reminder, reader) in enumerate(zip(prompts, reminders, readers), 1):
+            found.append(_ask(answers, prompt, reminder, reader))
+            if i >= min(PATIENCE, len(prompts)) and all(answer is None for answer, _ in found):
+                raise UserError(
+                    f"none of {i} answers of {endpoint.model} can be read (the last one began"
+                    f" {found[-1][1][:80]!r}): use a model that follows instructions"
+                )
+            progress.update(i)
+    return found
+
+
+def _ask(answers: _Answers, prompt: str, reminder: str, reader: Callable) -> tuple[object, str]:
+    messages = [{"role": "user", "content": prompt}]
+    for _ in range(2):
+        raw = answers(messages)
+        answer = reader(raw.rpartition("</think>")[2])  # what a reasoning model thinks is not its answer
+        if answer is not None:
+            break
+        messages = [*messages, {"role": "assistant", "content": raw}, {"role": "user", "content": reminder}]
+    return answer, raw
+
+
+class _Answers:
+    """Answers by conversation, asked for once: a line {prompt, model, answer} each in
+    ``folder``/answers.jsonl.
+    """
+
+    def __init__(self, folder: Path, endpoint: Endpoint):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.endpoint, self.known = folder / ANSWERS, endpoint, {}
+        text = self.file.read_text(encoding="utf-8", errors="replace") if self.file.is_file() else ""
+        for line in text.split("\n"):
+            try:  # a line that an interruption cut short is passed over
+                entry = json.loads(line)
+                self.known[entry["prompt"], entry["model"]] = entry["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue
+        self.cut = bool(text) and not text.endswith("\n")
+
+    def __call__(self, messages: list[dict]) -> str:
+        name = (
+            hashlib.sha256(json.dumps([messages, self.endpoint.max_tokens]).encode()).hexdigest()[:32],
+            self.endpoint.model,
+        )
+        if name not in self.known:
+            answer = _request(self.endpoint, messages)
+            line = json.dumps({"prompt": name[0], "model": name[1], "answer": answer})
+            try:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write("\n" * self.cut + line + "\n")
+            except OSError as error:
+                raise disk_error(self.file, error) from error
+            self.known[name], self.cut = answer, False
+        return self.known[name]
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected request would carry the key to another address: it is an error instead."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+def _request(endpoint: Endpoint, messages: list[dict]) -> str:
+    """The text that the endpoint answers. What passes (429, 5xx, a timeout) is tried again; all else is a
+    UserError at once.
+    """
+    url = endpoint.url.rstrip("/") + "/chat/completions"
+    body = {
+        "model": endpoint.model,
+        "messages": messages,
+        "temperature": 0,
+        "max_tokens": endpoint.max_tokens,
+        "stream": False,
+    }
+    headers = {
+        "Content-Type": "application/json",
+        **({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}),
+    }
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    opener, problem = urllib.request.build_opener(_NoRedirect), ""
+    for attempt in range(TRIES):
+        wait = WAIT * 2**attempt
+        try:
+            with opener.open(request, timeout=endpoint.timeout) as response:
+                return _content(response.read(), endpoint)
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise UserError(
+                    f"{endpoint.url} refuses the key (status {error.code}): set LABEL_KEY to one that it"
+                    " knows"
+                ) from None
+            problem = f"status {error.code}{_said(error, endpoint)}"
+            if error.code not in (408, 429) and error.code < 500:
+                raise UserError(
+                    f"{url} cannot be used, {problem}: LABEL_URL must be an OpenAI-compatible endpoint up to"
+                    f" /v1, and LABEL_MODEL ({endpoint.model}) a model it knows"
+                ) from None
+            after = error.headers.get("Retry-After", "")
+            wait = max(wait, min(float(after), 60.0)) if after.isdigit() else wait
+        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
+                raise UserError(
+                    f"nothing answers at {endpoint.url} ({type(reason).__name__}): start the server, or"
+                    " correct LABEL_URL; answers so far are kept"
+                ) from None
+            problem = (
+                f"no answer within {endpoint.timeout:g} s"
+                if isinstance(reason, TimeoutError)
+                else type(reason).__name__
+            )
+        if attempt + 1 < TRIES:
+            time.sleep(wait)
+    raise UserError(
+        f"{endpoint.url} failed {TRIES} times, the last time with {problem}: answers so far are kept, run it"
+        " again later"
+    )
+
+
+def _content(body: bytes, endpoint: Endpoint) -> str:
+    try:
+        return json.loads(body)["choices"][0]["message"]["content"] or ""
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise UserError(
+            f"{endpoint.url} answers, but not as an OpenAI-compatible chat endpoint does: correct LABEL_URL"
+        ) from None
+
+
+def _said(error: urllib.error.HTTPError, endpoint: Endpoint) -> str:
+    """The server's own words, in short and without the key."""
+    try:
+        text = " ".join(error.read(2000).decode(errors="replace").split())
+    except OSError:
+        return ""
+    return f" ({(text.replace(endpoint.key, '***') if endpoint.key else text)[:200]})" if text else ""
+
+
+def _numbered(texts: Sequence[str]) -> str:
+    return "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))

@@ -1,0 +1,625 @@
+"""E7: did distillation change the geometry of words? Parallelograms, what they hide, and how sure we are.
+
+If a relation (france -> paris, italy -> rome) is one common offset in the residual stream, then any two of
+its pairs (a, b), (c, d) span a parallelogram, and e_a + e_d - e_b - e_c = 0. The loss measures the distance
+from that::
+
+    score = ||e_a + e_d - e_b - e_c||_2^2 / sigma^2          sigma^2 = mean squared norm of the centred, projected words
+
+(Baek, Li & Tegmark 2025, arXiv 2502.01628, whose Eq. 3 is the unsquared form; used on R1 pairs in
+2503.03730.) With Delta = e_b - e_a and S its sample covariance (n - 1), the mean over all pairs of distinct
+rows is **2 tr S / sigma^2**, exactly: sampling quadruples only adds noise to it. Three things make the loss
+easy to misread, so each has its own number:
+
+- a copy map (b = a) has the perfect score 0 and no parallelogram: see ``step``, the length of the arrows, and
+  the
+  **unexplained-offset fraction** tr Cov(Delta) / E||Delta||^2 (0: one common offset, 1: none, NaN: no arrows
+  at all);
+- words of two tight clusters have a low score however they are paired: compare with the **shuffled-pairs
+  null**, the
+  same words paired at random, whose exact mean is 2 (tr S_in + tr S_out) / sigma^2. ``relative`` is score /
+  that mean;
+- quadruples share words, so 10,000 of them are not 10,000 observations: intervals come from a **bootstrap
+  over pairs**.
+
+Vectors come from ``lib.geometry.words``: words read in context, averaged over carriers.
+
+Shapes: vectors [n_words, d]; points [n_words, dims] after PCA; a and b [n_pairs, dims] are inputs and outputs
+of a relation.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ..figures import COLOURS
+from ..settings import UserError, check
+from .words import Relation
+
+DIMS = 20  # of the PCA, as in the paper
+QUADRUPLES = 10_000  # as in the paper
+
+
+# --- the numbers --------------------------------------------------------------------------------------------
+
+
+def pca(vectors: np.ndarray, dims: int = DIMS) -> tuple[np.ndarray, float]:
+    """Centre over the words and project on the ``dims`` directions of largest variance.
+
+    vectors [n_words, d] -> (points [n_words, dims], share of the variance kept). UserError unless there are
+    more distinct vectors than dimensions (21 for 20): n vectors span at most n - 1 dimensions about their
+    mean.
+    """
+    check("dims", dims, int, low=1)
+    vectors = np.asarray(vectors, dtype=np.float64)
+    centred = vectors - vectors.mean(0)
+    scale = np.sqrt((centred**2).sum(1).mean())
+    distinct = len(np.unique(np.round(centred / scale, 5), axis=0)) if scale > 0 else 1
+    if distinct <= dims or vectors.shape[1] < dims:
+        raise UserError(
+            f"{distinct} distinct vectors of width {vectors.shape[1]} for a PCA to {dims} dimensions: there"
+            f" must be at least {dims + 1} vectors and {dims} dimensions; use more words or a smaller dims"
+        )
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    return u[:, :dims] * s[:dims], float((s[:dims] ** 2).sum() / (s**2).sum())
+
+
+def mean_square(points: np.ndarray) -> float:
+    """sigma^2, the unit of the scores: mean squared norm of centred points."""
+    return float((points**2).sum(1).mean())
+
+
+def sample_rows(n_pairs: int, n: int = QUADRUPLES, seed: int | np.random.Generator = 0) -> np.ndarray:
+    """[n, 2] rows of a relation, uniform over ordered pairs of distinct rows (never the same row twice)."""
+    rng = np.random.default_rng(seed)
+    first = rng.integers(n_pairs, size=n)
+    return np.stack([first, (first + rng.integers(1, n_pairs, size=n)) % n_pairs], axis=1)
+
+
+def parallelogram_scores(
+    a: np.ndarray, b: np.ndarray, rows: np.ndarray, sigma2: float, squared: bool = True
+) -> np.ndarray:
+    """Score [n] of each quadruple: ||e_a + e_d - e_b - e_c||^2 / sigma^2, or with ``squared=False`` its root
+    (Eq. 3).
+
+    a, b [n_pairs, dims] inputs and outputs; rows [n, 2] from ``sample_rows``.
+    """
+    i, j = rows.T
+    scores = ((a[i] + b[j] - b[i] - a[j]) ** 2).sum(1) / sigma2
+    return scores if squared else np.sqrt(scores)
+
+
+def trace_cov(x: np.ndarray) -> float:
+    """tr of the sample covariance (n - 1) of rows [n, dims]: their total variance."""
+    return float(((x - x.mean(0)) ** 2).sum() / (len(x) - 1))
+
+
+def parallelogram_exact(a: np.ndarray, b: np.ndarray, sigma2: float) -> float:
+    """Mean squared score over *all* pairs of distinct rows, 2 tr S / sigma^2: what sampled quadruples
+    estimate.
+    """
+    return 2 * trace_cov(b - a) / sigma2
+
+
+def parallelogram_null(a: np.ndarray, b: np.ndarray, sigma2: float) -> float:
+    """Mean of ``parallelogram_exact`` over all ways to pair the same words, 2 (tr S_in + tr S_out) / sigma^2.
+
+    The variance of b - a is var(a) + var(b) - 2 cov(a, b), and over all pairings the mean of the covariance
+    is 0. About 4 where inputs and outputs share a mean, less where they are two clusters.
+    """
+    return 2 * (trace_cov(a) + trace_cov(b)) / sigma2
+
+
+def offset_unexplained(a: np.ndarray, b: np.ndarray) -> float:
+    """tr Cov(Delta) / E||Delta||^2 (population moments): 0 all arrows alike, 1 no common arrow, NaN all
+    arrows 0.
+    """
+    delta = b - a
+    total = float((delta**2).sum(1).mean())
+    scale = max(float((a**2).sum(1).mean()), float((b**2).sum(1).mean()))
+    if total <= 1e-12 * scale or total == 0:
+        return float("nan")
+    return float(((delta - delta.mean(0)) ** 2).sum(1).mean() / total)
+
+
+def shuffled(
+    a: np.ndarray, b: np.ndarray, sigma2: float, n: int = 1000, seed: int | np.random.Generator = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score [n] and unexplained-offset fraction [n] of the same words, outputs dealt to inputs at random."""
+    rng = np.random.default_rng(seed)
+    rows = len(a)
+    gram = (a - a.mean(0)) @ (b - b.mean(0)).T  # covariance of a pairing = sum of the entries it picks
+    pairings = rng.permuted(np.tile(np.arange(rows), (n, 1)), axis=1)
+    cross = gram[np.arange(rows), pairings].sum(1) / (rows - 1)
+    variance = np.maximum(trace_cov(a) + trace_cov(b) - 2 * cross, 0)
+    spread = variance * (rows - 1) / rows
+    total = spread + ((b.mean(0) - a.mean(0)) ** 2).sum()  # the mean arrow does not depend on the pairing
+    return 2 * variance / sigma2, np.divide(spread, total, out=np.full(n, np.nan), where=total > 0)
+
+
+def resample(n_pairs: int, n: int, seed: int | np.random.Generator = 0) -> np.ndarray:
+    """[n, n_pairs] how often each pair is drawn in each bootstrap sample (rows sum to ``n_pairs``)."""
+    return np.random.default_rng(seed).multinomial(n_pairs, np.full(n_pairs, 1 / n_pairs), size=n)
+
+
+def bootstrap_scores(a: np.ndarray, b: np.ndarray, sigma2: float, draws: np.ndarray) -> dict[str, np.ndarray]:
+    """Bootstrap replicates [n] of ``score``, ``relative`` and ``offset_unexplained``; draws from
+    ``resample``.
+
+    A bootstrap sample draws the same pair twice, which makes variances low by (n - 1) / n: corrected here.
+    The PCA and sigma^2 stay as they are: they are the ruler, and the words drawn are what is measured with
+    it.
+    """
+    n = a.shape[0]
+    share = draws / n
+
+    def variance(x: np.ndarray) -> np.ndarray:  # population variance of each sample, total over dimensions
+        x = x - x.mean(0)
+        return np.maximum(share @ (x**2).sum(1) - ((share @ x) ** 2).sum(1), 0)
+
+    delta = b - a
+    spread, total = variance(delta), share @ (delta**2).sum(1)
+    unpaired = variance(a) + variance(b)
+    defined = total > 1e-12 * max(mean_square(a), mean_square(b))
+    return {
+        "score": 2 * spread * (n / (n - 1)) ** 2 / sigma2,
+        "relative": np.divide(spread, unpaired, out=np.full(len(draws), np.nan), where=unpaired > 0),
+        "offset_unexplained": np.minimum(
+            np.divide(spread * n / (n - 1), total, out=np.full(len(draws), np.nan), where=defined), 1
+        ),
+    }
+
+
+# --- the comparison -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Geometry:
+    """What ``analyse`` found.
+
+    table        one row per relation and model: score and its parts (columns explained in ``COLUMNS``)
+    differences  one row per relation and other model (and one for the mean over relations): model minus
+    reference, paired
+    means        one row per model: means over relations, intervals from the bootstrap
+    points       model -> [n_words, dims], centred and projected over the whole vocabulary; sigma2 model ->
+    their mean square
+    warnings     sentences about relations whose score does not mean what it seems to mean
+    """
+
+    table: pd.DataFrame
+    differences: pd.DataFrame
+    means: pd.DataFrame
+    words: tuple[str, ...]
+    points: dict[str, np.ndarray]
+    sigma2: dict[str, float]
+    kept_variance: dict[str, float]
+    warnings: list[str]
+
+
+STATISTICS = ("score", "relative", "offset_unexplained")
+COLUMNS = {
+    "score": "parallelogram loss, exact mean over all quadruples, in units of sigma^2; lower is more regular",
+    "sampled": "the same from sampled quadruples, which is the paper's procedure",
+    "unsquared": "mean of the unsquared form (Eq. 3 of 2502.01628), same quadruples",
+    "null": "score of the same words paired at random: mean, and 95% of shuffles from null_low to null_high",
+    "p_shuffled": "share of random pairings with a score at most as low (one is counted in)",
+    "relative": "score / exact mean of the null: 1 the pairing does not matter, 0 perfect parallelograms",
+    "offset_unexplained": (
+        "share of E||Delta||^2 that the common offset leaves unexplained: 0 one offset, 1 none"
+    ),
+    "step": "root mean square length of the arrows, in units of sigma; near 0 the relation is a copy",
+    "copies": "share of pairs whose two vectors coincide",
+}
+
+
+def analyse(
+    vectors: Mapping[str, np.ndarray],
+    words: Sequence[str],
+    relations: Sequence[Relation],
+    reference: str = "base",
+    dims: int = DIMS,
+    scope: str = "vocabulary",
+    quadruples: int = QUADRUPLES,
+    shuffles: int = 1000,
+    boots: int = 2000,
+    seed: int = 0,
+) -> Geometry:
+    """Measure every relation in every model, on the same words, quadruples, shuffles and bootstrap samples.
+
+    vectors: model -> [n_words, d_m], rows in the order of ``words`` (widths may differ). ``scope`` is what
+    PCA and sigma^2 are taken over: "vocabulary", the words of all relations together (one ruler for all;
+    default), or "relation", the relation's own words. The papers do not say; both are offered. UserError as
+    in ``pca``.
+    """
+    check("scope", scope, str, choices=("vocabulary", "relation"))
+    for name, value in (("quadruples", quadruples), ("shuffles", shuffles), ("boots", boots)):
+        check(name, value, int, low=1)
+    check("reference", reference, str, choices=tuple(vectors))
+    if wrong := [f"{m}: {len(v)}" for m, v in vectors.items() if len(v) != len(words)]:
+        raise UserError(
+            f"there are {len(words)} words but other numbers of vectors ({', '.join(wrong)}): "
+            "every model must be read on the same words"
+        )
+    index = {word: i for i, word in enumerate(words)}
+    projected = {model: pca(v, dims) for model, v in vectors.items()}
+    points = {model: p for model, (p, _) in projected.items()}
+    rows, draws, warnings = [], {}, []
+    for relation in relations:
+        left, right = (np.array([index[pair[side]] for pair in relation.pairs]) for side in (0, 1))
+        own = np.array([index[word] for word in relation.words])
+        place = {w: i for i, w in enumerate(own)}
+        quads = sample_rows(len(left), quadruples, _rng(seed, relation.name, 1))
+        boot = resample(len(left), boots, _rng(seed, relation.name, 2))
+        for model, v in vectors.items():
+            if scope == "vocabulary":
+                p, a, b = points[model], points[model][left], points[model][right]
+            else:
+                p = pca(v[own], dims)[0]
+                a, b = (p[[place[i] for i in side]] for side in (left, right))
+            row, replicates = _measure(
+                a, b, mean_square(p), quads, boot, shuffles, _rng(seed, relation.name, 3)
+            )
+            rows.append(
+                {"relation": relation.name, "model": model, "pairs": len(left), "words": len(own), **row}
+            )
+            draws[relation.name, model] = replicates
+            if row["step"] < 0.1:
+                warnings.append(
+                    f"{relation.name} in {model} is close to a copy map (arrows of {row['step']:.3f} sigma): "
+                    "its low score is no parallelogram"
+                )
+            elif row["copies"] > 0:
+                warnings.append(
+                    f"{relation.name} in {model}: {row['copies']:.0%} of its pairs are copies (both words"
+                    " have one vector), which lowers its score"
+                )
+    table = pd.DataFrame(rows)
+    means, differences = _summaries(table, draws, list(vectors), reference)
+    return Geometry(
+        table,
+        differences,
+        means,
+        tuple(words),
+        points,
+        {m: mean_square(p) for m, p in points.items()},
+        {m: kept for m, (_, kept) in projected.items()},
+        warnings,
+    )
+
+
+def _measure(a, b, sigma2, quads, boot, shuffles, rng) -> tuple[dict, dict[str, np.ndarray]]:
+    """One relation in one model: the columns of the table, and the bootstrap replicates behind its intervals."""
+    scores = parallelogram_scores(a, b, quads, sigma2)
+    null, offset_null = shuffled(a, b, sigma2, shuffles, rng)
+    length2 = ((b - a) ** 2).sum(1) / sigma2
+    values = {"score": parallelogram_exact(a, b, sigma2), "offset_unexplained": offset_unexplained(a, b)}
+    null_mean = parallelogram_null(a, b, sigma2)
+    values["relative"] = values["score"] / null_mean if null_mean > 0 else float("nan")
+    replicates = bootstrap_scores(a, b, sigma2, boot)
+    row = {}
+    for name in STATISTICS:
+        row[name] = values[name]
+        row[f"{name}_low"], row[f"{name}_high"] = _interval(replicates[name])
+    row |= {"sampled": scores.mean(), "unsquared": np.sqrt(scores).mean(), "null": null_mean}
+    row["null_low"], row["null_high"] = _interval(null)
+    row["p_shuffled"] = (1 + (null <= values["score"] * (1 + 1e-9)).sum()) / (1 + len(null))
+    row["offset_null"] = float(np.mean(offset_null))
+    row["offset_null_low"], row["offset_null_high"] = _interval(offset_null)
+    return (
+        row | {"step": float(np.sqrt(length2.mean())), "copies": float((length2 < 1e-8).mean())},
+        replicates,
+    )
+
+
+def _summaries(
+    table: pd.DataFrame, draws: dict, models: list[str], reference: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Means over relations, and paired differences from the reference model, each with its bootstrap
+    interval.
+
+    The relations are taken as given: the interval of a mean says how it depends on the words, not on which
+    relations.
+    """
+    relations = list(dict.fromkeys(table["relation"]))
+    value = table.set_index(["relation", "model"])
+    means, differences = [], []
+    for model in models:
+        mean_row = {"model": model, "relations": len(relations)}
+        rows = {name: {"relation": name, "model": model} for name in (*relations, "mean")}
+        for statistic in STATISTICS:
+            own = np.array([value.loc[(r, model), statistic] for r in relations])
+            other = np.array([value.loc[(r, reference), statistic] for r in relations])
+            own_draws = np.stack([draws[r, model][statistic] for r in relations])
+            other_draws = np.stack([draws[r, reference][statistic] for r in relations])
+            mean_row[statistic] = _nanmean(own)
+            mean_row[f"{statistic}_low"], mean_row[f"{statistic}_high"] = _interval(_nanmean(own_draws))
+            change, change_draws = own - other, own_draws - other_draws
+            every = zip(
+                (*relations, "mean"), (*change, _nanmean(change)), (*change_draws, _nanmean(change_draws))
+            )
+            for name, difference, replicates in every:
+                rows[name][statistic] = float(difference)
+                rows[name][f"{statistic}_low"], rows[name][f"{statistic}_high"] = _interval(replicates)
+        means.append(mean_row)
+        if model != reference:
+            differences.extend(rows.values())
+    return pd.DataFrame(means), pd.DataFrame(differences)
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of a difference says, in words."""
+    if np.isnan(low) or np.isnan(high):
+        return "undefined"
+    return "lower" if high < 0 else "higher" if low > 0 else "not distinguishable"
+
+
+def shown(row: Mapping, statistic: str = "score") -> str:
+    """A row of ``differences`` as text: ``+0.13 [+0.04, +0.25], higher``."""
+    value, low, high = (row[statistic + end] for end in ("", "_low", "_high"))
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}], {verdict(low, high)}"
+
+
+def choices(
+    readings: Mapping[str, np.ndarray],
+    words: Sequence[str],
+    relations: Sequence[Relation],
+    carriers: Sequence[str],
+    more_dims: Sequence[int] = (5, 10, 20, 40),
+    reference: str = "base",
+    **options,
+) -> pd.DataFrame:
+    """Does the answer hang on a choice? Means over relations and their differences, with one choice changed
+    at a time.
+
+    readings: model -> [n_words, n_carriers, d_m], as from ``read_models``. One row per choice and model; what
+    the words are too few for is left out.
+    """
+    average = {model: read.mean(1) for model, read in readings.items()}
+    largest = min(len(words) - 1, *(v.shape[1] for v in average.values()))
+    tried = [(f"PCA to {k} dimensions", average, {"dims": k}) for k in more_dims if k <= largest]
+    if min(len(r.words) for r in relations) > options.get("dims", DIMS):
+        tried.append(("PCA of each relation alone", average, {"scope": "relation"}))
+    tried += [
+        (f"only: {c}", {m: read[:, i] for m, read in readings.items()}, {}) for i, c in enumerate(carriers)
+    ]
+    frames = []
+    for name, vectors, changed in tried:
+        found = analyse(vectors, words, relations, reference, **{**options, **changed})
+        mean = found.differences[found.differences["relation"] == "mean"].drop(columns="relation")
+        frames.append(
+            mean.merge(found.means[["model", "score"]], on="model", suffixes=("_change", "")).assign(
+                choice=name
+            )
+        )
+    columns = [
+        "choice",
+        "model",
+        "score",
+        "score_change",
+        "score_low",
+        "score_high",
+        "relative",
+        "relative_low",
+        "relative_high",
+    ]
+    return pd.concat(frames, ignore_index=True)[columns].rename(columns={"relative": "relative_change"})
+
+
+def _nanmean(x: np.ndarray):
+    """Mean over the first axis of what is defined; NaN where nothing is."""
+    defined = (~np.isnan(x)).sum(0)
+    return np.where(defined > 0, np.nansum(x, axis=0) / np.maximum(defined, 1), np.nan)[()]
+
+
+def _interval(x: np.ndarray) -> tuple[float, float]:
+    """The middle 95% of what is defined."""
+    x = x[~np.isnan(x)]
+    return tuple(map(float, np.quantile(x, (0.025, 0.975)))) if len(x) else (float("nan"), float("nan"))
+
+
+def _rng(seed: int, name: str, stream: int = 0) -> np.random.Generator:
+    """Random numbers of one relation, the same whatever other relations are measured with it."""
+    return np.random.default_rng([seed, stream, zlib.crc32(name.encode())])
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def flat_map(geometry: Geometry, relation: Relation, reference: str = "base") -> pd.DataFrame:
+    """Coordinates of one relation for a picture: one row per model and pair, in units of sigma, with the
+    score's parts.
+
+    Each model's words are projected on their own two main directions (a second PCA). Those axes are arbitrary
+    up to a turn, so every other model's map is turned (orthogonal Procrustes) to lie as well as possible on
+    the reference's. Columns: model, input, output, x0, y0, x1, y1, shown (share of the relation's variance
+    that the plane keeps).
+    """
+    index = {word: i for i, word in enumerate(geometry.words)}
+    own = [index[w] for w in relation.words]
+    place = {w: i for i, w in enumerate(relation.words)}
+    flat, shown = {}, {}
+    for model in (reference, *(m for m in geometry.points if m != reference)):
+        flat[model], shown[model] = pca(geometry.points[model][own] / np.sqrt(geometry.sigma2[model]), 2)
+        if model != reference:
+            u, _, vt = np.linalg.svd(flat[model].T @ flat[reference])
+            flat[model] = flat[model] @ (u @ vt)
+    rows = []
+    for model, xy in flat.items():
+        for left, right in relation.pairs:
+            (x0, y0), (x1, y1) = xy[place[left]], xy[place[right]]
+            rows.append(
+                {
+                    "model": model,
+                    "input": left,
+                    "output": right,
+                    "x0": x0,
+                    "y0": y0,
+                    "x1": x1,
+                    "y1": y1,
+                    "shown": shown[model],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def plot_arrows(
+    geometry: Geometry, relation: Relation, models: Sequence[str] | None = None, labels: int = 8
+) -> go.Figure:
+    """One panel per model: an arrow from each input to its output, and the mean arrow in black; ``labels``
+    pairs are named.
+    """
+    frame = flat_map(geometry, relation)
+    models = list(models or geometry.points)
+    table = geometry.table.set_index(["relation", "model"])
+    titles = [
+        f"{m}: relative loss {table.loc[(relation.name, m), 'relative']:.2f}, unexplained "
+        f"{table.loc[(relation.name, m), 'offset_unexplained']:.2f}"
+        for m in models
+    ]
+    fig = make_subplots(
+        1, len(models), subplot_titles=titles, shared_xaxes="all", shared_yaxes="all", horizontal_spacing=0.04
+    )
+    named = set(np.linspace(0, len(relation.pairs) - 1, min(labels, len(relation.pairs))).astype(int))
+    for column, model in enumerate(models, start=1):
+        part = frame[frame["model"] == model].reset_index(drop=True)
+        colour = COLOURS.get(model, COLOURS["random"])
+        for i, row in part.iterrows():
+            _arrow(
+                fig,
+                column,
+                (row.x0, row.x1),
+                (row.y0, row.y1),
+                colour,
+                1.2,
+                (row.input, row.output),
+                shown=i in named,
+            )
+        middle = part[["x0", "x1", "y0", "y1"]].mean()
+        _arrow(
+            fig,
+            column,
+            (middle.x0, middle.x1),
+            (middle.y0, middle.y1),
+            "black",
+            4,
+            ("mean input", "mean output"),
+        )
+        fig.update_xaxes(
+            title_text=f"first direction (sigma); the plane shows {part['shown'].iloc[0]:.0%}",
+            row=1,
+            col=column,
+        )
+    fig.update_yaxes(title_text="second direction (sigma)", row=1, col=1)
+    fig.update_layout(
+        title_text=f"The relation '{relation.name}': arrows from input to output",
+        showlegend=False,
+        width=1000,
+        height=520,
+    )
+    fig.update_layout(margin_t=90)
+    return fig.update_annotations(font_size=13)
+
+
+def _arrow(fig: go.Figure, column: int, x, y, colour: str, width: float, words, shown: bool = False) -> None:
+    marker = dict(symbol=["circle", "arrow"], size=[4, 6 + 2 * width], angleref="previous", color=colour)
+    fig.add_trace(
+        go.Scatter(
+            x=x,
+            y=y,
+            mode="lines+markers+text" if shown else "lines+markers",
+            text=words,
+            textposition="top center",
+            textfont_size=11,
+            line=dict(color=colour, width=width),
+            marker=marker,
+            hoverinfo="text",
+            hovertext=words,
+            opacity=1 if width > 2 else 0.7,
+        ),
+        row=1,
+        col=column,
+    )
+
+
+def plot_scores(geometry: Geometry, models: Sequence[str] | None = None) -> go.Figure:
+    """Parallelogram loss per relation and model with its 95% interval; grey: 95% of random pairings of the
+    same words.
+    """
+    fig = go.Figure()
+    models = list(models or geometry.points)
+    for i, model in enumerate(models):
+        part = geometry.table[geometry.table["model"] == model].reset_index(drop=True)
+        y = np.arange(len(part)) + 0.32 * (i - (len(models) - 1) / 2)
+        bars = np.stack([part["null_low"], part["null_high"], np.full(len(part), np.nan)], axis=1).ravel()
+        fig.add_trace(
+            go.Scatter(
+                x=bars,
+                y=np.repeat(y, 3),
+                mode="lines",
+                line=dict(color=COLOURS["null"], width=9),
+                name="pairs shuffled",
+                legendgroup="null",
+                showlegend=i == 0,
+                hoverinfo="skip",
+            )
+        )
+        fig.add_trace(_points(part, "score", y, model))
+    names = part["relation"]
+    fig.update_yaxes(tickvals=np.arange(len(names)), ticktext=names, autorange="reversed", zeroline=False)
+    fig.update_xaxes(
+        title_text="parallelogram loss (units of sigma\u00b2; 0 is a perfect parallelogram)",
+        rangemode="tozero",
+    )
+    return fig.update_layout(
+        title_text="Parallelogram loss, and the same words paired at random", height=120 + 52 * len(names)
+    )
+
+
+def plot_differences(geometry: Geometry, statistic: str = "score") -> go.Figure:
+    """Paired difference from the reference model per relation, and its mean over relations, with 95%
+    intervals.
+    """
+    check("statistic", statistic, str, choices=STATISTICS)
+    fig = go.Figure()
+    models = list(dict.fromkeys(geometry.differences["model"]))
+    for i, model in enumerate(models):
+        part = geometry.differences[geometry.differences["model"] == model].reset_index(drop=True)
+        fig.add_trace(
+            _points(part, statistic, np.arange(len(part)) + 0.28 * (i - (len(models) - 1) / 2), model)
+        )
+    fig.add_vline(x=0, line=dict(color="#444444", width=1, dash="dot"))
+    fig.update_yaxes(
+        tickvals=np.arange(len(part)), ticktext=part["relation"], autorange="reversed", zeroline=False
+    )
+    label = {
+        "score": "parallelogram loss",
+        "relative": "relative loss",
+        "offset_unexplained": "unexplained-offset fraction",
+    }[statistic]
+    fig.update_xaxes(title_text=f"{label}, model minus base (left: lower than in the base)")
+    return fig.update_layout(title_text=f"Change of the {label} from the base", height=120 + 46 * len(part))
+
+
+def _points(part: pd.DataFrame, statistic: str, y: np.ndarray, model: str) -> go.Scatter:
+    value = part[statistic]
+    above, below = (
+        (part[f"{statistic}_high"] - value).clip(lower=0),
+        (value - part[f"{statistic}_low"]).clip(lower=0),
+    )
+    return go.Scatter(
+        x=value,
+        y=y,
+        mode="markers",
+        name=model,
+        marker=dict(color=COLOURS.get(model, COLOURS["random"]), size=9),
+        error_x=dict(type="data", symmetric=False, array=above, arrayminus=below, thickness=1.5),
+        hovertext=part["relation"],
+        hoverinfo="text+x",
+    )

@@ -1,0 +1,262 @@
+"""How alike are two models' activations, and where in them do features lie? Geometry beyond the paper's
+parallelograms.
+
+X [n, d_X] and Y [n, d_Y]: the same n tokens in two models. Four questions, each with a number that a rotation
+of either space leaves alone:
+
+- *Do they see the same tokens as alike?* **Linear CKA** (Kornblith et al. 2019, arXiv 1905.00414)::
+
+      CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))            K = X X', L = Y Y'
+
+  with the unbiased estimator of HSIC (Song et al. 2012): with K~, L~ the matrices without their diagonals and 1 a vector of ones::
+
+      HSIC = [ tr K~L~ + (1'K~1)(1'L~1) / ((n-1)(n-2)) - 2 (1'K~L~1) / (n-2) ] / (n (n-3))
+
+  The usual (biased) estimator calls unrelated activations alike when tokens are few for the width; this one is 0 on average.
+- *Is one a rotation of the other?* **Procrustes** (``scipy.linalg.orthogonal_procrustes``): with X and Y
+  centred and of Frobenius norm 1,
+  the best orthogonal Q leaves ||XQ - Y||^2 = 2 (1 - s), s = ||X'Y||_* ; rescaled too, it leaves the share 1 -
+  s^2 of Y's variance unexplained.
+- *How many directions do they use?* **Effective rank** exp(-sum p log p), p = eigenvalues of the covariance
+  over their sum (after Roy &
+  Vetterli 2007), and beside it the participation ratio (sum l)^2 / sum l^2, which counts large directions
+  more.
+- *Where do some features write?* **Principal angles** (``scipy.linalg.subspace_angles``) between the span of
+  their decoder rows and the
+  leading principal components of a model's activations, against random sets of as many features.
+
+Intervals come from a jackknife over blocks of documents, not from a bootstrap: a resample holds a token
+twice, and two copies of one token are a similarity that no estimator without diagonal can know to leave out
+(and a covariance of fewer distinct tokens has a lower rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy.linalg import orthogonal_procrustes, subspace_angles
+
+from ..crosscoder.model import CrossCoder
+from ..settings import UserError, check
+
+# --- two models on the same tokens --------------------------------------------------------------------------
+
+
+def hsic(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased estimate of HSIC with linear kernels, x [n, d_x], y [n, d_y], n > 3; in O(n d^2), no n x n
+    matrix is made.
+    """
+    x, y = _pair(x, y)
+    n = len(x)
+    if n < 4:
+        raise UserError(f"{n} tokens for an unbiased HSIC: there must be at least 4")
+    diagonal_x, diagonal_y = (x**2).sum(1), (y**2).sum(1)
+    sums_x, sums_y = x @ x.sum(0) - diagonal_x, y @ y.sum(0) - diagonal_y  # K~1 and L~1
+    traced = ((x.T @ y) ** 2).sum() - diagonal_x @ diagonal_y
+    apart = sums_x.sum() * sums_y.sum() / ((n - 1) * (n - 2))
+    return float((traced + apart - 2 * (sums_x @ sums_y) / (n - 2)) / (n * (n - 3)))
+
+
+def cka(x: np.ndarray, y: np.ndarray) -> float:
+    """Linear CKA from unbiased HSIC: 1 the same up to rotation and scale, 0 nothing in common (it may fall a
+    little below).
+
+    x [n, d_x], y [n, d_y]. NaN where a model does not vary.
+    """
+    # HSIC does not change; its rounding does, where the mean is large
+    x, y = (v - v.mean(0) for v in _pair(x, y))
+    own = hsic(x, x) * hsic(y, y)
+    return hsic(x, y) / own**0.5 if own > 0 else float("nan")
+
+
+def procrustes(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """distance, unexplained, unexplained_unrotated: how far x is from y when it may be moved, rotated (or
+    mirrored) and scaled.
+
+    x [n, d_x], y [n, d_y]; the narrower one gets coordinates of 0. ``distance`` ||XQ - Y||_F with both
+    centred and of norm 1 (0 to sqrt 2); ``unexplained`` the share of y's variance that remains after the best
+    rotation and scale; ``unexplained_unrotated`` with the axes as they are (NaN for unlike widths): what
+    fine-tuning left in place. NaN where a model does not vary.
+    """
+    x, y = (v - v.mean(0) for v in _pair(x, y))
+    norms = np.linalg.norm(x), np.linalg.norm(y)
+    if min(norms) == 0:
+        return dict.fromkeys(("distance", "unexplained", "unexplained_unrotated"), float("nan"))
+    x, y = x / norms[0], y / norms[1]
+    width = max(x.shape[1], y.shape[1])
+    wide = [np.pad(v, ((0, 0), (0, width - v.shape[1]))) for v in (x, y)]
+    alike = min(float(orthogonal_procrustes(*wide)[1]), 1.0)
+    still = float((x * y).sum()) if x.shape == y.shape else float("nan")
+    return {
+        "distance": (2 * (1 - alike)) ** 0.5,
+        "unexplained": 1 - alike**2,
+        "unexplained_unrotated": 1 - max(still, 0.0) ** 2,
+    }
+
+
+def spectrum(x: np.ndarray) -> np.ndarray:
+    """Eigenvalues [d] of the covariance of x [n, d], the largest first; as shares of their sum. NaN where x
+    does not vary.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    x = x - x.mean(0)
+    values = np.clip(np.linalg.eigvalsh(x.T @ x)[::-1], 0, None)
+    return values / values.sum() if values.sum() > 0 else np.full(len(values), np.nan)
+
+
+def effective_rank(shares: np.ndarray) -> float:
+    """exp of the entropy of a ``spectrum``: d if all directions are alike, 1 if there is one."""
+    present = shares[shares > 0]
+    return float(np.exp(-(present * np.log(present)).sum())) if len(present) else float("nan")
+
+
+def participation_ratio(shares: np.ndarray) -> float:
+    """1 / sum of squares of a ``spectrum``: never above the effective rank."""
+    return float(1 / (shares**2).sum())
+
+
+def compare(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """All numbers of two models on the same tokens: cka, procrustes_<...>, effective_rank_x, participation_x,
+    and of y.
+    """
+    found = {"cka": cka(x, y)} | {f"procrustes_{name}": value for name, value in procrustes(x, y).items()}
+    for name, v in (("x", x), ("y", y)):
+        shares = spectrum(v)
+        found |= {
+            f"effective_rank_{name}": effective_rank(shares),
+            f"participation_{name}": participation_ratio(shares),
+        }
+    return found
+
+
+def _pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+        raise UserError(
+            f"activations have shapes {x.shape} and {y.shape}: both must be [tokens, width], on the same"
+            " tokens"
+        )
+    return x, y
+
+
+# --- where features write -----------------------------------------------------------------------------------
+
+
+def components(x: np.ndarray, dims: int) -> np.ndarray:
+    """The ``dims`` leading principal components of x [n, d], orthonormal columns [d, dims]."""
+    check("dims", dims, int, low=1, high=np.shape(x)[1])
+    x = np.asarray(x, dtype=np.float64)
+    x = x - x.mean(0)
+    return np.linalg.eigh(x.T @ x)[1][:, ::-1][:, :dims]
+
+
+def span(rows: np.ndarray, dims: int) -> np.ndarray:
+    """An orthonormal basis [d, k] of the directions that most of the rows [m, d] share, k = min(dims, m):
+    leading ones of the rows at unit length.
+
+    So many rows that they span the whole space still have leading directions; of rows of length 0 none is
+    taken.
+    """
+    rows = np.asarray(rows, dtype=np.float64)
+    norms = np.linalg.norm(rows, axis=1)
+    rows = rows[norms > 0] / norms[norms > 0, None]
+    if not len(rows):
+        raise UserError("there is no row of a length above 0: a subspace needs at least one")
+    _, s, directions = np.linalg.svd(rows, full_matrices=False)
+    return directions[: min(dims, int((s > 1e-9 * s[0]).sum()))].T
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean squared cosine of the principal angles between two subspaces (orthonormal columns [d, k]): 1 one
+    holds the other, 0 orthogonal.
+
+    A random subspace has k_b / d on average (k_a <= k_b).
+    """
+    return float((np.cos(subspace_angles(a, b)) ** 2).mean())
+
+
+def feature_overlap(
+    rows: np.ndarray,
+    chosen: Sequence[int],
+    basis: np.ndarray,
+    pool: Sequence[int],
+    dims: int,
+    n_null: int = 500,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Do the features ``chosen`` write inside a subspace, more or less than as many others do?
+
+    rows [F, d] decoder rows, basis [d, k] orthonormal, ``pool`` the features from which the null's sets are
+    drawn (with ``chosen`` in it or not). features, overlap (of the ``dims`` leading directions of the set,
+    see ``span``), smallest_angle and largest_angle in degrees, null (mean over ``n_null`` random sets of like
+    size), null_low and null_high (95% of them), and p, two-sided: the share of sets at least as far out (one
+    is counted in, and doubled). All NaN if nothing is chosen, or the pool is too small.
+    """
+    chosen, pool = np.asarray(chosen, dtype=int), np.asarray(pool, dtype=int)
+    names = ("overlap", "smallest_angle", "largest_angle", "null", "null_low", "null_high", "p")
+    if not 0 < len(chosen) <= len(pool):
+        return {"features": len(chosen)} | dict.fromkeys(names, float("nan"))
+    rng, own = np.random.default_rng(seed), span(rows[chosen], dims)
+    angles, value = np.degrees(subspace_angles(own, basis)), overlap(own, basis)
+    null = np.array(
+        [
+            overlap(span(rows[rng.choice(pool, len(chosen), replace=False)], dims), basis)
+            for _ in range(n_null)
+        ]
+    )
+    tail = min((null <= value).sum(), (null >= value).sum())
+    low, high = np.quantile(null, [0.025, 0.975])
+    found = (
+        value,
+        angles.min(),
+        angles.max(),
+        null.mean(),
+        low,
+        high,
+        min(1.0, 2 * (1 + tail) / (1 + n_null)),
+    )
+    return {"features": len(chosen)} | dict(zip(names, map(float, found)))
+
+
+def category_cosines(
+    crosscoder: CrossCoder, chosen: Mapping[str, int], alive: np.ndarray, n_null: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Do the categories' features write in like directions? One row per pair of categories and model: cosine
+    of their decoder rows.
+
+    ``chosen`` {category: feature}. Columns model, a, b, feature_a, feature_b, cosine, null_low and null_high
+    (95% of random pairs of different alive features) and p (two-sided, one counted in). Two categories with
+    one feature have cosine NaN: it would be 1 by construction.
+    """
+    rng, living, records = np.random.default_rng(seed), np.flatnonzero(alive), []
+    if len(living) < 2:
+        raise UserError(f"{len(living)} features are alive: cosines of different features need at least two")
+    first = rng.integers(len(living), size=n_null)
+    second = (first + rng.integers(1, len(living), size=n_null)) % len(living)
+    for name in crosscoder.names:
+        rows = crosscoder.rows(name).double().numpy()
+        unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
+        null = (unit[living[first]] * unit[living[second]]).sum(1)
+        low, high = np.quantile(null, [0.025, 0.975])
+        for a, b in combinations(chosen, 2):
+            value = float(unit[chosen[a]] @ unit[chosen[b]]) if chosen[a] != chosen[b] else float("nan")
+            tail = min((null <= value).sum(), (null >= value).sum())
+            records.append(
+                {
+                    "model": name,
+                    "a": a,
+                    "b": b,
+                    "feature_a": chosen[a],
+                    "feature_b": chosen[b],
+                    "cosine": value,
+                    "null_low": low,
+                    "null_high": high,
+                    "p": min(1.0, 2 * (1 + tail) / (1 + n_null)) if np.isfinite(value) else float("nan"),
+                }
+            )
+    return pd.DataFrame(
+        records, columns=["model", "a", "b", "feature_a", "feature_b", "cosine", "null_low", "null_high", "p"]
+    )

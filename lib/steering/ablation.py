@@ -1,0 +1,430 @@
+"""Ablation: take features out of the residual stream, and see which tokens lose their support.
+
+The experiment of the paper (E4). All features with NRN above 0.5 whose firing frequency is among the top k%
+of the alive features are removed at once, in the forward pass, at the layer that the crosscoder reads::
+
+    h_m  ->  h_m - sum_i f_i d_i^m            for every kept position, in each model m on its own
+
+This form *preserves the error*: what the crosscoder does not explain stays where it is. (Replacing h by a
+reconstruction without the features also removes the error, and has eight times the effect: never mix them.) f
+is the code of the intact activations of all models; d_i^m are decoder rows in the units of the residual
+stream. What is measured is the logit, and the log-probability, of the first token of a sentence of each
+category, at the position before it, in documents that were used neither for training nor for choosing.
+
+The experiment is partly circular: with NRN > 0.5 the vector removed from the distilled model is the longer
+one *by construction*, and removing more does more. Hence three controls, measured at the same positions:
+
+- ``matched``: as many features of the same firing frequency whose NRN is near 0.5;
+- ``random``: at each position a random direction of exactly the norm that the features' removal takes away
+  there;
+- the effect per unit of removed norm (unit: the model's mean residual norm).
+
+Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on faithfulness; the controls are ours.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from nnsight import TransformersModel
+from torch import Tensor
+from torch.nn import functional
+
+from ..activations.store import SPLITS, Store
+from ..crosscoder.model import CrossCoder, check_feature
+from ..labels import CATEGORIES, LABELS
+from ..runs import Progress
+from ..settings import UserError, check
+from ..stats import bootstrap
+
+REMOVED = ("features", "matched", "random")
+
+
+# --- which features, which positions ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Features to be removed together. ``k``: percent of the alive features; ``kind``: one of REMOVED."""
+
+    k: float
+    kind: str
+    features: tuple[int, ...]
+
+
+def frequent_features(
+    table: pd.DataFrame, k: float, nrn_over: float = 0.5, frequency: str = "frequency"
+) -> np.ndarray:
+    """The features with NRN above ``nrn_over`` among the k% of alive features that fire most often, sorted by
+    number.
+
+    ``table`` has columns feature, alive, nrn and ``frequency``. The k% are counted over all alive features,
+    whatever their NRN: with few of them (0.5% of 400 is 2) the result may well be empty.
+    """
+    check("k", k, float, low=0.0, high=100.0)
+    alive = table[table["alive"].astype(bool)]
+    top = alive.sort_values([frequency, "feature"], ascending=[False, True]).head(
+        int(np.ceil(len(alive) * k / 100))
+    )
+    return np.sort(top.loc[top["nrn"] > nrn_over, "feature"].to_numpy(int))
+
+
+def matched_features(
+    table: pd.DataFrame, removed: Sequence[int], width: float = 0.1, frequency: str = "frequency"
+) -> np.ndarray:
+    """For each removed feature another one of the nearest firing frequency (on a log scale), with |NRN - 0.5|
+    <= ``width``.
+
+    Without replacement, the most frequent first, never one of ``removed``. UserError if there are too few.
+    """
+    pool = table[
+        table["alive"].astype(bool)
+        & ((table["nrn"] - 0.5).abs() <= width)
+        & ~table["feature"].isin(list(removed))
+    ]
+    if len(pool) < len(removed):
+        raise UserError(
+            f"{len(removed)} features are removed but only {len(pool)} others have an NRN within {width} of"
+            " 0.5: widen match_width, or take smaller k"
+        )
+    log = np.log(table.set_index("feature")[frequency].clip(lower=1e-9))
+    free = {int(f): log[f] for f in pool["feature"]}
+    chosen = []
+    for feature in sorted(removed, key=lambda f: -log[f]):
+        nearest = min(free, key=lambda f: (abs(free[f] - log[feature]), f))
+        chosen.append(nearest)
+        del free[nearest]
+    return np.sort(np.array(chosen, dtype=int))
+
+
+def plan(
+    table: pd.DataFrame,
+    shares: Sequence[float],
+    nrn_over: float = 0.5,
+    match_width: float = 0.1,
+    frequency: str = "frequency",
+) -> list[Removal]:
+    """The removals of the experiment: for each k the frequent features with high NRN, and their matched
+    controls.
+    """
+    check("k", list(shares), list, low=0.0, high=100.0)
+    removals = []
+    for k in sorted(shares):
+        features = frequent_features(table, k, nrn_over, frequency)
+        removals.append(Removal(k, "features", tuple(features.tolist())))
+        removals.append(
+            Removal(k, "matched", tuple(matched_features(table, features, match_width, frequency).tolist()))
+        )
+    return removals
+
+
+def sample_targets(
+    store: Store, n: int = 100, split: str = "report", categories: Sequence[str] = CATEGORIES, seed: int = 0
+) -> pd.DataFrame:
+    """Up to ``n`` positions per category, each right before a sentence of it. One row per position.
+
+    Columns: category, document, row (of the store; the position that predicts) and token (id of the
+    sentence's first token, the one predicted). Whole documents are drawn until every category has enough, or
+    none is left. UserError if a category does not occur.
+    """
+    check("n", n, int, low=1)
+    check("split", split, str, choices=SPLITS)
+    label, starts = store.labels["label"], store.labels["starts"]
+    after = (
+        np.flatnonzero((starts[1:] == 1) & (store.documents[1:] == store.documents[:-1]) & store.kept[:-1])
+        + 1
+    )
+    after = after[store.split[after] == SPLITS.index(split)]
+    documents = np.random.default_rng(seed).permutation(np.unique(store.documents[after]))
+    order = pd.Series(np.arange(len(documents)), index=documents)
+    found = []
+    for category in categories:
+        rows = after[label[after] == LABELS.index(category)]
+        if len(rows) == 0:
+            raise UserError(
+                f"no sentence of the category {category!r} in the split {split!r}: the corpus of this pair"
+                " must carry labels"
+            )
+        rows = rows[np.argsort(order[store.documents[rows]].to_numpy(), kind="stable")][:n]
+        found.append(
+            pd.DataFrame(
+                {
+                    "category": category,
+                    "document": store.documents[rows],
+                    "row": rows - 1,
+                    "token": store.tokens[rows],
+                }
+            )
+        )
+    return pd.concat(found, ignore_index=True)
+
+
+# --- the intervention ---------------------------------------------------------------------------------------
+
+
+def removed_vectors(crosscoder: CrossCoder, codes: Tensor, numbers: Sequence[int]) -> list[Tensor]:
+    """What the features write: sum_i f_i d_i^m for each model, [tokens, d_m], in units of its residual
+    stream.
+
+    ``codes`` [tokens, F]. UserError for a feature that the crosscoder does not have.
+    """
+    chosen = [check_feature(crosscoder, f) for f in numbers]
+    return [codes[:, chosen] @ crosscoder.rows(name, raw=True)[chosen].to(codes) for name in crosscoder.names]
+
+
+@torch.no_grad()
+def logits_at(
+    model: TransformersModel,
+    layer: int,
+    tokens: Tensor,
+    mask: Tensor,
+    at: tuple[Tensor, Tensor],
+    removed: Tensor | None = None,
+    remote: bool | str = False,
+    of: Tensor | None = None,
+) -> Tensor:
+    """Next-token logits [targets, vocabulary] at the positions ``at`` (rows, columns) of a padded batch.
+
+    ``tokens`` and ``mask`` [batch, length], padded on either side; ``removed`` [batch, length, d] is
+    subtracted from the output of decoder layer ``layer``. The vocabulary is only unembedded where it is asked
+    for: at 150,000 tokens the logits of a whole batch would not fit. With ``of`` [targets], ids of tokens:
+    [targets, 2], the logit and the log-probability of these alone, which is all that then comes back from
+    where the model runs (``remote``: as nnsight has it).
+    """
+    rows, columns = at
+    with model.trace({"input_ids": tokens, "attention_mask": mask}, remote=remote) as tracer:
+        if removed is not None:
+            h = model.model.layers[layer].output
+            h[:] = h - removed.to(h.device)
+        # in float32: bfloat16 would round logits to a sixteenth
+        hidden = model.model.norm.output[rows, columns].float()
+        bias = model.lm_head.bias
+        found = functional.linear(
+            hidden, model.lm_head.weight.float(), None if bias is None else bias.float()
+        )
+        if of is not None:
+            token = of.to(found.device)[:, None]
+            found = torch.cat([found.gather(1, token), found.log_softmax(-1).gather(1, token)], dim=1)
+        found = found.save()
+        tracer.stop()
+    return found.cpu()
+
+
+def random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:
+    """A random direction for every vector of ``vectors`` [..., d], with the norm of that vector."""
+    noise = torch.randn(vectors.shape, generator=generator)
+    return noise * (vectors.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+
+
+def measure(
+    store: Store,
+    crosscoder: CrossCoder,
+    models: Mapping[str, TransformersModel],
+    targets: pd.DataFrame,
+    removals: Sequence[Removal],
+    random_draws: int = 2,
+    seed: int = 0,
+    batch_size: int = 32,
+    remote: bool | str = False,
+) -> pd.DataFrame:
+    """Run every removal in every model (where ``remote`` says). One row per target, model, k and kind of
+    removal.
+
+    Columns: category, document, row, model, k, removed (REMOVED), ``logit`` and ``log_probability`` (change
+    against the intact model, of the true next token; negative means that it lost support) and ``norm``: the
+    mean norm that was removed over the kept positions that the target can see, in units of the model's mean
+    residual norm. ``random`` is the mean over ``random_draws`` draws, with the norms of the ``features``
+    removal of the same k.
+    """
+    layers, records = store.layers, []
+    generator = torch.Generator().manual_seed(seed)
+    with Progress("ablation, documents", targets["document"].nunique()) as progress:
+        for batch in batches(store, targets, batch_size):
+            acts = dict(zip(store.models, store.activations(batch.kept_rows)))
+            with torch.no_grad():
+                codes = crosscoder.encode([acts[name] for name in crosscoder.names])
+            intact = {
+                name: _scores(models[name], layers[name], batch, None, remote) for name in crosscoder.names
+            }
+            for removal in removals:
+                kinds = ("features", "random") if removal.kind == "features" else (removal.kind,)
+                for name, vectors in zip(
+                    crosscoder.names, removed_vectors(crosscoder, codes, removal.features)
+                ):
+                    norm = batch.visible_mean(vectors.norm(dim=-1)) / store.mean_norms[name]
+                    for kind in kinds:
+                        draws = (
+                            [random_like(vectors, generator) for _ in range(random_draws)]
+                            if kind == "random"
+                            else [vectors]
+                        )
+                        change = np.zeros_like(intact[name])
+                        if removal.features:
+                            change = (
+                                np.mean(
+                                    [_scores(models[name], layers[name], batch, d, remote) for d in draws],
+                                    axis=0,
+                                )
+                                - intact[name]
+                            )
+                        records.append(
+                            batch.targets[["category", "document", "row"]].assign(
+                                model=name,
+                                k=removal.k,
+                                removed=kind,
+                                logit=change[:, 0],
+                                log_probability=change[:, 1],
+                                norm=norm,
+                            )
+                        )
+            progress.update(progress.done + len(batch.mask))
+    return pd.concat(records, ignore_index=True)
+
+
+@dataclass
+class Batch:
+    """Whole documents, padded on the right. ``kept_at``: (rows, columns) of the kept tokens, in the order of
+    ``kept_rows``.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    kept_rows: np.ndarray
+    kept_at: tuple[np.ndarray, np.ndarray]
+    targets: pd.DataFrame
+    at: tuple[Tensor, Tensor]
+
+    def scatter(self, vectors: Tensor) -> Tensor:
+        """[kept tokens, d] -> [batch, length, d], zero where nothing is kept."""
+        full = torch.zeros(*self.tokens.shape, vectors.shape[-1])
+        full[self.kept_at] = vectors
+        return full
+
+    def visible_mean(self, values: Tensor) -> np.ndarray:
+        """Of values [kept tokens]: the mean up to and including each target's position, [targets]."""
+        full, count = np.zeros(self.tokens.shape), np.zeros(self.tokens.shape)
+        full[self.kept_at], count[self.kept_at] = values.numpy(), 1
+        return (full.cumsum(1) / np.maximum(count.cumsum(1), 1))[self.at[0].numpy(), self.at[1].numpy()]
+
+
+def batches(store: Store, targets: pd.DataFrame, batch_size: int) -> Iterator[Batch]:
+    """The documents of ``targets`` (columns document and row, at least), those of like length together."""
+    documents = np.unique(targets["document"])
+    edges = np.flatnonzero(np.diff(store.documents)) + 1  # the tokens of a document are consecutive rows
+    starts, ends = np.concatenate([[0], edges]), np.concatenate([edges, [len(store.documents)]])
+    bounds = {int(store.documents[s]): (int(s), int(e)) for s, e in zip(starts, ends)}
+    documents = sorted(documents.tolist(), key=lambda d: bounds[d][1] - bounds[d][0])
+    for i in range(0, len(documents), batch_size):
+        chosen = [(d, *bounds[d]) for d in documents[i : i + batch_size]]
+        length = max(end - start for _, start, end in chosen)
+        tokens, mask = (
+            torch.zeros(len(chosen), length, dtype=torch.long),
+            torch.zeros(len(chosen), length, dtype=torch.long),
+        )
+        row_of, kept = {}, []
+        for b, (document, start, end) in enumerate(chosen):
+            tokens[b, : end - start] = torch.from_numpy(np.asarray(store.tokens[start:end], dtype=np.int64))
+            mask[b, : end - start] = 1
+            row_of[document] = (b, start)
+            kept.extend((r, b, r - start) for r in range(start, end) if store.kept[r])
+        kept_rows, kept_b, kept_t = (np.array(column) for column in zip(*kept))
+        mine = targets[targets["document"].isin(list(row_of))]
+        at = torch.tensor([(row_of[d][0], r - row_of[d][1]) for d, r in zip(mine["document"], mine["row"])]).T
+        yield Batch(tokens, mask, kept_rows, (kept_b, kept_t), mine, (at[0], at[1]))
+
+
+def _scores(
+    model: TransformersModel, layer: int, batch: Batch, removed: Tensor | None, remote: bool | str
+) -> np.ndarray:
+    """Logit and log-probability of the true next tokens, [targets, 2]."""
+    token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
+    removed = None if removed is None else batch.scatter(removed)
+    scores = logits_at(model, layer, batch.tokens, batch.mask, batch.at, removed, remote, token)
+    if not torch.isfinite(scores).all():
+        raise UserError("a logit is not finite: the model or the crosscoder is damaged")
+    return scores.double().numpy()
+
+
+# --- summary ------------------------------------------------------------------------------------------------
+
+
+def summarise(effects: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Means of ``measure`` with 95% intervals over documents: one row per category, model, k and kind of
+    removal.
+
+    Columns ``logit``, ``log_probability``, ``norm`` and ``per_norm`` (sum of logit changes / sum of removed
+    norms: a ratio of means, stable where single norms are near 0; NaN if nothing is removed), each with
+    ``_low`` and ``_high``; n and documents.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    values = ("logit", "log_probability", "norm")
+    for keys, group in effects.groupby(["category", "model", "k", "removed"], sort=False):
+        sums = (
+            group.groupby("document")[list(values)]
+            .sum()
+            .assign(n=group.groupby("document").size())
+            .to_numpy()
+        )
+        # whole documents are drawn
+        weights = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_boot)
+        row = dict(zip(("category", "model", "k", "removed"), keys))
+        for name, figures in (("", sums.sum(0)[None]), ("boot", weights @ sums)):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                per_norm = np.where(figures[:, 2] > 0, figures[:, 0] / figures[:, 2], np.nan)
+            columns = dict(
+                zip((*values, "per_norm"), (*(figures[:, i] / figures[:, 3] for i in range(3)), per_norm))
+            )
+            for column, drawn in columns.items():
+                if not name:
+                    row[column] = float(drawn[0])
+                else:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN where nothing was removed
+                        row[f"{column}_low"], row[f"{column}_high"] = (
+                            float(q) for q in np.nanquantile(drawn, [0.025, 0.975])
+                        )
+        rows.append({**row, "n": len(group), "documents": len(sums)})
+    return pd.DataFrame(rows)
+
+
+def difference(
+    effects: pd.DataFrame,
+    k: float,
+    a: tuple[str, str],
+    b: tuple[str, str],
+    value: str = "logit",
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Mean of ``value`` under a minus that under b, at the same positions, with 95% intervals over documents.
+
+    ``a`` and ``b``: (model, removed). One row per category: difference, low, high, n. An interval below 0
+    says that the removal a costs more than the removal b.
+    """
+    where = ["category", "document", "row"]
+    cells = {
+        key: group.set_index(where)[value]
+        for key, group in effects[effects["k"] == k].groupby(["model", "removed"])
+    }
+    mine, other = cells[a], cells[b]
+    change = (mine - other).rename("change").reset_index()
+    rows = [
+        {
+            "category": category,
+            "difference": group["change"].mean(),
+            "n": len(group),
+            **dict(
+                zip(
+                    ("low", "high"),
+                    bootstrap(group["change"], groups=group["document"], n_boot=n_boot, seed=seed),
+                )
+            ),
+        }
+        for category, group in change.groupby("category", sort=False)
+    ]
+    return pd.DataFrame(rows)[["category", "difference", "low", "high", "n"]]

@@ -1,0 +1,577 @@
+"""Are the features causes? Whole thoughts with features removed, exchanged between the models, or used as the
+other model uses them.
+
+Both models run in lock-step (``lib.steering.lockstep``); the speaker's residual stream is changed at the layer that
+the crosscoder reads::
+
+    ablate    h  ->  h - sum_{i in S_c} f_i d_i               f: joint code; S_c: the features that foretell category c; while thinking
+    swap      h  ->  h + sum_i (f_i^listener - f_i^own) d_i   what the other model alone says, with the speaker's decoder; everywhere
+    impose    h  ->  h + sum_i (g_i - 1) f_i^own d_i          g_i: the listener's mean use of a feature over the speaker's; everywhere
+    place     h  ->  h + ... at full stops                    more of category c: does it come where it belongs?
+
+Each has its controls: as many features of like frequency (``matched``), random directions of the norm that is
+changed at each position, the mean-difference vector with that norm, a constant added to the logits of a
+category's first words, gains dealt out to other features. Sets, gains, vectors and strengths come from the
+split "choose" and validation puzzles; what is reported is from test puzzles.
+
+**Thinking rate** (fixed before any intervention was looked at): given the question alone, without "think :"
+or "answer :", the share of puzzles on which the model opens with "think :" *and* takes at least one step of
+calculation. (``opens``: the first half alone.) **Share of the gap**: (rate under the intervention - speaker's
+rate) / (listener's rate - speaker's rate), both untouched. A model that is merely broken thinks less too: so
+``answers``, the share that opens with "answer :" as the base does, is reported beside it.
+
+Use is read from each model alone (``encode_from``: the other model at its mean), which is *not* what the
+crosscoder was trained on; ``Use.fve`` says how much of its own model such a reading still explains, and
+``Reconstruct("own")`` what reading costs by itself.
+
+Source: Baek & Tegmark 2025 (arXiv 2503.03730) asks for faithfulness by logits; experiments on whole thoughts
+and their controls are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from ..activations.positions import positions
+from ..activations.store import Store
+from ..crosscoder.codes import CHUNK, sample_rows
+from ..crosscoder.model import CrossCoder
+from ..labels import CATEGORIES, LABELS, REDUNDANT
+from ..models.pairs import Pair
+from ..runs import Progress, fingerprint, write_text
+from ..settings import UserError, check
+from ..text.puzzles import Puzzle, apply, equation_of, first_words, label_of, sentences_of
+from .ablation import matched_features
+from .effects import METHODS, OTHER
+from .lockstep import Act, Along, Bias, RandomLike, Reconstruct, Scale, Swap, Transplant, generate, read_alone
+from .outcomes import outcomes
+from .tasks import PUZZLES
+
+GAIN = 10.0  # the largest factor by which the use of a feature is changed; the smallest is 0
+
+
+# --- what is chosen, on the split "choose" ------------------------------------------------------------------
+
+
+def category_sets(
+    table: pd.DataFrame, n: int = 5, nrn_over: float = 0.5, categories: Sequence[str] = CATEGORIES
+) -> dict[str, tuple[int, ...]]:
+    """{category: the ``n`` features that foretell it best on the choose split}, best first, among alive ones
+    with NRN above ``nrn_over``.
+
+    Only features that foretell at all (AUROC above 0.5). UserError if a category has none.
+    """
+    check("n", n, int, low=1)
+    usable = table[table["alive"].astype(bool) & (table["nrn"] > nrn_over)].set_index("feature")
+    sets = {}
+    for c in categories:
+        scores = usable[f"auroc_{c}_choose"].nlargest(n)
+        sets[c] = tuple(int(f) for f in scores[scores > 0.5].index)
+        if not sets[c]:
+            raise UserError(f"no alive feature with an NRN above {nrn_over} foretells {c}: lower nrn_over")
+    return sets
+
+
+@dataclass(frozen=True)
+class Use:
+    """How both models use the features on the same tokens. ``table``: a row per feature; ``fve`` {name:
+    explained by its reading alone}.
+    """
+
+    table: pd.DataFrame
+    fve: dict[str, float]
+
+    def gains(self, features: Sequence[int], speaker: str = "base") -> np.ndarray:
+        """The listener's mean use over the speaker's, from 0 to ``GAIN``; 1 where neither fires. A feature
+        that the speaker never uses has the largest gain, and no effect: a gain cannot create."""
+        mine, other = (
+            self.table[f"use_{name}"].to_numpy()[list(features)] for name in (speaker, OTHER[speaker])
+        )
+        ratio = np.divide(other, mine, out=np.full(len(mine), GAIN), where=mine > 0)
+        return np.where((mine == 0) & (other == 0), 1.0, np.clip(ratio, 0.0, GAIN))
+
+
+@torch.no_grad()
+def measure_use(
+    crosscoder: CrossCoder,
+    store: Store,
+    split: str = "choose",
+    max_tokens: int | None = 40_000,
+    reading: str = "mean",
+    seed: int = 0,
+) -> Use:
+    """Use on traces of a split (kept tokens of at most ``max_tokens``, whole documents).
+
+    Columns feature, use_<model> (mean activation as read from it alone), frequency_<model>, use_joint and
+    frequency_joint (of the joint code), gain (distilled over base, 0 to ``GAIN``). UserError if the split has
+    no traces.
+    """
+    rows = sample_rows(store, split, max_tokens, seed)
+    rows = rows[store.labels["kind"][rows] == 1]
+    if len(rows) == 0:
+        raise UserError(f"the split {split!r} holds no traces: the corpus of this pair must carry labels")
+    sums = {key: 0.0 for name in ("joint", *crosscoder.names) for key in (name, f"fired {name}")}
+    errors, squares = dict.fromkeys(crosscoder.names, 0.0), dict.fromkeys(crosscoder.names, 0.0)
+    for start in range(0, len(rows), CHUNK):
+        acts = dict(zip(store.models, store.activations(rows[start : start + CHUNK])))
+        codes = {"joint": crosscoder.encode([acts[name] for name in crosscoder.names])}
+        codes |= {name: read_alone(crosscoder, name, acts[name], reading) for name in crosscoder.names}
+        for name, f in codes.items():
+            sums[name] += f.double().sum(0)
+            sums[f"fired {name}"] += (f > 0).double().sum(0)
+            if name != "joint":
+                x_hat = f @ crosscoder.rows(name, raw=True) + crosscoder.bias(name, raw=True)
+                errors[name] += float((acts[name] - x_hat).square().sum())
+                squares[name] += float((acts[name] - crosscoder.mean(name, raw=True)).square().sum())
+    frame = pd.DataFrame(
+        {
+            "feature": np.arange(crosscoder.n_features),
+            "use_joint": (sums["joint"] / len(rows)).numpy(),
+            "frequency_joint": (sums["fired joint"] / len(rows)).numpy(),
+        }
+    )
+    for name in crosscoder.names:
+        frame[f"use_{name}"], frame[f"frequency_{name}"] = (
+            (sums[name] / len(rows)).numpy(),
+            (sums[f"fired {name}"] / len(rows)).numpy(),
+        )
+    use = Use(frame, {name: 1 - errors[name] / squares[name] for name in crosscoder.names})
+    frame["gain"] = use.gains(frame["feature"])
+    return use
+
+
+def mean_differences(
+    store: Store, of: str = "distilled", split: str = "choose", categories: Sequence[str] = CATEGORIES
+) -> dict[str, tuple]:
+    """{category: mean activation [d] at sentence ends before c, minus that at all other sentence ends of
+    traces}.
+    """
+    rows = store.rows(split)
+    index, following = positions(store, rows, "before")
+    acts = store.activations(rows[index])[store.models.index(of)].double()
+    vectors = {}
+    for c in categories:
+        before = torch.from_numpy(following == LABELS.index(c))
+        if not before.any():
+            raise UserError(
+                f"no sentence of {c} in the split {split!r}: the corpus of this pair must carry labels"
+            )
+        vectors[c] = tuple((acts[before].mean(0) - acts[~before].mean(0)).tolist())
+    return vectors
+
+
+# --- conditions ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Condition:
+    """An act with a name. ``kind`` tells features from controls, ``target`` is a category or a set of
+    features ("" if neither).
+    """
+
+    family: str  # "untouched", "ablate", "swap", "impose", "place"
+    kind: str
+    target: str
+    act: Act
+    temperature: float = 1.0
+    strength: float = float("nan")
+
+    @property
+    def name(self) -> str:
+        parts = (self.family, self.kind, self.target, "" if np.isnan(self.strength) else f"{self.strength:g}")
+        return " / ".join([*filter(None, parts), self.act.speaker, self.act.mode, f"t{self.temperature:g}"])
+
+
+def conditions(
+    crosscoder: CrossCoder,
+    table: pd.DataFrame,
+    sets: Mapping[str, Sequence[int]],
+    use: Use,
+    vectors: Mapping[str, Sequence[float]],
+    unique: Sequence[int],
+    reweighted: Sequence[int],
+    temperatures: Sequence[float] = (0.0, 1.0),
+    bias: float = 4.0,
+    seed: int = 0,
+) -> list[Condition]:
+    """All conditions of ablation, swap and imposed use. ``sets``: of the categories; ``unique``,
+    ``reweighted``: as nulls decide.
+    """
+    made = [
+        *ablations(table, sets, use, vectors, temperatures, bias, seed),
+        *swaps(crosscoder, table, unique, seed),
+        *impositions(table, use, unique, reweighted, seed),
+    ]
+    return list(dict.fromkeys(made))
+
+
+def ablations(
+    table: pd.DataFrame,
+    sets: Mapping[str, Sequence[int]],
+    use: Use,
+    vectors: Mapping[str, Sequence[float]] | None = None,
+    temperatures: Sequence[float] = (0.0, 1.0),
+    bias: float = 4.0,
+    seed: int = 0,
+) -> list[Condition]:
+    """In the distilled model (and, features alone, in the base) while it thinks: each category's features
+    removed, and controls.
+
+    Kinds: features (zero), other decoder (f_i d_i of the other model), mean (f_i set to its mean on choose),
+    matched (as many features of like frequency over all text), matched in traces (over traces alone: what
+    fires as often in thoughts), random, and with ``vectors`` mean difference (subtracted, same norm) and
+    logit bias (``bias`` off the first words' logits at sentence ends).
+    """
+    found = []
+    for t in temperatures:
+        for speaker in ("distilled", "base"):
+            found.append(Condition("untouched", "untouched", "", Act(speaker), t))
+            for c, chosen in sets.items():
+                removed = Scale(tuple(chosen))
+                kinds = {"features": removed, "other decoder": Scale(tuple(chosen), decoder=OTHER[speaker])}
+                if speaker == "distilled":
+                    means = tuple(use.table["use_joint"].to_numpy()[list(chosen)].tolist())
+                    in_traces = table.assign(frequency_traces=use.table["frequency_joint"].to_numpy())
+                    kinds |= {
+                        "mean": Scale(tuple(chosen), offsets=means),
+                        "matched": Scale(
+                            tuple(matched_features(table, chosen, frequency="frequency_choose").tolist())
+                        ),
+                        "matched in traces": Scale(
+                            tuple(matched_features(in_traces, chosen, frequency="frequency_traces").tolist())
+                        ),
+                        "random": RandomLike(removed, seed),
+                    }
+                    if vectors is not None:
+                        kinds |= {
+                            "mean difference": Along(tuple(vectors[c]), -1.0, removed),
+                            "logit bias": Bias(first_words(c), -bias),
+                        }
+                found += [
+                    Condition(
+                        "ablate",
+                        kind,
+                        c,
+                        Act(speaker, what, "ends" if kind == "logit bias" else "thinking"),
+                        t,
+                    )
+                    for kind, what in kinds.items()
+                ]
+    return found
+
+
+def swaps(
+    crosscoder: CrossCoder,
+    table: pd.DataFrame,
+    unique: Sequence[int],
+    seed: int = 0,
+    temperature: float = 1.0,
+) -> list[Condition]:
+    """In both directions, from the question alone ("free") and with "think :" given. Targets: all, unique,
+    matched, and random directions of the norms of "all"; kind "joint": the joint code's values; "reconstruct
+    ..." and "transplant" (the other model's own activation): the stream replaced, error and all. Where the
+    latter carries nothing over, no feature can."""
+    unique, alive = tuple(map(int, unique)), table[table["alive"].astype(bool)]
+    kinds = {
+        ("swap", "all"): Swap(),
+        ("joint", "all"): Swap("joint"),
+        ("random", "all"): RandomLike(Swap(), seed),
+        ("reconstruct listener", "all"): Reconstruct("listener"),
+        ("reconstruct own", "all"): Reconstruct("own"),
+        ("reconstruct joint", "all"): Reconstruct("joint"),
+    }
+    if len(set(crosscoder.widths)) == 1:
+        kinds |= {("transplant", "all"): Transplant(), ("swap, slots", "all"): Swap(reading="slots")}
+    if unique:
+        kinds |= {
+            ("swap", "unique"): Swap(features=unique),
+            ("joint", "unique"): Swap("joint", unique),
+            ("matched", "unique"): Swap(features=random_set(alive, unique, seed)),
+        }
+    return _both_ways("swap", lambda speaker: kinds, temperature)
+
+
+def impositions(
+    table: pd.DataFrame,
+    use: Use,
+    unique: Sequence[int],
+    reweighted: Sequence[int],
+    seed: int = 0,
+    temperature: float = 1.0,
+) -> list[Condition]:
+    """The listener's use imposed on the speaker, in both directions: kind "gain" (own reading times g_i),
+    "joint" (the joint code's values in place of the own reading), "matched": the same gains, permuted, on
+    other features of like frequency."""
+    sets = {"unique": tuple(map(int, unique)), "reweighted": tuple(map(int, reweighted))}
+    sets["both"] = tuple(dict.fromkeys((*sets["unique"], *sets["reweighted"])))
+    alive, rng = table[table["alive"].astype(bool)], np.random.default_rng(seed)
+    matched = {name: random_set(alive, chosen, seed) for name, chosen in sets.items()}
+
+    def kinds(speaker: str) -> dict:
+        made = {}
+        for name, chosen in sets.items():
+            if chosen:
+                weights = use.gains(chosen, speaker) - 1
+                made["gain", name] = Scale(chosen, tuple(weights.tolist()), code="own")
+                made["joint", name] = Swap("joint", chosen)
+                made["matched", name] = Scale(
+                    matched[name], tuple(rng.permutation(weights).tolist()), code="own"
+                )
+                made["random", name] = RandomLike(made["gain", name], seed)
+        return made
+
+    return _both_ways("impose", kinds, temperature)
+
+
+def _both_ways(family: str, kinds, temperature: float) -> list[Condition]:
+    found = []
+    for speaker in ("base", "distilled"):
+        for mode in ("free", "think"):
+            found.append(Condition("untouched", "untouched", "", Act(speaker, mode=mode), temperature))
+            found += [
+                Condition(family, kind, target, Act(speaker, what, "everywhere", mode), temperature)
+                for (kind, target), what in kinds(speaker).items()
+            ]
+    return found
+
+
+def random_set(alive: pd.DataFrame, chosen: Sequence[int], seed: int = 0, among: int = 10) -> tuple[int, ...]:
+    """For each feature of ``chosen`` another of like firing frequency: one of the ``among`` nearest (log
+    scale) of those that are left.
+
+    Where ``chosen`` leaves too few others, its own members may be drawn too.
+    """
+    log = np.log(alive.set_index("feature")["frequency_choose"].clip(lower=1e-9))
+    pool = log.drop(index=[f for f in chosen if f in log.index])
+    pool, rng, drawn = (pool if len(pool) >= len(chosen) else log).copy(), np.random.default_rng(seed), []
+    for feature in chosen:
+        near = (pool - log.get(feature, np.log(1e-9))).abs().nsmallest(among).index
+        drawn.append(int(rng.choice(near)))
+        pool = pool.drop(index=drawn[-1])
+    return tuple(drawn)
+
+
+# --- more of a category: where does it go? ------------------------------------------------------------------
+
+
+def placements(task: Puzzle, words: Sequence[str]) -> list[tuple[str, str]]:
+    """(what the sentence end calls for, label of the sentence that follows) for every sentence end of a
+    thought.
+
+    By the teacher's grammar: a wrong step calls for reflection until it is mended; a branch that is complete
+    and misses the target for contrast; contrast for alternative; a branch that is not complete for deduction;
+    everything else for "other".
+    """
+    sentences, found = sentences_of(list(words)), []
+    call, mended, value, taken = "other", None, None, 0
+
+    def onwards() -> str:
+        return (
+            "deduction" if taken < len(task.operations) else "other" if value == task.target else "contrast"
+        )
+
+    for sentence, following in zip(sentences, sentences[1:]):
+        label, step = label_of(sentence), equation_of(sentence)
+        numbers = [int(w) for w in sentence if w.isdigit()]
+        if sentence[0] in ("done", "answer"):
+            break
+        if label == "alternative" or sentence[0] == "first":
+            call, mended, value, taken = "other", None, numbers[0] if numbers else None, 0
+        elif (label == "deduction" or sentence[0] == "start") and step:
+            a, operation, value = step
+            taken += 1
+            mended = apply(operation, a) if apply(operation, a) != value else None
+            call = onwards() if mended is None else "reflection"
+        elif label == "reflection" and numbers and value is not None:
+            value = numbers[-1]
+            mended = None if value == mended else mended
+            call = onwards() if mended is None else "reflection"
+        elif label == "contrast":
+            call = "alternative"
+        elif label != REDUNDANT:
+            call = "other"
+        found.append((call, label_of(following)))
+    return found
+
+
+def strengthenings(
+    crosscoder: CrossCoder,
+    sets: Mapping[str, Sequence[int]],
+    vectors: Mapping[str, Sequence[float]],
+    norm: float,
+    strengths: Mapping[tuple[str, str], Sequence[float]] | Sequence[float] = (0.125, 0.25, 0.5, 1.0),
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[Condition]:
+    """More of each category at sentence ends, by every one of METHODS, in the distilled model.
+
+    feature: decoder row of the category's best feature; mean difference, random: a vector of the same length,
+    ``strength`` x ``norm`` (mean residual norm); amplify: the set's own contribution once more, 8 x
+    ``strength`` times; logit bias: 8 x ``strength``. ``strengths`` may be {(category, method): strengths}.
+    """
+    noise = torch.randn(
+        len(sets),
+        crosscoder.widths[crosscoder.names.index("distilled")],
+        generator=torch.Generator().manual_seed(seed),
+    )
+    found = [Condition("untouched", "untouched", "", Act("distilled"), temperature)]
+    for (c, chosen), push in zip(sets.items(), noise):
+        row = crosscoder.rows("distilled", raw=True)[chosen[0]]
+        for method in METHODS:
+            for s in strengths.get((c, method), ()) if isinstance(strengths, Mapping) else strengths:
+                what = {
+                    "feature": lambda: Along(tuple(row.tolist()), s * norm),
+                    "random": lambda: Along(tuple(push.tolist()), s * norm),
+                    "mean difference": lambda: Along(tuple(vectors[c]), s * norm),
+                    "logit bias": lambda: Bias(first_words(c), 8 * s),
+                    "amplify": lambda: Scale(tuple(chosen), 8 * s),
+                }[method]()
+                found.append(
+                    Condition("place", method, c, Act("distilled", what, "ends"), temperature, float(s))
+                )
+    return found
+
+
+def matching_strengths(rows: pd.DataFrame, factor: float = 1.5) -> dict[tuple[str, str], tuple[float, ...]]:
+    """{(category, method): (strength,)} at which the rate of a category is ``factor`` times the untouched
+    one, by interpolation.
+
+    ``rows`` of ``run`` on puzzles for choosing. Where no strength reaches it, the one that comes nearest.
+    """
+    before, chosen = rows[rows["family"] == "untouched"], {}
+    for (c, method), group in rows[rows["family"] == "place"].groupby(["target", "kind"], sort=False):
+        rate = pd.concat(
+            [pd.Series({0.0: before[f"n_{c}"].mean()}), group.groupby("strength")[f"n_{c}"].mean()]
+        )
+        wanted, s, r = factor * rate.iloc[0], rate.index.to_numpy(float), rate.to_numpy()
+        above = np.flatnonzero(r >= wanted)
+        above = above[above > 0]  # a category that is never said has a rate of 0 to begin with
+        if len(above):
+            i = above[0]
+            chosen[c, method] = (float(round(np.interp(wanted, r[i - 1 : i + 1], s[i - 1 : i + 1]), 4)),)
+        else:
+            chosen[c, method] = (float(s[1:][np.abs(r[1:] - wanted).argmin()]),)
+    return chosen
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+
+def run(
+    pair: Pair,
+    models: Mapping[str, PreTrainedModel],
+    crosscoder: CrossCoder,
+    store: Store,
+    tasks: Sequence[Puzzle],
+    todo: Sequence[Condition],
+    folder: Path,
+    mark: str,
+    max_new_tokens: int = 250,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One row per condition and task: the columns of ``responses.outcomes``, and
+
+    family, kind, target, speaker, mode, temperature, strength, condition (its name), task; steps (of
+    calculation), thinking (opens with "think :" and takes a step), answers (opens with "answer :"); and for
+    every category c: calls_c, met_c (sentence ends that call for c; and c follows), rest_c, strays_c (all
+    other sentence ends; and c follows).
+
+    Transcripts are kept in ``folder``, one file per condition, under a fingerprint of ``mark`` (weights and
+    crosscoder), condition, tasks and limits: what is there is read, an interrupted run goes on. Puzzles of
+    like length are decoded together.
+    """
+    todo = list(dict.fromkeys(todo))
+    tokenizer, kept = pair.tokenizer(), {}
+    for condition in todo:
+        slug = re.sub("[^a-z0-9.]+", "-", condition.name.lower())
+        what = fingerprint(
+            mark, condition.act, condition.temperature, [repr(t) for t in tasks], max_new_tokens, seed
+        )
+        kept[condition] = Path(folder) / f"{slug}_{what}.json"
+    said = {condition: read for condition in todo if (read := _read(kept[condition])) is not None}
+    batches: dict[tuple, list[Condition]] = {}
+    for condition in todo:
+        if condition not in said:
+            batches.setdefault((condition.act.speaker, condition.act.mode, condition.temperature), []).append(
+                condition
+            )
+    at_once = max(1, 2 * PUZZLES.batch_rows // len(tasks))
+    with Progress(f"conditions of {len(tasks)} puzzles", len(todo)) as progress:
+        progress.update(len(said))
+        for (_, _, temperature), waiting in batches.items():
+            for i in range(0, len(waiting), at_once):
+                group = waiting[i : i + at_once]
+                lengths = (
+                    np.mean([[len(words) for words in said[c]] for c in said], axis=0)
+                    if said
+                    else np.zeros(len(tasks))
+                )
+                rows = [
+                    (task, condition) for task in np.argsort(lengths, kind="stable") for condition in group
+                ]
+                made = generate(
+                    models,
+                    tokenizer,
+                    store.layers,
+                    crosscoder,
+                    [tasks[task] for task, _ in rows],
+                    [condition.act for _, condition in rows],
+                    max_new_tokens,
+                    temperature,
+                    seed,
+                )
+                by_row = dict(zip(rows, made))
+                for condition in group:
+                    said[condition] = [by_row[task, condition] for task in range(len(tasks))]
+                    kept[condition].parent.mkdir(parents=True, exist_ok=True)
+                    write_text(
+                        kept[condition],
+                        json.dumps({"condition": condition.name, "transcripts": said[condition]}),
+                    )
+                progress.update(len(said), group[-1].name)
+    return pd.concat(
+        [_rows(condition, tasks, said[condition], max_new_tokens) for condition in todo], ignore_index=True
+    )
+
+
+def _read(file: Path) -> list[list[str]] | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["transcripts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _rows(
+    condition: Condition, tasks: Sequence[Puzzle], said: Sequence[Sequence[str]], max_new_tokens: int
+) -> pd.DataFrame:
+    frame = outcomes(tasks, said, max_new_tokens)
+    frame["steps"] = frame["errors"] + frame["correct_steps"]
+    frame["answers"] = [list(words[:2]) == ["answer", ":"] for words in said]
+    frame["thinking"] = frame["thinks"].astype(bool) & (frame["steps"] > 0)
+    ends = [placements(task, words) for task, words in zip(tasks, said)]
+    for c in CATEGORIES:
+        frame[f"calls_{c}"] = [sum(call == c for call, _ in row) for row in ends]
+        frame[f"met_{c}"] = [sum(call == c == label for call, label in row) for row in ends]
+        frame[f"rest_{c}"] = [sum(call != c for call, _ in row) for row in ends]
+        frame[f"strays_{c}"] = [sum(call != c and label == c for call, label in row) for row in ends]
+    head = {
+        "condition": condition.name,
+        "family": condition.family,
+        "kind": condition.kind,
+        "target": condition.target,
+        "speaker": condition.act.speaker,
+        "mode": condition.act.mode,
+        "temperature": condition.temperature,
+        "strength": condition.strength,
+        "task": range(len(tasks)),
+    }
+    return pd.concat([pd.DataFrame(head, index=frame.index), frame], axis=1)

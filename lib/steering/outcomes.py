@@ -1,0 +1,251 @@
+"""What an intervention did to the model's thinking: lengths, answers and kinds of sentences, against the same
+tasks untouched.
+
+    rows = outcomes(tasks, transcripts, max_new_tokens)      # one row per task
+    table = compare(rows of several conditions)              # one row per condition, ratios and changes with 95% intervals
+    best = choose(table, "shorter", {"deduction": 1})        # on the split for choosing; report on another one
+
+Differences are paired: each task is compared with itself, and the bootstrap resamples tasks. A ratio is one
+of mean lengths, so that long thoughts count by their length. Over-thinking is length without better answers,
+incisive thinking brevity without worse ones; so length is never reported without accuracy, the share of
+thoughts that never end, and what kinds of sentences were gained or lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ..distil.trials import MODES, Task, read
+from ..figures import COLOURS
+from ..labels import CATEGORIES, REDUNDANT
+from ..settings import UserError, check
+from ..text.puzzles import sentences_of
+
+RATES = (*CATEGORIES, REDUNDANT)
+NO_STEERING = "none"
+DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+def outcomes(
+    tasks: Sequence[Task], transcripts: Sequence[Sequence[str]], max_new_tokens: int
+) -> pd.DataFrame:
+    """``trials.read`` and what follows from it, one row per task.
+
+    - ``length``: tokens up to the end of thinking. If the thought is not closed but the model goes over to an
+      answer
+      or stops, up to there; if it never ends, ``max_new_tokens``, and ``runaway`` is True.
+    - ``redundant``: sentences that check what was right already (verification, and reflection after a correct
+      step);
+      ``needed``: all others of the categories; ``redundant_tokens`` and ``needed_tokens`` likewise (tokens of
+      reflections are shared out by their number).
+    """
+    frame = read(tasks, transcripts)
+    ended = [_end_of_thought(words, max_new_tokens) for words in transcripts]
+    frame["length"] = np.where(
+        frame["closed"], frame["thinking_tokens"], [length for length, _ in ended]
+    ).astype(float)
+    frame["runaway"] = ~frame["closed"].astype(bool) & np.array([runaway for _, runaway in ended], dtype=bool)
+    idle = (frame["n_reflection"] - frame["errors_reflected"]).clip(lower=0)
+    idle_tokens = frame["t_reflection"] * idle / frame["n_reflection"].clip(lower=1)
+    frame["redundant"] = frame[f"n_{REDUNDANT}"] + idle
+    frame["needed"] = sum(frame[f"n_{c}"] for c in CATEGORIES) - idle
+    frame["redundant_tokens"] = frame[f"t_{REDUNDANT}"] + idle_tokens
+    frame["needed_tokens"] = frame["length"] - frame["redundant_tokens"]
+    return frame
+
+
+def _end_of_thought(words: Sequence[str], max_new_tokens: int) -> tuple[int, bool]:
+    """(length, runaway) of a thought that is not closed."""
+    length = 0
+    for sentence in sentences_of(list(words)):
+        if sentence[0] == "answer":
+            return length, False
+        length += len(sentence)
+    runaway = len(words) - len(MODES["think"]) >= max_new_tokens
+    return (max_new_tokens if runaway else length), runaway
+
+
+# --- comparing and choosing ---------------------------------------------------------------------------------
+
+
+def compare(outcomes: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Every condition against the unsteered model, on the same tasks: one row per direction and strength.
+
+    With 95% intervals (``_low``, ``_high``) of a paired bootstrap over tasks: length (mean), length_ratio (of
+    mean lengths), accuracy, chain (answer and every step right), accuracy_change, chain_change, runaway
+    (share), redundant_ratio and needed_ratio (of tokens; NaN where the unsteered model has none), and for
+    every c of RATES rate_c (sentences per 100 tokens of thought) and rate_ratio_c (against the unsteered
+    model). Then n. The unsteered model is the first row.
+    """
+    wanted = {
+        "length": "length",
+        "correct": "accuracy",
+        "chain_correct": "chain",
+        "runaway": "runaway",
+        "redundant_tokens": "redundant",
+        "needed_tokens": "needed",
+        **{f"n_{c}": c for c in RATES},
+    }
+    keys = ["direction", "label", "strength"]
+    cells = {
+        key: group.sort_values("task")[list(wanted)].to_numpy(dtype=float)
+        for key, group in outcomes.groupby(keys, sort=False)
+    }
+    base = next(values for key, values in cells.items() if key[0] == NO_STEERING)
+    n = len(base)
+    rng = np.random.default_rng(seed)
+    # row 0: the data itself
+    weights = np.concatenate([np.full((1, n), 1 / n), rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n])
+    column = {name: i for i, name in enumerate(wanted.values())}
+    before = weights @ base
+    rows = []
+    for key, values in cells.items():
+        after = weights @ values
+        drawn = {
+            "length": after[:, column["length"]],
+            "length_ratio": _ratio(after, before, column["length"]),
+        }
+        for name in ("accuracy", "chain", "runaway"):
+            drawn[name] = after[:, column[name]]
+        for name in ("accuracy", "chain"):
+            drawn[f"{name}_change"] = after[:, column[name]] - before[:, column[name]]
+        for name in ("redundant", "needed"):
+            drawn[f"{name}_ratio"] = _ratio(after, before, column[name])
+        for c in RATES:
+            drawn[f"rate_{c}"] = 100 * after[:, column[c]] / np.maximum(after[:, column["length"]], 1e-9)
+            drawn[f"rate_ratio_{c}"] = drawn[f"rate_{c}"] / _nan_if_zero(
+                100 * before[:, column[c]] / before[:, column["length"]]
+            )
+        row = dict(zip(keys, key))
+        for name, draws in drawn.items():
+            row[name] = float(draws[0])
+            finite = draws[1:][np.isfinite(draws[1:])]
+            low_high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
+            row[f"{name}_low"], row[f"{name}_high"] = map(float, low_high)
+        rows.append({**row, "n": n})
+    return pd.DataFrame(rows)
+
+
+def _ratio(after: np.ndarray, before: np.ndarray, column: int) -> np.ndarray:
+    return after[:, column] / _nan_if_zero(before[:, column])
+
+
+def _nan_if_zero(values: np.ndarray) -> np.ndarray:
+    return np.where(values > 0, values, np.nan)
+
+
+def choose(
+    comparison: pd.DataFrame,
+    aim: str,
+    labels: Mapping[str, int] | Sequence[str],
+    accuracy_loss: float = 1.0,
+    runaway: float = 1.0,
+) -> pd.Series:
+    """The condition that makes thinking longest (``aim`` "longer") or shortest ("shorter"), within limits.
+
+    ``labels``: the labels that may be used, as a list, or with a sign each ({"deduction": 1, "verification":
+    -1}). Limits: the share of tasks by which accuracy or the chain of steps may fall, and the share of
+    thoughts that may never end. Where no condition keeps to them, the one that exceeds them least is taken.
+    The row gets ``within_limits``.
+    """
+    check("aim", aim, str, choices=("longer", "shorter"))
+    signs = dict(labels) if isinstance(labels, Mapping) else {label: 0 for label in labels}
+    usable = comparison[comparison["label"].isin(signs)]
+    usable = usable[
+        [signs[label] * strength >= 0 for label, strength in zip(usable["label"], usable["strength"])]
+    ]
+    if usable.empty:
+        raise UserError(
+            f"no condition steers one of {', '.join(signs)} with the wanted sign: add strengths or candidates"
+        )
+    loss = -usable[["accuracy_change", "chain_change"]].min(axis=1)
+    excess = (loss - accuracy_loss).clip(lower=0) + (usable["runaway"] - runaway).clip(lower=0)
+    within = usable[excess <= 1e-9]
+    ratio = (within if len(within) else usable[excess == excess.min()])["length_ratio"]
+    row = usable.loc[ratio.idxmax() if aim == "longer" else ratio.idxmin()].copy()
+    row["within_limits"] = bool(len(within))
+    return row
+
+
+def rivals(comparison: pd.DataFrame, longer: Mapping, shorter: Mapping, accuracy_loss: float = 0.05) -> int:
+    """How many random directions, at the chosen strengths, do as well as what was chosen.
+
+    That is, lengthen thinking as much as ``longer`` (rows of ``comparison`` or of ``choose``), or shorten it
+    as much as ``shorter`` does without losing more accuracy than ``accuracy_loss``.
+    """
+    found = set()
+    for row, sign in ((longer, 1), (shorter, -1)):
+        mine = comparison[
+            (comparison["direction"] == row["direction"]) & (comparison["strength"] == row["strength"])
+        ].iloc[0]
+        noise = comparison[
+            (comparison["label"] == "random") & (comparison["strength"] == abs(row["strength"]))
+        ]
+        as_good = sign * noise["length_ratio"] >= sign * mine["length_ratio"]
+        if sign < 0:
+            as_good &= noise["accuracy_change"] >= -accuracy_loss
+        found |= set(noise.loc[as_good, "direction"])
+    return len(found)
+
+
+def plot_dose_response(comparison: pd.DataFrame, measures: Mapping[str, str], columns: int = 2) -> go.Figure:
+    """One panel per measure ({column: title}) that was measured against strength: a line with 95% intervals
+    for each direction.
+
+    Directions of one label share its colour and differ in their dashes. Random directions are one grey band,
+    from the lowest to the highest of them, mirrored at 0: their sign means nothing.
+    """
+    # free text has no verified chain
+    measures = {name: title for name, title in measures.items() if comparison[name].notna().any()}
+    base = comparison[comparison["direction"] == NO_STEERING]
+    noise = comparison[comparison["label"] == "random"]
+    titles = list(measures.values())
+    fig = make_subplots(
+        -(-len(titles) // columns),
+        columns,
+        subplot_titles=titles,
+        horizontal_spacing=0.08,
+        vertical_spacing=0.12,
+    )
+    for i, measure in enumerate(measures):
+        place = {"row": i // columns + 1, "col": i % columns + 1}
+        if len(noise):
+            band = noise.groupby("strength")[measure].agg(["min", "max"])
+            band.loc[0.0] = float(base[measure].iloc[0])
+            band = pd.concat([band, band.drop(0.0).rename(index=lambda s: -s)]).sort_index()
+            grey = {
+                "x": band.index,
+                "mode": "lines",
+                "line_color": COLOURS["random"],
+                "line_width": 0,
+                **place,
+            }
+            fig.add_scatter(y=band["max"], showlegend=False, hoverinfo="skip", name="", **grey)
+            fig.add_scatter(
+                y=band["min"], fill="tonexty", name="random directions", showlegend=i == 0, **grey
+            )
+        steered = comparison[~comparison["label"].isin((NO_STEERING, "random"))]
+        for (label, name), group in steered.groupby(["label", "direction"], sort=False):
+            order = list(steered.loc[steered["label"] == label, "direction"].unique()).index(name)
+            line = pd.concat([group, base]).sort_values("strength")
+            fig.add_scatter(
+                x=line["strength"],
+                y=line[measure],
+                name=name,
+                showlegend=i == 0,
+                legendgroup=name,
+                mode="lines+markers",
+                line_color=COLOURS.get(label, COLOURS["distilled"]),
+                line_dash=DASHES[order % len(DASHES)],
+                **place,
+                error_y=dict(
+                    array=line[f"{measure}_high"] - line[measure],
+                    arrayminus=line[measure] - line[f"{measure}_low"],
+                ),
+            )
+    return fig.update_xaxes(title_text="strength (mean residual norms)")

@@ -1,0 +1,474 @@
+"""Verdicts on planted truth: which way of calling a feature unique may be believed, and when.
+
+    table = study(folder, {"batchtopk": TrainConfig(...)}, ours)    # train on planted data, call features unique, compare with the truth
+    rule = recommend(table);  judge(table, rule)                    # chosen on some seeds, judged on fresh ones
+
+**Methods.** A learned feature is called unique to one side by its row lengths (NRN, p = 1 or 2), by latent
+scaling (nu_eps, nu_r), or by two of them at once. Thresholds are fixed conventional ones, the same in every
+setting, or the 1% quantile in a *planted null*: the same regime without any unique feature.
+
+**Judgement.** Learned and planted features (``lib.study.planted``) are compared by the cosine of their joined
+decoder rows, in scaled space::
+
+    precision   share of the learned features called unique whose most similar planted feature is unique to that side
+    recall      share of the planted unique features with which a learned feature that is called unique has a cosine above 0.7
+    found       share of them that a one-to-one matching (Hungarian) gives a learned feature of cosine above 0.7, whatever it is
+                called: features that were not learned cannot be recalled
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from plotly.subplots import make_subplots
+from scipy import stats
+from scipy.optimize import linear_sum_assignment
+from torch.nn.functional import normalize
+
+from ..crosscoder.model import CrossCoder
+from ..crosscoder.training import TrainConfig, train
+from ..features.latent_scaling import latent_scaling
+from ..figures import SCALE
+from ..runs import Progress, fingerprint, write_text
+from ..settings import UserError, check
+from .planted import CHUNK, KINDS, MODELS, VERSION, Planted, PlantedStore
+
+# --- the methods --------------------------------------------------------------------------------------------
+
+# score: does a larger one mean unique?
+SCORES = {"nrn_p1": True, "nrn_p2": True, "nu_eps": False, "nu_r": False}
+NULL_RATE = 0.01  # share of a planted null's living features that a calibrated threshold lets through
+
+# {method: ((score, threshold), ...)}: all must hold; None is the threshold calibrated on the planted null
+METHODS: dict[str, tuple[tuple[str, float | None], ...]] = {
+    **{f"{p} > {t}": ((f"nrn_{p}", t),) for p in ("p1", "p2") for t in (0.9, 0.7)},
+    **{f"{nu} < {t}": ((nu, t),) for nu in ("nu_eps", "nu_r") for t in (0.2, 0.3)},
+    **{f"p2 > {t} and nu_eps < {u}": (("nrn_p2", t), ("nu_eps", u)) for t, u in ((0.9, 0.2), (0.7, 0.3))},
+    **{f"nu_eps < {t} and nu_r < {u}": (("nu_eps", t), ("nu_r", u)) for t, u in ((0.2, 0.5), (0.3, 0.3))},
+    **{f"{score} beyond null": ((score, None),) for score in SCORES},
+    "nrn_p2 and nu_eps beyond null": (("nrn_p2", None), ("nu_eps", None)),
+    "nu_eps and nu_r beyond null": (("nu_eps", None), ("nu_r", None)),
+}
+
+
+def scores(crosscoder: CrossCoder, store: PlantedStore, rows: np.ndarray) -> pd.DataFrame:
+    """Every learned feature's scores, and what it is: one row per feature and side.
+
+    feature, side, alive (it fires on some of ``rows``); nrn_p1, nrn_p2 as seen from the side; nu_eps, nu_r,
+    NaN if the other side has the longer row.  nearest (number of the most similar planted feature), cosine
+    (with it), kind (of it), hits (planted features unique to the side with a cosine above 0.7, as text),
+    matched and matched_cosine (one-to-one; -1 for none).
+    """
+    table = latent_scaling(crosscoder, store, rows, n_boot=0)
+    fires = np.zeros(crosscoder.n_features, dtype=bool)
+    for start in range(0, len(rows), CHUNK):
+        fires |= (crosscoder.encode(store.activations(rows[start : start + CHUNK])) > 0).any(0).numpy()
+    similarity = (normalize(crosscoder.W_dec.detach(), dim=1) @ store.joined().T).numpy()
+    similarity[~fires] = -1  # the dead are like nothing
+    learned, planted = linear_sum_assignment(-similarity)
+    matched = np.full(len(fires), -1)
+    matched[learned] = planted
+    matched_cosine = np.where(matched >= 0, similarity[np.arange(len(fires)), matched], -1)
+    nearest = similarity.argmax(1)
+    parts = []
+    for side, other in ((MODELS[1], MODELS[0]), MODELS):
+        own = similarity[:, store.kinds == KINDS.index(f"{side}_only")] > 0.7
+        numbers = np.flatnonzero(store.kinds == KINDS.index(f"{side}_only"))
+        parts.append(
+            pd.DataFrame(
+                {
+                    "feature": table["feature"],
+                    "side": side,
+                    "alive": fires,
+                    **{f"nrn_p{p}": crosscoder.nrn(p, side, other).numpy() for p in (1, 2)},
+                    **{nu: table[nu].where(table["side"] == side) for nu in ("nu_eps", "nu_r")},
+                    "nearest": nearest,
+                    "cosine": similarity.max(1),
+                    "kind": np.array(KINDS)[store.kinds[nearest]],
+                    "hits": [" ".join(map(str, numbers[row])) for row in own],
+                    "matched": matched,
+                    "matched_cosine": matched_cosine,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def null_thresholds(null: pd.DataFrame, rate: float = NULL_RATE) -> dict[tuple[str, str], float]:
+    """{(side, score): threshold} that the share ``rate`` of the living features of a planted null passes. NaN
+    is never beyond it.
+    """
+    found = {}
+    for side, part in null[null["alive"]].groupby("side"):
+        for score, larger in SCORES.items():
+            values = part[score].fillna(-np.inf if larger else np.inf)
+            found[side, score] = float(
+                np.quantile(values, 1 - rate if larger else rate, method="higher" if larger else "lower")
+            )
+    return found
+
+
+def called(table: pd.DataFrame, method: str, thresholds: Mapping[tuple[str, str], float]) -> np.ndarray:
+    """Which rows of ``scores`` the method calls unique to their side; ``thresholds`` as from
+    ``null_thresholds``.
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}: it must be one of {', '.join(METHODS)}")
+    flagged = table["alive"].to_numpy(dtype=bool).copy()
+    for score, fixed in METHODS[method]:
+        limit = table["side"].map(
+            lambda side, score=score, fixed=fixed: thresholds[side, score] if fixed is None else fixed
+        )
+        # a NaN is never beyond
+        flagged &= (table[score] > limit if SCORES[score] else table[score] < limit).to_numpy()
+    return flagged
+
+
+# --- the judgement ------------------------------------------------------------------------------------------
+
+
+def precision_recall(table: pd.DataFrame, flagged: np.ndarray, planted: Planted) -> pd.DataFrame:
+    """One row per side: precision (NaN if nothing is flagged), recall, found, n_flagged, n_planted, as
+    defined at the top.
+    """
+    rows = []
+    for side in (MODELS[1], MODELS[0]):
+        kind, own = f"{side}_only", (table["side"] == side).to_numpy()
+        called_unique, n_planted = table[own & flagged], getattr(planted, kind)
+        recalled = {number for hits in called_unique["hits"] for number in hits.split()}
+        one_to_one = table[own & (table["matched_cosine"] > 0.7)]["matched"]
+        first = sum(getattr(planted, earlier) for earlier in KINDS[: KINDS.index(kind)])
+        found = int(one_to_one.between(first, first + n_planted - 1).sum())
+        rows.append(
+            {
+                "side": side,
+                "precision": (called_unique["kind"] == kind).mean() if len(called_unique) else np.nan,
+                "recall": len(recalled) / n_planted if n_planted else np.nan,
+                "found": found / n_planted if n_planted else np.nan,
+                "n_flagged": len(called_unique),
+                "n_planted": n_planted,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of one axis: fields of ``Planted`` that differ from our regime, factors of fields of
+    ``TrainConfig``, and a factor of the number of features of every kind."""
+
+    name: str
+    value: str
+    planted: Mapping = field(default_factory=dict)
+    config: Mapping = field(default_factory=dict)
+    features: float = 1.0
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.name, self.value
+
+
+OURS = Setting("our regime", "as measured")
+SETTINGS = (  # one thing at a time
+    OURS,
+    Setting("sparsity", "a third as many active", {"l0": 4.0}, {"k": 1 / 3}),
+    Setting("correlation", "none", {"correlation": 0.0}),
+    Setting("norm imbalance", "raw norms x 3", {"norm_ratio": 3.0}),
+    Setting("norm imbalance", "mean is 3/4 of distilled", {"mean_share": (0.14, 0.75)}),
+    Setting("rescaling", "factor 10", {"factor": 10.0}),
+    Setting("rotation", "0 degrees", {"angle": 0.0}),
+    Setting("rotation", "90 degrees", {"angle": 90.0}),
+    Setting("dead directions", "half", {"dead_directions": 0.5}),
+    Setting("budget", "a quarter of the tokens", {}, {"tokens": 1 / 4}),
+    Setting("budget", "half the dictionary", {}, {"n_features": 1 / 2}),
+    Setting("crowding", "a fifth of the features", {}, {"n_features": 1 / 5}, features=1 / 5),
+    # the positive control: where features can be learned, does the judgement say so? Everything that makes it
+    # hard is taken away at once
+    Setting(
+        "easy",
+        "few, sparse, independent",
+        {"l0": 2.0, "correlation": 0.0, "exponent": 0.5},
+        {"n_features": 1 / 5, "k": 1 / 3},
+        1 / 5,
+    ),
+)
+SEEDS = {"choose": (0, 1, 2), "report": (10, 11, 12, 13, 14)}
+NULL_SEED = 100  # of the planted null that calibrates thresholds: it belongs to neither split
+
+
+def study(
+    folder: Path,
+    configs: Mapping[str, TrainConfig],
+    ours: Planted = Planted(),
+    settings: Sequence[Setting] = SETTINGS,
+    seeds: Mapping[str, Sequence[int]] = SEEDS,
+    axis_seeds: int = 2,
+) -> pd.DataFrame:
+    """Train every architecture on every setting and seed, and judge every method: one row per method and
+    side.
+
+    setting, value, architecture, seed, split, method, side, precision, recall, found, n_flagged, n_planted,
+    fve (both models, report split)
+
+    ``configs`` {name of the architecture: its config, for our regime}; the config's seed is replaced.
+    ``seeds`` {split: seeds} hold for our regime (the first of ``settings``); the others are reported on the
+    first ``axis_seeds`` of split "report" only, since nothing is chosen there. Each (setting, architecture,
+    seed) is kept in ``folder`` as soon as it is done, and not computed again. The time is that of
+    ``len(cells(...))`` trainings.
+    """
+    folder, made = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = cells(configs, ours, settings, seeds, axis_seeds)
+    store: PlantedStore | None = None
+    with Progress("crosscoders on planted data", len(wanted)) as progress:
+        for number, cell in enumerate(wanted):
+            file = folder / f"{cell.mark}.csv"
+            if not file.is_file():
+                if store is None or store.planted != cell.planted:
+                    store = PlantedStore(cell.planted)
+                write_text(
+                    file,
+                    _scored(store, cell.config).to_csv(index=False, float_format="%.6g", lineterminator="\n"),
+                )
+            made.append(
+                pd.read_csv(file, keep_default_na=False, na_values=[""], dtype={"hits": str}).fillna(
+                    {"hits": ""}
+                )
+            )
+            progress.update(number + 1, f"{cell.setting.name}, {cell.architecture}")
+    thresholds = {
+        (*c.setting.key, c.architecture): null_thresholds(t)
+        for c, t in zip(wanted, made)
+        if c.split == "null"
+    }
+    rows = []
+    for cell, table in zip(wanted, made):
+        for method in METHODS if cell.split != "null" else ():
+            found = precision_recall(
+                table, called(table, method, thresholds[*cell.setting.key, cell.architecture]), cell.planted
+            )
+            rows.append(
+                found.assign(
+                    setting=cell.setting.name,
+                    value=cell.setting.value,
+                    architecture=cell.architecture,
+                    seed=cell.planted.seed,
+                    split=cell.split,
+                    method=method,
+                    fve=table["fve"].iloc[0],
+                )
+            )
+    first = ["setting", "value", "architecture", "seed", "split", "method", "side"]
+    frame = pd.concat(rows, ignore_index=True)
+    return frame[[*first, *(c for c in frame.columns if c not in first)]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: ``split`` is that of its seed, or "null"."""
+
+    setting: Setting
+    architecture: str
+    split: str
+    planted: Planted
+    config: TrainConfig
+
+    @property
+    def mark(self) -> str:
+        return fingerprint("planted cell", VERSION, self.planted, self.config)
+
+
+def cells(
+    configs: Mapping[str, TrainConfig],
+    ours: Planted,
+    settings: Sequence[Setting] = SETTINGS,
+    seeds: Mapping[str, Sequence[int]] = SEEDS,
+    axis_seeds: int = 2,
+) -> list[Cell]:
+    """All trainings that ``study`` needs: those on the same data are neighbours."""
+    if not settings or settings[0] != OURS:
+        raise UserError("settings must begin with our regime (judging.OURS): the rule is chosen there")
+    used = [seed for split in seeds.values() for seed in split]
+    if set(seeds) != {"choose", "report"} or len(set(used)) < len(used) or NULL_SEED in used:
+        raise UserError(
+            f"seeds must be {{'choose': ..., 'report': ...}} without a seed in both, and without {NULL_SEED},"
+            " the null's"
+        )
+    found = []
+    for setting in settings:
+        own = seeds if setting == OURS else {"report": tuple(seeds["report"])[:axis_seeds]}
+        counts = {kind: round(getattr(ours, kind) * setting.features) for kind in KINDS}
+        changed = replace(ours, **{**counts, **setting.planted})
+        plan = [("null", replace(changed.null(), seed=NULL_SEED))]
+        plan += [(split, replace(changed, seed=seed)) for split in own for seed in own[split]]
+        for split, planted in plan:
+            for name, config in configs.items():
+                factors = {
+                    key: max(1, round(getattr(config, key) * factor))
+                    for key, factor in setting.config.items()
+                }
+                found.append(
+                    Cell(setting, name, split, planted, replace(config, seed=planted.seed, **factors))
+                )
+    return found
+
+
+def _scored(store: PlantedStore, config: TrainConfig) -> pd.DataFrame:
+    """``scores`` of one crosscoder, on the report split, with its FVE."""
+    with tempfile.TemporaryDirectory() as scratch:
+        crosscoder = train(store, config, Path(scratch), progress=_Quiet())
+    rows = store.rows("report")
+    acts = store.activations(rows)
+    with torch.no_grad():
+        x = crosscoder.scaled(acts)
+        error = (x - crosscoder.scaled(crosscoder.decode(crosscoder.encode(acts)))).square().sum()
+    return scores(crosscoder, store, rows).assign(fve=1 - float(error / (x - x.mean(0)).square().sum()))
+
+
+class _Quiet:
+    """For trainings of some seconds, of which one line in all says how far they have come."""
+
+    def update(self, done: int, note: str = "") -> None: ...
+
+    def close(self) -> None: ...
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds with 95% intervals (Student's t over seeds, cut to [0, 1]; none for a single seed),
+    sides apart.
+
+    setting, value, architecture, split, method, side; precision, precision_low, precision_high, the same for
+    recall; found; seeds; silent: seeds in which nothing was flagged, so that precision is not defined.
+    """
+    keys = ["setting", "value", "architecture", "split", "method", "side"]
+    rows = []
+    for key, part in table.groupby(keys, sort=False):
+        row = dict(zip(keys, key))
+        for name in ("precision", "recall"):
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), _interval(part[name].dropna())))
+        rows.append(
+            row
+            | {
+                "found": part["found"].mean(),
+                "seeds": len(part),
+                "silent": int(part["precision"].isna().sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _interval(values: pd.Series) -> tuple[float, float, float]:
+    if len(values) == 0:
+        return np.nan, np.nan, np.nan
+    if len(values) == 1:
+        return float(values.iloc[0]), np.nan, np.nan
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(values.mean()), max(0.0, float(values.mean() - half)), min(1.0, float(values.mean() + half))
+
+
+def recommend(table: pd.DataFrame, architecture: str | None = None) -> dict[str, str]:
+    """{"architecture", "method"}: chosen on split "choose", in our regime, of all architectures or of the one
+    that is given.
+
+    The pair whose weaker side is best: both models' unique features, precision and recall, averaged over the
+    seeds; the smallest of these four counts, their mean decides ties. A method that flags nothing has
+    precision 0 here.
+    """
+    ours = table[(table["split"] == "choose") & (table["setting"] == OURS.name)]
+    if architecture is not None:
+        check("architecture", architecture, choices=sorted(ours["architecture"].unique()))
+        ours = ours[ours["architecture"] == architecture]
+    if ours.empty:
+        raise UserError("the table has no seeds to choose on in our regime: run the study with them")
+    means = (
+        ours.fillna({"precision": 0.0})
+        .groupby(["architecture", "method", "side"], sort=False)[["precision", "recall"]]
+        .mean()
+    )
+    four = means.unstack("side")
+    best = (
+        pd.DataFrame({"least": four.min(axis=1), "mean": four.mean(axis=1)})
+        .sort_values(["least", "mean"], kind="stable")
+        .index[-1]
+    )
+    return {"architecture": best[0], "method": best[1]}
+
+
+def judge(
+    table: pd.DataFrame,
+    rule: Mapping[str, str],
+    setting: str = OURS.name,
+    value: str = OURS.value,
+    side: str = "distilled",
+) -> dict[str, dict]:
+    """{"planted_precision", "planted_recall", "planted_found"}: {value, ci, n} of a rule on split "report", n
+    seeds.
+
+    A seed in which the rule flags nothing has no precision: it is left out there, and counts as recall 0.
+    """
+    part = table[
+        (table["split"] == "report")
+        & (table["setting"] == setting)
+        & (table["value"] == value)
+        & (table["side"] == side)
+        & (table["architecture"] == rule["architecture"])
+        & (table["method"] == rule["method"])
+    ]
+    found = {}
+    for name in ("precision", "recall", "found"):
+        values = part[name].dropna()
+        mean, low, high = _interval(values)
+        found[f"planted_{name}"] = {
+            "value": mean,
+            "ci": None if np.isnan(low) else (low, high),
+            "n": len(values),
+        }
+    return found
+
+
+def plot(table: pd.DataFrame, architecture: str, side: str = "distilled") -> go.Figure:
+    """Which method may be believed when: methods by settings, mean precision and recall over the seeds of
+    split "report".
+    """
+    means = summary(
+        table[
+            (table["architecture"] == architecture) & (table["side"] == side) & (table["split"] == "report")
+        ]
+    )
+    if means.empty:
+        raise UserError(f"the table has nothing to report on {architecture!r}, side {side!r}")
+    means["where"] = np.where(
+        means["setting"] == OURS.name, OURS.name, means["setting"] + ": " + means["value"]
+    )
+    fig = make_subplots(
+        1, 2, shared_yaxes=True, subplot_titles=("precision", "recall"), horizontal_spacing=0.02
+    )
+    for column, name in enumerate(("precision", "recall"), start=1):
+        wide = means.pivot(index="method", columns="where", values=name)
+        wide = wide.loc[list(METHODS)[::-1], list(dict.fromkeys(means["where"]))]
+        text = wide.map(lambda v: "none" if np.isnan(v) else f"{v:.2f}")  # none: it called no feature unique
+        fig.add_heatmap(
+            z=wide.to_numpy(),
+            x=wide.columns,
+            y=wide.index,
+            text=text.to_numpy(),
+            texttemplate="%{text}",
+            zmin=0,
+            zmax=1,
+            name=name,
+            colorscale=SCALE,
+            showscale=column == 2,
+            row=1,
+            col=column,
+        )
+    fig.update_xaxes(tickangle=-45)
+    return fig.update_layout(
+        title_text=f"Calling features {side}-only on planted data, {architecture}", width=1180, height=640
+    )

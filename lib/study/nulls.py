@@ -1,0 +1,231 @@
+"""How often does a "unique" feature appear where there is nothing to find, and does it come back with another
+seed?
+
+**Null calibration.** ``null_a`` and ``null_b`` are the base trained on, on its own data, for as many tokens
+and on the same schedule as the distilled model. Between the base and such a continuation nothing was learnt
+that deserves a name, so what a crosscoder calls unique there is noise of training. Base against null_a sets
+thresholds::
+
+    NRN_i  > quantile_{1 - level} of NRN over the null's alive features        (side "distilled"; < quantile_level: side "base")
+    nu_i   < quantile_level of nu over the null's features of that side
+
+Base against null_b, with another crosscoder seed, was not looked at for that: the share of its features
+beyond the thresholds is the false-positive rate that a threshold really has. (A model against itself gives
+NRN 0.5 exactly: a unit test, not a null.)
+
+**Seeds.** Features of two crosscoders are matched one to one by the cosine of their decoder rows (all models'
+rows side by side, in scaled space) such that the sum of cosines is largest (Hungarian algorithm). A feature's
+*stability* is its mean cosine with its matches in crosscoders of other seeds. What the same matching finds in
+rows whose coordinates were permuted is the chance level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch.nn import functional
+
+from ..activations.store import Store
+from ..crosscoder.codes import codes
+from ..crosscoder.model import CrossCoder
+from ..features.latent_scaling import latent_scaling
+from ..settings import check
+from ..stats import bootstrap, wilson
+
+LEVELS = (0.01, 0.05)
+# score: does a unique feature of the distilled side have a high or a low one?
+SCORES = {"nrn": "high", "nrn_p2": "high", "nu_eps": "low", "nu_r": "low"}
+SIDES = ("distilled", "base")
+
+
+def score_table(
+    crosscoder: CrossCoder,
+    store: Store,
+    max_tokens: int | None = None,
+    of: str = "distilled",
+    against: str = "base",
+    split: str = "report",
+    n_boot: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Every score of uniqueness of every feature on the tokens of a split: feature, alive, frequency, nrn,
+    nrn_p2, and the columns of ``scaling.latent_scaling`` (side, nu_eps, nu_r with intervals, shrinkage,
+    decoupling).
+
+    ``side`` "distilled" means the side of the model ``of``, whatever its name is.
+    """
+    coded = codes(crosscoder, store, split, max_tokens, seed)
+    fired = np.asarray((coded.codes > 0).sum(axis=0)).ravel()
+    table = pd.DataFrame(
+        {
+            "feature": np.arange(crosscoder.n_features),
+            "alive": fired > 0,
+            "frequency": fired / len(coded.rows),
+            "nrn": crosscoder.nrn(1, of, against).numpy(),
+            "nrn_p2": crosscoder.nrn(2, of, against).numpy(),
+        }
+    )
+    scaling = latent_scaling(crosscoder, store, coded.rows, of, against, n_boot, seed)
+    # the roles, which all pairs have alike
+    scaling["side"] = scaling["side"].replace(dict(zip((of, against), SIDES)))
+    return table.merge(scaling, on="feature", validate="1:1")
+
+
+def _sign(score: str, side: str) -> float:
+    """1 where a larger score is more unique to the side, -1 where a smaller one is."""
+    return 1.0 if SCORES[score] == "high" and side == "distilled" else -1.0
+
+
+def _extremity(table: pd.DataFrame, score: str, side: str) -> pd.Series:
+    """The score of the alive features that a side has, turned such that larger is more unique; indexed like
+    ``table``.
+    """
+    usable = table["alive"].astype(bool) & table[score].notna()
+    if score.startswith("nu"):  # of a side only the features whose longer row is there
+        usable &= table["side"] == side
+    return table.loc[usable, score] * _sign(score, side)
+
+
+def thresholds(
+    null: pd.DataFrame, levels: Sequence[float] = LEVELS, n_boot: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Thresholds that a share ``level`` of the null's features exceed: score, side, level, threshold, low,
+    high (95%, over features), n.
+
+    ``null`` is a ``score_table``. A threshold is in the units of its score: NRN above it (side base: below
+    it), nu below it.
+    """
+    check("levels", list(levels), list, low=0, high=0.5)
+    rows = []
+    for score in SCORES:
+        for side in SIDES:
+            values = _extremity(null, score, side).to_numpy()
+            sign = _sign(score, side)
+            for level in levels:
+                at = lambda x, level=level: np.quantile(x, 1 - level) if len(x) else np.nan  # noqa: E731
+                bounds = sorted(sign * b for b in bootstrap(values, at, n_boot=n_boot, seed=seed))
+                rows.append(
+                    {
+                        "score": score,
+                        "side": side,
+                        "level": level,
+                        "threshold": sign * at(values),
+                        "low": bounds[0],
+                        "high": bounds[1],
+                        "n": len(values),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def beyond(
+    table: pd.DataFrame, limits: pd.DataFrame, score: str, side: str = "distilled", level: float = LEVELS[0]
+) -> np.ndarray:
+    """Which features of a ``score_table`` (or a feature table with its columns) lie beyond the null's
+    threshold, bool [F].
+    """
+    row = limits[
+        (limits["score"] == score) & (limits["side"] == side) & np.isclose(limits["level"], level)
+    ].iloc[0]
+    found = pd.Series(False, index=table.index)
+    extremity = _extremity(table, score, side)
+    found[extremity.index] = extremity > _sign(score, side) * row["threshold"]
+    return found.to_numpy()
+
+
+def rates(table: pd.DataFrame, limits: pd.DataFrame, levels: Sequence[float] = LEVELS) -> pd.DataFrame:
+    """Share of the features beyond each threshold: score, side, level, rate, low, high (Wilson), hits, n.
+
+    On a null that set no threshold this is the false-positive rate; on a pair, what is left of its unique
+    features. ``n`` are the alive features (for nu: those of the side).
+    """
+    rows = []
+    for score in SCORES:
+        for side in SIDES:
+            n = len(_extremity(table, score, side))
+            for level in levels:
+                hits = int(beyond(table, limits, score, side, level).sum())
+                rows.append({"score": score, "side": side, "level": level, **_share(hits, n)})
+    return pd.DataFrame(rows)
+
+
+def _share(hits: int, n: int) -> dict[str, float]:
+    low, high = wilson(hits, n)
+    return {"rate": hits / n if n else np.nan, "low": low, "high": high, "hits": hits, "n": n}
+
+
+def centred_rates(
+    null_scores: pd.DataFrame, scores: pd.DataFrame, rates: pd.DataFrame, level: float = LEVELS[0]
+) -> pd.DataFrame:
+    """Share of alive features whose NRN lies further above its own crosscoder's median than the null's limit:
+    role, rate, low, high, hits, n.
+
+    NRN compares rows after each model was brought to the same mean norm. If one model's variance is then
+    larger, all of its rows are longer, and the whole distribution moves: a matter of scale, which ``rates``
+    counts as uniqueness of every feature. Here only what stands out from its own pair counts. The tables are
+    those of the study's part "nulls", the roles those in its ``rates``.
+    """
+    roles = rates.drop_duplicates(["pair", "seed"]).set_index(["pair", "seed"])["role"]
+    every = {
+        key: part[part["alive"].astype(bool)]["nrn"] for key, part in null_scores.groupby(["pair", "seed"])
+    }
+    own = next(key for key, role in roles.items() if role == "the pair")
+    every[own] = scores[scores["alive"].astype(bool)]["nrn"]
+    above = {roles[key]: nrn - nrn.median() for key, nrn in every.items() if roles[key] != "spread"}
+    limit = np.quantile(above["sets the thresholds"], 1 - level)
+    return pd.DataFrame(
+        [
+            {"role": role, **_share(int((distance > limit).sum()), len(distance))}
+            for role, distance in above.items()
+        ]
+    )
+
+
+# --- seeds --------------------------------------------------------------------------------------------------
+
+
+def match(
+    a: CrossCoder, b: CrossCoder, alive_a: np.ndarray, alive_b: np.ndarray, shuffle: int | None = None
+) -> pd.DataFrame:
+    """One-to-one matches between the alive features of two crosscoders: feature, match, cosine; one row per
+    alive feature of ``a``.
+
+    Features of ``a`` that are left over, if ``b`` has fewer, get match -1 and cosine NaN. ``shuffle`` (a
+    seed) permutes the coordinates of b's rows, the same way for all features: the chance level. Source: Kuhn
+    1955; scipy's linear_sum_assignment.
+    """
+    ours, theirs = np.flatnonzero(alive_a), np.flatnonzero(alive_b)
+    rows_a, rows_b = (functional.normalize(c.W_dec.detach()[i], dim=-1) for c, i in ((a, ours), (b, theirs)))
+    if shuffle is not None:
+        rows_b = rows_b[:, torch.randperm(rows_b.shape[1], generator=torch.Generator().manual_seed(shuffle))]
+    cosines = (rows_a @ rows_b.T).numpy()
+    left, right = linear_sum_assignment(cosines, maximize=True)
+    table = pd.DataFrame({"feature": ours, "match": -1, "cosine": np.nan})
+    table.loc[left, "match"], table.loc[left, "cosine"] = theirs[right], cosines[left, right]
+    return table
+
+
+def stability(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], seed: int = 0) -> pd.DataFrame:
+    """Stability of the features of the first crosscoder over the others: one row per alive feature.
+
+    feature, match_<s> and cosine_<s> for the other crosscoders s = 1, 2, ...; stability, stability_low (mean
+    and lowest of the cosines), chance (mean cosine of its matches in permuted rows).
+    """
+    first, *others = crosscoders
+    table = pd.DataFrame({"feature": np.flatnonzero(alive[0])})
+    cosines, chance = [], []
+    for s, other in enumerate(others, start=1):
+        found = match(first, other, alive[0], alive[s])
+        table[f"match_{s}"], table[f"cosine_{s}"] = found["match"], found["cosine"]
+        cosines.append(found["cosine"])
+        chance.append(match(first, other, alive[0], alive[s], shuffle=seed + s)["cosine"])
+    table["stability"], table["stability_low"] = (
+        pd.concat(cosines, axis=1).mean(axis=1),
+        pd.concat(cosines, axis=1).min(axis=1),
+    )
+    table["chance"] = pd.concat(chance, axis=1).mean(axis=1)
+    return table

@@ -1,0 +1,446 @@
+"""Planted truth: paired activations whose features are known, and the regime that they imitate.
+
+    ours = from_regime(regime(crosscoder, store, rows))   # what our data are like, measured before a rule is chosen
+    store = PlantedStore(ours)                            # read like a store of harvested activations; store.kinds is the truth
+
+**Generator.** Token n, model m: features i are active together in both models, and write a direction of their
+own in each::
+
+    x_n^m = scale^m * ( mean^m + sum_i a_ni s_i^m d_i^m + noise ),    a_ni >= 0, mostly 0
+
+    shared          d^base = d^distilled                       base_only       s^distilled = 0
+    rotated         angle(d^base, d^distilled) = angle         distilled_only  s^base = 0
+    rescaled        d^base = d^distilled, s^distilled / s^base = factor or 1 / factor
+
+``lib.study.judging`` trains crosscoders on such data and says which method finds the planted features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy import sparse, stats
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import ndtri
+from torch.nn.functional import normalize
+
+from ..crosscoder.model import CrossCoder
+from ..labels import SPLITS
+from ..runs import Progress, fingerprint
+from ..settings import UserError, check
+
+MODELS = ("base", "distilled")
+KINDS = ("shared", "rotated", "rescaled", "base_only", "distilled_only")
+VERSION = 1  # of generator and scores: raised when they change, so that older cells count as stale
+CHUNK = 16_384  # tokens at a time
+MOST = 0.6  # no feature is active on a larger share of the tokens
+SPLIT_SHARES = (0.8, 0.1, 0.1)
+
+
+# --- the generator ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planted:
+    """What decides a planted data set. The defaults are the regime of the embedded pair (``from_regime``), at
+    half its width.
+
+    The mean activation has no field of its own: a common factor disappears when a store's scales are applied.
+    """
+
+    width: int = 48  # d of both models
+    shared: int = 176  # numbers of features of each kind
+    rotated: int = 176
+    rescaled: int = 32
+    base_only: int = 64
+    distilled_only: int = 64
+    angle: float = 60.0  # degrees between a rotated feature's rows
+    # of a rescaled feature's row, distilled over base, in one half of them; its inverse in the other
+    factor: float = 3.0
+    l0: float = 12.0  # features active per token, on average
+    exponent: float = 1.0  # firing frequency of the feature of rank r is proportional to r^-exponent
+    # standard deviation over mean of a feature's activation where it is active (gamma distributed)
+    cv: float = 0.6
+    spread: float = 0.5  # standard deviation of the logarithm of the features' mean lengths
+    # of the normal variables behind the firing of features of one group (Gaussian copula)
+    correlation: float = 0.8
+    group: int = 4  # features per group; their frequencies are neighbours, their kinds random
+    norm_ratio: float = 1.0  # raw norms, distilled over base: what scaling removes
+    # share of the mean vector in each model's mean square: scaling does not remove it
+    mean_share: tuple[float, float] = (0.14, 0.12)
+    noise: float = 0.015  # share of the variance that no feature explains
+    # share of the directions of the residual stream into which no feature writes
+    dead_directions: float = 0.0
+    tokens: int = 250_000
+    document: int = 80  # tokens per document
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "tokens", "document", "group"):
+            check(name, getattr(self, name), int, low=1)
+        for name in KINDS:
+            check(name, getattr(self, name), int, low=0)
+        check("l0", self.l0, float, low=0, high=MOST * self.features)
+        check("angle", self.angle, float, low=0, high=180)
+        for name in ("factor", "norm_ratio", "cv"):
+            check(name, getattr(self, name), float, low=1e-6)
+        for name in ("exponent", "spread"):
+            check(name, getattr(self, name), float, low=0)
+        for name in ("correlation", "noise", "dead_directions"):
+            check(name, getattr(self, name), float, low=0, high=0.99)
+        check("mean_share", list(self.mean_share), list, low=0, high=0.99)
+
+    @property
+    def features(self) -> int:
+        return sum(getattr(self, kind) for kind in KINDS)
+
+    def null(self) -> Planted:
+        """The same regime without any unique feature: they become shared ones."""
+        return replace(
+            self, shared=self.shared + self.base_only + self.distilled_only, base_only=0, distilled_only=0
+        )
+
+
+class PlantedStore:
+    """Planted activations in memory, with as much of the interface of ``lib.activations.store.Store`` as training and
+    statistics use.
+
+    Beside it the truth: ``kinds`` [F] (index into ``KINDS``), ``frequencies`` [F], ``codes`` [n, F] sparse,
+    and ``directions`` {model: [F, d]}, what one unit of a feature adds to the RAW activation.
+    """
+
+    models = MODELS
+
+    def __init__(self, planted: Planted):
+        self.planted, self.fingerprint = planted, fingerprint("planted", VERSION, planted)
+        rng = np.random.default_rng(planted.seed)
+        self.kinds = np.repeat(np.arange(len(KINDS)), [getattr(planted, kind) for kind in KINDS])
+        rank = rng.permutation(planted.features)
+        self.frequencies = frequencies(planted)[rank]
+        self.codes = _codes(planted, rank, self.frequencies, rng)
+        n = planted.tokens
+        self.documents = np.arange(n) // planted.document
+        borders = np.round(np.cumsum(SPLIT_SHARES) * (self.documents[-1] + 1))
+        self.split = (
+            np.searchsorted(borders, self.documents, side="right").clip(max=len(SPLITS) - 1).astype(np.int8)
+        )
+        self.kept = np.ones(n, dtype=bool)
+        self.widths = {name: planted.width for name in MODELS}
+        self._acts, self.directions = [], {}
+        for name, rows, ratio, share in zip(
+            MODELS, _rows(planted, self.kinds, rng), (1.0, planted.norm_ratio), planted.mean_share
+        ):
+            x = self.codes @ rows.astype(np.float32)
+            x -= x.mean(0)  # active features have a mean of their own: the mean vector stands for all of it
+            variance = float(np.square(x, dtype=np.float64).sum(1).mean())
+            noise = rng.standard_normal(x.shape, dtype=np.float32)
+            noise *= np.sqrt(planted.noise / (1 - planted.noise) * variance / planted.width)
+            mean = rng.standard_normal(planted.width)
+            mean *= np.sqrt(share / (1 - share) * variance / (1 - planted.noise)) / np.linalg.norm(mean)
+            self._acts.append(torch.from_numpy(((x + noise + mean) * ratio).astype(np.float32)))
+            self.directions[name] = rows * ratio
+        train_rows = torch.from_numpy(self.rows("train"))
+        mean_norms = [float(a[train_rows].norm(dim=1).double().mean()) for a in self._acts]
+        self.mean_norms = dict(zip(MODELS, mean_norms))
+        self.scales = {name: planted.width**0.5 / norm for name, norm in self.mean_norms.items()}
+        self.means = {name: a[train_rows].double().mean(0) for name, a in zip(MODELS, self._acts)}
+
+    def __len__(self) -> int:
+        return self.planted.tokens
+
+    def rows(self, split: str) -> np.ndarray:
+        return np.flatnonzero(self.split == SPLITS.index(check("split", split, str, choices=SPLITS)))
+
+    def count(self, split: str) -> int:
+        return len(self.rows(split))
+
+    def activations(self, rows) -> list[torch.Tensor]:
+        return [a[torch.as_tensor(rows)] for a in self._acts]
+
+    def reader(
+        self,
+        split: str,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        start: int = 0,
+        memory: int | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+        order = np.random.default_rng([seed, epoch]).permutation(self.rows(split))
+        for first in range(start * batch_size, len(order), batch_size):
+            rows = order[first : first + batch_size][part[0] :: part[1]]
+            yield rows, self.activations(rows)
+
+    def joined(self) -> torch.Tensor:
+        """Planted rows of both models side by side [F, 2d], of unit length, in scaled space: what decoder
+        rows are compared with.
+        """
+        rows = [
+            torch.as_tensor(self.directions[name] * self.scales[name], dtype=torch.float32) for name in MODELS
+        ]
+        return normalize(torch.cat(rows, dim=1), dim=1)
+
+
+def frequencies(planted: Planted) -> np.ndarray:
+    """Firing frequency by rank [F]: a power law that adds up to ``l0``, none above ``MOST``."""
+    law = np.arange(1, planted.features + 1) ** -planted.exponent
+    if planted.l0 == 0:
+        return np.zeros_like(law)
+    # where nothing, and where everything, is cut off
+    low, high = np.log(planted.l0 / law.sum()), np.log(MOST / law[-1])
+    if planted.l0 >= MOST * planted.features:
+        return np.full_like(law, MOST)
+    return np.minimum(
+        law
+        * np.exp(brentq(lambda t: np.minimum(law * np.exp(t), MOST).sum() - planted.l0, low - 1e-9, high)),
+        MOST,
+    )
+
+
+def _codes(
+    planted: Planted, rank: np.ndarray, frequency: np.ndarray, rng: np.random.Generator
+) -> sparse.csr_matrix:
+    """Activations [n, F]: which features fire by a Gaussian copula, how strongly by a gamma distribution."""
+    length = np.exp(planted.spread * rng.standard_normal(planted.features))
+    threshold = torch.from_numpy(ndtri(1 - frequency).astype(np.float32))
+    group = torch.from_numpy(rank // planted.group)  # neighbours in frequency
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    own, common = (1 - planted.correlation) ** 0.5, planted.correlation**0.5
+    parts = []
+    for start in range(0, planted.tokens, CHUNK):
+        n = min(CHUNK, planted.tokens - start)
+        z = torch.randn(n, planted.features, generator=generator).mul_(own)
+        if common:
+            z += common * torch.randn(n, int(group.max()) + 1, generator=generator)[:, group]
+        token, feature = (z > threshold).nonzero(as_tuple=True)
+        shape = 1 / planted.cv**2
+        strength = rng.gamma(shape, 1 / shape, len(feature)) * length[feature.numpy()]
+        parts.append(
+            sparse.csr_matrix(
+                (strength.astype(np.float32), (token.numpy(), feature.numpy())), shape=(n, planted.features)
+            )
+        )
+    return sparse.csr_matrix(sparse.vstack(parts))
+
+
+def _rows(planted: Planted, kinds: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """s_i^m d_i^m [F, d] of base and distilled."""
+    alive = max(2, round((1 - planted.dead_directions) * planted.width))
+    into = np.linalg.qr(rng.standard_normal((planted.width, planted.width)))[0][:alive]
+
+    def unit(a: np.ndarray) -> np.ndarray:
+        return a / np.linalg.norm(a, axis=1, keepdims=True)
+
+    base = unit(rng.standard_normal((planted.features, alive)) @ into)
+    other = rng.standard_normal(base.shape[:1] + (alive,)) @ into
+    other = unit(other - (other * base).sum(1, keepdims=True) * base)
+    distilled, angle = base.copy(), np.radians(planted.angle)
+    rotated, rescaled = (np.flatnonzero(kinds == KINDS.index(kind)) for kind in ("rotated", "rescaled"))
+    distilled[rotated] = np.cos(angle) * base[rotated] + np.sin(angle) * other[rotated]
+    distilled[rescaled[::2]] *= planted.factor
+    base[rescaled[1::2]] *= planted.factor
+    base[kinds == KINDS.index("distilled_only")] = 0
+    distilled[kinds == KINDS.index("base_only")] = 0
+    return base, distilled
+
+
+# --- the regime: what the generator takes, measured ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What data are like, in the generator's terms. Whatever depends on a dictionary is as the crosscoder
+    sees it.
+
+    Pairs are (``base``, ``distilled``). The crosscoder's own k decides ``l0``, and with it the frequencies:
+    of the true number of active features they say no more than that so many suffice for ``1 - unexplained``
+    of the variance.
+    """
+
+    tokens: int
+    width: int
+    l0: float
+    frequency_quantiles: tuple[float, ...]  # 5, 25, 50, 75, 95% of the features that fire
+    exponent: float  # minus the slope of log frequency on log rank, over the middle 80% of the ranks
+    cv: float  # median over features
+    spread: float
+    cofiring_mean: float  # mean phi coefficient of two features' firing, over all pairs
+    cofiring_largest: float  # median over features of the largest phi with any other feature
+    norm_ratio: float  # raw norms, distilled over base
+    # root of the variance after scaling, distilled over base: the imbalance that scaling leaves
+    spread_ratio: float
+    mean_share: tuple[float, float]
+    unexplained: tuple[float, float]  # 1 - FVE
+    alive: int  # features that fire
+    dead_features: float
+    # share of principal directions with less variance than the mean unexplained one
+    dead_directions: tuple[float, float]
+    # participation ratio (sum l)^2 / sum l^2 of the covariance, over the width
+    dimension: tuple[float, float]
+    # sum of the inner products of both models' centred activations over the geometric mean of their variances
+    agreement: float
+    row_cosine: tuple[float, ...]  # between a feature's rows, 5, 25, 50, 75, 95%
+    nrn_quantiles: tuple[float, ...]  # p = 2, likewise
+
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@torch.no_grad()
+def regime(
+    crosscoder: CrossCoder, store, rows: np.ndarray, of: str = "distilled", against: str = "base"
+) -> Regime:
+    """Measure on tokens ``rows`` of a store what the generator needs to know. Models of one width."""
+    m = [crosscoder.names.index(name) for name in (against, of)]
+    width = crosscoder.widths[m[0]]
+    if crosscoder.widths[m[1]] != width:
+        raise UserError(f"{against} and {of} differ in width: planted data have one width")
+    if len(rows) < 2:
+        raise UserError("the regime is measured on at least two tokens")
+    parts, sums, products, between, errors, norms = (
+        [],
+        np.zeros((2, width)),
+        np.zeros((2, width, width)),
+        0.0,
+        np.zeros(2),
+        np.zeros(2),
+    )
+    with Progress("tokens measured", len(rows)) as progress:
+        for start in range(0, len(rows), CHUNK):
+            acts = [torch.as_tensor(a) for a in store.activations(rows[start : start + CHUNK])]
+            f = crosscoder.encode(acts)
+            parts.append(sparse.csr_matrix(f.numpy()))
+            x, x_hat = (
+                crosscoder.split(crosscoder.scaled(acts)),
+                crosscoder.split(f @ crosscoder.W_dec + crosscoder.b_dec),
+            )
+            for i, model in enumerate(m):
+                own = x[model].double()
+                sums[i] += own.sum(0).numpy()
+                products[i] += (own.T @ own).numpy()
+                errors[i] += float((own - x_hat[model]).square().sum())
+                norms[i] += float(acts[model].norm(dim=1).double().sum())
+            between += float((x[m[0]].double() * x[m[1]].double()).sum())
+            progress.update(start + len(acts[0]))
+    codes, n = sparse.csc_matrix(sparse.vstack(parts)), len(rows)
+    means = sums / n
+    covariances = products / n - means[:, :, None] * means[:, None, :]
+    variances = np.trace(covariances, axis1=1, axis2=2)
+    spectra = np.linalg.eigvalsh(covariances).clip(min=0)
+    fired = np.diff(codes.indptr)
+    alive = np.flatnonzero(fired)
+    frequency = fired[alive] / n
+    ranked = np.sort(frequency)[::-1]
+    middle = slice(len(ranked) // 10, len(ranked) - len(ranked) // 10)
+    slope = np.polyfit(np.log(np.arange(1, len(ranked) + 1)[middle]), np.log(ranked[middle]), 1)[0]
+    mean = np.asarray(codes.sum(0)).ravel()[alive] / fired[alive]
+    square = np.asarray(codes.multiply(codes).sum(0)).ravel()[alive] / fired[alive]
+    lengths = mean * crosscoder.strength_per_unit().numpy()[alive]
+    fires = (codes[:, alive] > 0).astype(np.float64)
+    spread = np.sqrt(frequency * (1 - frequency)).clip(1e-12)
+    phi = ((fires.T @ fires).toarray() / n - np.outer(frequency, frequency)) / np.outer(spread, spread)
+    apart = ~np.eye(len(alive), dtype=bool)
+
+    def quantiles(values) -> tuple[float, ...]:
+        return tuple(round(float(q), 4) for q in np.nanquantile(np.asarray(values), QUANTILES))
+
+    def pair(values) -> tuple[float, float]:
+        return tuple(round(float(v), 4) for v in values)
+
+    return Regime(
+        tokens=n,
+        width=width,
+        l0=round(float(fired.sum() / n), 3),
+        frequency_quantiles=quantiles(frequency),
+        exponent=round(float(-slope), 3),
+        cv=round(float(np.median(np.sqrt(np.maximum(square / mean**2 - 1, 0)))), 3),
+        spread=round(float(np.log(lengths).std()), 3),
+        cofiring_mean=round(float(phi[apart].mean()), 4),
+        cofiring_largest=round(float(np.median(np.where(apart, phi, -1).max(1))), 3),
+        norm_ratio=round(float(norms[1] / norms[0]), 3),
+        spread_ratio=round(float(np.sqrt(variances[1] / variances[0])), 3),
+        mean_share=pair(np.square(means).sum(1) / (variances + np.square(means).sum(1))),
+        unexplained=pair(errors / n / variances),
+        alive=len(alive),
+        dead_features=round(1 - len(alive) / crosscoder.n_features, 4),
+        dead_directions=pair((spectra < (errors / n / width)[:, None]).mean(1)),
+        dimension=pair(spectra.sum(1) ** 2 / np.square(spectra).sum(1) / width),
+        agreement=round(float((between / n - means[0] @ means[1]) / np.sqrt(variances.prod())), 3),
+        row_cosine=quantiles(crosscoder.cosine(against, of)[alive]),
+        nrn_quantiles=quantiles(crosscoder.nrn(2, of, against)[alive]),
+    )
+
+
+def from_regime(
+    measured: Regime,
+    width: int = 48,
+    unique: float = 1 / 8,
+    rescaled: float = 1 / 16,
+    factor: float = 3.0,
+    **changes,
+) -> Planted:
+    """The generator's parameters for a measured regime, at another width: numbers per direction of the
+    residual stream stay the same.
+
+    What no measurement gives is set here: the shares of ``unique`` features (of each side) and of
+    ``rescaled`` ones. As many features are planted as the crosscoder has living ones: nobody knows the true
+    number, and a larger dictionary would have claimed more. The rest is half shared, half rotated; the angle
+    is the one that gives the measured agreement of the two models' activations, which needs no dictionary.
+    ``changes`` replace any field.
+    """
+    total = round(measured.alive * width / measured.width)
+    if total == 0:
+        raise UserError("no feature fires in this regime: there is nothing to plant")
+    counts = {
+        "rescaled": round(rescaled * total),
+        "base_only": round(unique * total),
+        "distilled_only": round(unique * total),
+    }
+    rest = total - sum(counts.values())
+    counts |= {"shared": rest - rest // 2, "rotated": rest // 2}
+    variance = rest + counts["base_only"] + counts["rescaled"] * (1 + factor**2) / 2
+    cosine = (measured.agreement * variance - counts["shared"] - counts["rescaled"] * factor) / max(
+        counts["rotated"], 1
+    )
+    ours = Planted(
+        width=width,
+        **counts,
+        angle=round(float(np.degrees(np.arccos(np.clip(cosine, 0, 1))))),
+        factor=factor,
+        l0=round(measured.l0 * width / measured.width, 2),
+        cv=measured.cv,
+        spread=measured.spread,
+        correlation=_copula(measured.cofiring_largest, measured.frequency_quantiles[2]),
+        norm_ratio=measured.norm_ratio,
+        mean_share=measured.mean_share,
+        noise=round(float(np.mean(measured.unexplained)), 4),
+        dead_directions=round(float(np.mean(measured.dead_directions)), 3),
+    )
+    return replace(ours, exponent=_exponent(ours, measured), **changes)
+
+
+def _exponent(planted: Planted, measured: Regime) -> float:
+    """The exponent whose frequencies have the measured quantiles: least squares of their logarithms."""
+
+    def distance(exponent: float) -> float:
+        found = np.quantile(frequencies(replace(planted, exponent=exponent)), QUANTILES)
+        return float(np.square(np.log(found / np.maximum(measured.frequency_quantiles, 1e-4))).sum())
+
+    return round(float(minimize_scalar(distance, bounds=(0, 3), method="bounded").x), 2)
+
+
+def _copula(phi: float, frequency: float) -> float:
+    """Correlation of two normal variables whose excesses, each with this frequency, have the correlation
+    ``phi``.
+    """
+    threshold = ndtri(1 - frequency)
+
+    def excess(rho: float) -> float:
+        both = stats.multivariate_normal.cdf([-threshold, -threshold], cov=[[1, rho], [rho, 1]])
+        return (both - frequency**2) / (frequency * (1 - frequency)) - phi
+
+    return 0.0 if phi <= 0 else round(float(brentq(excess, 0, 0.99)), 3) if excess(0.99) > 0 else 0.99

@@ -1,0 +1,552 @@
+"""The text that both models read: tokenised once, split by document, labelled token by token.
+
+Half of the tokens are reasoning traces and half are general text (the paper's mixture, by default). For the
+embedded pair both are generated, and every token knows what its sentence does::
+
+    ... so   9  * 4   =  13   .   wait  ,   9  * 4   =  17   .   but  17 ...
+        deduction, error=1       reflection                     contrast
+        starts=1        ends=1   starts=1              ends=1
+                  next_label=reflection          next_label=contrast
+
+Labels are written down while the sentences are written, and a word is one token, so they align by
+construction; the construction is checked against the tokenizer. Other pairs read text or JSONL files, or
+stream data sets from the hub, as plain text or as traces: a question, a thought, an answer. There a lexicon
+labels the sentences (``lib.text.lexicon``), which errs.
+
+Two models share a vocabulary only up to a few tokens that one of them redefined: 151648 is ``<think>`` in
+R1-Distill-Qwen and ``<|box_start|>`` in Qwen. Both read the same ids, so these are never fed. What they stand
+for in a text is spelled in ordinary tokens, ``<th ink >``; BOS is prepended if all models have the same one,
+once, and never if they do not.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..labels import KINDS, LABEL_ARRAYS, LABELS, SPLITS
+from ..models import hub
+from ..models.pairs import Pair, check_vocabularies
+from ..runs import fingerprint
+from ..settings import ROOT, UserError, check
+from . import chat, lexicon
+from .chat import Trace
+from .curriculum import BASE_MIX, base_document
+from .puzzles import EASY_SHARE, Sentence, Teacher, sample_puzzle, sample_question
+
+_PUZZLE_SPLIT = {"train": "train", "choose": "validation", "report": "test"}
+_GENERAL_MIX = {kind: share for kind, share in BASE_MIX.items() if kind != "direct"}
+LINES = 100  # so many lines at the beginning of a text file without a blank one: every line is a text
+_MAX_REPEATS = 1000  # generated documents in a row that were there before: the corpus is exhausted
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: token ids (with BOS, if the vocabularies share one), kind ("trace" or "general"), split,
+    labels.
+
+    ``labels`` has an int8 array [len(tokens)] for each name in ``LABEL_ARRAYS``:
+
+    - ``label``: index into ``puzzles.LABELS`` of the token's sentence, -1 if unknown (BOS, text without
+      labels)
+    - ``starts``, ``ends``: 1 at the first and the last token of a sentence
+    - ``next_label``: at the end of a sentence the label of the next one; -1 elsewhere, and at the last
+      sentence
+    - ``error``: 1 in a step whose value is wrong (not in the reflection that mends it)
+    - ``kind``: 1 in a trace, 0 in general text
+    """
+
+    tokens: list[int]
+    kind: str
+    split: str
+    labels: dict[str, np.ndarray] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, in a fixed order; iterate as often as you like. ``tokens`` does not count BOS."""
+
+    pair: Pair
+    tokens: int
+    trace_share: float
+    seed: int
+    splits: tuple[float, float, float]
+    max_length: int
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    excluded: tuple[int, ...] = ()  # ids that are not the same token in all models
+    # BOS of any of the models, as text: a template may have written it in front of a text
+    openings: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> dict:
+        """What the documents are made from, as plain data, for manifests."""
+        known = {
+            "tokens": self.tokens,
+            "trace_share": self.trace_share,
+            "seed": self.seed,
+            "splits": list(self.splits),
+            "max_length": self.max_length,
+            "excluded_ids": list(self.excluded),
+        }
+        if self.pair.corpus == "generated":
+            return {"source": "generated", **known}
+        known |= {
+            "lexicon": lexicon.VERSION,
+            "think_tags": [list(tag) for tag in chat.think_tags(self.speller)],
+        }
+        more = {
+            "excluded_tokens": {str(i): self.tokenizer.convert_ids_to_tokens(i) for i in self.excluded},
+            "commits": self.commits,
+        }
+        return {
+            "source": [list(c) for c in self.pair.corpus],
+            **known,
+            **{key: value for key, value in more.items() if value},
+        }
+
+    @cached_property
+    def commits(self) -> dict[str, str]:
+        """The commit of each data set on the hub that is read."""
+        sources = [hub.dataset(source) for source, _ in self.pair.corpus if source.startswith(hub.SCHEME)]
+        return {d.repo: d.commit for d in sources}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the parameters, the vocabulary, and the text: whole files, or the first generated
+        documents.
+        """
+        if self.pair.corpus == "generated":
+            sample = [d.tokens for d, _ in zip(self, range(50))]
+        else:
+            sample = [
+                source if source.startswith(hub.SCHEME) else Path(source) for source, _ in self.pair.corpus
+            ]
+        # content counts, not where it lies
+        parameters = {k: v for k, v in self.parameters.items() if k != "source"}
+        return fingerprint(parameters, self.tokenizer.get_vocab(), sample)
+
+    def __iter__(self) -> Iterator[Document]:
+        """Documents until the budget is met, traces and general text in turn, so that every stretch has both."""
+        makers = {
+            kind: (_generated if self.pair.corpus == "generated" else _from_files)(self, kind)
+            for kind in KINDS
+        }
+        share = {"trace": self.trace_share, "general": 1 - self.trace_share}
+        written = dict.fromkeys(KINDS, 0)
+        while (total := sum(written.values())) < self.tokens:
+            # the one that lags behind its share
+            kind = max(KINDS, key=lambda k: share[k] * (total + 1) - written[k])
+            document = next(makers[kind], None)
+            if document is None:
+                possible = int(written[kind] / share[kind])
+                raise UserError(
+                    f"the budget of {self.tokens:,} tokens is above the corpus: its {kind} text ends after "
+                    f"{written[kind]:,} of {round(share[kind] * self.tokens):,} tokens; "
+                    f"ask for at most {possible:,} or add text"
+                )
+            written[kind] += len(document.tokens) - self._has_bos
+            yield document
+
+    def check_budget(self) -> None:
+        """UserError if the files hold fewer tokens than the budget: now, not after hours of forward passes.
+
+        What is streamed from the hub is not read twice: there the error comes at the end, with all finished
+        shards kept.
+        """
+        if self.pair.corpus != "generated" and not self.commits:
+            for _ in self:
+                pass
+
+    @property
+    def _has_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and bos not in self.excluded
+
+    @cached_property
+    def speller(self) -> PreTrainedTokenizerBase:
+        """The tokenizer without the excluded tokens that are written as tags: it spells them in ordinary
+        tokens, like any other text.
+        """
+        tags = {i for i in self.excluded if i in self.tokenizer.added_tokens_decoder}
+        if not tags:
+            return self.tokenizer
+        content = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        vocabulary = content["model"]["vocab"]
+        # renamed to what no text holds; without them the others would move up to other ids
+        for token in content["added_tokens"]:
+            if token["id"] in tags:
+                name = f"\uf8ff{token['id']}\uf8ff"
+                if token["content"] in vocabulary:
+                    vocabulary[name] = vocabulary.pop(token["content"])
+                token["content"] = name
+        content["post_processor"] = None  # it may name what is gone; nothing is added to a text anyway
+        speller = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+        before, after = self.tokenizer.get_vocab(), speller.get_vocab()
+        if any(after.get(token) != i for token, i in before.items() if i not in tags):
+            raise UserError(
+                f"the tags with the ids {sorted(tags)} cannot be taken out of this tokenizer without moving"
+                " other ids"
+            )
+        return speller
+
+    @cached_property
+    def _rules(self) -> tuple[bool, frozenset]:
+        """Whether traces are written as a chat, and the ids that no text may have: BOS too, unless it marks
+        turns, as in SmolLM2.
+        """
+        chats = chat_markers(self.tokenizer, self.excluded)
+        return chats, frozenset({*self.excluded, *([] if chats else [self.tokenizer.bos_token_id])})
+
+    def ids(self, item: str | Trace) -> list[int]:
+        """Token ids of a text or of a trace, without BOS, and without any id that is not the same token in
+        all models.
+        """
+        return self.encoded(item)[1]
+
+    def encoded(self, item: str | Trace) -> tuple[str, list[int], list[tuple[int, int]]]:
+        """The text of an item as it is read, its token ids (see ``ids``), and where in the text each of them
+        stands.
+        """
+        chats, banned = self._rules
+        if isinstance(item, Trace) and chats:
+            parts = chat.parts(item)
+        else:
+            text = plain(item) if isinstance(item, Trace) else item
+            while start := next((o for o in self.openings if text.startswith(o)), None):
+                text = text[len(start) :]
+            parts = (text,)
+        ids, offsets, before = [], [], 0
+        for part in parts:
+            found = self.speller(part, add_special_tokens=False, return_offsets_mapping=True)
+            ids += found["input_ids"]
+            offsets += [(before + first, before + last) for first, last in found["offset_mapping"]]
+            before += len(part)
+        kept = [i for i, token in enumerate(ids) if token not in banned]
+        return "".join(parts), [ids[i] for i in kept], [offsets[i] for i in kept]
+
+
+def build(
+    pair: Pair,
+    tokens: int | None = None,
+    trace_share: float = 0.5,
+    seed: int = 0,
+    splits: Sequence[float] = (0.8, 0.1, 0.1),
+    max_length: int = 1024,
+) -> Corpus:
+    """The corpus of a pair: an iterable of Documents with at least ``tokens`` tokens (BOS not counted).
+
+    ``trace_share`` is the share of tokens in traces; ``splits`` are the shares of documents for train, choose
+    and report. Texts are distinct; for the embedded pair the puzzles of the splits come from puzzles' own
+    train, validation and test. From files, documents longer than ``max_length`` are cut into windows, all of
+    which are used (late reasoning counts too), a text that occurs twice stays in one split, and ids that the
+    vocabularies do not share are never fed. Raises UserError for impossible values and vocabularies that
+    differ; a budget above the corpus is found by ``check_budget`` (or at the end of the iteration).
+    """
+    tokens = check("tokens", pair.tokens if tokens is None else tokens, int, low=1)
+    check("trace_share", trace_share, float, low=0, high=1)
+    check("seed", seed, int)
+    check("max_length", max_length, int, low=2)
+    check("splits", list(splits), list, low=0)
+    if len(splits) != len(SPLITS) or abs(sum(splits) - 1) > 1e-6 or not splits[0]:
+        raise UserError(
+            f"splits are {tuple(splits)}: they must be three shares (train, choose, report) that sum to 1,"
+            " train not 0"
+        )
+    shared = pair.tokenizer_source is not None
+    tokenizers = {name: pair.tokenizer(name) for name in (list(pair.models)[:1] if shared else pair.models)}
+    excluded = check_vocabularies(tokenizers, pair.differing_ids)
+    tokenizer = next(iter(tokenizers.values()))
+    beginnings = {t.bos_token_id for t in tokenizers.values()}
+    # BOS in one of them, or another one: none for any, or the models would read different texts
+    if len(beginnings) > 1:
+        excluded = tuple(sorted({*excluded, *beginnings} - {None}))
+    openings = tuple(dict.fromkeys(t.bos_token for t in tokenizers.values() if t.bos_token))
+    corpus = Corpus(
+        pair,
+        tokens,
+        float(trace_share),
+        seed,
+        tuple(float(s) for s in splits),
+        max_length,
+        tokenizer,
+        excluded,
+        openings,
+    )
+    if pair.corpus != "generated":
+        for path, _ in pair.corpus:
+            if not path.startswith(hub.SCHEME) and not Path(path).is_file():
+                raise UserError(
+                    f"the corpus file {path} of pair {pair.name!r} does not exist: put text there, or change"
+                    " data/pairs.yaml"
+                )
+    return corpus
+
+
+def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
+    """The pair with other text: for each kind a file (text, JSONL, .gz or not) or a data set on the hub; ""
+    keeps the registry's.
+
+    A file is looked for from here, then from the repository's root. A data set is org/name or
+    org/name@commit, or one of these with :PATTERN to be read by its files. UserError for anything else.
+    """
+    given = {
+        kind: source.strip() for kind, source in (("trace", traces), ("general", general)) if source.strip()
+    }
+    for kind, source in given.items():
+        if found := next((path for path in (Path(source), ROOT / source) if path.is_file()), None):
+            given[kind] = str(found.resolve())
+        elif (
+            source.endswith((".txt", ".json", ".jsonl", ".gz"))
+            and ":" not in source
+            or source.startswith((".", "/", "~"))
+        ):
+            raise UserError(
+                f"the corpus {source!r} is not there: give a file of text or JSONL, or a data set on the hub"
+                " (org/name)"
+            )
+        else:
+            given[kind] = hub.SCHEME + source.removeprefix(hub.SCHEME)
+            hub.dataset(given[kind])
+    if not given:
+        return pair
+    kept = () if pair.corpus == "generated" else tuple(c for c in pair.corpus if c[1] not in given)
+    return replace(pair, corpus=(*((source, kind) for kind, source in given.items()), *kept))
+
+
+# --- the embedded pair's text -------------------------------------------------------------------------------
+
+
+def label_arrays(sentences: Sequence[Sentence], kind: str, bos: bool = True) -> dict[str, np.ndarray]:
+    """The arrays of ``LABEL_ARRAYS``, int8, one entry per token (BOS, then a token per word)."""
+    n = bos + sum(len(s.words) for s in sentences)
+    arrays = {name: np.zeros(n, np.int8) for name in LABEL_ARRAYS}
+    arrays["kind"][:] = KINDS.index(kind)
+    arrays["label"][:] = arrays["next_label"][:] = -1
+    first = int(bos)
+    for i, sentence in enumerate(sentences):
+        last = first + len(sentence.words) - 1
+        arrays["label"][first : last + 1] = LABELS.index(sentence.label)
+        arrays["starts"][first] = arrays["ends"][last] = 1
+        arrays["error"][first : last + 1] = sentence.error
+        if i + 1 < len(sentences):
+            arrays["next_label"][last] = LABELS.index(sentences[i + 1].label)
+        first = last + 1
+    return arrays
+
+
+def encode(
+    sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, ids: dict[str, int] | None = None
+) -> list[int]:
+    """Token ids, with BOS, of sentences, from their words; UserError unless the tokenizer sees exactly the
+    same in their text.
+    """
+    ids = tokenizer.get_vocab() if ids is None else ids
+    words = [word for s in sentences for word in s.words]
+    tokens = [tokenizer.bos_token_id, *(ids.get(word, -1) for word in words)]
+    if tokens != tokenizer(" ".join(words))["input_ids"]:
+        raise UserError(
+            "the generated corpus has words that are not single tokens of this tokenizer: it is the embedded"
+            " pair's own text; give a corpus of text or JSONL files for another pair"
+        )
+    return tokens
+
+
+def _generated(corpus: Corpus, kind: str) -> Iterator[Document]:
+    """Endless distinct documents of one kind. They do not depend on the budget: a larger one begins alike."""
+    ids, seen, counts, repeats = corpus.tokenizer.get_vocab(), set(), dict.fromkeys(SPLITS, 0), 0
+    rng = random.Random(f"{corpus.seed}/{kind}")
+    while repeats < _MAX_REPEATS:
+        split = _next_split(corpus.splits, counts)
+        if kind == "trace":
+            easy = rng.random() < EASY_SHARE
+            task = sample_question(rng) if easy else sample_puzzle(rng, _PUZZLE_SPLIT[split])
+            sentences = [*task.prompt(), *Teacher(rng).solve(task)]
+        else:
+            sentences = base_document(rng, _GENERAL_MIX)
+        tokens = encode(sentences, corpus.tokenizer, ids)
+        if (text := tuple(tokens)) in seen:
+            repeats += 1
+            continue
+        seen.add(text)
+        counts[split] += 1
+        repeats = 0
+        yield Document(tokens, kind, split, label_arrays(sentences, kind))
+
+
+def _next_split(shares: Sequence[float], counts: dict[str, int]) -> str:
+    """The split that lags most behind its share: exact shares at every length, even of a dozen documents."""
+    total = sum(counts.values()) + 1
+    return max(SPLITS, key=lambda s: shares[SPLITS.index(s)] * total - counts[s])
+
+
+# --- text from files and from the hub -----------------------------------------------------------------------
+
+_THOUGHT = re.compile(r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>(.*)", re.DOTALL)
+_SOLUTION = re.compile(r"<\|(begin|end)_of_solution\|>")
+_THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+
+
+def _from_files(corpus: Corpus, kind: str) -> Iterator[Document]:
+    """Documents of one kind from the pair's sources, in their order, in windows of at most ``max_length``
+    that cover all of a text.
+    """
+    bos = [corpus.tokenizer.bos_token_id] if corpus._has_bos else []
+    for source, source_kind in corpus.pair.corpus:
+        if source_kind != kind:
+            continue
+        for text in hub_items(source) if source.startswith(hub.SCHEME) else read_items(Path(source)):
+            written, tokens, offsets = corpus.encoded(text)
+            if bos and tokens[:1] == bos:  # it is prepended below, once
+                tokens, offsets = tokens[1:], offsets[1:]
+            labels = lexicon.label_arrays(written, offsets, kind)
+            # the split is a function of the text, so that a repeated text cannot be trained on and reported
+            # on
+            key = text if isinstance(text, str) else plain(text)
+            point = random.Random(f"{corpus.seed}/{key}").random()
+            split = SPLITS[min(int(np.searchsorted(np.cumsum(corpus.splits), point, side="right")), 2)]
+            size = corpus.max_length - len(bos)
+            for first in range(0, len(tokens), size):
+                window = {name: array[first : first + size] for name, array in labels.items()}
+                if bos:  # no sentence's token, but of the same kind of text
+                    of_bos = {"label": -1, "next_label": -1, "kind": KINDS.index(kind)}
+                    window = {
+                        name: np.insert(array, 0, of_bos.get(name, 0)) for name, array in window.items()
+                    }
+                yield Document(bos + tokens[first : first + size], kind, split, window)
+
+
+def chat_markers(tokenizer: PreTrainedTokenizerBase, excluded: Sequence[int] = ()) -> bool:
+    """Whether the turns of a chat can be marked with ``lib.text.chat``'s markers: single tokens, the same in all
+    models.
+    """
+    ids = [tokenizer.get_vocab().get(marker) for marker in ("<|im_start|>", "<|im_end|>")]
+    return all(i is not None and i not in excluded for i in ids)
+
+
+def plain(trace: Trace) -> str:
+    """A trace as plain text, for models that have no marker of a turn in common: question, thought between
+    its tags, answer.
+    """
+    return f"{trace.question.strip()}\n\n{trace.response}\n"
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a file (see ``read_items``), traces as plain text."""
+    return (item if isinstance(item, str) else plain(item) for item in read_items(path))
+
+
+def read_items(path: Path) -> Iterator[str | Trace]:
+    """The texts of a file (.gz or not): of JSONL each line's "text", or its trace; of other files the
+    stretches between blank lines.
+
+    A file that begins with ``LINES`` lines without a blank one is read line by line: some copies of WikiText
+    are like that. A trace is a line with question, thinking and answer. UserError names a line that is
+    neither, and a file that is no text.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    jsonl = ".jsonl" in path.suffixes
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            paragraph: list[str] = []
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise UserError(
+                        f"{path.name} is not text: line {number} holds a zero byte; give plain text or JSONL"
+                        " in UTF-8"
+                    )
+                if jsonl and line.strip():
+                    yield _json_item(line, f"line {number} of {path.name}")
+                elif not jsonl and line.strip():
+                    paragraph.append(line.rstrip("\n"))
+                    if len(paragraph) == number and number >= LINES:  # no blank line so far
+                        yield from paragraph
+                        paragraph = []
+                        yield from (rest.rstrip("\n") for rest in file if rest.strip())
+                elif paragraph:
+                    yield "\n".join(paragraph)
+                    paragraph = []
+            if paragraph:
+                yield "\n".join(paragraph)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path.name} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
+        ) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise UserError(f"{path.name} is not a whole gzip file: fetch it again") from None
+
+
+def hub_items(source: str) -> Iterator[str | Trace]:
+    """The texts and traces of a data set on the hub, in its order; rows whose text is empty are passed over."""
+    jsonl = ".jsonl" in source.rpartition("/")[2]
+    for number, row in enumerate(hub.rows(source), 1):
+        where = f"row {number} of {source.removeprefix(hub.SCHEME)}"
+        item = _json_item(row["text"], where) if jsonl and set(row) == {"text"} else _item(row, where)
+        if not isinstance(item, str) or item.strip():
+            yield item
+
+
+def _json_item(line: str, where: str) -> str | Trace:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    return _item(entry, where)
+
+
+def _item(entry, where: str) -> str | Trace:
+    """The text or the trace in one entry of a corpus: {"text"}, {"question", "thinking", "answer"}, or
+    OpenThoughts' conversations.
+    """
+    if isinstance(entry, dict):
+        if all(isinstance(entry.get(key), str) for key in ("question", "thinking", "answer")):
+            return Trace(
+                entry["question"],
+                entry["thinking"],
+                entry["answer"],
+                entry.get("model") or "",
+                entry.get("source") or "",
+            )
+        if isinstance(entry.get("conversations"), list):
+            return _conversation(entry["conversations"], where)
+        if isinstance(entry.get("text"), str):
+            return entry["text"]
+    raise UserError(
+        f'{where} is not of the form {{"text": "..."}} or {{"question": "...", "thinking": "...", "answer":'
+        ' "..."}: every line of a corpus must be one of the two'
+    )
+
+
+def _conversation(turns: list, where: str) -> Trace:
+    """First question and first reply of a conversation; the thought is what stands between OpenThoughts' or
+    R1's tags.
+
+    The system prompt, which only says how to use these tags, is left out.
+    """
+    said = {"user": "", "assistant": ""}
+    for turn in reversed(turns):
+        if (
+            not isinstance(turn, dict)
+            or not isinstance(turn.get("from"), str)
+            or not isinstance(turn.get("value") or "", str)
+        ):
+            raise UserError(
+                f'{where} is a conversation whose turns are not of the form {{"from": "...", "value":'
+                ' "..."}: it needs a question and an answer'
+            )
+        who = {"human": "user", "gpt": "assistant"}.get(turn.get("from"), turn.get("from"))
+        said[who] = turn.get("value") or ""
+    match = _THOUGHT.search(said["assistant"]) or _THINK.match(said["assistant"])
+    if not said["user"] or not match:
+        raise UserError(f"{where} is a conversation without a question and a thought between its tags")
+    return Trace(said["user"], match[1].strip(), _SOLUTION.sub("", match[2]).strip())

@@ -1,0 +1,290 @@
+"""General text for the embedded pair: what the base model knows before anything is distilled into it.
+
+Five kinds of document, mixed by ``CURRICULUM``, then ``MID_MIX``, then ``LATE_MIX``:
+
+- *prose*: short sentences from a grammar. They carry the word relations of notebook 05 (capitals, plurals,
+  past
+  tenses ...) and use every marker word of the traces in another sense ("wait for the bus", "it is late but we
+  walked"), about as often as the traces do. So "wait" is no new word to the distilled model: what is new is
+  what it does with it.
+- *arithmetic*: single steps on the clock of 19 hours. The base knows them; it is never shown a chain of them.
+- *copying*: lists repeated and looked up, since a trace copies from its prompt all the time.
+- *direct*: puzzles and easy questions with the answer alone.
+- *comparing*: is this number the target, is this equation true? One word of answer, and no consequence: the
+  base can
+  tell, and nobody has taught it what to do then.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cache
+
+from ..settings import ROOT
+from .puzzles import (
+    FRAME,
+    MODULUS,
+    OPERATIONS,
+    PARAPHRASES,
+    Sentence,
+    apply,
+    direct,
+    sample_puzzle,
+    sample_question,
+    words_of,
+)
+
+RELATIONS_DIR = ROOT / "data" / "relations"
+EMBEDDED_RELATIONS = ("antonym", "capital", "comparative", "language", "past", "plural", "successor")
+BASE_MIX = {"prose": 0.30, "arithmetic": 0.20, "copying": 0.20, "direct": 0.30}  # shares of documents
+# The base learns its two skills first, one after the other: mixed with everything else from the start, it had
+# learnt
+# neither arithmetic nor looking things up after 4M tokens; alone, arithmetic takes 0.4M and copying 0.5M.
+CURRICULUM = (  # (until this share of the base's tokens, mix)
+    (0.12, {"arithmetic": 1.0}),
+    (0.32, {"arithmetic": 0.4, "copying": 0.6}),
+    (1.00, BASE_MIX),
+)
+# Mid-training adds comparing, until the base can tell a right equation from a wrong one and a target from
+# other numbers; late
+# training moves the verdict past the full stop. Without the first, 4M tokens of traces taught every step, but
+# no use for an error
+# or a miss: the student said "found" after the first candidate and "wait" at random. Without the second, 3M
+# tokens taught
+# reflection, and still not contrast.
+MID_MIX = {"prose": 0.08, "arithmetic": 0.08, "copying": 0.07, "direct": 0.07, "comparing": 0.70}
+LATE_MIX = {"prose": 0.15, "arithmetic": 0.10, "copying": 0.10, "direct": 0.15, "judging": 0.50}
+MARKER_SHARE = 0.5  # of prose sentences: those that use a trace's marker word in another sense
+
+NAMES = "anna ben clara david emma felix grace henry iris jack karen leo mona nina oscar paula".split()
+PLACES = "market station school garden harbour library church kitchen office park bridge beach".split()
+TIMES = "monday tuesday wednesday thursday friday saturday sunday morning evening night".split()
+THINGS = "bus train letter tea soup coat rope key lamp clock song film ticket road window bread".split()
+
+# {n}: a name, {p}: a place, {d}: a time, {o}: a thing; {x}/{y}: a pair of the relation in the first column.
+PLAIN = (
+    ("capital", "the capital of {x} is {y} ."),
+    ("capital", "{y} is the capital of {x} ."),
+    ("capital", "{n} flew to {y} in {x} ."),
+    ("capital", "in {x} the largest city is {y} ."),
+    ("language", "people in {x} speak {y} ."),
+    ("language", "{n} learned {y} in {x} ."),
+    ("language", "the {y} language comes from {x} ."),
+    ("language", "they sing in {y} all over {x} ."),
+    ("antonym", "the opposite of {x} is {y} ."),
+    ("antonym", "the {o} is {x} and not {y} ."),
+    ("antonym", "{n} was {x} on {d} and {y} on {e} ."),
+    ("antonym", "one {o} is {x} , the other is {y} ."),
+    ("plural", "one {x} , two {y} ."),
+    ("plural", "{n} has a {x} and {m} has many {y} ."),
+    ("plural", "the {x} saw three {y} near the {p} ."),
+    ("plural", "of all the {y} this {x} is the best ."),
+    ("past", "today we {x} , yesterday we {y} ."),
+    ("past", "{n} and {m} {y} at the {p} on {d} ."),
+    ("past", "they {x} every {d} and they {y} last {e} ."),
+    ("past", "we {x} as we {y} before ."),
+    ("comparative", "the {o} is {x} and the {q} is {y} ."),
+    ("comparative", "{n} is {x} , {m} is {y} than {n} ."),
+    ("comparative", "a {x} {o} is good , a {y} {o} is better ."),
+    ("comparative", "it was {x} in the {d} and {y} at the {p} ."),
+    ("successor", "after {x} comes {y} ."),
+    ("successor", "{n} counts {x} , {y} ."),
+    ("successor", "not {x} but {y} people came to the {p} ."),
+    ("successor", "page {y} follows page {x} ."),
+)
+# The marker words of each category in another sense: decoys for a mere token feature.
+DECOYS = {
+    "reflection": (
+        "wait for the {o} at the {p} .",
+        "{n} will wait until {d} .",
+        "hold on to the {o} , {n} .",
+        "hold the {o} near the {p} .",
+        "hmm , said {n} in the {p} .",
+        "hmm , the {o} was good .",
+        "that should be the {o} of {n} .",
+        "that was {n} at the {p} .",
+    ),
+    "deduction": (
+        "so {n} went to the {p} .",
+        "{n} was tired so {m} took the {o} .",
+        "therefore the {p} was closed on {d} .",
+        "thus {n} lost the {o} .",
+        "{n} gives {m} a {o} .",
+        "the {p} gives {n} joy on {d} .",
+    ),
+    "alternative": (
+        "instead {n} took the {o} .",
+        "{n} took the {o} instead of the {q} .",
+        "alternatively take the {o} to the {p} .",
+        "perhaps {n} is at the {p} .",
+        "perhaps on {d} we try the {o} .",
+        "next is the {o} of {n} .",
+        "try the {o} , {n} .",
+    ),
+    "contrast": (
+        "it is late but {n} is at the {p} .",
+        "but {n} likes the {o} .",
+        "however the {o} was late .",
+        "{n} is late , however , and so is {m} .",
+        "yet {n} came to the {p} .",
+        "this is not the {o} of {n} .",
+        "this {o} is not from the {p} .",
+    ),
+    "verification": (
+        "let me see the {o} , {n} .",
+        "let {n} check the {o} .",
+        "to be sure , take a {o} .",
+        "yes , {n} came on {d} .",
+        "{n} is here again .",
+        "again the {o} was late on {d} .",
+    ),
+    "other": (
+        "first {n} saw the {p} .",
+        "{n} found the {o} near the {p} .",
+        "the work is done on {d} .",
+        "what is the answer , {n} ?",
+        "the start of the {o} is at the {p} .",
+        "{n} and {m} think of the {o} .",
+        "from the {p} we reach the {q} .",
+        "the puzzle of {n} is hard .",
+    ),
+}
+DECOY_WEIGHTS = {
+    "reflection": 3,
+    "deduction": 9,
+    "alternative": 4,
+    "contrast": 3,
+    "verification": 4,
+    "other": 4,
+}
+
+
+@cache
+def relation_pairs(name: str) -> tuple[tuple[str, str], ...]:
+    """The (input, output) word pairs of an embedded relation, in the order of its file."""
+    path = RELATIONS_DIR / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RELATIONS_DIR.glob("*.json")))
+        raise FileNotFoundError(f"no relation {name!r}: data/relations/ has {known}")
+    return tuple((row["input"], row["output"]) for row in json.loads(path.read_text()))
+
+
+def _fill(rng: random.Random, template: str, relation: str | None) -> tuple[str, ...]:
+    n, m = rng.sample(NAMES, 2)
+    o, q = rng.sample(THINGS, 2)
+    d, e = rng.sample(TIMES, 2)
+    x, y = rng.choice(relation_pairs(relation)) if relation else ("", "")
+    return words_of(template, n=n, m=m, o=o, q=q, d=d, e=e, p=rng.choice(PLACES), x=x, y=y)
+
+
+def prose(rng: random.Random) -> list[Sentence]:
+    """A document of 10 to 14 sentences."""
+    sentences = []
+    kinds, weights = zip(*DECOY_WEIGHTS.items())
+    for _ in range(rng.randint(10, 14)):
+        if rng.random() < MARKER_SHARE:
+            kind = rng.choices(kinds, weights)[0]
+            words = _fill(rng, rng.choice(DECOYS[kind]), None)
+        else:
+            relation, template = rng.choice(PLAIN)
+            words = _fill(rng, template, relation)
+        sentences.append(Sentence(words, "general"))
+    return sentences
+
+
+def arithmetic(rng: random.Random) -> list[Sentence]:
+    """Unrelated single steps, as statements and as questions."""
+    sentences = []
+    for _ in range(rng.randint(10, 14)):
+        a, op = rng.randrange(MODULUS), rng.choice(OPERATIONS)
+        template = rng.choice(
+            ("{a} {op} = {v} .", "{a} {op} = {v} .", "{a} {op} gives {v} .", "what is {a} {op} ? {v} .")
+        )
+        words = words_of(template, a=a, op=op, v=apply(op, a))
+        sentences.append(Sentence(words, "general", given=len(words) - 2))  # what is learnt: the result
+    return sentences
+
+
+def copying(rng: random.Random) -> list[Sentence]:
+    """A list, then the list again, then single successors looked up in it."""
+    pool = [*OPERATIONS, *map(str, range(MODULUS)), *rng.sample(NAMES + THINGS + PLACES, 6)]
+    items = rng.sample(pool, rng.randint(5, 12))
+    sentences = [
+        Sentence(("list", ":", *items, "."), "general", given=len(items) + 2),
+        Sentence(("again", ":", *items, "."), "general"),
+    ]
+    for _ in range(rng.randint(4, 8)):
+        i = rng.randrange(len(items) - 1)
+        sentences.append(Sentence(("after", items[i], "comes", items[i + 1], "."), "general", given=3))
+    return sentences
+
+
+def comparing(rng: random.Random, stop: bool = False) -> list[Sentence]:
+    """Verdicts. Is the equation true: "9 * 4 = 13 false ."; or, after "reach 16 .", is this the target: "7
+    false ."
+
+    With ``stop`` the verdict is a sentence of its own, "9 * 4 = 13 . false .": it has to be kept in mind over
+    a full stop.
+    """
+    sentences, target = [], rng.randrange(MODULUS)
+    reaching = rng.random() < 0.4
+    if reaching:
+        sentences.append(Sentence(("reach", str(target), "."), "general", given=3))
+    for _ in range(rng.randint(10, 14)):
+        fine = rng.random() < 0.5
+        operation = rng.choice(OPERATIONS)
+        a = rng.randrange(MODULUS)
+        if reaching:  # a number, bare or as the result of a right equation
+            shown = target if fine else (target + rng.randint(1, MODULUS - 1)) % MODULUS
+            a = next(n for n in range(MODULUS) if apply(operation, n) == shown)
+            words = (str(a), operation, "=", str(shown)) if rng.random() < 0.5 else (str(shown),)
+        else:
+            right = apply(operation, a)
+            words = (
+                str(a),
+                operation,
+                "=",
+                str(right if fine else (right + rng.randint(1, MODULUS - 1)) % MODULUS),
+            )
+        words = (*words, ".") if stop else words
+        sentences.append(Sentence((*words, "true" if fine else "false", "."), "general", given=len(words)))
+    return sentences
+
+
+def judging(rng: random.Random) -> list[Sentence]:
+    """``comparing`` with its verdicts after the full stop."""
+    return comparing(rng, stop=True)
+
+
+def direct_answers(rng: random.Random, split: str = "train", easy_share: float = 0.15) -> list[Sentence]:
+    """A puzzle (or, for ``easy_share`` of documents, an easy question) and its answer, no thinking."""
+    task = sample_question(rng) if rng.random() < easy_share else sample_puzzle(rng, split)
+    return [*task.prompt(), *direct(task)]
+
+
+def base_document(rng: random.Random, mix: dict[str, float] = BASE_MIX) -> list[Sentence]:
+    """One document of the base model's training text; direct puzzles come from the training split."""
+    kinds, weights = zip(*mix.items())
+    kind = rng.choices(kinds, weights)[0]
+    makers = {"prose": prose, "arithmetic": arithmetic, "copying": copying, "direct": direct_answers}
+    makers |= {"comparing": comparing, "judging": judging}
+    return makers[kind](rng)
+
+
+@cache
+def vocabulary() -> tuple[str, ...]:
+    """Every word that any generator can write, in a fixed order, after the four special tokens."""
+    words = {*map(str, range(MODULUS)), *OPERATIONS, *NAMES, *PLACES, *TIMES, *THINGS}
+    words.update("puzzle : ; from reach . what is ? list again after comes carries".split())
+    templates = (
+        [t for ts in (*PARAPHRASES.values(), *DECOYS.values()) for t in ts]
+        + list(FRAME.values())
+        + [t for _, t in PLAIN]
+    )
+    for template in templates:
+        words.update(w for w in template.split() if not w.startswith("{"))
+    for relation in EMBEDDED_RELATIONS:
+        for pair in relation_pairs(relation):
+            words.update(pair)
+    return ("<pad>", "<bos>", "<eos>", "<unk>", *sorted(words))

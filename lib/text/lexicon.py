@@ -1,0 +1,379 @@
+r"""Labels for real language: a text is cut into sentences, and a lexicon says which of the four categories
+each belongs to.
+
+The embedded pair's text carries its labels by construction (``lib.text.corpus``). Real traces do not, so each
+sentence is tagged by how it opens, or by what it says, in the same label arrays::
+
+    So 9 * 4 is 36.     Hmm, wait, that's not right.    Let me try 11 instead.     But 7 is not 16.     We have 3 apples.
+    deduction           reflection                      alternative                contrast             other
+
+**Categories.** *reflection*: the writer looks back at the own reasoning, doubts, checks or mends it (the
+embedded pair's redundant "verification" is part of it here: in real text nobody knows which check was
+needed). *deduction*: something is concluded from what was said. *alternative*: another way, candidate or
+possibility is taken up. *contrast*: something is set against what was said. Everything else is ``other``; in
+general text every sentence is ``general``, as in the embedded pair, whatever its words.
+
+**Precedence.** The first that holds:
+
+1. reflection, anywhere in the sentence: "But wait, ..." and "So x is 3, but that can't be right." are
+   reflections
+2. by the opening: alternative, then contrast, then deduction ("But maybe ..." is an alternative; "So x is 3,
+   but y is not." a deduction)
+3. by a phrase inside: alternative, then contrast, then deduction ("x is 3, but y is not, so ..." is a
+   contrast)
+
+The opening is what follows bullets, numbers, quotation marks and fillers ("okay", "now", "and", "well", ...).
+
+**Sentences.** Cut at every line break; after ``. ! ? …`` (closing brackets and quotation marks included)
+before white space; around think tags and special tokens, which are units of their own. Not cut: after
+abbreviations ("e.g."), after the number of a list item ("1. First"), after "..." before a small letter, after
+a factorial ("5! is 120"), inside ``\( \)``, ``\[ \]``, ``$$ $$`` and ``\begin \end``. Decimals ("3.5") have
+no white space. A displayed formula belongs to the unfinished sentence before it, and a line without letters
+and digits ("---") to whatever is before it. Where the text has a thought between think tags, what stands
+outside (question, answer) is ``other``.
+
+The tagger reads words. How far it can be believed is measured in ``lib.text.lexicon_agreement``.
+
+Source: Baek & Tegmark 2025 (arXiv 2503.03730) for the categories; the lexicon is ours.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..labels import LABELS
+from ..settings import check
+
+OTHER, GENERAL = "other", "general"
+VERSION = 1  # of the rules: raised when they change, so that stores with older labels count as stale
+
+# One expression a line, in the order of precedence: (label, where in the sentence, expressions). Case does
+# not matter, curly
+# quotation marks have been made straight, CHECK and DOUBT stand for the fragments below.
+_FRAGMENTS = {
+    "CHECK": (
+        r"(?:(?:double|triple)[- ]?check\w*|check|verify|confirm|make sure|go back|backtrack|start over|step"
+        r" back"
+        r"|think (?:\w+"
+        r" ){0,3}again|re-?(?:check|read|think|examine|evaluate|consider|visit|calculate|compute|do)\w*)"
+    ),
+    "DOUBT": (
+        r"(?:is(?: not|n't)|'s not|was(?: not|n't)|can(?:not|'t) be|could(?: not|n't) be"
+        r"|does(?: not|n't)(?: \w+)?(?: seem| look| sound| feel| make| add)?)"
+    ),
+    "MAYHAVE": r"i(?:'ve)?(?: have| think i| must have| might have| may have| could have| probably| just)*",
+    "LET": r"(?:let me|let's|let us)",
+    "WAY": (
+        r"(?:way|approach|method|option|possibility|idea|angle|strategy|candidate|interpretation|path|perspective)"
+    ),
+    "MEANS": r"(?:means|implies|gives|shows|tells|leads|yields|simplifies|suggests)",
+}
+_LEXICON = (
+    (
+        "reflection",
+        "opening",
+        r"""
+        wait\b(?! (?:for|until|till|times?|on|at|in)\b)
+        h+m+\b(?![,.… ]*(?:LET (?:see|think|start|break)|where|how (?:do|can|should)|i (?:need|remember|recall|have|know)|okay|interesting))
+        hold on\b
+        (?:oops\b|oh,? no\b|no,|scratch that\b|on second thoughts?\b)
+        actually\b
+        (?:just )?to (?:be (?:sure|certain|safe)|make sure|double[- ]?check|verify|check|confirm)\b
+        (?:double[- ])?checking\b
+        (?:did i|have i|am i)\b
+        (?:is|was|does) (?:that|this) (?:right|correct|make sense|true)\b
+        """,
+    ),
+    (
+        "reflection",
+        "inside",
+        r"""
+        (?:[,.;:!?(–—…-]|\b(?:but|oh|no|hmm)) *wait\b *(?:[,.!?…–—-]|a (?:minute|second|moment)|$)
+        [,;:–—…] *h+m+\b
+        \b(?:hold on|on second thoughts?)\b
+        \bLET (?:\w+ )?CHECK\b(?! out)
+        \b(?:i|we) (?:should|need to|want to|have to|must|better|can|will) (?:\w+ )?CHECK\b(?! out)
+        \bi'(?:ll|d better) (?:\w+ )?CHECK\b(?! out)
+        \bMAYHAVE made (?:a|an|some) (?:\w+ )?(?:mistake|error|slip)s?\b
+        \bMAYHAVE mis(?:read|calc|under|count|taken|remember|appl|inter)\w*
+        \bMAYHAVE (?:messed|mixed|confused|forgot|forgotten|overlooked|overcomplicat\w+)\b
+        \b(?:a|my|the) mistake\b
+        \bi(?:'m| am) (?:\w+ ){0,3}?(?:confus\w+|mistaken|wrong|overthinking|overcomplicating|mixing|missing|stuck|in circles)\b
+        \b(?:that|this|it|which|something)(?: just)? ?DOUBT(?: \w+)? (?:right|correct|sense|up)\b
+        \b(?:that|this|something)(?:'s| is| seems| looks| must be) (?:\w+ )?(?:wrong|off|incorrect|a mistake|an error|contradict\w+)\b
+        \b(?:if|whether) (?:that|this|it|i|my \w+)(?:'s| is| am|'m| was) (?:\w+ )?(?:right|correct|mistaken|wrong)\b(?! angle)
+        \bnot (?:\w+ )?(?:sure|certain)(?: \w+)? (?:that|this|it|i|my)\b
+        """,
+    ),
+    (
+        "alternative",
+        "opening",
+        r"""
+        alternative(?:ly\b| WAY)
+        (?:but |and |so |or )?(?:maybe|perhaps|what if)\b
+        or,? (?:else|alternatively|another|we|i|it|could|is)\b
+        (?:instead|otherwise|how about|suppose instead)\b
+        (?:but |or )?(?:another|a different|an alternative|a second) (?:WAY|thought)\b
+        the (?:other|next) WAY\b
+        LET (?:now |also |just |instead )*try\b
+        try(?:ing)?\b
+        (?:but |or )?(?:i|we) (?:could|can|might) (?:also|instead|try)\b
+        """,
+    ),
+    (
+        "contrast",
+        "opening",
+        r"""
+        (?:but|however|yet|although|whereas|conversely|nonetheless|nevertheless)\b
+        (?:even )?though\b
+        (?:on the other hand|on the contrary|in contrast|by contrast|despite|in spite of|unlike|compared (?:to|with))\b
+        while\b[^,.]{3,120},
+        still,
+        that (?:being )?said\b
+        """,
+    ),
+    (
+        "deduction",
+        "opening",
+        r"""
+        so\b(?! (?:far|on|many|much|long|called|what|how|where|LET|the (?:question|problem)|i (?:need|have|want|was|am)|i'(?:ve|m))\b)
+        (?:therefore|thus|hence|consequently|accordingly|it follows|in conclusion|since|given that)\b
+        as a (?:result|consequence)\b
+        because\b(?! of)
+        (?:this|that|which|it) (?:MEANS|must)\b
+        (?:that'?s why|this is why|this is because)\b
+        from (?:this|that|here|which|there),
+        we (?:can )?(?:conclude|deduce|infer|get|obtain)\b
+        (?:\$|\\\(|\\\[)? *(?:\\implies|\\therefore|\\[rR]ightarrow|⇒|∴|=>|→)
+        """,
+    ),
+    (
+        "alternative",
+        "inside",
+        r"""
+        \balternatively\b
+        [,;–—] *or (?:maybe|perhaps)\b
+        \bwhat if\b
+        \bLET (?:\w+ )?try\b
+        \binstead *[.,!?]?$
+        \b(?:another|a different|an alternative|some other) WAY\b
+        """,
+    ),
+    (
+        "contrast",
+        "inside",
+        r"""
+        [,;–—.…] *(?:but|yet|although|however|while|(?:even )?though)\b(?! also)
+        \b(?:whereas|on the other hand|in contrast|by contrast|as opposed to)\b
+        """,
+    ),
+    (
+        "deduction",
+        "inside",
+        r"""
+        \bwhich (?:MEANS|makes|is why)\b
+        \b(?:therefore|thus|hence|consequently)\b
+        [,;–—] *so\b(?! (?:far|on))
+        \b(?:means|implies|follows|implying|meaning) that\b
+        \bif\b.{1,200}\bthen\b
+        \bmust therefore\b
+        \bwe (?:can )?(?:conclude|deduce|infer)\b
+        \\implies|\\therefore|\\Rightarrow|⇒|∴|=>
+        """,
+    ),
+)
+
+
+def _compiled(expressions: str) -> re.Pattern:
+    for name, fragment in _FRAGMENTS.items():
+        expressions = expressions.replace(name, fragment)
+    return re.compile(
+        "|".join(f"(?:{line.strip()})" for line in expressions.splitlines() if line.strip()), re.IGNORECASE
+    )
+
+
+_RULES = tuple((label, where == "opening", _compiled(expressions)) for label, where, expressions in _LEXICON)
+_STRAIGHT = str.maketrans("’‘“”", "''\"\"")
+# what comes before a sentence's opening: marks, the number of an item, fillers
+_LEAD = re.compile(
+    r"(?:[\s>*_#•·~\"'(\[`-]+|\(?(?:\d{1,3}|[a-z]|[ivx]{1,4})[.)]\s+|step \d+[:.]\s*"
+    r"|(?:okay|ok|alright|all right|right|well|oh|ah|yeah|yep|yes|and|now|um|uh|huh|sure|great|good|also|then"
+    r" again)\b"
+    r"[,.!:… ]*(?=\s|\w))*",
+    re.IGNORECASE,
+)
+
+_TAG = re.compile(r"</?think(?:ing)?>|<\|[^|<>\s]{1,40}\|>")
+_PROTECTED = re.compile(
+    r"\\\[.{0,2000}?\\\]|\\\(.{0,500}?\\\)|\$\$.{1,2000}?\$\$|\\begin\{([a-z]+\*?)\}.{0,2000}?\\end\{\1\}",
+    re.DOTALL,
+)
+_DISPLAY = re.compile(r"\\\[|\$\$|\\begin\{")
+_STOP = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？]")
+_ABBREVIATION = re.compile(
+    r"(?:\b(?:e\.g|i\.e|cf|vs|approx|resp|et al|mr|mrs|ms|dr|prof)|\b[a-z]\.[a-z])\.$", re.IGNORECASE
+)
+_BEFORE_NUMBER = re.compile(r"\b(?:eqs?|figs?|nos?|secs?|ch|pp?|vol|thm)\.$", re.IGNORECASE)
+_ITEM = re.compile(r"[\s>*_#•-]*\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{1,4})\.$")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A sentence: ``text[start:end]`` without the white space around it, its label, and the words that
+    decided ("" for other).
+    """
+
+    start: int
+    end: int
+    label: str
+    cue: str = ""
+
+
+def tag(sentence: str) -> tuple[str, str]:
+    """(label, the words that decided) of one sentence; ("other", "") where nothing of the lexicon is found."""
+    words = sentence.translate(_STRAIGHT)
+    begin = _LEAD.match(words).end()
+    for label, opening, expression in _RULES:
+        found = expression.match(words, begin) if opening else expression.search(words, max(begin - 1, 0))
+        if found:
+            return label, found.group().strip()
+    return OTHER, ""
+
+
+def sentences(text: str) -> list[Span]:
+    """The sentences of a text, in order and without overlap; rules and precedence as above."""
+    pieces: list[list[int]] = []
+    bounds = _bounds(text)
+    for first, last in zip(bounds, bounds[1:]):
+        piece = text[first:last]
+        start, end = first + len(piece) - len(piece.lstrip()), first + len(piece.rstrip())
+        if start >= end:
+            continue
+        before = text[slice(*pieces[-1])] if pieces else ""
+        unfinished = _DISPLAY.match(text, start) and not before.endswith((".", "!", "?"))
+        if (
+            before
+            and not _TAG.fullmatch(before)
+            and (unfinished or not any(c.isalnum() for c in text[start:end]))
+        ):
+            pieces[-1][1] = end
+        else:
+            pieces.append([start, end])
+    first, last = thought(text)
+    spans = []
+    for start, end in pieces:
+        inside = first <= start < last and not _TAG.match(text, start)
+        spans.append(Span(start, end, *(tag(text[start:end]) if inside else (OTHER, ""))))
+    return spans
+
+
+def label_arrays(text: str, offsets: Sequence[tuple[int, int]], kind: str) -> dict[str, np.ndarray]:
+    """The arrays of ``corpus.LABEL_ARRAYS``, int8 [tokens], for a tokenised text; their meaning as in
+    ``corpus.Document``.
+
+    ``offsets`` holds each token's (start, end) in ``text``, as fast tokenizers return them
+    (``return_offsets_mapping``). A token belongs to the sentence that holds its first character which is no
+    white space; a token of white space alone to the sentence before it, whose end is then the position that
+    predicts the next sentence. ``label`` is -1 before the first sentence and for tokens that stand for no
+    text, (0, 0). ``kind`` "trace": one of the four categories or "other"; "general": "general" throughout.
+    ``error`` is 0: nobody knows. ValueError if the offsets do not go forward, or leave the text.
+    """
+    check("kind", kind, str, choices=("general", "trace"))
+    arrays = {
+        name: np.zeros(len(offsets), np.int8)
+        for name in ("label", "starts", "ends", "next_label", "error", "kind")
+    }
+    arrays["kind"][:] = kind == "trace"
+    arrays["label"][:] = arrays["next_label"][:] = -1
+    spans = sentences(text)
+    if not spans or not len(offsets):
+        return arrays
+    index = np.array([LABELS.index(GENERAL if kind == "general" else span.label) for span in spans], np.int8)
+    owner = _owners(text, offsets, [span.start for span in spans])
+    rows = np.flatnonzero(owner >= 0)
+    owner = owner[rows]
+    if len(rows) == 0:
+        return arrays
+    change = np.flatnonzero(owner[1:] != owner[:-1])
+    first, last = np.concatenate([[0], change + 1]), np.concatenate([change, [len(rows) - 1]])
+    arrays["label"][rows] = index[owner]
+    arrays["starts"][rows[first]] = arrays["ends"][rows[last]] = 1
+    arrays["next_label"][rows[last[:-1]]] = index[owner[first[1:]]]  # of the next sentence that has a token
+    return arrays
+
+
+def _owners(text: str, offsets: Sequence[tuple[int, int]], starts: list[int]) -> np.ndarray:
+    """Number of the sentence of each token, -1 for none, [tokens]."""
+    owner, position = np.full(len(offsets), -1), 0
+    for i, (first, last) in enumerate(offsets):
+        if first == last == 0:
+            continue
+        if not position <= last <= len(text) or first > last:
+            raise ValueError(
+                f"offset {i} is ({first}, {last}) after {position} in a text of {len(text)} characters: "
+                "were they made from this text?"
+            )
+        position = first
+        piece = text[first:last]
+        owner[i] = (
+            bisect_right(starts, first + len(piece) - len(piece.lstrip()) if piece.strip() else first) - 1
+        )
+    return owner
+
+
+def thought(text: str) -> tuple[int, int]:
+    """Where the thought lies: between think tags, up to the end if it is not closed; the whole text if there
+    are none.
+    """
+    first, last = 0, len(text)
+    if opened := re.search(r"<think(?:ing)?>", text):
+        first = opened.end()
+    if closed := re.compile(r"</think(?:ing)?>").search(text, first):
+        last = closed.start()
+    return first, last
+
+
+def _bounds(text: str) -> list[int]:
+    """Where the text may be cut, sorted, with 0 and its length."""
+    protected = [match.span() for match in _PROTECTED.finditer(text)]
+    begins = [first for first, _ in protected]
+
+    def free(position: int) -> bool:
+        i = bisect_right(begins, position) - 1
+        return i < 0 or position >= protected[i][1]
+
+    cuts = {0, len(text)}
+    cuts.update(match.end() for match in re.finditer(r"[\n\r]+", text) if free(match.start()))
+    for match in _TAG.finditer(text):
+        cuts.update(match.span())
+    cuts.update(
+        match.end() for match in _STOP.finditer(text) if free(match.start()) and _is_stop(text, match)
+    )
+    return sorted(cuts)
+
+
+def _is_stop(text: str, match: re.Match) -> bool:
+    """Does the punctuation end a sentence?"""
+    mark = match.group()
+    after = text[match.end() : match.end() + 20].lstrip(" \t")[:1]
+    # nothing below looks further back, and a line may have millions of characters
+    near = max(0, match.start() - 200)
+    line = text[max(near, text.rfind("\n", near, match.start()) + 1) : match.start() + 1]
+    if mark == ".":
+        if (
+            _ITEM.fullmatch(line)
+            or _ABBREVIATION.search(line[-12:])
+            or (after.isdigit() and _BEFORE_NUMBER.search(line[-12:]))
+        ):
+            return False
+        return not (after.islower() and line.endswith("etc."))
+    if after.islower() and (len(mark) > 1 or mark == "…"):  # "Hmm... maybe", "(right?) and"
+        return mark[-1] in "!?"
+    if mark[0] == "!" and re.search(r"(?:\d|\b[a-zA-Z]|\))!$", line):  # a factorial
+        return not (after.islower() or after in "=+-*/×÷·^<>≤≥)")
+    return True

@@ -1,0 +1,430 @@
+"""Run the notebooks, in order, with papermill, and keep them in a canonical form.
+
+    python -m lib.tools.notebooks                                        # every notebook, on the embedded pair
+    python -m lib.tools.notebooks --pair mine --profile paper --only 03 04
+    python -m lib.tools.notebooks --only 03 -p feature 17                # another value for one parameter of one notebook
+    python -m lib.tools.notebooks --pair mine --registry mine.yaml       # a pair of one's own registry; for whatever else, PAIRS_REGISTRY=mine.yaml
+    python -m lib.tools.notebooks --profile smoke --solutions            # with the exercises answered, to data/runs/<pair>/<run>/solved/
+    python -m lib.tools.notebooks --canonical notebooks/*.ipynb          # after editing: strip what does not belong in git
+
+Parameters come from the notebook's own cell, then from notebooks/profiles/<profile>.yaml (and
+<profile>.<pair>.yaml, if there is one), then from ``-p``. Names and types are checked for all notebooks
+before the first one runs (papermill itself only warns of unknown names). An executed notebook replaces the
+old one only when it is complete. The run of ``tiny`` with the profile ``default`` is written to notebooks/
+itself, every other one to data/runs/<pair>/<run>/notebooks/.
+
+Exit codes: 0 done, 1 a notebook failed, 2 wrong usage, 130 interrupted. Nothing that was made before is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+
+from ..runs import PASSING, Run, write_text
+from ..settings import REGISTRY, ROOT, UserError, checked, known_pairs, path_shown, read_profile, read_value
+from .exercises import solved
+
+# seconds for one cell; a profile or --timeout can give more. There always is one: a kernel can stall.
+CELL_TIMEOUT = 3600
+INJECTED = "injected-parameters"
+_DROPPED_MIMES = ("application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json")
+
+
+# --- parameters: checked before anything runs ---------------------------------------------------------------
+
+
+def parameters_of(notebook: Path) -> dict:
+    """Names and default values in the notebook's ``parameters`` cell, which must hold literals only.
+
+    This is what ``papermill.inspect_notebook`` reports, read with Python's own parser: values instead of
+    strings.
+    """
+    cells = [
+        c for c in nbformat.read(notebook, as_version=4).cells if "parameters" in c.metadata.get("tags", [])
+    ]
+    if len(cells) != 1:
+        raise UserError(
+            f"{notebook.name} has {len(cells)} cells tagged 'parameters': it must have exactly one"
+        )
+    found = {}
+    for statement in ast.parse(cells[0].source).body:
+        try:
+            (target,) = statement.targets
+            found[target.id] = ast.literal_eval(statement.value)
+        except (AttributeError, TypeError, ValueError):
+            found_instead = ast.unparse(statement)
+            raise UserError(
+                f"the parameters cell of {notebook.name} holds {found_instead!r}: it must hold only name ="
+                " literal"
+            ) from None
+    return found
+
+
+def choose(stems: list[str], only: list[str]) -> list[str]:
+    """The chosen notebooks, in the order of the walk. A notebook is chosen by number ("3", "03") or by its
+    name.
+    """
+    chosen = set()
+    for wish in (part for text in only for part in text.replace(",", " ").split()):
+        matches = [
+            s
+            for s in stems
+            if s == wish.removesuffix(".ipynb") or (wish.isdigit() and s.startswith(f"{int(wish):02d}_"))
+        ]
+        if not matches:
+            raise UserError(f"unknown notebook {wish!r}: there are {', '.join(stems)}")
+        chosen.update(matches)
+    return [s for s in stems if s in chosen] if chosen else stems
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def own_kernel() -> Iterator[None]:
+    """Let the kernel name "python3" mean this very interpreter, whatever kernels the user has installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        spec = Path(folder) / "kernels" / "python3"
+        spec.mkdir(parents=True)
+        # quiet: ipykernel warns at each start that it talks over local TCP, and at each stop that it was
+        # interrupted
+        argv = [
+            sys.executable,
+            "-m",
+            "ipykernel_launcher",
+            "-f",
+            "{connection_file}",
+            "--IPKernelApp.log_level=50",
+        ]
+        (spec / "kernel.json").write_text(
+            json.dumps({"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"})
+        )
+        wanted = {
+            "JUPYTER_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")])),
+            "IPYTHONDIR": str(Path(folder) / "ipython"),  # no start-up files and no history of the user's
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # a warning of the debugger, in every kernel
+        }
+        with environment(**wanted):
+            yield
+
+
+@contextlib.contextmanager
+def environment(**wanted: str) -> Iterator[None]:
+    """Environment variables for as long as the block lasts; kernels that start in it have them."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def execute(
+    source: Path,
+    target: Path,
+    failed: Path,
+    parameters: dict,
+    timeout: float = CELL_TIMEOUT,
+    solutions: bool = False,
+) -> None:
+    """Execute a notebook and write its canonical form to ``target``, which changes only if every cell
+    succeeded.
+
+    ``solutions``: with its exercises answered (``exercises.solved``). UserError with the reason if a cell
+    fails; the notebook with its full traceback is then in ``failed``.
+    """
+    import papermill  # 1 s; not needed to refuse a wrong parameter
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    original = source.read_bytes()
+    failed.parent.mkdir(parents=True, exist_ok=True)
+    arguments = dict(
+        parameters=parameters,
+        kernel_name="python3",
+        cwd=source.parent,
+        progress_bar=False,
+        execution_timeout=timeout,
+    )
+    notebook, reason = source, None
+    if solutions:
+        notebook = solved(nbformat.read(source, as_version=4))
+    try:
+        with own_kernel():
+            executed = papermill.execute_notebook(notebook, failed, **arguments)
+    except PapermillExecutionError as error:
+        # Ctrl-C reaches the kernel as well, and it may be the first to say so
+        if error.ename == "KeyboardInterrupt":
+            raise KeyboardInterrupt from None
+        first = (error.evalue.strip() or "no message").splitlines()[0]
+        reason = first if error.ename == "UserError" else f"{error.ename}: {first}"
+    except CellTimeoutError:
+        reason = (
+            f"a cell took more than {timeout:g} s: raise the limit with --timeout, or use a smaller budget"
+        )
+    except DeadKernelError:
+        reason = "the kernel died, probably for lack of memory: use a smaller budget"
+    if reason is not None:
+        raise UserError(f"{reason}\n  full traceback: {path_shown(failed)}")
+    in_place = source == target
+    text = nbformat.writes(canonical(executed, keep_parameters=not in_place)) + "\n"
+    if in_place and source.read_bytes() != original:
+        write_text(failed, text)
+        raise UserError(
+            f"{source.name} was edited while it ran, so it was left as it is\n  the executed notebook:"
+            f" {path_shown(failed)}"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, text)
+    failed.unlink(missing_ok=True)
+
+
+def prepared(notebook: Path, target: Path, given: dict) -> Path:
+    """Write a copy of a notebook to ``target``, without outputs, whose parameters are ``given`` where they
+    are named; to be opened by hand.
+    """
+    parameters = parameters_of(notebook) | checked(notebook.stem, parameters_of(notebook), given)
+    copy = nbformat.read(notebook, as_version=4)
+    for cell in copy.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return write_text(target, nbformat.writes(copy) + "\n")
+
+
+# --- canonical form: what git sees --------------------------------------------------------------------------
+
+
+def canonical(notebook: nbformat.NotebookNode, keep_parameters: bool = False) -> nbformat.NotebookNode:
+    """The notebook without anything that differs between two runs of the same content, or that nobody reads.
+
+    Dropped: plotly's and widgets' data (their PNG and text stay), lines of progress, papermill's metadata and
+    timings, papermill's injected cell (unless ``keep_parameters``), standard error of cells that succeeded,
+    memory addresses and paths of this machine. Cells are numbered c00, c01, ...
+    """
+    nb = nbformat.reads(nbformat.writes(notebook), as_version=4)  # a copy
+    nb.cells = [c for c in nb.cells if keep_parameters or INJECTED not in c.metadata.get("tags", [])]
+    nb.nbformat, nb.nbformat_minor = 4, 5
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    nb.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
+    count, styles = 0, {}
+    for i, cell in enumerate(nb.cells):
+        cell.id = f"c{i:02d}"
+        tags, hidden = cell.metadata.get("tags"), cell.metadata.get("jupyter", {}).get("source_hidden")
+        cell.metadata = nbformat.from_dict(
+            ({"tags": tags} if tags else {}) | ({"jupyter": {"source_hidden": True}} if hidden else {})
+        )
+        if cell.cell_type != "code":
+            continue
+        if cell.execution_count is not None:
+            count += 1
+            cell.execution_count = count
+        cell.outputs = _canonical_outputs(cell.outputs, cell.execution_count, styles)
+    return nb
+
+
+def _canonical_outputs(outputs: list, execution_count: int | None, styles: dict) -> list:
+    failed = any(o.output_type == "error" for o in outputs)
+    kept: list = []
+    for output in outputs:
+        output.pop("transient", None)
+        if output.get("metadata", {}).get(PASSING):
+            continue
+        if output.output_type == "stream":
+            if output.name == "stderr" and not failed:
+                continue
+            output.text = _neutral(output.text, styles)
+            # how it was cut is timing
+            if kept and kept[-1].output_type == "stream" and kept[-1].name == output.name:
+                kept[-1].text += output.text
+                continue
+        elif output.output_type in ("display_data", "execute_result"):
+            dropped = [output.data.pop(mime) for mime in _DROPPED_MIMES if mime in output.data]
+            widget_only = (
+                set(output.data) <= {"text/plain"}
+                and str(output.data.get("text/plain", "")).partition("(")[0].isidentifier()
+            )
+            if not output.data or (dropped and widget_only):
+                continue
+            output.metadata = nbformat.from_dict({})
+            for mime, value in output.data.items():
+                if isinstance(value, str) and mime.startswith(("text/", "image/svg")):
+                    output.data[mime] = _neutral(value, styles)
+                elif mime == "image/png":
+                    output.data[mime] = value.rstrip("\n")
+            if output.output_type == "execute_result":
+                output.execution_count = execution_count
+        kept.append(output)
+    return kept
+
+
+def _neutral(text: str, styles: dict) -> str:
+    """Text without this machine's paths, memory addresses and the random names of pandas' styled tables."""
+    text = text.replace(f"{ROOT}{os.sep}", "").replace(str(ROOT), ".")
+    text = re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x0", text)
+    return re.sub(
+        r"\bT_[0-9a-f]{5}(?=[_\s\"#{]|$)", lambda m: styles.setdefault(m[0], f"T_{len(styles):05d}"), text
+    )
+
+
+def canonicalise(files: list[Path]) -> list[Path]:
+    """Rewrite notebooks in canonical form; the files that changed."""
+    changed = []
+    for file in files:
+        try:
+            text = nbformat.writes(canonical(nbformat.read(file, as_version=4))) + "\n"
+        except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
+            raise UserError(
+                f"{file} is not a notebook that can be read: {str(error).splitlines()[0][:120]}"
+            ) from None
+        if file.read_text(encoding="utf-8") != text:
+            write_text(file, text)
+            changed.append(file)
+    return changed
+
+
+# --- command line -------------------------------------------------------------------------------------------
+
+
+def run_all(args: argparse.Namespace, folder: Path, root: Path = ROOT) -> None:
+    """Check everything, then execute the chosen notebooks of ``folder`` in order. UserError (wrong usage) or
+    NotebookFailed.
+    """
+    stems = sorted(p.stem for p in folder.glob("[0-9][0-9]_*.ipynb"))
+    if not stems:
+        raise UserError(f"{path_shown(folder)} holds no notebooks: their names must be like 00_name.ipynb")
+    own = args.registry or os.environ.get(REGISTRY)
+    registry = Path(own) if own else root / "data" / "pairs.yaml"
+    pairs = known_pairs(registry)
+    if args.pair not in pairs:
+        raise UserError(f"unknown pair {args.pair!r}: there are {', '.join(pairs)} ({path_shown(registry)})")
+    profile = read_profile(folder / "profiles", args.profile, stems, args.pair)
+    chosen = choose(stems, args.only)
+    if args.parameter and len(chosen) != 1:
+        raise UserError(f"-p sets a parameter of one notebook, and {len(chosen)} are chosen: add --only NN")
+    usual = args.pair == "tiny" and args.profile == "default" and not own
+    plans = []
+    for stem in chosen:
+        defaults = parameters_of(folder / f"{stem}.ipynb")
+        given = {"pair": args.pair, "run": args.profile, **profile.get(stem, {})}
+        given |= {name: read_value(text, defaults.get(name)) for name, text in args.parameter}
+        given = checked(stem, defaults, given)
+        plans.append((stem, {name: value for name, value in given.items() if value != defaults[name]}, given))
+    timeout = args.timeout or profile.get("timeout", CELL_TIMEOUT)
+    began = time.monotonic()
+    for stem, parameters, given in plans:
+        where = "solved" if args.solutions else "notebooks"
+        out = Path(args.out).resolve() if args.out else Run(args.pair, given["run"], root).folder / where
+        source = folder / f"{stem}.ipynb"
+        # with other values the outputs would contradict the parameters cell: such a run is not the canonical
+        # one
+        target = (
+            source
+            if usual and not parameters and not args.out and not args.solutions
+            else out / f"{stem}.ipynb"
+        )
+        start = time.monotonic()
+        print(f"{stem} ... ", end="", flush=True)
+        try:
+            with environment(**({REGISTRY: str(registry.resolve())} if own else {})):
+                execute(source, target, out / f"{stem}.failed.ipynb", parameters, timeout, args.solutions)
+        except UserError as error:
+            print(f"failed after {time.monotonic() - start:.0f} s", flush=True)
+            raise NotebookFailed(f"{stem}: {error}") from None
+        print(f"{time.monotonic() - start:.0f} s", flush=True)
+    run = Run(args.pair, plans[-1][2]["run"], root)
+    print(
+        f"{len(plans)} notebook{'s' * (len(plans) != 1)} in {time.monotonic() - began:.0f} s; "
+        f"figures: {path_shown(run.figures)}, numbers: {path_shown(run.results)}"
+    )
+
+
+class NotebookFailed(Exception):
+    """A notebook did not run to its end (exit code 1); a UserError of the driver is wrong usage (exit code
+    2).
+    """
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.tools.notebooks",
+        description="Run the notebooks in order and keep them in canonical form.",
+    )
+    parser.add_argument("--pair", default="tiny", help="entry of data/pairs.yaml (default: tiny)")
+    parser.add_argument(
+        "--profile",
+        default="default",
+        help="file of notebooks/profiles: smoke, default or paper; also the run's name",
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="NN", help="notebooks by number or name (default: all)"
+    )
+    parser.add_argument(
+        "-p",
+        dest="parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter of the one chosen notebook",
+    )
+    parser.add_argument(
+        "--solutions",
+        action="store_true",
+        help="answer the exercises with their solutions, so that the checks run",
+    )
+    parser.add_argument("--out", help="folder of the executed notebooks (default: see above)")
+    parser.add_argument(
+        "--registry", help="a registry of pairs of your own instead of data/pairs.yaml (or PAIRS_REGISTRY)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, help=f"seconds for one cell (default: the profile's, or {CELL_TIMEOUT})"
+    )
+    parser.add_argument(
+        "--canonical",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="only rewrite these notebooks in canonical form",
+    )
+    # for the tests
+    parser.add_argument("--notebooks", type=Path, default=ROOT / "notebooks", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    try:
+        if args.canonical:
+            for file in canonicalise(args.canonical):
+                print(f"rewritten: {file}")
+        else:
+            run_all(args, args.notebooks.resolve(), args.notebooks.resolve().parent)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NotebookFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted: finished notebooks and artefacts are kept; the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Training the embedded pair: alignment of tokens, what is learnt, exact resume, and failures that say why."""
+
+import json
+import random
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from lib.distil import organism as distill
+from lib.text import curriculum as prose
+from lib.text.puzzles import Teacher, sample_puzzle
+
+SMALL = distill.Recipe(
+    width=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    mlp=16,
+    base_tokens=5_000,
+    mid_tokens=5_000,
+    late_tokens=5_000,
+    tune_tokens=5_000,
+    batch_tokens=512,
+)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(distill, "CHUNK_DOCUMENTS", 40)
+
+
+def test_one_token_per_word():
+    tokenizer, rng = distill.build_tokenizer(), random.Random(0)
+    for _ in range(200):
+        puzzle = sample_puzzle(rng)
+        for document in ([*puzzle.prompt(), *Teacher(rng).solve(puzzle)], prose.base_document(rng)):
+            words = [w for s in document for w in s.words]
+            assert tokenizer.convert_ids_to_tokens(tokenizer(" ".join(words))["input_ids"]) == [
+                "<bos>",
+                *words,
+            ]
+            assert tokenizer.decode(tokenizer.convert_tokens_to_ids(words)) == " ".join(words)
+
+
+def test_prompts_are_read_but_not_learnt():
+    rng = random.Random(1)
+    ids = {w: i for i, w in enumerate(prose.vocabulary())}
+    puzzle = sample_puzzle(rng)
+    sentences = [*puzzle.prompt(), *Teacher(rng).solve(puzzle)]
+    tokens, learnt = distill.encode(sentences, ids)
+    n_prompt = len(sentences[0].words)
+    assert learnt == [False] * (1 + n_prompt) + [True] * (len(tokens) - 1 - n_prompt)
+    assert tokens[0] == ids["<bos>"] and tokens[-1] == ids["<eos>"]
+
+
+@pytest.mark.parametrize("stage", ["base", "distilled", "control"])
+def test_batches_hold_every_document_once_and_align_targets(stage):
+    documents = 0
+    for x, y in distill.chunk_batches(stage, SMALL, 0):
+        documents += len(x)
+        learnt = y != -100
+        assert torch.equal(x[learnt], y[learnt]) and not learnt[x == 0].any() and (x[:, 0] == 1).all()
+        assert x.numel() <= SMALL.batch_tokens or len(x) == 1
+    assert documents == distill.CHUNK_DOCUMENTS
+    again = list(distill.chunk_batches(stage, SMALL, 0))
+    other = list(distill.chunk_batches(stage, SMALL, 1))
+    first = next(distill.chunk_batches(stage, SMALL, 0))[0]
+    assert torch.equal(first, again[0][0]) and not (
+        first.shape == other[0][0].shape and torch.equal(first, other[0][0])
+    )
+
+
+def test_nulls_see_the_same_kind_of_text_in_other_orders():
+    a, b = (next(distill.chunk_batches(s, SMALL, 0))[0] for s in ("null_a", "null_b"))
+    assert a.shape != b.shape or not torch.equal(a, b)
+
+
+def test_resume_equals_uninterrupted(tmp_path):
+    def trained(folder, interrupt):
+        model = distill.build_model(SMALL, len(prose.vocabulary()))
+        if interrupt:
+
+            def stop(_line, seen=[]):
+                seen.append(1)
+                if len(seen) == 2:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                distill.train_stage("distilled", model, SMALL, folder, report=stop)
+            model = distill.build_model(SMALL, len(prose.vocabulary()))
+        return distill.train_stage("distilled", model, SMALL, folder, report=lambda line: None).state_dict()
+
+    whole, resumed = trained(tmp_path / "a", False), trained(tmp_path / "b", True)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_training_reduces_the_loss_and_logs_it(tmp_path):
+    recipe = replace(SMALL, base_tokens=20_000, base_rate=1e-2)
+    distill.train_stage("base", distill.build_model(recipe, 493), recipe, tmp_path, report=lambda line: None)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["tokens"] >= 20_000
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path):
+    model = distill.build_model(SMALL, 493)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        distill.train_stage("base", model, SMALL, tmp_path)
+
+
+def test_learning_rate():
+    assert distill.learning_rate(0.0, 1.0) == 0 and distill.learning_rate(0.015, 1.0) == 0.5
+    assert (
+        distill.learning_rate(0.3, 1.0) == 1.0
+        and distill.learning_rate(0.75, 1.0) == 0.5
+        and distill.learning_rate(1.0, 1.0) == 0.02
+    )
+
+
+def test_another_recipe_is_refused(tmp_path):
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(ValueError, match="another recipe"):
+        distill.train_all(tmp_path, SMALL, ())
+    with pytest.raises(FileNotFoundError, match="there are none"):
+        distill.load_shipped("base", tmp_path)
+
+
+def test_a_small_run_ships_models_that_plain_transformers_loads(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    distill.train_all(tmp_path / "runs", SMALL, report=lambda line: None)
+    # random models hardly say reflection words: lower the bar for the toy, keep the rule
+    distill_rate, distill.ERROR_RATE = distill.ERROR_RATE, 0.0
+    try:
+        distill.ship(tmp_path / "runs", tmp_path / "pair", SMALL, report=lambda line: None)
+    finally:
+        distill.ERROR_RATE = distill_rate
+    for name in ("base", "distilled", "control", "style", "null_a", "null_b"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "pair" / name)
+        assert model.config.num_hidden_layers == 2
+        assert (tmp_path / "pair" / name / "model.safetensors").is_file()
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "pair" / "tokenizer")) == len(prose.vocabulary())
+
+
+def test_the_rungs_of_the_ladder_differ_in_width_and_what_follows_from_it():
+    small, tiny, large = (distill.RECIPES[name] for name in ("tiny_small", "tiny", "tiny_large"))
+    changes = {"width", "mlp", "base_rate", "tune_rate"}
+    for recipe in (small, large):
+        assert {k for k, v in asdict(recipe).items() if v != asdict(tiny)[k]} == changes
+        assert recipe.width % recipe.heads == 0 and recipe.width // recipe.heads % 2 == 0, (
+            "rotary embeddings need an even head"
+        )
+        assert recipe.base_rate * recipe.width**0.5 == pytest.approx(tiny.base_rate * tiny.width**0.5)
+        assert recipe.tune_rate / recipe.base_rate == pytest.approx(tiny.tune_rate / tiny.base_rate)
+    counts = [
+        sum(p.numel() for p in distill.build_model(r, len(prose.vocabulary())).parameters())
+        for r in (small, tiny, large)
+    ]
+    assert counts[1] / counts[0] > 3 and counts[2] / counts[1] > 3, (
+        "each rung is at least three times the one below"
+    )
+    # bfloat16: two bytes a parameter; base, distilled and two nulls, and for tiny control and style
+    assert 2 * (4 * counts[0] + 6 * counts[1] + 4 * counts[2]) < 40e6, "the ladder is too large to be shipped"
+
+
+def test_a_rung_without_a_control_ships_neither_style_nor_tokenizer(tmp_path):
+    assert "control" in distill.stages_of("tiny")
+    stages = distill.stages_of("tiny_small")
+    assert set(distill.STAGES) - set(stages) == {"control"} and list(stages) == [
+        s for s in distill.STAGES if s in stages
+    ]
+    recipe = replace(SMALL, base_tokens=500, mid_tokens=500, late_tokens=500, tune_tokens=500)
+    distill.train_all(tmp_path / "runs", recipe, stages, report=lambda line: None)
+    distill.ship(tmp_path / "runs", tmp_path / "pair", recipe, stages, report=lambda line: None)
+    assert {p.parent.name for p in (tmp_path / "pair").rglob("model.safetensors")} == {
+        "base",
+        "distilled",
+        "null_a",
+        "null_b",
+    }
+    assert not (tmp_path / "pair" / "tokenizer").exists()
+    card = json.loads((tmp_path / "pair" / "recipe.json").read_text())
+    assert card["width"] == recipe.width and "style_checkpoint" not in card
+    base, distilled = (
+        distill.load_shipped(name, tmp_path / "pair").state_dict() for name in ("base", "distilled")
+    )
+    assert any(not torch.equal(base[k], distilled[k]) for k in base)

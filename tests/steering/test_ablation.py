@@ -1,0 +1,295 @@
+"""Ablation: against hooks written by hand, on random models of unlike widths."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from toys import toy_pair, toy_store
+
+from lib import runs
+from lib.activations.store import SPLITS
+from lib.crosscoder.model import CrossCoder
+from lib.features import table
+from lib.labels import CATEGORIES
+from lib.models import reader
+from lib.runs import Run, write_manifest
+from lib.settings import UserError
+from lib.steering import ablation
+from lib.text.puzzles import first_words
+
+SPLIT = "train"  # of the toy store, whose other splits are too small
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two random models, the store that is harvested from them, and a random crosscoder."""
+    folder = tmp_path_factory.mktemp("toy")
+    store, pair = toy_store(folder), toy_pair(folder)
+    plain = {name: pair.load(name) for name in store.models}
+    crosscoder = CrossCoder(
+        list(store.widths.values()), 40, names=store.models, variant="l1", scales=list(store.scales.values())
+    )
+    crosscoder.requires_grad_(False)
+    crosscoder.b_dec.normal_(generator=torch.Generator().manual_seed(3))
+    tokenizer = pair.tokenizer()
+    models = {name: reader.wrap(model, tokenizer) for name, model in plain.items()}
+    acts = store.activations(np.arange(len(store)))
+    return SimpleNamespace(
+        store=store,
+        pair=pair,
+        plain=plain,
+        models=models,
+        crosscoder=crosscoder,
+        acts=acts,
+        tokenizer=tokenizer,
+        layer=store.layers["base"],
+    )
+
+
+def test_removing_every_feature_leaves_bias_and_error(world):
+    acts = [a[:50] for a in world.acts]
+    codes = world.crosscoder.encode(acts)
+    removed = ablation.removed_vectors(world.crosscoder, codes, range(40))
+    for name, h, x_hat, vectors in zip(world.crosscoder.names, acts, world.crosscoder.decode(codes), removed):
+        error = h - x_hat
+        torch.testing.assert_close(
+            h - vectors, world.crosscoder.bias(name, raw=True) + error, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_logits_equal_those_of_a_hook_for_both_paddings(world):
+    model, d = world.plain["distilled"], 24
+    torch.manual_seed(0)
+    lengths, tokens = (9, 14), torch.randint(4, 300, (2, 14))
+    removed = torch.randn(2, 14, d)
+    expected = []
+    for row, length in enumerate(lengths):
+        mine = removed[row : row + 1, :length]
+        hook = model.model.layers[world.layer].register_forward_hook(
+            lambda module, inputs, out, mine=mine: out - mine
+        )
+        expected.append(model(tokens[row : row + 1, :length]).logits[0, length - 2])
+        hook.remove()
+    for side in ("right", "left"):
+        padded, mask, vectors, at = (
+            torch.zeros(2, 14, dtype=torch.long),
+            torch.zeros(2, 14, dtype=torch.long),
+            torch.zeros(2, 14, d),
+            [],
+        )
+        for row, n in enumerate(lengths):
+            place = slice(0, n) if side == "right" else slice(14 - n, 14)
+            padded[row, place], mask[row, place], vectors[row, place] = tokens[row, :n], 1, removed[row, :n]
+            at.append(place.stop - 2)
+        found = ablation.logits_at(
+            world.models["distilled"], world.layer, padded, mask, (torch.arange(2), torch.tensor(at)), vectors
+        )
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-3, atol=1e-3)
+
+
+def test_remote_execution_path_gives_the_same(world):
+    tokens, at = torch.randint(4, 300, (2, 8)), (torch.arange(2), torch.tensor([7, 5]))
+    removed = torch.randn(2, 8, 24)
+    arguments = (world.models["distilled"], world.layer, tokens, torch.ones_like(tokens), at, removed)
+    here = ablation.logits_at(*arguments)
+    torch.testing.assert_close(ablation.logits_at(*arguments, remote="local"), here)
+    of = torch.tensor([3, 77])
+    expected = torch.stack([here[[0, 1], of], here.log_softmax(-1)[[0, 1], of]], dim=1)
+    torch.testing.assert_close(ablation.logits_at(*arguments, remote="local", of=of), expected)
+
+
+def test_a_remote_pair_gives_the_same_effects(world):
+    """Skeletons without weights, and the trace as it is sent; run here, since there is no server."""
+    names, targets = world.crosscoder.names, ablation.sample_targets(world.store, n=3, split=SPLIT)
+    removals = [ablation.Removal(20, "features", tuple(range(40)))]
+    away = reader.open_models(replace(world.pair, remote="local"), names, world.tokenizer)
+    assert not any(model.dispatched for model in away.values())
+    found = ablation.measure(world.store, world.crosscoder, away, targets, removals, remote="local")
+    here = ablation.measure(
+        world.store,
+        world.crosscoder,
+        reader.open_models(world.pair, names, world.tokenizer),
+        targets,
+        removals,
+    )
+    pd.testing.assert_frame_equal(found, here, rtol=1e-5)
+    assert (found["logit"].abs() > 0).any()
+
+
+def test_what_ndif_cannot_run_is_refused(world, monkeypatch):
+    monkeypatch.setattr(ablation.CONFIG.API, "APIKEY", None)
+    hub = replace(world.pair, models={"base": "org/one", "distilled": "org/two@v1"}, remote=True)
+    with pytest.raises(UserError, match="no key for NDIF: .*NDIF_API_KEY"):
+        reader.open_models(hub, hub.models, world.tokenizer)
+    monkeypatch.setattr(ablation.CONFIG.API, "APIKEY", "mine")
+    for wrong in (world.pair.base, "pypi:some==1.0@sha256:0"):
+        with pytest.raises(UserError, match="'base' is .*NDIF runs models of the hub"):
+            reader.open_models(replace(hub, models={"base": wrong}), ["base"], world.tokenizer)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        UserError, match="configuration of the remote model 'base' cannot be read from org/one"
+    ):
+        reader.open_models(hub, hub.models, world.tokenizer)
+    asked = []
+    monkeypatch.setattr(
+        ablation, "TransformersModel", lambda name, **how: asked.append((name, how["revision"]))
+    )
+    reader.open_models(hub, hub.models, world.tokenizer)
+    assert asked == [("org/one", None), ("org/two", "v1")]
+
+
+def test_random_vectors_have_the_norms_of_the_removed_ones():
+    vectors = torch.randn(5, 7, 16)
+    vectors[2, 3] = 0
+    found = ablation.random_like(vectors, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.norm(dim=-1), vectors.norm(dim=-1))
+    assert not torch.allclose(found, vectors)
+
+
+TABLE = pd.DataFrame(
+    {
+        "feature": range(8),
+        "alive": [1, 1, 1, 1, 1, 1, 0, 1],
+        "nrn": [0.9, 0.5, 0.7, 0.52, 0.1, 0.48, 0.99, np.nan],
+        "frequency": [0.30, 0.28, 0.20, 0.10, 0.40, 0.19, 0.9, 0.001],
+    }
+)
+
+
+def test_frequent_features_by_hand():
+    # 7 alive, by frequency: 4, 0, 1, 2, 5, 3, 7
+    assert ablation.frequent_features(TABLE, 20).tolist() == [0]  # the top 2
+    assert ablation.frequent_features(TABLE, 57).tolist() == [0, 2]  # the top 4
+    assert ablation.frequent_features(TABLE, 100).tolist() == [0, 2, 3]
+    assert ablation.frequent_features(TABLE, 10).tolist() == []  # the top 1 is the base's
+    with pytest.raises(UserError, match="k is 150"):
+        ablation.frequent_features(TABLE, 150)
+
+
+def test_matched_features_by_hand():
+    assert ablation.matched_features(TABLE, [0, 2]).tolist() == [1, 5]
+    assert ablation.matched_features(TABLE, [0, 3]).tolist() == [1, 5]  # never one that is removed
+    with pytest.raises(UserError, match="only 2 others"):
+        ablation.matched_features(TABLE, [0, 2, 3])
+
+
+def test_targets_are_first_words_of_their_category(world):
+    targets = ablation.sample_targets(world.store, n=10, split=SPLIT)
+    words = world.tokenizer.convert_ids_to_tokens(targets["token"].tolist())
+    for category, row, token, word in zip(targets["category"], targets["row"], targets["token"], words):
+        assert word in first_words(category)
+        assert world.store.tokens[row + 1] == token
+        assert world.store.split[row] == SPLITS.index(SPLIT)
+        # the end of the sentence before
+        assert world.tokenizer.convert_ids_to_tokens(int(world.store.tokens[row])) == "."
+    assert set(targets["category"]) == set(CATEGORIES)
+    assert targets.groupby("category").size().max() == 10
+    unlabelled = SimpleNamespace(
+        **{**vars(world.store), "labels": {**world.store.labels, "label": np.full(len(world.store), -1)}}
+    )
+    with pytest.raises(UserError, match="must carry labels"):
+        ablation.sample_targets(unlabelled)
+
+
+def test_measured_effects(world):
+    targets = ablation.sample_targets(world.store, n=12, split=SPLIT)
+    every = tuple(range(40))
+    codes = world.crosscoder.encode(world.acts)
+    world.crosscoder.b_enc[0] = -1e6  # a feature that never fires
+    removals = [
+        ablation.Removal(1, "features", (0,)),
+        ablation.Removal(1, "matched", ()),
+        ablation.Removal(20, "features", every),
+    ]
+    effects = ablation.measure(world.store, world.crosscoder, world.models, targets, removals, batch_size=5)
+    world.crosscoder.b_enc[0] = 0
+    assert len(effects) == len(targets) * 2 * 5
+    nothing = effects[effects["k"] == 1]
+    assert (nothing[["logit", "log_probability", "norm"]] == 0).all().all()
+    everything = effects[effects["k"] == 20]
+    assert (everything["logit"].abs() > 0).mean() > 0.9
+    both = everything.pivot(index=["category", "row", "model"], columns="removed", values="norm")
+    np.testing.assert_allclose(both["features"], both["random"])
+
+    # one target by hand: the mean norm removed up to it, and the change of its logit
+    codes[:, 0] = 0
+    vectors = ablation.removed_vectors(world.crosscoder, codes, every)[1]
+    target = targets.iloc[0]
+    rows = np.flatnonzero(world.store.documents == target["document"])
+    upto = rows[(rows <= target["row"]) & world.store.kept[rows]]
+    keys = {"model": "distilled", "removed": "features", "row": target["row"], "category": target["category"]}
+    mine = everything[(everything[list(keys)] == pd.Series(keys)).all(axis=1)].iloc[0]
+    assert mine["norm"] == pytest.approx(
+        vectors[upto].norm(dim=1).mean().item() / world.store.mean_norms["distilled"], rel=1e-4
+    )
+    model, tokens = world.plain["distilled"], torch.from_numpy(world.store.tokens[rows])[None]
+    edit = torch.where(torch.from_numpy(world.store.kept[rows])[:, None], vectors[rows], 0.0)
+    before = model(tokens).logits[0, target["row"] - rows[0], target["token"]]
+    hook = model.model.layers[world.layer].register_forward_hook(lambda module, inputs, out: out - edit)
+    after = model(tokens).logits[0, target["row"] - rows[0], target["token"]]
+    hook.remove()
+    assert mine["logit"] == pytest.approx((after - before).item(), abs=1e-3)
+
+
+def test_wrong_feature_number_is_one_clear_sentence(world):
+    for wrong in (40, -1, 2.5, True):
+        with pytest.raises(UserError, match="does not exist: this crosscoder has features 0 to 39"):
+            ablation.removed_vectors(world.crosscoder, torch.zeros(1, 40), [wrong])
+
+
+def test_missing_and_stale_artefacts_name_the_notebook_that_makes_them(tmp_path):
+    run = Run("toy", "test", root=tmp_path)
+    with pytest.raises(UserError, match="01_harvest_activations"):
+        table.open_artefacts(run, toy_pair(run.folder))
+    toy_store(run.folder, tokens=1000)
+    pair = toy_pair(run.folder)
+    with pytest.raises(UserError, match="02_train_crosscoder"):
+        table.open_artefacts(run, pair)
+    write_manifest(run.path("crosscoder"), "mark", store="another")
+    with pytest.raises(UserError, match="another store.*02_train_crosscoder"):
+        table.open_artefacts(run, pair)
+
+
+def test_summary_by_hand():
+    effects = pd.DataFrame(
+        {
+            "category": "reflection",
+            "document": [1, 1, 2],
+            "row": [0, 1, 2],
+            "model": "base",
+            "k": 1.0,
+            "removed": "features",
+            "logit": [-1.0, -3.0, -2.0],
+            "log_probability": -0.5,
+            "norm": [0.1, 0.3, 0.2],
+        }
+    )
+    row = ablation.summarise(effects).iloc[0]
+    assert (row["logit"], row["log_probability"], row["n"], row["documents"]) == (-2.0, -0.5, 3, 2)
+    assert row["per_norm"] == pytest.approx(-10.0)
+    assert row["logit_low"] == row["logit_high"] == -2.0  # both documents have the same mean
+    assert np.isnan(ablation.summarise(effects.assign(norm=0.0)).iloc[0]["per_norm"])
+
+
+def test_difference_is_paired():
+    always = {"category": "reflection", "k": 20.0, "removed": "features"}
+    rows = [
+        {**always, "document": d, "row": d, "model": model, "logit": -1.0 * d - extra}
+        for d in range(6)
+        for model, extra in (("base", 0), ("distilled", 1))
+    ]
+    found = ablation.difference(
+        pd.DataFrame(rows), 20.0, ("distilled", "features"), ("base", "features")
+    ).iloc[0]
+    assert (found["difference"], found["low"], found["high"], found["n"]) == (-1, -1, -1, 6)
+
+
+def test_effects_are_measured_once(tmp_path):
+    frame, calls = pd.DataFrame({"logit": [0.1, 0.2]}), []
+    make = lambda: calls.append(1) or frame  # noqa: E731
+    for mark in ("a", "a", "b"):
+        pd.testing.assert_frame_equal(runs.kept_table(tmp_path / "ablation", mark, make, "effects"), frame)
+    assert len(calls) == 2

@@ -1,0 +1,420 @@
+"""Interventions on whole thoughts: what is chosen, what is counted and how it is compared, by hand and on
+toys.
+"""
+
+import random
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from toys import toy_pair, toy_store
+
+from lib.crosscoder.model import CrossCoder
+from lib.distil import trials
+from lib.labels import CATEGORIES, LABELS
+from lib.settings import UserError
+from lib.steering import effects, lockstep
+from lib.steering import experiments as causal
+from lib.steering.experiments import Condition
+from lib.steering.lockstep import Act, Bias, Scale
+from lib.text.puzzles import Puzzle, Teacher
+
+PUZZLE = Puzzle(("+ 3", "* 4", "- 2"), (5, 11, 2), 11)  # 5: 8 13 11;  11: 14 18 16;  the target is 16
+
+
+def table(n=12):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"feature": range(n), "alive": True, "nrn": np.linspace(0.45, 0.9, n)})
+    return frame.assign(
+        frequency_choose=rng.uniform(0.01, 0.2, n),
+        **{f"auroc_{c}_choose": rng.uniform(0.55, 1, n) for c in CATEGORIES},
+    )
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toys")
+    store, pair = toy_store(folder, 3000, widths=(16, 16)), toy_pair(folder, widths=(16, 16))
+    crosscoder = CrossCoder((16, 16), 12, k=3, scales=tuple(store.scales.values()), seed=1).requires_grad_(
+        False
+    )
+    crosscoder.centre(list(store.means.values()))
+    crosscoder.W_enc += 0.1 * torch.randn(crosscoder.W_enc.shape, generator=torch.Generator().manual_seed(0))
+    return store, pair, crosscoder, {name: pair.load(name) for name in crosscoder.names}
+
+
+# --- choosing -----------------------------------------------------------------------------------------------
+
+
+def test_category_sets_take_the_best_alive_features_of_the_distilled_side():
+    frame = pd.DataFrame(
+        {"feature": [3, 4, 5, 6], "alive": [True, True, False, True], "nrn": [0.6, 0.4, 0.9, 0.8]}
+    )
+    frame = frame.assign(
+        auroc_reflection_choose=[0.7, 0.99, 0.99, 0.8], auroc_contrast_choose=[0.4, 0.9, 0.9, 0.6]
+    )
+    assert causal.category_sets(frame, 2, categories=("reflection", "contrast")) == {
+        "reflection": (6, 3),
+        "contrast": (6,),
+    }
+    with pytest.raises(UserError, match="no alive feature with an NRN above 0.7 foretells contrast"):
+        causal.category_sets(frame.assign(auroc_contrast_choose=0.3), 2, 0.7, ("reflection", "contrast"))
+
+
+def test_use_is_read_from_each_model_alone_token_by_token(toys):
+    store, _, crosscoder, _ = toys
+    use = causal.measure_use(crosscoder, store, "train", max_tokens=None)
+    rows = [r for r in store.rows("train") if store.labels["kind"][r] == 1]
+    acts = dict(zip(store.models, store.activations(rows)))
+    for name in crosscoder.names:
+        f = torch.stack([crosscoder.encode_from(name, x[None])[0] for x in acts[name]])
+        np.testing.assert_allclose(use.table[f"use_{name}"], f.double().mean(0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(use.table[f"frequency_{name}"], (f > 0).double().mean(0), atol=1e-6)
+        x_hat = dict(zip(crosscoder.names, crosscoder.decode(f)))[name]
+        mean = store.means[name].float()
+        assert use.fve[name] == pytest.approx(
+            1 - float((acts[name] - x_hat).square().sum() / (acts[name] - mean).square().sum()), abs=1e-4
+        )
+    joint = crosscoder.encode([acts[name] for name in crosscoder.names]).double()
+    np.testing.assert_allclose(use.table["use_joint"], joint.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(use.table["frequency_joint"], (joint > 0).double().mean(0), atol=1e-6)
+
+
+def test_gains_are_bounded_and_turn_around():
+    use = causal.Use(
+        pd.DataFrame({"use_base": [1.0, 2.0, 0.0, 0.0, 1.0], "use_distilled": [3.0, 1.0, 5.0, 0.0, 50.0]}), {}
+    )
+    assert use.gains(range(5)).tolist() == [3.0, 0.5, causal.GAIN, 1.0, causal.GAIN]
+    assert use.gains([0, 1, 2, 4], "distilled").tolist() == pytest.approx([1 / 3, 2.0, 0.0, 0.02])
+
+
+def test_mean_differences_are_those_of_sentence_ends(toys):
+    store = toys[0]
+    found = causal.mean_differences(store, "distilled", "train", ("contrast",))["contrast"]
+    before, other = [], []
+    for r in store.rows("train"):
+        if store.labels["kind"][r] == 1 and store.labels["ends"][r] == 1:
+            (before if store.labels["next_label"][r] == LABELS.index("contrast") else other).append(
+                store.activations([r])[1][0]
+            )
+    np.testing.assert_allclose(found, torch.stack(before).mean(0) - torch.stack(other).mean(0), atol=1e-4)
+
+
+def test_random_sets_have_like_frequencies_and_are_others():
+    frame = pd.DataFrame({"feature": range(200), "frequency_choose": np.geomspace(1e-4, 0.5, 200)})
+    chosen = (5, 60, 61, 180)
+    drawn = causal.random_set(frame, chosen, seed=1)
+    assert len(set(drawn)) == 4 and not set(drawn) & set(chosen)
+    assert all(abs(a - b) <= 12 for a, b in zip(drawn, chosen))
+    assert drawn != causal.random_set(frame, chosen, seed=2)
+    # more than half of all: some are drawn again
+    assert len(set(causal.random_set(frame, range(150)))) == 150
+
+
+def test_conditions_have_names_of_their_own_and_the_reverse_has_the_inverse_gain():
+    frame, crosscoder = table(), CrossCoder((4, 4), 12, k=2)
+    use = causal.Use(
+        pd.DataFrame(
+            {
+                "use_joint": 0.1,
+                "frequency_joint": np.linspace(0.2, 0.01, 12),
+                "use_base": 2.0,
+                "use_distilled": 3.0,
+            },
+            index=range(12),
+        ),
+        {},
+    )
+    sets, vectors = causal.category_sets(frame, 2), {c: (1.0, 0, 0, 0) for c in CATEGORIES}
+    frame["nrn"] = 0.5
+    made = causal.conditions(crosscoder, frame, sets, use, vectors, unique=[1, 2], reweighted=[2, 4])
+    assert len({c.name for c in made}) == len(made)
+    both = [c for c in made if (c.family, c.kind, c.target, c.act.mode) == ("impose", "gain", "both", "free")]
+    gains = {c.act.speaker: c.act.intervention for c in both}
+    assert (
+        gains["base"].features == (1, 2, 4)
+        and gains["base"].weights == pytest.approx((0.5,) * 3)
+        and gains["base"].code == "own"
+    )
+    assert gains["distilled"].weights == pytest.approx((-1 / 3,) * 3)
+    ablated = [c for c in made if c.family == "ablate"]
+    assert {c.act.where for c in ablated if c.kind != "logit bias"} == {"thinking"}
+    random_ones = [c.act.intervention for c in ablated if c.kind == "random"]
+    assert {r.of for r in random_ones} == {Scale(chosen) for chosen in sets.values()}
+    frequency = use.table["frequency_joint"]
+    # falls with the number: the nearest are the neighbours
+    for condition in (c for c in ablated if c.kind == "matched in traces"):
+        control, chosen = condition.act.intervention.features, sets[condition.target]
+        assert len(control) == len(chosen) and not set(control) & set(chosen)
+        assert abs(np.log(frequency[list(control)]).sum() - np.log(frequency[list(chosen)]).sum()) < 4
+    assert {c.act.where for c in made if c.family in ("swap", "impose")} == {"everywhere"}
+
+
+# --- placement ----------------------------------------------------------------------------------------------
+
+
+def test_what_each_sentence_end_calls_for():
+    words = (
+        "think : first try 5 . start : 5 + 3 = 9 . wait , 5 + 3 = 8 . so 8 * 4 = 13 . let me check : 8 * 4 ="
+        " 13 . 13 - 2 gives 12 . but 12 is not 16 . that should be 11 . this is not 16 . instead try 11 ."
+        " start : 11 + 3 = 14 . but 14 is not 16 . next is 2 . done . answer : 2 .".replace("+ 3", "+_3")
+        .replace("* 4", "*_4")
+        .replace("- 2", "-_2")
+        .split()
+    )
+    found = causal.placements(PUZZLE, [w.replace("_", " ") for w in words])
+    assert found == [
+        ("other", "other"),
+        ("other", "other"),
+        ("reflection", "reflection"),
+        ("deduction", "deduction"),
+        ("deduction", "verification"),
+        ("deduction", "deduction"),
+        ("reflection", "contrast"),
+        ("alternative", "reflection"),
+        ("contrast", "contrast"),
+        ("alternative", "alternative"),
+        ("other", "other"),
+        ("deduction", "contrast"),
+        ("alternative", "alternative"),
+        ("other", "other"),
+    ]
+
+
+def test_the_teacher_places_every_sentence_where_it_is_called_for():
+    rng, ends = random.Random(0), []
+    for task in trials.puzzles(40, "test"):
+        ends += causal.placements(task, [w for s in Teacher(rng).solve(task) for w in s.words])
+    assert all(call == label for call, label in ends if label in CATEGORIES)
+    assert {label for call, label in ends if call == "reflection"} == {"reflection"}
+    assert {call for call, _ in ends} == {*CATEGORIES, "other"}
+
+
+# --- comparing ----------------------------------------------------------------------------------------------
+
+
+def rows_of(name, family, speaker, values, **more):
+    """Rows of one condition: ``values`` {column: one number per puzzle}."""
+    columns = {column for pair in effects.MEASURES.values() for column in pair} - {effects.ONE}
+    frame = pd.DataFrame({c: 1.0 for c in columns}, index=range(len(next(iter(values.values())))))
+    head = {
+        "condition": name,
+        "family": family,
+        "kind": name,
+        "target": "",
+        "speaker": speaker,
+        "mode": "free",
+        "temperature": 1.0,
+        "strength": np.nan,
+        **more,
+    }
+    return frame.assign(**values, **head, task=frame.index)
+
+
+def test_changes_are_paired_and_rates_are_ratios_of_sums():
+    n = 50
+    errors = np.arange(n) % 3
+    plain = rows_of(
+        "untouched",
+        "untouched",
+        "base",
+        {"correct": np.arange(n) % 2, "errors": errors, "errors_reflected": errors},
+    )
+    worse = rows_of(
+        "ablated",
+        "ablate",
+        "base",
+        {"correct": 0.0 * errors, "errors": errors, "errors_reflected": errors > 1},
+    )
+    shifted = rows_of("shifted", "ablate", "base", {"length": plain["length"] + 7.0, "errors": 0.0 * errors})
+    summary = effects.summarise(pd.concat([plain, worse, shifted]), 200).set_index(["condition", "measure"])
+    row = summary.loc["ablated", "accuracy"]
+    assert (row["value"], row["change"]) == (0.0, -0.5) and row["change_low"] < -0.5 < row[
+        "change_high"
+    ] < -0.2
+    assert summary.loc["ablated", "p_reflection_error"]["value"] == pytest.approx(
+        (errors > 1).sum() / errors.sum()
+    )
+    row = summary.loc["shifted", "length"]
+    # paired: no spread at all
+    assert row["change"] == row["change_low"] == row["change_high"] == pytest.approx(7.0)
+    assert np.isnan(summary.loc["shifted", "p_reflection_error"]["value"])
+    assert np.isnan(summary.loc["shifted", "p_reflection_error"]["change_low"])
+
+
+def test_shares_of_a_gap_and_gaps_that_are_none():
+    n = 100
+    thinks = {"base": np.arange(n) < 10, "distilled": np.arange(n) < 90}
+    plain = [
+        rows_of(f"untouched {name}", "untouched", name, {"thinking": 1.0 * v, "correct": np.arange(n) % 2})
+        for name, v in thinks.items()
+    ]
+    half = rows_of("half", "swap", "base", {"thinking": 1.0 * (np.arange(n) < 50)})
+    back = rows_of("back", "swap", "distilled", {"thinking": 1.0 * (np.arange(n) < 70)})
+    found = effects.gap_shares(pd.concat([*plain, half, back]), ("thinking", "accuracy"), 300).set_index(
+        ["condition", "measure"]
+    )
+    assert found.loc["half", "thinking"]["share"] == pytest.approx(0.5)
+    assert found.loc["back", "thinking"]["share"] == pytest.approx(0.25)
+    low, high = found.loc["half", "thinking"][["low", "high"]]
+    assert 0.3 < low < 0.5 < high < 0.7
+    assert np.isnan(found.loc["half", "accuracy"]["share"])  # both models have half of them right: no gap
+
+    numbers = effects.metrics(effects.summarise(pd.concat([*plain, half]), 50), found.reset_index())
+    assert numbers == {}  # kinds and targets are none of the study's
+    swapped = rows_of("x", "swap", "base", {"thinking": 1.0 * (np.arange(n) < 50)}, kind="swap", target="all")
+    answers = rows_of(
+        "y", "swap", "distilled", {"answers": 1.0 * (np.arange(n) < 50)}, kind="swap", target="all"
+    )
+    plain[1]["answers"] = 0.0
+    shares = effects.gap_shares(pd.concat([*plain, swapped, answers]), n_boot=100)
+    numbers = effects.metrics(effects.summarise(pd.concat([*plain, swapped]), 50), shares)
+    assert set(numbers) == {"swap_forward", "swap_backward", "swap_backward_answers"}
+    assert numbers["swap_forward"]["value"] == pytest.approx(0.5) and numbers["swap_backward_answers"][
+        "value"
+    ] == pytest.approx(0.5)
+    assert {trace.name for trace in effects.plot_gap_shares(shares, "swap").data} == {
+        "base speaks",
+        "distilled speaks",
+    }
+
+
+def test_pooled_controls_are_means_over_the_categories():
+    parts = [
+        rows_of(f"random {c}", "ablate", "distilled", {"correct": values}, kind="random", target=c)
+        for c, values in (("reflection", [1.0, 0.0]), ("contrast", [1.0, 1.0]))
+    ]
+    made = effects.pooled(pd.concat(parts), "random")
+    assert made.sort_values("task")["correct"].tolist() == [1.0, 0.5]
+    assert made["target"].unique().tolist() == ["pooled"] and made["condition"].nunique() == 1
+
+
+def test_specificity_is_a_relative_change():
+    n = 20
+    plain = rows_of(
+        "untouched",
+        "untouched",
+        "distilled",
+        {"n_reflection": np.full(n, 4.0), "n_contrast": np.full(n, 2.0)},
+    )
+    parts = [
+        rows_of(
+            c,
+            "ablate",
+            "distilled",
+            {"n_reflection": np.full(n, 1.0), "n_contrast": np.full(n, 3.0)},
+            kind="features",
+            target=c,
+        )
+        for c in CATEGORIES
+    ]
+    matrix = effects.specificity(effects.summarise(pd.concat([plain, *parts]), 20))
+    assert matrix.loc["deduction", "reflection"] == pytest.approx(-0.75) and matrix.loc[
+        "reflection", "contrast"
+    ] == pytest.approx(0.5)
+    assert effects.plot_specificity(matrix).data[0].z.shape == (4, 4)
+
+
+def test_additional_sentences_that_stand_where_they_belong():
+    n, head = 30, {"mode": "think"}
+    counts = {
+        "met_reflection": 1.0,
+        "calls_reflection": 2.0,
+        "strays_reflection": 0.5,
+        "rest_reflection": 8.0,
+        "n_reflection": 1.5,
+    }
+    plain = rows_of(
+        "untouched", "untouched", "distilled", {k: np.full(n, v) for k, v in counts.items()}, **head
+    )
+    more = counts | {"met_reflection": 1.75, "strays_reflection": 0.75, "n_reflection": 2.5}
+    added = rows_of(
+        "feature",
+        "place",
+        "distilled",
+        {k: np.full(n, v) for k, v in more.items()},
+        target="reflection",
+        **head,
+    )
+    row = (
+        effects.extra_placed(pd.concat([plain, added]), 50)
+        .set_index(["kind", "target"])
+        .loc["feature", "reflection"]
+    )
+    assert (
+        row["extra"] == pytest.approx(1.0)
+        and row["extra_placed"] == pytest.approx(0.75)
+        and row["chance"] == pytest.approx(0.2)
+    )
+    assert row["met"] == pytest.approx(1.75 / 2) and row["strays"] == pytest.approx(0.75 / 8)
+
+
+def test_strengths_are_matched_by_interpolation():
+    def rows(family, kind, strength, rate):
+        return pd.DataFrame(
+            {
+                "family": family,
+                "kind": kind,
+                "target": "contrast",
+                "strength": strength,
+                "n_contrast": [rate, rate],
+            }
+        )
+
+    tried = pd.concat(
+        [
+            rows("untouched", "untouched", np.nan, 2.0),
+            rows("place", "feature", 0.5, 2.0),
+            rows("place", "feature", 1.0, 4.0),
+            rows("place", "random", 0.5, 2.5),
+            rows("place", "random", 1.0, 1.0),
+        ]
+    )
+    assert causal.matching_strengths(tried, 1.5) == {
+        ("contrast", "feature"): (0.75,),
+        ("contrast", "random"): (0.5,),
+    }
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+
+def test_thoughts_are_made_once_and_an_interrupted_run_goes_on(toys, tmp_path, monkeypatch):
+    store, pair, crosscoder, models = toys
+    tasks = trials.puzzles(3, "test")
+    talk = Bias(("think",), 1e6)
+    todo = [
+        Condition("untouched", "untouched", "", Act("base", mode="free")),
+        Condition("untouched", "untouched", "", Act("distilled"), 0.0),
+        Condition("ablate", "features", "contrast", Act("distilled", Scale((1, 2))), 0.0),
+        Condition("swap", "words", "all", Act("base", talk, "everywhere", "free")),
+    ]
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(len(args[4]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return lockstep.generate(*args, **kwargs)
+
+    monkeypatch.setattr(causal, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        causal.run(pair, models, crosscoder, store, tasks, todo, tmp_path, "weights", 6)
+    made = causal.run(pair, models, crosscoder, store, tasks, todo, tmp_path, "weights", 6)
+    assert calls == [6, 6, 6] and len(made) == 12  # what was made before the interruption is not made again
+    pd.testing.assert_frame_equal(
+        causal.run(pair, models, crosscoder, store, tasks, todo, tmp_path, "weights", 6), made
+    )
+    assert len(calls) == 3
+    causal.run(pair, models, crosscoder, store, tasks, todo[:1], tmp_path, "other weights", 6)
+    assert len(calls) == 4
+    assert (
+        made["condition"].nunique() == 4
+        and made.groupby("condition")["task"].apply(list).map(lambda t: t == [0, 1, 2]).all()
+    )
+    # it says "think think think": no step is taken
+    assert not made.loc[made["kind"] == "words", "thinking"].any()
+    summary = effects.summarise(made, 20)
+    effects.gap_shares(made, n_boot=20)
+    assert len(effects.plot_ablations(summary, temperature=0.0).data) == 1  # one kind of ablation

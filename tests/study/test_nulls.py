@@ -1,0 +1,153 @@
+"""Thresholds from nulls, false-positive rates, and matching over seeds."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lib.crosscoder.model import CrossCoder
+from lib.settings import UserError
+from lib.study import nulls
+
+
+def scored(nrn, nu_eps=None, side=None, alive=True):
+    """A ``score_table`` by hand; all other scores are NaN."""
+    n = len(nrn)
+    nu = np.full(n, np.nan) if nu_eps is None else np.asarray(nu_eps, float)
+    side = np.where(np.asarray(nrn) >= 0.5, "distilled", "base") if side is None else side
+    return pd.DataFrame(
+        {
+            "feature": np.arange(n),
+            "alive": alive,
+            "nrn": nrn,
+            "nrn_p2": nrn,
+            "side": side,
+            "nu_eps": nu,
+            "nu_r": nu,
+        }
+    )
+
+
+def limit(limits, score, side, level):
+    row = limits[(limits.score == score) & (limits.side == side) & (limits.level == level)]
+    return row.threshold.item()
+
+
+def test_thresholds_leave_the_level_beyond_them_on_both_sides():
+    null = scored(np.linspace(0, 1, 101))  # quantiles are the values themselves
+    limits = nulls.thresholds(null, n_boot=20)
+    assert limit(limits, "nrn", "distilled", 0.01) == pytest.approx(0.99)
+    assert limit(limits, "nrn", "base", 0.05) == pytest.approx(0.05)
+    # 0.96 to 1.00, 0.95 being the threshold itself
+    assert nulls.beyond(null, limits, "nrn", "distilled", 0.05).sum() == 5
+    assert nulls.beyond(null, limits, "nrn", "base", 0.05).sum() == 5
+    assert (limits.low <= limits.threshold + 1e-12).all() or limits.threshold.isna().any()
+
+
+def test_nu_is_judged_among_the_features_of_its_side_and_low_is_unique():
+    null = scored([0.6] * 100 + [0.4] * 100, nu_eps=np.r_[np.arange(100) / 100, 1 + np.arange(100) / 100])
+    limits = nulls.thresholds(null, n_boot=20)
+    assert limit(limits, "nu_eps", "distilled", 0.01) == pytest.approx(0.0099)
+    assert limit(limits, "nu_eps", "base", 0.01) == pytest.approx(1.0099)
+    pair = scored([0.7, 0.7, 0.3], nu_eps=[0.005, 0.5, 0.005])
+    assert nulls.beyond(pair, limits, "nu_eps", "distilled").tolist() == [True, False, False]
+    assert nulls.beyond(pair, limits, "nu_eps", "base").tolist() == [False, False, True]
+
+
+def test_dead_features_and_nan_are_never_beyond():
+    null = scored(np.linspace(0, 1, 101))
+    pair = scored([0.999, 0.999, np.nan], alive=[True, False, True])
+    limits = nulls.thresholds(null, n_boot=20)
+    assert nulls.beyond(pair, limits, "nrn").tolist() == [True, False, False]
+    rate = nulls.rates(pair, limits).query("score == 'nrn' and side == 'distilled' and level == 0.01").iloc[0]
+    assert (rate.hits, rate.n) == (1, 1)
+
+
+def test_a_second_draw_of_the_same_null_is_beyond_about_as_often_as_the_level_says():
+    rng = np.random.default_rng(0)
+    draw = lambda: scored(rng.beta(20, 20, size=20_000))  # noqa: E731
+    limits = nulls.thresholds(draw(), n_boot=20)
+    found = nulls.rates(draw(), limits).query("score == 'nrn'").set_index(["side", "level"]).rate
+    for side, level in itertools.product(nulls.SIDES, nulls.LEVELS):
+        assert found[side, level] == pytest.approx(level, abs=4 * (2 * level / 20_000) ** 0.5)
+
+
+def test_levels_must_be_shares():
+    with pytest.raises(UserError, match="levels"):
+        nulls.thresholds(scored([0.5, 0.6]), levels=(0.7,))
+
+
+def small(seed, n=6):
+    crosscoder = CrossCoder((4, 4), n, k=2, seed=seed)
+    with torch.no_grad():
+        crosscoder.W_dec.copy_(torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)))
+    return crosscoder
+
+
+def test_matching_finds_a_permuted_and_rescaled_copy():
+    ours, order = small(0), [3, 1, 5, 0, 2, 4]
+    theirs = small(1)
+    with torch.no_grad():
+        theirs.W_dec.copy_(ours.W_dec[order] * torch.linspace(0.5, 3, 6)[:, None])
+    found = nulls.match(ours, theirs, np.ones(6, bool), np.ones(6, bool))
+    assert [order[m] for m in found.match] == list(range(6))
+    assert found.cosine.to_numpy() == pytest.approx(1, abs=1e-6)
+
+
+def test_matching_is_the_best_of_all_permutations():
+    a, b = small(2, 5), small(3, 5)
+    found = nulls.match(a, b, np.ones(5, bool), np.ones(5, bool))
+    rows = [torch.nn.functional.normalize(c.W_dec.detach(), dim=-1).numpy() for c in (a, b)]
+    best = max(sum(rows[0][i] @ rows[1][p[i]] for i in range(5)) for p in itertools.permutations(range(5)))
+    assert found.cosine.sum() == pytest.approx(best, abs=1e-5)
+
+
+def test_dead_features_are_not_matched_and_leftovers_say_so():
+    a, b = small(2), small(3)
+    alive_b = np.array([True, False, True, False, False, True])
+    found = nulls.match(a, b, np.arange(6) != 4, alive_b)
+    assert found.feature.tolist() == [0, 1, 2, 3, 5]
+    assert set(found.match) - {-1} == {0, 2, 5} and (found.match == -1).sum() == 2
+    assert found.cosine.isna().equals(found.match == -1)
+
+
+def test_stability_averages_over_the_other_crosscoders():
+    ours, copy, other = small(0), small(0), small(7)
+    table = nulls.stability([ours, copy, other], [np.ones(6, bool)] * 3)
+    assert table.cosine_1.to_numpy() == pytest.approx(1, abs=1e-6)
+    assert table.stability.to_numpy() == pytest.approx(((table.cosine_1 + table.cosine_2) / 2).to_numpy())
+    assert (table.stability_low <= table.stability + 1e-9).all() and table.chance.mean() < 0.9
+
+
+def test_a_shift_of_the_whole_null_is_not_uniqueness_of_every_feature():
+    spread = np.linspace(-0.05, 0.05, 201)
+    # the second is wider by a tenth, wherever it lies
+    null, again = scored(0.53 + spread), scored(0.60 + 1.1 * spread)
+    pair = scored(np.r_[0.4 + spread, 0.9, 0.9], alive=np.r_[np.ones(202, bool), False])
+    tables = [
+        null.assign(pair="base, null_a", seed=0),
+        again.assign(pair="base, null_a", seed=1),
+        again.assign(pair="base, null_b", seed=0),
+    ]
+    roles = {
+        ("base, null_a", 0): "sets the thresholds",
+        ("base, null_a", 1): "false positives",
+        ("base, null_b", 0): "spread",
+        ("base, distilled", 0): "the pair",
+    }
+    rates = pd.DataFrame([{"pair": name, "seed": s, "role": role} for (name, s), role in roles.items()])
+    found = nulls.centred_rates(pd.concat(tables), pair, rates).set_index("role")
+    assert list(found.index) == [
+        "sets the thresholds",
+        "false positives",
+        "the pair",
+    ] and found.n.tolist() == [201, 201, 202]
+    limit = np.quantile(spread, 0.99)
+    assert found.hits.tolist() == [
+        (spread > limit + 1e-9).sum(),
+        (1.1 * spread > limit).sum(),
+        1 + (spread > limit + 0.0003).sum(),
+    ]
+    assert (found.low < found.rate).all() and (found.rate < found.high).all()

@@ -1,0 +1,201 @@
+"""The puzzle, the teacher and the reader of transcripts: against hand-computed values and planted mistakes."""
+
+import random
+
+import pytest
+
+from lib.labels import CATEGORIES, LABELS
+from lib.text import curriculum as prose
+from lib.text.puzzles import (
+    FRAME,
+    MODULUS,
+    OPERATIONS,
+    PARAPHRASES,
+    Puzzle,
+    Question,
+    Sentence,
+    Teacher,
+    apply,
+    direct,
+    first_words,
+    label_of,
+    read_transcript,
+    sample_puzzle,
+    sentences_of,
+)
+
+PUZZLE = Puzzle(("+ 3", "* 4", "- 2"), (5, 11, 2), 11)  # 5: 8 13 11; 11: 14 18 16; 2: 5 1 18
+
+
+def words(sentences):
+    return [w for s in sentences for w in s.words]
+
+
+def test_arithmetic_on_the_clock():
+    assert apply("* 4", 9) == 17 and apply("- 9", 2) == 12 and apply("+ 9", 18) == 8
+    assert (
+        PUZZLE.chain(5) == [8, 13, 11] and PUZZLE.chain(11) == [14, 18, 16] and PUZZLE.chain(2) == [5, 1, 18]
+    )
+    assert PUZZLE.target == 16
+    assert " ".join(words(PUZZLE.prompt())) == "puzzle : + 3 * 4 - 2 ; from 5 11 2 reach 16 ."
+
+
+def test_every_operation_is_one_to_one():
+    for operation in OPERATIONS:
+        assert sorted(apply(operation, v) for v in range(MODULUS)) == list(range(MODULUS))
+
+
+def test_exactly_one_candidate_reaches_the_target():
+    rng = random.Random(1)
+    for _ in range(300):
+        puzzle = sample_puzzle(rng)
+        assert sum(puzzle.chain(c)[-1] == puzzle.target for c in puzzle.candidates) == 1
+        assert len(set(puzzle.operations)) == 3
+
+
+def test_splits_are_disjoint_and_have_their_sizes():
+    rng = random.Random(2)
+    counts = {"train": 0, "validation": 0, "test": 0}
+    for _ in range(4000):
+        operations = tuple(rng.sample(OPERATIONS, 3))
+        candidates = tuple(rng.sample(range(MODULUS), 3))
+        counts[Puzzle(operations, candidates, candidates[0]).split()] += 1
+    assert abs(counts["validation"] / 4000 - 0.05) < 0.015 and abs(counts["test"] / 4000 - 0.05) < 0.015
+    assert {sample_puzzle(rng, "test").split() for _ in range(50)} == {"test"}
+    with pytest.raises(ValueError, match="unknown split"):
+        sample_puzzle(rng, "dev")
+
+
+def test_first_words_tell_the_categories_apart():
+    seen = {}
+    for label in PARAPHRASES:
+        for word in first_words(label):
+            assert word not in seen, f"{word} opens {label} and {seen[word]}"
+            seen[word] = label
+    assert not {t.split()[0] for t in FRAME.values()} & set(seen)
+    assert all(len(templates) == 4 for templates in PARAPHRASES.values())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_teacher_is_right_and_its_labels_mean_what_they_say(seed):
+    rng = random.Random(seed)
+    for _ in range(100):
+        puzzle = sample_puzzle(rng)
+        trace = Teacher(rng).solve(puzzle)
+        reading = read_transcript(puzzle, words(trace))
+        assert reading.chain_correct and reading.thinking_tokens is not None
+        assert reading.errors == reading.errors_reflected and reading.correct_steps_reflected == 0
+        for sentence, following in zip(trace, trace[1:]):
+            assert (following.label == "reflection") == sentence.error
+            if sentence.label in PARAPHRASES:
+                assert label_of(sentence.words) == sentence.label
+        assert (
+            reading.counts["contrast"]
+            == reading.counts["alternative"]
+            == puzzle.candidates.index(puzzle.answer)
+        )
+        assert reading.counts["reflection"] == sum(s.label == "reflection" for s in trace)
+        assert reading.tokens_by_label["deduction"] == sum(
+            len(s.words) for s in trace if s.label == "deduction"
+        )
+
+
+def test_shares_of_errors_and_checks():
+    rng = random.Random(3)
+    sentences = [s for _ in range(800) for s in Teacher(rng).solve(sample_puzzle(rng))]
+    steps = [s for s in sentences if s.step >= 0 and s.label in ("deduction", "other")]
+    tokens = sum(len(s.words) for s in sentences)
+    assert 0.10 < sum(s.error for s in steps) / len(steps) < 0.15
+    assert 0.15 < sum(len(s.words) for s in sentences if s.label == "verification") / tokens < 0.22
+
+
+def test_functional_is_what_the_paper_names_and_verification_is_not():
+    assert all(Sentence(("x",), c).functional for c in CATEGORIES)
+    assert not Sentence(("x",), "verification").functional and set(CATEGORIES) < set(LABELS)
+
+
+RIGHT = (
+    "think : first try 5 . start : 5 + 3 = 8 . so 8 * 4 = 13 . 13 - 2 gives 11 . but 11 is not 16 . instead"
+    " try 11 . start : 11 + 3 = 14 . thus 14 * 4 = 17 . wait , 14 * 4 = 18 . so 18 - 2 = 16 . found 16 . done"
+    " . answer : 11 ."
+)
+
+
+def split(text):
+    out, parts = [], text.split()
+    while parts:
+        joined = " ".join(parts[:2])
+        out.append(joined if joined in OPERATIONS else parts[0])
+        parts = parts[2:] if joined in OPERATIONS else parts[1:]
+    return out
+
+
+def test_a_transcript_written_by_hand():
+    reading = read_transcript(PUZZLE, [*split(RIGHT), "<eos>", "so"])
+    assert reading.answer == 11 and reading.correct and reading.chain_correct
+    assert (
+        reading.errors,
+        reading.errors_reflected,
+        reading.correct_steps,
+        reading.correct_steps_reflected,
+    ) == (1, 1, 5, 0)
+    assert (
+        reading.counts["deduction"] == 4
+        and reading.counts["reflection"] == 1
+        and reading.counts["contrast"] == 1
+    )
+    assert reading.thinking_tokens == split(RIGHT).index("done")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "correct"),
+    [
+        ("wait , 14 * 4 = 18 . so 18 - 2 = 16", "so 17 - 2 = 15", True),  # an error that is not mended
+        ("wait , 14 * 4 = 18", "wait , 14 * 4 = 15", True),  # mended wrongly
+        ("answer : 11", "answer : 5", False),  # the wrong candidate
+        ("thus 14 * 4 = 17 . wait , 14 * 4 = 18 . ", "", True),  # a step left out
+        ("so 18 - 2 = 16", "so 3 - 2 = 1", True),  # a value that comes from nowhere
+        ("think : ", "", True),  # an answer without thinking
+    ],
+)
+def test_a_lucky_answer_is_no_solution(old, new, correct):
+    assert old in RIGHT
+    reading = read_transcript(PUZZLE, split(RIGHT.replace(old, new)))
+    assert reading.correct == correct and not reading.chain_correct
+
+
+def test_runaway_thought_has_no_length():
+    reading = read_transcript(PUZZLE, split(RIGHT.replace("done . answer : 11 .", "so 1 + 3 = 4 .")))
+    assert reading.thinking_tokens is None and reading.answer is None and not reading.correct
+
+
+def test_a_garbled_end_is_read_all_the_same():
+    reading = read_transcript(PUZZLE, split(RIGHT.replace("done .", "done so .")))
+    assert reading.thinking_tokens == split(RIGHT).index("done") and reading.correct
+
+
+def test_easy_question():
+    question = Question(5, "- 1")
+    assert words(question.prompt()) == ["what", "is", "5", "- 1", "?"] and question.answer == 4
+    reading = read_transcript(
+        question, split("think : start : 5 - 1 = 4 . let me check : 5 - 1 = 4 . done . answer : 4 .")
+    )
+    assert reading.chain_correct and reading.counts["verification"] == 1
+    assert words(direct(question)) == ["answer", ":", "4", "."]
+    assert read_transcript(question, words(Teacher(random.Random(0)).solve(question))).chain_correct
+
+
+def test_sentences_are_split_after_full_stops():
+    assert sentences_of(split("think : first try 5 . so")) == [
+        ("think", ":"),
+        ("first", "try", "5", "."),
+        ("so",),
+    ]
+
+
+def test_every_word_of_every_generator_is_in_the_vocabulary():
+    rng, known = random.Random(4), set(prose.vocabulary())
+    for _ in range(300):
+        puzzle = sample_puzzle(rng)
+        for sentence in [*puzzle.prompt(), *Teacher(rng).solve(puzzle), *prose.base_document(rng)]:
+            assert set(sentence.words) <= known
