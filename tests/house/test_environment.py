@@ -1,4 +1,4 @@
-"""One environment, described three times: requirements.txt, constraints.txt and environment.yml must agree."""
+"""One environment, described three times: requirements.txt, constraints.txt and environment.yml agree."""
 
 import ast
 import os
@@ -7,7 +7,6 @@ import subprocess
 import sys
 from importlib import metadata
 
-import pytest
 import yaml
 from packaging.requirements import Requirement
 
@@ -84,7 +83,7 @@ def test_whatever_lib_imports_is_required():
         "IPython": "ipykernel",
         "choreographer": "kaleido",
     }
-    for file in (ROOT / "lib").glob("*.py"):
+    for file in (ROOT / "lib").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             modules = []
             if isinstance(node, ast.Import):
@@ -95,43 +94,6 @@ def test_whatever_lib_imports_is_required():
                 assert module in sys.stdlib_module_names or aliases.get(module, module) in REQUIRED, (
                     f"{file.name} imports {module}"
                 )
-
-
-ORDER = (
-    "puzzles",
-    "prose",
-    "trials",
-    "distill",
-    "pairs",
-    "corpus",
-    "store",
-    "harvest",
-    "crosscoder",
-    "training",
-    "features",
-    "steering",
-    "geometry",
-)
-
-
-@pytest.mark.parametrize("module", ["progress", "results", "figures"])
-def test_shared_modules_import_no_other_part_of_lib(module):
-    allowed = {"progress": set(), "results": {"progress"}, "figures": {"results"}}[module]
-    assert set(imports(module)) <= allowed
-
-
-def imports(module):
-    tree = ast.parse((ROOT / "lib" / f"{module}.py").read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            yield from [node.module] if node.module else [a.name for a in node.names]
-
-
-def test_a_module_imports_only_those_before_it():
-    for i, module in enumerate(ORDER):
-        if (ROOT / "lib" / f"{module}.py").is_file():
-            later = set(imports(module)) & set(ORDER[i:])
-            assert not later, f"lib/{module}.py imports {', '.join(later)}, which come after it"
 
 
 def make(*words):
