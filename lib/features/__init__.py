@@ -1,0 +1,33 @@
+"""What the features of a crosscoder mean (notebook 03). Open ``table.py`` first.
+
+table            one row of statistics per feature; labels from ground truth; the feature of each category
+auroc            AUROC, precision and recall of all features at once; predictors that see the token alone
+detectors        E3: the feature of each category against its controls
+uniqueness       NRN and latent scaling beyond a null; other seeds
+latent_scaling   how much of a feature the other model's activations hold
+token_tests      word or function: on new puzzles, and on real text
+use              what each model alone activates: how often, in which phase, around which events
+contexts         the texts in which a feature is strongest, its profile, a map
+explorer         the widget
+naming           names by a language model, and how good they are
+plots            the figures of notebook 03
+"""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submodules=[
+        "auroc",
+        "contexts",
+        "detectors",
+        "explorer",
+        "naming",
+        "plots",
+        "table",
+        "token_tests",
+        "uniqueness",
+        "use",
+    ],
+    submod_attrs={"table": ["inspect_run", "CATEGORIES"]},
+)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..activations.store import Store
 from ..distil import trials
-from ..features import injection
+from ..features.token_tests import text_openings
 from ..labels import LABELS
 from ..models.pairs import Pair
 from ..settings import check
@@ -129,7 +129,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]
 
 
 def _first_of_openings(store: Store, tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
-    return sorted({first for first, _ in injection.openings(store, label)})
+    return sorted({first for first, _ in text_openings(store, label)})
 
 
 def _first_of_paraphrases(store: Store, tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:

@@ -29,65 +29,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional
 
-from ..activations.store import Store
-from ..crosscoder.codes import codes
 from ..crosscoder.model import CrossCoder
-from ..features.latent_scaling import latent_scaling
+from ..features.uniqueness import LEVELS, SCORES, SIDES, beyond, extremity, sign
+from ..features.uniqueness import score_table as score_table
 from ..settings import check
 from ..stats import bootstrap, wilson
-
-LEVELS = (0.01, 0.05)
-# score: does a unique feature of the distilled side have a high or a low one?
-SCORES = {"nrn": "high", "nrn_p2": "high", "nu_eps": "low", "nu_r": "low"}
-SIDES = ("distilled", "base")
-
-
-def score_table(
-    crosscoder: CrossCoder,
-    store: Store,
-    max_tokens: int | None = None,
-    of: str = "distilled",
-    against: str = "base",
-    split: str = "report",
-    n_boot: int = 200,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Every score of uniqueness of every feature on the tokens of a split: feature, alive, frequency, nrn,
-    nrn_p2, and the columns of ``scaling.latent_scaling`` (side, nu_eps, nu_r with intervals, shrinkage,
-    decoupling).
-
-    ``side`` "distilled" means the side of the model ``of``, whatever its name is.
-    """
-    coded = codes(crosscoder, store, split, max_tokens, seed)
-    fired = np.asarray((coded.codes > 0).sum(axis=0)).ravel()
-    table = pd.DataFrame(
-        {
-            "feature": np.arange(crosscoder.n_features),
-            "alive": fired > 0,
-            "frequency": fired / len(coded.rows),
-            "nrn": crosscoder.nrn(1, of, against).numpy(),
-            "nrn_p2": crosscoder.nrn(2, of, against).numpy(),
-        }
-    )
-    scaling = latent_scaling(crosscoder, store, coded.rows, of, against, n_boot, seed)
-    # the roles, which all pairs have alike
-    scaling["side"] = scaling["side"].replace(dict(zip((of, against), SIDES)))
-    return table.merge(scaling, on="feature", validate="1:1")
-
-
-def _sign(score: str, side: str) -> float:
-    """1 where a larger score is more unique to the side, -1 where a smaller one is."""
-    return 1.0 if SCORES[score] == "high" and side == "distilled" else -1.0
-
-
-def _extremity(table: pd.DataFrame, score: str, side: str) -> pd.Series:
-    """The score of the alive features that a side has, turned such that larger is more unique; indexed like
-    ``table``.
-    """
-    usable = table["alive"].astype(bool) & table[score].notna()
-    if score.startswith("nu"):  # of a side only the features whose longer row is there
-        usable &= table["side"] == side
-    return table.loc[usable, score] * _sign(score, side)
 
 
 def thresholds(
@@ -103,38 +49,23 @@ def thresholds(
     rows = []
     for score in SCORES:
         for side in SIDES:
-            values = _extremity(null, score, side).to_numpy()
-            sign = _sign(score, side)
+            values = extremity(null, score, side).to_numpy()
+            direction = sign(score, side)
             for level in levels:
                 at = lambda x, level=level: np.quantile(x, 1 - level) if len(x) else np.nan  # noqa: E731
-                bounds = sorted(sign * b for b in bootstrap(values, at, n_boot=n_boot, seed=seed))
+                bounds = sorted(direction * b for b in bootstrap(values, at, n_boot=n_boot, seed=seed))
                 rows.append(
                     {
                         "score": score,
                         "side": side,
                         "level": level,
-                        "threshold": sign * at(values),
+                        "threshold": direction * at(values),
                         "low": bounds[0],
                         "high": bounds[1],
                         "n": len(values),
                     }
                 )
     return pd.DataFrame(rows)
-
-
-def beyond(
-    table: pd.DataFrame, limits: pd.DataFrame, score: str, side: str = "distilled", level: float = LEVELS[0]
-) -> np.ndarray:
-    """Which features of a ``score_table`` (or a feature table with its columns) lie beyond the null's
-    threshold, bool [F].
-    """
-    row = limits[
-        (limits["score"] == score) & (limits["side"] == side) & np.isclose(limits["level"], level)
-    ].iloc[0]
-    found = pd.Series(False, index=table.index)
-    extremity = _extremity(table, score, side)
-    found[extremity.index] = extremity > _sign(score, side) * row["threshold"]
-    return found.to_numpy()
 
 
 def rates(table: pd.DataFrame, limits: pd.DataFrame, levels: Sequence[float] = LEVELS) -> pd.DataFrame:
@@ -146,7 +77,7 @@ def rates(table: pd.DataFrame, limits: pd.DataFrame, levels: Sequence[float] = L
     rows = []
     for score in SCORES:
         for side in SIDES:
-            n = len(_extremity(table, score, side))
+            n = len(extremity(table, score, side))
             for level in levels:
                 hits = int(beyond(table, limits, score, side, level).sum())
                 rows.append({"score": score, "side": side, "level": level, **_share(hits, n)})

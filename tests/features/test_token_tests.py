@@ -14,7 +14,7 @@ from toys import toy_model, toy_store
 
 from lib.crosscoder.model import CrossCoder
 from lib.distil.organism import build_tokenizer
-from lib.features import markers
+from lib.features import token_tests
 from lib.labels import CATEGORIES, DETECTED
 from lib.models.reader import capture
 from lib.settings import UserError
@@ -24,7 +24,7 @@ from lib.text.puzzles import NUMBERS, OPERATIONS, PARAPHRASES, first_words, labe
 
 EMBEDDED = SimpleNamespace(corpus="generated")  # of a pair, all that is asked where its models are passed
 
-ALL_TELLTALES = {word for c in DETECTED for word in markers.telltales(c)}
+ALL_TELLTALES = {word for c in DETECTED for word in token_tests.telltales(c)}
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +55,17 @@ def matches(template, words):
 
 
 def test_openings_by_hand():
-    assert markers.openings("reflection") == (("wait", ","), ("hold", "on", ","), ("hmm", ","))
-    assert markers.openings("deduction") == (("so",), ("therefore",), ("thus",))
-    assert markers.openings("alternative") == (("instead", "try"), ("alternatively", "try"))
-    assert markers.telltales("contrast") == {"but", "however", "yet"}
+    assert token_tests.openings("reflection") == (("wait", ","), ("hold", "on", ","), ("hmm", ","))
+    assert token_tests.openings("deduction") == (("so",), ("therefore",), ("thus",))
+    assert token_tests.openings("alternative") == (("instead", "try"), ("alternatively", "try"))
+    assert token_tests.telltales("contrast") == {"but", "however", "yet"}
     for c in DETECTED:  # telltale and plain openings share out the paraphrases
-        assert set(first_words(c)) == markers.telltales(c) | set(markers.PLAIN_OPENINGS[c])
+        assert set(first_words(c)) == token_tests.telltales(c) | set(token_tests.PLAIN_OPENINGS[c])
 
 
 def test_new_wordings_are_new_and_in_the_vocabulary():
     known = [t for ts in PARAPHRASES.values() for t in ts]
-    for templates in markers.NEW_WORDINGS.values():
+    for templates in token_tests.NEW_WORDINGS.values():
         for template in templates:
             words = template.split()
             assert template not in known and words[0] not in ALL_TELLTALES and words[-1] == "."
@@ -73,7 +73,7 @@ def test_new_wordings_are_new_and_in_the_vocabulary():
 
 
 def test_traces_are_tested_where_the_table_says():
-    trials = markers.trace_trials(DETECTED, 40, random.Random(0))
+    trials = token_tests.trace_trials(DETECTED, 40, random.Random(0))
     counts = pd.Series([(t.category, t.where, t.test) for t in trials]).value_counts()
     for c in DETECTED:
         for where in ("before", "marker"):
@@ -100,9 +100,9 @@ def test_traces_are_tested_where_the_table_says():
             # the last is cut off by the text's end
             assert label_of(own) == t.category or number == len(sentences) - 1
         if t.test == "new wording":
-            assert any(matches(template, read) for ts in markers.NEW_WORDINGS.values() for template in ts), (
-                read
-            )
+            assert any(
+                matches(template, read) for ts in token_tests.NEW_WORDINGS.values() for template in ts
+            ), read
         if t.test == "telltale wording":
             assert read[0] in ALL_TELLTALES | {"start"}
         if t.test == "other wording":
@@ -110,7 +110,7 @@ def test_traces_are_tested_where_the_table_says():
 
 
 def test_a_new_wording_says_the_same():
-    trials = markers.trace_trials(("reflection",), 30, random.Random(1))
+    trials = token_tests.trace_trials(("reflection",), 30, random.Random(1))
     by_where = {where: [t for t in trials if t.where == where] for where in ("before", "marker")}
     for old, new in zip(
         *([t for t in by_where["before"] if t.test == test] for test in ("in context", "new wording"))
@@ -125,13 +125,13 @@ def test_a_new_wording_says_the_same():
 
 
 def test_prose_is_left_alone_but_for_the_injection(frequencies, tokenizer):
-    words = {w for c in DETECTED for opening in markers.openings(c) for w in opening}
-    neutral = markers.neutral_words(frequencies, tokenizer, sorted(words))
-    assert "," not in neutral and all(len(others) == markers.NEAREST for others in neutral.values())
+    words = {w for c in DETECTED for opening in token_tests.openings(c) for w in opening}
+    neutral = token_tests.neutral_words(frequencies, tokenizer, sorted(words))
+    assert "," not in neutral and all(len(others) == token_tests.NEAREST_WORDS for others in neutral.values())
     assert not {w for others in neutral.values() for w in others} & {
         w for c in DETECTED for t in PARAPHRASES[c] for w in t.split()
     }
-    trials = markers.prose_trials(DETECTED, 20, random.Random(0), neutral)
+    trials = token_tests.prose_trials(DETECTED, 20, random.Random(0), neutral)
     plain = [
         t for t in trials if t.test == "unrelated text" and t.category == "reflection" and t.where == "marker"
     ]
@@ -147,7 +147,7 @@ def test_prose_is_left_alone_but_for_the_injection(frequencies, tokenizer):
             cut = old.places[0]
             assert old.places == put.places == other.places == (cut, cut + 1, cut + 2)
             assert old.words[:cut] == put.words[:cut] == other.words[:cut], "the text before is the same"
-            assert any(put.words[cut : cut + len(o)] == o[:3] for o in markers.openings(c))
+            assert any(put.words[cut : cut + len(o)] == o[:3] for o in token_tests.openings(c))
             assert other.words[cut] not in ALL_TELLTALES and not set(old.words[cut:]) & {*ALL_TELLTALES, "."}
             assert [w == "," for w in put.words[cut:]].count(True) == [
                 w == "," for w in other.words[cut:]
@@ -166,14 +166,14 @@ def test_neutral_words_are_of_like_frequency(tokenizer):
         )
         kept = np.ones(len(tokens), dtype=bool)
 
-    assert set(markers.neutral_words(Counted, tokenizer, ["wait"])["wait"][:3]) == {"tea", "bus", "key"}
+    assert set(token_tests.neutral_words(Counted, tokenizer, ["wait"])["wait"][:3]) == {"tea", "bus", "key"}
 
 
 def test_decoys_are_telltale_words_outside_traces():
-    trials = markers.decoy_trials(DETECTED, 15, random.Random(0))
+    trials = token_tests.decoy_trials(DETECTED, 15, random.Random(0))
     assert len(trials) == 2 * 15 * len(DETECTED)
     for t in trials:
-        assert t.words[t.places[0]] in markers.telltales(t.category) and not {"=", ":"} & set(t.words)
+        assert t.words[t.places[0]] in token_tests.telltales(t.category) and not {"=", ":"} & set(t.words)
 
 
 # --- planted features, one of each verdict ------------------------------------------------------------------
@@ -200,14 +200,16 @@ def test_planted_features_get_their_verdicts(frequencies, tokenizer, monkeypatch
             np.concatenate([planted(tokenizer.convert_ids_to_tokens(list(t))) for t in token_lists])
         )
 
-    monkeypatch.setattr(markers, "capture", read)
+    monkeypatch.setattr(token_tests, "capture", read)
     crosscoder = CrossCoder([5, 5], 6, variant="l1").requires_grad_(False)
     crosscoder.W_enc.copy_(torch.eye(6)[:, :5].repeat(1, 2))  # feature 5 never fires
     models = {"base": None, "distilled": None}
     chosen = {"alternative": 1, "reflection": 4, "contrast": 5}
     opening = {"deduction": 0, "contrast": 2, "verification": 3}
-    tests = markers.token_tests(EMBEDDED, crosscoder, frequencies, chosen, tokenizer, opening, 25, 0, models)
-    rates = markers.verdicts(tests).set_index(["where", "category"])
+    tests = token_tests.token_tests(
+        EMBEDDED, crosscoder, frequencies, chosen, tokenizer, opening, 25, 0, models
+    )
+    rates = token_tests.verdicts(tests).set_index(["where", "category"])
     assert rates.loc["before"]["verdict"].to_dict() == {
         "alternative": "more than a token",
         "reflection": "token feature",
@@ -260,8 +262,8 @@ def test_the_rule_by_hand():
         ({"other wording": np.nan, "full stops": np.nan}, "more than a token"),
         ({"in context": np.nan}, "not tested"),
     ]
-    assert [markers.verdict(fine | change) for change, _ in cases] == [expected for _, expected in cases]
-    assert markers.verdict({}) == "not tested"
+    assert [token_tests.verdict(fine | change) for change, _ in cases] == [expected for _, expected in cases]
+    assert token_tests.verdict({}) == "not tested"
 
 
 # --- a toy pair, from end to end ----------------------------------------------------------------------------
@@ -278,8 +280,8 @@ def toy(tmp_path_factory):
 
 def test_firing_against_one_text_at_a_time(toy, tokenizer):
     store, crosscoder, models = toy
-    trials = markers.trace_trials(("deduction", "reflection"), 2, random.Random(0))[::4]
-    found = markers.fire(None, crosscoder, store, tokenizer, trials, [3, 11, 0], models)
+    trials = token_tests.trace_trials(("deduction", "reflection"), 2, random.Random(0))[::4]
+    found = token_tests.fire(None, crosscoder, store, tokenizer, trials, [3, 11, 0], models)
     for trial, fires in zip(trials, found):
         ids = tokenizer.convert_tokens_to_ids(["<bos>", *trial.words])
         f = crosscoder.encode(
@@ -294,18 +296,18 @@ def test_words_do_not_act_backwards(toy, tokenizer):
     words = [w for s in prose(random.Random(5)) for w in s.words]
     cut = words.index(".") + 1
     trials = [
-        markers.Trial("reflection", "before", "", tuple(text), (p,))
+        token_tests.Trial("reflection", "before", "", tuple(text), (p,))
         for p in range(1, cut)
         for text in (words, [*words[:cut], "wait", ",", *words[cut:]])
     ]
-    found = markers.fire(None, crosscoder, store, tokenizer, trials, range(20), models)
+    found = token_tests.fire(None, crosscoder, store, tokenizer, trials, range(20), models)
     assert np.array_equal(found[::2], found[1::2]) and found.any()
 
 
 def test_end_to_end_on_a_toy_pair(toy, tokenizer):
     store, crosscoder, models = toy
     chosen = dict(zip(CATEGORIES, (1, 2, 3, 3)))
-    tests = markers.token_tests(
+    tests = token_tests.token_tests(
         EMBEDDED, crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0, models
     )
     assert (
@@ -313,14 +315,14 @@ def test_end_to_end_on_a_toy_pair(toy, tokenizer):
         and tests["rate"].between(0, 1).all()
         and (tests["low"] <= tests["rate"]).all()
     )
-    assert set(tests["test"]) <= set(markers.TESTS) and len(
+    assert set(tests["test"]) <= set(token_tests.TESTS) and len(
         tests.drop_duplicates(["category", "where", "test"])
     ) == len(tests)
-    again = markers.token_tests(
+    again = token_tests.token_tests(
         EMBEDDED, crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0, models
     )
     pd.testing.assert_frame_equal(tests, again)
-    wide = markers.verdicts(tests)
+    wide = token_tests.verdicts(tests)
     assert wide[["category", "where"]].values.tolist() == [
         *([c, "before"] for c in CATEGORIES),
         ["reflection", "marker"],
@@ -330,14 +332,14 @@ def test_end_to_end_on_a_toy_pair(toy, tokenizer):
 
 def test_nothing_chosen_and_nonsense(toy, tokenizer):
     store, crosscoder, models = toy
-    empty = markers.token_tests(EMBEDDED, crosscoder, store, {}, tokenizer)
-    assert empty.empty and markers.verdicts(empty).empty and "verdict" in markers.verdicts(empty)
+    empty = token_tests.token_tests(EMBEDDED, crosscoder, store, {}, tokenizer)
+    assert empty.empty and token_tests.verdicts(empty).empty and "verdict" in token_tests.verdicts(empty)
     with pytest.raises(UserError, match="no texts for the category 'joy'"):
-        markers.token_tests(EMBEDDED, crosscoder, store, {"joy": 1}, tokenizer, models=models)
+        token_tests.token_tests(EMBEDDED, crosscoder, store, {"joy": 1}, tokenizer, models=models)
     with pytest.raises(UserError, match="feature 99 does not exist"):
-        markers.token_tests(EMBEDDED, crosscoder, store, {"contrast": 99}, tokenizer, models=models)
+        token_tests.token_tests(EMBEDDED, crosscoder, store, {"contrast": 99}, tokenizer, models=models)
     with pytest.raises(UserError, match="n is 0"):
-        markers.token_tests(EMBEDDED, crosscoder, store, {"contrast": 1}, tokenizer, n=0, models=models)
+        token_tests.token_tests(EMBEDDED, crosscoder, store, {"contrast": 1}, tokenizer, n=0, models=models)
     with pytest.raises(UserError, match="not single tokens"):
-        unknown = markers.Trial("contrast", "marker", "", ("xylophone",), (0,))
-        markers.fire(None, crosscoder, store, tokenizer, [unknown], [0], models)
+        unknown = token_tests.Trial("contrast", "marker", "", ("xylophone",), (0,))
+        token_tests.fire(None, crosscoder, store, tokenizer, [unknown], [0], models)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lib.features import injection
+from lib.features import token_tests
 from lib.labels import LABELS
 
 WORDS = [
@@ -28,6 +28,11 @@ WORDS = [
     "Hm",
 ]
 ID = {word: i for i, word in enumerate(WORDS)}
+
+
+@pytest.fixture(autouse=True)
+def short_window(monkeypatch):
+    monkeypatch.setattr(token_tests, "WINDOW", 2)  # the sentences here are short
 
 
 class Speller:
@@ -89,15 +94,18 @@ def store():
 
 def test_openings_are_first_tokens_of_the_category_more_than_of_all_others(store):
     # as often: by number of the token
-    assert injection.openings(store, "reflection") == [(ID["_Wait"], ID["_the"]), (ID["_Wait"], ID[","])]
-    assert injection.openings(store, "deduction") == [(ID["_so"], ID["_it"])]
+    assert token_tests.text_openings(store, "reflection") == [
+        (ID["_Wait"], ID["_the"]),
+        (ID["_Wait"], ID[","]),
+    ]
+    assert token_tests.text_openings(store, "deduction") == [(ID["_so"], ID["_it"])]
     shared = store_of([("trace", [PLAIN, PLAIN, sentence("_the _cat .", "contrast")])], [0])
-    assert injection.openings(shared, "contrast") == []  # "the" opens other sentences more often
-    assert injection.openings(shared, "alternative") == []  # which does not occur
+    assert token_tests.text_openings(shared, "contrast") == []  # "the" opens other sentences more often
+    assert token_tests.text_openings(shared, "alternative") == []  # which does not occur
 
 
 def trials(store, n=5, categories=("reflection", "deduction"), seed=0):
-    found = injection.text_trials(store, Speller(), categories, n, random.Random(seed), window=2)
+    found = token_tests.text_trials(store, Speller(), categories, n, random.Random(seed))
     return [(c, where, test, [WORDS[i] for i in text], places) for c, where, test, text, places in found]
 
 
@@ -105,10 +113,13 @@ def test_places_lie_where_the_test_says(store):
     seen = set()
     for category, where, test, text, places in trials(store):
         seen.add((where, test))
-        assert len(text) <= injection.CONTEXT and max(places) < len(text)
+        assert len(text) <= token_tests.CONTEXT and max(places) < len(text)
         at = text[places[0]]
         if where == "marker" and test == "in context":
-            assert at == {"reflection": "_Wait", "deduction": "_so"}[category] and len(places) == 2
+            assert (
+                at == {"reflection": "_Wait", "deduction": "_so"}[category]
+                and len(places) == token_tests.WINDOW
+            )
         if where == "before" and test in ("in context", "full stops"):
             assert at == "." and len(places) == 1
         if where == "before" and test == "in context":

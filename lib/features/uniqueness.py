@@ -1,0 +1,186 @@
+"""Which features are unique, and how far that can be believed: scores, the null's thresholds, other seeds.
+
+The scores of one feature are NRN (p = 1 and 2) and latent scaling's nu (``latent_scaling``). A threshold is
+a quantile of a score among the features of a *null* pair: the base, and a continuation of it that learnt no
+thinking. ``lib.study.nulls`` computes it, and ``beyond`` applies it. ``record`` gathers what the study says
+of the features of one run: which lie beyond the null, which recur with other seeds of the crosscoder, and how
+often the rule is right on planted data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ..activations.store import Store
+from ..crosscoder.codes import codes
+from ..crosscoder.model import CrossCoder
+from ..results import Part, Results, read_part
+from ..stats import wilson
+from .latent_scaling import latent_scaling
+
+LEVELS = (0.01, 0.05)
+# score: does a unique feature of the distilled side have a high or a low one?
+SCORES = {"nrn": "high", "nrn_p2": "high", "nu_eps": "low", "nu_r": "low"}
+SIDES = ("distilled", "base")
+REGIME = "our regime"  # the setting of the planted data that is like this pair's
+
+
+def score_table(
+    crosscoder: CrossCoder,
+    store: Store,
+    max_tokens: int | None = None,
+    model: str = "distilled",
+    reference: str = "base",
+    split: str = "report",
+    n_boot: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Every score of uniqueness of every feature on the tokens of a split: feature, alive, frequency, nrn,
+    nrn_p2, and the columns of ``latent_scaling`` (side, nu_eps, nu_r with intervals, shrinkage, decoupling).
+
+    ``side`` "distilled" means the side of ``model``, whatever its name is.
+    """
+    coded = codes(crosscoder, store, split, max_tokens, seed)
+    fired = np.asarray((coded.codes > 0).sum(axis=0)).ravel()
+    table = pd.DataFrame(
+        {
+            "feature": np.arange(crosscoder.n_features),
+            "alive": fired > 0,
+            "frequency": fired / len(coded.rows),
+            "nrn": crosscoder.nrn(1, model, reference).numpy(),
+            "nrn_p2": crosscoder.nrn(2, model, reference).numpy(),
+        }
+    )
+    scaling = latent_scaling(crosscoder, store, coded.rows, model, reference, n_boot, seed)
+    # the roles, which all pairs have alike
+    scaling["side"] = scaling["side"].replace(dict(zip((model, reference), SIDES)))
+    return table.merge(scaling, on="feature", validate="1:1")
+
+
+def sign(score: str, side: str) -> float:
+    """1 where a larger score is more unique to the side, -1 where a smaller one is."""
+    return 1.0 if SCORES[score] == "high" and side == "distilled" else -1.0
+
+
+def extremity(table: pd.DataFrame, score: str, side: str) -> pd.Series:
+    """The score of the alive features that a side has, with the sign for which larger is more unique; indexed
+    like ``table``."""
+    usable = table["alive"].astype(bool) & table[score].notna()
+    if score.startswith("nu"):  # of a side only the features whose longer row is there
+        usable &= table["side"] == side
+    return table.loc[usable, score] * sign(score, side)
+
+
+def beyond(
+    table: pd.DataFrame, limits: pd.DataFrame, score: str, side: str = "distilled", level: float = LEVELS[0]
+) -> np.ndarray:
+    """Which features of a ``score_table`` (or a feature table with its columns) lie beyond the null's
+    threshold, bool [F]. ``limits``: ``lib.study.nulls.thresholds``."""
+    row = limits[
+        (limits["score"] == score) & (limits["side"] == side) & np.isclose(limits["level"], level)
+    ].iloc[0]
+    result = pd.Series(False, index=table.index)
+    values = extremity(table, score, side)
+    result[values.index] = values > sign(score, side) * row["threshold"]
+    return result.to_numpy()
+
+
+# --- what the study says of the features of a run -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Uniqueness:
+    """``above``, ``below`` [F]: NRN beyond the null's 1% threshold on the distilled model's, on the base's
+    side (False everywhere without a null); ``threshold``: the former's (NaN); ``status``: one row per chosen
+    feature; ``null``, ``seeds``, ``planted``: parts of the study, empty where they were not computed."""
+
+    above: np.ndarray
+    below: np.ndarray
+    threshold: float
+    status: pd.DataFrame
+    stability: pd.Series
+    null: Part
+    seeds: Part
+    planted: Part
+
+    @property
+    def outside(self) -> np.ndarray:
+        """Beyond the null on either side, [F]."""
+        return self.above | self.below
+
+    @property
+    def use_limit(self) -> float:
+        """The change of use that 1% of the null's features exceed (``use.change_limit``); or NaN."""
+        return self.null.metrics["use_limit"]["value"] if self.null.metrics else np.nan
+
+
+def record(results: Results, table: pd.DataFrame, chosen: Mapping[str, int], crosscoder: str) -> Uniqueness:
+    """Put into ``results`` what the study's parts "nulls", "seeds" and "planted" say of the features of
+    ``table``, and of those ``chosen`` {category: feature}. ``crosscoder`` is its fingerprint: parts that were
+    made from another one are refused.
+
+    Metrics: nrn_threshold; unique_above_null and its share of the alive features; of those above it the
+    shares whose nu says unique (nu_eps_under_0_2), shrunk, decoupled; and those of "seeds" and "planted".
+    Table status: a row per chosen feature.
+    """
+    null, seeds, planted = (
+        read_part(results.run, part, crosscoder=crosscoder) for part in ("nulls", "seeds", "planted")
+    )
+    above, below = (
+        beyond(table, null.tables["thresholds"], "nrn", side) if null else np.zeros(len(table), dtype=bool)
+        for side in SIDES
+    )
+    alive, threshold = int(table["alive"].sum()), np.nan
+    results.add("unique_above_null", above.sum() if null else np.nan, n=alive)
+    if null:
+        threshold = (
+            null.tables["thresholds"]
+            .query("score == 'nrn' and side == 'distilled' and level == 0.01")["threshold"]
+            .item()
+        )
+        results.add("unique_above_null_share", above.mean(), wilson(int(above.sum()), alive), alive)
+        results.add("nrn_threshold", threshold)
+        with_nu = table[above & table["nu_eps"].notna()]
+        for name, hits in {
+            "nu_eps_under_0_2": with_nu["nu_eps_high"] < 0.2,
+            "shrunk": with_nu["nu_eps_low"] > 0.2,
+            "decoupled": with_nu["nu_r_low"] > 0.5,
+        }.items():
+            n = len(with_nu)
+            results.add(f"unique_{name}", hits.mean(), wilson(int(hits.sum()), n), n)
+    for part in (seeds, planted):
+        for name, m in part.metrics.items():
+            results.add(name, m["value"], m["ci"], m["n"])
+    if planted:
+        rule = planted.tables["summary"].query(
+            "setting == @REGIME and split == 'report' and side == 'distilled'"
+            " and architecture == 'batchtopk' and method == 'nrn_p1 beyond null'"
+        )
+        rule = rule.iloc[0]
+        for name in ("precision", "recall"):
+            interval = rule[f"{name}_low"], rule[f"{name}_high"]
+            results.add(f"planted_{name}_used", rule[name], interval, rule["seeds"])
+    stability = (
+        seeds.tables["stability"].set_index("feature")["stability"] if seeds else pd.Series(dtype=float)
+    )
+    nu = {name: table[name] if name in table else pd.Series(dtype=float) for name in ("nu_eps", "nu_r")}
+    status = pd.DataFrame(
+        [
+            {
+                "category": category,
+                "feature": f,
+                "NRN": table["nrn"][f],
+                "above the null": bool(above[f]),
+                "nu (error)": nu["nu_eps"].get(f, np.nan),
+                "nu (reconstruction)": nu["nu_r"].get(f, np.nan),
+                "stability over seeds": stability.get(f, np.nan),
+            }
+            for category, f in chosen.items()
+        ]
+    )
+    results.table("status", status)
+    return Uniqueness(above, below, threshold, status, stability, null, seeds, planted)
