@@ -13,14 +13,39 @@ from pathlib import Path
 import pandas as pd
 
 from .runs import Run, _command, jsonable, read_manifest, versions, write_text
-from .settings import Count as Count
-from .settings import Number as Number
-from .settings import Positive as Positive
-from .settings import Share as Share
-from .settings import Shares as Shares
-from .settings import Text as Text
-from .settings import UserError, check_kinds, path_shown
+from .settings import (
+    Count,
+    Flag,
+    Number,
+    Positive,
+    Share,
+    Shares,
+    Text,
+    UserError,
+    check_kinds,
+    integer,
+    number,
+    path_shown,
+)
 
+__all__ = [
+    "Results",
+    "UserError",
+    "begin",
+    "read_part",
+    "read_results",
+    "scoreboard",
+    # kinds of parameters
+    "Count",
+    "Flag",
+    "Number",
+    "Positive",
+    "Share",
+    "Shares",
+    "Text",
+    "integer",
+    "number",
+]
 # ends of the names of metrics that say how fast a machine was: no results, so not compared
 TIMES = ("_per_second", "_seconds")
 
@@ -29,10 +54,12 @@ TIMES = ("_per_second", "_seconds")
 
 
 def begin(notebook: str, names: Mapping, **kinds) -> Results:
-    """The results of a notebook, from its parameters: ``begin("02", globals(), k=Positive, seed=Count)``.
+    """Check a notebook's parameters, and begin its results: ``here = begin("02", globals(), k=Positive)``.
 
-    The parameters are what ``kinds`` names, and pair and run; each is checked. ``threads`` among them is how
-    many threads torch takes. UserError says which parameter must be what.
+    ``names`` are the notebook's variables; its parameters are pair, run, and those that ``kinds`` names: a
+    kind of ``lib.settings`` (``Count``, ``Share``, ``integer(10)``, ``Count | None``, ``list[int]``), or a
+    tuple of choices. UserError says which parameter must be what. If ``threads`` is one of them, torch takes
+    so many.
     """
     parameters = {name: names[name] for name in ("pair", "run", *kinds)}
     run = Run(names["pair"], names["run"])
@@ -59,7 +86,7 @@ class Results:
         self._began = time.monotonic()
 
     def add(self, name: str, value: float, ci: Sequence[float] | None = None, n: int | None = None) -> float:
-        """Record one number with its 95% interval and the n behind it; returns it. Not finite becomes null."""
+        """Record one number with its 95% interval and the n behind it; returns it. NaN becomes null."""
         if ci is not None:
             low, high = (_number(bound) for bound in ci)
             if low is not None and high is not None and low > high:

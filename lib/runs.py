@@ -447,10 +447,10 @@ def passing(line: str) -> None:
 def kept(
     folder: Path, fingerprint: str, make: Callable[[Path], None], read: Callable[[Path], Kept], **info
 ) -> Kept:
-    """What ``read(folder)`` gives. ``make(folder)`` writes it first, unless it is there under this fingerprint.
+    """What ``read(folder)`` gives; ``make(folder)`` writes it first, unless it is there under this fingerprint.
 
-    ``make`` writes into an empty folder, whose files take their places in ``folder`` when it is done; ``info``
-    goes into the manifest.
+    ``make`` writes into an empty folder, whose files take their places in ``folder`` when it is done: one that
+    fails changes nothing. ``info`` is plain data for the manifest.
     """
     folder = Path(folder)
     if not is_current(folder, fingerprint):
@@ -462,13 +462,21 @@ def kept(
 
 
 def kept_table(
-    folder: Path, fingerprint: str, make: Callable[[], pd.DataFrame], name: str = "table"
+    folder: Path, fingerprint: str, make: Callable[[], pd.DataFrame], name: str = "table", **info
 ) -> pd.DataFrame:
-    """The table that ``make`` computes, kept as ``folder``/``name``.csv under this fingerprint."""
-    file = f"{name}.csv"
+    """The table that ``make`` computes, kept as ``folder``/``name``.csv under this fingerprint.
+
+    It is read back to the last digit; empty text becomes NaN, the words "null" and "None" stay text.
+    """
     return kept(
         folder,
         fingerprint,
-        lambda scratch: make().to_csv(scratch / file, index=False),
-        lambda there: pd.read_csv(there / file),
+        lambda scratch: make().to_csv(scratch / f"{name}.csv", index=False, lineterminator="\n"),
+        lambda whole: read_table(whole / f"{name}.csv"),
+        **info,
     )
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """A table as ``kept_table`` writes it."""
+    return pd.read_csv(file, keep_default_na=False, na_values=[""], float_precision="round_trip")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal, dataclass_transform, get_type_hints
 
 import numpy as np
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,79 +28,108 @@ def path_shown(path: Path) -> str:
 
 # --- parameter checks ---------------------------------------------------------------------------------------
 
-_KINDS = {int: "an integer", float: "a number", bool: "True or False", str: "a string", list: "a list"}
+
+def integer(low: int | None = None, high: int | None = None):
+    """The kind of an integer from ``low`` to ``high``, both included."""
+    return Annotated[int, Field(ge=low, le=high)]
 
 
-def check(name: str, value, kind=None, low=None, high=None, choices=None):
-    """Return ``value``, or raise a UserError that says what ``name`` must be. ``low`` and ``high`` are
-    inclusive.
+def number(low: float | None = None, high: float | None = None):
+    """The kind of a finite number from ``low`` to ``high``, both included; integers are numbers."""
+    return Annotated[float, Field(ge=low, le=high)]
 
-    ``kind`` is int, float (takes integers too), bool, str, list, or a tuple of kinds, with None in it if the
-    parameter may be None. Of a list, every entry is checked against the bounds and choices. NaN and infinity
-    are refused.
 
-    >>> check("k", 0, int, low=1)
+# Kinds of parameters. A kind is a type as pydantic reads it: int, bool, str, list[Share], Count | None,
+# Literal["topk", "l1"]; or a tuple of choices.
+Count = integer(0)
+Positive = integer(1)
+Number = number()
+NotNegative = number(0)
+Share = number(0, 1)
+Shares = list[Share]
+Text = str
+Flag = bool
+
+_NOUNS = {
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "True or False",
+    "string": "a string",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "None",
+}
+
+
+def check(name: str, value, kind=Any, low=None, high=None, choices=None):
+    """Return ``value`` as it is, or raise a UserError that says what ``name`` must be.
+
+    ``kind`` is a kind as above; ``low`` and ``high`` (inclusive) are bounds of a number, or of every entry of
+    a list; ``choices`` are the values that there are. NaN and infinity are refused, tuples are lists, numbers
+    of numpy are numbers.
+
+    >>> check("k", 0, Positive)
     Traceback (most recent call last):
     lib.settings.UserError: k is 0: it must be an integer of at least 1
     """
-    kinds = kind if isinstance(kind, tuple) else () if kind is None else (kind,)
-    if value is None and None in kinds:
-        return value
-    wanted = " or ".join(_KINDS[k] for k in kinds if k is not None) or "a value"
-    if low is not None and high is not None:
-        wanted += f" from {low} to {high}"
-    elif low is not None or high is not None:
-        wanted += f" of at least {low}" if low is not None else f" of at most {high}"
-    if choices is not None:
-        wanted = "one of " + ", ".join(map(str, choices))
-    if list in kinds:
-        wanted = (
-            wanted.replace("a list", "a list, every entry", 1)
-            if (low, high, choices) != (None, None, None)
-            else wanted
-        )
-    fine = not kinds or any(k is not None and _is(value, k) for k in kinds)
-    for entry in value if isinstance(value, (list, tuple)) else [value]:
-        number = isinstance(entry, (int, float, np.number)) and not isinstance(entry, bool)
-        fine = fine and not (number and not math.isfinite(entry))
-        fine = fine and (choices is None or entry in choices)
-        if low is not None or high is not None:
-            fine = fine and number and (low is None or entry >= low) and (high is None or entry <= high)
-    if not fine:
-        raise UserError(f"{name} is {value!r}: it must be {wanted}")
+    if choices is not None or isinstance(kind, tuple):
+        kind = Literal[tuple(kind if choices is None else choices)]
+    elif (low, high) != (None, None):
+        bounds = Field(ge=low, le=high)
+        kind = list[Annotated[float, bounds]] if kind is list else Annotated[kind, bounds]
+    adapter = TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+    try:
+        adapter.validate_python(_without_numpy(value))
+    except ValidationError:
+        raise UserError(f"{name} is {value!r}: it must be {_wanted(adapter.json_schema())}") from None
     return value
 
 
-# Kinds of parameters, as ``begin`` takes them: (type, lowest, highest), or the choices that there are.
-Count = (int, 0, None)
-Positive = (int, 1, None)
-Share = (float, 0, 1)
-Number = (float, None, None)
-Shares = (list, 0, 1)
-Text = (str, None, None)
+def _without_numpy(value):
+    if isinstance(value, (list, tuple)):
+        return [_without_numpy(entry) for entry in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
-def check_kinds(given: Mapping, kinds: Mapping[str, tuple]) -> None:
-    """UserError for the first value of ``given`` that is not of its kind: (type, low, high), or a tuple of
-    choices.
-    """
+def _wanted(schema: Mapping) -> str:
+    """A JSON schema in words: "an integer of at least 1"."""
+    if choices := schema.get("enum", [schema["const"]] if "const" in schema else None):
+        return "one of " + ", ".join(map(str, choices))
+    if "anyOf" in schema:
+        return " or ".join(map(_wanted, schema["anyOf"]))
+    words = _NOUNS.get(schema.get("type"), "a value")
+    if bounds := schema.get("items"):
+        words += ", every entry"
+        words += "" if {"minimum", "maximum"} & bounds.keys() else f" {_wanted(bounds)}"
+    low, high = ((bounds or schema).get(key) for key in ("minimum", "maximum"))
+    if low is not None and high is not None:
+        return f"{words} from {low} to {high}"
+    words += f" of at least {low}" if low is not None else ""
+    return words + (f" of at most {high}" if high is not None else "")
+
+
+def check_kinds(values: Mapping, kinds: Mapping) -> None:
+    """UserError for the first of ``values`` that is not of its kind; both by name."""
     for name, kind in kinds.items():
-        if isinstance(kind[0], str):
-            check(name, given[name], choices=kind)
-        else:
-            check(name, given[name], *kind)
+        check(name, values[name], kind)
 
 
-def _is(value, kind: type) -> bool:
-    if kind is bool:
-        return isinstance(value, (bool, np.bool_))
-    if kind is int:
-        return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if kind is float:
-        return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if kind is list:
-        return isinstance(value, (list, tuple))
-    return isinstance(value, kind)
+@dataclass_transform(frozen_default=True)
+def parameters(cls):
+    """A frozen dataclass whose values are checked when it is made, against the kinds that annotate them.
+
+    Values are kept as they are given: 2 stays 2, where a number may be 2.0, so that fingerprints stay. A
+    ``__post_init__`` of the class is called afterwards, for what concerns several values.
+    """
+    afterwards = cls.__dict__.get("__post_init__")
+
+    def __post_init__(self) -> None:
+        check_kinds(vars(self), get_type_hints(cls, include_extras=True))
+        if afterwards:
+            afterwards(self)
+
+    cls.__post_init__ = __post_init__
+    return dataclass(frozen=True)(cls)
 
 
 # environment variable by which ``lib.models.pairs`` is told of another registry, in kernels too
@@ -106,7 +137,7 @@ REGISTRY = "PAIRS_REGISTRY"
 
 
 def checked(notebook: str, defaults: dict, given: dict) -> dict:
-    """``given`` with every value of the type of its default; UserError for an unknown name or another type."""
+    """``given`` with values of the types of their defaults; UserError for an unknown name or another type."""
     return {name: _typed(notebook, name, value, defaults) for name, value in given.items()}
 
 

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from ..models.pairs import Pair, check_layer
 from ..models.reader import capture
 from ..runs import MANIFEST, fingerprint, is_current, write_manifest
-from ..settings import ROOT, UserError, check
+from ..settings import ROOT, UserError, check, integer
 
 RELATIONS = ROOT / "data" / "relations"
 # Of words that the embedded pair knows too; each is natural for some relations, none for all.
@@ -77,7 +77,7 @@ def load_relations(
         )
     if unknown := [name for name in names or () if name not in files]:
         raise UserError(f"unknown relation {unknown[0]!r}: {folder} has {', '.join(files)}")
-    check("max_pairs", max_pairs, (int, None), low=MIN_PAIRS)
+    check("max_pairs", max_pairs, integer(MIN_PAIRS) | None)
     return [
         Relation(name, _pairs(files[name], max_pairs, seed))
         for name in (dict.fromkeys(names) if names else files)

@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ..runs import fingerprint
-from ..settings import ROOT, UserError, check
+from ..settings import ROOT, Count, UserError, check
 from . import hub, weights
 
 REGISTRY = ROOT / "data" / "pairs.yaml"
@@ -220,7 +220,7 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
             f"pair {name!r} lacks {' and '.join(sorted(missing))}: give a folder or a hub id with revision"
         )
     for key in ("base", "distilled", "tokenizer"):
-        check(f"{key} of pair {name!r}", entry.get(key), str if key != "tokenizer" else (str, None))
+        check(f"{key} of pair {name!r}", entry.get(key), str if key != "tokenizer" else str | None)
     others, differing = entry.get("others") or {}, entry.get("differing_ids") or []
     if not isinstance(others, Mapping) or not all(
         isinstance(text, str) for item in others.items() for text in item
@@ -237,7 +237,7 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
         check(f"{key} of pair {name!r}", entry.get(key, "float32"), str, choices=tuple(DTYPES))
     for key in ("dictionary", "tokens"):
         check(f"{key} of pair {name!r}", entry.get(key, 1), int, low=1)
-    check(f"layer of pair {name!r}", entry.get("layer"), (int, None), low=0)
+    check(f"layer of pair {name!r}", entry.get("layer"), Count | None)
     if entry.get("remote", False) is not False:
         check(f"remote of pair {name!r}", entry["remote"], choices=(True, "local"))
     return Pair(
