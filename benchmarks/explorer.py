@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from lib.crosscoder.codes import Coded
+from lib.crosscoder.codes import SplitCodes
 from lib.crosscoder.model import CrossCoder
 from lib.features.explorer import Columns, Explorer
 
@@ -59,7 +59,7 @@ def made_up(features: int, width: int, folder: Path) -> Explorer:
             "top_token": "wait",
         }
     )
-    columns = Columns.build(Coded(np.arange(TOKENS), codes), folder, "made up")
+    columns = Columns.build(SplitCodes(np.arange(TOKENS), codes), folder, "made up")
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"word{i}" for i in ids])
     return Explorer(crosscoder, store, table, columns, tokenizer)
 

@@ -20,7 +20,7 @@ CHUNK = 8_192  # tokens at a time that are encoded
 
 
 @dataclass(frozen=True)
-class Coded:
+class SplitCodes:
     """Codes of some tokens of a split: ``codes`` [n, F] sparse float32, ``rows`` [n] their numbers in the
     store, sorted.
     """
@@ -56,7 +56,7 @@ def codes(
     max_tokens: int | None = None,
     seed: int = 0,
     model: str | None = None,
-) -> Coded:
+) -> SplitCodes:
     """Features of a split's kept tokens (``sample_rows``), as inference computes them; read from one
     ``model`` alone if named.
     """
@@ -89,7 +89,7 @@ def codes(
                 )
             parts.append(sparse.csr_matrix(f.numpy()))
             progress.update(start + len(acts[0]))
-    return Coded(rows, sparse.csr_matrix(sparse.vstack(parts)))
+    return SplitCodes(rows, sparse.csr_matrix(sparse.vstack(parts)))
 
 
 @torch.no_grad()

@@ -58,7 +58,16 @@ from torch.nn import functional
 
 from ..runs import whole_file, write_text
 from ..settings import UserError, check
-from .sparse import Code, encode, jump, reconstruct, select_above, select_batch, select_positive, select_rows
+from .sparse import (
+    SparseBatch,
+    encode,
+    jump,
+    reconstruct,
+    select_above,
+    select_batch,
+    select_positive,
+    select_rows,
+)
 
 VARIANTS = ("batchtopk", "topk", "l1", "jumprelu")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -376,7 +385,7 @@ class Forward:
     """
 
     x: Tensor
-    code: Code
+    code: SparseBatch
     f: Tensor
     x_hat: Tensor
     aux_hat: Tensor | None = None

@@ -31,7 +31,15 @@ from torch import Tensor
 
 from ..settings import UserError
 from .model import PRECISIONS, CrossCoder, Forward, forward
-from .sparse import Code, Encoded, encode, largest_of_rows, reconstruct, select_batch, select_rows
+from .sparse import (
+    PreActivations,
+    SparseBatch,
+    encode,
+    largest_of_rows,
+    reconstruct,
+    select_batch,
+    select_rows,
+)
 
 PER_FEATURE = ("W_dec", "W_enc", "b_enc", "log_theta")  # parameters of the crosscoder that are [F, ...]
 TIMEOUT = 600  # seconds that a process waits for the others
@@ -242,7 +250,7 @@ class Features(Together):
         return Forward(x, code, f[: len(code.features)], sums[: len(x)] + crosscoder.b_dec, sums[len(x) :])
 
     @torch.no_grad()
-    def strongest(self, encoded: Encoded, per_unit: Tensor, k: int, among: Tensor) -> Code:
+    def strongest(self, encoded: PreActivations, per_unit: Tensor, k: int, among: Tensor) -> SparseBatch:
         """``select_rows`` over the features of all processes: the entries that are here.
 
         The k largest of all are among the k largest of each part: these are compared, [B, k] strengths a
@@ -255,7 +263,7 @@ class Features(Together):
             best = largest_of_rows(code, strength, k)
         else:
             strength = per_unit[:0]
-            code = Code(
+            code = SparseBatch(
                 among.new_zeros(len(encoded) + 1), among, strength, per_unit.new_zeros(()), len(per_unit)
             )
         everyone = self.gather(best.flatten()).view(self.size, len(encoded), k)

@@ -39,7 +39,7 @@ COMPILED = True  # False takes torch's versions on the CPU too
 
 
 @dataclass
-class Code:
+class SparseBatch:
     """A sparse code [B, F], row by row: the entries of row b are those from ``indptr[b]`` to ``indptr[b +
     1]``.
 
@@ -77,7 +77,7 @@ class Code:
             (self.rows, self.features), values
         )
 
-    def where(self, kept: Tensor, floor: Tensor) -> Code:
+    def where(self, kept: Tensor, floor: Tensor) -> SparseBatch:
         """The entries that a mask [n] leaves."""
         # one thread: torch would wake all of them several times for what takes a tenth of a millisecond
         if _on_cpu(kept):
@@ -91,13 +91,15 @@ class Code:
                 kept,
                 *(t.numpy() for t in (self.indptr, self.features, self.values, indptr, features, values)),
             )
-            return Code(indptr, features, values, floor, self.n_features)
+            return SparseBatch(indptr, features, values, floor, self.n_features)
         before = functional.pad(kept.cumsum(0), (1, 0))
-        return Code(before[self.indptr], self.features[kept], self.values[kept], floor, self.n_features)
+        return SparseBatch(
+            before[self.indptr], self.features[kept], self.values[kept], floor, self.n_features
+        )
 
-    def above(self, other: Code) -> Code:
+    def above(self, other: SparseBatch) -> SparseBatch:
         """These rows, then those of ``other``."""
-        return Code(
+        return SparseBatch(
             torch.cat([self.indptr, other.indptr[1:] + self.indptr[-1]]),
             torch.cat([self.features, other.features]),
             torch.cat([self.values, other.values]),
@@ -110,7 +112,7 @@ class Code:
 
 
 @dataclass
-class Encoded:
+class PreActivations:
     """Pre-activations [B, F] of a batch: ``products`` + ``offset``, the products in the dtype that they were
     computed in.
 
@@ -136,9 +138,9 @@ class Encoded:
         """As float32 [rows, F]."""
         return self.products[rows].float() + self.offset
 
-    def among(self, features: Tensor) -> Encoded:
+    def among(self, features: Tensor) -> PreActivations:
         """Of some features [n] only."""
-        return Encoded(
+        return PreActivations(
             self.products.index_select(1, features),
             self.offset[features],
             self.x,
@@ -156,7 +158,7 @@ def encode(
     dtype: torch.dtype = torch.float32,
     centre: Tensor | None = None,
     buffers: dict | None = None,
-) -> Encoded:
+) -> PreActivations:
     """Pre-activations x W_enc^T + b_enc of x [B, D], in float32 or bfloat16 products.
 
     ``centre`` [D] is subtracted from x before rounding and made up for in the offset: activations far from 0,
@@ -173,7 +175,9 @@ def encode(
             _buffer(buffers, "weights", W_enc.shape, dtype, x.device).copy_(weights),
         )
     products = _buffer(buffers, "products", (len(x), len(W_enc)), dtype, x.device)
-    return Encoded(torch.mm(inputs, weights.T, out=products), offset, x, W_enc.detach(), b_enc.detach())
+    return PreActivations(
+        torch.mm(inputs, weights.T, out=products), offset, x, W_enc.detach(), b_enc.detach()
+    )
 
 
 def _buffer(
@@ -191,12 +195,12 @@ def _buffer(
 
 @torch.no_grad()
 def select_batch(
-    encoded: Encoded,
+    encoded: PreActivations,
     per_unit: Tensor,
     wanted: int,
     hint: float = 0.0,
     gather: Callable[[Tensor], Tensor] = lambda own: own,
-) -> Code:
+) -> SparseBatch:
     """BatchTopK: the ``wanted`` largest strengths v = f * per_unit of the batch, f = ReLU of the
     pre-activation.
 
@@ -226,7 +230,9 @@ def select_batch(
 
 
 @torch.no_grad()
-def select_rows(encoded: Encoded, per_unit: Tensor, k: int, among: Tensor | None = None) -> Code:
+def select_rows(
+    encoded: PreActivations, per_unit: Tensor, k: int, among: Tensor | None = None
+) -> SparseBatch:
     """TopK: the k largest strengths of each row, else as ``select_batch``; of the features ``among`` [n]
     only, if given.
 
@@ -240,7 +246,7 @@ def select_rows(encoded: Encoded, per_unit: Tensor, k: int, among: Tensor | None
     return code.where(strength >= floors[code.rows], floors.mean())
 
 
-def largest_of_rows(code: Code, strength: Tensor, k: int) -> Tensor:
+def largest_of_rows(code: SparseBatch, strength: Tensor, k: int) -> Tensor:
     """The k largest of each row's strengths [n], in any order: [B, k], with zeros where a row has fewer."""
     counts = code.indptr.diff()
     columns = torch.arange(len(strength), device=strength.device) - code.indptr[:-1].repeat_interleave(counts)
@@ -251,7 +257,7 @@ def largest_of_rows(code: Code, strength: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def select_positive(encoded: Encoded) -> Code:
+def select_positive(encoded: PreActivations) -> SparseBatch:
     """Every positive entry, as the L1 variant has it: in float32, since rounding may take what is close to 0
     for negative.
     """
@@ -266,7 +272,7 @@ def select_positive(encoded: Encoded) -> Code:
 
 
 @torch.no_grad()
-def select_above(encoded: Encoded, per_unit: Tensor, low: float, expected: int) -> Code:
+def select_above(encoded: PreActivations, per_unit: Tensor, low: float, expected: int) -> SparseBatch:
     """Every entry whose strength is at least ``low`` > 0. ``expected``, in a row, changes the time and not
     the result.
 
@@ -278,7 +284,7 @@ def select_above(encoded: Encoded, per_unit: Tensor, low: float, expected: int) 
     return code.where(code.values * per_unit[code.features] >= low, code.floor) if encoded.rounding else code
 
 
-def _guess(encoded: Encoded, per_unit: Tensor, wanted: int) -> Tensor:
+def _guess(encoded: PreActivations, per_unit: Tensor, wanted: int) -> Tensor:
     """A strength [1] that the wanted number of entries, and some more, exceed: from a sample of the rows."""
     step = max(len(encoded) // 32, 1)
     sample = (encoded.floats(slice(None, None, step)) * per_unit).flatten()
@@ -289,7 +295,7 @@ def _guess(encoded: Encoded, per_unit: Tensor, wanted: int) -> Tensor:
     )
 
 
-def _row_floors(encoded: Encoded, per_unit: Tensor, k: int) -> Tensor:
+def _row_floors(encoded: PreActivations, per_unit: Tensor, k: int) -> Tensor:
     """A strength [B] that k entries of each row reach and not many more do."""
     if not _on_cpu(per_unit):
         return torch.topk(encoded.floats().clamp(min=0) * per_unit, k, dim=-1, sorted=False).values.amin(-1)
@@ -301,7 +307,7 @@ def _row_floors(encoded: Encoded, per_unit: Tensor, k: int) -> Tensor:
     return floors
 
 
-def _above(encoded: Encoded, per_unit: Tensor, low: Tensor, expected: int) -> Code:
+def _above(encoded: PreActivations, per_unit: Tensor, low: Tensor, expected: int) -> SparseBatch:
     """The entries whose strength is positive and at least ``low`` [B], with float32 values. ``expected``:
     entries per row.
     """
@@ -334,7 +340,7 @@ def _above(encoded: Encoded, per_unit: Tensor, low: Tensor, expected: int) -> Co
         indptr, f = functional.pad(torch.bincount(rows, minlength=B).cumsum(0), (1, 0)), pre[rows, features]
     if encoded.names is not None:
         features = encoded.names[features]
-    code = Code(indptr, features, f, f.new_zeros(()), len(encoded.W_enc))
+    code = SparseBatch(indptr, features, f, f.new_zeros(()), len(encoded.W_enc))
     if encoded.rounding:
         code.values = _dots(code, encoded.x, encoded.W_enc) + encoded.b_enc[features]
         code = code.where(code.values > 0, code.floor)
@@ -345,7 +351,7 @@ def _above(encoded: Encoded, per_unit: Tensor, low: Tensor, expected: int) -> Co
 
 
 def reconstruct(
-    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, x: Tensor, code: Code, buffers: dict | None = None
+    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, x: Tensor, code: SparseBatch, buffers: dict | None = None
 ) -> tuple[Tensor, Tensor]:
     """(f [n], sums [B, D]): the code's values, f = x W_enc^T + b_enc where it has entries, and their sums f @
     W_dec.
@@ -383,7 +389,7 @@ class _Reconstruct(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def jump(sums: Tensor, log_theta: Tensor, W_dec: Tensor, edge: Code, rise: Tensor) -> Tensor:
+def jump(sums: Tensor, log_theta: Tensor, W_dec: Tensor, edge: SparseBatch, rise: Tensor) -> Tensor:
     """``sums`` [B, D] unchanged, through which a loss reaches log theta [F]: JumpReLU's pseudo-gradient of
     the reconstruction.
 
@@ -414,7 +420,7 @@ class _Jump(torch.autograd.Function):
         )
 
 
-def _sums(code: Code, W: Tensor) -> Tensor:
+def _sums(code: SparseBatch, W: Tensor) -> Tensor:
     """f @ W, [B, D]."""
     if code.crowded:
         return code.dense() @ W
@@ -433,7 +439,7 @@ def _sums(code: Code, W: Tensor) -> Tensor:
     return out
 
 
-def _dots(code: Code, x: Tensor, W: Tensor) -> Tensor:
+def _dots(code: SparseBatch, x: Tensor, W: Tensor) -> Tensor:
     """x_b . W_i for every entry (b, i) of the code, [n]."""
     if code.crowded:
         return (x @ W.T)[code.rows, code.features]
@@ -447,7 +453,7 @@ def _dots(code: Code, x: Tensor, W: Tensor) -> Tensor:
 
 
 def _weight_gradients(
-    code: Code, at_code: Tensor, x: Tensor, at_sums: Tensor, buffers: dict
+    code: SparseBatch, at_code: Tensor, x: Tensor, at_sums: Tensor, buffers: dict
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of W_enc, b_enc, W_dec from those of f [n] and of the sums [B, D]: at_code^T x, its row sums,
     f^T at_sums.

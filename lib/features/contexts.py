@@ -31,7 +31,7 @@ def top_contexts(
     feature and rank.
 
     ``row`` is the token's number in the store, ``label`` that of its sentence, ``text`` some words around it
-    with the token in «». Of equal activations the earlier one counts. ``coded`` is a ``features.Coded``.
+    with the token in «». Of equal activations the earlier one counts. ``coded`` is a ``features.SplitCodes``.
     """
     columns, found = coded.codes.tocsc(), []
     for feature in features:

@@ -35,7 +35,7 @@ from sklearn.preprocessing import StandardScaler
 from .. import stats
 from ..activations.positions import is_category, positions
 from ..activations.store import Store
-from ..crosscoder.codes import Coded, encoder_share
+from ..crosscoder.codes import SplitCodes, encoder_share
 from ..crosscoder.model import CrossCoder
 from ..labels import DETECTED, LABELS
 from . import auroc as detection
@@ -157,7 +157,7 @@ def shuffled_detectors(
 
 
 def word_or_function(
-    store: Store, coded: Coded, chosen: Mapping[str, int], n_boot: int = 1000, seed: int = 0
+    store: Store, coded: SplitCodes, chosen: Mapping[str, int], n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """Is it the word or what the word does? For each category its feature at the same words in and out of it.
     A row per category.

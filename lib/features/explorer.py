@@ -29,7 +29,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..activations.store import Store, open_store
-from ..crosscoder.codes import Coded, encoder_share
+from ..crosscoder.codes import SplitCodes, encoder_share
 from ..crosscoder.model import CrossCoder, check_feature
 from ..crosscoder.sharing import open_for_run
 from ..figures import COLOURS, PLOTLY_MIME, shaded_tokens, summary
@@ -69,7 +69,7 @@ class Columns:
     values: np.ndarray
 
     @classmethod
-    def build(cls, coded: Coded, folder: Path, mark: str) -> Columns:
+    def build(cls, coded: SplitCodes, folder: Path, mark: str) -> Columns:
         """Written below ``folder`` unless they are there already, made from what ``mark`` names."""
         mark = fingerprint("columns", mark)
         if not is_current(folder, mark):
@@ -523,7 +523,7 @@ def explorer_of(
     crosscoder: CrossCoder,
     store: Store,
     table: pd.DataFrame,
-    report: Coded,
+    report: SplitCodes,
     tokenizer: PreTrainedTokenizerBase,
     mark: str,
     named: pd.DataFrame | None = None,

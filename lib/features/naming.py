@@ -128,7 +128,7 @@ def excerpt(store: Store, tokenizer: PreTrainedTokenizerBase, row: int, marked: 
 def contexts_to_label(
     store: Store, coded, tokenizer: PreTrainedTokenizerBase, features: Sequence[int], n: int = 8
 ) -> pd.DataFrame:
-    """``contexts.top_contexts`` in plain text: ``coded`` (a ``features.Coded``) is of the split "choose"."""
+    """``contexts.top_contexts`` in plain text; ``coded``: the codes of the split "choose"."""
     found = top_contexts(store, coded, tokenizer, features, n)
     return found.assign(text=[excerpt(store, tokenizer, row, marked=True) for row in found["row"]])
 

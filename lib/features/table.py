@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..activations.positions import is_category, positions
 from ..activations.store import Store, open_store
-from ..crosscoder.codes import Coded, codes, sample_rows
+from ..crosscoder.codes import SplitCodes, codes, sample_rows
 from ..crosscoder.model import CrossCoder
 from ..crosscoder.sharing import open_for_run
 from ..labels import CATEGORIES as CATEGORIES
@@ -75,8 +75,8 @@ class Inspection:
     table: pd.DataFrame
     chosen: dict[str, int]
     contexts: pd.DataFrame
-    choose: Coded
-    report: Coded
+    choose: SplitCodes
+    report: SplitCodes
 
     @property
     def alive(self) -> pd.DataFrame:
@@ -113,8 +113,8 @@ class RunInspection(Inspection):
 def feature_table(
     crosscoder: CrossCoder,
     store: Store,
-    choose: Coded | None = None,
-    report: Coded | None = None,
+    choose: SplitCodes | None = None,
+    report: SplitCodes | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     model: str = "distilled",
     reference: str = "base",
@@ -162,7 +162,7 @@ def feature_table(
     return table.join(_detection_columns(store, choose, report))
 
 
-def _detection_columns(store: Store, choose: Coded, report: Coded) -> pd.DataFrame:
+def _detection_columns(store: Store, choose: SplitCodes, report: SplitCodes) -> pd.DataFrame:
     columns = {}
     for where, infix in (("before", ""), ("marker", "marker_")):
         for suffix, coded in (("_choose", choose), ("", report)):
@@ -183,7 +183,9 @@ def _by_category(name: str, values: np.ndarray, suffix: str = "") -> dict[str, n
     return {f"{name}{c}{suffix}": values[:, i] for i, c in enumerate(DETECTED)}
 
 
-def describe(store: Store, coded: Coded, tokenizer: PreTrainedTokenizerBase | None = None) -> pd.DataFrame:
+def describe(
+    store: Store, coded: SplitCodes, tokenizer: PreTrainedTokenizerBase | None = None
+) -> pd.DataFrame:
     """What each feature's activation falls on, from ground truth; one row per feature. Shares are of the sum
     of its activation over all tokens.
 
@@ -434,9 +436,9 @@ def load(folder: Path, crosscoder_fingerprint: str | None = None) -> tuple[pd.Da
         raise UserError(f"{problem}: remove its folder and run notebook {MADE_BY} again") from None
 
 
-def _read_codes(folder: Path, split: str) -> Coded:
+def _read_codes(folder: Path, split: str) -> SplitCodes:
     rows = np.load(folder / f"rows_{split}.npy", allow_pickle=False)
-    return Coded(rows, sparse.csr_matrix(sparse.load_npz(folder / f"codes_{split}.npz")))
+    return SplitCodes(rows, sparse.csr_matrix(sparse.load_npz(folder / f"codes_{split}.npz")))
 
 
 def open_artefacts(

@@ -6,7 +6,7 @@ import torch
 
 from lib.crosscoder import sparse
 from lib.crosscoder.sparse import (
-    Code,
+    SparseBatch,
     encode,
     jump,
     reconstruct,
@@ -181,7 +181,7 @@ def test_screening_far_from_zero_is_exact_with_a_centre(weights):
 
 
 def test_a_code():
-    code = Code(
+    code = SparseBatch(
         torch.tensor([0, 2, 2, 3]),
         torch.tensor([0, 3, 1]),
         torch.tensor([1.0, 2.0, 5.0]),

@@ -7,7 +7,7 @@ import torch
 from scipy import sparse
 from toys import toy_store
 
-from lib.crosscoder.codes import Coded, codes
+from lib.crosscoder.codes import SplitCodes, codes
 from lib.crosscoder.model import CrossCoder
 from lib.distil.organism import build_tokenizer
 from lib.features import explorer
@@ -72,7 +72,7 @@ def test_activations_on_disk_are_those_in_memory(parts):
 
 def test_columns_are_made_anew_from_something_else_and_only_then(tmp_path):
     one, two = (
-        Coded(np.arange(2), sparse.csr_matrix(np.array(values, np.float32)))
+        SplitCodes(np.arange(2), sparse.csr_matrix(np.array(values, np.float32)))
         for values in ([[1, 0], [0, 2]], [[0, 3], [0, 0]])
     )
     Columns.build(one, tmp_path, "a")

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from lib.crosscoder.codes import Coded
+from lib.crosscoder.codes import SplitCodes
 from lib.features import naming as labelling
 from lib.features.naming import (
     Endpoint,
@@ -431,7 +431,7 @@ def planted(store):
     values = np.zeros((len(store), 3), dtype=np.float32)
     values[(store.tokens == 7) & (store.documents % 4 < 2) & (store.positions > 30), 0] = 1.0
     values[:, 2] = 1.0
-    return Coded(np.arange(len(store)), sparse.csr_matrix(values))
+    return SplitCodes(np.arange(len(store)), sparse.csr_matrix(values))
 
 
 def test_texts_to_judge_are_balanced_matched_and_truly_silent():

@@ -13,7 +13,7 @@ from lib.activations import positions as positions_module
 from lib.crosscoder import codes as codes_module
 from lib.crosscoder import exchange, sharing
 from lib.crosscoder import model as model_module
-from lib.crosscoder.codes import Coded
+from lib.crosscoder.codes import SplitCodes
 from lib.crosscoder.model import CrossCoder
 from lib.distil.organism import build_tokenizer
 from lib.features import contexts
@@ -75,7 +75,7 @@ def coded(store, split, columns):
         [LABELS[i] if i >= 0 else "" for i in store.labels[name][rows]] for name in ("label", "next_label")
     ]
     dense = np.array([[f(*x) for f in columns] for x in zip(words, *named)], dtype=np.float32)
-    return Coded(rows, sparse.csr_matrix(dense))
+    return SplitCodes(rows, sparse.csr_matrix(dense))
 
 
 FORETELLS = lambda word, label, following: 2.0 * (following == "reflection")
@@ -365,7 +365,7 @@ def test_shuffled_labels_leave_chance_and_planted_ones_do_not(toy, tmp_path):
         planted = (store.labels["next_label"][split.rows] == LABELS.index("deduction"))[:, None].astype(
             np.float32
         )
-        return Coded(split.rows, sparse.csr_matrix(sparse.hstack([planted, split.codes[:, 1:]])))
+        return SplitCodes(split.rows, sparse.csr_matrix(sparse.hstack([planted, split.codes[:, 1:]])))
 
     table = made.table.assign(nrn=1.0, alive=True)
     planted = features.Inspection(
@@ -483,7 +483,7 @@ def test_top_contexts_by_hand():
 def test_activations_at_masked_tokens_are_zero():
     store = by_hand()
     some = coded(store, "report", COLUMNS)
-    some = Coded(some.rows[1:], some.codes[1:])
+    some = SplitCodes(some.rows[1:], some.codes[1:])
     rows = np.arange(some.rows[0] - 1, some.rows[0] + 3)
     assert contexts.activations_at(some, rows, 0).tolist() == [0, 0, 2, 0]
     assert contexts.activations_at(some, np.array([10_000]), 0).tolist() == [0]

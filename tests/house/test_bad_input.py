@@ -27,7 +27,7 @@ from lib import figures
 from lib import settings as settings_module
 from lib.activations.harvest import harvest
 from lib.activations.store import Store
-from lib.crosscoder.codes import Coded, codes
+from lib.crosscoder.codes import SplitCodes, codes
 from lib.crosscoder.model import CrossCoder, check_feature
 from lib.crosscoder.sharing import open_crosscoder
 from lib.crosscoder.training import TrainConfig, train
@@ -598,7 +598,7 @@ def test_contexts_and_explorer_escape_words_and_labels(store):
             return [HOSTILE[i % len(HOSTILE)] for i in ids]
 
     crosscoder = CrossCoder(list(store.widths.values()), 8, variant="l1", names=list(store.models))
-    coded: Coded = codes(crosscoder, store, "report")
+    coded: SplitCodes = codes(crosscoder, store, "report")
     feature = int(np.asarray((coded.codes > 0).sum(axis=0)).argmax())
     row = int(coded.rows[coded.codes[:, [feature]].toarray().ravel().argmax()])
     contexts = pd.DataFrame(
