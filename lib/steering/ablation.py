@@ -24,7 +24,6 @@ Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on faithfulness; the con
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +39,7 @@ from ..crosscoder.model import CrossCoder, check_feature
 from ..labels import CATEGORIES, LABELS
 from ..runs import Progress
 from ..settings import UserError, check
-from ..stats import bootstrap
+from ..stats import bootstrap, group_weights, interval
 
 REMOVED = ("features", "matched", "random")
 
@@ -371,7 +370,7 @@ def summarise(effects: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Da
             .to_numpy()
         )
         # whole documents are drawn
-        weights = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_boot)
+        weights = group_weights(len(sums), n_boot, rng)
         row = dict(zip(("category", "model", "k", "removed"), keys))
         for name, figures in (("", sums.sum(0)[None]), ("boot", weights @ sums)):
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -383,11 +382,7 @@ def summarise(effects: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Da
                 if not name:
                     row[column] = float(drawn[0])
                 else:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN where nothing was removed
-                        row[f"{column}_low"], row[f"{column}_high"] = (
-                            float(q) for q in np.nanquantile(drawn, [0.025, 0.975])
-                        )
+                    row[f"{column}_low"], row[f"{column}_high"] = interval(drawn)
         rows.append({**row, "n": len(group), "documents": len(sums)})
     return pd.DataFrame(rows)
 

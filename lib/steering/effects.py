@@ -22,6 +22,7 @@ from plotly.subplots import make_subplots
 
 from ..figures import COLOURS
 from ..labels import CATEGORIES, REDUNDANT
+from ..stats import group_weights, interval
 
 OTHER = {"distilled": "base", "base": "distilled"}
 METHODS = ("feature", "amplify", "mean difference", "logit bias", "random")  # of adding more of a category
@@ -53,8 +54,7 @@ class _Resampled:
 
     def __init__(self, rows: pd.DataFrame, n_boot: int, seed: int):
         n = rows["task"].nunique()
-        draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)
-        self.n, self.weights = n, np.concatenate([np.ones((1, n)), draws])
+        self.n, self.weights = n, np.concatenate([np.ones((1, n)), group_weights(n, n_boot, seed)])
         self.rows = rows.assign(**{ONE: 1.0})
         columns = sorted({name for pair in MEASURES.values() for name in pair})
         self.heads, self.sums = {}, {}
@@ -80,10 +80,10 @@ class _Resampled:
 
 def _interval(draws: np.ndarray) -> tuple[float, float, float]:
     """(value, low, high); NaN where undefined in the data, or in more than half of the resamples."""
-    finite = draws[1:][np.isfinite(draws[1:])]
-    if not np.isfinite(draws[0]) or len(finite) <= len(draws) / 2:
-        return (float(draws[0]) if np.isfinite(draws[0]) else np.nan), np.nan, np.nan
-    return (float(draws[0]), *map(float, np.quantile(finite, [0.025, 0.975])))
+    value, defined = float(draws[0]), draws[1:][~np.isnan(draws[1:])]
+    if np.isnan(value) or len(defined) <= len(draws) / 2:
+        return value, np.nan, np.nan
+    return (value, *interval(defined))
 
 
 def pooled(rows: pd.DataFrame, kind: str, family: str = "ablate") -> pd.DataFrame:

@@ -24,6 +24,7 @@ from ..distil.trials import MODES, Task, read
 from ..figures import COLOURS
 from ..labels import CATEGORIES, REDUNDANT
 from ..settings import UserError, check
+from ..stats import group_weights, interval
 from ..text.puzzles import sentences_of
 
 RATES = (*CATEGORIES, REDUNDANT)
@@ -98,9 +99,8 @@ def compare(outcomes: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Dat
     }
     base = next(values for key, values in cells.items() if key[0] == NO_STEERING)
     n = len(base)
-    rng = np.random.default_rng(seed)
     # row 0: the data itself
-    weights = np.concatenate([np.full((1, n), 1 / n), rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n])
+    weights = np.concatenate([np.ones((1, n)), group_weights(n, n_boot, seed)]) / n
     column = {name: i for i, name in enumerate(wanted.values())}
     before = weights @ base
     rows = []
@@ -124,9 +124,7 @@ def compare(outcomes: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Dat
         row = dict(zip(keys, key))
         for name, draws in drawn.items():
             row[name] = float(draws[0])
-            finite = draws[1:][np.isfinite(draws[1:])]
-            low_high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
-            row[f"{name}_low"], row[f"{name}_high"] = map(float, low_high)
+            row[f"{name}_low"], row[f"{name}_high"] = interval(draws[1:])
         rows.append({**row, "n": n})
     return pd.DataFrame(rows)
 

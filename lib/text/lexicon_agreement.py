@@ -59,7 +59,7 @@ import pandas as pd
 from ..labels import CATEGORIES
 from ..runs import Progress, write_text
 from ..settings import UserError, check
-from ..stats import interval
+from ..stats import group_weights, interval
 from .lexicon import OTHER, sentences, tag, thought
 
 LABELLED = (*CATEGORIES, OTHER)
@@ -225,10 +225,7 @@ def _by_group(
             for w in (tagged & gold, tagged, gold, np.ones(len(ids)))
         ]
     )
-    times = np.random.default_rng(seed).multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=n_boot
-    )
-    return _rates(counts.sum(1), counts @ times.T)
+    return _rates(counts.sum(1), counts @ group_weights(len(names), n_boot, seed).T)
 
 
 def _rates(total: np.ndarray, resamples: np.ndarray) -> dict[str, float]:
@@ -376,7 +373,7 @@ def labelled_agreement(folder: str | Path, n_boot: int = 1000, seed: int = 0) ->
     )
     times = np.zeros((len(frame), n_boot))
     for part in members:
-        times[part] = rng.multinomial(len(part), np.full(len(part), 1 / len(part)), size=n_boot).T
+        times[part] = group_weights(len(part), n_boot, rng).T
     rows = []
     for c in CATEGORIES:
         tagged, gold = tags == c, label == c
