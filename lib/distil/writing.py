@@ -27,90 +27,15 @@ from ..runs import Progress, write_text
 from ..settings import UserError
 from ..text.chat import prompt
 from ..text.questions import ask
+from ..text.tables import table
 
 BATCH = 64
 TRACE_TOKENS, GENERAL_TOKENS = 640, 256  # new tokens per text, at most
 # not nucleus sampling: its sort of the vocabulary took a third of a step on a CPU
 TEMPERATURE, TOP_K = 0.8, 50
 
-SUBJECTS = (
-    "bread",
-    "rivers",
-    "the moon",
-    "bicycles",
-    "a small harbour town",
-    "the history of paper",
-    "winter birds",
-    "glass",
-    "a village school",
-    "tea",
-    "railway stations",
-    "volcanoes",
-    "the violin",
-    "honey",
-    "old maps",
-    "a family of potters",
-    "the heart",
-    "earthquakes",
-    "markets",
-    "wool",
-    "lighthouses",
-    "chess",
-    "coral reefs",
-    "the alphabet",
-    "bridges",
-    "a long drought",
-    "mushrooms",
-    "clocks",
-    "the steam engine",
-    "deserts",
-    "public libraries",
-    "wolves",
-    "salt",
-    "football",
-    "a lost letter",
-    "elections",
-    "dreams",
-    "rice",
-    "the first aeroplanes",
-    "gardens",
-    "the human eye",
-    "snow",
-    "taxes",
-    "theatre",
-    "whales",
-    "a new neighbour",
-    "vaccines",
-    "wood",
-    "the night sky",
-    "dance",
-    "batteries",
-    "rain",
-    "copper",
-    "a day at the market",
-    "grammar",
-    "friendship",
-    "cities by the sea",
-    "bees",
-    "photography",
-    "the price of wheat",
-    "islands",
-    "sleep",
-)
-OPENINGS = (
-    "{S} has always been",
-    "The first thing to know about {s} is",
-    "There are many stories about {s}.",
-    "In the nineteenth century, {s}",
-    "{S}\n\nIntroduction\n\n",
-    "My grandmother used to talk about {s}.",
-    "Scientists who study {s} have found that",
-    "Question: What is special about {s}?\nAnswer:",
-    "It was late in the evening when somebody mentioned {s}.",
-    "A short guide to {s}:\n\n1.",
-    "Few people think about {s}, but",
-    "According to the report on {s},",
-)
+SUBJECTS: list[str] = table("openings")["subjects"]
+OPENINGS: list[str] = table("openings")["openings"]
 
 
 def openings(seed: int = 0) -> Iterator[str]:

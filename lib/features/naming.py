@@ -58,6 +58,7 @@ from ..labels import CATEGORIES
 from ..runs import Progress, disk_error, exclusive
 from ..settings import UserError, check
 from ..stats import bootstrap
+from ..text.tables import table
 from .contexts import top_contexts, window
 
 ANSWERS = "answers.jsonl"
@@ -69,35 +70,8 @@ LABELLED = ["feature", "label", "category", "confidence", "parsed", "raw"]
 JUDGED = ["feature", "row", "document", "fires", "text"]
 SCORED = ["feature", "label", "other", "texts", "score", "parsed", "control", "parsed_control"]
 
-LABEL_PROMPT = """A feature is a direction in the activations of a language model. Below are the texts in which one feature is most \
-active, strongest first. The token where it is most active stands between « and ». It may be about that token, \
-about what was said before it, or about what the model is going to say next.
-
-{texts}
-
-What does the feature stand for? Choose the category as well:
-reflection: the text doubts or checks what it has just said
-deduction: the text draws a conclusion from what was said
-alternative: the text turns to another way or another candidate
-contrast: the text sets something against what was said
-none: anything else
-
-Answer with JSON and nothing else:
-{{"label": "<a few words>", "category": "<reflection, deduction, alternative, contrast or none>", "confidence": <0 to 1>}}"""
-LABEL_REMINDER = (
-    'That cannot be read. Answer with one JSON object and nothing else: {"label": "...", "category":'
-    ' "reflection, deduction, alternative, contrast or none", "confidence": 0.5}'
-)
-JUDGE_PROMPT = """A feature of a language model is described as: {label}
-
-Which of these {n} texts fit the description, so that the feature is active somewhere in them?
-
-{texts}
-
-Answer with a JSON list of their numbers and nothing else, [] if none fits."""
-JUDGE_REMINDER = (
-    "That cannot be read. Answer with one JSON list of numbers from 1 to {n} and nothing else, for instance"
-    " [1, 2]."
+LABEL_PROMPT, LABEL_REMINDER, JUDGE_PROMPT, JUDGE_REMINDER = (
+    table("naming")[name] for name in ("label_prompt", "label_reminder", "judge_prompt", "judge_reminder")
 )
 
 

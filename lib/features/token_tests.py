@@ -70,6 +70,7 @@ from ..stats import wilson
 from ..text.corpus import encode
 from ..text.curriculum import prose
 from ..text.puzzles import FRAME, NUMBERS, OPERATIONS, PARAPHRASES, Sentence, Teacher, sample_puzzle, words_of
+from ..text.tables import table
 
 WINDOW = 3  # tokens: a marker and the next two
 NEAREST_WORDS, NEAREST_TOKENS = 5, 20  # of like frequency, of which one is drawn: on puzzles, in real text
@@ -84,17 +85,7 @@ PLAIN_OPENINGS = {  # of the teacher's paraphrases that do without the category'
     "contrast": ("this",),
     "verification": (),
 }
-NEW_WORDINGS = {  # in the vocabulary, and in nothing that any model was trained on
-    "reflection": ("look , {a} {op} = {v} .", "{a} {op} should be {v} .", "it is {v} , we see ."),
-    "deduction": ("here {a} {op} is {v} .", "from {a} {op} comes {v} .", "take {a} {op} , it is {v} ."),
-    "alternative": ("we try {c} .", "the other is {c} .", "take {c} ."),
-    "contrast": ("{v} is not {t} .", "it is not {t} .", "the answer is not {v} ."),
-    "verification": (
-        "look again : {a} {op} = {v} .",
-        "it is true , {a} {op} = {v} .",
-        "here {a} {op} = {v} again .",
-    ),
-}
+NEW_WORDINGS = dict(table("puzzles")["new_wordings"])  # in the vocabulary, and in nothing that was trained on
 NEW_WORDINGS["start"] = NEW_WORDINGS["deduction"]
 TESTS = (
     "in context",

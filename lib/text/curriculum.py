@@ -34,6 +34,7 @@ from .puzzles import (
     sample_question,
     words_of,
 )
+from .tables import table
 
 RELATIONS_DIR = ROOT / "data" / "relations"
 EMBEDDED_RELATIONS = ("antonym", "capital", "comparative", "language", "past", "plural", "successor")
@@ -57,107 +58,9 @@ MID_MIX = {"prose": 0.08, "arithmetic": 0.08, "copying": 0.07, "direct": 0.07, "
 LATE_MIX = {"prose": 0.15, "arithmetic": 0.10, "copying": 0.10, "direct": 0.15, "judging": 0.50}
 MARKER_SHARE = 0.5  # of prose sentences: those that use a trace's marker word in another sense
 
-NAMES = "anna ben clara david emma felix grace henry iris jack karen leo mona nina oscar paula".split()
-PLACES = "market station school garden harbour library church kitchen office park bridge beach".split()
-TIMES = "monday tuesday wednesday thursday friday saturday sunday morning evening night".split()
-THINGS = "bus train letter tea soup coat rope key lamp clock song film ticket road window bread".split()
-
-# {n}: a name, {p}: a place, {d}: a time, {o}: a thing; {x}/{y}: a pair of the relation in the first column.
-PLAIN = (
-    ("capital", "the capital of {x} is {y} ."),
-    ("capital", "{y} is the capital of {x} ."),
-    ("capital", "{n} flew to {y} in {x} ."),
-    ("capital", "in {x} the largest city is {y} ."),
-    ("language", "people in {x} speak {y} ."),
-    ("language", "{n} learned {y} in {x} ."),
-    ("language", "the {y} language comes from {x} ."),
-    ("language", "they sing in {y} all over {x} ."),
-    ("antonym", "the opposite of {x} is {y} ."),
-    ("antonym", "the {o} is {x} and not {y} ."),
-    ("antonym", "{n} was {x} on {d} and {y} on {e} ."),
-    ("antonym", "one {o} is {x} , the other is {y} ."),
-    ("plural", "one {x} , two {y} ."),
-    ("plural", "{n} has a {x} and {m} has many {y} ."),
-    ("plural", "the {x} saw three {y} near the {p} ."),
-    ("plural", "of all the {y} this {x} is the best ."),
-    ("past", "today we {x} , yesterday we {y} ."),
-    ("past", "{n} and {m} {y} at the {p} on {d} ."),
-    ("past", "they {x} every {d} and they {y} last {e} ."),
-    ("past", "we {x} as we {y} before ."),
-    ("comparative", "the {o} is {x} and the {q} is {y} ."),
-    ("comparative", "{n} is {x} , {m} is {y} than {n} ."),
-    ("comparative", "a {x} {o} is good , a {y} {o} is better ."),
-    ("comparative", "it was {x} in the {d} and {y} at the {p} ."),
-    ("successor", "after {x} comes {y} ."),
-    ("successor", "{n} counts {x} , {y} ."),
-    ("successor", "not {x} but {y} people came to the {p} ."),
-    ("successor", "page {y} follows page {x} ."),
-)
-# The marker words of each category in another sense: decoys for a mere token feature.
-DECOYS = {
-    "reflection": (
-        "wait for the {o} at the {p} .",
-        "{n} will wait until {d} .",
-        "hold on to the {o} , {n} .",
-        "hold the {o} near the {p} .",
-        "hmm , said {n} in the {p} .",
-        "hmm , the {o} was good .",
-        "that should be the {o} of {n} .",
-        "that was {n} at the {p} .",
-    ),
-    "deduction": (
-        "so {n} went to the {p} .",
-        "{n} was tired so {m} took the {o} .",
-        "therefore the {p} was closed on {d} .",
-        "thus {n} lost the {o} .",
-        "{n} gives {m} a {o} .",
-        "the {p} gives {n} joy on {d} .",
-    ),
-    "alternative": (
-        "instead {n} took the {o} .",
-        "{n} took the {o} instead of the {q} .",
-        "alternatively take the {o} to the {p} .",
-        "perhaps {n} is at the {p} .",
-        "perhaps on {d} we try the {o} .",
-        "next is the {o} of {n} .",
-        "try the {o} , {n} .",
-    ),
-    "contrast": (
-        "it is late but {n} is at the {p} .",
-        "but {n} likes the {o} .",
-        "however the {o} was late .",
-        "{n} is late , however , and so is {m} .",
-        "yet {n} came to the {p} .",
-        "this is not the {o} of {n} .",
-        "this {o} is not from the {p} .",
-    ),
-    "verification": (
-        "let me see the {o} , {n} .",
-        "let {n} check the {o} .",
-        "to be sure , take a {o} .",
-        "yes , {n} came on {d} .",
-        "{n} is here again .",
-        "again the {o} was late on {d} .",
-    ),
-    "other": (
-        "first {n} saw the {p} .",
-        "{n} found the {o} near the {p} .",
-        "the work is done on {d} .",
-        "what is the answer , {n} ?",
-        "the start of the {o} is at the {p} .",
-        "{n} and {m} think of the {o} .",
-        "from the {p} we reach the {q} .",
-        "the puzzle of {n} is hard .",
-    ),
-}
-DECOY_WEIGHTS = {
-    "reflection": 3,
-    "deduction": 9,
-    "alternative": 4,
-    "contrast": 3,
-    "verification": 4,
-    "other": 4,
-}
+_PROSE = table("prose")
+NAMES, PLACES, TIMES, THINGS = (_PROSE[name] for name in ("names", "places", "times", "things"))
+PLAIN, DECOYS, DECOY_WEIGHTS = (_PROSE[name] for name in ("relations", "decoys", "decoy_weights"))
 
 
 @cache

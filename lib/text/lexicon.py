@@ -48,156 +48,23 @@ import numpy as np
 
 from ..labels import LABELS
 from ..settings import check
+from .tables import table
 
 OTHER, GENERAL = "other", "general"
-VERSION = 1  # of the rules: raised when they change, so that stores with older labels count as stale
-
-# One expression a line, in the order of precedence: (label, where in the sentence, expressions). Case does
-# not matter, curly
-# quotation marks have been made straight, CHECK and DOUBT stand for the fragments below.
-_FRAGMENTS = {
-    "CHECK": (
-        r"(?:(?:double|triple)[- ]?check\w*|check|verify|confirm|make sure|go back|backtrack|start over|step"
-        r" back"
-        r"|think (?:\w+"
-        r" ){0,3}again|re-?(?:check|read|think|examine|evaluate|consider|visit|calculate|compute|do)\w*)"
-    ),
-    "DOUBT": (
-        r"(?:is(?: not|n't)|'s not|was(?: not|n't)|can(?:not|'t) be|could(?: not|n't) be"
-        r"|does(?: not|n't)(?: \w+)?(?: seem| look| sound| feel| make| add)?)"
-    ),
-    "MAYHAVE": r"i(?:'ve)?(?: have| think i| must have| might have| may have| could have| probably| just)*",
-    "LET": r"(?:let me|let's|let us)",
-    "WAY": (
-        r"(?:way|approach|method|option|possibility|idea|angle|strategy|candidate|interpretation|path|perspective)"
-    ),
-    "MEANS": r"(?:means|implies|gives|shows|tells|leads|yields|simplifies|suggests)",
-}
-_LEXICON = (
-    (
-        "reflection",
-        "opening",
-        r"""
-        wait\b(?! (?:for|until|till|times?|on|at|in)\b)
-        h+m+\b(?![,.… ]*(?:LET (?:see|think|start|break)|where|how (?:do|can|should)|i (?:need|remember|recall|have|know)|okay|interesting))
-        hold on\b
-        (?:oops\b|oh,? no\b|no,|scratch that\b|on second thoughts?\b)
-        actually\b
-        (?:just )?to (?:be (?:sure|certain|safe)|make sure|double[- ]?check|verify|check|confirm)\b
-        (?:double[- ])?checking\b
-        (?:did i|have i|am i)\b
-        (?:is|was|does) (?:that|this) (?:right|correct|make sense|true)\b
-        """,
-    ),
-    (
-        "reflection",
-        "inside",
-        r"""
-        (?:[,.;:!?(–—…-]|\b(?:but|oh|no|hmm)) *wait\b *(?:[,.!?…–—-]|a (?:minute|second|moment)|$)
-        [,;:–—…] *h+m+\b
-        \b(?:hold on|on second thoughts?)\b
-        \bLET (?:\w+ )?CHECK\b(?! out)
-        \b(?:i|we) (?:should|need to|want to|have to|must|better|can|will) (?:\w+ )?CHECK\b(?! out)
-        \bi'(?:ll|d better) (?:\w+ )?CHECK\b(?! out)
-        \bMAYHAVE made (?:a|an|some) (?:\w+ )?(?:mistake|error|slip)s?\b
-        \bMAYHAVE mis(?:read|calc|under|count|taken|remember|appl|inter)\w*
-        \bMAYHAVE (?:messed|mixed|confused|forgot|forgotten|overlooked|overcomplicat\w+)\b
-        \b(?:a|my|the) mistake\b
-        \bi(?:'m| am) (?:\w+ ){0,3}?(?:confus\w+|mistaken|wrong|overthinking|overcomplicating|mixing|missing|stuck|in circles)\b
-        \b(?:that|this|it|which|something)(?: just)? ?DOUBT(?: \w+)? (?:right|correct|sense|up)\b
-        \b(?:that|this|something)(?:'s| is| seems| looks| must be) (?:\w+ )?(?:wrong|off|incorrect|a mistake|an error|contradict\w+)\b
-        \b(?:if|whether) (?:that|this|it|i|my \w+)(?:'s| is| am|'m| was) (?:\w+ )?(?:right|correct|mistaken|wrong)\b(?! angle)
-        \bnot (?:\w+ )?(?:sure|certain)(?: \w+)? (?:that|this|it|i|my)\b
-        """,
-    ),
-    (
-        "alternative",
-        "opening",
-        r"""
-        alternative(?:ly\b| WAY)
-        (?:but |and |so |or )?(?:maybe|perhaps|what if)\b
-        or,? (?:else|alternatively|another|we|i|it|could|is)\b
-        (?:instead|otherwise|how about|suppose instead)\b
-        (?:but |or )?(?:another|a different|an alternative|a second) (?:WAY|thought)\b
-        the (?:other|next) WAY\b
-        LET (?:now |also |just |instead )*try\b
-        try(?:ing)?\b
-        (?:but |or )?(?:i|we) (?:could|can|might) (?:also|instead|try)\b
-        """,
-    ),
-    (
-        "contrast",
-        "opening",
-        r"""
-        (?:but|however|yet|although|whereas|conversely|nonetheless|nevertheless)\b
-        (?:even )?though\b
-        (?:on the other hand|on the contrary|in contrast|by contrast|despite|in spite of|unlike|compared (?:to|with))\b
-        while\b[^,.]{3,120},
-        still,
-        that (?:being )?said\b
-        """,
-    ),
-    (
-        "deduction",
-        "opening",
-        r"""
-        so\b(?! (?:far|on|many|much|long|called|what|how|where|LET|the (?:question|problem)|i (?:need|have|want|was|am)|i'(?:ve|m))\b)
-        (?:therefore|thus|hence|consequently|accordingly|it follows|in conclusion|since|given that)\b
-        as a (?:result|consequence)\b
-        because\b(?! of)
-        (?:this|that|which|it) (?:MEANS|must)\b
-        (?:that'?s why|this is why|this is because)\b
-        from (?:this|that|here|which|there),
-        we (?:can )?(?:conclude|deduce|infer|get|obtain)\b
-        (?:\$|\\\(|\\\[)? *(?:\\implies|\\therefore|\\[rR]ightarrow|⇒|∴|=>|→)
-        """,
-    ),
-    (
-        "alternative",
-        "inside",
-        r"""
-        \balternatively\b
-        [,;–—] *or (?:maybe|perhaps)\b
-        \bwhat if\b
-        \bLET (?:\w+ )?try\b
-        \binstead *[.,!?]?$
-        \b(?:another|a different|an alternative|some other) WAY\b
-        """,
-    ),
-    (
-        "contrast",
-        "inside",
-        r"""
-        [,;–—.…] *(?:but|yet|although|however|while|(?:even )?though)\b(?! also)
-        \b(?:whereas|on the other hand|in contrast|by contrast|as opposed to)\b
-        """,
-    ),
-    (
-        "deduction",
-        "inside",
-        r"""
-        \bwhich (?:MEANS|makes|is why)\b
-        \b(?:therefore|thus|hence|consequently)\b
-        [,;–—] *so\b(?! (?:far|on))
-        \b(?:means|implies|follows|implying|meaning) that\b
-        \bif\b.{1,200}\bthen\b
-        \bmust therefore\b
-        \bwe (?:can )?(?:conclude|deduce|infer)\b
-        \\implies|\\therefore|\\Rightarrow|⇒|∴|=>
-        """,
-    ),
-)
+VERSION: int = table("lexicon")["version"]
 
 
 def _compiled(expressions: str) -> re.Pattern:
-    for name, fragment in _FRAGMENTS.items():
+    for name, fragment in table("lexicon")["fragments"].items():
         expressions = expressions.replace(name, fragment)
-    return re.compile(
-        "|".join(f"(?:{line.strip()})" for line in expressions.splitlines() if line.strip()), re.IGNORECASE
-    )
+    return re.compile("|".join(f"(?:{line})" for line in expressions.splitlines()), re.IGNORECASE)
 
 
-_RULES = tuple((label, where == "opening", _compiled(expressions)) for label, where, expressions in _LEXICON)
+# (label, whether only the opening is looked at, expression), in the order of precedence
+_RULES = tuple(
+    (rule["label"], rule["place"] == "opening", _compiled(rule["expressions"]))
+    for rule in table("lexicon")["rules"]
+)
 _STRAIGHT = str.maketrans("’‘“”", "''\"\"")
 # what comes before a sentence's opening: marks, the number of an item, fillers
 _LEAD = re.compile(

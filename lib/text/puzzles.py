@@ -33,47 +33,14 @@ import zlib
 from dataclasses import dataclass, field
 
 from ..labels import CATEGORIES, LABELS
+from .tables import table
 
 MODULUS = 19
 NUMBERS = tuple(str(n) for n in range(MODULUS))
 OPERATIONS = tuple(f"{sign} {n}" for sign in "+-*" for n in range(1, 10) if (sign, n) != ("*", 1))
 
-# {a} the value before, {op} the operation, {v} its result, {t} the target, {c} a candidate.
-PARAPHRASES = {
-    "deduction": (
-        "so {a} {op} = {v} .",
-        "therefore {a} {op} = {v} .",
-        "thus {a} {op} = {v} .",
-        "{a} {op} gives {v} .",
-    ),
-    "contrast": (
-        "but {v} is not {t} .",
-        "however {v} is not {t} .",
-        "yet {v} is not {t} .",
-        "this is not {t} .",
-    ),
-    "alternative": ("instead try {c} .", "alternatively try {c} .", "perhaps {c} .", "next is {c} ."),
-    "reflection": (
-        "wait , {a} {op} = {v} .",
-        "hold on , {a} {op} = {v} .",
-        "hmm , {a} {op} = {v} .",
-        "that should be {v} .",
-    ),
-    "verification": (
-        "let me check : {a} {op} = {v} .",
-        "to be sure , {a} {op} = {v} .",
-        "yes , {a} {op} = {v} .",
-        "again {a} {op} = {v} .",
-    ),
-}
-FRAME = {
-    "first": "first try {c} .",
-    "start": "start : {a} {op} = {v} .",
-    "found": "found {v} .",
-    "think": "think :",
-    "done": "done .",
-    "answer": "answer : {v} .",
-}
+PARAPHRASES: dict[str, list[str]] = table("puzzles")["paraphrases"]  # of each category
+FRAME: dict[str, str] = table("puzzles")["frame"]  # sentences of the label "other"
 ERROR_RATE = 0.15  # of the teacher's steps; each is mended by the reflection that follows
 VERIFY_RATE = 0.35  # of the teacher's correct steps; about a fifth of a trace's tokens
 SPLITS = ("train", "validation", "test")
