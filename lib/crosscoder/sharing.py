@@ -52,6 +52,8 @@ FILES = (OURS, "config.json", ORIGIN, "README.md")  # what goes to the hub
 FACTORS = tuple(2.0**e for e in range(-6, 7) if e)  # by which a scale is tried to be off
 LEAST = 0.5  # FVE, where nothing says what to expect
 FAR = 2.0  # so many times as much unexplained as the model card says is far from what is expected
+# of the variance: a smaller remainder may be rounding alone, which differs from processor to processor
+FLOOR = 1e-4
 NAMED, FACTOR = 0.9, 0.5  # an alternative is believed if less of the unexplained remains, over all models
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w./-]+)?")
 
@@ -160,7 +162,7 @@ def check_on_data(
     That is: below ``least`` (one for all, or {model: value}) in any model; or clearly higher over all models
     with the store's scales, another scale, or another order. Scales are told from FVE roughly, a factor of
     1.25 not at all: it hardly changes what is explained. Nor can the order of models that are nearly the same
-    be told.
+    be told; and where 1 - FVE is below FLOOR either way, nothing is: such remainders are rounding.
     """
     least = {name: least[name] if isinstance(least, Mapping) else least for name in crosscoder.names}
     check("least", list(least.values()), list, high=1)
@@ -181,24 +183,25 @@ def check_on_data(
             tried = fve(crosscoder, [acts[j] * c for j, c in zip(way.order, way.factors)])
             found.append((min(tried.values()), way, tried))
             progress.update(i + 1)
-    own = ", ".join(f"{value:.2f} ({name})" for name, value in given.items())
+    own = ", ".join(f"{_digits(value)} ({name})" for name, value in given.items())
     best = max(found, key=lambda way: way[0], default=None)
-    unexplained = len(given) - sum(given.values())
+    unexplained = _unexplained(given)
     meant = [
         (lowest, way, tried)
         for lowest, way, tried in found
-        if (_reach(tried, least) if low else len(tried) - sum(tried.values()) < way.enough * unexplained)
+        if (_reach(tried, least) if low else _unexplained(tried) < way.enough * unexplained)
     ]
     if meant:
         top = max(lowest for lowest, _, _ in meant)
         _, way, tried = next(m for m in meant if m[0] >= top - 0.02)  # the plainest reason first
         raise UserError(
-            f"FVE is {own} as given, but {', '.join(f'{value:.2f}' for value in tried.values())} with"
-            f" {way.said}"
+            f"FVE is {own} as given, but {', '.join(map(_digits, tried.values()))} with {way.said}"
         )
     if low:
         bad = ", ".join(
-            f"{least[name]:.2f} in {name}" for name, value in given.items() if not value >= least[name]
+            f"{least[name]:.2f} in {name}"
+            for name, value in given.items()
+            if not _reaches(value, least[name])
         )
         tail = f", and no other scale or order makes it good (at best {best[0]:.2f})" if best else ""
         raise UserError(
@@ -208,8 +211,23 @@ def check_on_data(
     return given
 
 
+def _digits(value: float) -> str:
+    """An FVE with as many digits as it takes to tell it from 1."""
+    return f"{value:.2f}" if value < 0.995 else f"{value:.5f}"
+
+
+def _unexplained(found: Mapping[str, float]) -> float:
+    """Sum over models of 1 - FVE, each counted as FLOOR at least: below it, remainders cannot be compared."""
+    return sum(float(np.maximum(1 - value, FLOOR)) for value in found.values())
+
+
+def _reaches(value: float, least: float) -> bool:
+    """Whether an FVE is as high as it must be; all above 1 - FLOOR count as equal, NaN is never enough."""
+    return value >= min(least, 1 - FLOOR)
+
+
 def _reach(found: Mapping[str, float], least: Mapping[str, float]) -> bool:
-    return all(found[name] >= least[name] for name in least)  # NaN does not
+    return all(_reaches(found[name], least[name]) for name in least)
 
 
 class _Silent:

@@ -192,6 +192,68 @@ def test_two_models_that_are_one_are_not_said_to_be_exchanged():
     check_on_data(alike.crosscoder(), alike)
 
 
+def exchanged_by(share):
+    """(crosscoder, store) of models that differ by a constant, with 1 - FVE = ``share`` in each as given and
+    0, but for rounding, with the models exchanged.
+    """
+    rng = np.random.default_rng(3)
+    x = torch.tensor(rng.normal(size=(N, D)), dtype=torch.float32)
+    x -= x.mean(0)
+    offset = torch.tensor(rng.normal(size=D), dtype=torch.float32)
+    offset *= (share * x.square().sum(-1).mean()).sqrt() / offset.norm()
+    store = SimpleNamespace(
+        models=NAMES,
+        scales=dict.fromkeys(NAMES, 1.0),
+        rows=lambda split: np.arange(N),
+        activations=lambda rows: [x[rows], (x + offset)[rows]],
+    )
+    basis = torch.tensor(np.linalg.qr(rng.normal(size=(D, D)))[0], dtype=torch.float32)
+    crosscoder = CrossCoder([D, D], 2 * D, NAMES, "l1").requires_grad_(False)
+    crosscoder.W_dec.copy_(torch.cat([basis, -basis]).repeat(1, 2))
+    crosscoder.W_enc.copy_(crosscoder.W_dec / 2)
+    crosscoder.b_dec[:D].copy_(offset)
+    crosscoder.b_enc.copy_(-crosscoder.W_enc @ crosscoder.b_dec)
+    return crosscoder, store
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-10, 1e-6, 5e-5])
+def test_an_order_is_not_told_from_remainders_of_rounding_size(share):
+    crosscoder, store = exchanged_by(share)
+    found = check_on_data(crosscoder, store, least=1.0)  # and FVEs so near to 1 are as good as 1
+    assert min(found.values()) > 0.9999
+    assert found["base"] == pytest.approx(1 - share, abs=1e-7)
+
+
+def test_an_order_is_told_from_remainders_above_rounding():
+    crosscoder, store = exchanged_by(1e-3)
+    with pytest.raises(
+        UserError, match="FVE is 0.99900 .*, but 1.00000, 1.00000 with the models in the order"
+    ):
+        check_on_data(crosscoder, store)
+    with pytest.raises(UserError, match="their order is wrong"):
+        check_on_data(crosscoder, store, least=1.0)
+
+
+@pytest.mark.parametrize("remainders", [(3e-13, 1e-15), (9e-5, 1e-9), (1.05e-4, 9e-5)])
+def test_no_alternative_is_better_below_the_floor(store, monkeypatch, remainders):
+    """Whatever the processor rounds to: remainders as they may come out, as given and in all other ways."""
+    given, other = remainders
+    values = iter([given])
+    monkeypatch.setattr(sharing, "fve", lambda *_: dict.fromkeys(NAMES, 1 - next(values, other)))
+    assert check_on_data(store.crosscoder(), store) == dict.fromkeys(NAMES, 1 - given)
+
+
+def test_a_card_that_promises_everything_is_met_up_to_rounding(store, monkeypatch, fake, tmp_path):
+    described(store, tmp_path / "mine")
+    origin = json.loads((tmp_path / "mine" / "origin.json").read_text())
+    (tmp_path / "mine" / "origin.json").write_text(json.dumps({**origin, "fve": dict.fromkeys(NAMES, 1.0)}))
+    monkeypatch.setattr(sharing, "fve", lambda *_: dict.fromkeys(NAMES, 1 - 1e-9))
+    open_crosscoder(tmp_path / "mine", NAMES, store)
+    monkeypatch.setattr(sharing, "fve", lambda *_: dict.fromkeys(NAMES, 1 - 1e-3))
+    with pytest.raises(UserError, match="FVE is 0.99900 .* below 1.00"):
+        open_crosscoder(tmp_path / "mine", NAMES, store)
+
+
 def test_a_reconstruction_that_is_not_finite_is_no_pass(store):
     crosscoder = store.crosscoder()
     crosscoder.b_dec[0] = torch.nan
