@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -46,8 +46,7 @@ def bootstrap(
         raise ValueError(f"{len(groups)} groups for {len(values)} values: must be one each")
     group = np.arange(len(values)) if groups is None else _numbered(groups)
     counts = np.bincount(group)
-    rng, n_groups = np.random.default_rng(seed), len(counts)
-    samples = (rng.integers(n_groups, size=n_groups) for _ in range(n_boot))
+    samples = group_samples(len(counts), n_boot, seed)
     if statistic is np.mean and values.ndim == 1:  # sums and counts of the groups suffice: nothing is copied
         sums = np.bincount(group, weights=values.astype(float))
         resampled = [sums[sample].sum() / counts[sample].sum() for sample in samples]
@@ -55,6 +54,12 @@ def bootstrap(
         members = np.split(np.argsort(group, kind="stable"), np.cumsum(counts)[:-1])
         resampled = [statistic(values[np.concatenate([members[g] for g in sample])]) for sample in samples]
     return interval(resampled, level)
+
+
+def group_samples(n_groups: int, n_boot: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
+    """Which groups each resample draws, with repeats: ``n_boot`` times [n_groups] numbers of groups."""
+    rng = np.random.default_rng(seed)
+    return (rng.integers(n_groups, size=n_groups) for _ in range(n_boot))
 
 
 def group_weights(n_groups: int, n_boot: int = 1000, seed: int | np.random.Generator = 0) -> np.ndarray:

@@ -16,9 +16,12 @@ id and nothing else, and are fitted on other documents than they are judged on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 from scipy import sparse
+
+from ..stats import group_samples
 
 BOOT_CELLS = 4_000_000  # of a bootstrap at a time: bounds the memory
 
@@ -172,7 +175,7 @@ def auroc_resamples(
     same resamples, so that the difference of two predictors can be taken pair by pair."""
     if len(scores) == 0:
         return np.full(n_boot, np.nan)
-    rng, positive = np.random.default_rng(seed), np.asarray(positive, dtype=bool)
+    positive = np.asarray(positive, dtype=bool)
     values, tie = np.unique(np.asarray(scores), return_inverse=True)
     ids = np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
     n_groups = int(ids.max()) + 1
@@ -181,13 +184,10 @@ def auroc_resamples(
     up_of, down_of = (
         sparse.csr_matrix((side.astype(float), at), shape=shape) for side in (positive, ~positive)
     )
-    found = []
-    for start in range(0, n_boot, at_once := max(1, BOOT_CELLS // max(len(values), n_groups))):
-        draws = [
-            np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)
-            for _ in range(min(at_once, n_boot - start))
-        ]
-        weights = np.stack(draws, axis=1).astype(float)
+    found, at_once = [], max(1, BOOT_CELLS // max(len(values), n_groups))
+    samples = group_samples(n_groups, n_boot, seed)
+    while part := list(islice(samples, at_once)):
+        weights = np.stack([np.bincount(s, minlength=n_groups) for s in part], axis=1).astype(float)
         found.append(_mann_whitney((up_of @ weights).T, (down_of @ weights).T))
     return np.concatenate(found)
 

@@ -41,6 +41,7 @@ from ..activations.store import Store
 from ..crosscoder.model import CrossCoder
 from ..runs import Progress
 from ..settings import UserError, check
+from ..stats import group_weights, percentiles
 
 CHUNK = 4_096  # tokens at a time that are encoded
 # the source keeps as unique what has nu_eps under 0.2 and nu_r under 0.5
@@ -243,11 +244,7 @@ def _ratios(
         for i, name in enumerate(SUMS)
     }
     everything = {name: np.asarray(s.sum(0)).ravel() for name, s in sums.items()}
-    draws = (
-        np.random.default_rng(seed)
-        .multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), size=n_boot)
-        .astype(float)
-    )
+    draws = group_weights(len(numbers), n_boot, seed).astype(float)
     resampled = {name: (s.T @ draws.T).T for name, s in sums.items()} if n_boot else None
     nus = {}
     for form in ("eps", "r"):
@@ -258,7 +255,7 @@ def _ratios(
             defined = ~np.isnan(nus[f"nu_{form}"])
             low, high = low.copy(), high.copy()
             if defined.any():  # resamples without the feature are left out
-                low[defined], high[defined] = np.nanquantile(found[:, defined], [0.025, 0.975], axis=0)
+                low[defined], high[defined] = percentiles(found[:, defined])
         nus[f"nu_{form}_low"], nus[f"nu_{form}_high"] = low, high
     return nus
 

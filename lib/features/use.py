@@ -58,6 +58,7 @@ from ..crosscoder.model import CrossCoder
 from ..figures import COLOURS
 from ..runs import Progress
 from ..settings import UserError, check
+from ..stats import group_weights, percentiles
 from .auroc import sum_by
 
 SOLO = ("slots", "alone")
@@ -134,7 +135,7 @@ def explained(crosscoder: CrossCoder, store: Store, readings: Readings) -> pd.Da
 def _weights(n: int, n_boot: int, seed: int) -> np.ndarray:
     """How often each of n documents is drawn in each resample, float [n_boot, n]."""
     check("n_boot", n_boot, int, low=1)
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
+    return group_weights(n, n_boot, seed).astype(float)
 
 
 def _sums(codes: sparse.spmatrix, which: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -142,13 +143,6 @@ def _sums(codes: sparse.spmatrix, which: np.ndarray, n: int) -> tuple[np.ndarray
     each.
     """
     return sum_by(which, sparse.csr_matrix(codes > 0), n).toarray(), sum_by(which, codes, n).toarray()
-
-
-def _interval(resamples: np.ndarray) -> np.ndarray:
-    """95% percentile interval over axis 0, [2, ...]; NaN where all resamples are."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanquantile(resamples, [0.025, 0.975], axis=0)
 
 
 # --- the table of use ---------------------------------------------------------------------------------------
@@ -225,7 +219,7 @@ def _use_in(
 
     def measure(name: str, statistic) -> None:
         columns[name] = statistic(np.ones((1, n)))[0]
-        columns[f"{name}_low"], columns[f"{name}_high"] = _interval(statistic(weights))
+        columns[f"{name}_low"], columns[f"{name}_high"] = percentiles(statistic(weights))
 
     measure("change", lambda w: np.log((w @ mass_o + half) / (w @ mass_a + half)))
     measure("change_frequency", lambda w: np.log((w @ fired_o + 0.5) / (w @ fired_a + 0.5)))
@@ -291,7 +285,7 @@ def firing_by_phase(
         for name in readings.codes:
             columns = {"feature": features, by: group, "reading": name, "tokens": int(mask.sum())}
             for what, sums in zip(("frequency", "mean"), _sums(codes[name][mask], which, len(documents))):
-                low, high = _interval((weights @ sums) / (weights @ lengths)[:, None])
+                low, high = percentiles((weights @ sums) / (weights @ lengths)[:, None])
                 columns |= {what: sums.sum(0) / mask.sum(), f"{what}_low": low, f"{what}_high": high}
             frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True).sort_values("feature", kind="stable", ignore_index=True)
@@ -334,7 +328,7 @@ def around_events(
             weights, counts = _weights(len(documents), n_boot, seed), np.bincount(which).astype(float)
             for name in codes:
                 fired, mass = _sums(codes[name][place[fits]], which, len(documents))
-                low, high = _interval((weights @ mass) / (weights @ counts)[:, None])
+                low, high = percentiles((weights @ mass) / (weights @ counts)[:, None])
                 mean, frequency, n = (
                     mass.sum(0) / counts.sum(),
                     fired.sum(0) / counts.sum(),

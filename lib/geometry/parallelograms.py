@@ -41,6 +41,7 @@ from plotly.subplots import make_subplots
 
 from ..figures import COLOURS
 from ..settings import UserError, check
+from ..stats import group_weights, interval
 from .words import Relation
 
 DIMS = 20  # of the PCA, as in the paper
@@ -144,14 +145,9 @@ def shuffled(
     return 2 * variance / sigma2, np.divide(spread, total, out=np.full(n, np.nan), where=total > 0)
 
 
-def resample(n_pairs: int, n: int, seed: int | np.random.Generator = 0) -> np.ndarray:
-    """[n, n_pairs] how often each pair is drawn in each bootstrap sample (rows sum to ``n_pairs``)."""
-    return np.random.default_rng(seed).multinomial(n_pairs, np.full(n_pairs, 1 / n_pairs), size=n)
-
-
 def bootstrap_scores(a: np.ndarray, b: np.ndarray, sigma2: float, draws: np.ndarray) -> dict[str, np.ndarray]:
     """Bootstrap replicates [n] of ``score``, ``relative`` and ``offset_unexplained``; draws from
-    ``resample``.
+    ``stats.group_weights``.
 
     A bootstrap sample draws the same pair twice, which makes variances low by (n - 1) / n: corrected here.
     The PCA and sigma^2 stay as they are: they are the ruler, and the words drawn are what is measured with
@@ -256,7 +252,7 @@ def analyse(
         own = np.array([index[word] for word in relation.words])
         place = {w: i for i, w in enumerate(own)}
         quads = sample_rows(len(left), quadruples, _rng(seed, relation.name, 1))
-        boot = resample(len(left), boots, _rng(seed, relation.name, 2))
+        boot = group_weights(len(left), boots, _rng(seed, relation.name, 2))
         for model, v in vectors.items():
             if scope == "vocabulary":
                 p, a, b = points[model], points[model][left], points[model][right]
@@ -306,12 +302,12 @@ def _measure(a, b, sigma2, quads, boot, shuffles, rng) -> tuple[dict, dict[str, 
     row = {}
     for name in STATISTICS:
         row[name] = values[name]
-        row[f"{name}_low"], row[f"{name}_high"] = _interval(replicates[name])
+        row[f"{name}_low"], row[f"{name}_high"] = interval(replicates[name])
     row |= {"sampled": scores.mean(), "unsquared": np.sqrt(scores).mean(), "null": null_mean}
-    row["null_low"], row["null_high"] = _interval(null)
+    row["null_low"], row["null_high"] = interval(null)
     row["p_shuffled"] = (1 + (null <= values["score"] * (1 + 1e-9)).sum()) / (1 + len(null))
     row["offset_null"] = float(np.mean(offset_null))
-    row["offset_null_low"], row["offset_null_high"] = _interval(offset_null)
+    row["offset_null_low"], row["offset_null_high"] = interval(offset_null)
     return (
         row | {"step": float(np.sqrt(length2.mean())), "copies": float((length2 < 1e-8).mean())},
         replicates,
@@ -339,14 +335,14 @@ def _summaries(
             own_draws = np.stack([draws[r, model][statistic] for r in relations])
             other_draws = np.stack([draws[r, reference][statistic] for r in relations])
             mean_row[statistic] = _nanmean(own)
-            mean_row[f"{statistic}_low"], mean_row[f"{statistic}_high"] = _interval(_nanmean(own_draws))
+            mean_row[f"{statistic}_low"], mean_row[f"{statistic}_high"] = interval(_nanmean(own_draws))
             change, change_draws = own - other, own_draws - other_draws
             every = zip(
                 (*relations, "mean"), (*change, _nanmean(change)), (*change_draws, _nanmean(change_draws))
             )
             for name, difference, replicates in every:
                 rows[name][statistic] = float(difference)
-                rows[name][f"{statistic}_low"], rows[name][f"{statistic}_high"] = _interval(replicates)
+                rows[name][f"{statistic}_low"], rows[name][f"{statistic}_high"] = interval(replicates)
         means.append(mean_row)
         if model != reference:
             differences.extend(rows.values())
@@ -416,12 +412,6 @@ def _nanmean(x: np.ndarray):
     """Mean over the first axis of what is defined; NaN where nothing is."""
     defined = (~np.isnan(x)).sum(0)
     return np.where(defined > 0, np.nansum(x, axis=0) / np.maximum(defined, 1), np.nan)[()]
-
-
-def _interval(x: np.ndarray) -> tuple[float, float]:
-    """The middle 95% of what is defined."""
-    x = x[~np.isnan(x)]
-    return tuple(map(float, np.quantile(x, (0.025, 0.975)))) if len(x) else (float("nan"), float("nan"))
 
 
 def _rng(seed: int, name: str, stream: int = 0) -> np.random.Generator:

@@ -41,6 +41,7 @@ from scipy.linalg import orthogonal_procrustes, subspace_angles
 
 from ..crosscoder.model import CrossCoder
 from ..settings import UserError, check
+from ..stats import interval
 
 # --- two models on the same tokens --------------------------------------------------------------------------
 
@@ -208,7 +209,7 @@ def feature_overlap(
         ]
     )
     tail = min((null <= value).sum(), (null >= value).sum())
-    low, high = np.quantile(null, [0.025, 0.975])
+    low, high = interval(null)
     found = (
         value,
         angles.min(),
@@ -240,7 +241,7 @@ def category_cosines(
         rows = crosscoder.rows(name).double().numpy()
         unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
         null = (unit[living[first]] * unit[living[second]]).sum(1)
-        low, high = np.quantile(null, [0.025, 0.975])
+        low, high = interval(null)
         for a, b in combinations(chosen, 2):
             value = float(unit[chosen[a]] @ unit[chosen[b]]) if chosen[a] != chosen[b] else float("nan")
             tail = min((null <= value).sum(), (null >= value).sum())

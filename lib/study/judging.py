@@ -28,7 +28,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
-from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
@@ -38,6 +37,7 @@ from ..features.latent_scaling import latent_scaling
 from ..figures import SCALE
 from ..runs import Progress, fingerprint, write_text
 from ..settings import UserError, check
+from ..stats import t_interval
 from .planted import CHUNK, KINDS, MODELS, VERSION, Planted, PlantedStore
 
 # --- the methods --------------------------------------------------------------------------------------------
@@ -365,12 +365,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _interval(values: pd.Series) -> tuple[float, float, float]:
-    if len(values) == 0:
-        return np.nan, np.nan, np.nan
-    if len(values) == 1:
-        return float(values.iloc[0]), np.nan, np.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return float(values.mean()), max(0.0, float(values.mean() - half)), min(1.0, float(values.mean() + half))
+    """(mean, low, high) of shares, one a seed."""
+    low, high = np.clip(t_interval(values), 0, 1)
+    return float(values.mean()), float(low), float(high)
 
 
 def recommend(table: pd.DataFrame, architecture: str | None = None) -> dict[str, str]:

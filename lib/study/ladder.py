@@ -38,7 +38,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from .. import stats as stats_module
@@ -59,7 +58,7 @@ from ..models.pairs import load_pair
 from ..models.reader import BATCH_TOKENS, wrap
 from ..runs import Progress, Run, fingerprint, is_current, kept_table
 from ..settings import ROOT, UserError, check
-from ..stats import bootstrap, wilson
+from ..stats import bootstrap, t_interval, wilson
 from ..steering import outcomes as responses
 from ..steering import steer as steering
 from ..text.corpus import build
@@ -593,14 +592,7 @@ def over_seeds(values) -> tuple[float, tuple[float, float], int]:
     """
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
-    if len(values) == 0:
-        return float("nan"), (float("nan"), float("nan")), 0
-    half = (
-        stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-        if len(values) > 1
-        else float("nan")
-    )
-    return float(values.mean()), (float(values.mean() - half), float(values.mean() + half)), len(values)
+    return float(values.mean()) if len(values) else float("nan"), t_interval(values), len(values)
 
 
 UNIQUENESS = {

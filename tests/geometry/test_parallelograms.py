@@ -25,7 +25,6 @@ from lib.geometry.parallelograms import (
     parallelogram_null,
     parallelogram_scores,
     pca,
-    resample,
     sample_rows,
     shuffled,
     trace_cov,
@@ -41,6 +40,7 @@ from lib.geometry.words import (
 )
 from lib.models.reader import capture
 from lib.settings import UserError
+from lib.stats import group_weights
 
 
 def random_pairs(n=30, dims=20, seed=0, shift=0.0):
@@ -121,7 +121,7 @@ def test_copy_map_is_zero_but_has_no_offset():
     assert parallelogram_exact(a, a.copy(), 1.0) == 0
     assert np.isnan(offset_unexplained(a, a.copy()))
     assert np.isnan(offset_unexplained(a, a + 1e-9 * a))  # rounding is no arrow either
-    replicates = bootstrap_scores(a, a.copy(), 1.0, resample(30, 50))
+    replicates = bootstrap_scores(a, a.copy(), 1.0, group_weights(30, 50))
     assert (replicates["score"] == 0).all() and np.isnan(replicates["offset_unexplained"]).all()
 
 
@@ -177,7 +177,7 @@ def test_a_relation_is_below_its_null_and_unrelated_words_are_in_it():
 
 def test_bootstrap_is_corrected_for_its_bias():
     a, b = random_pairs(n=8, seed=3)
-    draws = resample(8, 40_000, seed=0)
+    draws = group_weights(8, 40_000, seed=0)
     replicates = bootstrap_scores(a, b, 2.0, draws)
     exact = parallelogram_exact(a, b, 2.0)
     assert replicates["score"].mean() == pytest.approx(exact, rel=0.01)
@@ -196,7 +196,9 @@ def test_bootstrap_interval_covers_the_truth():
     hits = []
     for seed in range(300):
         a, b = random_pairs(n=25, seed=100 + seed)
-        low, high = np.quantile(bootstrap_scores(a, b, 1.0, resample(25, 400, seed))["score"], [0.025, 0.975])
+        low, high = np.quantile(
+            bootstrap_scores(a, b, 1.0, group_weights(25, 400, seed))["score"], [0.025, 0.975]
+        )
         hits.append(low <= 80 <= high)
     assert 0.88 <= np.mean(hits) <= 0.99  # a percentile interval of 25 pairs is a little narrow
 
