@@ -1,20 +1,17 @@
-"""E3: is there a feature for each category of reasoning, and does it know more than a predictor that knows
-nothing?
+"""E3: is there a feature for each category of reasoning, and is it better than a predictor that sees less?
 
 A feature with a high AUROC before sentences of a category is worth a name only if simpler explanations do
 worse, at the same positions and on the same documents:
 
-- *token only*: P(c | current token), fitted on the choose split. The word itself gives the answer away.
-- *sentence only*: P(c | category of the sentence that has just ended), fitted likewise. Whoever knows the
-  form of a trace
-  knows that a contrast comes before an alternative; a feature has to know more than that.
-- *shuffled labels*: the same choice among as many features when there is nothing to find. The best of a
-  thousand looks good.
+- *token only*: P(c | current token), fitted on the choose split;
+- *sentence only*: P(c | category of the sentence that has just ended), fitted likewise. In a trace a contrast
+  always comes before an alternative: the form alone predicts much, and a feature has to predict more;
+- *shuffled labels*: the same choice among as many features where there is nothing to find;
 - *same word elsewhere*: for features of a category's first token, the same words where they do something
-  else.
+else.
 
-And whose knowledge is it? The same feature is read from each model's activation alone; and a linear *probe*
-of each model's activation, trained for the purpose, says how much there is to be found at all.
+Which model holds the information? The same feature is read from each model's activation alone; and a linear
+*probe* of each model's activation, trained for the purpose, says how much there is at all.
 
 Source: Baek & Tegmark 2025 (arXiv 2503.03730) for the categories; the controls are ours, after 2601.05679 for
 token features.
@@ -27,10 +24,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from .. import stats
 from ..activations.positions import is_category, positions
@@ -38,8 +31,9 @@ from ..activations.store import Store
 from ..crosscoder.codes import SplitCodes, encoder_share
 from ..crosscoder.model import CrossCoder
 from ..labels import DETECTED, LABELS
-from . import auroc as detection
-from .table import Inspection
+from ..results import Results
+from . import auroc
+from .table import Inspection, RunInspection, category_features
 
 DETECTOR_COLUMNS = [
     "category",
@@ -54,63 +48,73 @@ DETECTOR_COLUMNS = [
     "positives",
     "n",
 ]
+WORD_COLUMNS = [
+    "category",
+    "feature",
+    "words",
+    "inside",
+    "outside",
+    "auroc",
+    "low",
+    "high",
+    "inside_n",
+    "outside_n",
+]
 
 
 def detectors(
     crosscoder: CrossCoder,
     store: Store,
-    made: Inspection,
+    inspection: Inspection,
     chosen: Mapping[str, int],
     n_boot: int = 1000,
     seed: int = 0,
     controls: bool = True,
 ) -> pd.DataFrame:
-    """E3: how well the chosen features, and the controls, tell their category, on the report split. A row per
-    category and predictor.
+    """E3: how well the chosen features, and the controls, predict their category, on the report split. A row
+    per category and predictor.
 
     predictor   "feature" (before the sentence), "token only", "sentence only" (controls at the same
-    positions), "feature, marker",
-                "token only, marker" (at the first token), "<model> alone": the feature as read from one model's activation, and
-                "probe of <model>": logistic regression on that activation, fitted on choose
+                positions), "feature, marker", "token only, marker" (at the first token), "<model> alone": the
+                feature as read from one model's activation, and "probe of <model>": logistic regression on
+                that activation, fitted on choose
     auroc, low, high   with a 95% interval over resampled documents; ``positives`` of ``n`` positions
     gain, gain_low, gain_high   the feature's AUROC minus this one's, at the same positions, resampled in
-    pairs; NaN for the feature itself
+                pairs; NaN for the feature itself
 
     ``controls=False``: the features only.
     """
-    found = []
+    rows = []
     for c, feature in chosen.items():
         for where, suffix in (("before", ""), ("marker", ", marker")):
-            fit_index, fit_labels = positions(store, made.choose.rows, where)
-            index, labels = positions(store, made.report.rows, where)
-            fit_rows, rows = made.choose.rows[fit_index], made.report.rows[index]
+            fit_index, fit_labels = positions(store, inspection.choose.rows, where)
+            index, labels = positions(store, inspection.report.rows, where)
+            fit_tokens, tokens = inspection.choose.rows[fit_index], inspection.report.rows[index]
             positive, fit_positive = labels == LABELS.index(c), fit_labels == LABELS.index(c)
-            scores = {"feature": made.report.codes[index][:, [feature]].toarray().ravel()}
+            scores = {"feature": inspection.report.codes[index][:, [feature]].toarray().ravel()}
             if controls:
-                scores["token only"] = detection.symbol_scores(
-                    store.tokens[fit_rows], fit_positive, store.tokens[rows]
-                )
+                ids = store.tokens[fit_tokens], fit_positive, store.tokens[tokens]
+                scores["token only"] = auroc.symbol_scores(*ids)
             if controls and where == "before":
-                own, fit_own = (store.labels["label"][r].astype(int) + 1 for r in (rows, fit_rows))
-                scores["sentence only"] = detection.symbol_scores(fit_own, fit_positive, own)
-                shares = encoder_share(crosscoder, store, rows, [feature])
+                kind, fit_kind = (store.labels["label"][t].astype(int) + 1 for t in (tokens, fit_tokens))
+                scores["sentence only"] = auroc.symbol_scores(fit_kind, fit_positive, kind)
+                shares = encoder_share(crosscoder, store, tokens, [feature])
                 scores |= {f"{model} alone": share[:, 0] for model, share in shares.items()}
-                scores |= {
-                    f"probe of {model}": s for model, s in probe(store, fit_rows, fit_positive, rows).items()
-                }
-            resamples = {
-                name: detection.auroc_resamples(s, positive, store.documents[rows], n_boot, seed)
-                for name, s in scores.items()
+                probes = probe(store, fit_tokens, fit_positive, tokens)
+                scores |= {f"probe of {model}": score for model, score in probes.items()}
+            value = {name: auroc.auroc_of(score, positive) for name, score in scores.items()}
+            draws = {
+                name: auroc.auroc_resamples(score, positive, store.documents[tokens], n_boot, seed)
+                for name, score in scores.items()
             }
-            value = {name: detection.auroc_of(s, positive) for name, s in scores.items()}
             for name in scores:
                 row = {"category": c, "feature": feature, "predictor": name + suffix, "auroc": value[name]}
-                row["low"], row["high"] = stats.interval(resamples[name])
+                row["low"], row["high"] = stats.interval(draws[name])
                 if name != "feature":
                     row["gain"] = value["feature"] - value[name]
-                    row["gain_low"], row["gain_high"] = stats.interval(resamples["feature"] - resamples[name])
-                found.append(row | {"positives": int(positive.sum()), "n": len(positive)})
-    return pd.DataFrame(found, columns=DETECTOR_COLUMNS)
+                    row["gain_low"], row["gain_high"] = stats.interval(draws["feature"] - draws[name])
+                rows.append(row | {"positives": int(positive.sum()), "n": len(positive)})
+    return pd.DataFrame(rows, columns=DETECTOR_COLUMNS)
 
 
 def probe(
@@ -121,21 +125,26 @@ def probe(
 
     All scores are 0 where the fit has only one kind of position.
     """
+    from sklearn.exceptions import ConvergenceWarning  # here: opening a store does not load scikit-learn
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     if len(np.unique(fit_positive)) < 2 or len(rows) == 0:
         return {model: np.zeros(len(rows)) for model in store.models}
     scores = {}
     for model, fit_acts, acts in zip(store.models, store.activations(fit_rows), store.activations(rows)):
-        reader = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
+        model_probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
         with warnings.catch_warnings():
             # the ranking is settled long before the last digit
             warnings.simplefilter("ignore", ConvergenceWarning)
-            reader.fit(fit_acts.numpy(), fit_positive)
-        scores[model] = reader.decision_function(acts.numpy())
+            model_probe.fit(fit_acts.numpy(), fit_positive)
+        scores[model] = model_probe.decision_function(acts.numpy())
     return scores
 
 
 def shuffled_detectors(
-    store: Store, made: Inspection, nrn_over: float = 0.5, seed: int = 0
+    store: Store, inspection: Inspection, nrn_over: float = 0.5, seed: int = 0
 ) -> dict[str, float]:
     """The null for "the best of a thousand": the same choice, with the labels of the positions shuffled.
     {category: AUROC on report}.
@@ -143,13 +152,11 @@ def shuffled_detectors(
     The shuffled labels of choose pick the best feature before a sentence, those of report judge it: 0.5 but
     for chance.
     """
-    rng, aurocs = np.random.default_rng(seed), []
-    for coded in (made.choose, made.report):
+    rng, aurocs, table = np.random.default_rng(seed), [], inspection.table
+    for coded in (inspection.choose, inspection.report):
         index, labels = positions(store, coded.rows, "before")
-        aurocs.append(detection.auroc(coded.codes[index], is_category(rng.permutation(labels))))
-    usable = (
-        made.table["alive"] & (made.table["frequency_choose"] > 0) & (made.table["nrn"] > nrn_over)
-    ).to_numpy()
+        aurocs.append(auroc.auroc(coded.codes[index], is_category(rng.permutation(labels))))
+    usable = (table["alive"] & (table["frequency_choose"] > 0) & (table["nrn"] > nrn_over)).to_numpy()
     if not usable.any():
         return dict.fromkeys(DETECTED, np.nan)
     best = np.flatnonzero(usable)[aurocs[0][usable].argmax(axis=0)]
@@ -159,39 +166,124 @@ def shuffled_detectors(
 def word_or_function(
     store: Store, coded: SplitCodes, chosen: Mapping[str, int], n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Is it the word or what the word does? For each category its feature at the same words in and out of it.
-    A row per category.
+    """The word, or what it does? For each category its feature at the same words in and out of it. A row per
+    category.
 
     Positives are the first tokens of its sentences in traces ("wait"), negatives the same token ids anywhere
     else ("wait for the bus"; words that occur nowhere else take no part). Columns: category, feature, words
     (their ids), inside and outside (mean activation there), auroc with low and high (95%, over documents),
     inside_n, outside_n. An AUROC near 0.5: the word alone.
     """
-    tokens, label, found = store.tokens[coded.rows], store.labels["label"][coded.rows], []
+    tokens, label, rows = store.tokens[coded.rows], store.labels["label"][coded.rows], []
     opens = (store.labels["starts"][coded.rows] == 1) & (store.labels["kind"][coded.rows] == 1)
     for c, feature in chosen.items():
         marker = opens & (label == LABELS.index(c))
         words = np.intersect1d(np.unique(tokens[marker]), np.unique(tokens[~marker]))
         index = np.flatnonzero(np.isin(tokens, words))
         f, positive = coded.codes[index][:, [feature]].toarray().ravel(), marker[index]
-        low, high = stats.interval(
-            detection.auroc_resamples(f, positive, store.documents[coded.rows[index]], n_boot, seed)
-        )
-        inside, outside = (float(f[side].mean()) if side.any() else np.nan for side in (positive, ~positive))
-        counts = positive.sum(), (~positive).sum()
-        found.append(
-            (c, feature, words.tolist(), inside, outside, detection.auroc_of(f, positive), low, high, *counts)
-        )
-    columns = [
-        "category",
-        "feature",
-        "words",
-        "inside",
-        "outside",
-        "auroc",
-        "low",
-        "high",
-        "inside_n",
-        "outside_n",
+        draws = auroc.auroc_resamples(f, positive, store.documents[coded.rows[index]], n_boot, seed)
+        means = (float(f[side].mean()) if side.any() else np.nan for side in (positive, ~positive))
+        value, counts = auroc.auroc_of(f, positive), (positive.sum(), (~positive).sum())
+        rows.append((c, feature, words.tolist(), *means, value, *stats.interval(draws), *counts))
+    return pd.DataFrame(rows, columns=WORD_COLUMNS)
+
+
+# --- numbers for the results file ---------------------------------------------------------------------------
+
+
+def record(
+    results: Results, inspection: RunInspection, nrn_over: float = 0.5, n_boot: int = 1000, seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float]]:
+    """E3 of the chosen features, put into ``results``: (``detectors``, a row per chosen feature,
+    ``shuffled_detectors``).
+
+    Metrics for each category c: nrn_<c>; auroc_<c>, auroc_marker_<c> and <control>_auroc_<c>; null_auroc_<c>.
+    Tables e3, e3_chosen.
+    """
+    table, chosen = inspection.table, inspection.chosen
+    tests = detectors(inspection.crosscoder, inspection.store, inspection, chosen, n_boot, seed)
+    null = shuffled_detectors(inspection.store, inspection, nrn_over, seed)
+    rows = {(row.category, row.predictor): row for row in tests.itertuples()}
+    names = {"auroc": "feature", "token_only_auroc": "token only", "sentence_only_auroc": "sentence only"}
+    names["auroc_marker"] = "feature, marker"
+    names |= {f"{model}_alone_auroc": f"{model} alone" for model in inspection.crosscoder.names}
+    names |= {f"probe_{model}_auroc": f"probe of {model}" for model in inspection.crosscoder.names}
+    for c in DETECTED:
+        nrn = table["nrn"][chosen[c]] if c in chosen else np.nan
+        results.add(f"nrn_{c}", nrn, n=int(table["alive"].sum()))
+        for name, predictor in names.items():
+            _add_auroc(results, f"{name}_{c}", rows.get((c, predictor)))
+        results.add(f"null_auroc_{c}", null[c])
+    results.table("e3", tests.round(4))
+    columns = ["feature", "nrn", "nrn_p2", "frequency", "label", "token_r2"]
+    by_category = pd.DataFrame(
+        [
+            {
+                "category": c,
+                **table.loc[f, columns],
+                **{x: table.at[f, f"{x}_{c}"] for x in ("auroc", "precision", "recall", "threshold")},
+                "positives": rows[c, "feature"].positives,
+            }
+            for c, f in chosen.items()
+        ]
+    )
+    results.table("e3_chosen", by_category.round(4))
+    return tests, by_category, null
+
+
+def record_of_any_nrn(
+    results: Results, inspection: RunInspection, n_boot: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """The best feature of each category among those of any NRN, beside the chosen one, put into ``results``:
+    metrics any_nrn_<c>, any_nrn_auroc_<c>. A row per category."""
+    table, alive = inspection.table, inspection.alive
+    best = category_features(table, nrn_over=-1)
+    tests = detectors(inspection.crosscoder, inspection.store, inspection, best, n_boot, seed, controls=False)
+    rows = {row.category: row for row in tests.itertuples() if row.predictor == "feature"}
+    for c in DETECTED:
+        _add_auroc(results, f"any_nrn_auroc_{c}", rows.get(c))
+        results.add(f"any_nrn_{c}", table["nrn"][best[c]] if c in best else np.nan)
+    return pd.DataFrame(
+        [
+            {
+                "category": c,
+                "distilled-side feature": inspection.chosen.get(c, -1),
+                "its NRN": results.metrics[f"nrn_{c}"]["value"],
+                "its AUROC": results.text(f"auroc_{c}"),
+                "best of any NRN": f,
+                "NRN": table["nrn"][f],
+                "AUROC": results.text(f"any_nrn_auroc_{c}"),
+                "features above 0.9": int((alive[f"auroc_{c}"] > 0.9).sum()),
+            }
+            for c, f in best.items()
+        ]
+    )
+
+
+def record_markers(
+    results: Results, inspection: RunInspection, markers: Mapping[str, int], n_boot: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """``word_or_function`` of the features that are best at first tokens, put into ``results``: metrics
+    marker_feature_auroc_<c> (against other first tokens), same_word_auroc_<c>; table e3_marker. A row per
+    category."""
+    table, tokenizer = inspection.table, inspection.tokenizer
+    tests = word_or_function(inspection.store, inspection.report, markers, n_boot, seed)
+    tests.insert(2, "NRN", tests["feature"].map(table["nrn"]))
+    tests["auroc_marker"] = [table.at[f, f"auroc_marker_{c}"] for c, f in markers.items()]
+    tests["words"] = [
+        " ".join(tokenizer.convert_ids_to_tokens(ids)[:6]) + (" …" if len(ids) > 6 else "")
+        for ids in tests["words"]
     ]
-    return pd.DataFrame(found, columns=columns)
+    for row in tests.itertuples():
+        results.add(f"marker_feature_auroc_{row.category}", row.auroc_marker, n=row.inside_n)
+        _add_auroc(results, f"same_word_auroc_{row.category}", row, row.inside_n + row.outside_n)
+    results.table("e3_marker", tests.round(4))
+    return tests
+
+
+def _add_auroc(results: Results, name: str, row, n: int | None = None) -> None:
+    """``row`` has auroc, low, high and n; None: there is no feature of this category."""
+    if row is None:
+        results.add(name, np.nan, n=0)
+    else:
+        results.add(name, row.auroc, (row.low, row.high), row.n if n is None else n)

@@ -22,7 +22,8 @@ In models of unlike widths d_j does not exist in the other one. There nu is NaN,
 each model, the share of Y^m (eps) that f_j explains with any direction, on the tokens where it fires
 (elsewhere it is 0 and explains nothing)::
 
-    R2_j^m = 1 - min_v sum_n || Y_n^m - f_nj v ||^2 / sum_n || Y_n^m ||^2  =  || (Y^m)^T f_j ||^2 / (||f_j||^2 sum_n || Y_n^m ||^2)
+    R2_j^m = 1 - min_v sum_n || Y_n^m - f_nj v ||^2 / sum_n || Y_n^m ||^2  =  || (Y^m)^T f_j ||^2 / (||f_j||^2
+    sum_n || Y_n^m ||^2)
 
 Source: Minder et al. 2025, "Overcoming Sparsity Artifacts in Crosscoders to Interpret Chat-Tuning"
 (2504.02922).

@@ -1,32 +1,29 @@
-"""Use beside uniqueness: does the distilled model fire a feature more often, or harder, than the base, on the
-same text?
+"""Use beside uniqueness: does one model activate a feature more often, or harder, than another on the same
+text?
 
-NRN asks in whose decoder a feature stands; *use* asks in whose activations it fires. A shared feature (NRN
-0.5) can be used differently: distillation need not add a feature to change what a model does. On the same
-token ids, every feature is read
+NRN asks in which model's decoder a feature stands; *use* asks in which model's activations it fires. A shared
+feature (NRN 0.5) can be used differently: distillation need not add a feature to change what a model does. On
+the same token ids, every feature is encoded
 
-- from each model on its own, ``slots``: the model's activation stands in every slot of the crosscoder, times
-  its own scale, as if
-  all models were this one. "Would the feature fire if the other model held the same?" Its full input, hence
-  the measure of use;
-- from each model on its own, ``alone``: its activation in its own slot, the others at their mean
-  (``CrossCoder.encode_from``).
-  "Is this model's share enough to make it fire?" It needs no equal widths, but about half of the input is
-  missing, and a feature whose encoder reads a model hardly at all cannot fire from it, whatever that model
-  holds;
-- ``joint``: both at once, the code that all other statistics are about.
+- from each model alone, "slots": the model's activation stands in every slot of the crosscoder, times its own
+  scale, as if all models were this one. "Would the feature fire if the other model held the same?" Its full
+  input, hence the measure of use;
+- from each model alone, "alone": its activation in its own slot, the others at their mean
+  (``CrossCoder.encode_from``). "Is this model's share enough to make it fire?" It needs no equal widths, but
+  about half of the input is missing, and a feature whose encoder hardly weighs a model cannot fire from it;
+- "joint": from both at once, the code that all other statistics are about.
 
-Neither solo reading is what the crosscoder was trained on: an encoder may take the models' *difference*,
-which vanishes if one model stands in both slots. How well each reading still explains its own model is
-measured by ``explained``.
+The crosscoder was trained on neither of the first two: an encoder may take the models' *difference*, which
+vanishes if one model stands in both slots. ``explained`` says how well each code still explains its own
+model.
 
-With S_m the sum of a feature's activation over the tokens as read from model m, n_m the number of tokens on
-which it fires, and h half a typical activation, h = (S_of + S_against) / (n_of + n_against) / 2, the change
-of use is
+With S_m the sum of a feature's activation over the tokens as encoded from model m, n_m the number of tokens
+on which it fires, and h half a typical activation::
 
-    change           = log (S_of + h) / (S_against + h)                   in nats; 0 alike, log 2 twice the use
-    change_frequency = log (n_of + 1/2) / (n_against + 1/2)
-    difference       = (S_of - S_against) / tokens
+    h                = (S_model + S_reference) / (n_model + n_reference) / 2
+    change           = log (S_model + h) / (S_reference + h)             in nats; 0 alike, log 2 twice the use
+    change_frequency = log (n_model + 1/2) / (n_reference + 1/2)
+    difference       = (S_model - S_reference) / tokens
 
 so that no log is infinite, and a feature that fires a handful of times cannot change by much. Intervals
 resample documents; p is that of a t-test on the documents' differences, q its adjustment for all features
@@ -45,21 +42,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import torch
-from plotly.subplots import make_subplots
 from scipy import sparse
 from scipy.stats import false_discovery_control, ttest_1samp
 
 from ..activations.positions import EVENTS, event_rows, groups_of
 from ..activations.store import Store
-from ..crosscoder.codes import encode_slots
+from ..crosscoder.codes import encode_slots, sample_rows
 from ..crosscoder.model import CrossCoder
-from ..figures import COLOURS
+from ..results import Results
 from ..runs import Progress
 from ..settings import UserError, check
-from ..stats import group_weights, percentiles
+from ..stats import bootstrap, group_weights, percentiles, wilson
 from .auroc import sum_by
+from .uniqueness import Uniqueness
 
 SOLO = ("slots", "alone")
 JOINT = "joint"
@@ -67,21 +63,24 @@ CHUNK = 8_192  # tokens at a time that are encoded
 
 
 @dataclass(frozen=True)
-class Readings:
-    """Codes of the same tokens in every reading: ``codes`` {model or "joint": sparse [n, F]}; ``rows`` [n] of
-    the store, sorted.
-    """
+class SoloCodes:
+    """Features of the same tokens as encoded from each model alone, and from both: ``codes`` {model or
+    "joint": sparse [n, F]}; ``rows`` [n] of the store, sorted; ``documents`` [n]."""
 
     rows: np.ndarray
     documents: np.ndarray
     codes: dict[str, sparse.csr_matrix]
 
+    def of_features(self, features: Sequence[int]) -> dict[str, sparse.csr_matrix]:
+        """The codes of some features, {model or "joint": [n, len(features)]}."""
+        columns = np.asarray(features, dtype=int)
+        return {name: codes.tocsc()[:, columns].tocsr() for name, codes in self.codes.items()}
+
 
 @torch.no_grad()
-def read(crosscoder: CrossCoder, store: Store, rows: np.ndarray, solo: str = "slots") -> Readings:
-    """Every model on its own (``solo``: "slots" or "alone", see above) and the joint code, at ``rows`` of the
-    store.
-    """
+def solo_codes(crosscoder: CrossCoder, store: Store, rows: np.ndarray, solo: str = "slots") -> SoloCodes:
+    """Features of ``rows`` of the store, from each model alone (``solo``: "slots" or "alone", see above) and
+    from both."""
     check("solo", solo, str, choices=SOLO)
     rows = np.sort(np.asarray(rows, dtype=np.int64))
     if len(rows) == 0:
@@ -90,147 +89,123 @@ def read(crosscoder: CrossCoder, store: Store, rows: np.ndarray, solo: str = "sl
     with Progress(f"tokens read from each model ({solo})", len(rows)) as progress:
         for start in range(0, len(rows), CHUNK):
             acts = dict(zip(store.models, store.activations(rows[start : start + CHUNK])))
+            encoded = {JOINT: crosscoder.encode([acts[name] for name in crosscoder.names])}
             for name in crosscoder.names:
-                solo_code = (
+                encoded[name] = (
                     encode_slots(crosscoder, name, acts[name])
                     if solo == "slots"
                     else crosscoder.encode_from(name, acts[name])
                 )
-                parts[name].append(sparse.csr_matrix(solo_code.numpy()))
-            parts[JOINT].append(
-                sparse.csr_matrix(crosscoder.encode([acts[name] for name in crosscoder.names]).numpy())
-            )
+            for name, f in encoded.items():
+                parts[name].append(sparse.csr_matrix(f.numpy()))
             progress.update(min(start + CHUNK, len(rows)))
-    return Readings(
-        rows,
-        store.documents[rows],
-        {name: sparse.csr_matrix(sparse.vstack(codes)) for name, codes in parts.items()},
-    )
+    codes = {name: sparse.csr_matrix(sparse.vstack(part)) for name, part in parts.items()}
+    return SoloCodes(rows, store.documents[rows], codes)
 
 
-def explained(crosscoder: CrossCoder, store: Store, readings: Readings) -> pd.DataFrame:
-    """How much of each model's variance its own reading, and the joint code, explain, in scaled space; and
-    the L0 of the codes.
+def explained(crosscoder: CrossCoder, store: Store, solo: SoloCodes) -> pd.DataFrame:
+    """How much of each model's variance its own code, and the joint code, explain, in scaled space; and the
+    L0.
 
-    Columns model, reading ("solo" or "joint"), fve (share of the variance about the mean), l0. A solo reading
-    that explains much less than the joint one is off the crosscoder's usual input: its features are then not
-    to be taken at their word.
+    Columns model, reading ("solo" or "joint"), fve (share of the variance about the mean), l0. A solo code
+    that explains much less than the joint one is off the crosscoder's usual input, and its features mean
+    less.
     """
-    found = []
+    rows = []
     for m, name in enumerate(crosscoder.names):
-        x = store.activations(readings.rows)[store.models.index(name)].numpy() * float(crosscoder.scales[m])
+        acts = store.activations(solo.rows)[store.models.index(name)].numpy()
+        x = acts * float(crosscoder.scales[m])
         total = np.square(x - x.mean(0)).sum()
-        for reading in (name, JOINT):
-            x_hat = readings.codes[reading] @ crosscoder.rows(name).numpy() + crosscoder.bias(name).numpy()
-            l0 = readings.codes[reading].nnz / len(readings.rows)
-            found.append(
-                (name, "joint" if reading == JOINT else "solo", 1 - np.square(x - x_hat).sum() / total, l0)
-            )
-    return pd.DataFrame(found, columns=["model", "reading", "fve", "l0"])
+        for kind, codes in (("solo", solo.codes[name]), ("joint", solo.codes[JOINT])):
+            x_hat = codes @ crosscoder.rows(name).numpy() + crosscoder.bias(name).numpy()
+            rows.append((name, kind, 1 - np.square(x - x_hat).sum() / total, codes.nnz / len(solo.rows)))
+    return pd.DataFrame(rows, columns=["model", "reading", "fve", "l0"])
 
 
-# --- documents: sums, and resamples of them -----------------------------------------------------------------
-
-
-def _weights(n: int, n_boot: int, seed: int) -> np.ndarray:
-    """How often each of n documents is drawn in each resample, float [n_boot, n]."""
-    check("n_boot", n_boot, int, low=1)
-    return group_weights(n, n_boot, seed).astype(float)
-
-
-def _sums(codes: sparse.spmatrix, which: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+def _sums(codes: sparse.spmatrix, document: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """For every document 0 .. n - 1 the tokens on which each feature fires, and its summed activation: [n, F]
-    each.
-    """
-    return sum_by(which, sparse.csr_matrix(codes > 0), n).toarray(), sum_by(which, codes, n).toarray()
+    each."""
+    fires = sparse.csr_matrix(codes > 0)
+    return sum_by(document, fires, n).toarray(), sum_by(document, codes, n).toarray()
 
 
 # --- the table of use ---------------------------------------------------------------------------------------
 
 
 def use_table(
-    crosscoder: CrossCoder,
-    store: Store,
-    rows: np.ndarray,
+    solo: SoloCodes,
+    store: Store | None = None,
+    by: str | None = None,
     n_boot: int = 200,
     seed: int = 0,
-    by: str | None = None,
-    of: str = "distilled",
-    against: str = "base",
-    readings: Readings | None = None,
+    model: str = "distilled",
+    reference: str = "base",
 ) -> pd.DataFrame:
-    """How the use of every feature differs between two models, on the tokens ``rows``. A row per feature, and
-    per group with ``by``.
+    """How the use of every feature differs between two models. A row per feature, and per group with ``by``
+    (which needs the store).
 
-    feature, group, alive    group: "all", or phase or category (``groups_of``); alive: it fires in one of the
-    three readings frequency_<r>, mean_<r>, firing_mean_<r>    share of tokens on which it fires; mean
-    activation over all tokens, and over those on
-                             which it fires (NaN if none), for r of both models on their own and "joint"
-    change, change_frequency, difference        ``of`` against ``against`` (see above), each with _low and
-    _high (95%, documents) p, q                     t-test on the documents' differences of activation; q:
-    Benjamini-Hochberg over all alive rows of the table
-
-    ``readings`` (``read``) saves reading the same rows again, and says which solo reading; by default it is
-    "slots".
+    feature, group, alive    group: "all", or phase or category (``groups_of``); alive: it fires in one code
+    frequency_<r>, mean_<r>, firing_mean_<r>    share of tokens on which it fires; mean activation over all
+                             tokens, and over those on which it fires (NaN if none), for r of both models
+                             alone and "joint"
+    change, change_frequency, difference        ``model`` against ``reference`` (see above), each with _low
+    and
+                             _high (95%, documents)
+    p, q                     t-test on the documents' differences of activation; q: Benjamini-Hochberg over
+    all
+                             alive rows of the table
     """
-    readings = read(crosscoder, store, rows) if readings is None else readings
-    masks = (
-        {"all": np.ones(len(readings.rows), dtype=bool)}
-        if by is None
-        else groups_of(store, readings.rows, by)
-    )
-    frames = [_use_in(readings, group, mask, n_boot, seed, of, against) for group, mask in masks.items()]
-    table = pd.concat(frames, ignore_index=True)
+    masks = {"all": np.ones(len(solo.rows), dtype=bool)} if by is None else groups_of(store, solo.rows, by)
+    tables = [_use_in(solo, group, mask, n_boot, seed, model, reference) for group, mask in masks.items()]
+    table = pd.concat(tables, ignore_index=True).assign(q=np.nan)
     tested = table["alive"].to_numpy()
-    table["q"] = np.nan
     if tested.any():
         table.loc[tested, "q"] = false_discovery_control(table.loc[tested, "p"])
     return table
 
 
 def _use_in(
-    readings: Readings, group: str, mask: np.ndarray, n_boot: int, seed: int, of: str, against: str
+    solo: SoloCodes, group: str, mask: np.ndarray, n_boot: int, seed: int, model: str, reference: str
 ) -> pd.DataFrame:
-    documents, which = np.unique(readings.documents[mask], return_inverse=True)
+    documents, document = np.unique(solo.documents[mask], return_inverse=True)
     n, tokens = len(documents), int(mask.sum())
-    sums = {name: _sums(readings.codes[name][mask], which, n) for name in (against, of, JOINT)}
+    sums = {name: _sums(solo.codes[name][mask], document, n) for name in (reference, model, JOINT)}
     alive = np.any([fired.any(0) for fired, _ in sums.values()], axis=0)
     columns = {"feature": np.arange(len(alive)), "group": group, "alive": alive}
     for name, (fired, mass) in sums.items():
-        total = fired.sum(0)
         columns |= {
-            f"frequency_{name}": total / tokens,
+            f"frequency_{name}": fired.sum(0) / tokens,
             f"mean_{name}": mass.sum(0) / tokens,
-            f"firing_mean_{name}": np.divide(
-                mass.sum(0), total, out=np.full(len(total), np.nan), where=total > 0
-            ),
+            f"firing_mean_{name}": _ratio(mass.sum(0), fired.sum(0), np.nan),
         }
-    weights = _weights(n, n_boot, seed)
-    lengths = np.bincount(which, minlength=n).astype(float)
-    (fired_a, mass_a), (fired_o, mass_o) = sums[against], sums[of]
-    fires = fired_a.sum(0) + fired_o.sum(0)
-    half = np.divide(mass_a.sum(0) + mass_o.sum(0), fires, out=np.ones(len(fires)), where=fires > 0) / 2
+    (fired_r, mass_r), (fired_m, mass_m) = sums[reference], sums[model]
+    half = _ratio(mass_r.sum(0) + mass_m.sum(0), fired_r.sum(0) + fired_m.sum(0), 1.0) / 2
+    weights = group_weights(n, check("n_boot", n_boot, int, low=1), seed).astype(float)
+    lengths = np.bincount(document, minlength=n).astype(float)
+    statistics = {
+        "change": lambda w: np.log((w @ mass_m + half) / (w @ mass_r + half)),
+        "change_frequency": lambda w: np.log((w @ fired_m + 0.5) / (w @ fired_r + 0.5)),
+        "difference": lambda w: (w @ (mass_m - mass_r)) / (w @ lengths)[:, None],
+    }
+    for name, statistic in statistics.items():
+        columns[name] = statistic(np.ones((1, n)))[0]
+        columns[f"{name}_low"], columns[f"{name}_high"] = percentiles(statistic(weights))
     with warnings.catch_warnings():
         # documents that are all alike: p is 0, or not defined and set below
         warnings.simplefilter("ignore", RuntimeWarning)
-        p = ttest_1samp(mass_o - mass_a, 0.0, axis=0).pvalue if n > 1 else np.full(len(fires), np.nan)
+        p = ttest_1samp(mass_m - mass_r, 0.0, axis=0).pvalue if n > 1 else np.full(len(half), np.nan)
     # alive in the joint code only, or a single document: nothing speaks for a change
-    unsized = np.where(alive, 1.0, np.nan)
+    columns["p"] = np.where(np.isnan(p), np.where(alive, 1.0, np.nan), p)
+    return pd.DataFrame(columns)
 
-    def measure(name: str, statistic) -> None:
-        columns[name] = statistic(np.ones((1, n)))[0]
-        columns[f"{name}_low"], columns[f"{name}_high"] = percentiles(statistic(weights))
 
-    measure("change", lambda w: np.log((w @ mass_o + half) / (w @ mass_a + half)))
-    measure("change_frequency", lambda w: np.log((w @ fired_o + 0.5) / (w @ fired_a + 0.5)))
-    measure("difference", lambda w: (w @ (mass_o - mass_a)) / (w @ lengths)[:, None])
-    return pd.DataFrame(columns | {"p": np.where(np.isnan(p), unsized, p)})
+def _ratio(a: np.ndarray, b: np.ndarray, otherwise: float) -> np.ndarray:
+    return np.divide(a, b, out=np.full(len(a), otherwise), where=b > 0)
 
 
 def change_limit(null_table: pd.DataFrame, level: float = 0.01) -> float:
     """The |change| that a share ``level`` of the alive features exceeds in a pair in which nothing was
-    distilled.
-    """
+    distilled."""
     check("level", level, float, low=0, high=1)
     changes = null_table.loc[null_table["alive"].astype(bool), "change"].abs().dropna()
     if changes.empty:
@@ -250,11 +225,8 @@ def reweighted(table: pd.DataFrame, null_table: pd.DataFrame | float, level: flo
 
 def kinds_of_change(table: pd.DataFrame, unique: np.ndarray, changed: np.ndarray) -> np.ndarray:
     """ "unique", "reweighted" (changed, and not unique), "unchanged", or "dead" for every row; ``unique``,
-    ``changed`` bool [rows].
-    """
-    dead, unique, changed = (
-        np.asarray(mask, dtype=bool) for mask in (~table["alive"].astype(bool), unique, changed)
-    )
+    ``changed`` bool [rows]."""
+    dead = ~table["alive"].to_numpy(dtype=bool)
     return np.select([dead, unique, changed], ["dead", "unique", "reweighted"], "unchanged")
 
 
@@ -262,131 +234,159 @@ def kinds_of_change(table: pd.DataFrame, unique: np.ndarray, changed: np.ndarray
 
 
 def firing_by_phase(
-    crosscoder: CrossCoder,
+    solo: SoloCodes,
     store: Store,
-    rows: np.ndarray,
-    features: Sequence[int] | None = None,
+    features: Sequence[int],
     by: str = "phase",
     n_boot: int = 200,
     seed: int = 0,
-    readings: Readings | None = None,
 ) -> pd.DataFrame:
-    """A row per feature, phase (or category, with ``by``) and reading: tokens, frequency and mean over all of
-    them, with _low and _high (95%, documents)."""
-    readings = read(crosscoder, store, rows) if readings is None else readings
-    features, frames = (
-        (np.arange(crosscoder.n_features) if features is None else np.asarray(features, dtype=int)),
-        [],
-    )
-    codes = {name: readings.codes[name].tocsc()[:, features].tocsr() for name in readings.codes}
-    for group, mask in groups_of(store, readings.rows, by).items():
-        documents, which = np.unique(readings.documents[mask], return_inverse=True)
-        weights, lengths = _weights(len(documents), n_boot, seed), np.bincount(which).astype(float)
-        for name in readings.codes:
+    """A row per feature, phase (or category, with ``by``) and reading (model or "joint"): tokens, frequency
+    and mean over all of them, with _low and _high (95%, documents)."""
+    codes, tables = solo.of_features(features), []
+    for group, mask in groups_of(store, solo.rows, by).items():
+        documents, document = np.unique(solo.documents[mask], return_inverse=True)
+        weights = group_weights(len(documents), n_boot, seed).astype(float)
+        lengths = np.bincount(document).astype(float)
+        for name in codes:
             columns = {"feature": features, by: group, "reading": name, "tokens": int(mask.sum())}
-            for what, sums in zip(("frequency", "mean"), _sums(codes[name][mask], which, len(documents))):
+            for what, sums in zip(("frequency", "mean"), _sums(codes[name][mask], document, len(documents))):
                 low, high = percentiles((weights @ sums) / (weights @ lengths)[:, None])
                 columns |= {what: sums.sum(0) / mask.sum(), f"{what}_low": low, f"{what}_high": high}
-            frames.append(pd.DataFrame(columns))
-    return pd.concat(frames, ignore_index=True).sort_values("feature", kind="stable", ignore_index=True)
+            tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True).sort_values("feature", kind="stable", ignore_index=True)
 
 
 def around_events(
-    crosscoder: CrossCoder,
+    solo: SoloCodes,
     store: Store,
-    rows: np.ndarray,
     features: Sequence[int],
     events: Sequence[str] = tuple(EVENTS),
     window: int = 4,
     n_boot: int = 200,
     seed: int = 0,
-    readings: Readings | None = None,
 ) -> pd.DataFrame:
-    """Averages aligned at events: a row per event, offset, feature and reading: n (events), mean with _low,
-    _high (95%), frequency.
+    """Averages aligned at events: a row per event, offset, feature and reading (model or "joint"): n
+    (events), mean with _low, _high (95%), frequency.
 
     Offset 0 is the first token after the boundary (``event_rows``), -1 the last before it, from -``window``
     to +``window``. Tokens beyond the document, and masked ones, take no part.
     """
     check("window", window, int, low=1)
-    readings = read(crosscoder, store, rows) if readings is None else readings
-    codes = {
-        name: readings.codes[name].tocsc()[:, np.asarray(features, dtype=int)].tocsr()
-        for name in readings.codes
-    }
-    found = []
+    codes, tables = solo.of_features(features), []
     for event in events:
-        centres = event_rows(store, readings.rows, event)
+        centres = event_rows(store, solo.rows, event)
         for offset in range(-window, window + 1):
             at = centres + offset
-            fits = (at >= 0) & (at < len(store))
-            place = np.searchsorted(readings.rows, at).clip(max=len(readings.rows) - 1)
-            fits &= (readings.rows[place] == at) & (readings.documents[place] == store.documents[centres])
+            place = np.searchsorted(solo.rows, at).clip(max=len(solo.rows) - 1)
+            fits = (solo.rows[place] == at) & (solo.documents[place] == store.documents[centres])
             if not fits.any():
                 continue
-            documents, which = np.unique(store.documents[centres[fits]], return_inverse=True)
-            weights, counts = _weights(len(documents), n_boot, seed), np.bincount(which).astype(float)
+            documents, document = np.unique(store.documents[centres[fits]], return_inverse=True)
+            weights = group_weights(len(documents), n_boot, seed).astype(float)
+            counts = np.bincount(document).astype(float)
             for name in codes:
-                fired, mass = _sums(codes[name][place[fits]], which, len(documents))
+                fired, mass = _sums(codes[name][place[fits]], document, len(documents))
                 low, high = percentiles((weights @ mass) / (weights @ counts)[:, None])
-                mean, frequency, n = (
-                    mass.sum(0) / counts.sum(),
-                    fired.sum(0) / counts.sum(),
-                    int(counts.sum()),
-                )
-                found += [
-                    (event, offset, int(f), name, n, mean[i], low[i], high[i], frequency[i])
-                    for i, f in enumerate(features)
-                ]
-    return pd.DataFrame(
-        found,
-        columns=["event", "offset", "feature", "reading", "n", "mean", "mean_low", "mean_high", "frequency"],
-    )
+                columns = {"event": event, "offset": offset, "feature": features, "reading": name}
+                columns |= {"n": int(fits.sum()), "mean": mass.sum(0) / fits.sum()}
+                columns |= {"mean_low": low, "mean_high": high, "frequency": fired.sum(0) / fits.sum()}
+                tables.append(pd.DataFrame(columns))
+    if tables:
+        return pd.concat(tables, ignore_index=True)
+    names = ["event", "offset", "feature", "reading", "n", "mean", "mean_low", "mean_high", "frequency"]
+    return pd.DataFrame(columns=names)
 
 
-def events_figure(
-    averages: pd.DataFrame, names: Mapping[int, str] | None = None, title: str = "Around events"
-) -> go.Figure:
-    """``around_events`` as lines with bands: a row per feature (called ``names[feature]``), a column per
-    event, a colour per model.
+# --- numbers for the results file ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Use:
+    """What ``record`` measured: the codes; the table of use of all features, with their NRN and ``kind`` of
+    change; how much each code explains; and the table of use by phase and by category."""
+
+    solo: SoloCodes
+    table: pd.DataFrame
+    explained: pd.DataFrame
+    by_group: pd.DataFrame
+
+
+def record(
+    results: Results,
+    crosscoder: CrossCoder,
+    store: Store,
+    nrn: pd.Series,
+    chosen: Mapping[str, int],
+    uniqueness: Uniqueness,
+    max_tokens: int,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> Use:
+    """Measure the use of all features on at most ``max_tokens`` of "report", and put it into ``results``.
+
+    Metrics fve_solo_<model>, l0_solo_<model>; use_significant, use_unique, use_reweighted (of all alive
+    features), the last also with the median change taken away (_centred), use_change_median, use_limit;
+    use_change_<c> of the chosen features; use_size_<phase>, the median |change| there. Tables use_readings,
+    use_chosen, use_by_group.
     """
-    events, features = list(averages["event"].unique()), list(averages["feature"].unique())
-    fig = make_subplots(
-        len(features),
-        len(events),
-        shared_xaxes=True,
-        shared_yaxes="rows",
-        column_titles=events,
-        vertical_spacing=0.04,
-        horizontal_spacing=0.015,
-        row_titles=[(names or {}).get(f, f"feature {f}") for f in features],
+    rows = sample_rows(store, "report", max_tokens, seed)
+    solo = solo_codes(crosscoder, store, rows, "slots" if len(set(crosscoder.widths)) == 1 else "alone")
+    quality, limit, measured = explained(crosscoder, store, solo), uniqueness.use_limit, bool(uniqueness.null)
+    for row in quality[quality["reading"] == "solo"].itertuples():
+        results.add(f"fve_solo_{row.model}", row.fve, n=len(rows))
+        results.add(f"l0_solo_{row.model}", row.l0, n=len(rows))
+    results.table("use_readings", quality.round(4))
+
+    table = use_table(solo, n_boot=n_boot, seed=seed)
+    table["nrn"] = nrn
+    table["kind"] = kinds_of_change(table, uniqueness.outside, reweighted(table, limit))
+    alive = table[table["alive"]]
+    n, change = len(alive), alive["change"]
+    for name, hits in {
+        "significant": alive["q"] < 0.05,
+        "unique": alive["kind"] == "unique",
+        "reweighted": alive["kind"] == "reweighted",
+        "reweighted_centred": ((change - change.median()).abs() > limit) & (alive["kind"] != "unique"),
+    }.items():
+        known = n > 0 and (measured or name == "significant")
+        interval = wilson(int(hits.sum()), n) if known else None
+        results.add(f"use_{name}", hits.mean() if known else np.nan, interval, n)
+    interval = bootstrap(change, np.median, n_boot=n_boot, seed=seed)
+    results.add("use_change_median", change.median(), interval, n)
+    results.add("use_limit", limit)
+
+    columns = [
+        "frequency_base",
+        "frequency_distilled",
+        "frequency_joint",
+        "change",
+        "change_low",
+        "change_high",
+        "q",
+        "kind",
+    ]
+    of_chosen = pd.DataFrame(
+        [{"category": c, "feature": f, "NRN": nrn[f], **table.loc[f, columns]} for c, f in chosen.items()]
     )
-    for (event, feature, reading), part in averages[averages["reading"] != JOINT].groupby(
-        ["event", "feature", "reading"], sort=False
-    ):
-        colour, at = (
-            COLOURS.get(reading, COLOURS["random"]),
-            dict(row=features.index(feature) + 1, col=events.index(event) + 1),
-        )
-        red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-        band = dict(
-            x=[*part["offset"], *part["offset"][::-1]],
-            y=[*part["mean_high"], *part["mean_low"][::-1]],
-            fill="toself",
-        )
-        look = dict(
-            fillcolor=f"rgba({red},{green},{blue},0.2)",
-            mode="lines",
-            line_width=0,
-            hoverinfo="skip",
-            showlegend=False,
-        )
-        fig.add_scatter(**band, **look, **at)
-        first = bool(event == events[0] and feature == features[0])
-        line = dict(mode="lines+markers", marker_size=5, line_color=colour)
-        fig.add_scatter(x=part["offset"], y=part["mean"], name=reading, showlegend=first, **line, **at)
-    fig.add_vline(x=-0.5, line_dash="dot", line_color=COLOURS["null"])
-    legend = dict(orientation="h", x=0.8, y=0.99, yanchor="top", yref="container")
-    fig.update_layout(title=title, width=1100, height=170 + 150 * len(features), margin_t=100, legend=legend)
-    fig.update_yaxes(rangemode="tozero").update_annotations(font_size=12)
-    return fig.update_xaxes(dtick=2)
+    for row in of_chosen.itertuples():
+        results.add(f"use_change_{row.category}", row.change, (row.change_low, row.change_high), len(rows))
+    results.table("use_chosen", of_chosen.round(4))
+
+    by_group = pd.concat(
+        [use_table(solo, store, by, 2, seed).query("alive").assign(by=by) for by in ("phase", "category")],
+        ignore_index=True,
+    )
+    summary = by_group.assign(size=by_group["change"].abs()).groupby(["by", "group"], sort=False)
+    summary = summary.agg(
+        features=("change", "size"),
+        median=("change", "median"),
+        median_size=("size", "median"),
+        significant=("q", lambda q: (q < 0.05).mean()),
+    )
+    results.table("use_by_group", summary.reset_index().round(4))
+    for phase, part in by_group[by_group["by"] == "phase"].groupby("group", sort=False):
+        sizes = part["change"].abs()
+        interval = bootstrap(sizes, np.median, n_boot=n_boot, seed=seed)
+        results.add(f"use_size_{phase}", sizes.median(), interval, len(sizes))
+    return Use(solo, table, quality, by_group)

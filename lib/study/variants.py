@@ -280,9 +280,9 @@ def compute_nulls(study: Study) -> tuple[dict, dict]:
 
     def used(crosscoder: CrossCoder, store: Store, of: str) -> pd.DataFrame:
         rows = sample_rows(store, "report", study.max_tokens)
-        return use.use_table(crosscoder, store, rows, n_boot=10, of=of).assign(pair=f"base, {of}")[
-            ["pair", "feature", "alive", "change"]
-        ]
+        return use.use_table(use.solo_codes(crosscoder, store, rows), n_boot=10, model=of).assign(
+            pair=f"base, {of}"
+        )[["pair", "feature", "alive", "change"]]
 
     for name, s in (sets, tests, *spread):
         _, store = study.harvested("base", name)

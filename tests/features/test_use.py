@@ -12,7 +12,7 @@ from toys import toy_store
 from lib.activations import positions
 from lib.crosscoder import codes as codes_module
 from lib.crosscoder.model import CrossCoder
-from lib.features import use
+from lib.features import plots, use
 from lib.settings import UserError
 
 
@@ -28,7 +28,7 @@ def toy(tmp_path_factory):
         crosscoder.W_enc[:, 16:] += 0.1 * torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
         crosscoder.threshold.fill_(0.02)
     rows = store.rows("report")
-    return store, crosscoder.requires_grad_(False), rows, use.read(crosscoder, store, rows)
+    return store, crosscoder.requires_grad_(False), rows, use.solo_codes(crosscoder, store, rows)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def by_hand(base, distilled, documents):
     """Readings of dense codes [n, F]; the joint code is that of the distilled model."""
     codes = {"base": base, "distilled": distilled, "joint": distilled}
     codes = {name: sparse.csr_matrix(np.asarray(code, dtype=float)) for name, code in codes.items()}
-    return use.Readings(np.arange(len(documents)), np.asarray(documents), codes)
+    return use.SoloCodes(np.arange(len(documents)), np.asarray(documents), codes)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -73,15 +73,15 @@ def test_read_gives_every_model_its_own_and_the_joint_code(toy):
     store, crosscoder, rows, slots = toy
     joint = codes_module.codes(crosscoder, store, "report")
     assert np.array_equal(joint.rows, slots.rows) and abs(joint.codes - slots.codes["joint"]).max() < 1e-6
-    alone = use.read(crosscoder, store, rows[::-1][:50], "alone")
+    alone = use.solo_codes(crosscoder, store, rows[::-1][:50], "alone")
     assert np.array_equal(alone.rows, np.sort(rows[::-1][:50])), "rows are put in order"
     for name, acts in zip(store.models, store.activations(alone.rows)):
         assert np.allclose(alone.codes[name].toarray(), crosscoder.encode_from(name, acts).numpy(), atol=1e-6)
     assert 0 < slots.codes["base"].nnz != slots.codes["distilled"].nnz > 0
     with pytest.raises(UserError, match="solo is 'both'"):
-        use.read(crosscoder, store, rows, "both")
+        use.solo_codes(crosscoder, store, rows, "both")
     with pytest.raises(UserError, match="no rows"):
-        use.read(crosscoder, store, rows[:0])
+        use.solo_codes(crosscoder, store, rows[:0])
 
 
 def test_explained_against_decode(toy):
@@ -103,7 +103,7 @@ def test_table_by_hand(toy):
     base = [[1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1], [2, 0, 0, 0]]
     distilled = [[2, 0, 0, 1], [2, 3, 0, 0], [0, 0, 0, 1], [4, 0, 0, 0]]
     readings = by_hand(base, distilled, [5, 5, 7, 7])
-    table = use.use_table(toy[1], toy[0], readings.rows, n_boot=50, readings=readings)
+    table = use.use_table(readings, n_boot=50)
     assert table["alive"].tolist() == [True, True, False, True]
     assert table["frequency_base"].tolist() == [0.75, 0, 0, 0.5] and table["mean_distilled"].tolist() == [
         2,
@@ -133,7 +133,7 @@ def test_intervals_resample_documents_not_tokens():
     documents = np.repeat(np.arange(30), 40)
     level = rng.random(30)[documents]  # all tokens of a document alike
     readings = by_hand(np.ones((1200, 1)), (1 + level)[:, None], documents)
-    table = use.use_table(CrossCoder([2, 2], 1, k=1), None, readings.rows, n_boot=2000, readings=readings)
+    table = use.use_table(readings, n_boot=2000)
     means = level.reshape(30, 40).mean(1)
     width = table["difference_high"][0] - table["difference_low"][0]
     assert width == pytest.approx(2 * 1.96 * means.std() / np.sqrt(30), rel=0.1)
@@ -148,7 +148,7 @@ def test_planted_changes_are_found_and_noise_is_not():
     distilled[:, :10] *= 3
     distilled[:, 10:20] *= rng.random((2000, 10)) < 1 / 3
     readings = by_hand(base, distilled, documents)
-    table = use.use_table(CrossCoder([2, 2], 300, k=1), None, readings.rows, n_boot=100, readings=readings)
+    table = use.use_table(readings, n_boot=100)
     assert (
         (table["q"][:20] < 0.01).all()
         and (table["change"][:10] > 0.7).all()
@@ -160,7 +160,7 @@ def test_planted_changes_are_found_and_noise_is_not():
     assert 0.85 < ((noise["change_low"] <= 0) & (noise["change_high"] >= 0)).mean() < 0.99
     # the null is another such draw; 1% of it may be above its own limit, and all planted changes are
     null = by_hand(base, draw(), documents)
-    null = use.use_table(CrossCoder([2, 2], 300, k=1), None, null.rows, n_boot=2, readings=null)
+    null = use.use_table(null, n_boot=2)
     changed = use.reweighted(table, null)
     assert changed[:20].all() and changed[20:].mean() < 0.05 and use.reweighted(null, null).sum() == 3
     unique = np.arange(300) < 5
@@ -172,7 +172,7 @@ def test_planted_changes_are_found_and_noise_is_not():
 
 
 def test_a_limit_by_hand(toy):
-    table = use.use_table(toy[1], toy[0], toy[2], n_boot=2, readings=toy[3])[:4].assign(
+    table = use.use_table(toy[3], n_boot=2)[:4].assign(
         alive=[True, True, True, False], change=[-2.0, 0.5, 1.0, 9.0]
     )
     assert use.change_limit(table, 0.5) == 1.0
@@ -185,9 +185,9 @@ def test_a_limit_by_hand(toy):
 
 def test_by_group_is_the_table_of_the_groups_rows(toy):
     store, crosscoder, rows, readings = toy
-    table = use.use_table(crosscoder, store, rows, n_boot=5, by="phase", readings=readings)
+    table = use.use_table(readings, store, "phase", n_boot=5)
     thinking = rows[positions.phase_of(store, rows) == positions.PHASES.index("thinking")]
-    same = use.use_table(crosscoder, store, thinking, n_boot=5)
+    same = use.use_table(use.solo_codes(crosscoder, store, thinking), n_boot=5)
     part = table[table["group"] == "thinking"].reset_index(drop=True)
     columns = ["frequency_base", "mean_distilled", "change", "change_low", "difference_high", "p"]
     assert np.allclose(part[columns], same[columns], equal_nan=True)
@@ -196,7 +196,7 @@ def test_by_group_is_the_table_of_the_groups_rows(toy):
         and (table["q"].dropna() >= table["p"][table["q"].notna()] - 1e-12).all()
     )
     with pytest.raises(UserError, match="by is 'word'"):
-        use.use_table(crosscoder, store, rows, by="word", readings=readings)
+        use.use_table(readings, store, "word")
 
 
 # --- phases and events --------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_events_against_the_words(toy, words):
 
 def test_firing_by_phase_in_a_loop(toy):
     store, crosscoder, rows, readings = toy
-    found = use.firing_by_phase(crosscoder, store, rows, features=[3, 0], n_boot=20, readings=readings)
+    found = use.firing_by_phase(readings, store, [3, 0], n_boot=20)
     assert len(found) == 2 * 4 * 3 and found["feature"].tolist() == sorted(found["feature"])
     phases = positions.phase_of(store, rows)
     for row in found.itertuples():
@@ -291,7 +291,7 @@ def test_firing_by_phase_in_a_loop(toy):
 
 def test_averages_around_events_in_a_loop(toy):
     store, crosscoder, rows, readings = toy
-    found = use.around_events(crosscoder, store, rows, [2, 5], window=3, n_boot=20, readings=readings)
+    found = use.around_events(readings, store, [2, 5], window=3, n_boot=20)
     assert set(found["offset"]) == set(range(-3, 4)) and set(found["event"]) == set(positions.EVENTS)
     place = {row: i for i, row in enumerate(readings.rows)}
     for row in found[found["reading"] == "distilled"].itertuples():
@@ -307,7 +307,7 @@ def test_averages_around_events_in_a_loop(toy):
         )
     last = found[(found["event"] == "after a failed comparison") & (found["offset"] == -1)]
     own = use.around_events(
-        crosscoder, store, rows, [2, 5], events=["after a failed comparison"], window=3, n_boot=20
+        use.solo_codes(crosscoder, store, rows), store, [2, 5], ["after a failed comparison"], 3, n_boot=20
     )
     same = own[own["offset"] == -1].reset_index(drop=True)
     assert np.allclose(same["mean_low"], last["mean_low"]) and np.allclose(same["mean"], last["mean"]), (
@@ -317,8 +317,8 @@ def test_averages_around_events_in_a_loop(toy):
 
 def test_events_figure_has_a_line_per_model_and_panel(toy):
     store, crosscoder, rows, readings = toy
-    averages = use.around_events(crosscoder, store, rows, [2, 5], n_boot=5, readings=readings)
-    fig = use.events_figure(averages, {2: "two"})
+    averages = use.around_events(readings, store, [2, 5], n_boot=5)
+    fig = plots.events(averages, {2: "two"})
     lines = [trace for trace in fig.data if trace.name in ("base", "distilled")]
     assert len(lines) == 2 * 2 * len(positions.EVENTS) and sum(bool(t.showlegend) for t in lines) == 2
     assert "two" in [a.text for a in fig.layout.annotations]
