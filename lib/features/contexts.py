@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from transformers import PreTrainedTokenizerBase
 
 from ..activations.store import Store
-from ..crosscoder.codes import Coded
+from ..crosscoder.codes import SplitCodes
 from ..crosscoder.model import CrossCoder
 from ..figures import COLOURS, shaded_tokens
 from ..labels import LABELS
@@ -29,7 +29,7 @@ NOTE = "display:inline-block;width:12em;color:#555"
 
 
 def top_contexts(
-    store: Store, coded: Coded, tokenizer: PreTrainedTokenizerBase, features: Sequence[int], n: int = 8
+    store: Store, coded: SplitCodes, tokenizer: PreTrainedTokenizerBase, features: Sequence[int], n: int = 8
 ) -> pd.DataFrame:
     """The ``n`` strongest activations of each feature, one per document: columns ``COLUMNS``, sorted by
     feature and rank.
@@ -69,7 +69,7 @@ def _text(store: Store, tokenizer: PreTrainedTokenizerBase, row: int) -> str:
     return " ".join(f"«{w}»" if r == row else w for r, w in zip(rows, words))
 
 
-def activations_at(coded: Coded, rows: np.ndarray, feature: int) -> np.ndarray:
+def activations_at(coded: SplitCodes, rows: np.ndarray, feature: int) -> np.ndarray:
     """Activation of one feature at rows of the store; 0 at rows without codes (masked tokens)."""
     place = np.minimum(np.searchsorted(coded.rows, rows), len(coded.rows) - 1)
     values = coded.codes[place][:, [feature]].toarray().ravel()
@@ -78,7 +78,7 @@ def activations_at(coded: Coded, rows: np.ndarray, feature: int) -> np.ndarray:
 
 def contexts_html(
     store: Store,
-    coded: Coded,
+    coded: SplitCodes,
     tokenizer: PreTrainedTokenizerBase,
     contexts: pd.DataFrame,
     feature: int,
@@ -112,7 +112,7 @@ def headline(table: pd.DataFrame, feature: int) -> str:
     return f"Feature {feature}: NRN {row['nrn']:.2f}, fires on {row['frequency']:.2%} of tokens, {label}"
 
 
-def profile(store: Store, coded: Coded, feature: int) -> pd.DataFrame:
+def profile(store: Store, coded: SplitCodes, feature: int) -> pd.DataFrame:
     """Where a feature's activation falls: columns panel, label, activation and tokens (shares of all there is
     of either).
 
@@ -131,7 +131,7 @@ def profile(store: Store, coded: Coded, feature: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["panel", "label", "activation", "tokens"])
 
 
-def profile_figure(store: Store, coded: Coded, table: pd.DataFrame, feature: int) -> go.Figure:
+def profile_figure(store: Store, coded: SplitCodes, table: pd.DataFrame, feature: int) -> go.Figure:
     """``profile`` as bars; the title is the feature's headline."""
     shares = profile(store, coded, feature)
     titles = list(shares["panel"].unique())
