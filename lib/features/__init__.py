@@ -11,6 +11,7 @@ contexts         the texts in which a feature is strongest, its profile, a map
 explorer         the widget
 naming           names by a language model, and how good they are
 plots            the figures of notebook 03
+scores           its predictions against what was observed
 """
 
 import lazy_loader as lazy
@@ -24,10 +25,11 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "explorer",
         "naming",
         "plots",
+        "scores",
         "table",
         "token_tests",
         "uniqueness",
         "use",
     ],
-    submod_attrs={"table": ["inspect_run", "CATEGORIES"]},
+    submod_attrs={"table": ["inspect_run"]},
 )

@@ -4,7 +4,7 @@ all features at once.
 The AUROC of a feature is the probability that it is more active at a random positive position than at a
 random negative one, ties counting half: with R the sum of the positives' ranks (1..n, ties averaged) it is
 
-    AUROC = (R - P (P + 1) / 2) / (P N)          P positives, N negatives                         (Mann & Whitney 1947)
+    AUROC = (R - P (P + 1) / 2) / (P N)          P positives, N negatives  (Mann & Whitney 1947)
 
 Codes are sparse: in a column with z zeros all zeros share the rank (z + 1) / 2, and only the nonzero entries
 need to be sorted. Everything here is a function of codes and label arrays; it knows no model and no store.

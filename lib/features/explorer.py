@@ -1,4 +1,4 @@
-"""A feature explorer: one row per feature to sort and filter, and everything that is known about the chosen one.
+"""A feature explorer: one row per feature to sort and filter, and all that is known about the chosen one.
 
     explore = explorer.open_explorer(run, parameters)      # or explorer_of(inspection)
     explore.view(17)                           # (figure, HTML): the same without a kernel
@@ -320,7 +320,7 @@ class Explorer:
             )
         one, other = (_underlined(name, sign) for sign, name in ((1, self._model), (-1, self._reference)))
         explained = (
-            f"Above: where it fires. Below: which model's activation contributes more, {one} or {other}; hover for"
+            f"Above: where it fires. Below: which model's activation adds more, {one} or {other}; hover for"
             " numbers."
         )
         return f'<p style="color:#555">{explained}</p><div style="overflow-x:auto">{"".join(lines)}</div>'

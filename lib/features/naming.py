@@ -1,27 +1,24 @@
 """E2 as in the paper: a language model names features from their contexts, and the names are put to the test.
 
-    endpoint = endpoint_from_environment()             # None if LABEL_URL is not set
-    shown = contexts_to_label(store, made.choose, tokenizer, numbers)
-    labels = label_features(shown, numbers, folder, endpoint)             # feature, label, category, confidence, parsed, raw
-    judged = contexts_to_judge(store, made.report, tokenizer, numbers)
-    scores = score_labels(labels, judged, folder, endpoint)               # per feature: score, and control (another's label)
-    summary(scores)                                                       # means with 95% intervals over features
+    endpoint = endpoint_from_environment()                      # None if LABEL_URL is not set
+    shown = contexts_to_label(store, choose, tokenizer, features)
+    labels = label_features(shown, features, folder, endpoint)  # a row per feature: ``LABELLED``
+    judged = contexts_to_judge(store, report, tokenizer, features)
+    scores = score_labels(labels, judged, folder, endpoint)     # score, and control (another's label)
+    summary(scores)                                             # means with 95% intervals over features
 
 **Any OpenAI-compatible endpoint.** ``LABEL_URL`` (https://api.openai.com/v1, http://localhost:8000/v1, ...),
-``LABEL_MODEL`` (the name that the server knows), ``LABEL_KEY`` (if it wants one). The key is sent in a header
-and is written nowhere. A server of your own::
+``LABEL_MODEL`` (the name that the server knows), ``LABEL_KEY`` (if it wants one). The key is sent to this
+address only, in a header, and is written nowhere. A server of your own::
 
-    pip install "transformers[serving]"; transformers serve Qwen/Qwen2.5-7B-Instruct --port 8000      # or a folder
+    pip install "transformers[serving]"; transformers serve Qwen/Qwen2.5-7B-Instruct --port 8000
     LABEL_URL=http://localhost:8000/v1 LABEL_MODEL=Qwen/Qwen2.5-7B-Instruct make figures ONLY=03
-
-(Tried with a folder that holds a model of 135 million parameters, and --device cpu: requests, answers kept
-and runs resumed are as they should be, but such a model writes no JSON, which ends in an error that says so.)
 
 **A label is a guess, its score is the evidence.** Contexts to label come from the split "choose". On the
 split "report" the model is shown k texts in which the feature fires and k of the same kind in which it does
-not, shuffled, and says which of them fit the label:
+not, shuffled, and says which of them fit the label. The score is a balanced accuracy, 0.5 by chance::
 
-    score = (share of firing texts it picks + share of silent texts it leaves) / 2          (balanced accuracy; 0.5: chance)
+    score = (share of firing texts it picks + share of silent texts it leaves) / 2
 
 The control asks for the same texts with another feature's label: what a label earns that fits anything is in
 both. Two features with the same label control each other badly, so the control can only be too high.
@@ -45,8 +42,9 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +53,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..activations.store import Store
 from ..labels import CATEGORIES
+from ..results import Results
 from ..runs import Progress, disk_error, exclusive
 from ..settings import UserError, check
 from ..stats import bootstrap
 from ..text.tables import table
 from .contexts import top_contexts, window
+from .table import RunInspection
 
 ANSWERS = "answers.jsonl"
 NONE = "none"  # the category of a feature that is about none of the four
@@ -216,36 +216,28 @@ def score_labels(
     """
     groups = dict(list(contexts.groupby("feature")))
     label_of = {int(r.feature): r.label for r in labels.itertuples() if r.parsed and r.feature in groups}
-    numbers = list(label_of)
-    ring = [numbers[i] for i in np.random.default_rng(seed).permutation(len(numbers))]
+    features = list(label_of)
+    ring = [features[i] for i in np.random.default_rng(seed).permutation(len(features))]
     other = {f: ring[i - 1] if len(ring) > 1 else -1 for i, f in enumerate(ring)}
-    asked = [(f, whose) for f in numbers for whose in (f, other[f]) if whose != -1]
+    asked = [(f, labelled) for f in features for labelled in (f, other[f]) if labelled != -1]
+    size = {f: len(groups[f]) for f in features}
     prompts = [
-        JUDGE_PROMPT.format(label=label_of[whose], n=len(groups[f]), texts=_numbered(groups[f]["text"]))
-        for f, whose in asked
+        JUDGE_PROMPT.format(label=label_of[labelled], n=size[f], texts=_numbered(groups[f]["text"]))
+        for f, labelled in asked
     ]
-    reminders = [JUDGE_REMINDER.format(n=len(groups[f])) for f, _ in asked]
-    readers = [lambda text, n=len(groups[f]): read_numbers(text, n) for f, _ in asked]
+    reminders = [JUDGE_REMINDER.format(n=size[f]) for f, _ in asked]
+    readers = [partial(read_numbers, n=size[f]) for f, _ in asked]
     answers = dict(zip(asked, _ask_all("labels scored", prompts, reminders, readers, folder, endpoint)))
-    rows = []
-    for f in numbers:
-        own, control = (
-            balanced_accuracy(groups[f]["fires"].to_numpy(), answers.get((f, whose), (None, ""))[0])
-            for whose in (f, other[f])
-        )
-        rows.append(
-            (
-                f,
-                label_of[f],
-                other[f],
-                len(groups[f]),
-                own,
-                not math.isnan(own),
-                control,
-                not math.isnan(control),
-            )
-        )
-    return pd.DataFrame(rows, columns=SCORED).astype({"score": float, "control": float})
+
+    def score(f: int, labelled: int) -> float:
+        return balanced_accuracy(groups[f]["fires"].to_numpy(), answers.get((f, labelled), (None, ""))[0])
+
+    table = pd.DataFrame(
+        [(f, label_of[f], other[f], size[f], score(f, f), score(f, other[f])) for f in features],
+        columns=["feature", "label", "other", "texts", "score", "control"],
+    ).astype({"score": float, "control": float})
+    parsed = {"parsed": table["score"].notna(), "parsed_control": table["control"].notna()}
+    return table.assign(**parsed)[SCORED]
 
 
 def read_numbers(text: str, n: int) -> list[int] | None:
@@ -263,8 +255,8 @@ def balanced_accuracy(fires: np.ndarray, picked: Sequence[int] | None) -> float:
     """
     if picked is None or fires.all() or not fires.any():
         return math.nan
-    said = np.isin(np.arange(1, len(fires) + 1), picked)
-    return float((said[fires].mean() + (~said[~fires]).mean()) / 2)
+    is_picked = np.isin(np.arange(1, len(fires) + 1), picked)
+    return float((is_picked[fires].mean() + (~is_picked[~fires]).mean()) / 2)
 
 
 def summary(scores: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -287,6 +279,51 @@ def summary(scores: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataF
             len(values),
         )
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n"])
+
+
+# --- numbers for the results file ---------------------------------------------------------------------------
+
+
+def record(
+    results: Results,
+    inspection: RunInspection,
+    groups: Mapping[str, pd.DataFrame],
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> tuple[pd.DataFrame | None, str]:
+    """Names and scores of the features with the highest and the lowest NRN (``table.extremes``), put into
+    ``results``: (labels with scores, a sentence about them). (None, why not) if no endpoint is set, or it
+    fails.
+
+    Metrics label_score, label_control, label_difference; tables labels, label_categories.
+    """
+    endpoint = endpoint_from_environment()
+    if endpoint is None:
+        return None, "Not asked: no endpoint is set (`LABEL_URL`, see above). Nothing else depends on it."
+    store, tokenizer, folder = inspection.store, inspection.tokenizer, results.run.path("labels")
+    group = {int(f): name for name in ("highest", "lowest") for f in groups[name]["feature"]}
+    features = list(group)
+    try:
+        shown = contexts_to_label(store, inspection.choose, tokenizer, features)
+        named = label_features(shown, features, folder, endpoint)
+        judged = contexts_to_judge(store, inspection.report, tokenizer, features, seed=seed)
+        scored = score_labels(named, judged, folder, endpoint, seed)
+    except UserError as error:  # a server that went away, or a model too small to write JSON
+        return None, f"**No names:** {error}"
+    names = {"own label": "score", "another's label": "control"}
+    for name, row in summary(scored, n_boot, seed).rename(index=names).iterrows():
+        results.add(f"label_{name}", row["value"], (row["low"], row["high"]), int(row["n"]))
+    named.insert(0, "group", named["feature"].map(group))
+    named = named.drop(columns="raw").merge(scored[["feature", "score", "control"]], on="feature", how="left")
+    results.table("labels", named.round(4))
+    parsed = named[named["parsed"]]
+    results.table("label_categories", pd.crosstab(parsed["category"], parsed["group"]).reset_index())
+    note = (
+        f"{endpoint.model} named {len(parsed)} of {len(named)} features; detection"
+        f" {results.text('label_score')}, with another's name {results.text('label_control')}, difference"
+        f" {results.text('label_difference')}."
+    )
+    return named, note
 
 
 # --- the endpoint -------------------------------------------------------------------------------------------
@@ -436,7 +473,7 @@ def _request(endpoint: Endpoint, messages: list[dict]) -> str:
                     f"{endpoint.url} refuses the key (status {error.code}): set LABEL_KEY to one that it"
                     " knows"
                 ) from None
-            problem = f"status {error.code}{_said(error, endpoint)}"
+            problem = f"status {error.code}{_message(error, endpoint)}"
             if error.code not in (408, 429) and error.code < 500:
                 raise UserError(
                     f"{url} cannot be used, {problem}: LABEL_URL must be an OpenAI-compatible endpoint up to"
@@ -473,7 +510,7 @@ def _content(body: bytes, endpoint: Endpoint) -> str:
         ) from None
 
 
-def _said(error: urllib.error.HTTPError, endpoint: Endpoint) -> str:
+def _message(error: urllib.error.HTTPError, endpoint: Endpoint) -> str:
     """The server's own words, in short and without the key."""
     try:
         text = " ".join(error.read(2000).decode(errors="replace").split())

@@ -35,13 +35,12 @@ import pandas as pd
 from scipy import sparse
 from transformers import PreTrainedTokenizerBase
 
-from ..activations.positions import is_category, positions
+from ..activations.positions import is_category, missing_labels, positions
 from ..activations.store import Store, open_store
 from ..crosscoder.codes import SplitCodes, codes, sample_rows
-from ..crosscoder.model import CrossCoder
+from ..crosscoder.model import CrossCoder, check_feature
 from ..crosscoder.sharing import open_for_run
-from ..labels import CATEGORIES as CATEGORIES
-from ..labels import DETECTED, LABELS
+from ..labels import CATEGORIES, DETECTED, LABELS
 from ..models.pairs import Pair, load_pair
 from ..results import Results
 from ..runs import Run, fingerprint, kept, read_manifest, write_text
@@ -101,6 +100,23 @@ class RunInspection(Inspection):
         of the sentence that follows [n], "" where none does)."""
         index, labels = positions(self.store, getattr(self, split).rows, "before")
         return index, np.array([*LABELS, ""])[labels]
+
+    @property
+    def categories(self) -> list[str]:
+        """Those of the paper's four categories that have a feature, and whose AUROC is defined."""
+        return [c for c in CATEGORIES if pd.notna(self.table.get(f"auroc_{c}", {}).get(self.chosen.get(c)))]
+
+    @property
+    def notice(self) -> str:
+        """Which categories the report split lacks, in a sentence."""
+        missing = missing_labels(self.store, self.store.rows("report"))
+        return f"**{missing}**" if missing else "All categories occur in the report split."
+
+    def feature_to_show(self, feature: int) -> int:
+        """``feature``, checked; for -1 the chosen one of reflection, or else that with the highest NRN."""
+        if feature != -1:
+            return check_feature(self.crosscoder, feature)
+        return self.chosen.get("reflection", int(self.alive.sort_values("nrn")["feature"].iloc[-1]))
 
     def activations(self, feature: int, split: str = "report") -> np.ndarray:
         """Activation of one feature on the tokens of a split, [n]."""
@@ -300,19 +316,21 @@ def record(results: Results, table: pd.DataFrame, seed: int = 0) -> None:
 
 
 def record_extremes(
-    results: Results, inspection: Inspection, store: Store, groups: Mapping[str, pd.DataFrame]
+    results: Results, inspection: RunInspection, groups: Mapping[str, pd.DataFrame]
 ) -> pd.DataFrame:
     """Put into ``results`` what the features of ``extremes`` are about: tables e2_highest, e2_lowest and
     e2_token, metrics token_detectors_<group> (the token explains over half of the variance).
 
-    Returns the features of all groups, with the columns group and fires_from_token: the AUROC with which the
-    current token alone predicts *that* a feature fires.
+    Returns the features of all groups, with the columns group, fires_from_token (the AUROC with which the
+    current token alone predicts *that* a feature fires) and reasoning (its label names one of the four
+    categories).
     """
-    choose, report = inspection.choose, inspection.report
+    choose, report, store = inspection.choose, inspection.report, inspection.store
     labelled = pd.concat([part.assign(group=name) for name, part in groups.items()])
     labelled["fires_from_token"] = auroc.token_fires_auroc(
         choose.codes, store.tokens[choose.rows], report.codes, store.tokens[report.rows], labelled["feature"]
     )
+    labelled["reasoning"] = labelled["label"].str.contains("|".join(CATEGORIES))
     for name in ("highest", "lowest"):
         results.table(f"e2_{name}", groups[name][E2_COLUMNS].round(4))
     for name, part in groups.items():

@@ -137,7 +137,7 @@ def test_a_shrunk_feature_is_told_from_a_unique_one_and_intervals_hold_the_truth
     assert (table["nu_eps_low"] <= table["nu_eps"]).all() and (table["nu_eps"] <= table["nu_eps_high"]).all()
     assert ((table["nu_eps_high"] - table["nu_eps_low"]) < 0.05).all()
     mirrored = latent_scaling_of(
-        sparse.csr_matrix(codes), x, directions, of="base", against="distilled", n_boot=0
+        sparse.csr_matrix(codes), x, directions, model="base", reference="distilled", n_boot=0
     )
     assert (mirrored["side"] == "distilled").all() and np.allclose(mirrored["nu_eps"], table["nu_eps"])
 
@@ -218,9 +218,9 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="no tokens"):
         latent_scaling(crosscoder, store, np.arange(0))
     with pytest.raises(UserError, match="unknown model 'style'"):
-        latent_scaling(crosscoder, store, np.arange(9), of="style")
+        latent_scaling(crosscoder, store, np.arange(9), model="style")
     with pytest.raises(UserError, match="both 'base'"):
-        latent_scaling(crosscoder, store, np.arange(9), of="base")
+        latent_scaling(crosscoder, store, np.arange(9), model="base")
     with pytest.raises(UserError, match="same models"):
         latent_scaling(crosscoder, held(names=("base", "style")), np.arange(9))
     with pytest.raises(UserError, match=r"\[n, F\]"):

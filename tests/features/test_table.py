@@ -16,7 +16,7 @@ from lib.crosscoder import model as model_module
 from lib.crosscoder.codes import SplitCodes
 from lib.crosscoder.model import CrossCoder
 from lib.distil.organism import build_tokenizer
-from lib.features import contexts
+from lib.features import auroc, contexts
 from lib.features import detectors as categories
 from lib.features import table as features
 from lib.features import table as table_module
@@ -345,14 +345,10 @@ def test_a_probe_finds_what_is_there_and_nothing_else(toy):
     }
     fit_known = store.activations(fit)[0][:, 0]
     scores = categories.probe(store, fit, (fit_known > fit_known.median()).numpy(), rows)
-    assert categories.detection.auroc_of(scores["base"], known["base"]) > 0.95
+    assert auroc.auroc_of(scores["base"], known["base"]) > 0.95
     shuffled = np.random.default_rng(0).random(len(fit)) < 0.3
     assert (
-        abs(
-            categories.detection.auroc_of(categories.probe(store, fit, shuffled, rows)["base"], known["base"])
-            - 0.5
-        )
-        < 0.3
+        abs(auroc.auroc_of(categories.probe(store, fit, shuffled, rows)["base"], known["base"]) - 0.5) < 0.3
     )
     assert not categories.probe(store, fit, np.zeros(len(fit), dtype=bool), rows)["base"].any()
 
