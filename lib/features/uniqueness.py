@@ -112,6 +112,12 @@ class Uniqueness:
         """Beyond the null on either side, [F]."""
         return self.above | self.below
 
+    def words(self, feature: int) -> str:
+        """Whether a feature lies above the null, in words."""
+        if not self.null:
+            return "no null to compare with"
+        return "above the null" if self.above[feature] else "not above the null"
+
     @property
     def use_limit(self) -> float:
         """The change of use that 1% of the null's features exceed (``use.change_limit``); or NaN."""
