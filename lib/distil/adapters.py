@@ -24,23 +24,21 @@ import argparse
 import json
 import math
 import random
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import peft
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.pairs import load_pair
-from ..runs import exclusive, read_state, whole_files, write_state, write_text
+from ..runs import whole_files, write_text
 from ..settings import ROOT, UserError
 from ..text.chat import Trace, encode_trace, read_traces
 from ..text.corpus import hub_items, read_texts
-from .organism import cut_log, learning_rate
+from .fit import Batch, Place, Window, batches_of, fit, token_losses
 
 STAGES = ("distilled", "null_a", "null_b")
 HELD_OUT = 0.05  # share of questions, and of paragraphs, that no adapter sees
@@ -82,9 +80,6 @@ def paragraphs(path: Path) -> Iterator[str]:
     return (line for text in read_texts(path) for line in text.splitlines() if line.strip())
 
 
-Window = tuple[list[int], list[bool]]  # token ids, and for each whether it is learnt
-
-
 def trace_windows(
     traces: Iterable[Trace], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, epochs: float = math.inf
 ) -> Iterator[Window]:
@@ -123,46 +118,15 @@ def text_windows(
         epoch += 1
 
 
-def batches(windows: Iterator[Window], recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Input ids and targets [rows, length] of at most ``batch_tokens`` tokens with padding, and the tokens
-    without it.
-
-    Rows of similar lengths go together, out of every 64. Targets are -100 where nothing is learnt. With
-    causal attention, padding on the right is seen by nobody.
-    """
-    group = 0
-    while True:
+def batches(windows: Iterator[Window], recipe: Recipe) -> Iterator[Batch]:
+    """Batches of at most ``batch_tokens`` tokens with padding, out of every 64 windows."""
+    for group in count():
         if not (rows := list(islice(windows, 64))):
             raise UserError("there is nothing to learn from: no traces, or no text, but what is held out")
-        rows.sort(key=lambda row: len(row[0]))
-        made, batch = [], []
-        for row in rows:
-            if batch and (len(batch) + 1) * len(row[0]) > recipe.batch_tokens:
-                made.append(batch)
-                batch = []
-            batch.append(row)
-        made.append(batch)
-        random.Random(f"{recipe.seed}/order/{group}").shuffle(made)
-        group += 1
-        for batch in made:
-            x = torch.zeros(len(batch), max(len(ids) for ids, _ in batch), dtype=torch.long)
-            y = torch.full_like(x, -100)
-            for i, (ids, learnt) in enumerate(batch):
-                x[i, : len(ids)] = torch.tensor(ids)
-                y[i, : len(ids)] = torch.where(torch.tensor(learnt), x[i, : len(ids)], -100)
-            yield x, y, sum(len(ids) for ids, _ in batch)
+        yield from batches_of(rows, recipe.batch_tokens, random.Random(f"{recipe.seed}/order/{group}"))
 
 
 # --- training -----------------------------------------------------------------------------------------------
-
-
-def token_losses(model: PreTrainedModel, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats [learnt tokens] of the targets ``y`` [rows, length]; logits are made for learnt
-    tokens only.
-    """
-    hidden = model.model(input_ids=x).last_hidden_state[:, :-1]
-    learnt = y[:, 1:] != -100
-    return cross_entropy(model.lm_head(hidden[learnt]).float(), y[:, 1:][learnt], reduction="none")
 
 
 def adapted(base: PreTrainedModel, recipe: Recipe) -> peft.PeftModel:
@@ -181,79 +145,35 @@ def adapted(base: PreTrainedModel, recipe: Recipe) -> peft.PeftModel:
 def train(
     model: peft.PeftModel, windows: Iterator[Window], recipe: Recipe, folder: Path, report=print
 ) -> peft.PeftModel:
-    """Train one adapter, from ``folder``/state.pt if that exists; a line of log.jsonl every ``STATE_EVERY``
-    steps.
-
-    Raises FloatingPointError if the loss is not finite, UserError if another run is at work there.
+    """Train one adapter, from ``folder``/state.pt if that exists (see ``fit``). A state every ``STATE_EVERY``
+    steps, and wherever an adapter is kept.
     """
-    with exclusive(folder, "training an adapter"):
-        return _train(model, windows, recipe, folder, report)
+    stream, base = enumerate(batches(windows, recipe), 1), model.get_base_model().train()
 
+    def chunk(place: Place) -> list[Batch]:
+        found, tokens = [], place.tokens
+        for step, batch in stream:
+            if step <= place.step:
+                continue  # a run that is resumed has learnt from it
+            found.append(batch)
+            tokens += batch[2]
+            if step % STATE_EVERY == 0 or tokens >= min((place.kept + 1) * recipe.keep_every, recipe.tokens):
+                break
+        return found
 
-def _train(
-    model: peft.PeftModel, windows: Iterator[Window], recipe: Recipe, folder: Path, report
-) -> peft.PeftModel:
-    folder.mkdir(parents=True, exist_ok=True)
-    names, weights = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-    masters = [p.detach().float().clone() for p in weights]
-    optimizer = torch.optim.AdamW(masters, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    state_file = folder / "state.pt"
-    step = tokens = 0
-    if state_file.is_file():
-        state = read_state(state_file)
-        step, tokens = state["step"], state["tokens"]
-        optimizer.load_state_dict(state["optimizer"])
-        for master, weight, name in zip(masters, weights, names):
-            master.copy_(state["adapter"][name])
-            weight.data.copy_(master)
-    cut_log(folder / "log.jsonl", tokens)
-    inner, stream = model.get_base_model().train(), batches(windows, recipe)
-    for _ in range(step):
-        next(stream)
-    losses, began, start = [], time.monotonic(), tokens
-    while tokens < recipe.tokens:
-        x, y, size = next(stream)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(tokens / recipe.tokens, recipe.rate)
-        found = token_losses(inner, x, y)
-        # nothing is learnt of a window inside a long question
-        loss = found.mean() if len(found) else found.sum()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {step}: lower the learning rate ({recipe.rate})"
-            )
-        loss.backward()
-        for master, weight in zip(masters, weights):
-            master.grad, weight.grad = weight.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        optimizer.step()
-        for master, weight in zip(masters, weights):
-            weight.data.copy_(master)
-        step, before, tokens = step + 1, tokens, tokens + size
-        losses += [loss.item()] if len(found) else []
-        kept = tokens // recipe.keep_every > before // recipe.keep_every
-        if step % STATE_EVERY == 0 or kept or tokens >= recipe.tokens:
-            line = {
-                "stage": folder.name,
-                "step": step,
-                "tokens": tokens,
-                "loss": round(sum(losses) / max(len(losses), 1), 4),
-                "tokens_per_second": round((tokens - start) / max(time.monotonic() - began, 1e-6)),
-            }
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            report(
-                f"{folder.name}: {tokens:,}/{recipe.tokens:,} tokens, loss {line['loss']:.3f},"
-                f" {line['tokens_per_second']} tokens/s"
-            )
-            adapter = dict(zip(names, masters))
-            if kept:  # before the state: a run that is killed in between keeps it once more
-                write_state(folder / f"kept_{tokens:09d}.pt", {n: m.bfloat16() for n, m in adapter.items()})
-            write_state(
-                state_file,
-                {"step": step, "tokens": tokens, "optimizer": optimizer.state_dict(), "adapter": adapter},
-            )
-            losses, began, start = [], time.monotonic(), tokens
+    fit(
+        folder.name,
+        model,
+        lambda x, y: token_losses(base, x, y),
+        chunk,
+        folder,
+        recipe.tokens,
+        recipe.rate,
+        keep_every=recipe.keep_every,
+        snapshot=lambda: {n: p.bfloat16() for n, p in model.named_parameters() if p.requires_grad},
+        key="adapter",
+        report=report,
+    )
     return model.eval()
 
 

@@ -25,12 +25,9 @@ index).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import random
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,10 +37,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from ..runs import exclusive, read_state, whole_files, write_state, write_text
+from ..runs import whole_files, write_state, write_text
 from ..text.curriculum import CURRICULUM, LATE_MIX, MID_MIX, base_document, vocabulary
 from ..text.puzzles import EASY_SHARE, ERROR_RATE, Sentence, Teacher, direct, sample_puzzle, sample_question
 from . import trials
+from .fit import Batch, batches_of, fit, token_losses
 
 STAGES = ("base", "midtrain", "latetrain", "distilled", "control", "null_a", "null_b")
 CHUNK_DOCUMENTS = 2000
@@ -151,138 +149,41 @@ def encode(sentences: list[Sentence], ids: dict[str, int]) -> tuple[list[int], l
     return [*tokens, ids["<eos>"]], [*learnt, True]
 
 
-def chunk_batches(
-    stage: str, recipe: Recipe, chunk: int, progress: float = 1.0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches (input ids, targets), both [documents, length], of one chunk: similar lengths together, padded
-    right.
-
-    Targets are -100 where nothing is learnt. With causal attention, padding on the right is seen by nobody.
-    """
+def chunk_batches(stage: str, recipe: Recipe, chunk: int, progress: float = 1.0) -> list[Batch]:
+    """The batches of one chunk of documents."""
     rng = random.Random(f"{recipe.seed}/{stage}/{chunk}")
     ids = {word: i for i, word in enumerate(vocabulary())}
-    rows = sorted(
-        (encode(stage_document(stage, rng, progress), ids) for _ in range(CHUNK_DOCUMENTS)),
-        key=lambda row: len(row[0]),
-    )
-    batches, batch = [], []
-    for row in rows:
-        if batch and (len(batch) + 1) * len(row[0]) > recipe.batch_tokens:
-            batches.append(batch)
-            batch = []
-        batch.append(row)
-    batches.append(batch)
-    rng.shuffle(batches)
-    for batch in batches:
-        x = torch.zeros(len(batch), max(len(tokens) for tokens, _ in batch), dtype=torch.long)
-        y = torch.full_like(x, -100)
-        for i, (tokens, learnt) in enumerate(batch):
-            x[i, : len(tokens)] = torch.tensor(tokens)
-            y[i, : len(tokens)] = torch.where(torch.tensor(learnt), x[i, : len(tokens)], -100)
-        yield x, y
+    documents = [encode(stage_document(stage, rng, progress), ids) for _ in range(CHUNK_DOCUMENTS)]
+    return batches_of(documents, recipe.batch_tokens, rng)
 
 
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def learning_rate(progress: float, peak: float) -> float:
-    """Warm-up over the first 3% of tokens, flat to 50%, then linear to 2% of the peak."""
-    if progress < 0.03:
-        return peak * progress / 0.03
-    return peak * max(0.02, min(1.0, (1 - progress) / 0.5))
-
-
 def train_stage(
     stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Path, report=print, keep_every: float = 0.02
 ) -> Qwen2ForCausalLM:
-    """Train one stage, from ``model`` as it stands, or from ``folder``/state.pt if that exists.
+    """Train one stage, from ``model`` as it stands, or from ``folder``/state.pt if that exists (see ``fit``).
 
-    Writes a line of ``log.jsonl`` per chunk; for ``distilled`` keeps weights every ``keep_every`` of the run,
-    among which ``style`` is chosen. Raises FloatingPointError if the loss is not finite, UserError if another
-    run is at work there.
+    For ``distilled``, weights are kept every ``keep_every`` of the run: ``style`` is chosen among them.
     """
-    with exclusive(folder, f"training the stage {stage!r}"):
-        return _train_stage(stage, model, recipe, folder, report, keep_every)
-
-
-def _train_stage(
-    stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Path, report, keep_every: float
-) -> Qwen2ForCausalLM:
-    folder.mkdir(parents=True, exist_ok=True)
     budget = {"base": recipe.base_tokens, "midtrain": recipe.mid_tokens, "latetrain": recipe.late_tokens}.get(
         stage, recipe.tune_tokens
     )
-    peak = recipe.base_rate if stage == "base" else recipe.tune_rate
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
-    chunk = tokens = step = kept = 0
-    if state_file.is_file():
-        state = read_state(state_file)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        chunk, tokens, step, kept = state["chunk"], state["tokens"], state["step"], state["kept"]
-    cut_log(log_file, tokens)
-    model.train()
-    while tokens < budget:
-        began, start, losses = time.monotonic(), tokens, []
-        for x, y in chunk_batches(stage, recipe, chunk, min(1.0, tokens / budget)):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(tokens / budget, peak)
-            # float32: at this size bfloat16 autocast is slower
-            hidden = model.model(input_ids=x).last_hidden_state[:, :-1]
-            learnt = y[:, 1:] != -100
-            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learnt]), y[:, 1:][learnt])
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"loss of {stage} is {loss.item()} at step {step}: lower the learning rate ({peak})"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-            tokens += int((x != 0).sum())
-            step += 1
-        chunk += 1
-        line = {
-            "stage": stage,
-            "chunk": chunk,
-            "step": step,
-            "tokens": tokens,
-            "loss": round(sum(losses) / len(losses), 4),
-            "tokens_per_second": round((tokens - start) / max(time.monotonic() - began, 1e-6)),
-        }
-        with log_file.open("a") as log:
-            log.write(json.dumps(line) + "\n")
-        report(
-            f"{stage}: {tokens:,}/{budget:,} tokens, loss {line['loss']:.3f}, {line['tokens_per_second']:,}"
-            " tokens/s"
-        )
-        if stage == "distilled" and tokens / budget >= (kept + 1) * keep_every:
-            kept += 1
-            write_state(folder / f"kept_{tokens:09d}.pt", model.state_dict())
-        counters = {"chunk": chunk, "tokens": tokens, "step": step, "kept": kept}
-        write_state(
-            state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **counters}
-        )
+    fit(
+        stage,
+        model.train(),
+        lambda x, y: token_losses(model, x, y),  # float32: at this size bfloat16 is slower
+        lambda place: chunk_batches(stage, recipe, place.chunk, min(1.0, place.tokens / budget)),
+        folder,
+        budget,
+        recipe.base_rate if stage == "base" else recipe.tune_rate,
+        decay=0.05,
+        keep_every=keep_every * budget if stage == "distilled" else math.inf,
+        snapshot=model.state_dict,
+        report=report,
+    )
     return model.eval()
-
-
-def cut_log(file: Path, tokens: int) -> None:
-    """Drop what log.jsonl says of the time after ``tokens``, where a run resumes: one that was killed may
-    have logged more than it had saved.
-    """
-    if not file.is_file():
-        return
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # half a line
-            if json.loads(line)["tokens"] <= tokens:
-                lines.append(line + "\n")
-    write_text(file, "".join(lines))
 
 
 def stages_of(name: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Adapters from end to end: windows, a training that was broken off, what is shipped, and who has seen what."""
+"""Adapters from end to end: windows, a training that was broken off, what is shipped, who has seen what."""
 
 import json
 import random
@@ -92,7 +92,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_that_was_broken_off_goes_on_from_its_state(tokenizer, tmp_path, monkeypatch, dtype):
-    """Broken off behind a state, with steps after it that are lost: they are done again, on the same batches."""
+    """Broken off behind a state: the steps after it are lost, and done again on the same batches."""
     monkeypatch.setattr(lora, "STATE_EVERY", 3)
     asked, losses = [], lora.token_losses
 

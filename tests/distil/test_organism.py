@@ -1,4 +1,4 @@
-"""Training the embedded pair: alignment of tokens, what is learnt, exact resume, and failures that say why."""
+"""Training the embedded pair: alignment of tokens, what is learnt, exact resume, failures that say why."""
 
 import json
 import random
@@ -57,22 +57,19 @@ def test_prompts_are_read_but_not_learnt():
 @pytest.mark.parametrize("stage", ["base", "distilled", "control"])
 def test_batches_hold_every_document_once_and_align_targets(stage):
     documents = 0
-    for x, y in distill.chunk_batches(stage, SMALL, 0):
+    for x, y, size in distill.chunk_batches(stage, SMALL, 0):
         documents += len(x)
+        assert size == (x != 0).sum()
         learnt = y != -100
         assert torch.equal(x[learnt], y[learnt]) and not learnt[x == 0].any() and (x[:, 0] == 1).all()
         assert x.numel() <= SMALL.batch_tokens or len(x) == 1
     assert documents == distill.CHUNK_DOCUMENTS
-    again = list(distill.chunk_batches(stage, SMALL, 0))
-    other = list(distill.chunk_batches(stage, SMALL, 1))
-    first = next(distill.chunk_batches(stage, SMALL, 0))[0]
-    assert torch.equal(first, again[0][0]) and not (
-        first.shape == other[0][0].shape and torch.equal(first, other[0][0])
-    )
+    first, again, other = (distill.chunk_batches(stage, SMALL, chunk)[0][0] for chunk in (0, 0, 1))
+    assert torch.equal(first, again) and not (first.shape == other.shape and torch.equal(first, other))
 
 
 def test_nulls_see_the_same_kind_of_text_in_other_orders():
-    a, b = (next(distill.chunk_batches(s, SMALL, 0))[0] for s in ("null_a", "null_b"))
+    a, b = (distill.chunk_batches(s, SMALL, 0)[0][0] for s in ("null_a", "null_b"))
     assert a.shape != b.shape or not torch.equal(a, b)
 
 
@@ -80,10 +77,11 @@ def test_resume_equals_uninterrupted(tmp_path):
     def trained(folder, interrupt):
         model = distill.build_model(SMALL, len(prose.vocabulary()))
         if interrupt:
+            lines = []
 
-            def stop(_line, seen=[]):
-                seen.append(1)
-                if len(seen) == 2:
+            def stop(line):
+                lines.append(line)
+                if len(lines) == 2:
                     raise KeyboardInterrupt
 
             with pytest.raises(KeyboardInterrupt):
@@ -108,15 +106,6 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="learning rate"):
         distill.train_stage("base", model, SMALL, tmp_path)
-
-
-def test_learning_rate():
-    assert distill.learning_rate(0.0, 1.0) == 0 and distill.learning_rate(0.015, 1.0) == 0.5
-    assert (
-        distill.learning_rate(0.3, 1.0) == 1.0
-        and distill.learning_rate(0.75, 1.0) == 0.5
-        and distill.learning_rate(1.0, 1.0) == 0.02
-    )
 
 
 def test_another_recipe_is_refused(tmp_path):
