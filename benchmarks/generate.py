@@ -35,6 +35,7 @@ from lib.models.pairs import load_pair
 from lib.runs import Run
 from lib.settings import UserError
 from lib.steering import steer as steering
+from lib.steering.generate import steered
 
 NORM = 68.0  # mean residual norm of the distilled model at half depth, from notebook 01: strength 1
 STRENGTHS = (-0.5, -0.25, 0.25, 0.5)
@@ -161,7 +162,7 @@ def main() -> None:
         return [as_it_comes(model, layer, tasks, s * vector) for s in STRENGTHS]
 
     def together(temperature: float = 1.0):
-        return steering.generate(
+        return steered(
             model, layer, [t for _, t in rows], torch.stack([v for v, _ in rows]), LIMIT, temperature, SEED
         )
 

@@ -30,7 +30,6 @@ and their controls are ours.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,12 +46,22 @@ from ..crosscoder.codes import CHUNK, sample_rows
 from ..crosscoder.model import CrossCoder
 from ..labels import CATEGORIES, LABELS, REDUNDANT
 from ..models.pairs import Pair
-from ..runs import Progress, fingerprint, write_text
+from ..runs import fingerprint
 from ..settings import UserError, check
 from ..text.puzzles import Puzzle, apply, equation_of, first_words, label_of, sentences_of
 from .ablation import matched_features
 from .effects import METHODS, OTHER
-from .lockstep import Act, Along, Bias, RandomLike, Reconstruct, Scale, Swap, Transplant, generate, read_alone
+from .generate import TranscriptFile, Treatment, kept_transcripts, transcripts
+from .interventions import (
+    AddVector,
+    LogitBias,
+    RandomLike,
+    Reconstruct,
+    Scale,
+    Swap,
+    Transplant,
+    encode_from_one,
+)
 from .outcomes import outcomes
 from .tasks import PUZZLES
 
@@ -124,7 +133,7 @@ def measure_use(
     for start in range(0, len(rows), CHUNK):
         acts = dict(zip(store.models, store.activations(rows[start : start + CHUNK])))
         codes = {"joint": crosscoder.encode([acts[name] for name in crosscoder.names])}
-        codes |= {name: read_alone(crosscoder, name, acts[name], reading) for name in crosscoder.names}
+        codes |= {name: encode_from_one(crosscoder, name, acts[name], reading) for name in crosscoder.names}
         for name, f in codes.items():
             sums[name] += f.double().sum(0)
             sums[f"fired {name}"] += (f > 0).double().sum(0)
@@ -181,14 +190,16 @@ class Condition:
     family: str  # "untouched", "ablate", "swap", "impose", "place"
     kind: str
     target: str
-    act: Act
+    treatment: Treatment
     temperature: float = 1.0
     strength: float = float("nan")
 
     @property
     def name(self) -> str:
         parts = (self.family, self.kind, self.target, "" if np.isnan(self.strength) else f"{self.strength:g}")
-        return " / ".join([*filter(None, parts), self.act.speaker, self.act.mode, f"t{self.temperature:g}"])
+        return " / ".join(
+            [*filter(None, parts), self.treatment.writer, self.treatment.mode, f"t{self.temperature:g}"]
+        )
 
 
 def conditions(
@@ -234,7 +245,7 @@ def ablations(
     found = []
     for t in temperatures:
         for speaker in ("distilled", "base"):
-            found.append(Condition("untouched", "untouched", "", Act(speaker), t))
+            found.append(Condition("untouched", "untouched", "", Treatment(speaker), t))
             for c, chosen in sets.items():
                 removed = Scale(tuple(chosen))
                 kinds = {"features": removed, "other decoder": Scale(tuple(chosen), decoder=OTHER[speaker])}
@@ -253,15 +264,15 @@ def ablations(
                     }
                     if vectors is not None:
                         kinds |= {
-                            "mean difference": Along(tuple(vectors[c]), -1.0, removed),
-                            "logit bias": Bias(first_words(c), -bias),
+                            "mean difference": AddVector(tuple(vectors[c]), -1.0, removed),
+                            "logit bias": LogitBias(first_words(c), -bias),
                         }
                 found += [
                     Condition(
                         "ablate",
                         kind,
                         c,
-                        Act(speaker, what, "ends" if kind == "logit bias" else "thinking"),
+                        Treatment(speaker, what, "ends" if kind == "logit bias" else "thinking"),
                         t,
                     )
                     for kind, what in kinds.items()
@@ -285,12 +296,12 @@ def swaps(
         ("swap", "all"): Swap(),
         ("joint", "all"): Swap("joint"),
         ("random", "all"): RandomLike(Swap(), seed),
-        ("reconstruct listener", "all"): Reconstruct("listener"),
+        ("reconstruct listener", "all"): Reconstruct("other"),
         ("reconstruct own", "all"): Reconstruct("own"),
         ("reconstruct joint", "all"): Reconstruct("joint"),
     }
     if len(set(crosscoder.widths)) == 1:
-        kinds |= {("transplant", "all"): Transplant(), ("swap, slots", "all"): Swap(reading="slots")}
+        kinds |= {("transplant", "all"): Transplant(), ("swap, slots", "all"): Swap(fill="slots")}
     if unique:
         kinds |= {
             ("swap", "unique"): Swap(features=unique),
@@ -321,10 +332,10 @@ def impositions(
         for name, chosen in sets.items():
             if chosen:
                 weights = use.gains(chosen, speaker) - 1
-                made["gain", name] = Scale(chosen, tuple(weights.tolist()), code="own")
+                made["gain", name] = Scale(chosen, tuple(weights.tolist()), source="own")
                 made["joint", name] = Swap("joint", chosen)
                 made["matched", name] = Scale(
-                    matched[name], tuple(rng.permutation(weights).tolist()), code="own"
+                    matched[name], tuple(rng.permutation(weights).tolist()), source="own"
                 )
                 made["random", name] = RandomLike(made["gain", name], seed)
         return made
@@ -336,9 +347,9 @@ def _both_ways(family: str, kinds, temperature: float) -> list[Condition]:
     found = []
     for speaker in ("base", "distilled"):
         for mode in ("free", "think"):
-            found.append(Condition("untouched", "untouched", "", Act(speaker, mode=mode), temperature))
+            found.append(Condition("untouched", "untouched", "", Treatment(speaker, mode=mode), temperature))
             found += [
-                Condition(family, kind, target, Act(speaker, what, "everywhere", mode), temperature)
+                Condition(family, kind, target, Treatment(speaker, what, "everywhere", mode), temperature)
                 for (kind, target), what in kinds(speaker).items()
             ]
     return found
@@ -423,20 +434,20 @@ def strengthenings(
         crosscoder.widths[crosscoder.names.index("distilled")],
         generator=torch.Generator().manual_seed(seed),
     )
-    found = [Condition("untouched", "untouched", "", Act("distilled"), temperature)]
+    found = [Condition("untouched", "untouched", "", Treatment("distilled"), temperature)]
     for (c, chosen), push in zip(sets.items(), noise):
         row = crosscoder.rows("distilled", raw=True)[chosen[0]]
         for method in METHODS:
             for s in strengths.get((c, method), ()) if isinstance(strengths, Mapping) else strengths:
                 what = {
-                    "feature": lambda: Along(tuple(row.tolist()), s * norm),
-                    "random": lambda: Along(tuple(push.tolist()), s * norm),
-                    "mean difference": lambda: Along(tuple(vectors[c]), s * norm),
-                    "logit bias": lambda: Bias(first_words(c), 8 * s),
+                    "feature": lambda: AddVector(tuple(row.tolist()), s * norm),
+                    "random": lambda: AddVector(tuple(push.tolist()), s * norm),
+                    "mean difference": lambda: AddVector(tuple(vectors[c]), s * norm),
+                    "logit bias": lambda: LogitBias(first_words(c), 8 * s),
                     "amplify": lambda: Scale(tuple(chosen), 8 * s),
                 }[method]()
                 found.append(
-                    Condition("place", method, c, Act("distilled", what, "ends"), temperature, float(s))
+                    Condition("place", method, c, Treatment("distilled", what, "ends"), temperature, float(s))
                 )
     return found
 
@@ -472,9 +483,9 @@ def run(
     crosscoder: CrossCoder,
     store: Store,
     tasks: Sequence[Puzzle],
-    todo: Sequence[Condition],
+    conditions: Sequence[Condition],
     folder: Path,
-    mark: str,
+    weights: str,
     max_new_tokens: int = 250,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -485,69 +496,45 @@ def run(
     every category c: calls_c, met_c (sentence ends that call for c; and c follows), rest_c, strays_c (all
     other sentence ends; and c follows).
 
-    Transcripts are kept in ``folder``, one file per condition, under a fingerprint of ``mark`` (weights and
-    crosscoder), condition, tasks and limits: what is there is read, an interrupted run goes on. Puzzles of
+    Transcripts are kept in ``folder``, one file per condition, under a fingerprint of ``weights`` (of models
+    and crosscoder), condition, tasks and limits: what is there is read, an interrupted run goes on. Puzzles of
     like length are decoded together.
     """
-    todo = list(dict.fromkeys(todo))
-    tokenizer, kept = pair.tokenizer(), {}
-    for condition in todo:
-        slug = re.sub("[^a-z0-9.]+", "-", condition.name.lower())
+    conditions, tokenizer = list(dict.fromkeys(conditions)), pair.tokenizer()
+    files = []
+    for condition in conditions:
         what = fingerprint(
-            mark, condition.act, condition.temperature, [repr(t) for t in tasks], max_new_tokens, seed
+            weights,
+            condition.treatment,
+            condition.temperature,
+            [repr(t) for t in tasks],
+            max_new_tokens,
+            seed,
         )
-        kept[condition] = Path(folder) / f"{slug}_{what}.json"
-    said = {condition: read for condition in todo if (read := _read(kept[condition])) is not None}
-    batches: dict[tuple, list[Condition]] = {}
-    for condition in todo:
-        if condition not in said:
-            batches.setdefault((condition.act.speaker, condition.act.mode, condition.temperature), []).append(
-                condition
-            )
-    at_once = max(1, 2 * PUZZLES.batch_rows // len(tasks))
-    with Progress(f"conditions of {len(tasks)} puzzles", len(todo)) as progress:
-        progress.update(len(said))
-        for (_, _, temperature), waiting in batches.items():
-            for i in range(0, len(waiting), at_once):
-                group = waiting[i : i + at_once]
-                lengths = (
-                    np.mean([[len(words) for words in said[c]] for c in said], axis=0)
-                    if said
-                    else np.zeros(len(tasks))
-                )
-                rows = [
-                    (task, condition) for task in np.argsort(lengths, kind="stable") for condition in group
-                ]
-                made = generate(
-                    models,
-                    tokenizer,
-                    store.layers,
-                    crosscoder,
-                    [tasks[task] for task, _ in rows],
-                    [condition.act for _, condition in rows],
-                    max_new_tokens,
-                    temperature,
-                    seed,
-                )
-                by_row = dict(zip(rows, made))
-                for condition in group:
-                    said[condition] = [by_row[task, condition] for task in range(len(tasks))]
-                    kept[condition].parent.mkdir(parents=True, exist_ok=True)
-                    write_text(
-                        kept[condition],
-                        json.dumps({"condition": condition.name, "transcripts": said[condition]}),
-                    )
-                progress.update(len(said), group[-1].name)
-    return pd.concat(
-        [_rows(condition, tasks, said[condition], max_new_tokens) for condition in todo], ignore_index=True
+        stem = re.sub("[^a-z0-9.]+", "-", condition.name.lower())
+        files.append(
+            TranscriptFile(Path(folder) / f"{stem}_{what}.json", what, {"condition": condition.name})
+        )
+
+    def write(rows: Sequence[tuple[int, int]]) -> list[list[str]]:
+        return transcripts(
+            models, tokenizer, store.layers, crosscoder, [tasks[task] for task, _ in rows],
+            [conditions[i].treatment for _, i in rows], max_new_tokens, conditions[rows[0][1]].temperature, seed,
+        )  # fmt: skip
+
+    def group(i: int) -> tuple:
+        return conditions[i].treatment.writer, conditions[i].treatment.mode, conditions[i].temperature
+
+    def lengths(done: Mapping[int, list]) -> np.ndarray:
+        return np.mean([[len(words) for words in made] for made in done.values()], axis=0)
+
+    found, _ = kept_transcripts(
+        files, len(tasks), write, group, lengths, PUZZLES.batch_rows, f"conditions of {len(tasks)} puzzles"
     )
-
-
-def _read(file: Path) -> list[list[str]] | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["transcripts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return pd.concat(
+        [_rows(condition, tasks, made, max_new_tokens) for condition, made in zip(conditions, found)],
+        ignore_index=True,
+    )
 
 
 def _rows(
@@ -568,8 +555,8 @@ def _rows(
         "family": condition.family,
         "kind": condition.kind,
         "target": condition.target,
-        "speaker": condition.act.speaker,
-        "mode": condition.act.mode,
+        "speaker": condition.treatment.writer,
+        "mode": condition.treatment.mode,
         "temperature": condition.temperature,
         "strength": condition.strength,
         "task": range(len(tasks)),

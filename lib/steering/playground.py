@@ -49,6 +49,7 @@ from ..text.puzzles import (
     label_of,
     sentences_of,
 )
+from . import generate
 from . import steer as steering
 from .tasks import PUZZLES, Medium
 
@@ -294,11 +295,11 @@ class Bench:
         """``compare`` while it grows: the last one that comes is the whole. To stop, stop asking."""
         direction = self.direction(feature, model)
         strength = float(check("strength", strength, float, low=-STRONGEST, high=STRONGEST))
-        check("where", where, str, choices=steering.WHERE)
+        check("where", where, str, choices=generate.STEERED)
         seed = check("seed", self.seed if seed is None else seed, int)
         task = self.task(prompt, model)
         vector = strength * direction.vector
-        growing = steering.stream(
+        growing = generate.steered_stream(
             self.models[model],
             self.store.layers[model],
             [task, task],
@@ -409,7 +410,7 @@ class Panel(ipywidgets.VBox):
             step=0.25,
             tooltip="in mean residual norms; negative: taken away",
         )
-        self.where = _field(ipywidgets.Dropdown, "Where", "thinking", options=steering.WHERE)
+        self.where = _field(ipywidgets.Dropdown, "Where", "thinking", options=generate.STEERED)
         self.model = _field(ipywidgets.Dropdown, "Model", list(bench.models)[-1], options=list(bench.models))
         self.seed = _field(
             ipywidgets.IntText, "Seed", bench.seed, tooltip="of the dice that both thoughts roll"

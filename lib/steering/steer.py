@@ -26,10 +26,8 @@ ours.
 
 from __future__ import annotations
 
-import json
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,21 +37,17 @@ import torch
 from nnsight import TransformersModel
 from torch import Tensor
 from torch.nn import functional
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..activations.positions import PHASES, phase_of
 from ..activations.store import SPLITS, Store
 from ..crosscoder.model import CrossCoder, check_feature
 from ..distil.trials import Task
-from ..models.decode import Step, TaskNoise, decode, legs, until
-from ..runs import Progress, fingerprint, write_text
+from ..runs import fingerprint
 from ..settings import UserError, check
 from .ablation import batches
+from .generate import TranscriptFile, kept_transcripts, steered
 from .outcomes import NO_STEERING
 from .tasks import PUZZLES, Medium
-
-# positions that can be steered; everything but the bench steers the thinking
-WHERE = ("prompt", "thinking", "all")
 
 
 @dataclass(frozen=True)
@@ -226,191 +220,10 @@ def candidates(
     return frame.sort_values("label", key=lambda column: column.map(order), kind="stable", ignore_index=True)
 
 
-@torch.no_grad()
-def generate(
-    model: TransformersModel,
-    layer: int,
-    tasks: Sequence[Task],
-    vectors: Tensor,
-    max_new_tokens: int = 260,
-    temperature: float = 0.0,
-    seed: int = 0,
-    end_of_thinking: str | None = "done",
-    only_at: str | None = None,
-    batch_size: int | None = None,
-    remote: bool | str = False,
-    medium: Medium = PUZZLES,
-    where: str = "thinking",
-) -> list[list[str]]:
-    """Transcripts, tokens as text, each row steered by its own vector. ``medium`` says how tasks are put;
-    ``batch_size`` is its own unless told.
-
-    ``vectors`` [tasks, d] is what is added (strength included; a row of zeros is not steered). It acts on the
-    newest position of every step until the row has written ``end_of_thinking`` (None: to the end); with
-    ``only_at``, only where that position holds this token (".": at the ends of sentences, where the next one
-    is decided). ``temperature`` 0 is greedy; above it thoughts are sampled (``TaskNoise``). Rows are padded
-    on the left and do not influence each other.
-
-    ``where`` "thinking" is that: from the prompt's last position on. "prompt" steers the positions of the
-    prompt before it, "all" every position, the answer's too; ``end_of_thinking`` and ``only_at`` have no say
-    there.
-    """
-    if len(vectors) != len(tasks):
-        raise ValueError(f"{len(vectors)} vectors for {len(tasks)} tasks: must be one each")
-    transcripts, size = [], batch_size or medium.batch_rows
-    for start in range(0, len(tasks), size):
-        some, added = tasks[start : start + size], vectors[start : start + size]
-        step, ids, mask = _stepper(
-            model, layer, some, added, temperature, seed, end_of_thinking, only_at, remote, medium, where
-        )
-        # a distant server keeps no cache between two requests: there, one leg is the whole way
-        eos, leg = model.tokenizer.eos_token_id, max_new_tokens if remote else None
-        decoded = decode(step, model.config, ids, mask, max_new_tokens, eos, leg=leg)
-        transcripts += [medium.transcript(model.tokenizer, row) for row in decoded]
-    return transcripts
-
-
-@torch.no_grad()
-def stream(
-    model: TransformersModel,
-    layer: int,
-    tasks: Sequence[Task],
-    vectors: Tensor,
-    max_new_tokens: int = 260,
-    temperature: float = 0.0,
-    seed: int = 0,
-    end_of_thinking: str | None = "done",
-    remote: bool | str = False,
-    medium: Medium = PUZZLES,
-    where: str = "thinking",
-    leg: int = 4,
-) -> Iterator[tuple[list[list[str]], list[bool]]]:
-    """``generate`` in one batch, watched: every ``leg`` tokens (all transcripts so far, which of them have
-    ended). What comes last is what ``generate`` returns. To stop, stop asking."""
-    step, ids, mask = _stepper(
-        model, layer, tasks, vectors, temperature, seed, end_of_thinking, None, remote, medium, where
-    )
-    said, ended, eos = [[] for _ in tasks], [False] * len(tasks), model.tokenizer.eos_token_id
-    for rows, new, over in legs(
-        step, model.config, ids, mask, max_new_tokens, eos, max_new_tokens if remote else leg
-    ):
-        for row, words, last in zip(rows.tolist(), new.tolist(), over.tolist()):
-            said[row], ended[row] = medium.transcript(model.tokenizer, until(words, eos)), last
-        yield list(said), list(ended)
-
-
-def _stepper(
-    model: TransformersModel,
-    layer: int,
-    tasks: Sequence[Task],
-    added: Tensor,
-    temperature: float,
-    seed: int,
-    end_of_thinking: str | None,
-    only_at: str | None,
-    remote: bool | str,
-    medium: Medium,
-    where: str,
-) -> tuple[Step, Tensor, Tensor]:
-    """How a batch is continued, and its prompts: (step of ``lib.models.decode``, ids [tasks, length], mask [tasks,
-    length]).
-    """
-    tokenizer = model.tokenizer
-    check("where", where, str, choices=WHERE)
-    end, only = _token(tokenizer, "end_of_thinking", end_of_thinking), _token(tokenizer, "only_at", only_at)
-    if where != "thinking":
-        end = only = None
-    prompts = [medium.prompt(task) for task in tasks]
-    batch = tokenizer(
-        prompts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        add_special_tokens=medium.special_tokens,
-    )
-    noise = [TaskNoise(tasks, temperature, seed)] if temperature > 0 else []
-    thinking = torch.full((len(tasks), 1), where != "prompt")
-
-    def step(ids, mask, rows, cache, n):
-        for source in noise:
-            source.rows = rows
-        how = {
-            "max_new_tokens": n,
-            "do_sample": False,
-            "logits_processor": LogitsProcessorList(noise),
-            "remote": remote,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        longer = _steered(
-            model,
-            layer,
-            {"input_ids": ids, "attention_mask": mask},
-            added[rows],
-            thinking[rows],
-            end,
-            only,
-            how if remote else how | {"past_key_values": cache},
-            where != "thinking",
-        )
-        if end is not None:
-            thinking[rows] &= (longer[:, ids.shape[1] :] != end).all(1, keepdim=True)
-        return longer
-
-    return step, batch["input_ids"], batch["attention_mask"]
-
-
-def _steered(
-    model: TransformersModel,
-    layer: int,
-    inputs: dict[str, Tensor],
-    added: Tensor,
-    thinking: Tensor,
-    end: int | None,
-    only: int | None,
-    how: dict,
-    prompt: bool = False,
-) -> Tensor:
-    """Ids [rows, longer] of one leg. ``added`` [rows, d] acts on the newest position while ``thinking``
-    [rows, 1] holds, and with ``prompt`` on those before it, which only the first step of the first leg reads:
-    later ones have them in the cache."""
-    mask = inputs["attention_mask"]
-    with warnings.catch_warnings():
-        # how an open loop over the steps ends
-        warnings.filterwarnings("ignore", message=".*was never reached.*")
-        with model.generate(**how) as tracer:
-            with tracer.invoke(inputs):
-                for _ in tracer.iter[:]:
-                    newest = model.model.embed_tokens.input[:, -1:]
-                    thinking = thinking.to(newest.device)
-                    if end is not None:
-                        thinking = thinking & (newest != end)
-                    where = thinking if only is None else thinking & (newest == only)
-                    h = model.model.layers[layer].output
-                    h[:, -1] += where.to(h.device) * added.to(h.device)
-                    if prompt:
-                        earlier = h.shape[1] - 1
-                        h[:, :earlier] += mask[:, :earlier, None].to(h.device) * added[:, None].to(h.device)
-            with tracer.invoke():  # what follows the loop must not stand in its body: it ends early
-                ids = tracer.result.save()
-    return ids.cpu()
-
-
-def _token(tokenizer: PreTrainedTokenizerBase, name: str, word: str | None) -> int | None:
-    """The id of a word that must be one token; None for None. UserError, naming the parameter, for anything
-    else.
-    """
-    found = None if word is None else tokenizer.convert_tokens_to_ids(word)
-    if word is not None and found in (None, tokenizer.unk_token_id):
-        raise UserError(f"{name} is {word!r}, which is not a token of this model")
-    return found
-
-
 class Steering:
-    """A model under steering, with a memory: every condition's transcripts are kept in ``folder``, and made
-    only once.
+    """A model under steering. The transcripts of every condition are kept in ``folder`` and made only once.
 
-    ``remote`` says where the model runs. ``mark`` is the fingerprint of its weights; directions, strengths,
+    ``remote`` says where the model runs. ``weights`` is the fingerprint of its weights; directions, strengths,
     tasks and limits are added to it, so a transcript is used again only if all that decides it is the same.
     """
 
@@ -419,41 +232,32 @@ class Steering:
         model: TransformersModel,
         layer: int,
         folder: Path,
-        mark: str,
+        weights: str,
         max_new_tokens: int = 260,
         temperature: float = 1.0,
         seed: int = 0,
-        end_of_thinking: str | None = "done",
-        only_at: str | None = None,
+        end_of_thinking: str | None = None,
         medium: Medium = PUZZLES,
         remote: bool | str = False,
     ):
         check("max_new_tokens", max_new_tokens, int, low=1)
         check("temperature", temperature, float, low=0)
-        self.model, self.layer, self.folder, self.medium, self.remote = (
-            model,
-            layer,
-            Path(folder),
-            medium,
-            remote,
-        )
-        self.how = {
+        self.model, self.layer, self.folder = model, layer, Path(folder)
+        self.medium, self.remote = medium, remote
+        self.options = {
             "max_new_tokens": max_new_tokens,
             "temperature": float(temperature),
             "seed": seed,
-            "end_of_thinking": end_of_thinking,
+            "end_of_thinking": end_of_thinking or medium.end_of_thinking,
         }
-        # else the fingerprint stays that of transcripts made before there was a choice
-        if only_at is not None:
-            self.how["only_at"] = only_at
-        self.mark = fingerprint(mark, layer, self.how)
-        self.generated = 0  # conditions that were not found on disk
+        self.fingerprint = fingerprint(weights, layer, self.options)
+        self.generated = 0  # conditions that were not on disk
 
     def transcripts(
         self, name: str, tasks: Sequence[Task], direction: Direction | None = None, strength: float = 0.0
     ) -> list[list[str]]:
         """Transcripts of one condition; ``name`` is the folder they are kept in ("choose", "report")."""
-        return self._all(name, tasks, [(direction, strength)])[0]
+        return self._transcripts(name, tasks, [(direction, strength)])[0]
 
     def run(
         self, name: str, tasks: Sequence[Task], conditions: Sequence[tuple[Direction, float]]
@@ -463,103 +267,54 @@ class Steering:
 
         Columns direction, label, strength and task come first; the unsteered rows have direction ``"none"``.
         """
-        # two batches are generated between two writings to disk: what an interruption can cost
-        everything, at_once = [(None, 0.0), *conditions], max(1, 2 * self.medium.batch_rows // len(tasks))
-        groups = [everything[:1], *(everything[i : i + at_once] for i in range(1, len(everything), at_once))]
-        frames: list[pd.DataFrame] = []
-        with Progress(f"steering, {name}: conditions of {len(tasks)} tasks", len(everything)) as progress:
-            for group in groups:
-                lengths = frames[0]["length"].to_numpy() if frames else None
-                for (direction, strength), said in zip(group, self._all(name, tasks, group, lengths)):
-                    frame = self.medium.outcomes(tasks, said, self.how["max_new_tokens"])
-                    frame.insert(0, "task", range(len(tasks)))
-                    frame.insert(0, "strength", strength)
-                    frame.insert(0, "label", direction.label if direction else NO_STEERING)
-                    frame.insert(0, "direction", direction.name if direction else NO_STEERING)
-                    frames.append(frame)
-                progress.update(len(frames), frames[-1]["direction"].iloc[0])
+        conditions, frames = [(None, 0.0), *conditions], []
+        for (direction, strength), words in zip(conditions, self._transcripts(name, tasks, conditions)):
+            frame = self.medium.outcomes(tasks, words, self.options["max_new_tokens"])
+            frame.insert(0, "task", range(len(tasks)))
+            frame.insert(0, "strength", strength)
+            frame.insert(0, "label", direction.label if direction else NO_STEERING)
+            frame.insert(0, "direction", direction.name if direction else NO_STEERING)
+            frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
-    def _all(
-        self,
-        name: str,
-        tasks: Sequence[Task],
-        conditions: Sequence[tuple[Direction | None, float]],
-        lengths: np.ndarray | None = None,
+    def _transcripts(
+        self, name: str, tasks: Sequence[Task], conditions: Sequence[tuple[Direction | None, float]]
     ) -> list[list[list[str]]]:
-        """Transcripts of several conditions: what is on disk is read, the rest is generated in one go and
-        written.
-
-        A batch is decoded until its last row has ended, so tasks of like length ([tasks], the unsteered one
-        where it is known) go together; and the conditions of one task share its dice.
-        """
-        kept, vectors = [], []
+        vectors, files, unsteered = [], [], []
         for direction, strength in conditions:
             strength = float(check("strength", strength, float))
-            steered = direction is not None and strength != 0
+            unsteered.append(direction is None or strength == 0)
             vectors.append(
-                strength * direction.vector if steered else torch.zeros(self.model.config.hidden_size)
+                torch.zeros(self.model.config.hidden_size) if unsteered[-1] else strength * direction.vector
             )
-            slug = (
-                f"{re.sub('[^a-z0-9]+', '-', direction.name.lower())}_{strength:+.3f}"
-                if steered
-                else NO_STEERING
-            )
-            mark = fingerprint(self.mark, vectors[-1].numpy(), [repr(t) for t in tasks])
-            kept.append(
-                _Kept(
-                    self.folder / name / f"{slug}.json",
-                    mark,
-                    direction.name if steered else NO_STEERING,
-                    strength,
+            label = NO_STEERING if unsteered[-1] else direction.name
+            stem = label if unsteered[-1] else f"{re.sub('[^a-z0-9]+', '-', label.lower())}_{strength:+.3f}"
+            files.append(
+                TranscriptFile(
+                    self.folder / name / f"{stem}.json",
+                    fingerprint(self.fingerprint, vectors[-1].numpy(), [repr(t) for t in tasks]),
+                    {"direction": label, "strength": strength},
                 )
             )
-        found = [file.read() for file in kept]
-        missing = [i for i, said in enumerate(found) if said is None]
-        if missing:
-            order = np.argsort(np.zeros(len(tasks)) if lengths is None else lengths, kind="stable")
-            rows = [(i, task) for task in order for i in missing]
-            pushes = torch.stack([vectors[i] for i, _ in rows])
-            said = generate(
-                self.model,
-                self.layer,
-                [tasks[task] for _, task in rows],
-                pushes,
-                medium=self.medium,
-                remote=self.remote,
-                **self.how,
-            )
-            made = dict(zip(rows, said))
-            for i in missing:
-                found[i] = [made[i, task] for task in range(len(tasks))]
-                kept[i].write(found[i])
-            self.generated += len(missing)
+
+        def write(rows: Sequence[tuple[int, int]]) -> list[list[str]]:
+            return steered(
+                self.model, self.layer, [tasks[task] for task, _ in rows],
+                torch.stack([vectors[i] for _, i in rows]),
+                medium=self.medium, remote=self.remote, **self.options,
+            )  # fmt: skip
+
+        def lengths(done: Mapping[int, list]) -> np.ndarray:
+            known = next((i for i in done if unsteered[i]), None)
+            if known is None:
+                return np.zeros(len(tasks))
+            return self.medium.outcomes(tasks, done[known], self.options["max_new_tokens"])[
+                "length"
+            ].to_numpy()
+
+        found, n = kept_transcripts(
+            files, len(tasks), write, lambda i: unsteered[i], lengths, self.medium.batch_rows,
+            f"steering, {name}: conditions of {len(tasks)} tasks",
+        )  # fmt: skip
+        self.generated += n
         return found
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """The file of one condition, and the fingerprint of all that decides what is in it."""
-
-    file: Path
-    mark: str
-    direction: str
-    strength: float
-
-    def read(self) -> list[list[str]] | None:
-        """The transcripts; None if there are none, if they were made otherwise, or if the file is damaged."""
-        try:
-            kept = json.loads(self.file.read_text(encoding="utf-8"))
-            return kept["transcripts"] if kept["fingerprint"] == self.mark else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def write(self, transcripts: list[list[str]]) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        info = {
-            "fingerprint": self.mark,
-            "direction": self.direction,
-            "strength": self.strength,
-            "transcripts": transcripts,
-        }
-        write_text(self.file, json.dumps(info))

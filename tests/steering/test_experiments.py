@@ -14,10 +14,11 @@ from lib.crosscoder.model import CrossCoder
 from lib.distil import trials
 from lib.labels import CATEGORIES, LABELS
 from lib.settings import UserError
-from lib.steering import effects, lockstep
+from lib.steering import effects, generate
 from lib.steering import experiments as causal
 from lib.steering.experiments import Condition
-from lib.steering.lockstep import Act, Bias, Scale
+from lib.steering.generate import Treatment
+from lib.steering.interventions import LogitBias, Scale
 from lib.text.puzzles import Puzzle, Teacher
 
 PUZZLE = Puzzle(("+ 3", "* 4", "- 2"), (5, 11, 2), 11)  # 5: 8 13 11;  11: 14 18 16;  the target is 16
@@ -130,25 +131,29 @@ def test_conditions_have_names_of_their_own_and_the_reverse_has_the_inverse_gain
     frame["nrn"] = 0.5
     made = causal.conditions(crosscoder, frame, sets, use, vectors, unique=[1, 2], reweighted=[2, 4])
     assert len({c.name for c in made}) == len(made)
-    both = [c for c in made if (c.family, c.kind, c.target, c.act.mode) == ("impose", "gain", "both", "free")]
-    gains = {c.act.speaker: c.act.intervention for c in both}
+    both = [
+        c
+        for c in made
+        if (c.family, c.kind, c.target, c.treatment.mode) == ("impose", "gain", "both", "free")
+    ]
+    gains = {c.treatment.writer: c.treatment.intervention for c in both}
     assert (
         gains["base"].features == (1, 2, 4)
         and gains["base"].weights == pytest.approx((0.5,) * 3)
-        and gains["base"].code == "own"
+        and gains["base"].source == "own"
     )
     assert gains["distilled"].weights == pytest.approx((-1 / 3,) * 3)
     ablated = [c for c in made if c.family == "ablate"]
-    assert {c.act.where for c in ablated if c.kind != "logit bias"} == {"thinking"}
-    random_ones = [c.act.intervention for c in ablated if c.kind == "random"]
-    assert {r.of for r in random_ones} == {Scale(chosen) for chosen in sets.values()}
+    assert {c.treatment.place for c in ablated if c.kind != "logit bias"} == {"thinking"}
+    random_ones = [c.treatment.intervention for c in ablated if c.kind == "random"]
+    assert {r.reference for r in random_ones} == {Scale(chosen) for chosen in sets.values()}
     frequency = use.table["frequency_joint"]
     # falls with the number: the nearest are the neighbours
     for condition in (c for c in ablated if c.kind == "matched in traces"):
-        control, chosen = condition.act.intervention.features, sets[condition.target]
+        control, chosen = condition.treatment.intervention.features, sets[condition.target]
         assert len(control) == len(chosen) and not set(control) & set(chosen)
         assert abs(np.log(frequency[list(control)]).sum() - np.log(frequency[list(chosen)]).sum()) < 4
-    assert {c.act.where for c in made if c.family in ("swap", "impose")} == {"everywhere"}
+    assert {c.treatment.place for c in made if c.family in ("swap", "impose")} == {"everywhere"}
 
 
 # --- placement ----------------------------------------------------------------------------------------------
@@ -383,12 +388,12 @@ def test_strengths_are_matched_by_interpolation():
 def test_thoughts_are_made_once_and_an_interrupted_run_goes_on(toys, tmp_path, monkeypatch):
     store, pair, crosscoder, models = toys
     tasks = trials.puzzles(3, "test")
-    talk = Bias(("think",), 1e6)
+    talk = LogitBias(("think",), 1e6)
     todo = [
-        Condition("untouched", "untouched", "", Act("base", mode="free")),
-        Condition("untouched", "untouched", "", Act("distilled"), 0.0),
-        Condition("ablate", "features", "contrast", Act("distilled", Scale((1, 2))), 0.0),
-        Condition("swap", "words", "all", Act("base", talk, "everywhere", "free")),
+        Condition("untouched", "untouched", "", Treatment("base", mode="free")),
+        Condition("untouched", "untouched", "", Treatment("distilled"), 0.0),
+        Condition("ablate", "features", "contrast", Treatment("distilled", Scale((1, 2))), 0.0),
+        Condition("swap", "words", "all", Treatment("base", talk, "everywhere", "free")),
     ]
     calls = []
 
@@ -396,9 +401,9 @@ def test_thoughts_are_made_once_and_an_interrupted_run_goes_on(toys, tmp_path, m
         calls.append(len(args[4]))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return lockstep.generate(*args, **kwargs)
+        return generate.transcripts(*args, **kwargs)
 
-    monkeypatch.setattr(causal, "generate", counted)
+    monkeypatch.setattr(causal, "transcripts", counted)
     with pytest.raises(KeyboardInterrupt):
         causal.run(pair, models, crosscoder, store, tasks, todo, tmp_path, "weights", 6)
     made = causal.run(pair, models, crosscoder, store, tasks, todo, tmp_path, "weights", 6)

@@ -16,6 +16,7 @@ from lib.distil import trials
 from lib.distil.organism import build_tokenizer
 from lib.models import reader
 from lib.settings import UserError
+from lib.steering import generate
 from lib.steering import playground as bench
 from lib.steering import steer as steering
 from lib.steering import tasks as media
@@ -92,33 +93,33 @@ def by_hand(plain, layer, task, push, where, end):
 # --- the same as the experiments ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", steering.WHERE)
+@pytest.mark.parametrize("where", generate.STEERED)
 def test_positions_against_a_loop_by_hand_padding_untouched(plain, desk, where):
     tasks = [EASY, PUZZLE]  # prompts of two lengths: the first is padded
     pushes = 4.0 * torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
     model = desk.models["distilled"]
-    free = steering.generate(model, LAYER, tasks, pushes, STEPS, end_of_thinking=None)
+    free = generate.steered(model, LAYER, tasks, pushes, STEPS, end_of_thinking=None)
     end = free[0][4]  # a word that the first row says while it thinks: take it for the end
-    found = steering.generate(model, LAYER, tasks, pushes, STEPS, end_of_thinking=end, where=where)
+    found = generate.steered(model, LAYER, tasks, pushes, STEPS, end_of_thinking=end, place=where)
     assert found == [by_hand(plain, LAYER, task, push, where, end) for task, push in zip(tasks, pushes)]
-    assert found != steering.generate(model, LAYER, tasks, 0 * pushes, STEPS)
+    assert found != generate.steered(model, LAYER, tasks, 0 * pushes, STEPS)
 
 
 def test_each_place_is_another_place(desk):
     model, tasks = desk.models["distilled"], trials.puzzles(12, "test")
     pushes = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(1))
     said = {
-        where: steering.generate(model, LAYER, tasks, pushes, STEPS, end_of_thinking=None, where=where)
-        for where in steering.WHERE
+        where: generate.steered(model, LAYER, tasks, pushes, STEPS, end_of_thinking=None, place=where)
+        for where in generate.STEERED
     }
     assert said["prompt"] != said["thinking"] != said["all"] != said["prompt"]
     # above the last layer nobody reads the prompt's earlier positions any more
     last = {
-        where: steering.generate(model, 1, tasks, pushes, STEPS, end_of_thinking=None, where=where)
-        for where in steering.WHERE
+        where: generate.steered(model, 1, tasks, pushes, STEPS, end_of_thinking=None, place=where)
+        for where in generate.STEERED
     }
     assert (
-        last["prompt"] == steering.generate(model, 1, tasks, 0 * pushes, STEPS)
+        last["prompt"] == generate.steered(model, 1, tasks, 0 * pushes, STEPS)
         and last["all"] == last["thinking"] != last["prompt"]
     )
     with pytest.raises(UserError, match="where is 'answer': it must be one of prompt, thinking, all"):
@@ -145,7 +146,7 @@ def test_both_texts_are_those_of_the_experiments(desk, tmp_path, task, model):
     )
 
 
-@pytest.mark.parametrize("where", steering.WHERE)
+@pytest.mark.parametrize("where", generate.STEERED)
 def test_strength_zero_is_unsteered(plain, desk, where):
     found = desk.compare(EASY, 2, 0.0, where).transcripts
     assert found["steered"] == found["unsteered"]
@@ -157,15 +158,15 @@ def test_strength_zero_is_unsteered(plain, desk, where):
 
 
 @pytest.mark.parametrize(
-    "how", [{"temperature": 1.0, "seed": 2}, {"temperature": 0.0, "where": "all"}, {"end_of_thinking": "="}]
+    "how", [{"temperature": 1.0, "seed": 2}, {"temperature": 0.0, "place": "all"}, {"end_of_thinking": "="}]
 )
 def test_streaming_ends_with_what_generate_returns_and_only_grows(plain, how):
     model, last = reader.wrap(plain, build_tokenizer()), len(plain.model.layers) - 1
     pushes = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
     pushes[1] = 1e4 * plain.get_output_embeddings().weight[2]  # after the last layer this can only give <eos>
     tasks = [PUZZLE, EASY, PUZZLE]
-    whole = steering.generate(model, last, tasks, pushes, STEPS, **how)
-    seen = list(steering.stream(model, last, tasks, pushes, STEPS, leg=3, **how))
+    whole = generate.steered(model, last, tasks, pushes, STEPS, **how)
+    seen = list(generate.steered_stream(model, last, tasks, pushes, STEPS, leg=3, **how))
     assert seen[-1] == (whole, [True] * 3)
     assert len(seen) == 5 and seen[0][1] == [False, True, False]
     for (before, _), (after, _) in zip(seen, seen[1:]):
@@ -229,7 +230,7 @@ def test_table_and_lines_by_hand(desk, monkeypatch):
         " done . answer : 11 ."
     )
     words = [build_tokenizer().tokenize(text) for text in (good, good.replace("answer : 11", "answer : 5"))]
-    monkeypatch.setattr(steering, "stream", lambda *a, **k: iter([(words, [True, True])]))
+    monkeypatch.setattr(generate, "steered_stream", lambda *a, **k: iter([(words, [True, True])]))
     found = desk.compare(task, 0, 1.0)
     assert found.table["right"].tolist() == [True, False] and found.table["every step right"].tolist() == [
         True,
@@ -255,7 +256,9 @@ def test_table_and_lines_by_hand(desk, monkeypatch):
 def test_chat_is_labelled_by_the_lexicon_and_marked(chat_desk, monkeypatch):
     task = questions.Question("How many socks are in two drawers of six?", 12, 0)
     texts = ["Two drawers. Wait, that is eleven.\n</think>\n\nThe answer is 12.", "But six is less"]
-    monkeypatch.setattr(steering, "stream", lambda *a, **k: iter([([list(t) for t in texts], [True, False])]))
+    monkeypatch.setattr(
+        generate, "steered_stream", lambda *a, **k: iter([([list(t) for t in texts], [True, False])])
+    )
     found = chat_desk.compare(task, 0, 1.0)
     assert [label for label, _, _ in found.lines["unsteered"]][:2] == ["other", "reflection"]
     assert found.table["right"].tolist() == [True, None] and found.table["end"].tolist() == [
@@ -267,7 +270,7 @@ def test_chat_is_labelled_by_the_lexicon_and_marked(chat_desk, monkeypatch):
 
 def test_everything_shown_is_escaped(chat_desk, monkeypatch):
     bad = "<script>alert(1)</script><img src=x onerror=alert(1)>"
-    monkeypatch.setattr(steering, "stream", lambda *a, **k: iter([([[bad], [bad]], [True, True])]))
+    monkeypatch.setattr(generate, "steered_stream", lambda *a, **k: iter([([[bad], [bad]], [True, True])]))
     for shown in (chat_desk.compare(bad, 0, 1.0).html, press(chat_desk, prompt=bad).output.value):
         assert "<script" not in shown and "<img" not in shown and shown.count("&lt;script&gt;") == 3
     assert "<script" not in press(chat_desk, prompt="").status.value

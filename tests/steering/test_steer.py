@@ -17,6 +17,7 @@ from lib.models import decode as decode_module
 from lib.models import decode as decoding
 from lib.models import reader
 from lib.settings import UserError
+from lib.steering import generate
 from lib.steering import steer as steering
 from lib.text.puzzles import Question, first_words
 
@@ -65,25 +66,26 @@ def by_hand(plain, task, push, end_of_thinking="", only_at=""):
 
 
 def test_strength_zero_gives_the_tokens_of_the_unsteered_model(plain, model):
-    found = steering.generate(model, LAYER, TASKS, torch.zeros(len(TASKS), WIDTH), STEPS)
+    found = generate.steered(model, LAYER, TASKS, torch.zeros(len(TASKS), WIDTH), STEPS)
     assert found == trials.generate(plain, build_tokenizer(), TASKS, max_new_tokens=STEPS)
 
 
 def test_a_padded_batch_equals_one_at_a_time_by_hand(plain, model, pushes):
-    together = steering.generate(model, LAYER, TASKS, pushes, STEPS)
-    in_twos = steering.generate(model, LAYER, TASKS, pushes, STEPS, batch_size=2)
+    together = generate.steered(model, LAYER, TASKS, pushes, STEPS)
+    in_twos = generate.steered(model, LAYER, TASKS, pushes, STEPS, batch_size=2)
     assert together == in_twos == [by_hand(plain, task, push) for task, push in zip(TASKS, pushes)]
-    assert together != steering.generate(model, LAYER, TASKS, 0 * pushes, STEPS)
+    assert together != generate.steered(model, LAYER, TASKS, 0 * pushes, STEPS)
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"temperature": 0.2, "seed": 1}, {"end_of_thinking": None}, {"only_at": "="}]
+    "how",
+    [{}, {"temperature": 0.2, "seed": 1}, {"end_of_thinking": None}, {"place": "ends", "sentence_end": "="}],
 )
 def test_rows_that_end_leave_the_batch_and_nothing_changes(plain, model, pushes, monkeypatch, how):
     last = len(plain.model.layers) - 1
     stop = pushes.clone()
     stop[2] = 1e4 * plain.get_output_embeddings().weight[2]  # after the last layer this can only give <eos>
-    whole = steering.generate(model, last, TASKS, stop, STEPS, **how)
+    whole = generate.steered(model, last, TASKS, stop, STEPS, **how)
     monkeypatch.setattr(decoding, "LEG", 3)
     monkeypatch.setattr(decoding, "ROOM", 2)
     seen, decode = [], decoding.decode
@@ -95,9 +97,9 @@ def test_rows_that_end_leave_the_batch_and_nothing_changes(plain, model, pushes,
 
         return decode(leg, *args, **kwargs)
 
-    monkeypatch.setattr(steering, "decode", watched)
-    assert steering.generate(model, last, TASKS, stop, STEPS, **how) == whole
-    if "only_at" not in how:
+    monkeypatch.setattr(generate, "decode", watched)
+    assert generate.steered(model, last, TASKS, stop, STEPS, **how) == whole
+    if "place" not in how:
         assert any(rows == [0, 1, 3] for rows, _, _ in seen)
     # nothing is read twice
     assert len(seen) == STEPS / 3 and all(cached == length - 1 for _, length, cached in seen[1:])
@@ -112,9 +114,9 @@ def test_where_a_batch_differs_from_one_alone_the_two_top_logits_are_all_but_equ
     tasks = [Question(5, "- 1"), *trials.puzzles(20, "test"), *trials.easy_questions(19)]
     pushes = torch.randn(len(tasks), WIDTH, generator=torch.Generator().manual_seed(1))
     wrapped = reader.wrap(plain, tokenizer)
-    together = steering.generate(wrapped, LAYER, tasks, pushes, 60)
+    together = generate.steered(wrapped, LAYER, tasks, pushes, 60)
     for task, push, words in zip(tasks, pushes, together):
-        alone = steering.generate(wrapped, LAYER, [task], push[None], 60)[0]
+        alone = generate.steered(wrapped, LAYER, [task], push[None], 60)[0]
         if alone != words:
             assert margin(plain, tokenizer, LAYER, task, push, alone, words) < 1e-4
 
@@ -133,21 +135,21 @@ def test_margin_is_the_distance_of_the_two_top_logits(plain):
 
 def test_steering_at_one_token_only(plain, model, pushes):
     word = by_hand(plain, TASKS[0], 0 * pushes[0])[3]  # a word that it says by itself
-    found = steering.generate(model, LAYER, TASKS, pushes, STEPS, only_at=word)
+    found = generate.steered(model, LAYER, TASKS, pushes, STEPS, place="ends", sentence_end=word)
     assert found == [by_hand(plain, task, push, only_at=word) for task, push in zip(TASKS, pushes)]
-    assert found != steering.generate(model, LAYER, TASKS, 0 * pushes, STEPS)
-    with pytest.raises(UserError, match="only_at is 'nowhere'"):
-        steering.generate(model, LAYER, TASKS, pushes, STEPS, only_at="nowhere")
+    assert found != generate.steered(model, LAYER, TASKS, 0 * pushes, STEPS)
+    with pytest.raises(UserError, match="sentence_end is 'nowhere'"):
+        generate.steered(model, LAYER, TASKS, pushes, STEPS, place="ends", sentence_end="nowhere")
 
 
 def test_samples_do_not_depend_on_the_batch_and_follow_the_softmax(model, pushes):
-    together = steering.generate(model, LAYER, TASKS, pushes, STEPS, temperature=1.0, seed=3)
+    together = generate.steered(model, LAYER, TASKS, pushes, STEPS, temperature=1.0, seed=3)
     alone = [
-        steering.generate(model, LAYER, [task], push[None], STEPS, temperature=1.0, seed=3)[0]
+        generate.steered(model, LAYER, [task], push[None], STEPS, temperature=1.0, seed=3)[0]
         for task, push in zip(TASKS, pushes)
     ]
     assert together == alone
-    assert together != steering.generate(model, LAYER, TASKS, pushes, STEPS, temperature=1.0, seed=4)
+    assert together != generate.steered(model, LAYER, TASKS, pushes, STEPS, temperature=1.0, seed=4)
     logits = torch.log(torch.tensor([0.5, 0.3, 0.2])).expand(2, 3)
     noise = decode_module.TaskNoise(TASKS[:2], temperature=1.0, seed=0)
     drawn = torch.stack([noise(None, logits).argmax(-1) for _ in range(4000)])
@@ -158,28 +160,28 @@ def test_samples_do_not_depend_on_the_batch_and_follow_the_softmax(model, pushes
 
 
 def test_nothing_is_added_once_thinking_has_ended(plain, model, pushes):
-    free = steering.generate(model, LAYER, TASKS, pushes, STEPS, end_of_thinking=None)
+    free = generate.steered(model, LAYER, TASKS, pushes, STEPS, end_of_thinking=None)
     word = free[0][4]  # the third word that the first row generates: take it for the end of thinking
-    found = steering.generate(model, LAYER, TASKS, pushes, STEPS, end_of_thinking=word)
+    found = generate.steered(model, LAYER, TASKS, pushes, STEPS, end_of_thinking=word)
     assert found == [by_hand(plain, task, push, word) for task, push in zip(TASKS, pushes)]
     with pytest.raises(UserError, match="not a token"):
-        steering.generate(model, LAYER, TASKS, pushes, STEPS, end_of_thinking="</think>")
+        generate.steered(model, LAYER, TASKS, pushes, STEPS, end_of_thinking="</think>")
 
 
 def test_a_row_that_ends_early_does_not_disturb_the_others(plain, model, pushes):
     last = len(plain.model.layers) - 1
     stop = pushes.clone()
     stop[1] = 1e4 * plain.get_output_embeddings().weight[2]  # after the last layer this can only give <eos>
-    found = steering.generate(model, last, TASKS, stop, STEPS)
+    found = generate.steered(model, last, TASKS, stop, STEPS)
     assert found[1] == ["think", ":"]
-    undisturbed = steering.generate(model, last, TASKS, pushes, STEPS)
+    undisturbed = generate.steered(model, last, TASKS, pushes, STEPS)
     assert [found[i] for i in (0, 2, 3)] == [undisturbed[i] for i in (0, 2, 3)]
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "seed": 3}, {"only_at": "="}])
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "seed": 3}, {"place": "ends", "sentence_end": "="}])
 def test_remote_execution_path_gives_the_same(model, pushes, how):
-    here = steering.generate(model, LAYER, TASKS[:2], pushes[:2], 4, **how)
-    assert steering.generate(model, LAYER, TASKS[:2], pushes[:2], 4, remote="local", **how) == here
+    here = generate.steered(model, LAYER, TASKS[:2], pushes[:2], 4, **how)
+    assert generate.steered(model, LAYER, TASKS[:2], pushes[:2], 4, remote="local", **how) == here
 
 
 def test_a_remote_pair_steers_and_is_probed_alike(tmp_path):
@@ -225,17 +227,17 @@ def test_directions_have_the_norm_of_strength_one():
 
 def test_transcripts_are_made_once(model, pushes, tmp_path):
     direction = steering.Direction("deduction 3", "deduction", pushes[0])
-    first = steering.Steering(model, LAYER, tmp_path, mark="weights", max_new_tokens=STEPS)
+    first = steering.Steering(model, LAYER, tmp_path, weights="weights", max_new_tokens=STEPS)
     made = first.run("report", TASKS, [(direction, 0.5), (direction, -0.5)])
     assert first.generated == 3  # the unsteered model too
-    again = steering.Steering(model, LAYER, tmp_path, mark="weights", max_new_tokens=STEPS)
+    again = steering.Steering(model, LAYER, tmp_path, weights="weights", max_new_tokens=STEPS)
     pd.testing.assert_frame_equal(again.run("report", TASKS, [(direction, 0.5), (direction, -0.5)]), made)
     assert again.generated == 0
     again.transcripts("report", TASKS[:2], direction, 0.5)  # other tasks
     assert again.generated == 1
     (tmp_path / "report" / "none.json").write_text("{")
     assert again.transcripts("report", TASKS) == first.transcripts("report", TASKS)
-    retrained = steering.Steering(model, LAYER, tmp_path, mark="other weights", max_new_tokens=STEPS)
+    retrained = steering.Steering(model, LAYER, tmp_path, weights="other weights", max_new_tokens=STEPS)
     retrained.transcripts("report", TASKS)
     assert retrained.generated == 1
     assert json.loads((tmp_path / "report" / "deduction-3_-0.500.json").read_text())["strength"] == -0.5
