@@ -4,7 +4,7 @@
 
 Three ways of reading the same documents with the same pair, in turns:
 
-    harvest  ``lib.activations.harvest.harvest`` into a fresh folder: nnsight, norms, masks, statistics, checksums, everything written
+    harvest  ``lib.activations.harvest_activations`` into a fresh folder: nnsight, norms, masks, statistics, checksums, everything written
     limit    the same batches through both models in plain PyTorch, stopped by a hook at the layer; nothing is kept
     full     the same batches through both models to the end, logits included
 
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lib.activations.harvest import SHARD_TOKENS, groups, harvest
+from lib.activations.harvest import SHARD_TOKENS, groups, harvest_activations
 from lib.distil.organism import build_tokenizer
 from lib.labels import LABEL_ARRAYS, SPLITS
 from lib.models.pairs import Pair, decoder_layers, half_depth, load_pair
@@ -126,7 +126,7 @@ def compare(title: str, pair: Pair, documents: list[Document], rounds: int, suff
 
         def harvested():
             shutil.rmtree(Path(folder) / "store", ignore_errors=True)
-            harvest(pair, documents, Path(folder) / "store", models=models)
+            harvest_activations(pair, documents, Path(folder) / "store", models=models)
 
         ways = {
             "harvest": harvested,

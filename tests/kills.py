@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lib.activations.harvest import harvest
+from lib.activations.harvest import harvest_activations
 from lib.activations.store import Store
 from lib.crosscoder.training import TrainConfig, train
 from lib.distil import organism as distill
@@ -65,7 +65,7 @@ def toys(folder: Path):
 
 def harvest_toys(given: Path, out: Path) -> Store:
     pair = toys(given)
-    return harvest(pair, build(pair, 6000, seed=0), out, shard_tokens=400, batch_tokens=512)
+    return harvest_activations(pair, build(pair, 6000, seed=0), out, shard_tokens=400, batch_tokens=512)
 
 
 def distilling(given: Path, out: Path, *_) -> None:

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from lib.activations.harvest import harvest
+from lib.activations.harvest import harvest_activations
 from lib.activations.store import Store
 from lib.distil.organism import build_tokenizer
 from lib.models.pairs import Pair
@@ -120,7 +120,7 @@ def toy_store(
 ) -> Store:
     """A store of about ``tokens`` tokens from ``toy_pair``, at ``folder``/store, in shards of 1,500 tokens."""
     pair = toy_pair(folder, widths, names=("base", "distilled", "third")[: len(widths)])
-    return harvest(
+    return harvest_activations(
         pair,
         build(pair, tokens, seed=seed),
         Path(folder) / "store",

@@ -41,7 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..labels import KINDS, LABEL_ARRAYS, LABELS, SPLITS
 from ..models.pairs import DTYPES, Pair
-from ..models.reader import BATCH_TOKENS, CHUNK, NORM_FACTOR, Reader, masks, read_all, row_norms
+from ..models.reader import BATCH_TOKENS, CHUNK, NORM_FACTOR, LayerReader, masks, read_all, row_norms
 from ..runs import (
     Progress,
     disk_error,
@@ -65,7 +65,7 @@ STALE = 3600  # seconds after which a file that is still being written belongs t
 # --- the harvest --------------------------------------------------------------------------------------------
 
 
-def harvest(
+def harvest_activations(
     pair: Pair,
     documents: Corpus | Iterable[Document],
     path: str | Path,
@@ -115,9 +115,9 @@ def harvest_part(
     the part has.
 
     Parts are ranges of neighbouring shards. Jobs for them may run in any order or at once, wherever the
-    folder can be seen; ``merge`` makes their shards a store. What is there and whole is not made again. Two
+    folder can be seen; ``merge_parts`` makes their shards a store. What is there and whole is not made again. Two
     jobs with the same part do its work twice, and nothing worse. Other parameters and errors as in
-    ``harvest``; UserError if the folder holds a harvest of something else.
+    ``harvest_activations``; UserError if the folder holds a harvest of something else.
     """
     job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
     numbers = _part(job, *part)
@@ -126,7 +126,7 @@ def harvest_part(
         return len(_make(job, numbers, models, device))
 
 
-def merge(
+def merge_parts(
     pair: Pair,
     documents: Corpus | Iterable[Document],
     path: str | Path,
@@ -135,10 +135,10 @@ def merge(
     batch_tokens: int = BATCH_TOKENS,
 ) -> Store:
     """Check that every shard of a harvest is there and whole, and write masks, statistics and manifest: the
-    same store as ``harvest``'s.
+    same store as ``harvest_activations``'s.
 
-    Parameters as in ``harvest``. No model runs, but the text is gone through again, to know which shards
-    there must be. UserError names those that are missing or damaged; their parts, or a ``harvest``, make just
+    Parameters as in ``harvest_activations``. No model runs, but the text is gone through again, to know which shards
+    there must be. UserError names those that are missing or damaged; their parts, or a ``harvest_activations``, make just
     these anew.
     """
     job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
@@ -339,7 +339,7 @@ def _make(
     """Make the shards with these numbers, but for those that are there and whole; {shard: its line of the
     log}, in order.
     """
-    readers: dict[str, Reader] = {}  # models are loaded when the first shard needs them
+    readers: dict[str, LayerReader] = {}  # models are loaded when the first shard needs them
     writing: tuple[str, Future] | None = None
     log, shards, done = _logged(job.path), {}, 0
     with Progress("tokens harvested", job.tokens) as progress, ThreadPoolExecutor(1) as writer:
@@ -397,17 +397,17 @@ def groups(corpus: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int,
 
 def readers_of(
     job: Job, models: Mapping[str, PreTrainedModel] | None, device: str | None
-) -> dict[str, Reader]:
+) -> dict[str, LayerReader]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = {name: (models[name] if models else job.pair.load(name)).to(device) for name in job.pair.models}
     return {
-        name: Reader(model, job.tokenizer, job.about["models"][name]["layer"])
+        name: LayerReader(model, job.tokenizer, job.about["models"][name]["layer"])
         for name, model in loaded.items()
     }
 
 
 def _shard(
-    group: list[Document], first: int, readers: Mapping[str, Reader], store_dtype: str, batch_tokens: int
+    group: list[Document], first: int, readers: Mapping[str, LayerReader], store_dtype: str, batch_tokens: int
 ) -> tuple[dict[str, torch.Tensor], int]:
     """All that a shard holds, by name, from running all models over its documents; and how many positions
     were padding.

@@ -162,7 +162,7 @@ class Store:
         Fast for rows that are neighbours. For shuffled batches of a whole split there is ``reader``.
         """
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise UserError(
                 f"rows {rows.min()} to {rows.max()} are asked for: the store has rows 0 to {len(self) - 1}"
             )

@@ -67,7 +67,7 @@ class Stream:
         batch_tokens: int = BATCH_TOKENS,
         device: str | None = None,
     ):
-        """Parameters as in ``harvest.harvest``. Goes through the text once, without the models, to know its
+        """Parameters as in ``harvest_activations``. Goes through the text once, without the models, to know its
         lengths.
         """
         check("sample_tokens", sample_tokens, int, low=1)

@@ -29,7 +29,7 @@ import torch
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 
 from ..activations.store import Store
-from ..models import hub
+from ..models import sources
 from ..runs import Progress, Run, fingerprint, read_manifest, write_text
 from ..settings import ROOT, UserError, check
 from .exchange import (
@@ -429,7 +429,7 @@ def pull(repo_id: str, revision: str = "", inside: str = "") -> tuple[Path, str]
     ``revision``: a branch, tag or commit; ``inside``: a folder or file in it, if only that is wanted. Only
     weights and their descriptions are downloaded. UserError if the hub fails.
     """
-    repo, commit = hub.resolved(f"{repo_id}@{revision}" if revision else repo_id)
+    repo, commit = sources.resolved(f"{repo_id}@{revision}" if revision else repo_id)
     kinds = ("*.safetensors", "*.pt", "*.json", "README.md")
     if inside.endswith(WEIGHTS):
         wanted = [f"{Path(inside).parent.as_posix()}/*.json".removeprefix("./"), inside]

@@ -1,13 +1,12 @@
-"""Decode many prompts at once, such that a thought that has ended costs nothing more.
+"""Many prompts decoded at once, such that a text that has ended costs nothing more.
 
-A batch is decoded in *legs* of ``LEG`` tokens; after each leg the rows that have ended leave it, and their
-keys and values leave the cache. What has been read is not read again: the cache is handed from leg to leg. It
-is one with *room* (``RoomyLayer``): transformers' own copies all keys and values at every token, which on the
+A batch of prompts, one a row, is decoded in *legs* of ``LEG`` tokens. After each leg the rows that have ended
+leave the batch, and their keys and values leave the cache, which is handed from leg to leg. Its layers
+(``RoomyLayer``) have room to grow: transformers' own copy all keys and values at every token, which on the
 embedded pair took 40% of a step at 800 rows (one thread), and little at 100.
 
-Who calls the model is up to the caller, so that plain and steered decoding (nnsight) share this loop. A row
-depends on no other: rows are padded on the left, and what has a memory of its own (noise) is told which rows
-are left.
+The caller runs the model, so that plain and steered decoding (nnsight) share this loop. A row depends on no
+other: rows are padded on the left, and noise, which has a memory of its own, is told which rows are left.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-# tokens; shorter legs waste less on rows that have ended, but each has to be set up (8 and 32 are as fast, as
-# measured)
-LEG = 16
+LEG = 16  # tokens; shorter legs waste less on rows that have ended, but each has to be set up (8 and 32: as fast)
 ROOM = 64  # positions by which the cache grows
 
 Step = Callable[[Tensor, Tensor, Tensor, DynamicCache, int], Tensor]
@@ -35,19 +32,19 @@ def decode(
     mask: Tensor,
     max_new_tokens: int,
     eos: int,
-    leg: int | None = None,
+    leg: int = 0,
 ) -> list[list[int]]:
     """The new token ids of every row, up to its ``eos`` (left out) or ``max_new_tokens``.
 
     ``ids`` and ``mask`` [rows, length] are the prompts, padded on the left. ``step(ids, mask, rows, cache,
     n)`` continues ids by up to n tokens and returns ids [rows, longer]; ``rows`` are the numbers of the rows
-    that are left, and ``cache`` holds all their positions but the last (nothing, at first). ``leg`` is
-    ``LEG`` unless told.
+    that are left, and ``cache`` holds all their positions but the last (nothing, at first). ``leg`` 0 is
+    ``LEG``.
     """
-    said: dict[int, list[int]] = {}
-    for rows, new, over in legs(step, config, ids, mask, max_new_tokens, eos, leg):
-        said |= zip(rows[over].tolist(), (until(words, eos) for words in new[over].tolist()))
-    return [said[row] for row in range(len(said))]
+    texts: dict[int, list[int]] = {}
+    for rows, new, ended in legs(step, config, ids, mask, max_new_tokens, eos, leg):
+        texts |= zip(rows[ended].tolist(), (until(text, eos) for text in new[ended].tolist()))
+    return [texts[row] for row in range(len(texts))]
 
 
 def legs(
@@ -57,34 +54,26 @@ def legs(
     mask: Tensor,
     max_new_tokens: int,
     eos: int,
-    leg: int | None = None,
+    leg: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """``decode`` leg by leg, to watch a thought grow: (numbers of the rows in this leg [rows], all their new
-    ids so far [rows, new], which of them have ended and leave [rows] bool)."""
+    """``decode`` leg by leg, to show a text while it is written: (numbers of the rows in this leg [rows], all
+    their new ids so far [rows, new], which of them have ended and leave [rows] bool)."""
     length, rows, cache = ids.shape[1], torch.arange(len(ids)), roomy_cache(config)
     while len(rows):
         ids = step(ids, mask, rows, cache, min(leg or LEG, max_new_tokens - (ids.shape[1] - length)))
         new = ids[:, length:]
-        over = (new == eos).any(1) | (new.shape[1] >= max_new_tokens)
-        yield rows, new, over
-        if over.any():
-            left = (~over).nonzero().flatten()
+        ended = (new == eos).any(1) | (new.shape[1] >= max_new_tokens)
+        yield rows, new, ended
+        if ended.any():
+            left = (~ended).nonzero().flatten()
             rows, ids, mask = rows[left], ids[left], mask[left]
             cache.batch_select_indices(left)
         mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
 
 
-def until(words: list[int], eos: int) -> list[int]:
+def until(ids: list[int], eos: int) -> list[int]:
     """Ids up to the first ``eos``, which is left out."""
-    return words[: words.index(eos)] if eos in words else words
-
-
-class RowNoise(LogitsProcessor):
-    """Noise that belongs to rows: ``rows`` holds the numbers of those that are left, in the order of the
-    scores.
-    """
-
-    rows: Tensor
+    return ids[: ids.index(eos)] if eos in ids else ids
 
 
 class RoomyLayer(DynamicLayer):
@@ -121,12 +110,19 @@ class RoomyLayer(DynamicLayer):
 
 
 def roomy_cache(config: PretrainedConfig) -> DynamicCache:
-    """An empty cache whose layers of full attention have room; others (sliding windows) are transformers'
-    own.
-    """
+    """An empty cache whose layers of full attention have room; others (sliding windows) are transformers'."""
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+# --- noise --------------------------------------------------------------------------------------------------
+
+
+class RowNoise(LogitsProcessor):
+    """Noise for sampling, row by row. ``rows``: numbers of the rows that are left, in the order of the scores."""
+
+    rows: Tensor
 
 
 class BatchNoise(RowNoise):
@@ -146,15 +142,11 @@ class BatchNoise(RowNoise):
         return (scores / self.temperature).softmax(-1) / noise[self.rows].to(scores)
 
 
-# --- generating ---------------------------------------------------------------------------------------------
-
-
 class TaskNoise(RowNoise):
     """Gumbel noise on the logits, of which the largest then *is* a sample from softmax(logits / temperature).
 
-    Every task has its own generator, seeded by the task: it rolls the same dice in every condition (which
-    makes comparisons sharper) and in every batch. Rows of one task in a batch share each roll, which is drawn
-    only once. Source: Gumbel 1954; Maddison et al. 2014, "A* sampling".
+    Every task has its own generator, seeded by the task: it draws the same noise in every condition, which
+    makes comparisons sharper, and in every batch. Rows of one task in a batch share each draw. Source: Gumbel 1954; Maddison et al. 2014, "A* sampling".
     """
 
     def __init__(self, tasks: Sequence, temperature: float, seed: int):

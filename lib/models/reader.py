@@ -1,9 +1,8 @@
-"""Reading a model at one layer: the residual stream of texts, in batches of like length, and which of it is
-left out.
+"""The residual stream of texts at one layer, in batches of like length; and models as nnsight sees them.
 
 An nnsight trace saves the output of one decoder layer and stops the forward there (later layers do not run).
-Texts of like length are batched and padded on the right, which causal attention never sees. ``lib.activations.harvest``
-writes what is read to a store, ``lib.activations.stream`` hands it on.
+Texts of like length are batched and padded on the right, which causal attention never sees.
+``lib.activations.harvest`` writes the activations to a store, ``lib.activations.stream`` hands them to training.
 """
 
 from __future__ import annotations
@@ -11,30 +10,33 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nnsight import CONFIG, TransformersModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..settings import UserError
 from .pairs import DTYPES, Pair, check_layer, decoder_path
-from .weights import SCHEME, is_adapter
+from .sources import PACKAGE, is_adapter
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 NORM_FACTOR = 10.0
 BATCH_TOKENS = 8_192
 BATCH_COST = 256  # positions: what a further batch costs, in padding that it would have to save
-CHUNK = 8_192  # rows that are held in float64 at a time
+CHUNK = 8_192  # tokens that are held in float64 at a time
 
 
-class Reader:
-    """A model that is read at one decoder layer, through nnsight."""
+class LayerReader:
+    """A model and one of its decoder layers, whose output is read through nnsight."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int | None = None):
         self.model, self.layer = model, check_layer(model, layer)
         self.width = model.config.get_text_config().hidden_size
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.nnsight = TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+        self.nnsight = wrap(model, tokenizer)
         self.envoy = functools.reduce(getattr, decoder_path(model).split("."), self.nnsight)[self.layer]
 
     def read(self, token_lists: Sequence[Sequence[int]], side: str = "right") -> list[torch.Tensor]:
@@ -54,15 +56,11 @@ class Reader:
         device = next(self.model.parameters()).device
         inputs = {"input_ids": ids.to(device), "use_cache": False}
         if side == "left":  # padding on the right needs no mask: no token sees what comes after it
-            inputs["attention_mask"] = (
-                (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None])
-                .long()
-                .to(device)
-            )
-        with torch.no_grad():
-            with self.nnsight.trace(inputs) as tracer:
-                acts_bsd = self.envoy.output.save()
-                tracer.stop()
+            mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+            inputs["attention_mask"] = mask.long().to(device)
+        with torch.no_grad(), self.nnsight.trace(inputs) as tracer:
+            acts_bsd = self.envoy.output.save()
+            tracer.stop()
         acts_bsd = acts_bsd.cpu()
         return [acts_bsd[i, span] for i, span in enumerate(spans)]
 
@@ -75,17 +73,16 @@ def capture(
     side: str = "right",
     batch_tokens: int = BATCH_TOKENS,
 ) -> torch.Tensor:
-    """Residual stream of some short texts: float32 [all tokens, d], list after list. Nothing is masked:
-    position 0 is in it.
+    """Residual stream of some short texts: float32 [all tokens, d], list after list, position 0 included.
 
-    ``layer`` None is half depth; ``side`` is where batches are padded ("right" or "left"; it makes no
-    difference).
+    ``layer`` None is half depth; ``side`` is where batches are padded: "right" or "left", which makes no
+    difference.
     """
-    return read_all(Reader(model, tokenizer, layer), token_lists, side, batch_tokens)[0].float()
+    return read_all(LayerReader(model, tokenizer, layer), token_lists, side, batch_tokens)[0].float()
 
 
 def read_all(
-    reader: Reader,
+    reader: LayerReader,
     token_lists: Sequence[Sequence[int]],
     side: str = "right",
     batch_tokens: int = BATCH_TOKENS,
@@ -100,16 +97,16 @@ def read_all(
         padding += max(map(len, acts)) * len(acts) - sum(map(len, acts))
         if out is None:
             out = torch.empty(int(starts[-1]), acts[0].shape[-1], dtype=acts[0].dtype)
-        for i, rows in zip(batch, acts):
-            out[starts[i] : starts[i + 1]] = rows
+        for i, text in zip(batch, acts):
+            out[starts[i] : starts[i + 1]] = text
     if out is None:
         raise UserError("there is nothing to read: give at least one list of tokens")
     return out, padding
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of documents, like lengths together, each batch at most ``batch_tokens`` with its padding (or
-    one document).
+    """Numbers of documents, like lengths together: batches of at most ``batch_tokens``, padding included, or of
+    one document.
 
     Of all ways to cut the sorted documents into batches, the one that computes the fewest positions, where a
     batch counts as ``BATCH_COST`` positions of its own.
@@ -170,8 +167,13 @@ def row_norms(acts: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.double().norm(dim=1).float() for part in acts.split(CHUNK)])
 
 
+# --- models as nnsight sees them ------------------------------------------------------------------------------
+
+
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
     """The model as nnsight sees it, in which every module's output can be read and edited."""
+    from nnsight import TransformersModel
+
     return TransformersModel(model, tokenizer=tokenizer, task="text-generation")
 
 
@@ -185,36 +187,32 @@ def open_models(
     registry's, if one is pinned there. UserError for weights that no server has (folders, adapters,
     packages), and where there is no key for NDIF.
     """
-    if not pair.remote:
-        return {name: wrap(pair.load(name), tokenizer) for name in names}
-    models = {}
-    for name in names:
-        source = pair.source(name)
-        folder = isinstance(source, Path)  # which can be read from here, and from nowhere else
-        if is_adapter(source) or (pair.remote != "local" if folder else source.startswith(SCHEME)):
-            raise UserError(
-                f"the pair {pair.name!r} is remote, and its {name!r} is {pair.shown(name)}: NDIF runs models"
-                " of the hub; take remote out of its entry in the registry, or give org/name"
-            )
-        if pair.remote != "local" and not CONFIG.API.APIKEY:
-            raise UserError(
-                f"the pair {pair.name!r} is remote, and there is no key for NDIF: get one at"
-                " https://login.ndif.us and set NDIF_API_KEY, or take remote out of its entry in the"
-                " registry"
-            )
-        where, _, revision = str(source).partition("@")
-        try:
-            models[name] = TransformersModel(
-                where,
-                revision=revision or None,
-                tokenizer=tokenizer,
-                task="text-generation",
-                dtype=DTYPES[pair.dtype],
-            )
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"the configuration of the remote model {name!r} cannot be read from {pair.shown(name)}:"
-                f" {reason}"
-            ) from None
-    return models
+    if pair.remote:
+        return {name: _remote(pair, name, tokenizer) for name in names}
+    return {name: wrap(pair.load(name), tokenizer) for name in names}
+
+
+def _remote(pair: Pair, name: str, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
+    from nnsight import CONFIG, TransformersModel
+
+    source = pair.source(name)
+    folder = isinstance(source, Path)  # on this machine only
+    if is_adapter(source) or (pair.remote != "local" if folder else source.startswith(PACKAGE)):
+        raise UserError(
+            f"the pair {pair.name!r} is remote, and its {name!r} is {pair.shown(name)}: NDIF runs models of the"
+            " hub; take remote out of its entry in the registry, or give org/name"
+        )
+    if pair.remote != "local" and not CONFIG.API.APIKEY:
+        raise UserError(
+            f"the pair {pair.name!r} is remote, and there is no key for NDIF: get one at https://login.ndif.us"
+            " and set NDIF_API_KEY, or take remote out of its entry in the registry"
+        )
+    repo, _, revision = str(source).partition("@")
+    options = dict(tokenizer=tokenizer, task="text-generation", dtype=DTYPES[pair.dtype])
+    try:
+        return TransformersModel(repo, revision=revision or None, **options)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the configuration of the remote model {name!r} cannot be read from {pair.shown(name)}: {reason}"
+        ) from None

@@ -41,7 +41,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from .. import stats as stats_module
-from ..activations.harvest import SHARD_TOKENS, harvest, job_of
+from ..activations.harvest import SHARD_TOKENS, harvest_activations, job_of
 from ..activations.positions import is_category, positions
 from ..activations.store import Store
 from ..crosscoder.codes import codes, sample_rows
@@ -178,7 +178,7 @@ class Rung:
             mark = job_of(pair, documents, self.folder, None, SHARD_TOKENS, BATCH_TOKENS).mark
             there = self._found(mark, "store" if other == "distilled" else f"study/store_base_{other}")
             self._stores[other] = (
-                Store.open(there) if there else harvest(pair, documents, self.folder / f"store_{other}")
+                Store.open(there) if there else harvest_activations(pair, documents, self.folder / f"store_{other}")
             )
         return self._stores[other]
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..activations.harvest import harvest
+from ..activations.harvest import harvest_activations
 from ..activations.store import Store
 from ..crosscoder.codes import codes, firing_frequency
 from ..crosscoder.health import health
@@ -102,7 +102,7 @@ def along_training(study: Study, states: list[Path], tokens: int = 120_000, epoc
             },
         )
         corpus = build(pair, tokens, trace_share=options["trace_share"], seed=options["seed"])
-        store = harvest(
+        store = harvest_activations(
             pair, corpus, folder / "store", layer=None if options["layer"] < 0 else options["layer"]
         )
         crosscoder = train(store, config, folder / "crosscoder")
@@ -141,7 +141,7 @@ def on_another_text(study: Study, traces: str, general: str) -> dict[str, pd.Dat
     pair = override(study.pair, traces, general)
     corpus: Corpus = build(pair, p["tokens"], trace_share=p["trace_share"], seed=p["seed"])
     folder = study.work(f"text_{fingerprint(corpus.fingerprint)}")
-    other = harvest(pair, corpus, folder / "store", layer=None if p["layer"] < 0 else p["layer"])
+    other = harvest_activations(pair, corpus, folder / "store", layer=None if p["layer"] < 0 else p["layer"])
     stores = {"own": study.store, "other": other}
     made = {"own": study.crosscoder, "other": train(other, study.config(), folder / "crosscoder")}
     limits = needed(study, "nulls").tables["thresholds"]

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..activations.harvest import harvest
+from ..activations.harvest import harvest_activations
 from ..activations.store import Store, open_store
 from ..crosscoder.codes import codes, firing_frequency, sample_rows
 from ..crosscoder.model import CrossCoder
@@ -179,7 +179,7 @@ class Study:
                 " says: put tokens, trace_share, traces, general and seed of notebook 01 into the profile,"
                 " and run the notebook again"
             )
-        return pair, harvest(
+        return pair, harvest_activations(
             pair,
             documents,
             self.work("store_" + "_".join(names)),

@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..labels import KINDS, LABEL_ARRAYS, LABELS, SPLITS
-from ..models import hub
+from ..models import sources
 from ..models.pairs import Pair, check_vocabularies
 from ..runs import fingerprint
 from ..settings import ROOT, UserError, check
@@ -118,8 +118,8 @@ class Corpus:
     @cached_property
     def commits(self) -> dict[str, str]:
         """The commit of each data set on the hub that is read."""
-        sources = [hub.dataset(source) for source, _ in self.pair.corpus if source.startswith(hub.SCHEME)]
-        return {d.repo: d.commit for d in sources}
+        texts = [sources.dataset(source) for source, _ in self.pair.corpus if source.startswith(sources.HUB)]
+        return {d.repo: d.commit for d in texts}
 
     @property
     def fingerprint(self) -> str:
@@ -130,7 +130,7 @@ class Corpus:
             sample = [d.tokens for d, _ in zip(self, range(50))]
         else:
             sample = [
-                source if source.startswith(hub.SCHEME) else Path(source) for source, _ in self.pair.corpus
+                source if source.startswith(sources.HUB) else Path(source) for source, _ in self.pair.corpus
             ]
         # content counts, not where it lies
         parameters = {k: v for k, v in self.parameters.items() if k != "source"}
@@ -285,7 +285,7 @@ def build(
     )
     if pair.corpus != "generated":
         for path, _ in pair.corpus:
-            if not path.startswith(hub.SCHEME) and not Path(path).is_file():
+            if not path.startswith(sources.HUB) and not Path(path).is_file():
                 raise UserError(
                     f"the corpus file {path} of pair {pair.name!r} does not exist: put text there, or change"
                     " data/pairs.yaml"
@@ -316,8 +316,8 @@ def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
                 " (org/name)"
             )
         else:
-            given[kind] = hub.SCHEME + source.removeprefix(hub.SCHEME)
-            hub.dataset(given[kind])
+            given[kind] = sources.HUB + source.removeprefix(sources.HUB)
+            sources.dataset(given[kind])
     if not given:
         return pair
     kept = () if pair.corpus == "generated" else tuple(c for c in pair.corpus if c[1] not in given)
@@ -405,7 +405,7 @@ def _from_files(corpus: Corpus, kind: str) -> Iterator[Document]:
     for source, source_kind in corpus.pair.corpus:
         if source_kind != kind:
             continue
-        for text in hub_items(source) if source.startswith(hub.SCHEME) else read_items(Path(source)):
+        for text in hub_items(source) if source.startswith(sources.HUB) else read_items(Path(source)):
             written, tokens, offsets = corpus.encoded(text)
             if bos and tokens[:1] == bos:  # it is prepended below, once
                 tokens, offsets = tokens[1:], offsets[1:]
@@ -489,8 +489,8 @@ def read_items(path: Path) -> Iterator[str | Trace]:
 def hub_items(source: str) -> Iterator[str | Trace]:
     """The texts and traces of a data set on the hub, in its order; rows whose text is empty are passed over."""
     jsonl = ".jsonl" in source.rpartition("/")[2]
-    for number, row in enumerate(hub.rows(source), 1):
-        where = f"row {number} of {source.removeprefix(hub.SCHEME)}"
+    for number, row in enumerate(sources.dataset_rows(source), 1):
+        where = f"row {number} of {source.removeprefix(sources.HUB)}"
         item = _json_item(row["text"], where) if jsonl and set(row) == {"text"} else _item(row, where)
         if not isinstance(item, str) or item.strip():
             yield item

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..activations.harvest import harvest, harvest_part, merge
+from ..activations.harvest import harvest_activations, harvest_part, merge_parts
 from ..activations.store import MADE_BY
 from ..models.pairs import load_pair
 from ..runs import Run
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"part {args.part}: {harvest_part(pair, corpus, path, _read_part(args.part), layer)} shards"
             )
         else:
-            print((merge if args.merge else harvest)(pair, corpus, path, layer))
+            print((merge_parts if args.merge else harvest_activations)(pair, corpus, path, layer))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import torch
 from toys import toy_model, toy_pair, toy_store
 
 from lib.activations import harvest as harvest_module
-from lib.activations.harvest import harvest
+from lib.activations.harvest import harvest_activations
 from lib.activations.store import Store
 from lib.distil.organism import build_tokenizer
 from lib.models.pairs import decoder_layers
@@ -92,7 +92,7 @@ def test_high_norms_are_dropped_from_a_harvest_and_from_its_statistics(tmp_path)
     corpus = [document([1, 300, 301, 302, 303 + i, sink if i == 3 else 304]) for i in range(20)]
     with torch.no_grad():
         models["distilled"].get_input_embeddings().weight[sink] *= 1e3
-    store = harvest(pair, corpus, tmp_path / "store", models=models)
+    store = harvest_activations(pair, corpus, tmp_path / "store", models=models)
     assert store.manifest["counts"]["dropped"] == {
         "first": 20,
         "high_norm": 1,
@@ -117,7 +117,9 @@ def document(tokens, split="train"):
 def test_the_store_holds_what_the_models_computed(tmp_path):
     pair = toy_pair(tmp_path)
     corpus = build(pair, 2000)
-    store = harvest(replace(pair, store_dtype="float32"), corpus, tmp_path / "store", shard_tokens=700)
+    store = harvest_activations(
+        replace(pair, store_dtype="float32"), corpus, tmp_path / "store", shard_tokens=700
+    )
     documents = list(corpus)
     assert store.tokens.tolist() == [t for d in documents for t in d.tokens]
     assert store.documents.tolist() == [i for i, d in enumerate(documents) for _ in d.tokens]
@@ -140,7 +142,7 @@ def test_any_number_of_models_of_any_width(tmp_path, widths):
 def test_distinct_tokens_count_a_repeated_text_once(tmp_path):
     pair = toy_pair(tmp_path)
     corpus = [document([1, 5, 6, 7]), document([1, 5, 6, 7]), document([1, 5, 6])]
-    counts = harvest(pair, corpus, tmp_path / "store").manifest["counts"]
+    counts = harvest_activations(pair, corpus, tmp_path / "store").manifest["counts"]
     assert counts["kept"] == 8 and counts["distinct_tokens"] == 5
 
 
@@ -227,7 +229,7 @@ def test_activations_that_are_not_finite(tmp_path):
     with pytest.raises(
         UserError, match="activations of 'distilled' at layer 1 are not finite in 100.00% of the tokens"
     ):
-        harvest(pair, build(pair, 500), tmp_path / "store", models=models)
+        harvest_activations(pair, build(pair, 500), tmp_path / "store", models=models)
 
 
 def test_activations_that_the_store_cannot_hold(tmp_path):
@@ -235,8 +237,10 @@ def test_activations_that_the_store_cannot_hold(tmp_path):
     models = {name: pair.load(name) for name in pair.models}
     models["base"].get_input_embeddings().weight *= 1e6
     with pytest.raises(UserError, match="float16 cannot hold: set store_dtype of the pair to bfloat16"):
-        harvest(pair, build(pair, 500), tmp_path / "store", models=models)
-    assert harvest(replace(pair, store_dtype="bfloat16"), build(pair, 500), tmp_path / "store", models=models)
+        harvest_activations(pair, build(pair, 500), tmp_path / "store", models=models)
+    assert harvest_activations(
+        replace(pair, store_dtype="bfloat16"), build(pair, 500), tmp_path / "store", models=models
+    )
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
@@ -268,8 +272,8 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_work(tmp_path, monkeypat
 def test_tokens_that_a_model_does_not_have_and_layers_that_do_not_exist(tmp_path):
     pair = toy_pair(tmp_path)
     with pytest.raises(UserError, match="token id 600, model 'base' has 512"):
-        harvest(pair, [document([1, 5, 600])], tmp_path / "store")
+        harvest_activations(pair, [document([1, 5, 600])], tmp_path / "store")
     with pytest.raises(UserError, match="layer is 9: it must be an integer from 0 to 3"):
-        harvest(pair, build(pair, 100), tmp_path / "store", layer=9)
+        harvest_activations(pair, build(pair, 100), tmp_path / "store", layer=9)
     with pytest.raises(UserError, match="no documents"):
-        harvest(pair, [], tmp_path / "store")
+        harvest_activations(pair, [], tmp_path / "store")

@@ -9,7 +9,7 @@ from test_harvest import content
 from toys import toy_pair, toy_store
 
 from lib.activations import harvest as harvest_module
-from lib.activations.harvest import harvest, harvest_part, merge
+from lib.activations.harvest import harvest_activations, harvest_part, merge_parts
 from lib.settings import UserError
 from lib.text.corpus import build
 from lib.tools.harvest_parts import main
@@ -24,7 +24,9 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(pair, tmp_path_factory):
-    return content(harvest(pair, build(pair), tmp_path_factory.mktemp("whole") / "store", **SIZES).path)
+    return content(
+        harvest_activations(pair, build(pair), tmp_path_factory.mktemp("whole") / "store", **SIZES).path
+    )
 
 
 def job(pair, path, part):
@@ -41,11 +43,13 @@ def test_parts_in_any_order_make_the_same_bytes(pair, whole, tmp_path):
         not (tmp_path / "store" / "manifest.json").exists()
         and not (tmp_path / "store" / "log.jsonl").exists()
     )
-    store = merge(pair, build(pair), tmp_path / "store", **SIZES)
+    store = merge_parts(pair, build(pair), tmp_path / "store", **SIZES)
     assert content(store.path) == whole and store.tokens_per_second > 0
     # it is found
-    assert harvest(pair, build(pair), tmp_path / "store", **SIZES).fingerprint == store.fingerprint
-    assert content(merge(pair, build(pair), tmp_path / "store", **SIZES).path) == whole
+    assert (
+        harvest_activations(pair, build(pair), tmp_path / "store", **SIZES).fingerprint == store.fingerprint
+    )
+    assert content(merge_parts(pair, build(pair), tmp_path / "store", **SIZES).path) == whole
     assert sorted(f.name for f in store.path.iterdir()) == sorted([*whole, "harvest.json", "log.jsonl"])
 
 
@@ -60,7 +64,7 @@ def test_jobs_at_once_make_the_same_bytes_and_two_may_do_the_same(pair, whole, t
     for process in jobs:
         process.join(120)
     assert [process.exitcode for process in jobs] == [0] * 4
-    assert content(merge(pair, build(pair), tmp_path / "store", **SIZES).path) == whole
+    assert content(merge_parts(pair, build(pair), tmp_path / "store", **SIZES).path) == whole
 
 
 def test_parts_are_neighbouring_shards_that_cover_all(pair):
@@ -80,17 +84,17 @@ def test_shards_that_are_missing_or_damaged_are_named_and_their_part_mends_them(
         UserError,
         match=r"2 of 6 shards .*\(shard_00002.* is missing, shard_00003.safetensors is missing\): run their",
     ):
-        merge(pair, build(pair), tmp_path / "store", **SIZES)
+        merge_parts(pair, build(pair), tmp_path / "store", **SIZES)
     harvest_part(pair, build(pair), tmp_path / "store", (1, 3), **SIZES)
     shard = tmp_path / "store" / "shard_00003.safetensors"
     good = bytearray(shard.read_bytes())
     good[-3] ^= 1
     shard.write_bytes(good)
     with pytest.raises(UserError, match=r"1 of 6 shards .*\(shard_00003.safetensors is damaged\)"):
-        merge(pair, build(pair), tmp_path / "store", **SIZES)
+        merge_parts(pair, build(pair), tmp_path / "store", **SIZES)
     assert not (tmp_path / "store" / "manifest.json").exists()
     harvest_part(pair, build(pair), tmp_path / "store", (1, 3), **SIZES)
-    assert content(merge(pair, build(pair), tmp_path / "store", **SIZES).path) == whole
+    assert content(merge_parts(pair, build(pair), tmp_path / "store", **SIZES).path) == whole
 
 
 def test_a_harvest_makes_what_the_parts_have_left(pair, whole, tmp_path, monkeypatch):
@@ -101,7 +105,7 @@ def test_a_harvest_makes_what_the_parts_have_left(pair, whole, tmp_path, monkeyp
         "_write_shard",
         lambda path, name, *rest: made.append(name) or write(path, name, *rest),
     )
-    assert content(harvest(pair, build(pair), tmp_path / "store", **SIZES).path) == whole
+    assert content(harvest_activations(pair, build(pair), tmp_path / "store", **SIZES).path) == whole
     assert made == [f"shard_{i:05d}.safetensors" for i in (2, 3, 4, 5)]
 
 
@@ -115,7 +119,7 @@ def test_jobs_of_another_harvest_are_refused_and_leave_everything_alone(pair, tm
         ):
             harvest_part(**wrong, path=tmp_path / "store", part=(1, 3), **SIZES)
         with pytest.raises(UserError, match="something else"):
-            merge(**wrong, path=tmp_path / "store", **SIZES)
+            merge_parts(**wrong, path=tmp_path / "store", **SIZES)
     assert content(tmp_path / "store") == before
 
 
@@ -125,7 +129,7 @@ def test_files_of_jobs_that_died_go_and_those_of_jobs_at_work_stay(pair, tmp_pat
     for file in (dead, alive):
         file.write_bytes(b"half a shard")
     os.utime(dead, (0, 0))
-    merge(pair, build(pair), tmp_path / "store", **SIZES)
+    merge_parts(pair, build(pair), tmp_path / "store", **SIZES)
     assert alive.exists() and not dead.exists()
 
 
@@ -138,7 +142,7 @@ def test_the_command_line_makes_what_the_notebook_looks_for(tmp_path, capsys):
     from lib.models.pairs import load_pair
 
     tiny = load_pair("tiny")
-    store = harvest(tiny, build(tiny, 3000, trace_share=0.5, seed=0), tmp_path / "again")
+    store = harvest_activations(tiny, build(tiny, 3000, trace_share=0.5, seed=0), tmp_path / "again")
     assert content(store.path) == content(tmp_path / "store")
     assert main([*arguments, "--part", "two"]) == 2
     assert "part is 'two': it must be like 0/8" in capsys.readouterr().err

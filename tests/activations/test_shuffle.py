@@ -186,7 +186,7 @@ def test_opening_reads_no_activations_and_arrays_come_when_asked_for(store, monk
 MEASURE = """
 import json, sys, torch
 from lib.activations.store import Store
-from lib.reading import Prefetched
+from lib.activations.shuffle import Prefetched
 
 def resident(kind):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(kind))

@@ -7,7 +7,7 @@ from test_harvest import document
 from toys import toy_pair
 
 from lib.activations import stream as streaming
-from lib.activations.harvest import harvest
+from lib.activations.harvest import harvest_activations
 from lib.activations.stream import Stream
 from lib.crosscoder.training import TrainConfig, train
 from lib.models.pairs import load_pair
@@ -30,7 +30,7 @@ def pair(folder):
 
 @pytest.fixture(scope="module")
 def store(pair, folder):
-    return harvest(pair, build(pair), folder / "store")
+    return harvest_activations(pair, build(pair), folder / "store")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_high_norms_are_dropped_when_they_are_met(pair, tmp_path):
         models["distilled"].get_input_embeddings().weight[sink] *= 1e3
     corpus = [document([1, 300, 301, 302, 303 + i, sink if i == 50 else 304]) for i in range(60)]
     stream = Stream(pair, corpus, models=models, sample_tokens=100)
-    store = harvest(pair, corpus, tmp_path / "store", models=models)
+    store = harvest_activations(pair, corpus, tmp_path / "store", models=models)
     assert stream.count("train") == 300
     rows = np.concatenate([r for r, _ in epoch(stream)])
     assert np.array_equal(np.sort(rows), store.rows("train")) and stream.count("train") == 299 == store.count(
@@ -160,7 +160,7 @@ def test_a_crosscoder_trains_on_the_stream_as_well_as_on_a_store(tmp_path, monke
     tiny = load_pair("tiny")
     text = build(tiny, 12_000)
     models = {name: tiny.load(name) for name in tiny.models}
-    store = harvest(tiny, text, tmp_path / "store", models=models)
+    store = harvest_activations(tiny, text, tmp_path / "store", models=models)
     stream = Stream(tiny, text, models=models, sample_tokens=3_000)
     config = TrainConfig(n_features=128, k=16, batch_size=256, tokens=40_000, rate=3e-3, memory=20_000_000)
     fves = {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toys import toy_pair, toy_store
 
-from lib.activations.harvest import harvest
+from lib.activations.harvest import harvest_activations
 from lib.activations.survey import (
     contents,
     drift,
@@ -35,7 +35,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(pair, tmp_path_factory):
-    return harvest(pair, build(pair, 8000), tmp_path_factory.mktemp("store") / "store")
+    return harvest_activations(pair, build(pair, 8000), tmp_path_factory.mktemp("store") / "store")
 
 
 def test_contents_count_every_kept_token(store):
@@ -93,7 +93,7 @@ def test_norms(store):
 
 def test_cosines_of_a_model_with_itself_are_one_and_with_another_token_about_zero(pair, tmp_path):
     twin = Pair("twin", {"base": pair.base, "distilled": pair.base}, tokenizer_source=pair.tokenizer_source)
-    frame = similarity(harvest(twin, build(twin, 8000), tmp_path / "store"))
+    frame = similarity(harvest_activations(twin, build(twin, 8000), tmp_path / "store"))
     assert np.allclose(frame.cosine, 1, atol=1e-5) and (frame.other_token.abs() < 0.5).all()
     assert (frame.low <= frame.cosine + 1e-6).all()
 

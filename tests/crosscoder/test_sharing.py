@@ -12,7 +12,7 @@ from lib.crosscoder import sharing
 from lib.crosscoder.exchange import export_dictionary_learning, export_replication
 from lib.crosscoder.model import CrossCoder
 from lib.crosscoder.sharing import card, check_on_data, fve, mark_of, open_crosscoder, pull, push
-from lib.models import hub
+from lib.models import sources
 from lib.settings import UserError
 
 D, F, N = 24, 16, 600
@@ -353,8 +353,8 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     fake = Fake(tmp_path / "hub")
-    monkeypatch.setattr(hub, "REVISIONS", tmp_path / "revisions.json")
-    monkeypatch.setattr(hub, "HfApi", fake)
+    monkeypatch.setattr(sources, "REVISIONS", tmp_path / "revisions.json")
+    monkeypatch.setattr(sources, "HfApi", fake)
     monkeypatch.setattr(sharing, "HfApi", fake)
     monkeypatch.setattr(sharing, "snapshot_download", fake.snapshot_download)
     return fake
@@ -429,7 +429,7 @@ def test_what_is_pushed_comes_back(store, fake, tmp_path):
     for name, t in crosscoder.state_dict().items():
         torch.testing.assert_close(back.state_dict()[name], t, rtol=0, atol=0)
     # recorded, and from then on required
-    assert json.loads(hub.REVISIONS.read_text()) == {"models": {"org/name": COMMIT}}
+    assert json.loads(sources.REVISIONS.read_text()) == {"models": {"org/name": COMMIT}}
     assert fake.asked[0][:2] == ("org/name", COMMIT)
 
 
@@ -440,7 +440,7 @@ def test_a_revision_and_a_part_of_a_repository(store, fake):
     assert fake.asked[0][2] == [
         f"blocks.3.hook_resid_post/{k}" for k in ("*.safetensors", "*.pt", "*.json", "README.md")
     ]
-    assert json.loads(hub.REVISIONS.read_text()) == {"models": {"org/name@v1": COMMIT}}
+    assert json.loads(sources.REVISIONS.read_text()) == {"models": {"org/name@v1": COMMIT}}
     open_crosscoder("org/name:blocks.3.hook_resid_post/cc_weights.pt", NAMES, store)
     assert fake.asked[1][2] == ["blocks.3.hook_resid_post/*.json", "blocks.3.hook_resid_post/cc_weights.pt"]
     with pytest.raises(UserError, match="several files of weights"):

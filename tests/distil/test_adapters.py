@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from toys import chat_model
 
 from lib.distil import adapters as lora
-from lib.models import weights
+from lib.models import sources
 from lib.models.pairs import Pair
 from lib.settings import UserError
 from lib.text import chat
@@ -169,9 +169,9 @@ def test_what_is_shipped_is_the_adapter_that_was_trained(tokenizer, tmp_path):
     with torch.no_grad():
         meant = trained(x).logits
     lora.ship(trained, tmp_path / "run" / "state.pt", tmp_path / "out", "data/models/base")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {weights.ADAPTER, "adapter_model.safetensors"}
-    assert weights.adapter_base(tmp_path / "out") == "data/models/base"
-    assert str(tmp_path) not in (tmp_path / "out" / weights.ADAPTER).read_text()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {sources.ADAPTER, "adapter_model.safetensors"}
+    assert sources.adapter_base(tmp_path / "out") == "data/models/base"
+    assert str(tmp_path) not in (tmp_path / "out" / sources.ADAPTER).read_text()
     numbers = sum(p.numel() for p in state.values())
     # two bytes each and names
     assert (
@@ -187,7 +187,7 @@ def test_what_is_shipped_is_the_adapter_that_was_trained(tokenizer, tmp_path):
     assert (tmp_path / "anew" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "out" / "adapter_model.safetensors"
     ).read_bytes()
-    merged = weights.merged(chat_model(), tmp_path / "out")
+    merged = sources.merged(chat_model(), tmp_path / "out")
     by_hand = dict(chat_model().named_parameters())
     for name, b in state.items():
         if "lora_B" in name:
@@ -275,10 +275,10 @@ def test_the_null_reads_text_and_no_adapter_what_is_held_out(command, tmp_path):
     assert list(dict.fromkeys(stages)) == ["distilled", "null_a"]
     assert json.loads((out / "recipe.json").read_text()) == asdict(replace(SMALL, tokens=9000))
     assert all(
-        weights.adapter_base(out / stage) == str(tmp_path / "base") for stage in ("distilled", "null_a")
+        sources.adapter_base(out / stage) == str(tmp_path / "base") for stage in ("distilled", "null_a")
     )
     a, b = (
-        weights.merged(chat_model(), out / stage).get_submodule("model.layers.0.mlp.up_proj").weight
+        sources.merged(chat_model(), out / stage).get_submodule("model.layers.0.mlp.up_proj").weight
         for stage in ("distilled", "null_a")
     )
     assert not torch.equal(a, b)

@@ -25,7 +25,7 @@ from toys import toy_model, toy_pair, toy_store
 
 from lib import figures
 from lib import settings as settings_module
-from lib.activations.harvest import harvest
+from lib.activations.harvest import harvest_activations
 from lib.activations.store import Store
 from lib.crosscoder.codes import SplitCodes, codes
 from lib.crosscoder.model import CrossCoder, check_feature
@@ -37,8 +37,8 @@ from lib.features import explorer
 from lib.features import naming as labelling
 from lib.features.contexts import contexts_html
 from lib.features.explorer import Columns
-from lib.models.pairs import _KEYS, Pair, check_layer, check_vocabularies, load_pair
-from lib.models.reader import Reader
+from lib.models.pairs import Pair, _Entry, check_layer, check_vocabularies, load_pair
+from lib.models.reader import LayerReader
 from lib.runs import Run
 from lib.settings import ROOT, UserError
 from lib.study import appraisal, robustness
@@ -318,7 +318,7 @@ def corpus_of(pair, folder, content: bytes):
 
 def test_a_corpus_without_text_is_refused(pair, tmp_path):
     with pytest.raises(UserError) as error:
-        harvest(
+        harvest_activations(
             corpus_of(pair, tmp_path, b"\n\n"),
             build(corpus_of(pair, tmp_path, b"\n\n"), 500),
             tmp_path / "store",
@@ -426,7 +426,7 @@ def test_activations_that_are_not_finite_are_not_stored(tmp_path, value):
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(value)
     with pytest.raises(UserError) as error:
-        harvest(
+        harvest_activations(
             pair,
             build(pair, 300),
             tmp_path / "store",
@@ -686,7 +686,7 @@ def _zeros(folder):
     with torch.no_grad():
         [p.zero_() for p in model.parameters()]
     model.save_pretrained(folder / "base")
-    harvest(pair, build(pair, 1000), folder / "store")
+    harvest_activations(pair, build(pair, 1000), folder / "store")
 
 
 def _profile(text):
@@ -713,7 +713,7 @@ LINES = {
     "a model that breaks off": (_cut_model, "model 'base' of pair 'p' cannot be loaded"),
     "a model whose activations are all zero": (_zeros, "all activations of base are zero"),
     "a text beyond the context": (
-        lambda _: Reader(toy_model(16, 0), build_tokenizer()).read([[3] * 600]),
+        lambda _: LayerReader(toy_model(16, 0), build_tokenizer()).read([[3] * 600]),
         "600 tokens, and this model's context is 512",
     ),
     "a profile that is a list": (_profile("- 1\n"), "holds a list"),
@@ -775,7 +775,7 @@ ANYTHING = st.recursive(
     derandomize=True,
     database=None,
 )
-@given(st.dictionaries(st.sampled_from([*sorted(_KEYS), "what"]), ANYTHING, max_size=5))
+@given(st.dictionaries(st.sampled_from([*sorted(_Entry.model_fields), "what"]), ANYTHING, max_size=5))
 def test_any_entry_is_a_pair_or_a_sentence(tmp_path, entry):
     (tmp_path / "any.yaml").write_text(yaml.safe_dump({"p": {"base": "a/b", "distilled": "a/c"} | entry}))
     try:

@@ -38,7 +38,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lib.activations.harvest import harvest
+from lib.activations.harvest import harvest_activations
 from lib.models.pairs import Pair, check_vocabularies
 from lib.models.reader import masks
 from lib.settings import UserError
@@ -408,7 +408,7 @@ def test_what_was_never_fed_is_in_the_manifest_and_models_may_differ_in_all_but_
     Llama = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=6, **sizes))
     Llama.save_pretrained(tmp_path / "distilled")
     corpus = build(pair, 400)
-    store = harvest(pair, corpus, tmp_path / "store")
+    store = harvest_activations(pair, corpus, tmp_path / "store")
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     about = json.dumps(manifest)
     assert '"excluded_ids": ' in about and all(

