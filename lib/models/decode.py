@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-LEG = 16  # tokens; shorter legs waste less on rows that have ended, but each has to be set up (8 and 32: as fast)
+LEG = 16  # tokens; shorter legs waste less on ended rows, but each has to be set up (8 and 32: as fast)
 ROOM = 64  # positions by which the cache grows
 
 Step = Callable[[Tensor, Tensor, Tensor, DynamicCache, int], Tensor]
@@ -120,7 +120,7 @@ def roomy_cache(config: PretrainedConfig) -> DynamicCache:
 
 
 class RowNoise(LogitsProcessor):
-    """Noise for sampling, row by row. ``rows``: numbers of the rows that are left, in the order of the scores."""
+    """Noise for sampling. ``rows``: numbers of the rows that are left, in the order of the scores."""
 
     rows: Tensor
 
@@ -146,7 +146,9 @@ class TaskNoise(RowNoise):
     """Gumbel noise on the logits, of which the largest then *is* a sample from softmax(logits / temperature).
 
     Every task has its own generator, seeded by the task: it draws the same noise in every condition, which
-    makes comparisons sharper, and in every batch. Rows of one task in a batch share each draw. Source: Gumbel 1954; Maddison et al. 2014, "A* sampling".
+    makes comparisons sharper, and in every batch. Rows of one task in a batch share each draw.
+
+    Source: Gumbel 1954; Maddison et al. 2014, "A* sampling".
     """
 
     def __init__(self, tasks: Sequence, temperature: float, seed: int):

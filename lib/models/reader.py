@@ -2,7 +2,7 @@
 
 An nnsight trace saves the output of one decoder layer and stops the forward there (later layers do not run).
 Texts of like length are batched and padded on the right, which causal attention never sees.
-``lib.activations.harvest`` writes the activations to a store, ``lib.activations.stream`` hands them to training.
+``lib.activations.harvest`` writes them to a store, ``lib.activations.stream`` hands them to training.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def read_all(
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of documents, like lengths together: batches of at most ``batch_tokens``, padding included, or of
-    one document.
+    """Numbers of documents, like lengths together: at most ``batch_tokens`` a batch with its padding, or one
+    document.
 
     Of all ways to cut the sorted documents into batches, the one that computes the fewest positions, where a
     batch counts as ``BATCH_COST`` positions of its own.
@@ -167,7 +167,7 @@ def row_norms(acts: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.double().norm(dim=1).float() for part in acts.split(CHUNK)])
 
 
-# --- models as nnsight sees them ------------------------------------------------------------------------------
+# --- models as nnsight sees them ----------------------------------------------------------------------------
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
@@ -199,13 +199,13 @@ def _remote(pair: Pair, name: str, tokenizer: PreTrainedTokenizerBase) -> Transf
     folder = isinstance(source, Path)  # on this machine only
     if is_adapter(source) or (pair.remote != "local" if folder else source.startswith(PACKAGE)):
         raise UserError(
-            f"the pair {pair.name!r} is remote, and its {name!r} is {pair.shown(name)}: NDIF runs models of the"
-            " hub; take remote out of its entry in the registry, or give org/name"
+            f"the pair {pair.name!r} is remote, and its {name!r} is {pair.shown(name)}: NDIF runs models of"
+            " the hub; take remote out of its entry in the registry, or give org/name"
         )
     if pair.remote != "local" and not CONFIG.API.APIKEY:
         raise UserError(
-            f"the pair {pair.name!r} is remote, and there is no key for NDIF: get one at https://login.ndif.us"
-            " and set NDIF_API_KEY, or take remote out of its entry in the registry"
+            f"the pair {pair.name!r} is remote, and there is no key for NDIF: get one at"
+            " https://login.ndif.us and set NDIF_API_KEY, or take remote out of its entry in the registry"
         )
     repo, _, revision = str(source).partition("@")
     options = dict(tokenizer=tokenizer, task="text-generation", dtype=DTYPES[pair.dtype])

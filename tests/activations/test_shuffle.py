@@ -213,7 +213,7 @@ def test_resident_memory_stays_within_the_bound(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     anonymous, files, seen = json.loads(done.stdout)
