@@ -18,11 +18,10 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -35,11 +34,25 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ..runs import fingerprint
-from ..settings import ROOT, UserError, check, path_shown
+from ..settings import ROOT, Count, Positive, UserError, check, path_shown
 from . import sources
 
 REGISTRY = ROOT / "data" / "pairs.yaml"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = {  # of the keys of an entry
+    "base": str,
+    "distilled": str,
+    "others": dict[str, str] | None,  # name: folder or hub id
+    "tokenizer": str | None,
+    "differing_ids": list[int] | None,
+    "layer": Count | None,
+    "dtype": tuple(DTYPES),
+    "store_dtype": tuple(DTYPES),
+    "corpus": Any,  # checked by _corpus
+    "dictionary": Positive,
+    "tokens": Positive,
+    "remote": (True, False, "local"),
+}
 
 
 @dataclass(frozen=True)
@@ -177,17 +190,17 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
                 " other"
             )
         entry = {**original, **{key: value for key, value in entry.items() if key != "like"}}
-    checked = _checked(name, entry).model_dump(exclude_unset=True, exclude_none=True)
-    corpus = checked.pop("corpus", "generated")
-    tokenizer = checked.pop("tokenizer", None)
+    _check_entry(name, entry)
+    given = {key: value for key, value in entry.items() if value is not None}
+    tokenizer = given.pop("tokenizer", None)
     return Pair(
         name,
-        {model: _resolve(checked.pop(model), file) for model in ("base", "distilled")},
-        {model: _resolve(source, file) for model, source in checked.pop("others", {}).items()},
+        {model: _resolve(given.pop(model), file) for model in ("base", "distilled")},
+        {model: _resolve(source, file) for model, source in given.pop("others", {}).items()},
         _resolve(tokenizer, file) if tokenizer else None,
-        tuple(checked.pop("differing_ids", ())),
-        corpus=corpus if corpus == "generated" else tuple((_text(c, file), c["kind"]) for c in corpus),
-        **checked,
+        tuple(given.pop("differing_ids", ())),
+        corpus=_corpus(name, given.pop("corpus", "generated"), file),
+        **given,
     )
 
 
@@ -218,64 +231,39 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class _File(_Strict):
-    path: str
-    kind: Literal["trace", "general"]
-
-
-class _Dataset(_Strict):
-    hub: str
-    files: str | None = None
-    kind: Literal["trace", "general"]
-
-
-_Source = Annotated[str, Field(description="a folder or a hub id, org/name or org/name@commit")]
-_Dtype = Annotated[Literal[*DTYPES], Field(description=f"one of {', '.join(DTYPES)}")]
-
-
-class _Entry(_Strict):
-    """An entry of the registry. A description says what the value must be, for the error text."""
-
-    base: _Source
-    distilled: _Source
-    others: dict[str, str] | None = Field(None, description="a mapping, name: folder or hub id")
-    tokenizer: str | None = Field(None, description="a folder or a hub id")
-    differing_ids: list[int] | None = Field(None, description="a list of token ids")
-    layer: NonNegativeInt | None = Field(None, description="an integer of at least 0")
-    dtype: _Dtype = "float32"
-    store_dtype: _Dtype = "float16"
-    corpus: Literal["generated"] | list[_File | _Dataset] = Field(
-        "generated",
-        description="'generated' or a list of {path: FILE, kind: trace or general} or {hub: org/name, kind:"
-        " trace or general}, the latter with files: PATTERN if it is to be read by files",
-        min_length=1,
-    )
-    dictionary: PositiveInt = Field(1024, description="an integer of at least 1")
-    tokens: PositiveInt = Field(1_000_000, description="an integer of at least 1")
-    remote: bool | Literal["local"] = Field(False, description="one of True, local")
-
-
-def _checked(name: str, entry: Mapping) -> _Entry:
-    """The entry, or a UserError that says in one sentence what is wrong with it."""
-    if unknown := set(entry) - set(_Entry.model_fields):
+def _check_entry(name: str, entry: Mapping) -> None:
+    """UserError for the first thing that is wrong with an entry of the registry, but for its corpus."""
+    if unknown := set(entry) - set(KINDS):
         raise UserError(
             f"pair {name!r} has the unknown key {min(unknown, key=str)!r}: known keys are"
-            f" {', '.join(sorted(_Entry.model_fields))}"
+            f" {', '.join(sorted(KINDS))}"
         )
     if missing := {"base", "distilled"} - set(entry):
         raise UserError(
             f"pair {name!r} lacks {' and '.join(sorted(missing))}: give a folder or a hub id with revision"
         )
-    try:
-        return _Entry.model_validate(entry)
-    except ValidationError as error:
-        key = error.errors()[0]["loc"][0]
-        wanted = _Entry.model_fields[key].description
-        raise UserError(f"{key} of pair {name!r} is {entry[key]!r}: it must be {wanted}") from None
+    for key, value in entry.items():
+        check(f"{key} of pair {name!r}", value, KINDS[key])
+
+
+def _corpus(name: str, corpus, file: Path) -> str | tuple:
+    if corpus == "generated":
+        return corpus
+    entries = corpus if isinstance(corpus, list) else []
+    if not entries or not all(
+        isinstance(c, dict)
+        and set(c) - {"files"} in ({"path", "kind"}, {"hub", "kind"})
+        and ("hub" in c or "files" not in c)
+        and c["kind"] in ("trace", "general")
+        and all(isinstance(value, str) for value in c.values())
+        for c in entries
+    ):
+        raise UserError(
+            f"corpus of pair {name!r} must be 'generated' or a list of {{path: FILE, kind: trace or general}}"
+            " or {hub: org/name, kind: trace or general}, the latter with files: PATTERN if it is to be"
+            " read by files"
+        )
+    return tuple((_text(c, file), c["kind"]) for c in corpus)
 
 
 def _text(entry: Mapping, file: Path) -> str:

@@ -37,7 +37,7 @@ from lib.features import explorer
 from lib.features import naming as labelling
 from lib.features.contexts import contexts_html
 from lib.features.explorer import Columns
-from lib.models.pairs import Pair, _Entry, check_layer, check_vocabularies, load_pair
+from lib.models.pairs import KINDS, Pair, check_layer, check_vocabularies, load_pair
 from lib.models.reader import LayerReader
 from lib.runs import Run
 from lib.settings import ROOT, UserError
@@ -775,7 +775,7 @@ ANYTHING = st.recursive(
     derandomize=True,
     database=None,
 )
-@given(st.dictionaries(st.sampled_from([*sorted(_Entry.model_fields), "what"]), ANYTHING, max_size=5))
+@given(st.dictionaries(st.sampled_from([*sorted(KINDS), "what"]), ANYTHING, max_size=5))
 def test_any_entry_is_a_pair_or_a_sentence(tmp_path, entry):
     (tmp_path / "any.yaml").write_text(yaml.safe_dump({"p": {"base": "a/b", "distilled": "a/c"} | entry}))
     try:
