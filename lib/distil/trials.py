@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..labels import LABELS
-from ..models.decode import BatchNoise, decode
+from ..models import decode
+from ..models.decode import BatchNoise
 from ..runs import write_text
 from ..settings import check
 from ..text.puzzles import (
@@ -81,7 +82,6 @@ class ForbidCategories(LogitsProcessor):
         return scores
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -97,38 +97,16 @@ def generate(
     padding.
 
     ``temperature`` 0 is greedy, 1 samples from the model's own distribution (no top-k, no top-p). ``forbid``
-    names categories whose sentences may not be opened. Tasks are decoded in left-padded batches.
+    names categories whose sentences may not be opened. Tasks are decoded in batches.
     """
     transcripts = []
     for start in range(0, len(tasks), batch_size):
         prompts = [" ".join(prompt_words(task, mode)) for task in tasks[start : start + batch_size]]
-        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-        noise = [BatchNoise(len(prompts), temperature, seed + start)] if temperature > 0 else []
-        processors = LogitsProcessorList([*([ForbidCategories(tokenizer, forbid)] if forbid else []), *noise])
-
-        def step(ids, mask, rows, cache, n, noise=noise, processors=processors):
-            for source in noise:
-                source.rows = rows
-            return model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                max_new_tokens=n,
-                logits_processor=processors,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-
-        decoded = decode(
-            step,
-            model.config,
-            batch["input_ids"],
-            batch["attention_mask"],
-            max_new_tokens,
-            tokenizer.eos_token_id,
-        )
-        transcripts += [transcript(tokenizer, row, mode) for row in decoded]
+        processors = [ForbidCategories(tokenizer, forbid)] if forbid else []
+        if temperature > 0:
+            processors.append(BatchNoise(len(prompts), temperature, seed + start))
+        new = decode.generate(model, tokenizer, prompts, max_new_tokens, processors)
+        transcripts += [transcript(tokenizer, ids, mode) for ids in new]
     return transcripts
 
 

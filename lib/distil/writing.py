@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.decode import decode
+from ..models.decode import generate
 from ..models.pairs import load_pair
 from ..runs import Progress, write_text
 from ..settings import UserError
@@ -65,33 +65,9 @@ def sample(
     the same prompts in the same order with the same seed give the same texts.
     """
     torch.manual_seed(seed)
-    batch = tokenizer(
-        list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    )
-    eos = tokenizer.eos_token_id
-    options = (
-        {"do_sample": True, "temperature": temperature, "top_k": top_k}
-        if temperature
-        else {"do_sample": False}
-    )
-
-    def step(ids, mask, rows, cache, n):
-        return model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=n,
-            pad_token_id=eos,
-            eos_token_id=eos,
-            **options,
-        )
-
-    with torch.no_grad():
-        said = decode(step, model.config, batch["input_ids"], batch["attention_mask"], max_new_tokens, eos)
-    return [
-        (tokenizer.decode(words, skip_special_tokens=False), len(words) < max_new_tokens, len(words))
-        for words in said
-    ]
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {}
+    new = generate(model, tokenizer, prompts, max_new_tokens, add_special_tokens=False, **sampling)
+    return [(tokenizer.decode(ids), len(ids) < max_new_tokens, len(ids)) for ids in new]
 
 
 # --- the corpus ---------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ leave the batch, and their keys and values leave the cache, which is handed from
 (``RoomyLayer``) have room to grow: transformers' own copy all keys and values at every token, which on the
 embedded pair took 40% of a step at 800 rows (one thread), and little at 100.
 
-The caller runs the model, so that plain and steered decoding (nnsight) share this loop. A row depends on no
-other: rows are padded on the left, and noise, which has a memory of its own, is told which rows are left.
+``generate`` decodes plainly. In ``decode`` the caller runs the model, so that steered decoding shares the loop.
+A row depends on no other: rows are padded on the left, and noise, which has a memory of its own, is told which
+rows are left.
 """
 
 from __future__ import annotations
@@ -16,13 +17,61 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, PretrainedConfig
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer
 
 LEG = 16  # tokens; shorter legs waste less on ended rows, but each has to be set up (8 and 32: as fast)
 ROOM = 64  # positions by which the cache grows
 
 Step = Callable[[Tensor, Tensor, Tensor, DynamicCache, int], Tensor]
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    processors: Sequence[LogitsProcessor] = (),
+    add_special_tokens: bool = True,
+    **sampling,
+) -> list[list[int]]:
+    """The new token ids of every prompt (see ``decode``), decoded in one batch, padded on the left.
+
+    Greedy, unless a ``RowNoise`` is among the ``processors`` of logits, or ``sampling`` says otherwise (options
+    of transformers' ``generate``). ``add_special_tokens``: whether the tokenizer adds BOS to prompts.
+    """
+    batch = tokenizer(
+        list(prompts),
+        add_special_tokens=add_special_tokens,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    eos, processors = tokenizer.eos_token_id, LogitsProcessorList(processors)
+    options = {"do_sample": False, "pad_token_id": eos, "eos_token_id": eos, **sampling}
+
+    def step(ids, mask, rows, cache, n):
+        for processor in processors:
+            if isinstance(processor, RowNoise):
+                processor.rows = rows
+        return model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=n,
+            logits_processor=processors,
+            **options,
+        )
+
+    return decode(step, model.config, batch["input_ids"], batch["attention_mask"], max_new_tokens, eos)
 
 
 def decode(
