@@ -133,8 +133,8 @@ def fit(
     """Train ``model`` on ``budget`` tokens, from ``folder``/state.pt if that exists.
 
     ``losses(x, y)`` gives the losses [learnt tokens] of a batch, whose mean is minimised with the peak
-    learning rate ``rate`` (see ``Optimiser`` for ``decay``). ``chunk(place)`` gives the batches up to the next
-    state. After each chunk come a line of log.jsonl, every ``keep_every`` tokens ``snapshot()`` as
+    learning rate ``rate`` (see ``Optimiser`` for ``decay``). ``chunk(place)`` gives the batches up to the
+    next state. After each chunk come a line of log.jsonl, every ``keep_every`` tokens ``snapshot()`` as
     kept_<tokens>.pt, and the state, with the weights under ``key``.
 
     Raises FloatingPointError if the loss is not finite, UserError if another run is at work in the folder.

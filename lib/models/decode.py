@@ -5,9 +5,9 @@ leave the batch, and their keys and values leave the cache, which is handed from
 (``RoomyLayer``) have room to grow: transformers' own copy all keys and values at every token, which on the
 embedded pair took 40% of a step at 800 rows (one thread), and little at 100.
 
-``generate`` decodes plainly. In ``decode`` the caller runs the model, so that steered decoding shares the loop.
-A row depends on no other: rows are padded on the left, and noise, which has a memory of its own, is told which
-rows are left.
+``generate`` decodes plainly. In ``decode`` the caller runs the model, so that steered decoding shares the
+loop. A row depends on no other: rows are padded on the left, and noise, which has a memory of its own, is
+told which rows are left.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def generate(
 ) -> list[list[int]]:
     """The new token ids of every prompt (see ``decode``), decoded in one batch, padded on the left.
 
-    Greedy, unless a ``RowNoise`` is among the ``processors`` of logits, or ``sampling`` says otherwise (options
-    of transformers' ``generate``). ``add_special_tokens``: whether the tokenizer adds BOS to prompts.
+    Greedy, unless a ``RowNoise`` is among the ``processors`` of logits, or ``sampling`` (options of
+    transformers' ``generate``) says otherwise. ``add_special_tokens``: whether the tokenizer adds BOS to prompts.
     """
     batch = tokenizer(
         list(prompts),

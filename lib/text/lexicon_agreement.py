@@ -122,51 +122,37 @@ def align(thinking: str, sections: Sequence[Sequence[str]]) -> Aligned:
 
 
 def annotated_sentences(path: str | Path) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Every sentence of the traces that has an annotation, and counts of what has none. One row per sentence.
+    """Every sentence of the traces that has an annotation, one a row, and counts of what has none.
 
     Columns: trace (line number), question, half, text, tag, cue, annotated, opens (first sentence of its
     section). Counts: traces, sections, sections_lost, sentences, sentences_left_out. UserError for a file of
     another form.
     """
-    found, counts = (
-        [],
-        dict.fromkeys(("traces", "sections", "sections_lost", "sentences", "sentences_left_out"), 0),
-    )
-    entries = list(_entries(Path(path)))
+    rows, entries = [], list(_entries(Path(path)))
+    counts = dict.fromkeys(("traces", "sections", "sections_lost", "sentences", "sentences_left_out"), 0)
     with Progress("traces compared", len(entries)) as progress:
         for number, (question, thinking, sections) in enumerate(entries):
-            aligned = align(thinking, sections)
-            spans = sentences(thinking)
-            counts["traces"] += 1
-            counts["sections"] += len(sections)
-            counts["sections_lost"] += aligned.lost
-            counts["sentences"] += len(spans)
-            half, seen, at = half_of(question), set(), 0
+            aligned, spans, opened = align(thinking, sections), sentences(thinking), set()
+            sizes = (1, len(sections), aligned.lost, len(spans), 0)
+            counts = {name: counts[name] + size for name, size in zip(counts, sizes)}
             for span in spans:
-                while at < len(aligned.sections) and aligned.sections[at][1] <= span.start:
-                    at += 1
-                section = next(
-                    (i for i in range(at, len(aligned.sections)) if _holds(aligned.sections[i], span)), None
-                )
-                if section is None or aligned.sections[section][2] not in ANNOTATED:
+                section = next((s for s in aligned.sections if _holds(s, span)), None)
+                if section is None or section[2] not in ANNOTATED:
                     counts["sentences_left_out"] += 1
                     continue
-                label = aligned.sections[section][2]
-                text = thinking[span.start : span.end]
-                found.append((number, question, half, text, span.label, span.cue, label, section not in seen))
-                seen.add(section)
+                text, opens = thinking[span.start : span.end], section not in opened
+                opened.add(section)
+                rows.append(
+                    (number, question, half_of(question), text, span.label, span.cue, section[2], opens)
+                )
             progress.update(number + 1)
-    if not found:
+    if not rows:
         raise UserError(
             f"{Path(path).name} holds no sentence in a section labelled {', '.join(ANNOTATED)}: nothing to"
             " compare with"
         )
-    return (
-        pd.DataFrame(
-            found, columns=["trace", "question", "half", "text", "tag", "cue", "annotated", "opens"]
-        ),
-        counts,
-    )
+    columns = ["trace", "question", "half", "text", "tag", "cue", "annotated", "opens"]
+    return pd.DataFrame(rows, columns=columns), counts
 
 
 def _holds(section: tuple[int, int, str], span) -> bool:
@@ -193,38 +179,30 @@ def agreement(path: str | Path, n_boot: int = 1000, seed: int = 0) -> pd.DataFra
             for half in (*HALVES, "all"):
                 part = frame[(frame["half"] == half) | (half == "all")]
                 part = part if unit == "sentence" else part[part["opens"]]
-                tagged, gold = part["tag"].isin(tags).to_numpy(), part["annotated"].isin(labels).to_numpy()
-                row = {"comparison": name, "unit": unit, "half": half} | _by_group(
-                    tagged, gold, part["question"], n_boot, seed
-                )
-                rows.append(row | _plain_counts(tagged, gold))
+                cells = _cells(part["tag"].isin(tags).to_numpy(), part["annotated"].isin(labels).to_numpy())
+                row = {"comparison": name, "unit": unit, "half": half}
+                rows.append(row | _by_group(cells, part["question"], n_boot, seed) | _counts(cells))
     table = pd.DataFrame(rows)
     table.attrs.update(counts)
     return table
 
 
-def _plain_counts(tagged: np.ndarray, gold: np.ndarray) -> dict[str, int]:
-    return {
-        "tagged": int(tagged.sum()),
-        "annotated": int(gold.sum()),
-        "both": int((tagged & gold).sum()),
-        "n": len(gold),
-    }
+def _cells(tagged: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """What each sentence adds to the counts (both, tagged, annotated, all), bool [4, sentences]."""
+    return np.stack([tagged & gold, tagged, gold, np.ones(len(gold), bool)])
 
 
-def _by_group(
-    tagged: np.ndarray, gold: np.ndarray, groups: pd.Series, n_boot: int, seed: int
-) -> dict[str, float]:
+def _counts(cells: np.ndarray) -> dict[str, int]:
+    both, tagged, gold, n = cells.sum(1).tolist()
+    return {"tagged": tagged, "annotated": gold, "both": both, "n": n}
+
+
+def _by_group(cells: np.ndarray, groups: pd.Series, n_boot: int, seed: int) -> dict[str, float]:
     """Precision and recall with base rates, and intervals over resampled groups."""
-    if len(tagged) == 0:
+    if cells.shape[1] == 0:
         return dict.fromkeys(COLUMNS, np.nan)
     ids, names = pd.factorize(groups)
-    counts = np.stack(
-        [
-            np.bincount(ids, weights=w, minlength=len(names))
-            for w in (tagged & gold, tagged, gold, np.ones(len(ids)))
-        ]
-    )
+    counts = np.stack([np.bincount(ids, weights=cell, minlength=len(names)) for cell in cells])
     return _rates(counts.sum(1), counts @ group_weights(len(names), n_boot, seed).T)
 
 
@@ -367,18 +345,15 @@ def labelled_agreement(folder: str | Path, n_boot: int = 1000, seed: int = 0) ->
     """
     frame = labelled_sentences(folder)
     weight, tags, label = frame["weight"].to_numpy(float), frame["tag"].to_numpy(), frame["label"].to_numpy()
-    rng, members = (
-        np.random.default_rng(seed),
-        [np.flatnonzero(frame["stratum"] == s) for s in frame["stratum"].unique()],
-    )
-    times = np.zeros((len(frame), n_boot))
-    for part in members:
-        times[part] = group_weights(len(part), n_boot, rng).T
+    rng, times = np.random.default_rng(seed), np.zeros((len(frame), n_boot))
+    for stratum in frame["stratum"].unique():  # resampled each for itself
+        members = np.flatnonzero(frame["stratum"] == stratum)
+        times[members] = group_weights(len(members), n_boot, rng).T
     rows = []
     for c in CATEGORIES:
-        tagged, gold = tags == c, label == c
-        cells = np.stack([tagged & gold, tagged, gold, np.ones(len(frame), bool)]) * weight
-        rows.append({"category": c} | _rates(cells.sum(1), cells @ times) | _plain_counts(tagged, gold))
+        cells = _cells(tags == c, label == c)
+        weighted = cells * weight
+        rows.append({"category": c} | _rates(weighted.sum(1), weighted @ times) | _counts(cells))
     return pd.DataFrame(rows)
 
 
