@@ -6,6 +6,7 @@ import ast
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform, get_type_hints
 
@@ -77,12 +78,17 @@ def check(name: str, value, kind=Any, low=None, high=None, choices=None):
     elif (low, high) != (None, None):
         bounds = Field(ge=low, le=high)
         kind = list[Annotated[float, bounds]] if kind is list else Annotated[kind, bounds]
-    adapter = TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+    adapter = _adapter(kind)
     try:
         adapter.validate_python(_without_numpy(value))
     except ValidationError:
         raise UserError(f"{name} is {value!r}: it must be {_wanted(adapter.json_schema())}") from None
     return value
+
+
+@lru_cache(maxsize=500)  # making one takes a millisecond
+def _adapter(kind) -> TypeAdapter:
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def _without_numpy(value):
@@ -122,9 +128,10 @@ def parameters(cls):
     ``__post_init__`` of the class is called afterwards, for what concerns several values.
     """
     afterwards = cls.__dict__.get("__post_init__")
+    kinds = cache(lambda: get_type_hints(cls, include_extras=True))
 
     def __post_init__(self) -> None:
-        check_kinds(vars(self), get_type_hints(cls, include_extras=True))
+        check_kinds(vars(self), kinds())
         if afterwards:
             afterwards(self)
 

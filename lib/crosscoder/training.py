@@ -17,8 +17,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, make_dataclass
+from dataclasses import asdict, fields, make_dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,17 +28,8 @@ from torch import Tensor
 from ..activations.shuffle import Prefetched
 from ..activations.store import MADE_BY, MEMORY
 from ..runs import Progress, exclusive, fingerprint, is_current, write_manifest, write_state, write_text
-from ..settings import UserError, check
-from .model import (
-    PRECISIONS,
-    VARIANTS,
-    CrossCoder,
-    Forward,
-    auxiliary_loss,
-    l0_loss,
-    sparsity_loss,
-    squared_error,
-)
+from ..settings import NotNegative, Positive, Share, UserError, check, integer, number, parameters
+from .model import VARIANTS, CrossCoder, Forward, auxiliary_loss, l0_loss, sparsity_loss, squared_error
 from .processes import PER_FEATURE, SINGLE_PROCESS, SingleProcess
 
 LOG_LINES = 100  # lines of log.jsonl in a run; checkpoints are written at lines only
@@ -46,7 +38,7 @@ THRESHOLDS_BEGIN = 0.2
 THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that becomes the inference threshold
 
 
-@dataclass(frozen=True)
+@parameters
 class TrainConfig:
     """All that decides the weights, beside the store. "share" is always of the tokens of the run.
 
@@ -54,43 +46,37 @@ class TrainConfig:
     orders.
     """
 
-    n_features: int = 1024
-    variant: str = "batchtopk"
-    k: int = 24  # batchtopk, jumprelu: mean number of features per token; topk: their number
-    tokens: int = 2_000_000
-    batch_size: int = 1024  # tokens
-    rate: float = 3e-3  # Adam's peak learning rate
-    warmup: float = 0.02  # share: learning rate rises linearly
-    decay: float = 0.3  # share: learning rate falls linearly to 0
-    clip: float = 1.0  # of the gradient's global norm; 0: never
-    l1: float = 2.0  # l1: lambda, at its full value
-    l1_warmup: float = 0.05  # share: lambda rises linearly
-    aux: float = 0.5  # all but l1: alpha, weight of the auxiliary loss
-    aux_k: int = 64  # dead features per token that the auxiliary loss uses
-    dead_after: float = 0.01  # share without firing after which a feature counts as dead
+    n_features: Positive = 1024
+    variant: Literal[VARIANTS] = "batchtopk"
+    k: Positive = 24  # batchtopk, jumprelu: mean number of features per token; topk: their number
+    tokens: Positive = 2_000_000
+    batch_size: Positive = 1024  # tokens
+    rate: NotNegative = 3e-3  # Adam's peak learning rate
+    warmup: Share = 0.02  # share: learning rate rises linearly
+    decay: Share = 0.3  # share: learning rate falls linearly to 0
+    clip: NotNegative = 1.0  # of the gradient's global norm; 0: never
+    l1: NotNegative = 2.0  # l1: lambda, at its full value
+    l1_warmup: Share = 0.05  # share: lambda rises linearly
+    aux: NotNegative = 0.5  # all but l1: alpha, weight of the auxiliary loss
+    aux_k: Positive = 64  # dead features per token that the auxiliary loss uses
+    dead_after: Share = 0.01  # share without firing after which a feature counts as dead
     # of the encoder's product (not l1): bfloat16 is faster on processors that have it
-    precision: str = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     # bytes for shuffling: part of what decides the order of tokens in a store that is larger
-    memory: int = MEMORY
+    memory: Positive = MEMORY
     seed: int = 0
     # jumprelu: lambda, weight of (L0 / k - 1)^2 in units of D, which is about the mean squared norm of x
-    l0: float = 1.0
-    bandwidth: float = 0.5  # jumprelu: h, width of the kernel about a threshold, as a share of it
-    dedicated: float = 0.0  # share of the dictionary that is reserved for each model
+    l0: NotNegative = 1.0
+    # jumprelu: h, width of the kernel about a threshold, as a share of it: below 2, or entries of no strength
+    # would be within its reach
+    bandwidth: number(0.01, 1.9) = 0.5
+    dedicated: Share = 0.0  # share of the dictionary that is reserved for each model
 
     def __post_init__(self) -> None:
-        check("variant", self.variant, choices=VARIANTS)
-        check("precision", self.precision, choices=("float32",) if self.variant == "l1" else PRECISIONS)
-        for name in ("n_features", "tokens", "batch_size", "aux_k", "memory"):
-            check(name, getattr(self, name), int, low=1)
-        check("k", self.k, int, low=1, high=self.n_features if self.variant != "l1" else None)
-        check("rate", self.rate, float, low=0)
-        for name in ("warmup", "decay", "l1_warmup", "dead_after", "dedicated"):
-            check(name, getattr(self, name), float, low=0, high=1)
-        for name in ("clip", "l1", "aux", "l0"):
-            check(name, getattr(self, name), float, low=0)
-        # entries of no strength are out of the kernel's reach
-        check("bandwidth", self.bandwidth, float, low=0.01, high=1.9)
+        if self.variant == "l1":
+            check("precision", self.precision, ("float32",))
+        else:
+            check("k", self.k, integer(1, self.n_features))
 
     def learning_rate(self, done: float) -> float:
         """Learning rate when the share ``done`` of the run is over."""
@@ -453,12 +439,12 @@ def _batches(
     """(epoch, row numbers, activations) from a place on, without end. It knows no trainer: its thread must
     not keep one alive.
     """
-    for number in itertools.count(epoch):
-        start = position if number == epoch else 0
+    for current in itertools.count(epoch):
+        start = position if current == epoch else 0
         for rows, acts in store.reader(
-            "train", config.batch_size, config.seed, number, start, config.memory, part
+            "train", config.batch_size, config.seed, current, start, config.memory, part
         ):
-            yield number, rows, acts
+            yield current, rows, acts
 
 
 def total_loss(

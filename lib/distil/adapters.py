@@ -25,7 +25,7 @@ import json
 import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.pairs import load_pair
 from ..runs import whole_files, write_text
-from ..settings import ROOT, UserError
+from ..settings import ROOT, NotNegative, Positive, UserError, parameters
 from ..text.chat import Trace, encode_trace, read_traces
 from ..text.corpus import hub_items, read_texts
 from .fit import Batch, Place, Window, batches_of, fit, token_losses
@@ -46,20 +46,20 @@ HUB_TRACES = "hub:open-thoughts/OpenThoughts-114k"
 STATE_EVERY = 25  # steps between states to resume from: about three minutes
 
 
-@dataclass(frozen=True)
+@parameters
 class Recipe:
     """All that decides an adapter. Tokens are counted without padding; those of questions are read but not
     learnt.
     """
 
-    rank: int = 40
-    alpha: int = 80
-    tokens: int = 900_000
-    rate: float = 1e-3
-    batch_tokens: int = 2_048
-    window: int = 1_024  # longer traces are cut, and every piece is learnt: late reasoning too
-    short: int = 2_600  # characters: traces shorter than this come first, once
-    keep_every: int = 150_000  # tokens between adapters that are kept, to ask how features grow
+    rank: Positive = 40
+    alpha: Positive = 80
+    tokens: Positive = 900_000
+    rate: NotNegative = 1e-3
+    batch_tokens: Positive = 2_048
+    window: Positive = 1_024  # longer traces are cut, and every piece is learnt: late reasoning too
+    short: Positive = 2_600  # characters: traces shorter than this come first, once
+    keep_every: Positive = 150_000  # tokens between adapters that are kept, to ask how features grow
     seed: int = 0
 
 

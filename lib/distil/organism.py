@@ -28,7 +28,7 @@ import argparse
 import json
 import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from ..runs import whole_files, write_state, write_text
+from ..settings import NotNegative, Positive, parameters
 from ..text.curriculum import CURRICULUM, LATE_MIX, MID_MIX, base_document, vocabulary
 from ..text.puzzles import EASY_SHARE, ERROR_RATE, Sentence, Teacher, direct, sample_puzzle, sample_question
 from . import trials
@@ -52,22 +53,22 @@ LESSONS = ((1, 0.4), (2, 0.2), (3, 0.4))
 KEEP_SHARE = 0.15  # of fine-tuning documents: the base's own text, so that its knowledge stays
 
 
-@dataclass(frozen=True)
+@parameters
 class Recipe:
     """All that decides the weights. Tokens are counted without padding."""
 
-    width: int = 96
-    layers: int = 6
-    heads: int = 4
-    kv_heads: int = 2
-    mlp: int = 256
-    base_tokens: int = 5_000_000
-    mid_tokens: int = 2_600_000
-    late_tokens: int = 1_000_000
-    tune_tokens: int = 3_000_000
-    base_rate: float = 2e-3
-    tune_rate: float = 1.5e-3
-    batch_tokens: int = 1_024
+    width: Positive = 96
+    layers: Positive = 6
+    heads: Positive = 4
+    kv_heads: Positive = 2
+    mlp: Positive = 256
+    base_tokens: Positive = 5_000_000
+    mid_tokens: Positive = 2_600_000
+    late_tokens: Positive = 1_000_000
+    tune_tokens: Positive = 3_000_000
+    base_rate: NotNegative = 2e-3
+    tune_rate: NotNegative = 1.5e-3
+    batch_tokens: Positive = 1_024
     seed: int = 0
 
     @classmethod

@@ -43,7 +43,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +55,7 @@ from ..activations.store import Store
 from ..labels import CATEGORIES
 from ..results import Results
 from ..runs import Progress, disk_error, exclusive
-from ..settings import UserError, check
+from ..settings import Positive, UserError, check, number, parameters
 from ..stats import bootstrap
 from ..text.tables import table
 from .contexts import top_contexts, window
@@ -329,7 +329,7 @@ def record(
 # --- the endpoint -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@parameters
 class Endpoint:
     """An OpenAI-compatible chat endpoint: ``url`` up to and with /v1. ``timeout`` in seconds, ``max_tokens``
     of one answer.
@@ -338,8 +338,8 @@ class Endpoint:
     url: str
     model: str
     key: str = field(default="", repr=False)
-    timeout: float = 120.0
-    max_tokens: int = 500
+    timeout: number(0.01) = 120.0
+    max_tokens: Positive = 500
 
     def __post_init__(self) -> None:
         if not re.match(r"https?://[^/\s]+", self.url):
@@ -353,8 +353,6 @@ class Endpoint:
             )
         if not re.fullmatch(r"[!-~]*", self.key):
             raise UserError("LABEL_KEY holds characters that no key has: copy it again")
-        check("timeout", self.timeout, float, low=0.01)
-        check("max_tokens", self.max_tokens, int, low=1)
 
 
 def endpoint_from_environment(**options) -> Endpoint | None:

@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 from ..crosscoder.model import CrossCoder
 from ..labels import SPLITS
 from ..runs import Progress, fingerprint
-from ..settings import UserError, check
+from ..settings import Count, NotNegative, Positive, UserError, check, number, parameters
 
 MODELS = ("base", "distilled")
 KINDS = ("shared", "rotated", "rescaled", "base_only", "distilled_only")
@@ -43,7 +43,7 @@ SPLIT_SHARES = (0.8, 0.1, 0.1)
 # --- the generator ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@parameters
 class Planted:
     """What decides a planted data set. The defaults are the regime of the embedded pair (``from_regime``), at
     half its width.
@@ -51,47 +51,35 @@ class Planted:
     The mean activation has no field of its own: a common factor disappears when a store's scales are applied.
     """
 
-    width: int = 48  # d of both models
-    shared: int = 176  # numbers of features of each kind
-    rotated: int = 176
-    rescaled: int = 32
-    base_only: int = 64
-    distilled_only: int = 64
-    angle: float = 60.0  # degrees between a rotated feature's rows
+    width: Positive = 48  # d of both models
+    shared: Count = 176  # numbers of features of each kind
+    rotated: Count = 176
+    rescaled: Count = 32
+    base_only: Count = 64
+    distilled_only: Count = 64
+    angle: number(0, 180) = 60.0  # degrees between a rotated feature's rows
     # of a rescaled feature's row, distilled over base, in one half of them; its inverse in the other
-    factor: float = 3.0
-    l0: float = 12.0  # features active per token, on average
-    exponent: float = 1.0  # firing frequency of the feature of rank r is proportional to r^-exponent
+    factor: number(1e-6) = 3.0
+    l0: NotNegative = 12.0  # features active per token, on average
+    exponent: NotNegative = 1.0  # firing frequency of the feature of rank r is proportional to r^-exponent
     # standard deviation over mean of a feature's activation where it is active (gamma distributed)
-    cv: float = 0.6
-    spread: float = 0.5  # standard deviation of the logarithm of the features' mean lengths
+    cv: number(1e-6) = 0.6
+    spread: NotNegative = 0.5  # standard deviation of the logarithm of the features' mean lengths
     # of the normal variables behind the firing of features of one group (Gaussian copula)
-    correlation: float = 0.8
-    group: int = 4  # features per group; their frequencies are neighbours, their kinds random
-    norm_ratio: float = 1.0  # raw norms, distilled over base: what scaling removes
+    correlation: number(0, 0.99) = 0.8
+    group: Positive = 4  # features per group; their frequencies are neighbours, their kinds random
+    norm_ratio: number(1e-6) = 1.0  # raw norms, distilled over base: what scaling removes
     # share of the mean vector in each model's mean square: scaling does not remove it
-    mean_share: tuple[float, float] = (0.14, 0.12)
-    noise: float = 0.015  # share of the variance that no feature explains
+    mean_share: list[number(0, 0.99)] = (0.14, 0.12)
+    noise: number(0, 0.99) = 0.015  # share of the variance that no feature explains
     # share of the directions of the residual stream into which no feature writes
-    dead_directions: float = 0.0
-    tokens: int = 250_000
-    document: int = 80  # tokens per document
+    dead_directions: number(0, 0.99) = 0.0
+    tokens: Positive = 250_000
+    document: Positive = 80  # tokens per document
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("width", "tokens", "document", "group"):
-            check(name, getattr(self, name), int, low=1)
-        for name in KINDS:
-            check(name, getattr(self, name), int, low=0)
         check("l0", self.l0, float, low=0, high=MOST * self.features)
-        check("angle", self.angle, float, low=0, high=180)
-        for name in ("factor", "norm_ratio", "cv"):
-            check(name, getattr(self, name), float, low=1e-6)
-        for name in ("exponent", "spread"):
-            check(name, getattr(self, name), float, low=0)
-        for name in ("correlation", "noise", "dead_directions"):
-            check(name, getattr(self, name), float, low=0, high=0.99)
-        check("mean_share", list(self.mean_share), list, low=0, high=0.99)
 
     @property
     def features(self) -> int:

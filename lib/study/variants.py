@@ -41,7 +41,7 @@ from ..labels import CATEGORIES
 from ..models.pairs import Pair, load_pair
 from ..results import Part, read_part
 from ..runs import Run, fingerprint, is_current, versions, write_manifest, write_text
-from ..settings import ROOT, UserError, check
+from ..settings import ROOT, Positive, UserError, integer, number, parameters
 from ..stats import wilson
 from ..steering import effects
 from ..steering import experiments as causal
@@ -68,37 +68,22 @@ NOTEBOOKS = tuple(USED)
 TEXTS = ("traces", "general")  # parameters of notebook 01 by which another text is taken than the pair's
 
 
-@dataclass(frozen=True)
+@parameters
 class Budget:
     """What the study spends; ``study:`` in a profile overrides it."""
 
-    seeds: int = 3  # crosscoders of the pair, the run's own among them
-    boots: int = 300  # resamples of documents behind an interval of nu
-    features_per_category: int = 5  # that are removed together from whole thoughts
-    choose_puzzles: int = 60  # validation puzzles on which strengths of placing are chosen
-    report_puzzles: int = 200  # test puzzles on which whole thoughts are compared
-    max_new_tokens: int = 250
-    dedicated: float = 0.05  # share of the dictionary that the dedicated crosscoder reserves for each model
-    planted_width: int = 24  # of each model in planted data; numbers of features go with it
-    planted_tokens: int = 200_000
+    seeds: integer(2) = 3  # crosscoders of the pair, the run's own among them
+    boots: integer(10) = 300  # resamples of documents behind an interval of nu
+    features_per_category: Positive = 5  # that are removed together from whole thoughts
+    choose_puzzles: integer(2) = 60  # validation puzzles on which strengths of placing are chosen
+    report_puzzles: integer(2) = 200  # test puzzles on which whole thoughts are compared
+    max_new_tokens: Positive = 250
+    # share of the dictionary that the dedicated crosscoder reserves for each model
+    dedicated: number(0, 0.5) = 0.05
+    planted_width: integer(8) = 24  # of each model in planted data; numbers of features go with it
+    planted_tokens: integer(2000) = 200_000
     # the smallest budget for the parts that have budgets of their own: to see that everything works
     small: bool = False
-
-    def __post_init__(self) -> None:
-        lowest = dict(
-            seeds=2,
-            boots=10,
-            features_per_category=1,
-            choose_puzzles=2,
-            report_puzzles=2,
-            max_new_tokens=1,
-            planted_width=8,
-            planted_tokens=2000,
-        )
-        for name, low in lowest.items():
-            check(f"{name} of the study", getattr(self, name), int, low=low)
-        check("dedicated of the study", self.dedicated, float, low=0, high=0.5)
-        check("small of the study", self.small, bool)
 
 
 class Study:
