@@ -32,23 +32,23 @@ help:
 	@echo 'make clean-runs [PAIR=tiny]                                remove data/runs/<pair>/: everything is recomputed'
 
 figures: $(STAMP)
-	@$(BIN)/python -m lib.tools.notebooks --pair "$(PAIR)" --profile "$(PROFILE)" --only $(ONLY) $(ARGS)
+	@$(BIN)/python -m lib figures --pair "$(PAIR)" --profile "$(PROFILE)" --only $(ONLY) $(ARGS)
 
 # Needs what notebooks 01 to 03 leave; goes on where it was interrupted. The notebooks read what it writes.
 study: $(STAMP)
-	@$(BIN)/python -m lib.tools.study --pair "$(PAIR)" --profile "$(PROFILE)" --only $(ONLY) $(ARGS)
+	@$(BIN)/python -m lib study --pair "$(PAIR)" --profile "$(PROFILE)" --only $(ONLY) $(ARGS)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
 explore: $(STAMP)
-	@made=$$($(BIN)/python -m lib.tools.explorer_page --pair "$(PAIR)" --profile "$(PROFILE)") && $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/$$made $(ARGS)
+	@made=$$($(BIN)/python -m lib explore --pair "$(PAIR)" --profile "$(PROFILE)") && $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/$$made $(ARGS)
 
 report: $(STAMP)
-	@$(BIN)/python -m lib.tools.report $(ARGS)
+	@$(BIN)/python -m lib report $(ARGS)
 
 check: $(STAMP)
-	@$(BIN)/python -m lib.tools.compare $(ARGS)
+	@$(BIN)/python -m lib check $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
@@ -69,7 +69,7 @@ bench: $(STAMP) $(if $(PEERS),.venv-peers/.installed)
 	@for name in read harvest generate distributed explorer costs; do echo; echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 canonical: $(STAMP)
-	@$(BIN)/python -m lib.tools.notebooks --canonical notebooks/*.ipynb
+	@$(BIN)/python -m lib canonical notebooks/*.ipynb
 
 clean-runs:
 	@case "$(PAIR)" in ''|.*|*/*) echo 'PAIR must be the name of a pair'; exit 2;; esac

@@ -104,7 +104,8 @@ def main() -> int:
                 [
                     sys.executable,
                     "-m",
-                    "lib.tools.notebooks",
+                    "lib",
+                    "figures",
                     "--pair",
                     PAIR,
                     "--profile",

@@ -13,8 +13,8 @@ A token is dropped if **any** model says so, or the models would be compared on 
 a harvest continues at the next shard, and ends with the same bytes. So do jobs, any number of them, that
 share the shards out (docs/cluster.md)::
 
-    python -m lib.activations.harvest --pair tiny --profile default --part 0/8      # and 1/8, ... wherever the folder can be seen
-    python -m lib.activations.harvest --pair tiny --profile default --merge
+    python -m lib harvest --pair tiny --profile default --part 0/8      # and 1/8, ... wherever the folder can be seen
+    python -m lib harvest --pair tiny --profile default --merge
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def train_here(
     if asked != processes:
         raise UserError(
             f"{processes} processes were asked for, {asked} started: start them with torchrun"
-            f" --nproc_per_node {processes} -m lib.crosscoder.launch ... (on CPUs, accelerate launch starts a"
+            f" --nproc_per_node {processes} -m lib train ... (on CPUs, accelerate launch starts a"
             " single one)"
         )
     state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=timedelta(seconds=timeout))
@@ -197,14 +197,16 @@ def _failures(error) -> str:
 
 
 def _work(job: dict, processes: int) -> None:
-    """In each process: train, or end with a sentence."""
+    """In each process that the notebook launcher has started."""
     if "OMP_NUM_THREADS" in os.environ:
         # torch read it at its start, which may have been before a fork
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    config, options = (
-        TrainConfig(**job["config"]),
-        {name: value for name, value in job.items() if name != "config"},
-    )
+    options = {name: value for name, value in job.items() if name != "config"}
+    train_or_end(TrainConfig(**job["config"]), processes, **options)
+
+
+def train_or_end(config: TrainConfig, processes: int, **options) -> None:
+    """``train_here`` in a process of its own, which ends with a sentence if it cannot go on."""
     try:
         train_here(config=config, processes=processes, **options)
     except UserError as error:
@@ -212,42 +214,14 @@ def _work(job: dict, processes: int) -> None:
         os._exit(1)  # not through destructors that would wait for the others
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="lib.crosscoder.launch", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--processes", type=int, default=1, help="how many there must be; fewer or more is an error"
-    )
-    parser.add_argument(
-        "--launch", type=int, metavar="N", help="start N processes on this machine, without torchrun"
-    )
-    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # what follows, as a file: for ``launch``
-    parser.add_argument("--store", help="folder of the activations")
-    parser.add_argument("--folder", help="where the crosscoder is written, and checkpoints")
-    parser.add_argument("--share", choices=SHARE, default="rows", help="what the processes share out")
-    parser.add_argument("--cpu", action="store_true", help="even if there are GPUs")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds to wait for another process")
-    parser.add_argument("--checkpoint-seconds", type=float, default=30)
-    for field in dataclasses.fields(TrainConfig):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=type(field.default),
-            default=field.default,
-            help=f"{field.default}",
-        )
-    options = vars(parser.parse_args(arguments))
-    launched, processes, job = (options.pop(name) for name in ("launch", "processes", "job"))
-    if job is None:
-        if not options["store"] or not options["folder"]:
-            parser.error("--store and --folder are needed")
-        config = {field.name: options.pop(field.name) for field in dataclasses.fields(TrainConfig)}
-        job = {**options, "config": config}
-    else:
-        job = json.loads(job.read_text())
-    if launched:
-        os.environ.update(_environment(launched))
-        _fork(launched, job)
-    else:
-        _work(job, processes)
+def main() -> None:
+    """What ``launch`` starts: --launch N --job FILE."""
+    parser = argparse.ArgumentParser(prog="lib.crosscoder.launch")
+    parser.add_argument("--launch", type=int)
+    parser.add_argument("--job", type=Path)
+    options = parser.parse_args()
+    os.environ.update(_environment(options.launch))
+    _fork(options.launch, json.loads(options.job.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training one crosscoder on several processes or machines, started by torchrun or from a notebook.
 
-    torchrun --nproc_per_node 2 -m lib.crosscoder.launch --processes 2 --store STORE --folder FOLDER --n-features 32768 --k 50 ...
+    torchrun --nproc_per_node 2 -m lib train --processes 2 --store STORE --folder FOLDER --n-features 32768 --k 50 ...
     crosscoder = launch(2, store, config, folder)              # in a notebook
 
 The result is that of a single process, but for the rounding of sums: a batch of ``batch_size`` tokens is the

@@ -10,8 +10,8 @@ null_a     the same on encyclopedic text: how far any adapter moves the model, w
 null_b     null_a from another beginning and in another order (on request: ``--stages null_b``)
 =========  ================================================================================================
 
-    python -m lib.distil.adapters data/pairs/smol --traces traces.jsonl.gz --text text.txt.gz     # hours on two cores; interrupt and resume at will
-    python -m lib.distil.adapters data/pairs/smol --stages distilled                             # from OpenThoughts-114k on the hub
+    python -m lib adapters data/pairs/smol --traces traces.jsonl.gz --text text.txt.gz     # hours on two cores; interrupt and resume at will
+    python -m lib adapters data/pairs/smol --stages distilled                             # from OpenThoughts-114k on the hub
 
 Adapters are LoRA (Hu et al. 2021) on every linear layer, trained in bfloat16 with float32 master weights: at
 a learning rate that decays, bfloat16 alone would drop the last updates. A run is deterministic given seed and
@@ -20,11 +20,10 @@ threads.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import count, islice
 from pathlib import Path
@@ -35,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.pairs import load_pair
 from ..runs import whole_files, write_text
-from ..settings import ROOT, NotNegative, Positive, UserError, parameters
+from ..settings import ROOT, NotNegative, Positive, UserError, check, parameters
 from ..text.chat import Trace, encode_trace, read_traces
 from ..text.corpus import hub_items, read_texts
 from .fit import Batch, Place, Window, batches_of, fit, token_losses
@@ -210,38 +209,30 @@ def traces_of(file: Path | None, recipe: Recipe) -> list[Trace]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(
-            "Train the adapters of a pair with a pretrained base, resuming where an earlier run stopped."
+def make_adapters(
+    out: Path,
+    traces: Path | None = None,
+    text: Path | None = None,
+    tokens: int | None = None,
+    stages: Sequence[str] = STAGES[:2],
+    runs: Path | None = None,
+) -> None:
+    """Train the adapters of the pair that is named like the folder ``out``, or go on with them, and ship them
+    there.
+
+    ``traces``: JSONL with question, thinking and answer; without it, OpenThoughts-114k from the hub.
+    ``text``: paragraphs for the null. ``tokens``: to train on, for each adapter. ``runs``: folder of states
+    and logs.
+    """
+    pair, recipe = load_pair(out.name), Recipe(tokens=tokens or Recipe.tokens)
+    for stage in stages:
+        check("stage", stage, choices=STAGES)
+    if not text and set(stages) != {"distilled"}:
+        raise UserError(
+            "--text is needed for the null: a text file with a paragraph a line (WikiText, say); or train"
+            " --stages distilled"
         )
-    )
-    parser.add_argument(
-        "out",
-        type=Path,
-        help="folder that receives the adapters: data/pairs/<pair>, its name an entry of data/pairs.yaml",
-    )
-    parser.add_argument(
-        "--traces",
-        type=Path,
-        help="JSONL with question, thinking and answer; left out: OpenThoughts-114k from the hub",
-    )
-    parser.add_argument("--text", type=Path, help="text file for the null")
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        default=Recipe.tokens,
-        help=f"to train on, for each adapter (default {Recipe.tokens:,})",
-    )
-    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES[:2])
-    parser.add_argument(
-        "--runs", type=Path, help="folder of states and logs; left out: data/runs/distil_<pair>"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    pair, recipe = load_pair(args.out.name), Recipe(tokens=args.tokens)
-    runs = args.runs or ROOT / "data" / "runs" / f"distil_{pair.name}"
+    runs = runs or ROOT / "data" / "runs" / f"distil_{pair.name}"
     runs.mkdir(parents=True, exist_ok=True)
     recipe_file = runs / "recipe.json"
     if recipe_file.is_file() and json.loads(recipe_file.read_text()) != asdict(recipe):
@@ -250,27 +241,15 @@ def main() -> None:
             " or remove it"
         )
     write_text(recipe_file, json.dumps(asdict(recipe), indent=2) + "\n")
-    if not args.text and set(args.stages) != {"distilled"}:
-        parser.error(
-            "--text is needed for the null: a text file with a paragraph a line (WikiText, say); or train"
-            " --stages distilled"
-        )
-    for stage in args.stages:
+    for stage in stages:
         own = replace(recipe, seed=recipe.seed + (stage == "null_b"))
         tokenizer, model = pair.tokenizer("base"), adapted(pair.load("base"), own)
         if stage == "distilled":
-            windows = trace_windows(traces_of(args.traces, own), tokenizer, own)
+            windows = trace_windows(traces_of(traces, own), tokenizer, own)
         else:
-            windows = text_windows((t for t in paragraphs(args.text) if not held_out(t)), tokenizer, own)
+            windows = text_windows((t for t in paragraphs(text) if not held_out(t)), tokenizer, own)
         train(model, windows, own, runs / stage)
-        ship(model, runs / stage / "state.pt", args.out / stage, pair.shown("base"))
+        ship(model, runs / stage / "state.pt", out / stage, pair.shown("base"))
     logs = [runs / stage / "log.jsonl" for stage in STAGES]
-    write_text(args.out / "log.jsonl", "".join(log.read_text() for log in logs if log.is_file()))
-    write_text(args.out / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"lora: {error}") from None
+    write_text(out / "log.jsonl", "".join(log.read_text() for log in logs if log.is_file()))
+    write_text(out / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n")

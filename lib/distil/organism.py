@@ -14,8 +14,8 @@ null_a     base, the same number of tokens and the same schedule, on its own kin
 null_b     the same in another order: with ``null_a`` it tells how far models drift when nothing is learnt
 =========  ================================================================================================
 
-    python -m lib.distil.organism data/pairs/tiny          # about an hour on two cores; interrupt and resume at will
-    python -m lib.distil.organism data/pairs/tiny_large    # the same recipe at another width: the ladder of notebook 06
+    python -m lib distil data/pairs/tiny          # about an hour on two cores; interrupt and resume at will
+    python -m lib distil data/pairs/tiny_large    # the same recipe at another width: the ladder of notebook 06
 
 Training is deterministic given the seed and the number of threads, and a resumed run equals an uninterrupted
 one: state is written at the end of every chunk of documents, and a chunk is a function of (seed, stage,
@@ -24,10 +24,10 @@ index).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from ..runs import whole_files, write_state, write_text
-from ..settings import NotNegative, Positive, parameters
+from ..settings import NotNegative, Positive, UserError, check, parameters
 from ..text.curriculum import CURRICULUM, LATE_MIX, MID_MIX, base_document, vocabulary
 from ..text.puzzles import EASY_SHARE, ERROR_RATE, Sentence, Teacher, direct, sample_puzzle, sample_question
 from . import trials
@@ -284,33 +284,19 @@ def load_shipped(name: str, folder: Path) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM.from_pretrained(folder / name, dtype=torch.float32, local_files_only=True).eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Train an embedded pair, resuming where an earlier run stopped, and ship it."
-    )
-    parser.add_argument(
-        "out",
-        type=Path,
-        help="folder that receives the models: data/pairs/tiny, or another of the ladder's pairs",
-    )
-    parser.add_argument(
-        "--runs", type=Path, help="folder of checkpoints and logs; left out: data/runs/distil_<pair>"
-    )
-    parser.add_argument("--stages", nargs="*", choices=STAGES, help="train these only, and ship nothing")
-    parser.add_argument("--threads", type=int, default=1, help="1 is fastest for a model of this size")
-    args = parser.parse_args()
-    if args.out.name not in RECIPES:
-        parser.error(
-            f"there is no recipe for {args.out.name!r}: the last part of OUT must be one of"
-            f" {', '.join(RECIPES)}"
+def make_pair(out: Path, runs: Path | None = None, stages: Sequence[str] = ()) -> None:
+    """Train the embedded pair that is named like the folder ``out``, or go on with it, and ship it there.
+
+    ``stages``: train these only, and ship nothing. ``runs``: folder of checkpoints and logs.
+    """
+    if out.name not in RECIPES:
+        raise UserError(
+            f"there is no recipe for {out.name!r}: the last part of OUT must be one of {', '.join(RECIPES)}"
         )
-    torch.set_num_threads(args.threads)
-    recipe, stages = RECIPES[args.out.name], stages_of(args.out.name)
-    runs = args.runs or Path("data/runs") / f"distil_{args.out.name}"
-    train_all(runs, recipe, tuple(args.stages or stages))
-    if not args.stages:
-        ship(runs, args.out, recipe, stages)
-
-
-if __name__ == "__main__":
-    main()
+    recipe, known = RECIPES[out.name], stages_of(out.name)
+    for stage in stages:
+        check("stage", stage, choices=STAGES)
+    runs = runs or Path("data/runs") / f"distil_{out.name}"
+    train_all(runs, recipe, tuple(stages or known))
+    if not stages:
+        ship(runs, out, recipe, known)

@@ -4,17 +4,15 @@ What is harvested and shown for a real pair comes from here, so that it may be k
 model answers ``lib.text.questions``; the base continues short openings about everyday subjects. Both are sampled,
 seeded and deduplicated.
 
-    python -m lib.distil.writing smol data/pairs/smol/corpus --tokens 300000     # hours on two cores; interrupt and resume at will
+    python -m lib writing smol data/pairs/smol/corpus --tokens 300000     # hours on two cores; interrupt and resume at will
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
 import random
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.decode import generate
 from ..models.pairs import load_pair
 from ..runs import Progress, write_text
-from ..settings import UserError
 from ..text.chat import prompt
 from ..text.questions import ask
 from ..text.tables import table
@@ -155,41 +152,18 @@ def pack(file: Path, out: Path) -> None:
     os.replace(scratch, out)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Let the models of a pair write the corpus that is harvested from them."
-    )
-    parser.add_argument("pair", help="an entry of data/pairs.yaml with a pretrained base")
-    parser.add_argument("out", type=Path, help="folder that receives traces.jsonl.gz and general.jsonl.gz")
-    parser.add_argument("--tokens", type=int, default=300_000, help="of each kind")
-    parser.add_argument(
-        "--kind", choices=("trace", "general"), help="only this one: the two can be written side by side"
-    )
-    parser.add_argument(
-        "--runs", type=Path, help="folder of what is written so far; left out: data/runs/<pair>/writing"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    try:
-        _write(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _write(args: argparse.Namespace) -> None:
-    pair, runs = load_pair(args.pair), args.runs or Path("data/runs") / args.pair / "writing"
+def write_for(
+    name: str, out: Path, tokens: int = 300_000, kind: str | None = None, runs: Path | None = None
+) -> None:
+    """Let the models of the pair ``name`` write traces.jsonl.gz and general.jsonl.gz into the folder ``out``,
+    or go on; with ``kind`` ("trace" or "general") only one of them. ``runs``: folder of what is written so far.
+    """
+    pair, runs = load_pair(name), runs or Path("data/runs") / name / "writing"
     runs.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for kind, model, name in (("trace", "distilled", "traces"), ("general", "base", "general")):
-        if args.kind not in (None, kind):
+    out.mkdir(parents=True, exist_ok=True)
+    for each, model, stem in (("trace", "distilled", "traces"), ("general", "base", "general")):
+        if kind not in (None, each):
             continue
-        file = runs / f"{name}.jsonl"
-        write_corpus(kind, pair.load(model), pair.tokenizer(), file, args.tokens)
-        pack(file, args.out / f"{name}.jsonl.gz")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        file = runs / f"{stem}.jsonl"
+        write_corpus(each, pair.load(model), pair.tokenizer(), file, tokens)
+        pack(file, out / f"{stem}.jsonl.gz")

@@ -110,7 +110,7 @@ class Pair:
             raise UserError(
                 f"the adapter {model_name!r} of pair {self.name!r} belongs to {trained_on}, and the pair's"
                 f" base is {_shown(base)}: weights of another origin or precision need an adapter of their"
-                " own (python -m lib.distil.adapters)"
+                " own (python -m lib adapters)"
             )
         return base, source
 

@@ -5,16 +5,14 @@ Everything here is measured on what no adapter was trained on: held-out traces a
 problems of this project in wordings of the report split. All models get the same prompts, the same limit and
 greedy decoding.
 
-    python -m lib.study.appraisal data/pairs/smol --traces traces.jsonl.gz --text text.txt.gz     # goes on with the model it was interrupted at;
+    python -m lib appraise data/pairs/smol --traces traces.jsonl.gz --text text.txt.gz     # goes on with the model it was interrupted at;
                                                                                           # remove evaluation.json after training anew
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -111,36 +109,20 @@ def asked_before(transcripts: Path, questions: Sequence[Question]) -> bool:
     return [line["question"] for line in read_lines(transcripts)] == [q.text for q in questions]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Measure the models of a pair with a pretrained base: evaluation.json and transcripts."
-    )
-    parser.add_argument("out", type=Path, help="folder of the pair: data/pairs/<pair>")
-    parser.add_argument(
-        "--traces",
-        type=Path,
-        help="the file that the adapters were trained on: its held-out questions are used",
-    )
-    parser.add_argument("--text", type=Path, help="likewise, of the null")
-    parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    try:
-        _measure(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def appraise(
+    out: Path, traces_file: Path | None = None, text_file: Path | None = None, n_questions: int = 200
+) -> None:
+    """Measure the models of the pair that is named like the folder ``out``: evaluation.json and transcripts
+    there.
 
-
-def _measure(args: argparse.Namespace) -> None:
-    pair, found = load_pair(args.out.name), {}
-    tokenizer, questions = pair.tokenizer("base"), ask("report", args.questions, open_share=0.0)
+    ``traces_file``, ``text_file``: what the adapters were trained on; what was held out of it is used.
+    """
+    pair, found = load_pair(out.name), {}
+    tokenizer, questions = pair.tokenizer("base"), ask("report", n_questions, open_share=0.0)
     once = Recipe(short=0)
-    traces = [t for t in read_traces(args.traces) if held_out(t.question)] if args.traces else []
-    texts = [t for t in paragraphs(args.text) if held_out(t)] if args.text else []
-    evaluation, kept = args.out / "evaluation.json", args.out / "transcripts"
+    traces = [t for t in read_traces(traces_file) if held_out(t.question)] if traces_file else []
+    texts = [t for t in paragraphs(text_file) if held_out(t)] if text_file else []
+    evaluation, kept = out / "evaluation.json", out / "transcripts"
     kept.mkdir(parents=True, exist_ok=True)
     before = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
     for name in (*pair.models, *pair.others):
@@ -161,7 +143,3 @@ def _measure(args: argparse.Namespace) -> None:
         ]
         write_lines(kept / f"{name}.jsonl", rows)
         write_text(evaluation, json.dumps(found, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

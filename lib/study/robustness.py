@@ -1,7 +1,7 @@
 """Does it depend on how long was distilled, and on the text that was read?
 
-    python -m lib.tools.robustness training --pair smol --states data/runs/distil_smol/*/kept_*.pt
-    python -m lib.tools.robustness texts --pair smol --traces TRACES.jsonl.gz --general TEXT.txt.gz
+    python -m lib robustness training --pair smol --states data/runs/distil_smol/*/kept_*.pt
+    python -m lib robustness texts --pair smol --traces TRACES.jsonl.gz --general TEXT.txt.gz
 
 **Training.** A short fine-tuning moves little, so decoder rows hardly differ between the models and every NRN
 lies near one half. For adapters that were kept on the way (``lib.distil.adapters``) the same small harvest and

@@ -1,8 +1,8 @@
 """What takes longer than a newcomer waits: nulls, seeds, architectures, planted truth, causes, the ladder of
 sizes.
 
-    python -m lib.study.variants                              # make study: every part, on the embedded pair; hours of two cores, resumable
-    python -m lib.study.variants --only nulls seeds --profile smoke
+    python -m lib study                              # make study: every part, on the embedded pair; hours of two cores, resumable
+    python -m lib study --only nulls seeds --profile smoke
 
 Each part leaves a folder figures/<pair>/study/<part>/: tables as CSV, and a manifest with its metrics ({name:
 {value, ci, n}}), the fingerprint of all that decides them (weights of the models, parameters of notebooks 01

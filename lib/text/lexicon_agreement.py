@@ -36,8 +36,8 @@ hundred would hold hardly a contrast; every sentence has as its weight the numbe
 for, and ``labelled_agreement`` computes weighted precision, recall and base rates. Intervals: bootstrap
 within the strata.
 
-    python -m lib.text.lexicon_agreement traces.jsonl.gz              # the first table
-    python -m lib.text.lexicon_agreement data/labelled                # the second; another name of a file after it: the table as CSV
+    python -m lib agreement traces.jsonl.gz              # the first table
+    python -m lib agreement data/labelled                # the second; another name of a file after it: the table as CSV
 
 Source of the annotation's labels: Venhoff et al. 2025 (arXiv 2506.18167); they are a language model's, with
 errors.
@@ -47,7 +47,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -374,27 +373,9 @@ def shown(table: pd.DataFrame) -> str:
     return text.to_string(index=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if len(arguments) not in (1, 2):
-            raise UserError(
-                "usage: python -m lib.text.lexicon_agreement traces.jsonl.gz | folder of labelled sentences [table.csv]"
-            )
-        path = Path(arguments[0])
-        table = labelled_agreement(path) if path.is_dir() else agreement(path)
-        if len(arguments) == 2:
-            write_text(
-                Path(arguments[1]), table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-            )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if table.attrs:
-        print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in table.attrs.items()))
-    print(shown(table))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def table_of(path: Path, file: Path | None = None) -> pd.DataFrame:
+    """The agreement with annotated traces, or with a folder of labelled sentences; also written to a CSV."""
+    table = labelled_agreement(path) if path.is_dir() else agreement(path)
+    if file is not None:
+        write_text(file, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return table

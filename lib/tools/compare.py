@@ -1,7 +1,7 @@
 """Has any number moved? A fresh run, compared with the results that are committed.
 
     make check                              # a clone in data/runs/check runs every notebook from nothing, 10 to 15 minutes, then compares
-    python -m lib.tools.compare --here              # what the last runs left in this folder, against the last commit: seconds
+    python -m lib check --here                      # what the last runs left in this folder, against the last commit: seconds
 
 Every metric of figures/<pair>/results is put into one of three classes:
 
@@ -17,7 +17,6 @@ differs is said, not judged.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -171,26 +170,15 @@ def fresh_run(clone: Path = CLONE) -> Path:
             raise UserError(f"the repository could not be cloned: {done.stderr.strip()}")
         marker.write_text(head)
     environment = {**os.environ, "PYTHONPATH": str(clone)}
-    done = subprocess.run([sys.executable, "-m", "lib.tools.notebooks"], cwd=clone, env=environment)
+    done = subprocess.run([sys.executable, "-m", "lib", "figures"], cwd=clone, env=environment)
     if done.returncode:
         raise UserError("the fresh run did not end: see above; make check goes on with it")
     return clone
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.tools.compare", description="Compare a fresh run with the committed results."
-    )
-    parser.add_argument(
-        "--here", action="store_true", help="compare what the last runs left in this folder; run nothing"
-    )
-    args = parser.parse_args(argv)
-    try:
-        folder = ROOT if args.here else fresh_run()
-        differences, notebooks, count = check_folder(folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def report(here: bool = False) -> int:
+    """Print what moved in a fresh run, or in what the last runs left ``here``; 1 if anything is outside."""
+    differences, notebooks, count = check_folder(ROOT if here else fresh_run())
     for line in [*map(str, differences), *notebooks]:
         print(line)
     kinds = [d.kind for d in differences]
@@ -204,7 +192,3 @@ def main(argv: list[str] | None = None) -> int:
         other = [f"{name} {then[name]} -> {now.get(name)}" for name in then if then[name] != now.get(name)]
         print("versions that differ: " + (", ".join(other) or "none"))
     return 1 if "outside" in kinds else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

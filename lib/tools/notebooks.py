@@ -1,24 +1,19 @@
-"""Run the notebooks, in order, with papermill, and keep them in a canonical form.
-
-    python -m lib.tools.notebooks                                        # every notebook, on the embedded pair
-    python -m lib.tools.notebooks --pair mine --profile paper --only 03 04
-    python -m lib.tools.notebooks --only 03 -p feature 17                # another value for one parameter of one notebook
-    python -m lib.tools.notebooks --pair mine --registry mine.yaml       # a pair of one's own registry; for whatever else, PAIRS_REGISTRY=mine.yaml
-    python -m lib.tools.notebooks --profile smoke --solutions            # with the exercises answered, to data/runs/<pair>/<run>/solved/
-    python -m lib.tools.notebooks --canonical notebooks/*.ipynb          # after editing: strip what does not belong in git
+"""Run the notebooks in order with papermill, keep them in a canonical form, and try their exercises.
 
 Parameters come from the notebook's own cell, then from notebooks/profiles/<profile>.yaml (and
 <profile>.<pair>.yaml, if there is one), then from ``-p``. Names and types are checked for all notebooks
 before the first one runs (papermill itself only warns of unknown names). An executed notebook replaces the
-old one only when it is complete. The run of ``tiny`` with the profile ``default`` is written to notebooks/
-itself, every other one to data/runs/<pair>/<run>/notebooks/.
+old one only when it is complete. A run with a notebook's own parameters is written to notebooks/ itself,
+every other one to data/runs/<pair>/<run>/notebooks/.
 
-Exit codes: 0 done, 1 a notebook failed, 2 wrong usage, 130 interrupted. Nothing that was made before is lost.
+An exercise is two cells. The first, Markdown, is headed ``### Exercise 2 · medium, 10 minutes`` and holds the
+question, a folded hint and a folded solution in Python. The second begins ``answer_2 = None  # what it must
+be``; a check follows, which runs once there is an answer. ``solved`` answers with the solutions, so that the
+checks are tested.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import json
@@ -27,17 +22,20 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 
-from ..runs import PASSING, Run, write_text
+from ..runs import PASSING, Run, read_manifest, write_text
 from ..settings import REGISTRY, ROOT, UserError, checked, known_pairs, path_shown, read_profile, read_value
-from .exercises import solved
 
 # seconds for one cell; a profile or --timeout can give more. There always is one: a kernel can stall.
 CELL_TIMEOUT = 3600
+NOTEBOOKS = ROOT / "notebooks"
+# numbers of the notebooks that a command runs when none is named: the walk, and the long experiments
+WALK, STUDY = "0[0-9]_", "1[0-3]_"
 INJECTED = "injected-parameters"
 _DROPPED_MIMES = ("application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json")
 
@@ -73,9 +71,7 @@ def parameters_of(notebook: Path) -> dict:
 
 
 def choose(stems: list[str], only: list[str]) -> list[str]:
-    """The chosen notebooks, in the order of the walk. A notebook is chosen by number ("3", "03") or by its
-    name.
-    """
+    """The notebooks that are named by number ("3", "03") or by name, in their order."""
     chosen = set()
     for wish in (part for text in only for part in text.replace(",", " ").split()):
         matches = [
@@ -86,7 +82,7 @@ def choose(stems: list[str], only: list[str]) -> list[str]:
         if not matches:
             raise UserError(f"unknown notebook {wish!r}: there are {', '.join(stems)}")
         chosen.update(matches)
-    return [s for s in stems if s in chosen] if chosen else stems
+    return [s for s in stems if s in chosen]
 
 
 # --- running ------------------------------------------------------------------------------------------------
@@ -207,6 +203,21 @@ def prepared(notebook: Path, target: Path, given: dict) -> Path:
     return write_text(target, nbformat.writes(copy) + "\n")
 
 
+def explorer_page(pair: str, run_name: str) -> Path:
+    """Write a copy of notebooks/explore.ipynb for a run, with the parameters of its notebook 03: the file."""
+    from ..models.pairs import load_pair
+
+    load_pair(pair)
+    run, inspection = Run(pair, run_name), "03_inspect_features"
+    read_manifest(run.path("features"), inspection)
+    # a run of another name has the parameters of the default
+    profile = run_name if (NOTEBOOKS / "profiles" / f"{run_name}.yaml").is_file() else "default"
+    values = parameters_for(inspection, pair, profile)
+    chosen = {name: values[name] for name in ("max_tokens", "top_contexts", "nrn_over", "seed")}
+    page = NOTEBOOKS / "explore.ipynb"
+    return prepared(page, run.folder / page.name, {"pair": pair, "run": run_name, **chosen})
+
+
 # --- canonical form: what git sees --------------------------------------------------------------------------
 
 
@@ -298,133 +309,145 @@ def canonicalise(files: list[Path]) -> list[Path]:
     return changed
 
 
-# --- command line -------------------------------------------------------------------------------------------
+# --- exercises ----------------------------------------------------------------------------------------------
+
+LEVELS = ("easy", "medium", "hard")
+_HEADING = re.compile(r"### Exercise (\d+) · (\w+), (\d+) minutes\n")
+_FOLDED = re.compile(r"<details><summary>(Hint|Solution)</summary>\n\n(.*?)\n</details>", re.DOTALL)
+_CODE = re.compile(r"```python\n(.*?)\n```", re.DOTALL)
 
 
-def run_all(args: argparse.Namespace, folder: Path, root: Path = ROOT) -> None:
-    """Check everything, then execute the chosen notebooks of ``folder`` in order. UserError (wrong usage) or
-    NotebookFailed.
-    """
+@dataclass(frozen=True)
+class Exercise:
+    """``solution`` is code that sets ``answer_<number>``; ``cell`` the index of the cell with the check."""
+
+    number: int
+    level: str
+    minutes: int
+    hint: str
+    solution: str
+    cell: int
+
+
+def exercises(notebook: nbformat.NotebookNode) -> list[Exercise]:
+    """The exercises of a notebook, in order. UserError names one that lacks a part."""
+    found = []
+    for i, cell in enumerate(notebook.cells):
+        if cell.cell_type != "markdown" or not (heading := _HEADING.match(cell.source)):
+            continue
+        number, level, folded = int(heading[1]), heading[2], dict(_FOLDED.findall(cell.source))
+        code = _CODE.search(folded.get("Solution", ""))
+        after = notebook.cells[i + 1] if i + 1 < len(notebook.cells) else cell
+        checked = (
+            after.cell_type == "code"
+            and after.source.startswith(f"answer_{number} = None  # ")
+            and "    assert " in after.source
+        )
+        for what, there in (
+            ("level (easy, medium or hard)", level in LEVELS),
+            ("hint", folded.get("Hint")),
+            ("solution in Python", code),
+            ("cell with a check", checked),
+        ):
+            if not there:
+                raise UserError(f"exercise {number} has no {what}")
+        found.append(Exercise(number, level, int(heading[3]), folded["Hint"], code[1], i + 1))
+    return found
+
+
+def solved(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A copy of the notebook in which every exercise is answered with its solution."""
+    answered = nbformat.from_dict(notebook)
+    for exercise in exercises(answered):
+        cell = answered.cells[exercise.cell]
+        cell.source = "\n".join([exercise.solution, *cell.source.split("\n")[1:]])
+    return answered
+
+
+# --- all of them --------------------------------------------------------------------------------------------
+
+
+class NotebookFailed(UserError):
+    """A notebook did not run to its end: exit code 1. Any other UserError is wrong usage: exit code 2."""
+
+    code = 1
+
+
+def stems_of(folder: Path = NOTEBOOKS) -> list[str]:
+    """Names of the notebooks in a folder, without the ending, in order."""
     stems = sorted(p.stem for p in folder.glob("[0-9][0-9]_*.ipynb"))
     if not stems:
         raise UserError(f"{path_shown(folder)} holds no notebooks: their names must be like 00_name.ipynb")
-    own = args.registry or os.environ.get(REGISTRY)
+    return stems
+
+
+def parameters_for(
+    stem: str,
+    pair: str,
+    profile: str = "default",
+    texts: Sequence[tuple[str, str]] = (),
+    folder: Path = NOTEBOOKS,
+) -> dict:
+    """All parameters of a notebook: its own, then the profile's, then (name, text) of a command line."""
+    content = read_profile(folder / "profiles", profile, stems_of(folder), pair)
+    defaults = parameters_of(folder / f"{stem}.ipynb")
+    given = {"pair": pair, "run": profile, **content.get(stem, {})}
+    given |= {name: read_value(text, defaults.get(name)) for name, text in texts}
+    return defaults | checked(stem, defaults, given)
+
+
+def run_all(
+    row: str = WALK,
+    pair: str = "tiny",
+    profile: str = "default",
+    only: Sequence[str] = (),
+    texts: Sequence[tuple[str, str]] = (),
+    solutions: bool = False,
+    out: Path | None = None,
+    registry: Path | None = None,
+    timeout: float | None = None,
+    folder: Path = NOTEBOOKS,
+) -> None:
+    """Check everything, then execute notebooks of ``folder`` in order: those that ``only`` names by number or
+    name, or all whose number matches the pattern ``row``.
+
+    Raises UserError for wrong usage, NotebookFailed if a notebook fails.
+    """
+    folder, root = folder.resolve(), folder.resolve().parent
+    stems = stems_of(folder)
+    own = registry or os.environ.get(REGISTRY)
     registry = Path(own) if own else root / "data" / "pairs.yaml"
     pairs = known_pairs(registry)
-    if args.pair not in pairs:
-        raise UserError(f"unknown pair {args.pair!r}: there are {', '.join(pairs)} ({path_shown(registry)})")
-    profile = read_profile(folder / "profiles", args.profile, stems, args.pair)
-    chosen = choose(stems, args.only)
-    if args.parameter and len(chosen) != 1:
+    if pair not in pairs:
+        raise UserError(f"unknown pair {pair!r}: there are {', '.join(pairs)} ({path_shown(registry)})")
+    limit = read_profile(folder / "profiles", profile, stems, pair).get("timeout", CELL_TIMEOUT)
+    chosen = choose(stems, only) if only else [s for s in stems if re.match(row, s)]
+    if texts and len(chosen) != 1:
         raise UserError(f"-p sets a parameter of one notebook, and {len(chosen)} are chosen: add --only NN")
-    usual = args.pair == "tiny" and args.profile == "default" and not own
     plans = []
     for stem in chosen:
         defaults = parameters_of(folder / f"{stem}.ipynb")
-        given = {"pair": args.pair, "run": args.profile, **profile.get(stem, {})}
-        given |= {name: read_value(text, defaults.get(name)) for name, text in args.parameter}
-        given = checked(stem, defaults, given)
-        plans.append((stem, {name: value for name, value in given.items() if value != defaults[name]}, given))
-    timeout = args.timeout or profile.get("timeout", CELL_TIMEOUT)
+        values = parameters_for(stem, pair, profile, texts, folder)
+        run = Run(pair, values["run"], root)
+        changed = {name: value for name, value in values.items() if value != defaults[name]}
+        plans.append((folder / f"{stem}.ipynb", run, changed))
     began = time.monotonic()
-    for stem, parameters, given in plans:
-        where = "solved" if args.solutions else "notebooks"
-        out = Path(args.out).resolve() if args.out else Run(args.pair, given["run"], root).folder / where
-        source = folder / f"{stem}.ipynb"
-        # with other values the outputs would contradict the parameters cell: such a run is not the canonical
-        # one
-        target = (
-            source
-            if usual and not parameters and not args.out and not args.solutions
-            else out / f"{stem}.ipynb"
-        )
+    for source, run, changed in plans:
+        place = Path(out).resolve() if out else run.folder / ("solved" if solutions else "notebooks")
+        # with other values, outputs would contradict the parameters cell: such a run is kept elsewhere
+        usual = not (changed or own or out or solutions)
+        target, failed = source if usual else place / source.name, place / f"{source.stem}.failed.ipynb"
         start = time.monotonic()
-        print(f"{stem} ... ", end="", flush=True)
+        print(f"{source.stem} ... ", end="", flush=True)
         try:
             with environment(**({REGISTRY: str(registry.resolve())} if own else {})):
-                execute(source, target, out / f"{stem}.failed.ipynb", parameters, timeout, args.solutions)
+                execute(source, target, failed, changed, timeout or limit, solutions)
         except UserError as error:
             print(f"failed after {time.monotonic() - start:.0f} s", flush=True)
-            raise NotebookFailed(f"{stem}: {error}") from None
+            raise NotebookFailed(f"{source.stem}: {error}") from None
         print(f"{time.monotonic() - start:.0f} s", flush=True)
-    run = Run(args.pair, plans[-1][2]["run"], root)
+    run = plans[-1][1]
     print(
         f"{len(plans)} notebook{'s' * (len(plans) != 1)} in {time.monotonic() - began:.0f} s; "
         f"figures: {path_shown(run.figures)}, numbers: {path_shown(run.results)}"
     )
-
-
-class NotebookFailed(Exception):
-    """A notebook did not run to its end (exit code 1); a UserError of the driver is wrong usage (exit code
-    2).
-    """
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.tools.notebooks",
-        description="Run the notebooks in order and keep them in canonical form.",
-    )
-    parser.add_argument("--pair", default="tiny", help="entry of data/pairs.yaml (default: tiny)")
-    parser.add_argument(
-        "--profile",
-        default="default",
-        help="file of notebooks/profiles: smoke, default or paper; also the run's name",
-    )
-    parser.add_argument(
-        "--only", nargs="*", default=[], metavar="NN", help="notebooks by number or name (default: all)"
-    )
-    parser.add_argument(
-        "-p",
-        dest="parameter",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a parameter of the one chosen notebook",
-    )
-    parser.add_argument(
-        "--solutions",
-        action="store_true",
-        help="answer the exercises with their solutions, so that the checks run",
-    )
-    parser.add_argument("--out", help="folder of the executed notebooks (default: see above)")
-    parser.add_argument(
-        "--registry", help="a registry of pairs of your own instead of data/pairs.yaml (or PAIRS_REGISTRY)"
-    )
-    parser.add_argument(
-        "--timeout", type=float, help=f"seconds for one cell (default: the profile's, or {CELL_TIMEOUT})"
-    )
-    parser.add_argument(
-        "--canonical",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="only rewrite these notebooks in canonical form",
-    )
-    # for the tests
-    parser.add_argument("--notebooks", type=Path, default=ROOT / "notebooks", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    try:
-        if args.canonical:
-            for file in canonicalise(args.canonical):
-                print(f"rewritten: {file}")
-        else:
-            run_all(args, args.notebooks.resolve(), args.notebooks.resolve().parent)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except NotebookFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: finished notebooks and artefacts are kept; the same command goes on from there",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Writes the tables of results and of speed in README.md, docs/scoreboard*.md and docs/robustness_smol.md,
 from files of results.
 
-    python -m lib.tools.readme            # after make figures or make bench; a test holds them equal
+    python -m lib publish            # after make figures or make bench; a test holds them equal
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from ..settings import ROOT, UserError
 # notebook 06 writes to the largest pair's
 RESULTS = [ROOT / "figures" / pair / "results" for pair in ("tiny", "tiny_large")]
 MARKS = {
-    name: (f"<!-- {name}: written by python -m lib.tools.readme -->", f"<!-- end of {name} -->")
+    name: (f"<!-- {name}: written by python -m lib publish -->", f"<!-- end of {name} -->")
     for name in ("results", "standing", "learnt", "real", "lexicon", "speed")
 }
 # question, notebook, metrics shown (name, words before the number)
@@ -411,12 +410,12 @@ def lexicon(folder: Path) -> str:
 
 ROBUSTNESS = """# The real pair: does it depend on the training, the text, the words?
 
-Written by `python -m lib.tools.readme` from [figures/smol/study](../figures/smol/study) and [figures/smol/results](../figures/smol/results). Brackets are 95% intervals.
+Written by `python -m lib publish` from [figures/smol/study](../figures/smol/study) and [figures/smol/results](../figures/smol/results). Brackets are 95% intervals.
 
 ## NRN's spread against training
 
 Adapters that were kept on the way were put on the base one after the other; the same text was read with each, and a crosscoder of the same size trained
-(`python -m lib.tools.robustness training --states data/runs/distil_smol/*/kept_*.pt`; smaller than the notebooks', so that only rows of this table can be compared). *Spread* is the 99% quantile
+(`python -m lib robustness training --states data/runs/distil_smol/*/kept_*.pt`; smaller than the notebooks', so that only rows of this table can be compared). *Spread* is the 99% quantile
 of NRN minus the 1% quantile; *distance* the mean of |distilled - base| / |base|, per token.
 
 {training}
@@ -428,7 +427,7 @@ scale (notebook 02).
 ## Generated text against real text
 
 The notebooks read text that the two models wrote themselves. Here the same models were read on real traces of R1-like models and on paragraphs of an encyclopedia (the text that the adapters were trained on, which
-is not part of this repository), and another crosscoder of the same size was trained on as many tokens (`python -m lib.tools.robustness texts --traces ... --general ...`).
+is not part of this repository), and another crosscoder of the same size was trained on as many tokens (`python -m lib robustness texts --traces ... --general ...`).
 
 {crosscoders}
 
@@ -647,7 +646,7 @@ def _text(metric: dict | None) -> str:
 SCOREBOARD = """# Every prediction, and what became of it
 
 Each notebook writes its predictions down before its experiment and scores them at the end. This page collects them all ({held} held, {failed} did
-not, {open} could not be decided), for {pair}. Written by `python -m lib.tools.readme` from the result files; the notebooks have the context.
+not, {open} could not be decided), for {pair}. Written by `python -m lib publish` from the result files; the notebooks have the context.
 """
 
 
@@ -701,20 +700,10 @@ def written(text: str, results: Sequence[Path], benchmarks: Path) -> str:
     return text
 
 
-def main() -> int:
-    readme = ROOT / "README.md"
-    try:
-        write_text(readme, written(readme.read_text(), RESULTS, ROOT / "benchmarks"))
-        write_text(ROOT / "docs" / "scoreboard.md", scoreboard(RESULTS))
-        write_text(ROOT / "docs" / "robustness_smol.md", robustness(REAL.parent))
-        write_text(
-            ROOT / "docs" / "scoreboard_smol.md", scoreboard([REAL], "the pair smol, a real language model")
-        )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def publish() -> None:
+    """Write every table again."""
+    readme, docs = ROOT / "README.md", ROOT / "docs"
+    write_text(readme, written(readme.read_text(), RESULTS, ROOT / "benchmarks"))
+    write_text(docs / "scoreboard.md", scoreboard(RESULTS))
+    write_text(docs / "robustness_smol.md", robustness(REAL.parent))
+    write_text(docs / "scoreboard_smol.md", scoreboard([REAL], "the pair smol, a real language model"))

@@ -1,6 +1,6 @@
 """The whole study as a folder of HTML that opens from disk, without a network: ``make report``.
 
-    python -m lib.tools.report                     # data/report: open data/report/index.html
+    python -m lib report                     # data/report: open data/report/index.html
 
 The committed notebooks with their outputs, the pages of docs/, and every figure that they show, to hover and
 zoom. Nothing is computed: what is not in figures/ is missing here too. Pictures in notebooks are replaced by
@@ -11,11 +11,9 @@ security policy); figures are frames of their own.
 
 from __future__ import annotations
 
-import argparse
 import html
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import nbformat
@@ -253,24 +251,3 @@ def _write(
 <body><nav aria-label="pages">{nav}</nav><main>{_LINK.sub(bent, body)}</main></body></html>
 """,
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.tools.report", description="The whole study as HTML that opens from disk."
-    )
-    parser.add_argument(
-        "--out", type=Path, default=OUT, help="folder that is replaced (default: data/report)"
-    )
-    args = parser.parse_args(argv)
-    try:
-        pages = build(args.out.resolve())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{pages} pages: open {args.out / 'index.html'}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

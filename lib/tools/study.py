@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..settings import ROOT, UserError, read_profile
+from ..study.robustness import along_training, on_another_text, write
 from ..study.variants import NOTEBOOKS, PARTS, Budget, Study
 from .notebooks import parameters_of
 
@@ -28,45 +28,34 @@ def open_study(
     return Study(pair, profile, parameters, Budget(**chosen.get("study", {})), root)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.tools.study",
-        description="Compute the long parts of the study, or go on with them.",
-    )
-    parser.add_argument("--pair", default="tiny", help="entry of data/pairs.yaml (default: tiny)")
-    parser.add_argument(
-        "--profile", default="default", help="file of notebooks/profiles, whose run is studied"
-    )
-    parser.add_argument(
-        "--only",
-        nargs="*",
-        default=[],
-        metavar="PART",
-        help=f"of {', '.join(PARTS)} (default: all, in this order)",
-    )
-    args = parser.parse_args(argv)
+def compute(pair: str, profile: str, only: Sequence[str] = ()) -> None:
+    """The parts of the study that are not there yet, or those of ``only``."""
     torch.set_num_threads(1)
-    try:
-        wanted = [part for text in args.only for part in text.replace(",", " ").split()] or list(PARTS)
-        if unknown := [part for part in wanted if part not in PARTS]:
-            raise UserError(f"unknown part {unknown[0]!r}: there are {', '.join(PARTS)}")
-        study = open_study(args.pair, args.profile)
-        for part in PARTS:
-            if part in wanted:
-                began = time.monotonic()
-                print(f"{part} ...", flush=True)
-                done = study.make(part)
-                print(
-                    f"{part}: {f'{time.monotonic() - began:.0f} s' if done else 'there already'}", flush=True
-                )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is finished is kept; the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    wanted = [part for text in only for part in text.replace(",", " ").split()] or list(PARTS)
+    if unknown := [part for part in wanted if part not in PARTS]:
+        raise UserError(f"unknown part {unknown[0]!r}: there are {', '.join(PARTS)}")
+    study = open_study(pair, profile)
+    for part in PARTS:
+        if part in wanted:
+            began = time.monotonic()
+            print(f"{part} ...", flush=True)
+            done = study.make(part)
+            print(f"{part}: {f'{time.monotonic() - began:.0f} s' if done else 'there already'}", flush=True)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def compute_robustness(
+    what: str, pair: str, states: Sequence[Path], tokens: int, traces: str, general: str
+) -> None:
+    """How NRN depends on the training ("training"), or on the text ("texts")."""
+    if not (states if what == "training" else traces and general):
+        raise UserError("training needs --states, texts needs --traces and --general")
+    study, began = open_study(pair), time.monotonic()
+    if what == "training":
+        tables = {"training": along_training(study, states, tokens)}
+        about = {"base": study.pair.fingerprint("base"), "tokens": tokens}
+    else:
+        tables = on_another_text(study, traces, general)
+        names = {"traces": Path(traces).name, "general": Path(general).name}
+        about = {"store": study.store.fingerprint, "crosscoder": study.mark, **names}
+    folder = write(study, what, tables, **about)
+    print(f"{folder}: {time.monotonic() - began:.0f} s")

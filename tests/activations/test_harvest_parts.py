@@ -12,7 +12,7 @@ from lib.activations import harvest as harvest_module
 from lib.activations.harvest import harvest_activations, harvest_part, merge_parts
 from lib.settings import UserError
 from lib.text.corpus import build
-from lib.tools.harvest_parts import main
+from lib.tools.cli import main
 
 SIZES = {"shard_tokens": 700, "batch_tokens": 2048}  # 6 shards of the toy corpus of 4,000 tokens
 
@@ -134,7 +134,7 @@ def test_files_of_jobs_that_died_go_and_those_of_jobs_at_work_stay(pair, tmp_pat
 
 
 def test_the_command_line_makes_what_the_notebook_looks_for(tmp_path, capsys):
-    arguments = ["--profile", "smoke", "-p", "tokens", "3000", "--out", str(tmp_path / "store")]
+    arguments = ["harvest", "--profile", "smoke", "-p", "tokens", "3000", "--out", str(tmp_path / "store")]
     for part in ("1/2", "0/2"):
         assert main([*arguments, "--part", part]) == 0
     assert main([*arguments, "--merge"]) == 0

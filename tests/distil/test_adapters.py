@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from dataclasses import asdict, replace
 from itertools import islice
 
@@ -18,6 +17,7 @@ from lib.models.pairs import Pair
 from lib.settings import UserError
 from lib.text import chat
 from lib.text.chat import Trace
+from lib.tools.cli import main
 
 SMALL = lora.Recipe(rank=2, alpha=4, tokens=1500, batch_tokens=96, window=64, short=40, keep_every=600)
 
@@ -244,12 +244,8 @@ def command(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(lora, "batches", watched)
 
     def run(*words):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["lora", str(tmp_path / "toy"), "--runs", str(tmp_path / "runs"), "--threads", "1", *words],
-        )
-        lora.main()
+        folders = [str(tmp_path / "toy"), "--runs", str(tmp_path / "runs")]
+        return main(["adapters", *folders, "--threads", "1", *words])
 
     return run, seen, questions, lines
 
@@ -284,13 +280,14 @@ def test_the_null_reads_text_and_no_adapter_what_is_held_out(command, tmp_path):
     assert not torch.equal(a, b)
 
 
-def test_a_run_of_another_recipe_is_not_gone_on_with(command, tmp_path):
+def test_a_run_of_another_recipe_is_not_gone_on_with(command, tmp_path, capsys):
     run, *_ = command
-    run("--traces", str(tmp_path / "traces.jsonl"), "--stages", "distilled", "--tokens", "300")
-    with pytest.raises(UserError, match="holds a run with another recipe"):
-        run("--traces", str(tmp_path / "traces.jsonl"), "--stages", "distilled", "--tokens", "400")
-    with pytest.raises(SystemExit):
-        run("--traces", str(tmp_path / "traces.jsonl"), "--tokens", "300")  # the null without text
+    traces = str(tmp_path / "traces.jsonl")
+    assert run("--traces", traces, "--stages", "distilled", "--tokens", "300") == 0
+    assert run("--traces", traces, "--stages", "distilled", "--tokens", "400") == 2
+    assert "holds a run with another recipe" in capsys.readouterr().err
+    assert run("--traces", traces, "--tokens", "300") == 2
+    assert "--text is needed for the null" in capsys.readouterr().err
 
 
 # --- by hand ------------------------------------------------------------------------------------------------

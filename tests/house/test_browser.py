@@ -1,7 +1,7 @@
 """In a real JupyterLab, in a real Chromium: every notebook run as a reader runs it, and what can be moved
 moved.
 
-    python -m lib.tools.notebooks --profile smoke          # leaves the artefacts that the notebooks then only read
+    python -m lib figures --profile smoke   # leaves the artefacts that the notebooks then only read
     python -m pytest -m browser                # make browser
 
 The notebooks are opened as copies below data/runs/tiny/smoke/browser, with the parameters of the profile

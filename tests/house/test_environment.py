@@ -108,7 +108,7 @@ def make(*words):
 
 def test_make_passes_its_variables_on():
     line = make("figures", "PAIR=mine", "PROFILE=smoke", "ONLY=03 04").splitlines()[-1].strip()
-    assert line.endswith('-m lib.tools.notebooks --pair "mine" --profile "smoke" --only 03 04')
+    assert line.endswith('-m lib figures --pair "mine" --profile "smoke" --only 03 04')
     assert "make figures" in make("help") and "make figures" in make()  # the default target only helps
     assert 'rm -rf "data/runs/tiny"' in make("clean-runs")
 

@@ -39,7 +39,8 @@ def test_notebooks_run_on(name, tmp_path):
             [
                 sys.executable,
                 "-m",
-                "lib.tools.notebooks",
+                "lib",
+                "figures",
                 "--pair",
                 name,
                 "--profile",

@@ -1,7 +1,7 @@
 """Cells run again in any order, as one does while exploring: nothing breaks, and what is not there yet is
 said in a sentence.
 
-    python -m lib.tools.notebooks --profile smoke                        # leaves the artefacts that the notebooks then only read
+    python -m lib figures --profile smoke   # leaves the artefacts that the notebooks then only read
     python -m pytest -m slow tests/house/test_out_of_order.py
 """
 

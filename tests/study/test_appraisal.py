@@ -1,7 +1,6 @@
 """The appraisal as a whole: what it measures on, and that nothing is counted twice."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from lib.settings import UserError
 from lib.study import appraisal
 from lib.text.chat import encode_trace, read_traces
 from lib.text.questions import Question
+from lib.tools.cli import main
 
 
 @pytest.fixture
@@ -37,10 +37,7 @@ def command(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("".join(f"Harbours and rivers, {i} of them.\n" for i in range(3000)))
 
     def run(*words):
-        monkeypatch.setattr(
-            sys, "argv", ["appraisal", str(tmp_path / "toy"), "--threads", "1", "--questions", "6", *words]
-        )
-        appraisal.main()
+        assert main(["appraise", str(tmp_path / "toy"), "--threads", "1", "--questions", "6", *words]) == 0
         return json.loads((tmp_path / "toy" / "evaluation.json").read_text())
 
     return run

@@ -13,6 +13,7 @@ from lib.distil import adapters as lora
 from lib.models.pairs import Pair
 from lib.settings import UserError
 from lib.study import robustness
+from lib.tools.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -70,5 +71,5 @@ def test_a_file_that_is_no_kept_state_is_named(tmp_path):
 
 @pytest.mark.parametrize("command", (["training"], ["texts", "--traces", "t.jsonl"]))
 def test_the_command_says_what_it_needs(command, capsys):
-    assert robustness.main(command) == 1
+    assert main(["robustness", *command]) == 2
     assert "training needs --states, texts needs --traces and --general" in capsys.readouterr().err

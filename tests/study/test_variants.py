@@ -11,7 +11,7 @@ from lib.results import read_part
 from lib.runs import Run
 from lib.settings import UserError
 from lib.study import variants as study
-from lib.tools.study import main as study_main
+from lib.tools.cli import main
 from lib.tools.study import open_study
 
 
@@ -200,7 +200,7 @@ def test_profiles_may_set_the_budget_and_only_with_sense():
 
 
 def test_wrong_usage_is_one_sentence(capsys):
-    assert study_main(["--only", "nuls"]) == 1
+    assert main(["study", "--only", "nuls"]) == 2
     assert "unknown part 'nuls': there are nulls" in capsys.readouterr().err
-    assert study_main(["--pair", "tinny"]) == 1
+    assert main(["study", "--pair", "tinny"]) == 2
     assert "unknown pair 'tinny'" in capsys.readouterr().err

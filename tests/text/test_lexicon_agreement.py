@@ -20,6 +20,7 @@ from lib.text.lexicon_agreement import (
     sample_sentences,
     write_sample,
 )
+from lib.tools.cli import main
 
 # what the lexicon calls them is beyond doubt (tests/text/test_lexicon.py)
 WAIT, SO, MAYBE, BUT, PLAIN = (
@@ -222,15 +223,16 @@ def test_a_file_of_another_form_is_refused_with_its_line(tmp_path, line, message
 
 def test_the_command_prints_a_table_or_a_sentence(tmp_path, capsys):
     path = write(tmp_path / "t.jsonl", [trace(0, ("deduction", SO), ("backtracking", WAIT))])
-    assert agreement.main([str(path)]) == 0
+    assert main(["agreement", str(path)]) == 0
     printed = capsys.readouterr().out
     assert (
         "1 traces, 2 sections, 0 sections lost" in printed
         and "deduction ~ deduction" in printed
         and "1.000 [1.000, 1.000]" in printed
     )
-    assert agreement.main([]) == 2 and agreement.main([str(tmp_path / "none.jsonl")]) == 2
-    assert "usage" in (errors := capsys.readouterr().err) and "does not exist" in errors
+    assert main(["agreement"]) == 2 and main(["agreement", str(tmp_path / "none.jsonl")]) == 2
+    errors = capsys.readouterr().err
+    assert "Missing argument 'PATH'" in errors and "does not exist" in errors
 
 
 # --- sentences labelled by reading --------------------------------------------------------------------------

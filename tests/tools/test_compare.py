@@ -8,6 +8,7 @@ import pytest
 
 from lib.settings import UserError
 from lib.tools import compare as check
+from lib.tools.cli import main
 
 BEFORE = {
     "metrics": {
@@ -107,7 +108,7 @@ def test_the_command_says_what_moved_and_exits_1_if_anything_is_outside(
     tmp_path, monkeypatch, capsys, after, code, words
 ):
     repository(tmp_path, monkeypatch, BEFORE, after)
-    assert check.main(["--here"]) == code
+    assert main(["check", "--here"]) == code
     out = capsys.readouterr().out
     assert words in out and (("versions that differ" in out) == (code == 1))
 

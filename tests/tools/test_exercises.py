@@ -6,7 +6,7 @@ import nbformat
 import pytest
 
 from lib.settings import ROOT, UserError
-from lib.tools.exercises import LEVELS, exercises, solved
+from lib.tools.notebooks import LEVELS, exercises, solved
 
 STEMS = sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 TEXT = (

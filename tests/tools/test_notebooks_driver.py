@@ -13,6 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from lib import settings
 from lib.settings import ROOT, UserError
 from lib.tools import notebooks as driver
+from lib.tools.cli import main
 
 PARAMETERS = (
     'pair = "tiny"  # entry of data/pairs.yaml\nrun = "default"\nseed = 0\nrate = 1e-3\nks = [1, 2]\nfast ='
@@ -43,7 +44,7 @@ def house(tmp_path):
 
 
 def call(house, *words):
-    return driver.main(["--notebooks", str(house), *words])
+    return main(["figures", "--notebooks", str(house), *words])
 
 
 def text_of(notebook):
@@ -326,7 +327,7 @@ def test_an_error_keeps_its_standard_error():
 
 def test_canonical_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "x.ipynb").write_text("not a notebook")
-    assert driver.main(["--canonical", str(tmp_path / "x.ipynb")]) == 2
+    assert main(["canonical", str(tmp_path / "x.ipynb")]) == 2
     assert "is not a notebook that can be read" in capsys.readouterr().err
 
 

@@ -10,9 +10,7 @@ from lib.tools import readme
 
 def test_readme_shows_the_committed_results():
     text = (ROOT / "README.md").read_text()
-    assert readme.written(text, readme.RESULTS, ROOT / "benchmarks") == text, (
-        "run: python -m lib.tools.readme"
-    )
+    assert readme.written(text, readme.RESULTS, ROOT / "benchmarks") == text, "run: python -m lib publish"
 
 
 def test_the_scoreboards_show_the_committed_predictions():
@@ -21,13 +19,13 @@ def test_the_scoreboards_show_the_committed_predictions():
         == (ROOT / "docs" / "scoreboard_smol.md").read_text()
     )
     assert readme.scoreboard(readme.RESULTS) == (ROOT / "docs" / "scoreboard.md").read_text(), (
-        "run: python -m lib.tools.readme"
+        "run: python -m lib publish"
     )
 
 
 def test_robustness_shows_the_committed_tables():
     assert readme.robustness(readme.REAL.parent) == (ROOT / "docs" / "robustness_smol.md").read_text(), (
-        "run: python -m lib.tools.readme"
+        "run: python -m lib publish"
     )
 
 

@@ -1,0 +1,351 @@
+"""The command line: ``python -m lib COMMAND``. ``python -m lib COMMAND --help`` says what a command takes.
+
+Exit codes: 0 done; 1 a notebook failed, or ``check`` found a number outside of its tolerance; 2 wrong usage,
+or whatever one sentence can say; 130 interrupted. What was finished before an error is kept.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..settings import ROOT, UserError
+
+app = typer.Typer(
+    help="What distillation changes inside a language model: every command of the study.",
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+# --- what several commands take -----------------------------------------------------------------------------
+
+Pair = Annotated[str, typer.Option(metavar="NAME", help="entry of data/pairs.yaml")]
+Profile = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="file of notebooks/profiles, and name of the run: smoke, default, paper"
+    ),
+]
+Only = Annotated[list[str], typer.Option(metavar="NN ...", help="notebooks by number or name")]
+Parameter = Annotated[
+    list[str], typer.Option("-p", metavar="NAME VALUE", help="a parameter of the one chosen notebook")
+]
+Registry = Annotated[
+    Path, typer.Option(metavar="FILE", help="a registry of your own for data/pairs.yaml (or PAIRS_REGISTRY)")
+]
+Out = Annotated[
+    Path, typer.Option(metavar="FOLDER", help="where to write (default: in the folder of the run)")
+]
+Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="for one cell (default: the profile's)")]
+Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="of states and logs (default: below data/runs)")]
+Threads = Annotated[int, typer.Option(metavar="N", help="of torch")]
+Traces = Annotated[Path, typer.Option(metavar="FILE", help="JSONL with question, thinking and answer")]
+Plain = Annotated[Path, typer.Option(metavar="FILE", help="text with a paragraph a line, for the null")]
+PairFolder = Annotated[Path, typer.Argument(metavar="OUT", help="data/pairs/<pair>: its name is the pair's")]
+_Solutions = Annotated[
+    bool, typer.Option("--solutions", help="answer the exercises, so that their checks run")
+]
+_Notebooks = Annotated[Path, typer.Option(hidden=True)]  # for the tests
+
+# options that take any number of words; typer wants the option before each of them
+_LISTS = {"--only", "--stages", "--states"}
+
+
+def _spelled_out(words: Sequence[str]) -> list[str]:
+    """``--only 03 04`` as ``--only 03 --only 04``, and ``-p NAME VALUE`` as ``-p NAME=VALUE``."""
+    words, out = list(words), []
+    while words:
+        word = words.pop(0)
+        if word in _LISTS:
+            while words and not words[0].startswith("-"):
+                out += [word, words.pop(0)]
+        elif word == "-p":
+            if len(words) < 2:
+                raise UserError("-p needs a name and a value: -p feature 17")
+            out += [word, f"{words.pop(0)}={words.pop(0)}"]
+        else:
+            out.append(word)
+    return out
+
+
+def _texts(parameters: Sequence[str]) -> list[tuple[str, str]]:
+    return [tuple(text.split("=", 1)) for text in parameters]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; errors are one line on standard error."""
+    try:
+        words = _spelled_out(sys.argv[1:] if arguments is None else arguments)
+        code = app(words, prog_name="python -m lib", standalone_mode=False) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    except typer.exceptions.TyperException as error:  # wrong usage, as typer sees it
+        told = error.format_message()
+        print(told if told.startswith("Usage") else f"error: {told}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        print("\ninterrupted: what is finished is kept; the same command goes on from there", file=sys.stderr)
+    return code
+
+
+# --- notebooks ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def figures(
+    pair: Pair = "tiny",
+    profile: Profile = "default",
+    only: Only = (),
+    p: Parameter = (),
+    solutions: _Solutions = False,
+    out: Out = None,
+    registry: Registry = None,
+    timeout: Timeout = None,
+    notebooks: _Notebooks = ROOT / "notebooks",
+):
+    """Run notebooks 00 to 06, or those of --only, on a pair. They write figures, tables and numbers."""
+    from .notebooks import WALK, run_all
+
+    run_all(WALK, pair, profile, only, _texts(p), solutions, out, registry, timeout, notebooks)
+
+
+@app.command()
+def study(
+    pair: Pair = "tiny",
+    profile: Profile = "default",
+    only: Only = (),
+    p: Parameter = (),
+    out: Out = None,
+    registry: Registry = None,
+    timeout: Timeout = None,
+    notebooks: _Notebooks = ROOT / "notebooks",
+):
+    """Run the long experiments, notebooks 10 to 13. Hours; an interrupted run goes on."""
+    from .notebooks import STUDY, run_all
+
+    if not any(notebooks.glob("10_*.ipynb")):
+        from .study import compute
+
+        return compute(pair, profile, only)
+    run_all(STUDY, pair, profile, only, _texts(p), False, out, registry, timeout, notebooks)
+
+
+@app.command()
+def explore(pair: Pair = "tiny", profile: Profile = "default"):
+    """Write a notebook that explores the features of a run. Prints where it is; make explore opens it."""
+    from .notebooks import explorer_page
+
+    print(explorer_page(pair, profile).relative_to(ROOT).as_posix())
+
+
+@app.command()
+def canonical(files: Annotated[list[Path], typer.Argument(metavar="FILE ...")]):
+    """Strip notebooks of what does not belong in git."""
+    from .notebooks import canonicalise
+
+    for file in canonicalise(files):
+        print(f"rewritten: {file}")
+
+
+@app.command()
+def check(
+    here: Annotated[
+        bool, typer.Option("--here", help="compare what the last runs left; run nothing")
+    ] = False,
+):
+    """Compare a fresh run with the committed results. Exit code 1 if a number is out of its tolerance."""
+    from .compare import report
+
+    return report(here)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="is replaced")] = ROOT / "data" / "report",
+):
+    """Write the whole study as HTML, to open without a network."""
+    from .report import build
+
+    print(f"{build(out.resolve())} pages: open {out / 'index.html'}")
+
+
+@app.command()
+def publish():
+    """Write the tables of README.md and docs/ from the results. After figures, study, or make bench."""
+    from .readme import publish
+
+    publish()
+
+
+# --- models and text ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def distil(
+    out: PairFolder,
+    runs: Runs = None,
+    stages: Annotated[
+        list[str], typer.Option(metavar="NAME ...", help="train only these, ship nothing")
+    ] = (),
+    threads: Threads = 1,
+):
+    """Train an embedded pair, or go on with it. An hour on two cores for data/pairs/tiny."""
+    from ..distil.organism import make_pair
+
+    _use(threads)
+    make_pair(out, runs, stages)
+
+
+@app.command()
+def adapters(
+    out: PairFolder,
+    traces: Traces = None,
+    text: Plain = None,
+    tokens: Annotated[int, typer.Option(metavar="N", help="to train on (default: the recipe's)")] = None,
+    stages: Annotated[list[str], typer.Option(metavar="NAME ...", help="of distilled, null_a, null_b")] = (
+        "distilled",
+        "null_a",
+    ),
+    runs: Runs = None,
+    threads: Threads = 2,
+):
+    """Distil a real model by adapters, or go on with them. Without --traces: from OpenThoughts-114k."""
+    from ..distil.adapters import make_adapters
+
+    _use(threads)
+    make_adapters(out, traces, text, tokens, stages, runs)
+
+
+@app.command()
+def writing(
+    pair: Annotated[str, typer.Argument(help="entry of data/pairs.yaml with a pretrained base")],
+    out: Annotated[Path, typer.Argument(help="folder of traces.jsonl.gz and general.jsonl.gz")],
+    tokens: Annotated[int, typer.Option(metavar="N", help="of each kind")] = 300_000,
+    kind: Annotated[Literal["trace", "general"], typer.Option(help="only this one")] = None,
+    runs: Runs = None,
+    threads: Threads = 2,
+):
+    """Let a pair write the corpus that is harvested from it. An interrupted run goes on."""
+    from ..distil.writing import write_for
+
+    _use(threads)
+    write_for(pair, out, tokens, kind, runs)
+
+
+@app.command()
+def agreement(
+    path: Annotated[Path, typer.Argument(help="traces.jsonl(.gz) with annotations, or a folder of labels")],
+    table: Annotated[Path, typer.Argument(help="CSV file to write")] = None,
+):
+    """Measure precision and recall of the lexicon. Against annotated traces or labelled sentences."""
+    from ..text.lexicon_agreement import shown, table_of
+
+    rows = table_of(path, table)
+    if rows.attrs:
+        print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in rows.attrs.items()))
+    print(shown(rows))
+
+
+@app.command()
+def appraise(
+    out: PairFolder,
+    traces: Traces = None,
+    text: Plain = None,
+    questions: Annotated[int, typer.Option(metavar="N", help="word problems to ask")] = 200,
+    threads: Threads = 2,
+):
+    """Measure what a distilled model has learnt. Held-out loss and answers to questions: evaluation.json."""
+    from ..study.appraisal import appraise
+
+    _use(threads)
+    appraise(out, traces, text, questions)
+
+
+@app.command()
+def robustness(
+    what: Literal["training", "texts"],
+    pair: Pair = "smol",
+    states: Annotated[list[Path], typer.Option(metavar="FILE ...", help="training: states of adapters")] = (),
+    tokens: Annotated[int, typer.Option(metavar="N", help="training: read for each state")] = 120_000,
+    traces: Annotated[str, typer.Option(help="texts: JSONL of traces, or a data set on the hub")] = "",
+    general: Annotated[str, typer.Option(help="texts: text or JSONL, or a data set on the hub")] = "",
+):
+    """Measure how NRN depends on the training or the text."""
+    from .study import compute_robustness
+
+    _use(1)
+    compute_robustness(what, pair, states, tokens, traces, general)
+
+
+# --- activations and the crosscoder -------------------------------------------------------------------------
+
+
+@app.command()
+def harvest(
+    pair: Pair = "tiny",
+    profile: Profile = "default",
+    p: Parameter = (),
+    out: Out = None,
+    part: Annotated[str, typer.Option(metavar="I/N", help="only part I of N, from 0: one of N jobs")] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="make the shards of N jobs a store")] = False,
+):
+    """Harvest activations as notebook 01 does. Whole, or as one of several jobs."""
+    from .harvest_parts import harvest_for
+
+    print(harvest_for(pair, profile, _texts(p), out, part, merge))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def train(
+    context: typer.Context,
+    store: Annotated[Path, typer.Option(metavar="FOLDER", help="of the activations")],
+    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="of the crosscoder and its checkpoints")],
+    processes: Annotated[int, typer.Option(metavar="N", help="how many torchrun starts")] = 1,
+    share: Annotated[Literal["rows", "features"], typer.Option(help="what the processes share out")] = "rows",
+    cpu: Annotated[bool, typer.Option("--cpu", help="even if there are GPUs")] = False,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="to wait for another process")] = None,
+    checkpoint_seconds: Annotated[float, typer.Option(metavar="SECONDS", help="between checkpoints")] = 30,
+):
+    """Train a crosscoder, on several processes under torchrun.
+
+    Every field of TrainConfig is an option as well: --n-features 32768 --k 50.
+    """
+    from ..crosscoder.launch import TIMEOUT, train_or_end
+
+    train_or_end(
+        _config(context.args),
+        processes,
+        store=store,
+        folder=folder,
+        share=share,
+        cpu=cpu,
+        timeout=timeout or TIMEOUT,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+
+
+def _config(words: Sequence[str]):
+    """TrainConfig from words like --n-features 32768."""
+    from ..crosscoder.training import TrainConfig
+    from ..settings import checked, read_value
+
+    words = [part for word in words for part in word.split("=", 1)]
+    if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
+        raise UserError(f"{' '.join(words)!r} is not understood: give options as --n-features 32768 --k 50")
+    names, defaults = [word[2:].replace("-", "_") for word in words[::2]], vars(TrainConfig())
+    given = {name: read_value(text, defaults.get(name)) for name, text in zip(names, words[1::2])}
+    return TrainConfig(**checked("TrainConfig", defaults, given))
+
+
+def _use(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
