@@ -147,7 +147,7 @@ def explore(pair: Pair = "tiny", profile: Profile = "default"):
 
 
 @app.command()
-def canonical(files: Annotated[list[Path], typer.Argument(metavar="FILE ...")]):
+def canonical(files: Annotated[list[Path], typer.Argument(metavar="FILE ...", help="notebooks")]):
     """Strip notebooks of what does not belong in git."""
     from .notebooks import canonicalise
 
@@ -271,7 +271,7 @@ def appraise(
 
 @app.command()
 def robustness(
-    what: Literal["training", "texts"],
+    what: Annotated[Literal["training", "texts"], typer.Argument(help="which of the two")],
     pair: Pair = "smol",
     states: Annotated[list[Path], typer.Option(metavar="FILE ...", help="training: states of adapters")] = (),
     tokens: Annotated[int, typer.Option(metavar="N", help="training: read for each state")] = 120_000,

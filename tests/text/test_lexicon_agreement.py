@@ -232,7 +232,7 @@ def test_the_command_prints_a_table_or_a_sentence(tmp_path, capsys):
     )
     assert main(["agreement"]) == 2 and main(["agreement", str(tmp_path / "none.jsonl")]) == 2
     errors = capsys.readouterr().err
-    assert "Missing argument 'PATH'" in errors and "does not exist" in errors
+    assert "Missing argument 'path'" in errors and "does not exist" in errors
 
 
 # --- sentences labelled by reading --------------------------------------------------------------------------
