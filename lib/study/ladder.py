@@ -178,7 +178,9 @@ class Rung:
             mark = job_of(pair, documents, self.folder, None, SHARD_TOKENS, BATCH_TOKENS).mark
             there = self._found(mark, "store" if other == "distilled" else f"study/store_base_{other}")
             self._stores[other] = (
-                Store.open(there) if there else harvest_activations(pair, documents, self.folder / f"store_{other}")
+                Store.open(there)
+                if there
+                else harvest_activations(pair, documents, self.folder / f"store_{other}")
             )
         return self._stores[other]
 
