@@ -6,12 +6,13 @@ shows the figure in the notebook and writes, below the run's figure folder, ``02
 paper), ``02_nrn.html`` (to hover and zoom; all share one plotly.min.js beside them) and ``02_nrn.csv`` (the
 numbers behind it). In the notebook the figure is shown twice in one output: as plotly's own data, which
 JupyterLab draws, and as a PNG, which GitHub and nbconvert show. PNGs need kaleido and a Chromium; without
-them everything else still works.
+them everything else works, and PNGs whose numbers have not changed stay.
 """
 
 from __future__ import annotations
 
 import html
+import io
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from .runs import Run, whole_file, write_text
+from .runs import Run, read_table, whole_file, write_text
 
 # After Okabe & Ito, "Color universal design": they stay apart for the colour-blind, in hue or in lightness.
 COLOURS = {
@@ -75,24 +76,18 @@ pio.templates["distilled"] = go.layout.Template(
 pio.templates.default = "distilled"
 
 
-def show(fig: go.Figure) -> None:
-    """Show a figure in the notebook, as plotly data and as a PNG; outside a kernel print one line about it."""
-    _display(fig, to_png(fig, scale=_small(fig)))
-
-
 def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) -> None:
     """Write <figures>/<name>.csv, .html and .png, and show the figure.
 
     ``data`` are the numbers behind the figure (a named index is kept); without it the traces' own values are
-    written. A PNG that cannot be made anew is removed if the numbers have changed, rather than left to
-    contradict them.
+    written. Where no browser can draw the PNG, the one that is there is kept if its numbers are still these,
+    to the thousandth part; else it is removed, rather than left to contradict them (see ``undrawn``).
     """
     file = run.figures / f"{name}.csv"
     frame = traces(fig) if data is None else data
     text = frame.to_csv(
         index=any(level is not None for level in frame.index.names), lineterminator="\n", float_format="%.6g"
     )
-    changed = not file.is_file() or file.read_text(encoding="utf-8") != text
     # a fixed div id: by default it is random, and the same figure would give another file each time
     options = dict(include_plotlyjs="directory", include_mathjax=False, config={"displaylogo": False})
     if not (library := file.with_name("plotly.min.js")).is_file():
@@ -102,11 +97,42 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) 
     if picture is not None:
         with whole_file(file.with_suffix(".png")) as scratch:
             scratch.write_bytes(picture)
-    elif changed:
+    elif not _same_numbers(file, text):
         file.with_suffix(".png").unlink(missing_ok=True)
     write_text(file, text)  # last: as long as the numbers are the old ones, the picture counts as old
     # on disk for print, in the notebook small: under 1 MB in all
     _display(fig, picture and to_png(fig, scale=_small(fig)))
+
+
+def _same_numbers(file: Path, text: str) -> bool:
+    """Is the table in ``file`` that of ``text``, but for what another processor's rounding may change, and
+    nobody sees: a thousandth of the largest number of a column?
+    """
+    if not file.is_file():
+        return False
+    old, new = read_table(file), read_table(io.StringIO(text))
+    return list(old) == list(new) and len(old) == len(new) and all(_alike(old[c], new[c]) for c in new)
+
+
+def _alike(old: pd.Series, new: pd.Series) -> bool:
+    if not (pd.api.types.is_numeric_dtype(old) and pd.api.types.is_numeric_dtype(new)):
+        return old.equals(new)
+    return np.allclose(old, new, rtol=0, atol=1e-3 * new.abs().max(), equal_nan=True)
+
+
+def undrawn(run: Run, notebooks: Sequence[str] = ("",)) -> str | None:
+    """One line that names the figures of these notebooks ("02") that have no PNG, and says how to get one;
+    None if all have theirs.
+    """
+    files = sorted(file for number in notebooks for file in run.figures.glob(f"{number}*.html"))
+    names = [file.stem for file in files if not file.with_suffix(".png").is_file()]
+    if not names:
+        return None
+    return (
+        f"no PNG of {', '.join(names)}: their numbers have changed, and no Chromium can draw them anew."
+        " Install one (.venv/bin/plotly_get_chrome, or the system's chromium), or name it in BROWSER_PATH,"
+        " and run again"
+    )
 
 
 def _small(fig: go.Figure) -> float:
@@ -133,8 +159,8 @@ def _display(fig: go.Figure, picture: bytes | None) -> None:
 def summary(fig: go.Figure) -> str:
     """A figure in words, for those who cannot see it: title, axes, and each trace with its number of points.
 
-    >>> summary(go.Figure(go.Scatter(y=[1, 2], name="base"), layout=dict(title_text="Loss", yaxis_title_text="nats")))
-    'Figure "Loss"; y: nats; scatter base (2 points)'
+    >>> summary(go.Figure(go.Scatter(y=[1, 2], name="base"), {"title": {"text": "Loss"}}))
+    'Figure "Loss"; scatter base (2 points)'
     """
     parts = [f'Figure "{_line(fig.layout.title.text)}"']
     parts += [f"{axis}: {_line(title)}" for axis in "xy" if (title := fig.layout[f"{axis}axis"].title.text)]
@@ -151,7 +177,7 @@ def _line(text: str | None) -> str:
 
 
 def traces(fig: go.Figure) -> pd.DataFrame:
-    """The values of a figure's traces as one long table: trace, x, y (z), and error bars where there are any."""
+    """The values of a figure's traces as one long table: trace, x, y (z), and error bars if there are any."""
     frames = []
     for i, trace in enumerate(fig.data):
         columns = {key: trace[key] for key in ("x", "y", "z") if key in trace and trace[key] is not None}
@@ -328,10 +354,8 @@ def labelled_lines(lines: Sequence[tuple[str, Sequence[str], bool]]):
         text = html.escape(" ".join(words))
         text = f'<span style="text-decoration:underline wavy #C00">{text}</span>' if wrong else text
         name = f"{label} (wrong)" if wrong else label
-        rows.append(
-            '<div style="border-left:6px solid'
-            f' {COLOURS.get(label, "#999999")};padding-left:8px;color:#222;background:#fff">'
-            "<span"
-            f' style="display:inline-block;width:13em;white-space:nowrap;color:#555">{name}</span>{text}</div>'
-        )
+        colour = COLOURS.get(label, "#999999")
+        bar = f"border-left:6px solid {colour};padding-left:8px;color:#222;background:#fff"
+        column = "display:inline-block;width:13em;white-space:nowrap;color:#555"
+        rows.append(f'<div style="{bar}"><span style="{column}">{name}</span>{text}</div>')
     return HTML(f'<div style="font-family:monospace;line-height:1.6">{"".join(rows)}</div>')

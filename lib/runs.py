@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -477,6 +478,6 @@ def kept_table(
     )
 
 
-def read_table(file: Path) -> pd.DataFrame:
+def read_table(file: Path | io.StringIO) -> pd.DataFrame:
     """A table as ``kept_table`` writes it."""
     return pd.read_csv(file, keep_default_na=False, na_values=[""], float_precision="round_trip")

@@ -36,14 +36,38 @@ def test_without_a_browser_everything_but_the_png_is_written(run, no_browser, ca
     assert capsys.readouterr().err.count("no Chromium was found") == 1  # said once
 
 
-def test_a_picture_of_other_numbers_is_not_left_behind(run, no_browser):
-    figures.save(figure(), "x", run)
-    picture = run.figures / "x.png"
+def test_a_picture_is_kept_until_its_numbers_change(run, no_browser):
+    figures.save(figure(), "02_x", run)
+    assert "no PNG of 02_x" in figures.undrawn(run) and "BROWSER_PATH" in figures.undrawn(run, ["02"])
+    picture = run.figures / "02_x.png"
     picture.write_bytes(b"drawn before")
-    figures.save(figure(), "x", run)
+    assert figures.undrawn(run) is None
+    figures.save(figure(), "02_x", run)
     assert picture.exists()
-    figures.save(figure((1.0, 3.0)), "x", run)
+    figures.save(figure((1.0005, 2.0)), "02_x", run)
+    assert picture.exists() and "1.0005" in (run.figures / "02_x.csv").read_text(), (
+        "nobody sees the difference"
+    )
+    figures.save(figure((1.0005, 2.1)), "02_x", run)
     assert not picture.exists()
+    assert figures.undrawn(run, ["03"]) is None, "of another notebook"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        figure((1.0, 2.0, 2.0)),
+        figure((1.0, float("nan"))),
+        go.Figure(go.Scatter(y=[1.0, 2.0], name="distilled")),
+        go.Figure(go.Scatter(x=[0, 1], y=[1.0, 2.0], name="base")),
+    ],
+    ids=["a point more", "a gap", "another name", "another column"],
+)
+def test_a_picture_of_another_table_is_not_left_behind(run, no_browser, other):
+    figures.save(figure(), "x", run)
+    (run.figures / "x.png").write_bytes(b"drawn before")
+    figures.save(other, "x", run)
+    assert not (run.figures / "x.png").exists()
 
 
 def test_html_is_the_same_each_time_and_needs_no_network(run, no_browser):

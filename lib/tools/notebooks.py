@@ -451,3 +451,7 @@ def run_all(
         f"{len(plans)} notebook{'s' * (len(plans) != 1)} in {time.monotonic() - began:.0f} s; "
         f"figures: {path_shown(run.figures)}, numbers: {path_shown(run.results)}"
     )
+    from ..figures import undrawn  # here: it loads plotly
+
+    if line := undrawn(run, [stem[:2] for stem in chosen]):
+        print(line)
