@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .runs import Run, _command, jsonable, read_manifest, versions, write_text
+from .runs import Run, jsonable, make_command, read_manifest, read_table, versions, write_text
 from .settings import (
     Count,
     Flag,
@@ -158,9 +158,7 @@ class Results:
 
 
 class _Measured(dict):
-    """By name of the metric. What is missing was to be measured in a cell that has not been run since
-    ``Results`` was made.
-    """
+    """By name of the metric; one that is missing was to be measured in a cell that has not been run."""
 
     def __missing__(self, name: str):
         raise UserError(
@@ -174,7 +172,8 @@ def read_results(run: Run, notebook: str) -> dict:
     file = run.results / f"{notebook}.json"
     if not file.is_file():
         raise UserError(
-            f"{path_shown(file)} is missing: run notebook {notebook} first ({_command(run.folder, notebook)})"
+            f"{path_shown(file)} is missing: run notebook {notebook} first"
+            f" ({make_command('figures', run.pair, run.name, notebook)})"
         )
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -247,12 +246,7 @@ def read_part(run: Run, part: str, **inputs: str) -> Part:
     made from.
     """
     folder = run.figures / "study" / part
-    again = " ".join(
-        ["make study"]
-        + ([f"PAIR={run.pair}"] if run.pair != "tiny" else [])
-        + ([f"PROFILE={run.name}"] if run.name != "default" else [])
-        + [f"ONLY={part}"]
-    )
+    again = make_command("study", run.pair, run.name, part)
     if not (folder / "manifest.json").is_file():
         return Part(part, f'Not computed for this run: the part "{part}" of the study ({again}).')
     manifest = read_manifest(folder, part)
@@ -264,10 +258,7 @@ def read_part(run: Run, part: str, **inputs: str) -> Part:
                 f'Refused: the part "{part}" of the study was made from another {name} than this notebook has'
                 f" ({again}{whose}).",
             )
-    tables = {
-        name: pd.read_csv(folder / f"{name}.csv", keep_default_na=False, na_values=[""])
-        for name in manifest["tables"]
-    }
+    tables = {name: read_table(folder / f"{name}.csv") for name in manifest["tables"]}
     # less: most of it was there
     took = f"; {manifest['seconds'] / 60:.0f} minutes" if manifest["seconds"] >= 90 else ""
     note = f'Read, not computed here: the part "{part}" of the study ({again}{took}).'

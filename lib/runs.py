@@ -1,15 +1,14 @@
-"""Numbers, folders, manifests and parameter checks: what every module and notebook shares, and nothing else.
+"""Files and folders of a run: where they are, that they are whole, and what they were made from.
 
 A *run* is one pair of models with one set of budgets; everything it makes lies in
 ``data/runs/<pair>/<run>/``::
 
     run = Run("tiny")                                    # figures/tiny/ are the figures of the run "default"
-    mark = fingerprint(config, store.fingerprint)        # parameters and inputs -> 16 hex digits
-    if not is_current(run.path("crosscoder"), mark):     # made before, from the same? then nothing is recomputed
-        ...                                              # compute, save, and at the very end:
-        write_manifest(run.path("crosscoder"), mark)     # an artefact without a manifest does not exist
+    key = fingerprint(config, store.fingerprint)         # parameters and inputs -> 16 hex digits
+    table = kept_table(run.path("scores"), key, make)    # make() is called only if it was not, from the same
 
-Every number that is shown anywhere goes through ``Results`` with its 95% interval and its n.
+A folder that holds an artefact holds manifest.json, with the artefact's fingerprint, written last: without it
+the artefact does not exist, and with another fingerprint it is stale.
 """
 
 from __future__ import annotations
@@ -90,9 +89,7 @@ class Run:
         return made_folder(self.figures / "results")
 
     def path(self, artefact: str) -> Path:
-        """The folder of an artefact ("store", "crosscoder", ...). It is not made: whether it is there says
-        something.
-        """
+        """The folder of an artefact ("store", "crosscoder", ...); it is not made."""
         return self.folder / artefact
 
 
@@ -118,30 +115,27 @@ def disk_error(path: Path, error: Exception) -> Exception:
     cause = error  # torch and safetensors wrap the system's error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    number = (
-        cause.errno
-        if cause is not None
-        else next((code for code in _DISK if os.strerror(code) in str(error)), None)
-    )
+    if cause is None:
+        number = next((code for code in _DISK if os.strerror(code) in str(error)), None)
+    else:
+        number = cause.errno
     if number not in _DISK:
         return error
     return UserError(
-        f"{path_shown(path)} cannot be written: {_DISK[number]}. What was finished is kept, and the same command"
-        " goes on"
+        f"{path_shown(path)} cannot be written: {_DISK[number]}. What was finished is kept, and the same"
+        " command goes on"
     )
 
 
 @contextlib.contextmanager
 def _refused(path: Path) -> Iterator[None]:
-    """What the disk does not take inside the block becomes a UserError about ``path``: full, read-only, not
-    yours.
-    """
+    """An error of the disk inside the block becomes a UserError about ``path``: see ``disk_error``."""
     try:
         yield
     except Exception as error:
-        if (found := disk_error(path, error)) is error:
+        if (explained := disk_error(path, error)) is error:
             raise
-        raise found from error
+        raise explained from error
 
 
 @contextlib.contextmanager
@@ -217,10 +211,10 @@ def read_state(path: Path) -> dict:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, what: str) -> Iterator[None]:
-    """Nobody else does ``what`` in ``folder`` as long as the block lasts; UserError if somebody does. A run
-    that is killed leaves no lock.
+    """Hold the lock of ``folder`` as long as the block lasts; UserError if another process holds it.
 
-    The lock is beside the folder, .<name>.lock, and is kept by the system: the file itself says nothing.
+    ``what`` the holder does, for the error: "training". The lock is beside the folder, .<name>.lock; the
+    system holds it, so a process that is killed leaves none.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
@@ -251,7 +245,7 @@ def fingerprint(*parts) -> str:
 
 
 def _plain(part):
-    """Plain lists, strings and numbers, for json; each kind is marked, so that no two kinds look the same."""
+    """Plain lists, strings and numbers, for json; each type is named, so that no two types look the same."""
     if part is None or isinstance(part, (str, bool, int, float)):
         return part
     if isinstance(part, np.generic):
@@ -313,16 +307,16 @@ def read_manifest(folder: Path, made_by: str, expected: str | None = None) -> di
         )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        found = manifest["fingerprint"]
+        actual = manifest["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{path_shown(file)} is damaged: remove {path_shown(folder)} and run notebook {made_by} again "
             f"({_command(folder, made_by)})"
         ) from None
-    if expected is not None and found != expected:
+    if expected is not None and actual != expected:
         raise UserError(
-            f"{path_shown(folder)} is stale, it was made from other parameters or inputs (fingerprint {found},"
-            f" needed {expected}): run notebook {made_by} again ({_command(folder, made_by)})"
+            f"{path_shown(folder)} is stale, it was made from other parameters or inputs (fingerprint"
+            f" {actual}, needed {expected}): run notebook {made_by} again ({_command(folder, made_by)})"
         )
     return manifest
 
@@ -341,27 +335,30 @@ def _command(folder: Path, made_by: str) -> str:
         pair, name = Path(folder).resolve().relative_to(ROOT / "data" / "runs").parts[:2]
     except ValueError:
         pair, name = "tiny", "default"
-    chosen = (
-        ["make figures"]
-        + ([f"PAIR={pair}"] if pair != "tiny" else [])
-        + ([f"PROFILE={name}"] if name != "default" else [])
-    )
-    return " ".join([*chosen, f"ONLY={made_by[:2]}"])
+    return make_command("figures", pair, name, made_by[:2])
+
+
+def make_command(goal: str, pair: str, run: str, only: str) -> str:
+    """make <goal> for notebook ``only`` of a run."""
+    options = {
+        "PAIR": pair if pair != "tiny" else "",
+        "PROFILE": run if run != "default" else "",
+        "ONLY": only,
+    }
+    return " ".join([f"make {goal}", *(f"{name}={value}" for name, value in options.items() if value)])
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
-    return found
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def jsonable(value):
-    """Plain data for a strict JSON file: NaN and infinity become null, numpy becomes Python, a Path its name."""
+    """Plain data for strict JSON: NaN and infinity become null, numpy becomes Python, a Path its name."""
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -378,7 +375,7 @@ def jsonable(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# in an output's metadata: true of this run alone, so no part of a notebook's canonical form (lib.tools.notebooks)
+# in an output's metadata: true of this run alone, so that a notebook's canonical form leaves it out
 PASSING = "passing"
 
 
@@ -448,10 +445,10 @@ def passing(line: str) -> None:
 def kept(
     folder: Path, fingerprint: str, make: Callable[[Path], None], read: Callable[[Path], Kept], **info
 ) -> Kept:
-    """What ``read(folder)`` gives; ``make(folder)`` writes it first, unless it is there under this fingerprint.
+    """What ``read(folder)`` gives; ``make(folder)`` writes it first, unless it is there under this key.
 
-    ``make`` writes into an empty folder, whose files take their places in ``folder`` when it is done: one that
-    fails changes nothing. ``info`` is plain data for the manifest.
+    ``make`` writes into an empty folder, whose files take their places in ``folder`` when it is done: one
+    that fails changes nothing. ``info`` is plain data for the manifest.
     """
     folder = Path(folder)
     if not is_current(folder, fingerprint):
