@@ -40,7 +40,7 @@ def auroc(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
     rows, columns = rows[order], columns[order]
     zeros = n - np.diff(starts)
     ranks = _tied_ranks(data[order], columns) - starts[columns] + zeros[columns]
-    found = np.empty((len(zeros), labels.shape[1]))
+    values = np.empty((len(zeros), labels.shape[1]))
     for c in range(labels.shape[1]):
         hit = labels[rows, c]
         positives = int(labels[:, c].sum())
@@ -49,8 +49,8 @@ def auroc(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
             np.bincount(columns[hit], weights=ranks[hit], minlength=len(zeros)) + at_zero * (zeros + 1) / 2
         )
         pairs = positives * (n - positives)
-        found[:, c] = (rank_sum - positives * (positives + 1) / 2) / pairs if pairs else np.nan
-    return found[:, 0] if np.ndim(positive) == 1 else found
+        values[:, c] = (rank_sum - positives * (positives + 1) / 2) / pairs if pairs else np.nan
+    return values[:, 0] if np.ndim(positive) == 1 else values
 
 
 def best_thresholds(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
@@ -62,9 +62,9 @@ def best_thresholds(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
     labels = _as_columns(positive)
     order = np.lexsort((-data, columns))
     data, rows, columns = data[order], rows[order], columns[order]
-    found = np.full((len(starts) - 1, labels.shape[1]), np.nan)
+    thresholds = np.full((len(starts) - 1, labels.shape[1]), np.nan)
     if len(data) == 0:
-        return found[:, 0] if np.ndim(positive) == 1 else found
+        return thresholds[:, 0] if np.ndim(positive) == 1 else thresholds
     # positions that this threshold and all higher ones admit
     taken = np.arange(len(data)) - starts[columns] + 1
     # a threshold admits all equal values
@@ -80,8 +80,8 @@ def best_thresholds(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
         best[fires] = np.maximum.reduceat(f1, first)
         at = np.flatnonzero(f1 == best[columns])
         which, index = np.unique(columns[at], return_index=True)
-        found[which, c] = data[at[index]]
-    return found[:, 0] if np.ndim(positive) == 1 else found
+        thresholds[which, c] = data[at[index]]
+    return thresholds[:, 0] if np.ndim(positive) == 1 else thresholds
 
 
 def precision_recall(
@@ -184,12 +184,12 @@ def auroc_resamples(
     up_of, down_of = (
         sparse.csr_matrix((side.astype(float), at), shape=shape) for side in (positive, ~positive)
     )
-    found, at_once = [], max(1, BOOT_CELLS // max(len(values), n_groups))
+    draws, at_once = [], max(1, BOOT_CELLS // max(len(values), n_groups))
     samples = group_samples(n_groups, n_boot, seed)
     while part := list(islice(samples, at_once)):
         weights = np.stack([np.bincount(s, minlength=n_groups) for s in part], axis=1).astype(float)
-        found.append(_mann_whitney((up_of @ weights).T, (down_of @ weights).T))
-    return np.concatenate(found)
+        draws.append(_mann_whitney((up_of @ weights).T, (down_of @ weights).T))
+    return np.concatenate(draws)
 
 
 # --- predictors that see one symbol -------------------------------------------------------------------------

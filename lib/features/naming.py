@@ -103,8 +103,8 @@ def contexts_to_label(
     store: Store, coded, tokenizer: PreTrainedTokenizerBase, features: Sequence[int], n: int = 8
 ) -> pd.DataFrame:
     """``contexts.top_contexts`` in plain text; ``coded``: the codes of the split "choose"."""
-    found = top_contexts(store, coded, tokenizer, features, n)
-    return found.assign(text=[excerpt(store, tokenizer, row, marked=True) for row in found["row"]])
+    shown = top_contexts(store, coded, tokenizer, features, n)
+    return shown.assign(text=[excerpt(store, tokenizer, row, marked=True) for row in shown["row"]])
 
 
 def contexts_to_judge(
@@ -123,19 +123,19 @@ def contexts_to_judge(
     firing. No text comes twice. Nothing is marked.
     """
     check("k", k, int, low=1)
-    columns, kinds, found = coded.codes.tocsc(), store.labels["kind"], []
+    columns, kinds, lines = coded.codes.tocsc(), store.labels["kind"], []
     # where documents begin
     edges = np.array([0, *(np.flatnonzero(np.diff(store.documents)) + 1), len(store)])
     for feature in features:
         rng = np.random.default_rng((seed, int(feature)))
-        mine = np.sort(coded.rows[columns.indices[columns.indptr[feature] : columns.indptr[feature + 1]]])
+        fires = np.sort(coded.rows[columns.indices[columns.indptr[feature] : columns.indptr[feature + 1]]])
         candidates, seen, pairs = coded.rows[rng.permutation(len(coded.rows))], set(), []
         document = np.searchsorted(edges, candidates, side="right")  # silent: no firing in the text around
-        first = np.searchsorted(mine, np.maximum(candidates - BEFORE, edges[document - 1]))
+        first = np.searchsorted(fires, np.maximum(candidates - BEFORE, edges[document - 1]))
         candidates = candidates[
-            first == np.searchsorted(mine, np.minimum(candidates + AFTER + 1, edges[document]))
+            first == np.searchsorted(fires, np.minimum(candidates + AFTER + 1, edges[document]))
         ]
-        firing = rng.permutation(mine)
+        firing = rng.permutation(fires)
         firing = firing[np.sort(np.unique(store.documents[firing], return_index=True)[1])]
         for row in firing[: 20 * k]:
             text = excerpt(store, tokenizer, int(row), marked=False)
@@ -148,11 +148,11 @@ def contexts_to_judge(
                     seen |= {text, silent}
                     break
         texts = [text for pair in pairs for text in pair]
-        found += [
+        lines += [
             (int(feature), texts[i][0], int(store.documents[texts[i][0]]), *texts[i][1:])
             for i in rng.permutation(len(texts))
         ]
-    return pd.DataFrame(found, columns=JUDGED)
+    return pd.DataFrame(lines, columns=JUDGED)
 
 
 # --- labels -------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def read_label(text: str) -> tuple[str, str, float] | None:
     """(label, category, confidence) from an answer: the last JSON object in it that has them, whatever stands
     around; None if none has.
     """
-    found, decoder = None, json.JSONDecoder()
+    last, decoder = None, json.JSONDecoder()
     for place in re.finditer(r"\{", text):
         try:
             entry = decoder.raw_decode(text, place.start())[0]
@@ -197,8 +197,8 @@ def read_label(text: str) -> tuple[str, str, float] | None:
             and category in (*CATEGORIES, NONE)
             and 0 <= confidence <= 1
         ):
-            found = (label, category, confidence)
-    return found
+            last = (label, category, confidence)
+    return last
 
 
 # --- detection scores ---------------------------------------------------------------------------------------
@@ -378,16 +378,16 @@ def _ask_all(
     readers = [readers] * len(prompts) if callable(readers) else readers
     Path(folder).mkdir(parents=True, exist_ok=True)
     with exclusive(Path(folder), "asking a language model"), Progress(what, len(prompts)) as progress:
-        answers, found = _Answers(Path(folder), endpoint), []
+        answers, results = _Answers(Path(folder), endpoint), []
         for i, (prompt, reminder, reader) in enumerate(zip(prompts, reminders, readers), 1):
-            found.append(_ask(answers, prompt, reminder, reader))
-            if i >= min(PATIENCE, len(prompts)) and all(answer is None for answer, _ in found):
+            results.append(_ask(answers, prompt, reminder, reader))
+            if i >= min(PATIENCE, len(prompts)) and all(answer is None for answer, _ in results):
                 raise UserError(
                     f"none of {i} answers of {endpoint.model} can be read (the last one began"
-                    f" {found[-1][1][:80]!r}): use a model that follows instructions"
+                    f" {results[-1][1][:80]!r}): use a model that follows instructions"
                 )
             progress.update(i)
-    return found
+    return results
 
 
 def _ask(answers: _Answers, prompt: str, reminder: str, reader: Callable) -> tuple[object, str]:
