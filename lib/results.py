@@ -223,6 +223,12 @@ def scoreboard(rows: Sequence[Mapping]) -> pd.DataFrame:
 # --- parts that other notebooks computed --------------------------------------------------------------------
 
 
+PARTS = {  # part of the study: the notebook that computes it
+    **dict.fromkeys(("nulls", "seeds", "similarity"), "10"),
+    **{"architectures": "11", "planted": "12", "causal": "13", "training": "14", "texts": "14"},
+}
+
+
 @dataclass
 class Part:
     """Metrics and tables of one part, as a notebook reads them. ``note`` says what was read, or why there is
@@ -246,7 +252,7 @@ def read_part(run: Run, part: str, **inputs: str) -> Part:
     made from.
     """
     folder = run.figures / "study" / part
-    again = make_command("study", run.pair, run.name, part)
+    again = make_command("study", run.pair, run.name, PARTS.get(part, part))
     if not (folder / "manifest.json").is_file():
         return Part(part, f'Not computed for this run: the part "{part}" of the study ({again}).')
     manifest = read_manifest(folder, part)
@@ -259,7 +265,7 @@ def read_part(run: Run, part: str, **inputs: str) -> Part:
                 f" ({again}{whose}).",
             )
     tables = {name: read_table(folder / f"{name}.csv") for name in manifest["tables"]}
-    # less: most of it was there
-    took = f"; {manifest['seconds'] / 60:.0f} minutes" if manifest["seconds"] >= 90 else ""
+    seconds = manifest.get("seconds", 0)  # few: most of it was there
+    took = f"; {seconds / 60:.0f} minutes" if seconds >= 90 else ""
     note = f'Read, not computed here: the part "{part}" of the study ({again}{took}).'
-    return Part(part, note, manifest["metrics"], tables)
+    return Part(part, note, manifest.get("metrics", {}), tables)

@@ -197,7 +197,7 @@ def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> d
                 f"profile {layer!r} has {content[odd]!r} for {odd}: it must be a mapping of name: value"
                 " entries"
             )
-        if unknown := sorted(set(map(str, content)) - set(stems) - {"timeout", "study"}):
+        if unknown := sorted(set(map(str, content)) - set(stems) - {"timeout"}):
             raise UserError(
                 f"profile {layer!r} names {', '.join(unknown)}: the notebooks are {', '.join(stems)}"
             )

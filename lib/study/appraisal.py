@@ -1,12 +1,9 @@
-"""What a distilled language model has learnt, and what it has not: loss on held-out text, and what it says to
-questions.
+"""What a distilled language model learnt, and what not: loss on held-out text, and answers to questions.
 
-Everything here is measured on what no adapter was trained on: held-out traces and paragraphs, and word
-problems of this project in wordings of the report split. All models get the same prompts, the same limit and
-greedy decoding.
-
-    python -m lib appraise data/pairs/smol --traces traces.jsonl.gz --text text.txt.gz     # goes on with the model it was interrupted at;
-                                                                                          # remove evaluation.json after training anew
+Everything is measured on what no adapter was trained on: held-out traces and paragraphs, and word problems of
+this project in wordings of the report split. All models get the same prompts, the same limit and greedy
+decoding. ``appraise`` keeps what it measures in the pair's folder (evaluation.json, transcripts/) and goes on
+with the model at which it was interrupted; remove evaluation.json after a new training.
 """
 
 from __future__ import annotations
@@ -18,23 +15,82 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import plotly.express as px
+import plotly.graph_objects as go
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..distil.adapters import Recipe, Window, held_out, paragraphs, text_windows, token_losses, trace_windows
 from ..distil.writing import BATCH, read_lines, sample, write_lines
-from ..models.pairs import load_pair
+from ..models.pairs import Pair, load_pair
 from ..runs import Progress, write_text
-from ..settings import UserError
+from ..settings import ROOT, UserError
 from ..stats import bootstrap, wilson
 from ..text.chat import prompt, read_traces
 from ..text.questions import Question, ask, final_number
 
 WAIT = re.compile(r"\bwait\b", re.IGNORECASE)
+Answer = tuple[str, bool, int]  # text, did it end by itself?, tokens
+MEASURES = {  # shown by ``plot_measures``
+    "thinks": "begins a thought",
+    "closes": "closes it",
+    "ends": "ends by itself",
+    "accuracy": "right answers",
+}
 
 
-def held_out_loss(model: PreTrainedModel, windows: Iterable[Window], limit: int = 60) -> dict:
-    """Mean loss in nats per learnt token of ``limit`` windows: {value, ci (95%, over windows), n (tokens)}."""
+def appraise(
+    pair: str | Pair, questions: int = 60, traces: str = "", text: str = "", folder: Path | None = None
+) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """({model: measures}, {model: transcripts}) of all models of a pair. What ``folder`` (of the pair) holds
+    for these very questions is read; the other models are asked, which takes minutes each.
+
+    ``traces``, ``text``: files that the adapters were trained on; losses are measured on their held-out
+    parts, and left out without them.
+    """
+    pair = load_pair(pair) if isinstance(pair, str) else pair
+    folder = folder or ROOT / "data" / "pairs" / pair.name
+    evaluation, transcripts = folder / "evaluation.json", folder / "transcripts"
+    before = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {}
+    asked, tokenizer, losses = ask("report", questions, open_share=0.0), None, None
+    measured, answers_of = {}, {}
+    for name in (*pair.models, *pair.others):
+        file = transcripts / f"{name}.jsonl"
+        if name in before and asked_before(file, asked):
+            measured[name], answers_of[name] = before[name], list(read_lines(file))
+            continue
+        if losses is None:
+            tokenizer = pair.tokenizer("base")
+            losses = _held_out_windows(tokenizer, traces, text)
+        model = pair.load(name)
+        answers = answer(model, tokenizer, asked)
+        measured[name] = measures(asked, answers) | {
+            loss: held_out_loss(model, windows()) for loss, windows in losses.items()
+        }
+        answers_of[name] = [
+            {"question": q.text, "answer": q.answer, "said": said, "ended": ended}
+            for q, (said, ended, _) in zip(asked, answers)
+        ]
+        transcripts.mkdir(parents=True, exist_ok=True)
+        write_lines(file, answers_of[name])
+        write_text(evaluation, json.dumps(measured, indent=2) + "\n")
+    return measured, answers_of
+
+
+def _held_out_windows(tokenizer, traces: str, text: str) -> dict:
+    """{name of a loss: a function that gives its windows}: each token once."""
+    once, windows = Recipe(short=0), {}
+    if traces:
+        kept = [trace for trace in read_traces(Path(traces)) if held_out(trace.question)]
+        windows["loss_traces"] = lambda: trace_windows(kept, tokenizer, once, epochs=1)
+    if text:
+        lines = [line for line in paragraphs(Path(text)) if held_out(line)]
+        windows["loss_text"] = lambda: text_windows(lines, tokenizer, once, epochs=1)
+    return windows
+
+
+def held_out_loss(model, windows: Iterable[Window], limit: int = 60) -> dict:
+    """Mean loss in nats per learnt token of ``limit`` windows: {value, ci (over windows), n (tokens)}."""
     sums = []
     with torch.no_grad():
         for ids, learnt in islice(windows, limit):
@@ -50,96 +106,74 @@ def held_out_loss(model: PreTrainedModel, windows: Iterable[Window], limit: int 
     return {"value": mean(totals), "ci": bootstrap(totals, mean), "n": int(totals[:, 1].sum())}
 
 
-def answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    max_new_tokens: int = 768,
-) -> list[tuple[str, bool, int]]:
-    """Greedy answers: (text, ended by itself, tokens) for each question."""
-    found = []
+def answer(model, tokenizer, questions: Sequence[Question], max_new_tokens: int = 768) -> list[Answer]:
+    """Greedy answers, one for each question."""
+    answers: list[Answer] = []
     with Progress("questions", len(questions)) as progress:
         for first in range(0, len(questions), BATCH):
-            found += sample(
-                model,
-                tokenizer,
-                [prompt(q.text) for q in questions[first : first + BATCH]],
-                max_new_tokens,
-                temperature=0.0,
-            )
-            progress.update(len(found))
-    return found
+            prompts = [prompt(q.text) for q in questions[first : first + BATCH]]
+            answers += sample(model, tokenizer, prompts, max_new_tokens, temperature=0.0)
+            progress.update(len(answers))
+    return answers
 
 
-def measures(questions: Sequence[Question], said: Sequence[tuple[str, bool, int]]) -> dict[str, dict]:
+def measures(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, dict]:
     """Shares with Wilson intervals, and "wait" per 1,000 tokens with a bootstrap over answers.
 
     ``thinks``: the answer begins with <think>; ``closes``: it closes the thought too; ``ends``: by itself;
     ``accuracy``: of those questions that have a number, the answer (what follows the thought, if there is
     one) ends with it; an unfinished thought is wrong.
     """
-    n = len(said)
-    thinks = [text.lstrip().startswith("<think>") for text, _, _ in said]
-    closes = [t and "</think>" in text for t, (text, _, _) in zip(thinks, said)]
+    thinks = [text.lstrip().startswith("<think>") for text, _, _ in answers]
+    closes = [t and "</think>" in text for t, (text, _, _) in zip(thinks, answers)]
     right = [
         final_number(text.split("</think>")[-1]) == q.answer and (c or not t)
-        for q, (text, _, _), t, c in zip(questions, said, thinks, closes)
+        for q, (text, _, _), t, c in zip(questions, answers, thinks, closes)
         if q.answer is not None
     ]
-    waits = np.array([(len(WAIT.findall(text)), size) for text, _, size in said], float)
+    waits = np.array([(len(WAIT.findall(text)), size) for text, _, size in answers], float)
     rate = lambda rows: 1000 * rows[:, 0].sum() / max(rows[:, 1].sum(), 1)  # noqa: E731
 
     def share(hits: Sequence[bool]) -> dict:
         return {"value": sum(hits) / len(hits), "ci": wilson(sum(hits), len(hits)), "n": len(hits)}
 
+    sizes = waits[:, 1]
     return {
         "thinks": share(thinks),
         "closes": share(closes),
-        "ends": share([ended for _, ended, _ in said]),
+        "ends": share([ended for _, ended, _ in answers]),
         "accuracy": share(right),
-        "waits_per_1000": {"value": rate(waits), "ci": bootstrap(waits, rate), "n": int(waits[:, 1].sum())},
-        "tokens_per_answer": {"value": float(waits[:, 1].mean()), "ci": bootstrap(waits[:, 1]), "n": n},
+        "waits_per_1000": {"value": rate(waits), "ci": bootstrap(waits, rate), "n": int(sizes.sum())},
+        "tokens_per_answer": {"value": float(sizes.mean()), "ci": bootstrap(sizes), "n": len(sizes)},
     }
 
 
 def asked_before(transcripts: Path, questions: Sequence[Question]) -> bool:
-    """Whether a file of transcripts is of these very questions: an interrupted appraisal goes on with the
-    next model.
-    """
+    """Whether a file of transcripts is of these very questions."""
     return [line["question"] for line in read_lines(transcripts)] == [q.text for q in questions]
 
 
-def appraise(
-    out: Path, traces_file: Path | None = None, text_file: Path | None = None, n_questions: int = 200
-) -> None:
-    """Measure the models of the pair that is named like the folder ``out``: evaluation.json and transcripts
-    there.
+def measures_table(measured: dict[str, dict]) -> pd.DataFrame:
+    """The shares of ``MEASURES``: model, measure, share, low, high, n."""
+    rows = []
+    for model, by_name in measured.items():
+        for name, shown in MEASURES.items():
+            value, (low, high), n = (by_name[name][key] for key in ("value", "ci", "n"))
+            rows.append({"model": model, "measure": shown, "share": value, "low": low, "high": high, "n": n})
+    return pd.DataFrame(rows)
 
-    ``traces_file``, ``text_file``: what the adapters were trained on; what was held out of it is used.
-    """
-    pair, found = load_pair(out.name), {}
-    tokenizer, questions = pair.tokenizer("base"), ask("report", n_questions, open_share=0.0)
-    once = Recipe(short=0)
-    traces = [t for t in read_traces(traces_file) if held_out(t.question)] if traces_file else []
-    texts = [t for t in paragraphs(text_file) if held_out(t)] if text_file else []
-    evaluation, kept = out / "evaluation.json", out / "transcripts"
-    kept.mkdir(parents=True, exist_ok=True)
-    before = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
-    for name in (*pair.models, *pair.others):
-        if name in before and asked_before(kept / f"{name}.jsonl", questions):
-            found[name] = before[name]
-            continue
-        model = pair.load(name)
-        found[name] = measures(questions, said := answers(model, tokenizer, questions))
-        if traces:
-            found[name]["loss_traces"] = held_out_loss(
-                model, trace_windows(traces, tokenizer, once, epochs=1)
-            )
-        if texts:
-            found[name]["loss_text"] = held_out_loss(model, text_windows(texts, tokenizer, once, epochs=1))
-        rows = [
-            {"question": q.text, "answer": q.answer, "said": text, "ended": ended}
-            for q, (text, ended, _) in zip(questions, said)
-        ]
-        write_lines(kept / f"{name}.jsonl", rows)
-        write_text(evaluation, json.dumps(found, indent=2) + "\n")
+
+def plot_measures(measured: dict[str, dict]) -> go.Figure:
+    """Shares of answers, a bar per model, with 95% intervals."""
+    table = measures_table(measured)
+    fig = px.bar(
+        table.assign(above=table["high"] - table["share"], below=table["share"] - table["low"]),
+        x="measure",
+        y="share",
+        color="model",
+        barmode="group",
+        error_y="above",
+        error_y_minus="below",
+        title="Answers to word problems",
+    )
+    return fig.update_yaxes(range=[0, 1.02], title_text="share of answers").update_xaxes(title_text="")

@@ -1,96 +1,160 @@
 """Crosscoders of several kinds on one store, and one crosscoder of three models.
 
-    configs = {"batchtopk": TrainConfig(k=24), "jumprelu": TrainConfig(k=24, variant="jumprelu"),
-               "dedicated": TrainConfig(k=24, dedicated=0.05)}
-    configs["l1"] = replace(configs["batchtopk"], variant="l1", l1=match_l1(store, 24, configs["batchtopk"], folder / "match")[0])
-    table = compare(store, configs, folder)
-
 Kinds of crosscoders may only be compared where they are equally sparse: a denser code reconstructs more, and
-has other features. BatchTopK and TopK have the L0 that they are told, JumpReLU is trained to it, and for L1
-lambda is searched.
+has other features. BatchTopK and TopK have the L0 that they are given, JumpReLU is trained to it, and for L1
+lambda is searched (``match_l1``).
 
-``origins`` reads a crosscoder of three models that came one from another, as base -> style -> distilled
-(``style``: an early checkpoint that has learnt how traces sound and not yet what they are for). With
-share_i^m = ||d_i^m|| / sum_n ||d_i^n|| and "model m uses feature i" for a share above a threshold, the models
-that use it say when it came and when it went.
+``origins`` reads a crosscoder of three models, each made from the one before it: base -> style -> distilled
+(``style``: an earlier checkpoint of the distillation). With share_i^m = ||d_i^m|| / sum_n ||d_i^n|| and
+"model m uses feature i" for a share above a threshold, the models that use it say when it came and when it
+went.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 import torch
 
+from ..activations.store import Store
 from ..crosscoder.codes import firing_frequency
 from ..crosscoder.health import health
 from ..crosscoder.model import CrossCoder
 from ..crosscoder.training import TrainConfig, train
 from ..figures import COLOURS
+from ..results import Part
 from ..settings import UserError, check
+from ..stats import wilson
+from .variants import Variant, metric
 
 OVER, UNDER = 0.7, 0.3  # NRN beyond which a feature counts as leaning to one model
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-ORIGINS = {  # does the first, the second, the third model use it? ("base", "style", "distilled")
-    (True, True, True): "in all",
-    (False, True, True): "came with style",
-    (False, False, True): "came with function",
-    (True, False, False): "lost with style",
-    (True, True, False): "lost with function",
-    (False, True, False): "in style alone",
-    (True, False, True): "in all but style",
-    (False, False, False): "in none",
-}
-MARKERS = {
-    "in all": COLOURS["null"],
-    "came with style": COLOURS["alternative"],
-    "came with function": COLOURS["distilled"],
-    "lost with style": COLOURS["contrast"],
-    "lost with function": COLOURS["base"],
-    "in style alone": COLOURS["reflection"],
-    "in all but style": COLOURS["deduction"],
-    "in none": COLOURS["random"],
+CURVE = np.linspace(0, 1, 401)  # quantiles of NRN that are kept for a figure
+NAMES = ("base", "style", "distilled")
+ORIGINS = {  # does the first, the second, the third model use it?: (origin, colour)
+    (True, True, True): ("in all", "null"),
+    (False, True, True): ("came with style", "alternative"),
+    (False, False, True): ("came with function", "distilled"),
+    (True, False, False): ("lost with style", "contrast"),
+    (True, True, False): ("lost with function", "base"),
+    (False, True, False): ("in style alone", "reflection"),
+    (True, False, True): ("in all but style", "deduction"),
+    (False, False, False): ("in none", "random"),
 }
 
 
-# --- kinds of crosscoders -----------------------------------------------------------------------------------
+# --- the part "architectures" -------------------------------------------------------------------------------
 
 
-def compare(
-    store,
-    configs: Mapping[str, TrainConfig],
-    folder: str | Path,
-    of: str = "distilled",
-    against: str = "base",
-    p: float = 1,
-    n_boot: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Train each config in ``folder``/<name> (resumed, or loaded if it is there) and measure it on documents
-    of the split "report".
+def compute_architectures(variant: Variant, boots: int = 300, dedicated: float = 0.05) -> Part:
+    """The part "architectures": other kinds of crosscoders at the sparsity of the run's, on the pair and on
+    base against null_a; and base, style, distilled in one.
 
-    One row per config; columns are those of ``describe``. Raises UserError as ``lib.crosscoder.training.train`` does.
+    Each architecture has a null of its own: what share of its features lies beyond the 99% quantile of its
+    own null? ``boots``: resamples of documents; ``dedicated``: share of the dictionary that the dedicated
+    crosscoder reserves for each model.
     """
-    rows = {}
-    for name, config in configs.items():
-        rows[name] = describe(train(store, config, Path(folder) / name), store, of, against, p, n_boot, seed)
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("architecture")
+    budget = {"boots": boots, "dedicated": dedicated}
+    return variant.part("architectures", 2, budget, lambda: _architectures(variant, boots, dedicated))
+
+
+def _architectures(variant: Variant, boots: int, dedicated: float) -> tuple[dict, dict]:
+    config, store = variant.config(), variant.store
+    _, null = variant.harvested("base", "null_a")
+    coefficient, tries = match_l1(store, config.k, config, variant.folder("match_l1"), tolerance=0.1, most=5)
+    configs = {
+        "batchtopk": config,
+        "topk": replace(config, variant="topk"),
+        "jumprelu": replace(config, variant="jumprelu"),
+        "dedicated": replace(config, dedicated=dedicated),
+        "l1": replace(config, variant="l1", precision="float32", l1=coefficient),
+    }
+    # trained by other parts, and in the search for lambda
+    elsewhere = {"batchtopk_null": f"null_a_seed{config.seed}", "l1_pair": f"match_l1/l1_{coefficient:.4g}"}
+
+    def trained(on: Store, own: TrainConfig, name: str) -> CrossCoder:
+        return train(on, own, variant.folder(elsewhere.get(name, name)))
+
+    rows, curves = [], []
+    for name, own in configs.items():
+        of_pair = variant.crosscoder if own == config else trained(store, own, f"{name}_pair")
+        of_null = trained(null, own, f"{name}_null")
+        nrns = {
+            "pair": np.sort(
+                of_pair.nrn(1, "distilled", "base").numpy()[firing_frequency(of_pair, store) > 0]
+            ),
+            "null": np.sort(of_null.nrn(1, "null_a", "base").numpy()[firing_frequency(of_null, null) > 0]),
+        }
+        for pair, nrn in nrns.items():
+            curve = {"architecture": name, "pair": pair, "nrn": np.quantile(nrn, CURVE), "share": CURVE}
+            curves.append(pd.DataFrame(curve))
+        outside = {pair: float(((nrn < UNDER) | (nrn > OVER)).mean()) for pair, nrn in nrns.items()}
+        limit = float(np.quantile(nrns["null"], 0.99))
+        hits, n = int((nrns["pair"] > limit).sum()), len(nrns["pair"])
+        low, high = wilson(hits, n)
+        rows.append(
+            {
+                "architecture": name,
+                **describe(of_pair, store, n_boot=boots, seed=config.seed),
+                "outside": outside["pair"],
+                "outside_null": outside["null"],
+                "null_limit": limit,
+                "beyond_null": hits / n,
+                "beyond_null_low": low,
+                "beyond_null_high": high,
+            }
+        )
+    metrics = {
+        f"{name}_{row['architecture']}": metric(row[name], n=row["features"])
+        for row in rows
+        for name in ("l0", "outside", "outside_null", "beyond_null")
+    }
+    curves = pd.concat(curves, ignore_index=True)
+    tables = {"architectures": pd.DataFrame(rows), "nrn": curves, "match_l1": tries}
+    if "style" in variant.pair.others:
+        _, store = variant.harvested(*NAMES)
+        crosscoder = train(store, config, variant.folder("three_models"))
+        limits = (
+            variant.needed("nulls").tables["thresholds"].set_index(["score", "side", "level"])["threshold"]
+        )
+        # of two models' rows, how short is one at the null's threshold of NRN? So short counts as absent
+        short = (1 - limits["nrn", "distilled", 0.01]) / limits["nrn", "distilled", 0.01]
+        table = origins(crosscoder, threshold=short / (2 + short))
+        tables["origins"] = table.assign(alive=firing_frequency(crosscoder, store) > 0)
+    return metrics, tables
+
+
+def plot_nrn(curves: pd.DataFrame) -> go.Figure:
+    """Cumulative distributions of NRN by architecture, of the pair and of the null side by side."""
+    fig = px.line(
+        curves.replace({"pair": {"pair": "base, distilled", "null": "base, null_a"}}),
+        x="nrn",
+        y="share",
+        color="architecture",
+        facet_col="pair",
+        title="NRN by architecture, at equal L0: this pair, and the null",
+        labels={"share": "share of alive features below", "nrn": "NRN (p = 1)"},
+    )
+    fig.update_xaxes(range=[-0.02, 1.02], dtick=0.25).update_yaxes(range=[0, 1])
+    return fig.for_each_annotation(lambda label: label.update(text=label.text.split("=")[-1]))
 
 
 def describe(
     crosscoder: CrossCoder,
-    store,
-    of: str = "distilled",
-    against: str = "base",
+    store: Store,
+    model: str = "distilled",
+    reference: str = "base",
     p: float = 1,
     n_boot: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """What tells kinds of crosscoders apart, on the split "report".
+    """The quantities by which kinds of crosscoders are compared, on the split "report".
 
     variant, features; l0, fve_<model> and dead (share of features that fire nowhere there), each with _low
     and _high: 95%, bootstrap over documents, for ``dead`` Wilson's over features. Of the alive features:
@@ -98,37 +162,37 @@ def describe(
     a row in both models (NaN if these differ in width). dedicated_<model>: number of features reserved for
     it, and used_<model>: how many of these are alive.
     """
-    card = health(crosscoder, store, n_boot=n_boot, seed=seed)
+    quality = health(crosscoder, store, n_boot=n_boot, seed=seed)
     alive = torch.from_numpy(firing_frequency(crosscoder, store) > 0)
-    found: dict = {"variant": crosscoder.variant, "features": crosscoder.n_features}
-    for name, metric in {
+    row: dict = {"variant": crosscoder.variant, "features": crosscoder.n_features}
+    for name, key in {
         "l0": "l0",
         **{f"fve_{m}": f"fve_{m}" for m in crosscoder.names},
         "dead": "dead_fraction",
     }.items():
-        found |= {
-            name: card[metric]["value"],
-            f"{name}_low": card[metric]["ci"][0],
-            f"{name}_high": card[metric]["ci"][1],
+        row |= {
+            name: quality[key]["value"],
+            f"{name}_low": quality[key]["ci"][0],
+            f"{name}_high": quality[key]["ci"][1],
         }
-    nrn = crosscoder.nrn(p, of, against)[alive].double().numpy()
+    nrn = crosscoder.nrn(p, model, reference)[alive].double().numpy()
     nrn = nrn[~np.isnan(nrn)]  # a third model's own features are in neither
     empty = not len(nrn)
-    found |= {
+    row |= {
         "nrn_mean": np.nan if empty else nrn.mean(),
         "nrn_sd": nrn.std(ddof=1) if len(nrn) > 1 else np.nan,
         "nrn_over_0_7": np.nan if empty else (nrn > OVER).mean(),
         "nrn_under_0_3": np.nan if empty else (nrn < UNDER).mean(),
     }
-    found |= {f"nrn_q{round(100 * q):02}": np.nan if empty else np.quantile(nrn, q) for q in QUANTILES}
-    one, other = crosscoder.rows(against), crosscoder.rows(of)
+    row |= {f"nrn_q{round(100 * q):02}": np.nan if empty else np.quantile(nrn, q) for q in QUANTILES}
+    one, other = crosscoder.rows(reference), crosscoder.rows(model)
     both = alive & (one.norm(dim=1) > 0) & (other.norm(dim=1) > 0)
     comparable = one.shape == other.shape and bool(both.any())
-    found["cosine_median"] = float(crosscoder.cosine(against, of)[both].median()) if comparable else np.nan
+    row["cosine_median"] = float(crosscoder.cosine(reference, model)[both].median()) if comparable else np.nan
     for m, name in enumerate(crosscoder.names):
         own = crosscoder.owner == m
-        found |= {f"dedicated_{name}": int(own.sum()), f"used_{name}": int((own & alive).sum())}
-    return found
+        row |= {f"dedicated_{name}": int(own.sum()), f"used_{name}": int((own & alive).sum())}
+    return row
 
 
 def match_l1(
@@ -148,7 +212,7 @@ def match_l1(
     lambda, about as a power of it: from config.l1 lambda moves by factors of 4 until k lies between two
     tries, then to where a straight line between their logarithms meets k. Ends within ``tolerance`` (share of
     k), or after ``most`` tries with the nearest. L0 depends on the length of a run too: a lambda found in
-    short ones is near, and what it gave is what ``compare`` reports.
+    short ones is near, and L0 is reported as reached.
     """
     check("k", k, float, low=1e-3, high=config.n_features)
     tries: dict[float, float] = {}
@@ -179,15 +243,12 @@ def match_l1(
 
 
 def origins(
-    crosscoder: CrossCoder,
-    names: Sequence[str] = ("base", "style", "distilled"),
-    threshold: float = 0.15,
-    p: float = 1,
+    crosscoder: CrossCoder, names: Sequence[str] = NAMES, threshold: float = 0.15, p: float = 1
 ) -> pd.DataFrame:
     """When each feature came, and when it went: one row per feature.
 
     feature; share_<model>, ||d^m||_p over the sum of the three (NaN where all are 0); uses_<model>, whether
-    the share is above ``threshold``; origin, one of ``ORIGINS``' values. ``names``: three models of the
+    the share is above ``threshold``; origin, one of ``ORIGINS``. ``names``: three models of the
     crosscoder, each one made from the one before it. A threshold of 0.15 means: a row less than 0.35 times as
     long as those of two models that have the feature alike, which between two models is an NRN below 0.26.
     What noise of training does to these shares is for a null to say. Dead features have rows too: leave them
@@ -205,38 +266,34 @@ def origins(
     frame = pd.DataFrame({"feature": np.arange(len(shares))})
     for i, name in enumerate(names):
         frame[f"share_{name}"], frame[f"uses_{name}"] = shares[:, i], uses[:, i]
-    frame["origin"] = [ORIGINS[tuple(map(bool, row))] for row in uses]
+    frame["origin"] = [ORIGINS[tuple(map(bool, row))][0] for row in uses]
     return frame
 
 
-def origins_figure(frame: pd.DataFrame, names: Sequence[str] = ("base", "style", "distilled")) -> go.Figure:
+def plot_origins(frame: pd.DataFrame, names: Sequence[str] = NAMES) -> go.Figure:
     """Features in the triangle of their shares, one corner per model, coloured by origin; those in all three
-    lie in the middle.
-
-    ``frame``: what ``origins`` made, or some of its rows. Save it with ``data=frame``.
+    lie in the middle. ``frame``: rows of ``origins``.
     """
     fig = go.Figure()
-    for origin in MARKERS:
+    axes = dict(zip("bac", names))  # the middle model on top
+    hover = "feature %{text}<br>" + "<br>".join(f"{name} %{{{axis}:.2f}}" for axis, name in axes.items())
+    for origin, colour in ORIGINS.values():
         part = frame[frame["origin"] == origin]
         if len(part) and origin != "in none":
-            # the middle model on top
-            corners = {axis: part[f"share_{name}"] for axis, name in zip("bac", names)}
             fig.add_scatterternary(
-                **corners,
+                **{axis: part[f"share_{name}"] for axis, name in axes.items()},
                 mode="markers",
                 name=f"{origin} ({len(part)})",
                 text=part["feature"],
-                marker=dict(size=5, color=MARKERS[origin], opacity=0.7),
-                hovertemplate="feature %{text}<br>"
-                + "<br>".join(f"{n} %{{{x}:.2f}}" for x, n in zip("bac", names)),
+                marker=dict(size=5, color=COLOURS[colour], opacity=0.7),
+                hovertemplate=hover,
             )
-    axes = {
+    styles = {
         f"{axis}axis": dict(title=name, ticks="outside", tickformat=".1f", gridcolor="#E8E8E8")
-        for axis, name in zip("bac", names)
+        for axis, name in axes.items()
     }
-    fig.update_layout(
-        title="Whose feature is it? Shares of its decoder rows",
-        ternary=dict(sum=1, bgcolor="white", **axes),
+    return fig.update_layout(
+        title="Which model's feature is it? Shares of its decoder rows",
+        ternary=dict(sum=1, bgcolor="white", **styles),
         height=560,
     )
-    return fig

@@ -1,7 +1,9 @@
-"""Verdicts on planted truth: which way of calling a feature unique may be believed, and when.
+"""Verdicts on planted truth: which rule for calling a feature unique may be believed, and when.
 
-    table = study(folder, {"batchtopk": TrainConfig(...)}, ours)    # train on planted data, call features unique, compare with the truth
-    rule = recommend(table);  judge(table, rule)                    # chosen on some seeds, judged on fresh ones
+    part = compute_planted(variant)                                 # the part of the study; or by hand:
+    table = evaluate(folder, {"batchtopk": TrainConfig(...)}, ours) # one row per rule, side and seed
+    rule = recommend(table)                                         # chosen on some seeds,
+    judge(table, rule)                                              # judged on fresh ones
 
 **Methods.** A learned feature is called unique to one side by its row lengths (NRN, p = 1 or 2), by latent
 scaling (nu_eps, nu_r), or by two of them at once. Thresholds are fixed conventional ones, the same in every
@@ -10,17 +12,18 @@ setting, or the 1% quantile in a *planted null*: the same regime without any uni
 **Judgement.** Learned and planted features (``lib.study.planted``) are compared by the cosine of their joined
 decoder rows, in scaled space::
 
-    precision   share of the learned features called unique whose most similar planted feature is unique to that side
-    recall      share of the planted unique features with which a learned feature that is called unique has a cosine above 0.7
-    found       share of them that a one-to-one matching (Hungarian) gives a learned feature of cosine above 0.7, whatever it is
-                called: features that were not learned cannot be recalled
+    precision   share of the features called unique whose most similar planted feature is unique to that side
+    recall      share of the planted unique features with which a feature that is called unique has a cosine
+                above 0.7
+    found       share of them that a one-to-one matching (Hungarian) gives a learned feature of cosine above
+                0.7, whatever it is called: features that were not learned cannot be recalled
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +34,17 @@ from plotly.subplots import make_subplots
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
+from ..crosscoder.codes import sample_rows
 from ..crosscoder.model import CrossCoder
 from ..crosscoder.training import TrainConfig, train
 from ..features.latent_scaling import latent_scaling
 from ..figures import SCALE
+from ..results import Part
 from ..runs import Progress, fingerprint, write_text
 from ..settings import UserError, check
 from ..stats import t_interval
-from .planted import CHUNK, KINDS, MODELS, VERSION, Planted, PlantedStore
+from .planted import CHUNK, KINDS, MODELS, VERSION, Planted, PlantedStore, from_regime, regime
+from .variants import Variant, metric
 
 # --- the methods --------------------------------------------------------------------------------------------
 
@@ -71,7 +77,7 @@ def scores(crosscoder: CrossCoder, store: PlantedStore, rows: np.ndarray) -> pd.
     for start in range(0, len(rows), CHUNK):
         fires |= (crosscoder.encode(store.activations(rows[start : start + CHUNK])) > 0).any(0).numpy()
     similarity = (normalize(crosscoder.W_dec.detach(), dim=1) @ store.joined().T).numpy()
-    similarity[~fires] = -1  # the dead are like nothing
+    similarity[~fires] = -1  # a dead feature is not similar to any
     learned, planted = linear_sum_assignment(-similarity)
     matched = np.full(len(fires), -1)
     matched[learned] = planted
@@ -105,14 +111,14 @@ def null_thresholds(null: pd.DataFrame, rate: float = NULL_RATE) -> dict[tuple[s
     """{(side, score): threshold} that the share ``rate`` of the living features of a planted null passes. NaN
     is never beyond it.
     """
-    found = {}
+    thresholds = {}
     for side, part in null[null["alive"]].groupby("side"):
         for score, larger in SCORES.items():
             values = part[score].fillna(-np.inf if larger else np.inf)
-            found[side, score] = float(
+            thresholds[side, score] = float(
                 np.quantile(values, 1 - rate if larger else rate, method="higher" if larger else "lower")
             )
-    return found
+    return thresholds
 
 
 def called(table: pd.DataFrame, method: str, thresholds: Mapping[tuple[str, str], float]) -> np.ndarray:
@@ -203,10 +209,10 @@ SEEDS = {"choose": (0, 1, 2), "report": (10, 11, 12, 13, 14)}
 NULL_SEED = 100  # of the planted null that calibrates thresholds: it belongs to neither split
 
 
-def study(
+def evaluate(
     folder: Path,
     configs: Mapping[str, TrainConfig],
-    ours: Planted = Planted(),
+    ours: Planted,
     settings: Sequence[Setting] = SETTINGS,
     seeds: Mapping[str, Sequence[int]] = SEEDS,
     axis_seeds: int = 2,
@@ -217,45 +223,38 @@ def study(
     setting, value, architecture, seed, split, method, side, precision, recall, found, n_flagged, n_planted,
     fve (both models, report split)
 
-    ``configs`` {name of the architecture: its config, for our regime}; the config's seed is replaced.
-    ``seeds`` {split: seeds} hold for our regime (the first of ``settings``); the others are reported on the
-    first ``axis_seeds`` of split "report" only, since nothing is chosen there. Each (setting, architecture,
-    seed) is kept in ``folder`` as soon as it is done, and not computed again. The time is that of
-    ``len(cells(...))`` trainings.
+    ``configs`` {name of the architecture: its config, for our regime ``ours``}; the config's seed is
+    replaced. ``seeds`` {split: seeds} hold for our regime (the first of ``settings``); the others are
+    reported on the first ``axis_seeds`` of split "report" only, since nothing is chosen there. Each (setting,
+    architecture, seed) is kept in ``folder`` as soon as it is done, and not computed again. The time is that
+    of ``len(cells(...))`` trainings.
     """
-    folder, made = Path(folder), []
+    folder, tables = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     wanted = cells(configs, ours, settings, seeds, axis_seeds)
     store: PlantedStore | None = None
     with Progress("crosscoders on planted data", len(wanted)) as progress:
         for number, cell in enumerate(wanted):
-            file = folder / f"{cell.mark}.csv"
+            file = folder / f"{cell.fingerprint}.csv"
             if not file.is_file():
                 if store is None or store.planted != cell.planted:
                     store = PlantedStore(cell.planted)
-                write_text(
-                    file,
-                    _scored(store, cell.config).to_csv(index=False, float_format="%.6g", lineterminator="\n"),
-                )
-            made.append(
-                pd.read_csv(file, keep_default_na=False, na_values=[""], dtype={"hits": str}).fillna(
-                    {"hits": ""}
-                )
-            )
+                scored = _scored(store, cell.config)
+                write_text(file, scored.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+            table = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype={"hits": str})
+            tables.append(table.fillna({"hits": ""}))
             progress.update(number + 1, f"{cell.setting.name}, {cell.architecture}")
     thresholds = {
-        (*c.setting.key, c.architecture): null_thresholds(t)
-        for c, t in zip(wanted, made)
-        if c.split == "null"
+        (*cell.setting.key, cell.architecture): null_thresholds(table)
+        for cell, table in zip(wanted, tables)
+        if cell.split == "null"
     }
     rows = []
-    for cell, table in zip(wanted, made):
+    for cell, table in zip(wanted, tables):
         for method in METHODS if cell.split != "null" else ():
-            found = precision_recall(
-                table, called(table, method, thresholds[*cell.setting.key, cell.architecture]), cell.planted
-            )
+            flagged = called(table, method, thresholds[*cell.setting.key, cell.architecture])
             rows.append(
-                found.assign(
+                precision_recall(table, flagged, cell.planted).assign(
                     setting=cell.setting.name,
                     value=cell.setting.value,
                     architecture=cell.architecture,
@@ -281,7 +280,7 @@ class Cell:
     config: TrainConfig
 
     @property
-    def mark(self) -> str:
+    def fingerprint(self) -> str:
         return fingerprint("planted cell", VERSION, self.planted, self.config)
 
 
@@ -292,7 +291,7 @@ def cells(
     seeds: Mapping[str, Sequence[int]] = SEEDS,
     axis_seeds: int = 2,
 ) -> list[Cell]:
-    """All trainings that ``study`` needs: those on the same data are neighbours."""
+    """All trainings that ``evaluate`` needs: those on the same data are neighbours."""
     if not settings or settings[0] != OURS:
         raise UserError("settings must begin with our regime (judging.OURS): the rule is chosen there")
     used = [seed for split in seeds.values() for seed in split]
@@ -301,7 +300,7 @@ def cells(
             f"seeds must be {{'choose': ..., 'report': ...}} without a seed in both, and without {NULL_SEED},"
             " the null's"
         )
-    found = []
+    wanted = []
     for setting in settings:
         own = seeds if setting == OURS else {"report": tuple(seeds["report"])[:axis_seeds]}
         counts = {kind: round(getattr(ours, kind) * setting.features) for kind in KINDS}
@@ -314,10 +313,10 @@ def cells(
                     key: max(1, round(getattr(config, key) * factor))
                     for key, factor in setting.config.items()
                 }
-                found.append(
+                wanted.append(
                     Cell(setting, name, split, planted, replace(config, seed=planted.seed, **factors))
                 )
-    return found
+    return wanted
 
 
 def _scored(store: PlantedStore, config: TrainConfig) -> pd.DataFrame:
@@ -333,7 +332,7 @@ def _scored(store: PlantedStore, config: TrainConfig) -> pd.DataFrame:
 
 
 class _Quiet:
-    """For trainings of some seconds, of which one line in all says how far they have come."""
+    """No progress line for a training of seconds: ``evaluate`` has one for all of them."""
 
     def update(self, done: int, note: str = "") -> None: ...
 
@@ -365,7 +364,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _interval(values: pd.Series) -> tuple[float, float, float]:
-    """(mean, low, high) of shares, one a seed."""
+    """(mean, low, high) of a share over seeds; NaN where there is none."""
     low, high = np.clip(t_interval(values), 0, 1)
     return float(values.mean()), float(low), float(high)
 
@@ -383,7 +382,7 @@ def recommend(table: pd.DataFrame, architecture: str | None = None) -> dict[str,
         check("architecture", architecture, choices=sorted(ours["architecture"].unique()))
         ours = ours[ours["architecture"] == architecture]
     if ours.empty:
-        raise UserError("the table has no seeds to choose on in our regime: run the study with them")
+        raise UserError("the table has no seeds to choose on in our regime: evaluate it with them")
     means = (
         ours.fillna({"precision": 0.0})
         .groupby(["architecture", "method", "side"], sort=False)[["precision", "recall"]]
@@ -418,20 +417,71 @@ def judge(
         & (table["architecture"] == rule["architecture"])
         & (table["method"] == rule["method"])
     ]
-    found = {}
+    metrics = {}
     for name in ("precision", "recall", "found"):
         values = part[name].dropna()
         mean, low, high = _interval(values)
-        found[f"planted_{name}"] = {
-            "value": mean,
-            "ci": None if np.isnan(low) else (low, high),
-            "n": len(values),
-        }
-    return found
+        metrics[f"planted_{name}"] = metric(mean, None if np.isnan(low) else (low, high), len(values))
+    return metrics
+
+
+# --- the part "planted" -------------------------------------------------------------------------------------
+
+
+def compute_planted(
+    variant: Variant, planted_width: int = 24, planted_tokens: int = 200_000, small: bool = False
+) -> Part:
+    """The part "planted": which method may be believed when, on activations with known features, in the
+    regime of the run and with one thing at a time changed.
+
+    The regime is measured first, on the run's store through its crosscoder; numbers of features go with
+    ``planted_width``, the width of both models. Every architecture is evaluated in it (three seeds to choose
+    a rule, five fresh ones to judge it); BatchTopK, which the notebooks train, in every other setting too.
+    ``small``: two architectures, two settings and two seeds, to see that everything works.
+    """
+    budget = {"planted_width": planted_width, "planted_tokens": planted_tokens, "small": small}
+    compute = lambda: _planted(variant, planted_width, planted_tokens, small)  # noqa: E731
+    return variant.part("planted", 2, budget, compute, VERSION)
+
+
+def _planted(variant: Variant, width: int, tokens: int, small: bool) -> tuple[dict, dict]:
+    report = sample_rows(variant.store, "report", variant.max_tokens)
+    measured = regime(variant.crosscoder, variant.store, report)
+    ours = from_regime(measured, width=width, tokens=tokens)
+    config = TrainConfig(
+        n_features=256, k=max(1, round(ours.l0)), tokens=3 * tokens, batch_size=512, aux_k=16, dead_after=0.1
+    )
+    configs = {
+        "batchtopk": config,
+        "l1": replace(config, variant="l1"),
+        "jumprelu": replace(config, variant="jumprelu"),
+        "dedicated": replace(config, dedicated=0.125),  # as many as there are unique features to find
+    }
+    seeds, settings = SEEDS, SETTINGS
+    if small:
+        seeds, settings = {"choose": (0,), "report": (10,)}, SETTINGS[:2]
+        configs = {name: configs[name] for name in ("batchtopk", "l1")}
+    folder = variant.folder("planted")
+    table = evaluate(folder, configs, ours, settings[:1], seeds)
+    others = evaluate(folder, {"batchtopk": config}, ours, settings, seeds)
+    table = pd.concat([table, others[others["setting"] != OURS.name]], ignore_index=True)
+    # the best of all, and the best for the kind of crosscoder that the notebooks train
+    best, own = recommend(table), recommend(table, "batchtopk")
+    metrics = judge(table, best) | {f"{name}_batchtopk": m for name, m in judge(table, own).items()}
+    listed = lambda data, first: pd.DataFrame(  # noqa: E731
+        [(name, str(value)) for name, value in asdict(data).items()], columns=[first, "value"]
+    )
+    return metrics, {
+        "table": table,
+        "summary": summary(table),
+        "rules": pd.DataFrame([{"for": "any architecture", **best}, {"for": "batchtopk", **own}]),
+        "regime": listed(measured, "quantity"),
+        "generator": listed(ours, "parameter"),
+    }
 
 
 def plot(table: pd.DataFrame, architecture: str, side: str = "distilled") -> go.Figure:
-    """Which method may be believed when: methods by settings, mean precision and recall over the seeds of
+    """Methods by settings: mean precision and recall over the seeds of
     split "report".
     """
     means = summary(

@@ -1,22 +1,24 @@
-"""How often does a "unique" feature appear where there is nothing to find, and does it come back with another
-seed?
+"""How often is a feature "unique" where there is nothing to find, and does it recur with another seed?
 
-**Null calibration.** ``null_a`` and ``null_b`` are the base trained on, on its own data, for as many tokens
-and on the same schedule as the distilled model. Between the base and such a continuation nothing was learnt
-that deserves a name, so what a crosscoder calls unique there is noise of training. Base against null_a sets
-thresholds::
+**Nulls.** ``null_a`` and ``null_b`` are the base trained further on its own data, for as many tokens and on
+the same schedule as the distilled model. Between the base and such a continuation no thinking was learnt, so
+what a crosscoder calls unique there is noise of training. Base against null_a sets thresholds::
 
-    NRN_i  > quantile_{1 - level} of NRN over the null's alive features        (side "distilled"; < quantile_level: side "base")
-    nu_i   < quantile_level of nu over the null's features of that side
+    NRN_i > quantile_{1 - level} of NRN over the null's alive features        (side "distilled")
+    NRN_i < quantile_level of the same                                        (side "base")
+    nu_i  < quantile_level of nu over the null's features of that side
 
-Base against null_b, with another crosscoder seed, was not looked at for that: the share of its features
-beyond the thresholds is the false-positive rate that a threshold really has. (A model against itself gives
-NRN 0.5 exactly: a unit test, not a null.)
+Base against null_b, with another crosscoder seed, was not used for that: the share of its features beyond the
+thresholds is their false-positive rate. (A model against itself gives NRN 0.5 exactly: a unit test, not a
+null.)
 
 **Seeds.** Features of two crosscoders are matched one to one by the cosine of their decoder rows (all models'
 rows side by side, in scaled space) such that the sum of cosines is largest (Hungarian algorithm). A feature's
-*stability* is its mean cosine with its matches in crosscoders of other seeds. What the same matching finds in
-rows whose coordinates were permuted is the chance level.
+*stability* is its mean cosine with its matches in crosscoders of other seeds; the chance level is what the
+same matching finds in rows whose coordinates were permuted.
+
+**Likeness.** How alike the activations of base and distilled model are (CKA, Procrustes, ranks), beside the
+same numbers of the base and null_a; and whether unique features write where activations vary.
 """
 
 from __future__ import annotations
@@ -25,15 +27,103 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import plotly.express as px
+import plotly.graph_objects as go
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional
 
+from ..crosscoder.codes import codes, sample_rows
 from ..crosscoder.model import CrossCoder
-from ..features.uniqueness import LEVELS, SCORES, SIDES, beyond, extremity, sign
-from ..features.uniqueness import score_table as score_table
-from ..settings import check
-from ..stats import bootstrap, wilson
+from ..crosscoder.training import train
+from ..features import plots
+from ..features.table import category_features, feature_table
+from ..features.uniqueness import LEVELS, SCORES, SIDES, beyond, extremity, score_table, sign
+from ..features.use import change_limit, reweighted, solo_codes, use_table
+from ..figures import COLOURS
+from ..geometry import similarity
+from ..labels import CATEGORIES
+from ..results import Part
+from ..settings import UserError, check
+from ..stats import bootstrap, jackknife, wilson
+from .variants import Variant, metric
+
+# --- the part "nulls" ---------------------------------------------------------------------------------------
+
+RATES = {  # score: the name of its false-positive rate among the metrics
+    "nrn": "null_false_positive_rate",
+    "nrn_p2": "null_false_positive_rate_p2",
+    "nu_eps": "null_false_positive_rate_nu_eps",
+    "nu_r": "null_false_positive_rate_nu_r",
+}
+
+
+def compute_nulls(variant: Variant, boots: int = 300) -> Part:
+    """The part "nulls": thresholds, rates beyond them, scores of the pair and of the nulls, changes of use.
+
+    ``boots``: resamples of documents behind an interval of nu. Base against null_a sets the thresholds, base
+    against null_b with another crosscoder seed tests them; both orders of models and seeds are computed, the
+    second for the spread alone. The same two crosscoders say how much the *use* of features changes where
+    nothing was distilled. A pair without a null_b has null_a in its place: then the false-positive rate
+    covers the crosscoder's seed, but not another training of the null.
+    """
+    return variant.part("nulls", 1, {"boots": boots}, lambda: _nulls(variant, boots))
+
+
+def _nulls(variant: Variant, boots: int) -> tuple[dict, dict]:
+    if "null_a" not in variant.pair.others:
+        raise UserError(
+            f"the pair {variant.pair.name!r} has no null_a among its others: nothing says how unique features"
+            " look by chance"
+        )
+    seed, test = variant.seed, "null_b" if "null_b" in variant.pair.others else "null_a"
+    roles = {("null_a", seed): "sets the thresholds", (test, seed + 1): "false positives"}
+    if test == "null_b":
+        roles |= {("null_b", seed): "spread", ("null_a", seed + 1): "spread"}
+    tables, changes = {}, []
+
+    def changed(crosscoder: CrossCoder, store, model: str, s: int) -> pd.DataFrame:
+        tokens = sample_rows(store, "report", variant.max_tokens)
+        table = use_table(solo_codes(crosscoder, store, tokens), n_boot=10, model=model)
+        table = table[["feature", "alive", "change"]]
+        return table.assign(pair=f"base, {model}", seed=s)[["pair", "feature", "alive", "change", "seed"]]
+
+    for (name, s), role in roles.items():
+        _, store = variant.harvested("base", name)
+        crosscoder = train(store, variant.config(s), variant.folder(f"{name}_seed{s}"))
+        tables[name, s] = score_table(crosscoder, store, variant.max_tokens, name, "base", n_boot=boots)
+        if role != "spread":
+            changes.append(changed(crosscoder, store, name, s))
+    changes.append(changed(variant.crosscoder, variant.store, "distilled", seed))
+    own = score_table(variant.crosscoder, variant.store, variant.max_tokens, n_boot=boots)
+    limits = thresholds(tables["null_a", seed])
+    beyond_null = [
+        rates(table, limits).assign(pair=f"base, {name}", seed=s, role=roles[name, s])
+        for (name, s), table in tables.items()
+    ]
+    beyond_null.append(rates(own, limits).assign(pair="base, distilled", seed=seed, role="the pair"))
+    beyond_null = pd.concat(beyond_null, ignore_index=True)
+    tested = beyond_null.query("role == 'false positives' and side == 'distilled'").set_index(
+        ["score", "level"]
+    )
+    metrics = {}
+    for score, name in RATES.items():
+        for level, suffix in ((0.01, ""), (0.05, "_at_5_percent")):
+            row = tested.loc[(score, level)]
+            metrics[name + suffix] = metric(row.rate, (row.low, row.high), row.n)
+    limit = change_limit(changes[0])
+    metrics["use_limit"] = metric(limit, n=int(changes[0].alive.sum()))
+    for name, table in zip(("use_false_positive_rate", "use_reweighted_rate"), changes[1:]):
+        hits, n = int(reweighted(table, limit).sum()), int(table.alive.sum())
+        metrics[name] = metric(hits / n, wilson(hits, n), n)
+    null_scores = [table.assign(pair=f"base, {name}", seed=s) for (name, s), table in tables.items()]
+    return metrics, {
+        "thresholds": limits,
+        "rates": beyond_null,
+        "scores": own,
+        "null_scores": pd.concat(null_scores, ignore_index=True),
+        "use": pd.concat(changes, ignore_index=True),
+    }
 
 
 def thresholds(
@@ -101,12 +191,11 @@ def centred_rates(
     those of the study's part "nulls", the roles those in its ``rates``.
     """
     roles = rates.drop_duplicates(["pair", "seed"]).set_index(["pair", "seed"])["role"]
-    every = {
+    nrns = {
         key: part[part["alive"].astype(bool)]["nrn"] for key, part in null_scores.groupby(["pair", "seed"])
     }
-    own = next(key for key, role in roles.items() if role == "the pair")
-    every[own] = scores[scores["alive"].astype(bool)]["nrn"]
-    above = {roles[key]: nrn - nrn.median() for key, nrn in every.items() if roles[key] != "spread"}
+    nrns[roles.index[roles == "the pair"][0]] = scores[scores["alive"].astype(bool)]["nrn"]
+    above = {roles[key]: nrn - nrn.median() for key, nrn in nrns.items() if roles[key] != "spread"}
     limit = np.quantile(above["sets the thresholds"], 1 - level)
     return pd.DataFrame(
         [
@@ -116,7 +205,102 @@ def centred_rates(
     )
 
 
-# --- seeds --------------------------------------------------------------------------------------------------
+def plot_nulls(part: Part) -> tuple[go.Figure, pd.DataFrame]:
+    """(figure, its data): distributions of NRN of the pair and of its nulls, and the thresholds."""
+    kinds = {"this pair": part.tables["scores"]}
+    for (pair, seed), table in part.tables["null_scores"].groupby(["pair", "seed"]):
+        kinds[f"{pair}, seed {seed}"] = table
+    curves = []
+    for name, table in kinds.items():
+        nrn = np.sort(table[table["alive"].astype(bool)]["nrn"])
+        share = (np.arange(len(nrn)) + 0.5) / len(nrn)
+        curves.append(pd.DataFrame({"crosscoder": name, "NRN": nrn, "share": share}))
+    curves = pd.concat(curves, ignore_index=True)
+    dashes = dict(zip(kinds, ("solid", "dash", "dot", "dashdot", "longdash")))
+    colours = dict.fromkeys(kinds, COLOURS["null"]) | {"this pair": COLOURS["distilled"]}
+    fig = px.line(
+        *(curves, "NRN", "share", "crosscoder"),
+        line_dash="crosscoder",
+        line_dash_map=dashes,
+        color_discrete_map=colours,
+        title="NRN of the pair and of pairs that learnt no thinking",
+    )
+    limits = part.tables["thresholds"].query("score == 'nrn' and level == 0.01")
+    for row in limits.itertuples():
+        fig.add_vline(row.threshold, line_dash="dot", line_color="#444444", annotation_text="the null's 1%")
+    fig.update_xaxes(range=[0, 1], title_text="NRN (p = 1)")
+    return fig.update_yaxes(title_text="share of alive features below", range=[0, 1]), curves
+
+
+def plot_scaling(part: Part) -> tuple[go.Figure, pd.DataFrame]:
+    """(figure, its data): NRN against nu of every alive feature of the pair; a unique one is low in nu."""
+    table, limits = part.tables["scores"].assign(label=""), part.tables["thresholds"]
+    limit = limits.query("score == 'nrn' and side == 'distilled' and level == 0.01")["threshold"].item()
+    return plots.scaling(table, beyond(table, limits, "nrn"), limit)
+
+
+# --- the part "seeds" ---------------------------------------------------------------------------------------
+
+
+def compute_seeds(variant: Variant, seeds: int = 3) -> Part:
+    """The part "seeds": the run's crosscoder and others that differ in their seed alone, ``seeds`` in all.
+    Matches of their features, and what each of them alone would have said of the categories.
+    """
+    return variant.part("seeds", 1, {"seeds": seeds}, lambda: _seeds(variant, seeds))
+
+
+def _seeds(variant: Variant, seeds: int) -> tuple[dict, dict]:
+    limits, store, first = variant.needed("nulls").tables["thresholds"], variant.store, variant.seed
+    others = [
+        train(store, variant.config(s), variant.folder(f"seed{s}")) for s in range(first + 1, first + seeds)
+    ]
+    crosscoders, tables, rows, alive = [variant.crosscoder, *others], [], [], []
+    for s, crosscoder in enumerate(crosscoders, start=first):
+        choose, report = (
+            codes(crosscoder, store, split, variant.max_tokens) for split in ("choose", "report")
+        )
+        table = feature_table(crosscoder, store, choose, report)
+        scores = score_table(crosscoder, store, variant.max_tokens, n_boot=10)
+        chosen, lives = category_features(table, variant.nrn_over), table["alive"].to_numpy(bool)
+        unique = {score: beyond(scores, limits, score) for score in SCORES}
+        row = {
+            "seed": s,
+            "alive": int(lives.sum()),
+            "nrn_mean": table.loc[lives, "nrn"].mean(),
+            "nrn_sd": table.loc[lives, "nrn"].std(),
+            **{f"unique_{score}": int(hits.sum()) for score, hits in unique.items()},
+        }
+        for c in CATEGORIES:
+            f = chosen.get(c)
+            known = f is not None
+            row |= {
+                f"feature_{c}": f,
+                f"nrn_{c}": table["nrn"][f] if known else np.nan,
+                f"auroc_{c}": table[f"auroc_{c}"][f] if known else np.nan,
+                f"above_null_{c}": known and bool(unique["nrn"][f]),
+            }
+        rows.append(row)
+        alive.append(lives)
+        columns = ["seed", "feature", "alive", "frequency", "nrn", "nrn_p2", "side", "nu_eps", "nu_r"]
+        tables.append(scores.assign(seed=s)[columns])
+    stable = stability(crosscoders, alive)
+    unique = stable["feature"].isin(np.flatnonzero(beyond(tables[0].reset_index(drop=True), limits, "nrn")))
+    metrics = {
+        "stability_median": metric(stable["stability"].median(), n=len(stable)),
+        "stability_chance": metric(stable["chance"].median(), n=len(stable)),
+        "stability_unique_median": metric(stable.loc[unique, "stability"].median(), n=int(unique.sum())),
+    }
+    for c in CATEGORIES:
+        row = stable[stable["feature"] == rows[0][f"feature_{c}"]]
+        cosines = row.filter(regex=r"^cosine_").to_numpy().ravel()
+        # beside the mean the lowest and the highest, not an interval
+        known = (cosines.mean(), (cosines.min(), cosines.max())) if len(cosines) else (np.nan, None)
+        metrics[f"stable_{c}"] = metric(*known, n=len(cosines))
+    return metrics, {
+        "stability": stable,
+        "by_seed": pd.DataFrame(rows),
+        "scores": pd.concat(tables, ignore_index=True),
+    }
 
 
 def match(
@@ -129,14 +313,16 @@ def match(
     seed) permutes the coordinates of b's rows, the same way for all features: the chance level. Source: Kuhn
     1955; scipy's linear_sum_assignment.
     """
-    ours, theirs = np.flatnonzero(alive_a), np.flatnonzero(alive_b)
-    rows_a, rows_b = (functional.normalize(c.W_dec.detach()[i], dim=-1) for c, i in ((a, ours), (b, theirs)))
+    living_a, living_b = np.flatnonzero(alive_a), np.flatnonzero(alive_b)
+    rows_a, rows_b = (
+        functional.normalize(c.W_dec.detach()[i], dim=-1) for c, i in ((a, living_a), (b, living_b))
+    )
     if shuffle is not None:
         rows_b = rows_b[:, torch.randperm(rows_b.shape[1], generator=torch.Generator().manual_seed(shuffle))]
     cosines = (rows_a @ rows_b.T).numpy()
     left, right = linear_sum_assignment(cosines, maximize=True)
-    table = pd.DataFrame({"feature": ours, "match": -1, "cosine": np.nan})
-    table.loc[left, "match"], table.loc[left, "cosine"] = theirs[right], cosines[left, right]
+    table = pd.DataFrame({"feature": living_a, "match": -1, "cosine": np.nan})
+    table.loc[left, "match"], table.loc[left, "cosine"] = living_b[right], cosines[left, right]
     return table
 
 
@@ -150,9 +336,9 @@ def stability(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], se
     table = pd.DataFrame({"feature": np.flatnonzero(alive[0])})
     cosines, chance = [], []
     for s, other in enumerate(others, start=1):
-        found = match(first, other, alive[0], alive[s])
-        table[f"match_{s}"], table[f"cosine_{s}"] = found["match"], found["cosine"]
-        cosines.append(found["cosine"])
+        matches = match(first, other, alive[0], alive[s])
+        table[f"match_{s}"], table[f"cosine_{s}"] = matches["match"], matches["cosine"]
+        cosines.append(matches["cosine"])
         chance.append(match(first, other, alive[0], alive[s], shuffle=seed + s)["cosine"])
     table["stability"], table["stability_low"] = (
         pd.concat(cosines, axis=1).mean(axis=1),
@@ -160,3 +346,71 @@ def stability(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], se
     )
     table["chance"] = pd.concat(chance, axis=1).mean(axis=1)
     return table
+
+
+def plot_stability(stable: pd.DataFrame) -> go.Figure:
+    """Distribution of ``stability`` over the features, beside the chance level."""
+    names = {"stability": "other seeds", "chance": "permuted coordinates (chance)"}
+    colours = dict(zip(names.values(), (COLOURS["distilled"], COLOURS["null"])))
+    rows = stable.melt(["feature"], list(names), var_name="matched with", value_name="cosine")
+    fig = px.histogram(
+        rows.replace({"matched with": names}),
+        x="cosine",
+        color="matched with",
+        nbins=60,
+        barmode="overlay",
+        histnorm="percent",
+        title="Do features recur with another seed?",
+        color_discrete_map=colours,
+    )
+    fig.update_xaxes(title_text="mean cosine with the matched features", range=[0, 1.02])
+    return fig.update_yaxes(title_text="% of features")
+
+
+# --- the part "similarity" ----------------------------------------------------------------------------------
+
+
+def compute_similarity(variant: Variant, tokens: int = 8000) -> Part:
+    """The part "similarity", on ``tokens`` of the report split.
+
+    similarity   ``geometry.similarity.compare`` of the base with the distilled model and with null_a, on all
+    tokens, on traces and on general text: statistic, value, low, high, n, other, text
+    angles       do unique features write where the activations vary? Overlap of their rows in the distilled
+    model with the leading quarter of each model's principal components, against random sets of alive features
+    directions   cosines between the rows of the categories' features
+    """
+    return variant.part("similarity", 1, {"tokens": tokens}, lambda: _similarity(variant, tokens))
+
+
+def _similarity(variant: Variant, n_tokens: int) -> tuple[dict, dict]:
+    stores = {"distilled": variant.store, "null_a": variant.harvested("base", "null_a")[1]}
+    rows = []
+    for other, store in stores.items():
+        tokens = sample_rows(store, "report", n_tokens)
+        acts = [a.numpy() for a in store.activations(tokens)]
+        kind, documents = store.labels["kind"][tokens], store.documents[tokens]
+        for text, wanted in (("all", kind >= 0), ("trace", kind == 1), ("general", kind == 0)):
+            found = jackknife(similarity.compare, [a[wanted] for a in acts], documents[wanted])
+            rows.append(found.assign(other=other, text=text))
+    table = pd.concat(rows, ignore_index=True)
+    crosscoder, store, null = variant.crosscoder, variant.store, variant.needed("nulls").tables
+    alive = null["scores"]["alive"].to_numpy(bool)
+    unique = np.flatnonzero(beyond(null["scores"], null["thresholds"], "nrn"))
+    decoder, dims = crosscoder.rows("distilled").numpy(), store.widths["distilled"] // 4
+    angles = []
+    acts = store.activations(sample_rows(store, "report", n_tokens))
+    for name, model_acts in zip(store.models, acts):
+        basis = similarity.components(model_acts.numpy(), dims)
+        overlap = similarity.feature_overlap(decoder, unique, basis, np.flatnonzero(alive), dims, 300)
+        angles.append({"components_of": name, "dims": dims, **overlap})
+    chosen = {c: f for c, f in variant.inspection().chosen.items() if c in CATEGORIES}
+    cka = table[(table["statistic"] == "cka") & (table["text"] == "all")].set_index("other")
+    metrics = {
+        f"cka_{other}": metric(row["value"], (row["low"], row["high"]), row["n"])
+        for other, row in cka.iterrows()
+    }
+    return metrics, {
+        "similarity": table,
+        "angles": pd.DataFrame(angles),
+        "directions": similarity.category_cosines(crosscoder, chosen, alive),
+    }

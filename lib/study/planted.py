@@ -1,7 +1,7 @@
 """Planted truth: paired activations whose features are known, and the regime that they imitate.
 
-    ours = from_regime(regime(crosscoder, store, rows))   # what our data are like, measured before a rule is chosen
-    store = PlantedStore(ours)                            # read like a store of harvested activations; store.kinds is the truth
+    ours = from_regime(regime(crosscoder, store, tokens))   # what our data are like, before a rule is chosen
+    store = PlantedStore(ours)    # read like a store of harvested activations; store.kinds is the truth
 
 **Generator.** Token n, model m: features i are active together in both models, and write a direction of their
 own in each::
@@ -93,8 +93,7 @@ class Planted:
 
 
 class PlantedStore:
-    """Planted activations in memory, with as much of the interface of ``lib.activations.store.Store`` as training and
-    statistics use.
+    """Planted activations in memory, with what training and statistics use of the interface of ``Store``.
 
     Beside it the truth: ``kinds`` [F] (index into ``KINDS``), ``frequencies`` [F], ``codes`` [n, F] sparse,
     and ``directions`` {model: [F, d]}, what one unit of a feature adds to the RAW activation.
@@ -280,14 +279,14 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @torch.no_grad()
 def regime(
-    crosscoder: CrossCoder, store, rows: np.ndarray, of: str = "distilled", against: str = "base"
+    crosscoder: CrossCoder, store, tokens: np.ndarray, model: str = "distilled", reference: str = "base"
 ) -> Regime:
-    """Measure on tokens ``rows`` of a store what the generator needs to know. Models of one width."""
-    m = [crosscoder.names.index(name) for name in (against, of)]
-    width = crosscoder.widths[m[0]]
-    if crosscoder.widths[m[1]] != width:
-        raise UserError(f"{against} and {of} differ in width: planted data have one width")
-    if len(rows) < 2:
+    """Measure on tokens (numbers, [n]) of a store what the generator needs to know. Models of one width."""
+    slots = [crosscoder.names.index(name) for name in (reference, model)]
+    width = crosscoder.widths[slots[0]]
+    if crosscoder.widths[slots[1]] != width:
+        raise UserError(f"{reference} and {model} differ in width: planted data have one width")
+    if len(tokens) < 2:
         raise UserError("the regime is measured on at least two tokens")
     parts, sums, products, between, errors, norms = (
         [],
@@ -297,24 +296,24 @@ def regime(
         np.zeros(2),
         np.zeros(2),
     )
-    with Progress("tokens measured", len(rows)) as progress:
-        for start in range(0, len(rows), CHUNK):
-            acts = [torch.as_tensor(a) for a in store.activations(rows[start : start + CHUNK])]
+    with Progress("tokens measured", len(tokens)) as progress:
+        for start in range(0, len(tokens), CHUNK):
+            acts = [torch.as_tensor(a) for a in store.activations(tokens[start : start + CHUNK])]
             f = crosscoder.encode(acts)
             parts.append(sparse.csr_matrix(f.numpy()))
             x, x_hat = (
                 crosscoder.split(crosscoder.scaled(acts)),
                 crosscoder.split(f @ crosscoder.W_dec + crosscoder.b_dec),
             )
-            for i, model in enumerate(m):
-                own = x[model].double()
+            for i, slot in enumerate(slots):
+                own = x[slot].double()
                 sums[i] += own.sum(0).numpy()
                 products[i] += (own.T @ own).numpy()
-                errors[i] += float((own - x_hat[model]).square().sum())
-                norms[i] += float(acts[model].norm(dim=1).double().sum())
-            between += float((x[m[0]].double() * x[m[1]].double()).sum())
+                errors[i] += float((own - x_hat[slot]).square().sum())
+                norms[i] += float(acts[slot].norm(dim=1).double().sum())
+            between += float((x[slots[0]].double() * x[slots[1]].double()).sum())
             progress.update(start + len(acts[0]))
-    codes, n = sparse.csc_matrix(sparse.vstack(parts)), len(rows)
+    codes, n = sparse.csc_matrix(sparse.vstack(parts)), len(tokens)
     means = sums / n
     covariances = products / n - means[:, :, None] * means[:, None, :]
     variances = np.trace(covariances, axis1=1, axis2=2)
@@ -358,8 +357,8 @@ def regime(
         dead_directions=pair((spectra < (errors / n / width)[:, None]).mean(1)),
         dimension=pair(spectra.sum(1) ** 2 / np.square(spectra).sum(1) / width),
         agreement=round(float((between / n - means[0] @ means[1]) / np.sqrt(variances.prod())), 3),
-        row_cosine=quantiles(crosscoder.cosine(against, of)[alive]),
-        nrn_quantiles=quantiles(crosscoder.nrn(2, of, against)[alive]),
+        row_cosine=quantiles(crosscoder.cosine(reference, model)[alive]),
+        nrn_quantiles=quantiles(crosscoder.nrn(2, model, reference)[alive]),
     )
 
 
@@ -415,8 +414,8 @@ def _exponent(planted: Planted, measured: Regime) -> float:
     """The exponent whose frequencies have the measured quantiles: least squares of their logarithms."""
 
     def distance(exponent: float) -> float:
-        found = np.quantile(frequencies(replace(planted, exponent=exponent)), QUANTILES)
-        return float(np.square(np.log(found / np.maximum(measured.frequency_quantiles, 1e-4))).sum())
+        planned = np.quantile(frequencies(replace(planted, exponent=exponent)), QUANTILES)
+        return float(np.square(np.log(planned / np.maximum(measured.frequency_quantiles, 1e-4))).sum())
 
     return round(float(minimize_scalar(distance, bounds=(0, 3), method="bounded").x), 2)
 

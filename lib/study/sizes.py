@@ -1,29 +1,57 @@
-"""Reading the ladder: one number over the sizes, what three of them can show, and how they are drawn.
+"""The results of several pairs against their size: one table, what three sizes can show, and figures.
 
-``lib.study.ladder`` measures; this module takes its table "rungs" (pair, quantity, value, low, high, n, over) from
-wherever it was kept::
+    table, crosscoders, thoughts = collect(pairs, "default", puzzles=300)
+    line = series(table, "nrn_mean")    # one row per pair, by size: parameters, value, low, high, n, over
+    order(line)                         # ("rises", "falls" or "mixed", are steps larger than intervals?)
+    plot(table, {"mean NRN": {"distilled": "nrn_mean"}})
 
-    line = series(rungs, "nrn_mean")            # one row per pair, by size: parameters, value, low, high, n, over
-    order(line)                                 # "rises", "falls" or "mixed", and whether the intervals tell neighbours apart
-    plot(rungs, {"mean NRN": {"distilled": "nrn_mean"}})
+``collect`` reads what notebooks 02, 04, 05 and 10 wrote for each pair, and asks the models some puzzles, to
+know how well distillation worked at each size.
 
 Three sizes have six orders, all equally likely where size does not matter: one of them is "rises". So three
-points in rising order are evidence of odds of six to one at best, before anything else differs between the
-rungs; and something always does.
+points in rising order are weak evidence, before anything else differs between the pairs; and something always
+does. No interval here is over training a pair again: every size is one pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..distil import trials
 from ..figures import COLOURS
-from ..settings import UserError
+from ..labels import CATEGORIES
+from ..models.pairs import Pair, load_pair
+from ..results import read_part, read_results
+from ..runs import Run, fingerprint
+from ..settings import ROOT, UserError
+from ..stats import bootstrap, t_interval, wilson
 
+PAIRS = ("tiny_small", "tiny", "tiny_large")
+PARTS = ("nulls", "seeds", "similarity")  # of the study, that are read
+QUANTILES = (0.01, 0.5, 0.99)  # of NRN
+CHANGES = {  # of the geometry of words: quantity, metric of notebook 05
+    "parallelogram_difference": "parallelogram_change",
+    "parallelogram_relative_difference": "parallelogram_relative_change",
+    "offset_unexplained_difference": "offset_unexplained_change",
+}
+READ = {  # quantity: (notebook, metric, what its interval is over)
+    **{name: ("02", name, "documents") for name in ("fve_base", "fve_distilled", "l0", "dead_fraction")},
+    **{
+        quantity + end: ("05", f"{metric}_{model}", "words")
+        for quantity, metric in CHANGES.items()
+        for model, end in (("distilled", ""), ("null_a", "_null_a"))
+    },
+    **{f"parallelogram_{m}": ("05", f"parallelogram_{m}", "words") for m in ("base", "distilled", "null_a")},
+    "length_ratio": ("04", "overthink_length_ratio", "puzzles"),
+    "steered_accuracy_change": ("04", "overthink_accuracy_change", "puzzles"),
+    "random_length_ratio": ("04", "random_length_ratio", "puzzles"),
+}
 SHOWN = {
     "parameters": "parameters (log scale)",
     "gain": "gain from distillation (accuracy)",
@@ -31,29 +59,192 @@ SHOWN = {
 }
 
 
-def series(rungs: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """One quantity over the rungs, by size: index pair, columns parameters, value, low, high, n, over.
-    UserError if no rung has it.
+# --- collecting ---------------------------------------------------------------------------------------------
 
-    A rung without it has NaN.
+
+def collect(
+    pairs: Sequence[str], run: str, puzzles: int, folder: Path, seed: int = 0, root: Path = ROOT
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """(table, crosscoders, thoughts) of several pairs: ``table`` one row per pair and quantity (pair,
+    quantity, value, low, high, n, over), ``crosscoders`` one per crosscoder (``uniqueness``), ``thoughts``
+    one per puzzle of a distilled model (``trials.read``).
+
+    ``folder`` keeps transcripts. Where notebooks 02, 05 and 10 have not run for every pair, the numbers are
+    those of the part "ladder" of ``tiny``, the same measurements from before there were such notebooks for
+    each pair; UserError if it is not there either. Without 04 its quantities are left out.
     """
-    found = rungs[rungs["quantity"] == quantity].set_index("pair")
-    if found.empty:
-        raise UserError(
-            f"no rung has the quantity {quantity!r}: there are {', '.join(dict.fromkeys(rungs['quantity']))}"
-        )
-    size = rungs[rungs["quantity"] == "parameters"].set_index("pair")["value"].rename("parameters")
+    runs = [Run(name, run, root) for name in pairs]
+    complete = all(read_part(each, part) for each in runs for part in PARTS)
+    rows, crosscoders, thoughts = [], [], []
+    for name, each in zip(pairs, runs):
+        numbers, own = measured(each) if complete else earlier(each)
+        gates, solved = ask(load_pair(name), puzzles, folder / name, seed)
+        rows += [{"pair": name, **row} for row in (*gates, *numbers)]
+        crosscoders.append(own.assign(pair=name))
+        thoughts.append(solved.assign(pair=name))
+    columns = ["pair", "quantity", "value", "low", "high", "n", "over"]
     return (
-        pd.concat([size, found[["value", "low", "high", "n", "over"]]], axis=1)
-        .loc[size.index]
-        .sort_values("parameters")
+        pd.DataFrame(rows, columns=columns),
+        pd.concat(crosscoders, ignore_index=True),
+        pd.concat(thoughts, ignore_index=True),
     )
+
+
+def measured(run: Run) -> tuple[list[dict], pd.DataFrame]:
+    """Rows of numbers that the notebooks of one pair wrote, and its crosscoders (``uniqueness``)."""
+    nulls, seeds, similarity = (read_part(run, part).tables for part in PARTS)
+    own = uniqueness(nulls, seeds["scores"])
+    rows = [*over_seeds(own), *_best(seeds["by_seed"]), *_read(run), *_similarity(similarity["similarity"])]
+    return rows, own
+
+
+def earlier(run: Run) -> tuple[list[dict], pd.DataFrame]:
+    """The same from the part "ladder". Its thresholds come from two seeds of null_a, not from one."""
+    part = read_part(Run("tiny", run.name, run.root), "ladder")
+    if not part or run.pair not in set(part.tables["rungs"]["pair"]):
+        raise UserError(
+            f"{run.pair} has no results to compare: run make figures PAIR={run.pair}, then make study"
+            f" PAIR={run.pair}"
+        )
+    table, own, quantiles = (
+        frame[frame["pair"] == run.pair].drop(columns="pair")
+        for frame in (part.tables[name] for name in ("rungs", "uniqueness", "quantiles"))
+    )
+    wide = quantiles.pivot(index=["other", "seed"], columns="quantile", values="nrn")[list(QUANTILES)]
+    wide.columns = [f"nrn_q{round(100 * q):02d}" for q in QUANTILES]
+    table = table[(table["over"] != "puzzles") | table["quantity"].isin(READ)]
+    return table.to_dict("records"), own.merge(wide.reset_index(), on=["other", "seed"])
+
+
+def ask(pair: Pair, n: int, folder: Path, seed: int = 0) -> tuple[list[dict], pd.DataFrame]:
+    """How well distillation worked: rows of numbers, and the distilled model's thoughts on ``n`` puzzles.
+
+    ``gain`` is thinking (every step right) minus the base's direct answers, puzzle by puzzle. P(reflection)
+    is read on a third of the puzzles, after every step of the teacher's traces.
+    """
+    models, tasks = {name: pair.load(name) for name in ("base", "distilled")}, trials.puzzles(n, "test", seed)
+    conditions = [trials.Condition("base", "direct"), trials.Condition("distilled")]
+    mark = fingerprint(n, seed, *(pair.fingerprint(name) for name in models))
+    answers = trials.battery(models, pair.tokenizer(), tasks, conditions, folder, mark, seed)
+    direct, thought = (answers[condition] for condition in conditions)
+    rows = [
+        _row("parameters", sum(p.numel() for p in models["base"].parameters())),
+        _row("width", models["base"].config.hidden_size),
+    ]
+    for name, hits in (
+        ("acc_base_direct", direct["correct"]),
+        ("acc_distilled_think", thought["chain_correct"]),
+    ):
+        rows.append(_row(name, hits.mean(), wilson(int(hits.sum()), n), n, "puzzles"))
+    gain = thought["chain_correct"].astype(float) - direct["correct"].astype(float)
+    rows.append(_row("gain", gain.mean(), bootstrap(gain, seed=seed), n, "puzzles"))
+    steps = trials.reflection_probability(
+        models["distilled"], pair.tokenizer(), tasks[: max(1, n // 3)], seed
+    )
+    for name, wrong in (("p_reflect_given_error", True), ("p_reflect_given_correct", False)):
+        part = steps[steps["error"] == wrong]
+        interval = bootstrap(part["p_reflection"], groups=part["task"], seed=seed)
+        rows.append(_row(name, part["p_reflection"].mean(), interval, len(part), "puzzles"))
+    values = steps[["error", "p_reflection"]].to_numpy(float)
+    interval = bootstrap(values, _auroc, steps["task"], 200, seed)
+    rows.append(_row("reflect_auc", _auroc(values), interval, len(steps), "puzzles"))
+    return rows, thought
+
+
+def _auroc(rows: np.ndarray) -> float:
+    """Of rows [n, 2]: is an error, probability of a reflection."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(rows[:, 0], rows[:, 1])) if 0 < rows[:, 0].sum() < len(rows) else float("nan")
+
+
+def uniqueness(nulls: Mapping[str, pd.DataFrame], seeds: pd.DataFrame) -> pd.DataFrame:
+    """One row per crosscoder of a pair and of its nulls, from the tables of the parts "nulls" and "seeds":
+    other (the model beside the base), seed, alive; for p = 1 and (``_p2``) p = 2 nrn_mean and nrn_sd over
+    alive features, threshold (the null's 1%), unique (features above it) and share (of the alive ones);
+    nrn_q01, nrn_q50, nrn_q99."""
+    limits = nulls["thresholds"].set_index(["score", "side", "level"])["threshold"]
+    every = pd.concat([seeds.assign(pair="base, distilled"), nulls["null_scores"]], ignore_index=True)
+    rows = []
+    for (pair, seed), frame in every.groupby(["pair", "seed"], sort=False):
+        alive = frame[frame["alive"].astype(bool)]
+        row = {"other": pair.removeprefix("base, "), "seed": seed, "alive": len(alive)}
+        for score, end in (("nrn", ""), ("nrn_p2", "_p2")):
+            limit = limits[score, "distilled", 0.01]
+            unique = int((alive[score] > limit).sum())
+            row |= {f"nrn_mean{end}": alive[score].mean(), f"nrn_sd{end}": alive[score].std()}
+            row |= {f"threshold{end}": limit, f"unique{end}": unique, f"share{end}": unique / len(alive)}
+        row |= {f"nrn_q{round(100 * q):02d}": alive["nrn"].quantile(q) for q in QUANTILES}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def over_seeds(crosscoders: pd.DataFrame) -> list[dict]:
+    """Rows of numbers: means over the seeds of each model beside the base, with Student's intervals."""
+    names = {"unique": "unique_above_null", "unique_p2": "unique_above_null_p2", "share": "unique_share"}
+    names |= {name: name for name in ("nrn_mean", "nrn_mean_p2", "nrn_sd", "alive")}
+    rows = []
+    for other, part in crosscoders.groupby("other", sort=False):
+        end = "" if other == "distilled" else f"_{other}"
+        for column, name in names.items():
+            rows.append(_row(name + end, part[column].mean(), t_interval(part[column]), len(part), "seeds"))
+    return rows
+
+
+def _best(by_seed: pd.DataFrame) -> list[dict]:
+    """AUROC of the best feature of each category, over seeds."""
+    values = {c: by_seed[f"auroc_{c}"].dropna() for c in CATEGORIES}
+    return [_row(f"auroc_{c}", v.mean(), t_interval(v), len(v), "seeds") for c, v in values.items()]
+
+
+def _read(run: Run) -> list[dict]:
+    files = {number: read_results(run, number)["metrics"] for number in ("02", "05")}
+    if (run.results / "04.json").is_file():
+        files["04"] = read_results(run, "04")["metrics"]
+    rows = []
+    for quantity, (number, name, over) in READ.items():
+        if measured := files.get(number, {}).get(name):
+            rows.append(_row(quantity, measured["value"], measured["ci"], measured["n"], over))
+    return rows
+
+
+def _similarity(table: pd.DataFrame) -> list[dict]:
+    """cka, procrustes_..., effective_rank and participation: of the base with the distilled model, with
+    ``_null_a`` of the base with null_a; on all tokens, on traces (``_trace``), on general text."""
+    rows = []
+    for row in table.itertuples():
+        name = row.statistic.removesuffix("_y")
+        name = name.removesuffix("_x") + "_base" if name.endswith("_x") else name
+        name += "" if row.other == "distilled" else f"_{row.other}"
+        name += "" if row.text == "all" else f"_{row.text}"
+        rows.append(_row(name, row.value, (row.low, row.high), row.n, "documents"))
+    return rows
+
+
+def _row(quantity: str, value, ci=None, n: int | None = None, over: str = "") -> dict:
+    low, high = (np.nan if bound is None else bound for bound in (ci or (None, None)))
+    value = np.nan if value is None else value
+    return {"quantity": quantity, "value": value, "low": low, "high": high, "n": n, "over": over}
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def series(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """One quantity over the pairs, by size: index pair, columns parameters, value, low, high, n, over; NaN
+    for a pair without it. UserError if no pair has it."""
+    rows = table[table["quantity"] == quantity].set_index("pair")
+    if rows.empty:
+        names = ", ".join(dict.fromkeys(table["quantity"]))
+        raise UserError(f"no pair has the quantity {quantity!r}: there are {names}")
+    size = table[table["quantity"] == "parameters"].set_index("pair")["value"].rename("parameters")
+    joined = pd.concat([size, rows[["value", "low", "high", "n", "over"]]], axis=1)
+    return joined.loc[size.index].sort_values("parameters")
 
 
 def order(line: pd.DataFrame) -> tuple[str, bool]:
     """("rises", "falls" or "mixed", is every step larger than the intervals?) of a ``series``. "mixed" where
-    a value is missing, too.
-    """
+    a value is missing, too."""
     values = line["value"].to_numpy(float)
     steps = np.diff(values)
     name = "rises" if (steps > 0).all() else "falls" if (steps < 0).all() else "mixed"
@@ -62,11 +253,9 @@ def order(line: pd.DataFrame) -> tuple[str, bool]:
     return ("mixed" if np.isnan(values).any() else name), bool(apart.all())
 
 
-def ranks(rungs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
-    """Rank of every rung (1: lowest) in every quantity, by size: does it follow size, or success? NaN where a
-    rung has none.
-    """
-    return pd.DataFrame({q: series(rungs, q)["value"].rank() for q in quantities}).T.rename_axis("quantity")
+def ranks(table: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
+    """Rank of every pair (1: lowest) in every quantity, pairs by size. NaN where a pair has none."""
+    return pd.DataFrame({q: series(table, q)["value"].rank() for q in quantities}).T.rename_axis("quantity")
 
 
 def text(line: pd.DataFrame, digits: int = 2) -> str:
@@ -78,11 +267,11 @@ def text(line: pd.DataFrame, digits: int = 2) -> str:
 
 
 def plot(
-    rungs: pd.DataFrame,
+    table: pd.DataFrame,
     panels: Mapping[str, Mapping[str, str]],
+    title: str = "",
     x: str = "parameters",
     flat: Mapping[str, float] | None = None,
-    intervals: bool = True,
 ) -> go.Figure:
     """One panel per entry of ``panels`` {title: {curve: quantity}}, each quantity against ``x`` (a quantity,
     too) with its 95% interval.
@@ -93,149 +282,41 @@ def plot(
     curve are named.
     """
     fig = make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.09)
-    across, legend = series(rungs, x)["value"], set()
-    for column, (title, curves) in enumerate(panels.items(), start=1):
+    across, legend, by_size = series(table, x)["value"], set(), x == "parameters"
+    for column, (panel, curves) in enumerate(panels.items(), start=1):
         used = set()
         for name, quantity in curves.items():
-            line, kind = series(rungs, quantity), name.split()[0].strip(",:")
+            line, kind = series(table, quantity), name.split()[0].strip(",:")
             colour = COLOURS.get(kind, COLOURS["random"])
             dash = "dot" if kind in ("null", "random") else "dash" if colour in used else "solid"
-            error = dict(
-                type="data",
-                symmetric=False,
-                array=line["high"] - line["value"],
-                arrayminus=line["value"] - line["low"],
-            )
-            named = not used and x != "parameters"
-            fig.add_trace(
-                go.Scatter(
-                    x=across[line.index],
-                    y=line["value"],
-                    name=name,
-                    legendgroup=name,
-                    showlegend=name not in legend,
-                    text=line.index,
-                    mode="lines+markers" if x == "parameters" else "markers+text" if named else "markers",
-                    textposition="top center",
-                    line=dict(color=colour, dash=dash),
-                    error_y=error if intervals else None,
-                    textfont_size=11,
-                    marker=dict(
-                        color=colour,
-                        size=9,
-                        symbol={"solid": "circle", "dash": "circle-open", "dot": "diamond-open"}[dash],
-                    ),
-                ),
+            symbol = {"solid": "circle", "dash": "circle-open", "dot": "diamond-open"}[dash]
+            fig.add_scatter(
+                x=across[line.index],
+                y=line["value"],
+                name=name,
+                legendgroup=name,
+                showlegend=name not in legend,
+                text=line.index,
+                mode="lines+markers" if by_size else "markers" if used else "markers+text",
+                textposition="top center",
+                textfont_size=11,
+                line=dict(color=colour, dash=dash),
+                marker=dict(color=colour, size=9, symbol=symbol),
+                error_y=dict(array=line["high"] - line["value"], arrayminus=line["value"] - line["low"]),
                 row=1,
                 col=column,
             )
             used.add(colour)
             legend.add(name)
-        if title in (flat or {}):
-            fig.add_hline(y=flat[title], line=dict(color="#444444", width=1, dash="dot"), row=1, col=column)
-    if x == "parameters":
+        if panel in (flat or {}):
+            fig.add_hline(y=flat[panel], line=dict(color="#444444", width=1, dash="dot"), row=1, col=column)
+    if by_size:
         fig.update_xaxes(type="log", tickvals=across, ticktext=[f"{n / 1e6:.2f}M" for n in across])
     else:  # room for the names
         room = 0.25 * max(float(across.max() - across.min()), 1e-3)
         fig.update_xaxes(range=[across.min() - room, across.max() + room])
-    fig.update_xaxes(title_text=SHOWN.get(x, x))
-    fig.update_layout(
-        width=max(520, 420 * len(panels)), height=420, margin_t=90, legend=dict(orientation="h", y=-0.22)
+    fig.update_xaxes(title_text=SHOWN.get(x, x)).update_annotations(font_size=13)
+    legend = dict(orientation="h", y=-0.22)
+    return fig.update_layout(
+        title=title, width=max(560, 420 * len(panels)), height=440, margin_t=90, legend=legend
     )
-    return fig.update_annotations(font_size=13)
-
-
-def plot_seeds(uniqueness: pd.DataFrame, rungs: pd.DataFrame, panels: Mapping[str, str]) -> go.Figure:
-    """Every crosscoder as a point, for each panel {title: column of the table "uniqueness"}: base and
-    distilled, and the two nulls; lines join means."""
-    fig = make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.09)
-    size = series(rungs, "parameters")["parameters"]
-    kinds = {
-        "distilled": ("base, distilled", "solid", "circle", COLOURS["distilled"]),
-        "null_a": ("null a (sets the threshold)", "dot", "diamond-open", COLOURS["null"]),
-        "null_b": ("null b (checks it)", "dash", "square-open", COLOURS["random"]),
-    }
-    for column, measure in enumerate(panels.values(), start=1):
-        for other, (name, dash, symbol, colour) in kinds.items():
-            part = uniqueness[uniqueness["other"] == other]
-            mean = part.groupby("pair")[measure].mean().reindex(size.index)
-            both = dict(name=name, legendgroup=other)
-            fig.add_trace(
-                go.Scatter(
-                    x=size,
-                    y=mean,
-                    mode="lines",
-                    showlegend=False,
-                    line=dict(color=colour, dash=dash),
-                    hoverinfo="skip",
-                    **both,
-                ),
-                row=1,
-                col=column,
-            )
-            fig.add_trace(
-                go.Scatter(
-                    x=size[part["pair"]],
-                    y=part[measure],
-                    mode="markers",
-                    showlegend=column == 1,
-                    text=part["pair"],
-                    marker=dict(color=colour, size=9, symbol=symbol),
-                    **both,
-                ),
-                row=1,
-                col=column,
-            )
-    fig.update_xaxes(
-        type="log", tickvals=size, ticktext=[f"{n / 1e6:.2f}M" for n in size], title_text=SHOWN["parameters"]
-    )
-    fig.update_layout(
-        width=max(520, 420 * len(panels)), height=420, margin_t=90, legend=dict(orientation="h", y=-0.22)
-    )
-    return fig.update_annotations(font_size=13)
-
-
-def plot_overlaps(angles: pd.DataFrame, titles: Mapping[str, str]) -> go.Figure:
-    """Rows of ``Rung.angles``, one panel per model of ``titles`` {components_of: title}: the overlap of each
-    crosscoder's unique features, and a grey bar for 95% of random sets of as many features."""
-    fig = make_subplots(
-        1, len(titles), subplot_titles=list(titles.values()), shared_yaxes=True, horizontal_spacing=0.06
-    )
-    for column, model in enumerate(titles, start=1):
-        part = angles[angles["components_of"] == model].reset_index(drop=True)
-        x = part["pair"] + ", seed " + part["seed"].astype(str)
-        bars = np.stack([part["null_low"], part["null_high"], np.full(len(part), np.nan)], axis=1).ravel()
-        fig.add_trace(
-            go.Scatter(
-                x=np.repeat(x, 3),
-                y=bars,
-                mode="lines",
-                line=dict(color=COLOURS["null"], width=12),
-                name="random sets",
-                legendgroup="null",
-                showlegend=column == 1,
-                hoverinfo="skip",
-            ),
-            row=1,
-            col=column,
-        )
-        dots = dict(color=COLOURS["distilled"], size=9)
-        fig.add_trace(
-            go.Scatter(
-                x=x,
-                y=part["overlap"],
-                mode="markers",
-                marker=dots,
-                text=part["features"],
-                name="unique features",
-                legendgroup="unique",
-                showlegend=column == 1,
-            ),
-            row=1,
-            col=column,
-        )
-    fig.update_yaxes(title_text="mean squared cosine", row=1, col=1)
-    fig.update_layout(
-        title="Do unique features write where the activations are?", width=1000, height=460, margin_t=90
-    )
-    return fig.update_annotations(font_size=13)

@@ -53,7 +53,7 @@ _Solutions = Annotated[
 _Notebooks = Annotated[Path, typer.Option(hidden=True)]  # for the tests
 
 # options that take any number of words; typer wants the option before each of them
-_LISTS = {"--only", "--stages", "--states"}
+_LISTS = {"--only", "--stages"}
 
 
 def _spelled_out(words: Sequence[str]) -> list[str]:
@@ -131,10 +131,6 @@ def study(
     """Run the long experiments, notebooks 10 to 13. Hours; an interrupted run goes on."""
     from .notebooks import STUDY, run_all
 
-    if not any(notebooks.glob("10_*.ipynb")):
-        from .study import compute
-
-        return compute(pair, profile, only)
     run_all(STUDY, pair, profile, only, _texts(p), False, out, registry, timeout, notebooks)
 
 
@@ -252,37 +248,6 @@ def agreement(
     if rows.attrs:
         print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in rows.attrs.items()))
     print(shown(rows))
-
-
-@app.command()
-def appraise(
-    out: PairFolder,
-    traces: Traces = None,
-    text: Plain = None,
-    questions: Annotated[int, typer.Option(metavar="N", help="word problems to ask")] = 200,
-    threads: Threads = 2,
-):
-    """Measure what a distilled model has learnt. Held-out loss and answers to questions: evaluation.json."""
-    from ..study.appraisal import appraise
-
-    _use(threads)
-    appraise(out, traces, text, questions)
-
-
-@app.command()
-def robustness(
-    what: Annotated[Literal["training", "texts"], typer.Argument(help="which of the two")],
-    pair: Pair = "smol",
-    states: Annotated[list[Path], typer.Option(metavar="FILE ...", help="training: states of adapters")] = (),
-    tokens: Annotated[int, typer.Option(metavar="N", help="training: read for each state")] = 120_000,
-    traces: Annotated[str, typer.Option(help="texts: JSONL of traces, or a data set on the hub")] = "",
-    general: Annotated[str, typer.Option(help="texts: text or JSONL, or a data set on the hub")] = "",
-):
-    """Measure how NRN depends on the training or the text."""
-    from .study import compute_robustness
-
-    _use(1)
-    compute_robustness(what, pair, states, tokens, traces, general)
 
 
 # --- activations and the crosscoder -------------------------------------------------------------------------

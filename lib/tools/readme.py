@@ -415,7 +415,7 @@ Written by `python -m lib publish` from [figures/smol/study](../figures/smol/stu
 ## NRN's spread against training
 
 Adapters that were kept on the way were put on the base one after the other; the same text was read with each, and a crosscoder of the same size trained
-(`python -m lib robustness training --states data/runs/distil_smol/*/kept_*.pt`; smaller than the notebooks', so that only rows of this table can be compared). *Spread* is the 99% quantile
+(notebook 14 with the states of the training; smaller than the notebooks', so that only rows of this table can be compared). *Spread* is the 99% quantile
 of NRN minus the 1% quantile; *distance* the mean of |distilled - base| / |base|, per token.
 
 {training}
@@ -427,7 +427,7 @@ scale (notebook 02).
 ## Generated text against real text
 
 The notebooks read text that the two models wrote themselves. Here the same models were read on real traces of R1-like models and on paragraphs of an encyclopedia (the text that the adapters were trained on, which
-is not part of this repository), and another crosscoder of the same size was trained on as many tokens (`python -m lib robustness texts --traces ... --general ...`).
+is not part of this repository), and another crosscoder of the same size was trained on as many tokens (notebook 14 with another text).
 
 {crosscoders}
 
@@ -455,7 +455,7 @@ The published sets of word pairs of Todd et al. (function vectors; 15 relations,
 
 
 def robustness(folder: Path) -> str:
-    """docs/robustness_smol.md from the tables of ``lib.study.robustness`` and of notebook 05, below figures/smol."""
+    """docs/robustness_smol.md from the tables of ``lib.study.texts`` and of notebook 05, below figures/smol."""
     read = lambda name: list(csv.DictReader((folder / "study" / name).open()))  # noqa: E731
     with_interval = lambda row, name, low, high: _text(
         {"value": float(row[name]), "ci": [float(row[low]), float(row[high])]}

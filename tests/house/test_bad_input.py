@@ -112,11 +112,6 @@ def test_the_driver_refuses_before_anything_runs(name, capsys):
 OTHER_COMMANDS = {
     "a part of the study that is not there": (["study", "--only", "nope"], "unknown"),
     "the study of a pair that is not there": (["study", "--pair", "nope"], "unknown pair"),
-    "robustness without its files": (["robustness", "texts"], "needs --traces and --general"),
-    "states that were not kept": (
-        ["robustness", "training", "--pair", "tiny", "--states", "README.md"],
-        "not a state",
-    ),
     "the explorer of a run that is not there": (["explore", "--profile", "nope"], "run notebook 03"),
     "the explorer of a run whose name is a path": (["explore", "--profile", "../x"], "plain name"),
     "a report over somebody's folder": (["report", "--out", str(ROOT / "lib")], "not a report"),
@@ -738,9 +733,7 @@ def test_one_clear_sentence(name, tmp_path):
     assert words in sentence_of(error.value)
 
 
-@pytest.mark.parametrize(
-    "words", [["appraise", "nobody"], ["writing", "nobody", "out"], ["adapters", "nobody"]]
-)
+@pytest.mark.parametrize("words", [["writing", "nobody", "out"], ["adapters", "nobody"]])
 def test_commands_on_a_pair_that_is_not_there(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2

@@ -6,7 +6,6 @@ from lib.crosscoder.training import TrainConfig
 from lib.distil import adapters, organism
 from lib.runs import fingerprint
 from lib.study.planted import Planted
-from lib.study.variants import Budget
 
 
 @pytest.mark.parametrize(
@@ -17,7 +16,6 @@ from lib.study.variants import Budget
         (Planted(), "b18ecee9e0ac39a9"),
         (Planted(mean_share=(0.1, 0.2)), "b702630d481d8924"),
         (Planted().null(), "52bccb0b6d1129b6"),
-        (Budget(), "21a3975834bf9cb5"),
         (organism.Recipe(), "dcb8e784cc52e56c"),
         (adapters.Recipe(), "4367c384b04b7d17"),
     ],

@@ -134,10 +134,10 @@ def test_cells_are_short_and_hold_no_magic(stem):
 def test_profiles_fit_the_notebooks(profile):
     content = settings.read_profile(ROOT / "notebooks" / "profiles", profile, list(NOTEBOOKS))
     for stem, values in content.items():
-        if stem not in ("timeout", "study"):
+        if stem != "timeout":
             settings.checked(stem, driver.parameters_of(path(stem)), values or {})
     if profile == "smoke":
-        assert set(content) - {"timeout", "study"} == set(NOTEBOOKS), "every notebook has a small budget"
+        assert set(content) - {"timeout"} == set(NOTEBOOKS), "every notebook has a small budget"
 
 
 def test_every_pair_has_an_entry_that_can_be_read():

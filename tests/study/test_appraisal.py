@@ -13,39 +13,28 @@ from lib.settings import UserError
 from lib.study import appraisal
 from lib.text.chat import encode_trace, read_traces
 from lib.text.questions import Question
-from lib.tools.cli import main
 
 
 @pytest.fixture
-def command(tokenizer, tmp_path, monkeypatch):
+def appraise(tokenizer, tmp_path, monkeypatch):
     for name, seed in (("base", 0), ("distilled", 1)):
         chat_model(seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    monkeypatch.setattr(
-        appraisal, "load_pair", lambda name: Pair(name, {n: tmp_path / n for n in ("base", "distilled")})
-    )
-    monkeypatch.setattr(
-        appraisal,
-        "answers",
-        lambda model, tokenizer, questions: [("It is 5.\u2028", True, 4)] * len(questions),
-    )
+    pair = Pair("toy", {name: tmp_path / name for name in ("base", "distilled")})
+    said = ("It is 5.\u2028", True, 4)
+    monkeypatch.setattr(appraisal, "answer", lambda model, tokenizer, questions: [said] * len(questions))
     entries = [
         {"question": f"How many socks are in {i}?", "thinking": "First, I count. Wait.", "answer": f"{i}."}
         for i in range(400)
     ]
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     (tmp_path / "text.txt").write_text("".join(f"Harbours and rivers, {i} of them.\n" for i in range(3000)))
-
-    def run(*words):
-        assert main(["appraise", str(tmp_path / "toy"), "--threads", "1", "--questions", "6", *words]) == 0
-        return json.loads((tmp_path / "toy" / "evaluation.json").read_text())
-
-    return run
+    return lambda *files: appraisal.appraise(pair, 6, *map(str, files), folder=tmp_path / "toy")
 
 
-def test_losses_are_of_what_is_held_out_and_count_each_token_once(command, tokenizer, tmp_path):
-    """Little is held out here: were windows repeated up to the limit, the interval would shrink for nothing."""
-    found = command("--traces", str(tmp_path / "traces.jsonl"), "--text", str(tmp_path / "text.txt"))
+def test_losses_are_of_what_is_held_out_and_count_each_token_once(appraise, tokenizer, tmp_path):
+    """Little is held out here: windows that were repeated up to the limit would shrink the interval."""
+    found, _ = appraise(tmp_path / "traces.jsonl", tmp_path / "text.txt")
     kept = [t for t in read_traces(tmp_path / "traces.jsonl") if lora.held_out(t.question)]
     learnt = sum(sum(encode_trace(t, tokenizer)[1]) for t in kept)
     text = "".join(line + "\n" for line in lora.paragraphs(tmp_path / "text.txt") if lora.held_out(line))
@@ -58,10 +47,10 @@ def test_losses_are_of_what_is_held_out_and_count_each_token_once(command, token
     assert found["base"]["loss_text"]["value"] != found["distilled"]["loss_text"]["value"]
 
 
-def test_a_model_that_was_appraised_is_not_asked_again(command, tmp_path, monkeypatch):
-    first = command()
-    monkeypatch.setattr(appraisal, "answers", lambda *_: pytest.fail("it was asked before"))
-    assert command() == first and {"base", "distilled"} == first.keys()
+def test_a_model_that_was_appraised_is_not_asked_again(appraise, tmp_path, monkeypatch):
+    first = appraise()
+    monkeypatch.setattr(appraisal, "answer", lambda *_: pytest.fail("it was asked before"))
+    assert json.dumps(appraise()) == json.dumps(first) and {"base", "distilled"} == first[0].keys()
     rows = (tmp_path / "toy" / "transcripts" / "base.jsonl").read_text().split("\n")[:-1]
     assert (
         len({json.loads(row)["question"] for row in rows}) == 6
@@ -137,3 +126,10 @@ def test_an_appraisal_goes_on_only_with_the_same_questions(tmp_path):
     assert not appraisal.asked_before(file, questions)
     file.write_text('{"question": "a"}\n{"question": "b"}\n')
     assert appraisal.asked_before(file, questions) and not appraisal.asked_before(file, questions[:1])
+
+
+def test_the_committed_answers_are_read():
+    measured, transcripts = appraisal.appraise("smol")
+    assert list(measured) == ["base", "distilled", "null_a"] and len(transcripts["distilled"]) == 60
+    assert measured["distilled"]["loss_traces"]["value"] < measured["base"]["loss_traces"]["value"]
+    assert len(appraisal.plot_measures(measured).data) == 3

@@ -1,6 +1,7 @@
 """Kinds of crosscoders compared on a planted store, and origins of features of three models by hand."""
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lib.crosscoder.model import CrossCoder
 from lib.crosscoder.training import TrainConfig, train
 from lib.settings import UserError
 from lib.study import architectures
-from lib.study.architectures import compare, match_l1, origins, origins_figure
+from lib.study.architectures import describe, match_l1, origins, plot_origins
 from tests.crosscoder.test_training import gaussian, planted
 
 CONFIG = TrainConfig(n_features=40, k=3, tokens=12_000, batch_size=128, rate=3e-3, aux_k=8)
@@ -81,7 +82,7 @@ def test_errors_of_origins():
 
 def test_the_figure_places_every_used_feature_once():
     frame = origins(three([lengths for lengths, _ in CASES] + [[1, 1, 2]]))
-    fig = origins_figure(frame)
+    fig = plot_origins(frame)
     assert isinstance(fig, go.Figure)
     drawn = {trace.name: trace for trace in fig.data}
     assert sum(len(trace.a) for trace in fig.data) == len(CASES)  # all but the one in none
@@ -94,7 +95,8 @@ def test_the_figure_places_every_used_feature_once():
 def test_kinds_are_compared_at_what_they_reached(tmp_path):
     store, _, _ = planted(n=3000)
     configs = {"batchtopk": CONFIG, "own": TrainConfig(**{**vars(CONFIG), "dedicated": 0.2})}
-    table = compare(store, configs, tmp_path, n_boot=50)
+    made = {name: train(store, config, tmp_path / name) for name, config in configs.items()}
+    table = pd.DataFrame({name: describe(c, store, n_boot=50) for name, c in made.items()}).T
     crosscoder = train(store, CONFIG, tmp_path / "batchtopk")  # loaded: it is there
     frequency = firing_frequency(crosscoder, store)
     row, own = table.loc["batchtopk"], table.loc["own"]
@@ -117,13 +119,10 @@ def test_kinds_are_compared_at_what_they_reached(tmp_path):
 
 
 def test_unlike_widths_have_no_cosine(tmp_path):
-    table = compare(
-        gaussian(widths=(5, 7)),
-        {"a": TrainConfig(n_features=16, k=4, tokens=1000, batch_size=64)},
-        tmp_path,
-        n_boot=20,
-    )
-    assert np.isnan(table.cosine_median["a"]) and np.isfinite(table.nrn_mean["a"])
+    store = gaussian(widths=(5, 7))
+    crosscoder = train(store, TrainConfig(n_features=16, k=4, tokens=1000, batch_size=64), tmp_path)
+    row = describe(crosscoder, store, n_boot=20)
+    assert np.isnan(row["cosine_median"]) and np.isfinite(row["nrn_mean"])
 
 
 def test_lambda_is_found_between_two_tries(tmp_path, monkeypatch):

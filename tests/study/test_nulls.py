@@ -1,6 +1,7 @@
 """Thresholds from nulls, false-positive rates, and matching over seeds."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -151,3 +152,85 @@ def test_a_shift_of_the_whole_null_is_not_uniqueness_of_every_feature():
         1 + (spread > limit + 0.0003).sum(),
     ]
     assert (found.low < found.rate).all() and (found.rate < found.high).all()
+
+
+# --- the part "nulls" ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names, runs",
+    [
+        (("null_a", "null_b"), [("null_a", 0), ("null_b", 1), ("null_b", 0), ("null_a", 1)]),
+        (("null_a",), [("null_a", 0), ("null_a", 1)]),  # one null: only the crosscoder's seed is another
+    ],
+)
+def test_who_sets_the_thresholds_of_a_null_does_not_test_them(monkeypatch, names, runs):
+    trained, rng = [], np.random.default_rng(0)
+
+    def scores(crosscoder, store, *args, **options):
+        mean = {("null_a", 0): 0.5, "own": 0.9}.get(crosscoder, 0.55)
+        nrn = rng.normal(mean, 0.05, 400)
+        return pd.DataFrame(
+            {
+                "feature": range(400),
+                "alive": True,
+                "frequency": 0.1,
+                "nrn": nrn,
+                "nrn_p2": nrn,
+                "nu_eps": 1 - nrn,
+                "nu_r": 1 - nrn,
+                "side": np.where(nrn > 0.5, "distilled", "base"),
+            }
+        )
+
+    def use_table(solo, n_boot, model):
+        change = rng.normal(0, 1 if model != "distilled" else 5, 400)
+        return pd.DataFrame({"feature": range(400), "alive": True, "change": change})
+
+    class Fake:
+        pair, crosscoder, store, max_tokens = (
+            SimpleNamespace(name="toy", others=dict.fromkeys(names)),
+            "own",
+            None,
+            10,
+        )
+        seed = 0
+        config = staticmethod(lambda seed=None: SimpleNamespace(seed=0 if seed is None else seed))
+        harvested = staticmethod(lambda base, name: (None, name))
+        folder = staticmethod(lambda name: name)
+
+    def train(store, config, folder):
+        trained.append((store, config.seed))
+        return store, config.seed
+
+    monkeypatch.setattr(nulls, "train", train)
+    monkeypatch.setattr(nulls, "score_table", scores)
+    monkeypatch.setattr(nulls, "use_table", use_table)
+    monkeypatch.setattr(nulls, "solo_codes", lambda *args: None)
+    monkeypatch.setattr(nulls, "sample_rows", lambda *args: None)
+    metrics, tables = nulls._nulls(Fake(), 10)
+    assert trained == runs
+    roles = tables["rates"].drop_duplicates(["pair", "seed"]).set_index(["pair", "seed"]).role
+    assert (
+        roles["base, null_a", 0] == "sets the thresholds"
+        and roles[f"base, {names[-1]}", 1] == "false positives"
+    )
+    # the other's NRN is shifted by one deviation: 9% beyond 1%
+    assert 0.02 < metrics["null_false_positive_rate"]["value"] < 0.3
+    of = (
+        tables["rates"]
+        .query("score == 'nrn' and side == 'distilled' and level == 0.01")
+        .set_index(["pair", "seed"])
+        .rate
+    )
+    assert of["base, null_a", 0] == 0.01 and of["base, distilled", 0] == 1
+    assert metrics["use_reweighted_rate"]["value"] > 0.3 > metrics["use_false_positive_rate"]["value"]
+
+
+def test_a_pair_without_a_null_is_told_so():
+    class Fake:
+        pair = SimpleNamespace(name="toy", others={})
+        seed = 0
+
+    with pytest.raises(UserError, match="'toy' has no null_a"):
+        nulls._nulls(Fake(), 10)

@@ -19,13 +19,13 @@ from lib.study.judging import (
     Setting,
     called,
     cells,
+    evaluate,
     judge,
     null_thresholds,
     plot,
     precision_recall,
     recommend,
     scores,
-    study,
     summary,
 )
 from lib.study.planted import (
@@ -414,19 +414,19 @@ SEEDS = {"choose": (0,), "report": (10, 11)}
 
 def test_a_study_resumes_and_gives_one_row_per_method_and_side(tmp_path, monkeypatch):
     wanted = cells(CONFIGS, TINY, AXES, SEEDS, axis_seeds=1)
-    assert len(wanted) == 4 + 2 + 2 and len({c.mark for c in wanted}) == len(wanted)
+    assert len(wanted) == 4 + 2 + 2 and len({c.fingerprint for c in wanted}) == len(wanted)
     assert {c.config.tokens for c in wanted if c.setting.name == "budget"} == {400} and all(
         isinstance(c, Cell) for c in wanted
     )
     assert all(c.planted.base_only == 0 for c in wanted if c.split == "null")
-    whole = study(tmp_path, CONFIGS, TINY, AXES, SEEDS, axis_seeds=1)
+    whole = evaluate(tmp_path, CONFIGS, TINY, AXES, SEEDS, axis_seeds=1)
     assert len(whole) == (3 + 1 + 1) * len(METHODS) * 2
     assert set(whole["split"]) == {"choose", "report"} and whole["recall"].between(0, 1).all()
-    (tmp_path / f"{wanted[-1].mark}.csv").unlink()
+    (tmp_path / f"{wanted[-1].fingerprint}.csv").unlink()
     made = []
     real = judging._scored
     monkeypatch.setattr(judging, "_scored", lambda *args: made.append(args) or real(*args))
-    pd.testing.assert_frame_equal(study(tmp_path, CONFIGS, TINY, AXES, SEEDS, axis_seeds=1), whole)
+    pd.testing.assert_frame_equal(evaluate(tmp_path, CONFIGS, TINY, AXES, SEEDS, axis_seeds=1), whole)
     assert len(made) == 1
     figure = plot(whole, "batch")
     assert [t.name for t in figure.data] == ["precision", "recall"] and figure.data[0].z.shape == (

@@ -1,206 +1,154 @@
-"""The study's results: kept whole, read back, refused when they were made from something else."""
+"""Parts of the study: computed once, kept whole, read back, refused when made from something else."""
 
 import json
-from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from lib.results import read_part
 from lib.runs import Run
-from lib.settings import UserError
-from lib.study import variants as study
-from lib.tools.cli import main
-from lib.tools.study import open_study
+from lib.settings import ROOT, UserError
+from lib.study import architectures, judging, nulls, texts, thoughts, variants
+from lib.study.variants import HARVEST, TRAINING, Variant, metric, open_variant
+
+COMMITTED = Run("tiny")
+PARAMETERS = open_variant(COMMITTED).parameters
 
 
 @pytest.fixture
-def made(tmp_path, monkeypatch):
-    """A study of the embedded pair below ``tmp_path``, with one part that computes nothing but counts its
-    calls.
-    """
-    calls = []
-
-    def compute(s):
-        calls.append(s.pair.name)
-        return {"share": study.metric(0.25, (0.1, 0.4), 8)}, {
-            "rows": pd.DataFrame({"word": ["null", ""], "x": [1.5, None]})
-        }
-
-    monkeypatch.setattr(study, "PARTS", {"easy": study._Kind(compute, 1)})
-    monkeypatch.setattr(study.Study, "store", type("S", (), {"fingerprint": "store-1"})())
-    monkeypatch.setattr(study.Study, "_opened", (None, "crosscoder-1"))
-    return open_study("tiny", "default", root=tmp_path), calls, Run("tiny", "default", tmp_path)
+def variant(tmp_path, monkeypatch):
+    """The embedded pair below ``tmp_path``, with a store and a crosscoder that are names only."""
+    monkeypatch.setattr(Variant, "store", type("S", (), {"fingerprint": "store-1"})())
+    monkeypatch.setattr(Variant, "_opened", (None, "crosscoder-1"))
+    return Variant(Run("tiny", "default", tmp_path), json.loads(json.dumps(PARAMETERS)))
 
 
-def test_a_part_is_computed_once_and_read_back_with_its_words_and_gaps(made):
-    s, calls, run = made
-    assert s.make("easy") and not s.make("easy") and calls == ["tiny"]
-    part = read_part(run, "easy", store="store-1", crosscoder="crosscoder-1")
-    assert part and part.metrics["share"] == {"value": 0.25, "ci": [0.1, 0.4], "n": 8}
-    assert part.tables["rows"].word[0] == "null" and pd.isna(part.tables["rows"].x[1])
-    assert part.note.startswith("Read, not computed here") and "make study ONLY=easy" in part.note
+def easy(variant, version=1, calls=None, **budget):
+    """A part that computes nothing but counts its calls."""
+
+    def compute():
+        if calls is not None:
+            calls.append(version)
+        frame = pd.DataFrame({"word": ["null", ""], "x": [1.5, None]})
+        return {"share": metric(0.25, (0.1, 0.4), 8)}, {"rows": frame}
+
+    return variant.part("easy", version, budget, compute)
 
 
-def test_what_is_missing_is_empty_and_says_how_to_make_it(made):
-    part = read_part(made[2], "easy")
-    assert (
-        not part
-        and part.metrics == {}
-        and "Not computed for this run" in part.note
-        and "make study ONLY=easy" in part.note
-    )
+# --- the committed parts ------------------------------------------------------------------------------------
 
-
-def test_results_of_other_code_weights_or_artefacts_are_refused(made, monkeypatch):
-    s, _, run = made
-    s.make("easy")
-    assert (
-        "another crosscoder than this notebook has" in read_part(run, "easy", crosscoder="crosscoder-2").note
-    )
-    assert not read_part(run, "easy", crosscoder="crosscoder-2")
-    monkeypatch.setitem(study.PARTS, "easy", study._Kind(study.PARTS["easy"].compute, 2))
-    part = read_part(run, "easy")
-    assert not part and part.note.startswith("Refused")
-    assert s.make("easy"), "a part made by other code is made again"
-
-
-def test_the_fingerprint_knows_weights_parameters_and_budget(made, monkeypatch):
-    s, _, run = made
-    before = s.fingerprint("easy")
-    monkeypatch.setitem(s.parameters["02_train_crosscoder"], "n_features", 7)
-    assert s.fingerprint("easy") != before
-    monkeypatch.undo()
-    assert "study" not in json.dumps(s.parameters)
-
-
-def test_nulls_read_the_text_that_the_store_was_harvested_from(made, monkeypatch, tmp_path):
-    """The profile's, which need not be the pair's; and nothing where the store holds another one."""
-    s, _, _ = made
-    # as in results from before there was a choice
-    assert not set(study.TEXTS) & set(s.parameters["01_harvest_activations"])
-    before = s.fingerprint("easy")
-    for name in ("traces", "general"):
-        (tmp_path / f"{name}.txt").write_text("so 9 * 4 = 13 .\n")
-        s.parameters["01_harvest_activations"][name] = str(tmp_path / f"{name}.txt")
-    assert s.fingerprint("easy") != before
-    monkeypatch.setattr(study, "harvest", lambda pair, documents, *args, **options: documents)
-    mine = {name: s.parameters["01_harvest_activations"][name] for name in ("traces", "general")}
-    p = s.parameters["01_harvest_activations"]
-    text = study.build(
-        study.override(s.pair, **mine), p["tokens"], trace_share=p["trace_share"], seed=p["seed"]
-    ).fingerprint
-    s.store.manifest = {"corpus": {"fingerprint": text}}
-    pair, documents = s.harvested("base", "null_a")
-    assert list(pair.models) == ["base", "null_a"] and {kind for _, kind in documents.pair.corpus} == {
-        "trace",
-        "general",
-    }
-    s.store.manifest = {"corpus": {"fingerprint": "another"}}
-    with pytest.raises(UserError, match="harvested from another text than its profile says"):
-        s.harvested("base", "null_a")
-
-
-def test_an_interrupted_part_leaves_nothing_that_could_be_read(made, monkeypatch):
-    s, _, run = made
-    s.make("easy")
-
-    def broken(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(study.PARTS, "easy", study._Kind(broken, 3))
-    with pytest.raises(KeyboardInterrupt):
-        s.make("easy")
-    assert not read_part(run, "easy")
+PARTS = {
+    "nulls": nulls.compute_nulls,
+    "seeds": nulls.compute_seeds,
+    "architectures": architectures.compute_architectures,
+    "planted": judging.compute_planted,
+    "causal": thoughts.compute_thoughts,
+}
 
 
 @pytest.mark.parametrize(
-    "names, runs",
-    [
-        (("null_a", "null_b"), [("null_a", 0), ("null_b", 1), ("null_b", 0), ("null_a", 1)]),
-        (("null_a",), [("null_a", 0), ("null_a", 1)]),  # one null: only the crosscoder's seed is another
-    ],
+    "pair, part", [*(("tiny", part) for part in PARTS), ("smol", "nulls"), ("smol", "seeds")]
 )
-def test_who_sets_the_thresholds_of_a_null_does_not_test_them(monkeypatch, names, runs):
-    trained, rng = [], np.random.default_rng(0)
-
-    def scores(crosscoder, store, *args, **options):
-        mean = {("null_a", 0): 0.5, "own": 0.9}.get(crosscoder, 0.55)
-        nrn = rng.normal(mean, 0.05, 400)
-        return pd.DataFrame(
-            {
-                "feature": range(400),
-                "alive": True,
-                "frequency": 0.1,
-                "nrn": nrn,
-                "nrn_p2": nrn,
-                "nu_eps": 1 - nrn,
-                "nu_r": 1 - nrn,
-                "side": np.where(nrn > 0.5, "distilled", "base"),
-            }
-        )
-
-    def use_table(crosscoder, store, rows, n_boot, of):
-        change = rng.normal(0, 1 if of != "distilled" else 5, 400)
-        return pd.DataFrame({"feature": range(400), "alive": True, "change": change})
-
-    class Fake:
-        pair, crosscoder, store, max_tokens = (
-            SimpleNamespace(name="toy", others=dict.fromkeys(names)),
-            "own",
-            None,
-            10,
-        )
-        budget = SimpleNamespace(boots=10)
-        config = staticmethod(lambda seed=None: SimpleNamespace(seed=0 if seed is None else seed))
-        harvested = staticmethod(lambda base, name: (None, name))
-        work = staticmethod(lambda name: name)
-
-    def train(store, config, folder):
-        trained.append((store, config.seed))
-        return store, config.seed
-
-    monkeypatch.setattr(study, "train", train)
-    monkeypatch.setattr(study.nulls, "score_table", scores)
-    monkeypatch.setattr(study.use, "use_table", use_table)
-    monkeypatch.setattr(study, "sample_rows", lambda *args: None)
-    metrics, tables = study.compute_nulls(Fake())
-    assert trained == runs
-    roles = tables["rates"].drop_duplicates(["pair", "seed"]).set_index(["pair", "seed"]).role
-    assert (
-        roles["base, null_a", 0] == "sets the thresholds"
-        and roles[f"base, {names[-1]}", 1] == "false positives"
-    )
-    # the other's NRN is shifted by one deviation: 9% beyond 1%
-    assert 0.02 < metrics["null_false_positive_rate"]["value"] < 0.3
-    of = (
-        tables["rates"]
-        .query("score == 'nrn' and side == 'distilled' and level == 0.01")
-        .set_index(["pair", "seed"])
-        .rate
-    )
-    assert of["base, null_a", 0] == 0.01 and of["base, distilled", 0] == 1
-    assert metrics["use_reweighted_rate"]["value"] > 0.3 > metrics["use_false_positive_rate"]["value"]
+def test_what_took_hours_is_read_and_needs_no_artefact(pair, part, monkeypatch):
+    """The fingerprint of every committed part comes out of the committed results of notebooks 01 to 03."""
+    nothing = property(lambda self: pytest.fail("an artefact was opened"))
+    for name in ("store", "_opened"):
+        monkeypatch.setattr(Variant, name, nothing)
+    kept = json.loads((ROOT / "figures" / pair / "study" / part / "manifest.json").read_text())
+    found = PARTS[part](open_variant(Run(pair)))
+    assert found.metrics == kept["metrics"] and sorted(found.tables) == kept["tables"]
 
 
-def test_a_pair_without_a_null_is_told_so():
-    class Fake:
-        pair = SimpleNamespace(name="toy", others={})
-        config = staticmethod(lambda: SimpleNamespace(seed=0))
-
-    with pytest.raises(UserError, match="'toy' has no null_a"):
-        study.compute_nulls(Fake())
+def test_another_budget_is_another_part(monkeypatch):
+    monkeypatch.setattr(nulls, "_nulls", lambda *args: (_ for _ in ()).throw(RuntimeError("computed")))
+    with pytest.raises(RuntimeError, match="computed"):
+        nulls.compute_nulls(open_variant(COMMITTED), boots=301)
 
 
-def test_profiles_may_set_the_budget_and_only_with_sense():
-    assert open_study("tiny", "smoke").budget.seeds >= 2
-    with pytest.raises(UserError, match="seeds of the study"):
-        study.Budget(seeds=1)
+def test_longer_training_and_other_text_are_read_and_half_a_text_is_refused():
+    smol = open_variant(Run("smol"))
+    assert len(texts.compute_training(smol).tables["training"]) == 6
+    assert set(texts.compute_texts(smol).tables["crosscoders"].text) == {"own", "other"}
+    assert not texts.compute_training(smol, tokens=1000), "of another number of tokens"
+    with pytest.raises(UserError, match="both traces and general"):
+        texts.compute_texts(smol, traces="t.jsonl")
 
 
-def test_wrong_usage_is_one_sentence(capsys):
-    assert main(["study", "--only", "nuls"]) == 2
-    assert "unknown part 'nuls': there are nulls" in capsys.readouterr().err
-    assert main(["study", "--pair", "tinny"]) == 2
-    assert "unknown pair 'tinny'" in capsys.readouterr().err
+# --- the mechanism ------------------------------------------------------------------------------------------
+
+
+def test_a_part_is_computed_once_and_read_back_with_its_words_and_gaps(variant):
+    calls = []
+    for _ in range(2):
+        part = easy(variant, calls=calls)
+    assert calls == [1] and part.metrics["share"] == {"value": 0.25, "ci": [0.1, 0.4], "n": 8}
+    assert part.tables["rows"].word[0] == "null" and pd.isna(part.tables["rows"].x[1])
+    manifest = json.loads((variant.run.figures / "study" / "easy" / "manifest.json").read_text())
+    assert manifest["inputs"] == {"store": "store-1", "crosscoder": "crosscoder-1"}
+
+
+def test_a_part_of_other_code_or_another_budget_is_made_again(variant):
+    calls = []
+    easy(variant, calls=calls)
+    easy(variant, version=2, calls=calls)
+    easy(variant, version=2, calls=calls, boots=10)
+    assert calls == [1, 2, 2]
+
+
+def test_what_is_missing_or_of_other_artefacts_is_empty_and_says_why(variant):
+    part = read_part(variant.run, "nulls")
+    assert not part and part.metrics == {} and "make study ONLY=10" in part.note
+    easy(variant)
+    refused = read_part(variant.run, "easy", crosscoder="crosscoder-2")
+    assert not refused and "another crosscoder than this notebook has" in refused.note
+    with pytest.raises(UserError, match="builds on the part 'nulls', which comes first"):
+        variant.needed("nulls")
+
+
+def test_the_fingerprint_knows_weights_parameters_and_budget(variant, monkeypatch):
+    before = variant.fingerprint("easy", 1, {})
+    monkeypatch.setitem(variant.parameters[TRAINING], "n_features", 7)
+    assert variant.fingerprint("easy", 1, {}) != before
+    monkeypatch.undo()
+    assert variant.fingerprint("easy", 1, {"boots": 1}) != before != variant.fingerprint("other", 1, {})
+    monkeypatch.setattr(type(variant.pair), "fingerprint", lambda self, name: name)
+    assert variant.fingerprint("easy", 1, {}) != before
+
+
+def test_an_interrupted_part_leaves_nothing_that_could_be_read(variant, monkeypatch):
+    easy(variant)
+
+    def killed(folder, *args, **info):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(variants, "write_manifest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        easy(variant, version=2)
+    assert not read_part(variant.run, "easy")
+
+
+def test_a_run_without_its_notebooks_is_told_which_to_run(tmp_path):
+    with pytest.raises(UserError, match="run notebook 01 first"):
+        open_variant(Run("tiny", "default", tmp_path))
+
+
+def test_nulls_read_the_text_that_the_store_was_harvested_from(variant, monkeypatch, tmp_path):
+    """The run's, which need not be the pair's; and nothing where the store holds another one."""
+    # as in results from before there was a choice
+    assert not set(variants.TEXTS) & set(variant.parameters[HARVEST])
+    before = variant.fingerprint("easy", 1, {})
+    for name in ("traces", "general"):
+        (tmp_path / f"{name}.txt").write_text("so 9 * 4 = 13 .\n")
+        variant.parameters[HARVEST][name] = str(tmp_path / f"{name}.txt")
+    assert variant.fingerprint("easy", 1, {}) != before
+    monkeypatch.setattr(variants, "harvest_activations", lambda pair, documents, *args, **options: documents)
+    p = variant.parameters[HARVEST]
+    pair = variants.override(variant.pair, p["traces"], p["general"])
+    text = variants.build(pair, p["tokens"], trace_share=p["trace_share"], seed=p["seed"]).fingerprint
+    variant.store.manifest = {"corpus": {"fingerprint": text}}
+    pair, documents = variant.harvested("base", "null_a")
+    assert list(pair.models) == ["base", "null_a"]
+    assert {kind for _, kind in documents.pair.corpus} == {"trace", "general"}
+    variant.store.manifest = {"corpus": {"fingerprint": "another"}}
+    with pytest.raises(UserError, match="harvested from another text"):
+        variant.harvested("base", "null_a")

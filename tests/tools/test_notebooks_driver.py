@@ -87,20 +87,13 @@ def test_wrong_usage_is_one_sentence_before_anything_runs(house, capsys, words, 
 
 
 def test_a_profile_of_a_pair_is_laid_over_the_profile(house):
-    (house / "profiles" / "default.yaml").write_text(
-        "timeout: 60\n00_first: {seed: 5, rate: 0.1}\nstudy: {seeds: 2}\n"
-    )
+    (house / "profiles" / "default.yaml").write_text("timeout: 60\n00_first: {seed: 5, rate: 0.1}\n")
     (house / "profiles" / "default.other.yaml").write_text(
         "timeout: 90\n00_first: {seed: 7}\n01_second: {ks: [3]}\n"
     )
     read = lambda pair: settings.read_profile(house / "profiles", "default", ["00_first", "01_second"], pair)  # noqa: E731
-    assert read("tiny") == {"timeout": 60, "00_first": {"seed": 5, "rate": 0.1}, "study": {"seeds": 2}}
-    assert read("other") == {
-        "timeout": 90,
-        "00_first": {"seed": 7, "rate": 0.1},
-        "study": {"seeds": 2},
-        "01_second": {"ks": [3]},
-    }
+    assert read("tiny") == {"timeout": 60, "00_first": {"seed": 5, "rate": 0.1}}
+    assert read("other") == {"timeout": 90, "00_first": {"seed": 7, "rate": 0.1}, "01_second": {"ks": [3]}}
     (house / "profiles" / "default.other.yaml").write_text("09_none: {}\n")
     with pytest.raises(UserError, match="profile 'default.other' names 09_none"):
         read("other")

@@ -12,13 +12,12 @@ from lib.crosscoder.model import CrossCoder
 from lib.distil import adapters as lora
 from lib.models.pairs import Pair
 from lib.settings import UserError
-from lib.study import robustness
-from lib.tools.cli import main
+from lib.study import texts
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return toy_store(tmp_path_factory.mktemp("robustness"), widths=(16, 16))
+    return toy_store(tmp_path_factory.mktemp("texts"), widths=(16, 16))
 
 
 def crosscoder_for(store) -> CrossCoder:
@@ -34,7 +33,7 @@ def crosscoder_for(store) -> CrossCoder:
 
 def test_spread_and_distance_are_what_they_are_called(store):
     made = crosscoder_for(store)
-    row = robustness.described(made, store)
+    row = texts.describe(made, store)
     nrn = made.nrn().numpy()
     assert row["nrn_q50"] == pytest.approx(0.75) and sorted(set(np.round(nrn.tolist(), 3))) == [0.1, 0.75]
     assert row["spread"] == pytest.approx(row["nrn_q99"] - row["nrn_q01"]) and 0 < row["alive"] <= 32
@@ -55,7 +54,7 @@ def test_a_kept_state_becomes_the_adapter_that_was_trained(tmp_path):
     trained = lora.train(model, windows, recipe, tmp_path / "runs" / "distilled", report=lambda line: None)
     (tmp_path / "runs" / "recipe.json").write_text(json.dumps(vars(recipe)))
     last = sorted((tmp_path / "runs" / "distilled").glob("kept_*.pt"))[-1]
-    adapter = robustness._adapter(pair, last, tmp_path / "adapter")
+    adapter = texts._adapter(pair, last, tmp_path / "adapter")
     whole = Pair("toy", {"base": tmp_path / "base", "distilled": adapter}).load("distilled")
     ids = torch.tensor([[5, 6, 7, 8]])
     ours, theirs, base = (m(input_ids=ids).logits for m in (whole, trained, pair.load("base")))
@@ -63,13 +62,7 @@ def test_a_kept_state_becomes_the_adapter_that_was_trained(tmp_path):
 
 
 def test_a_file_that_is_no_kept_state_is_named(tmp_path):
-    study = SimpleNamespace(parameters={robustness.NOTEBOOKS[0]: {}}, config=lambda **changes: None)
+    variant = SimpleNamespace(pair=SimpleNamespace(fingerprint=lambda name: name))
     for name in ("state.pt", "kept_000000010.pt"):
         with pytest.raises(UserError, match=f"{name} is not a state"):
-            robustness.along_training(study, [tmp_path / name])
-
-
-@pytest.mark.parametrize("command", (["training"], ["texts", "--traces", "t.jsonl"]))
-def test_the_command_says_what_it_needs(command, capsys):
-    assert main(["robustness", *command]) == 2
-    assert "training needs --states, texts needs --traces and --general" in capsys.readouterr().err
+            texts.compute_training(variant, [str(tmp_path / name)])
