@@ -21,12 +21,10 @@ from nnsight import NNsight
 from torch import Tensor
 
 from ..models.pairs import decoder_path
-from ..settings import UserError
 from ..stats import bootstrap, wilson
-from .codes import encoded, firing_frequency
+from .codes import activations, check_models, encoded, firing_frequency, sample_rows
 from .model import CrossCoder
 
-CHUNK = 8_192  # tokens at a time that are encoded
 # of one forward: at most so many tokens with padding, and so many logits
 BATCH_TOKENS, LOGITS = 8_192, 1 << 27
 
@@ -55,15 +53,8 @@ def health(
     Intervals are bootstraps over documents (tokens of a document are not independent), for ``dead_fraction``
     Wilson's over features. ``max_tokens`` bounds the tokens used for the cross-entropy.
     """
-    rows = store.rows(split)
-    if tuple(crosscoder.names) != tuple(store.models):
-        read, held = ", ".join(crosscoder.names), ", ".join(store.models)
-        raise UserError(f"the crosscoder reads {read}, the store holds {held}: they must be the same models")
-    if len(rows) == 0:
-        raise UserError(
-            f"the store has no tokens in its split {split!r}: harvest more documents (notebook"
-            " 01_harvest_activations)"
-        )
+    check_models(crosscoder, store)
+    rows = sample_rows(store, split)
     documents, index = np.unique(np.asarray(store.documents)[rows], return_inverse=True)
     n_docs, names = len(documents), crosscoder.names
     means = _means(store, rows)
@@ -112,10 +103,9 @@ def health(
 
 def _means(store, rows: np.ndarray) -> list[Tensor]:
     """Mean RAW activation [d_m] float64 of each model over these rows."""
-    sums = None
-    for start in range(0, len(rows), CHUNK):
-        parts = [torch.as_tensor(a).double().sum(0) for a in store.activations(rows[start : start + CHUNK])]
-        sums = parts if sums is None else [s + p for s, p in zip(sums, parts)]
+    sums = [0.0] * len(store.models)
+    for _, acts in activations(store, rows):
+        sums = [s + a.double().sum(0) for s, a in zip(sums, acts)]
     return [s / len(rows) for s in sums]
 
 

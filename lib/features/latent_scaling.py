@@ -38,6 +38,7 @@ import torch
 from scipy import sparse
 
 from ..activations.store import Store
+from ..crosscoder.codes import check_models, encoded
 from ..crosscoder.model import CrossCoder
 from ..runs import Progress
 from ..settings import UserError, check
@@ -74,11 +75,7 @@ def latent_scaling(
     decoupling      latent decoupling: the same, but nu_r over 0.5
     r2_<model>      only for unlike widths: R2 of the module's text, for each of the two models
     """
-    if tuple(crosscoder.names) != tuple(store.models):
-        raise UserError(
-            f"the crosscoder reads {', '.join(crosscoder.names)}, the store holds {', '.join(store.models)}: "
-            "they must be the same models"
-        )
+    check_models(crosscoder, store)
     rows = np.asarray(rows)
     directions = {name: crosscoder.rows(name).numpy() for name in (model, reference)}
     biases = {name: crosscoder.bias(name).numpy() for name in (model, reference)}
@@ -125,15 +122,9 @@ def latent_scaling_of(
 @torch.no_grad()
 def _encoded(crosscoder: CrossCoder, store: Store, rows: np.ndarray, names: Sequence[str]) -> Iterator[Chunk]:
     documents = np.asarray(store.documents)
-    for start in range(0, len(rows), CHUNK):
-        part = rows[start : start + CHUNK]
-        acts = store.activations(part)
+    for part, acts, f in encoded(crosscoder, store, rows, chunk=CHUNK):
         x = dict(zip(crosscoder.names, crosscoder.split(crosscoder.scaled(acts))))
-        yield (
-            sparse.csr_matrix(crosscoder.encode(acts).numpy()),
-            {name: x[name].numpy() for name in names},
-            documents[part],
-        )
+        yield sparse.csr_matrix(f.numpy()), {name: x[name].numpy() for name in names}, documents[part]
 
 
 # --- one pass over the data ---------------------------------------------------------------------------------

@@ -48,10 +48,9 @@ from scipy.stats import false_discovery_control, ttest_1samp
 
 from ..activations.positions import EVENTS, event_rows, groups_of
 from ..activations.store import Store
-from ..crosscoder.codes import encode_slots, sample_rows
+from ..crosscoder.codes import check_models, encode_from_one, encoded, sample_rows
 from ..crosscoder.model import CrossCoder
 from ..results import Results
-from ..runs import Progress
 from ..settings import UserError, check
 from ..stats import bootstrap, group_weights, percentiles, wilson
 from .auroc import sum_by
@@ -59,7 +58,6 @@ from .uniqueness import Uniqueness
 
 SOLO = ("slots", "alone")
 JOINT = "joint"
-CHUNK = 8_192  # tokens at a time that are encoded
 
 
 @dataclass(frozen=True)
@@ -86,19 +84,12 @@ def solo_codes(crosscoder: CrossCoder, store: Store, rows: np.ndarray, solo: str
     if len(rows) == 0:
         raise UserError("there are no rows to read: take a split that has tokens")
     parts: dict[str, list] = {name: [] for name in (*crosscoder.names, JOINT)}
-    with Progress(f"tokens read from each model ({solo})", len(rows)) as progress:
-        for start in range(0, len(rows), CHUNK):
-            acts = dict(zip(store.models, store.activations(rows[start : start + CHUNK])))
-            encoded = {JOINT: crosscoder.encode([acts[name] for name in crosscoder.names])}
-            for name in crosscoder.names:
-                encoded[name] = (
-                    encode_slots(crosscoder, name, acts[name])
-                    if solo == "slots"
-                    else crosscoder.encode_from(name, acts[name])
-                )
-            for name, f in encoded.items():
-                parts[name].append(sparse.csr_matrix(f.numpy()))
-            progress.update(min(start + CHUNK, len(rows)))
+    check_models(crosscoder, store)
+    fill = "slots" if solo == "slots" else "mean"
+    for _, acts, joint in encoded(crosscoder, store, rows, f"tokens read from each model ({solo})"):
+        for name, own in zip(crosscoder.names, acts):
+            parts[name].append(sparse.csr_matrix(encode_from_one(crosscoder, name, own, fill).numpy()))
+        parts[JOINT].append(sparse.csr_matrix(joint.numpy()))
     codes = {name: sparse.csr_matrix(sparse.vstack(part)) for name, part in parts.items()}
     return SoloCodes(rows, store.documents[rows], codes)
 

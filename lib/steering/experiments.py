@@ -42,7 +42,7 @@ from transformers import PreTrainedModel
 
 from ..activations.positions import positions
 from ..activations.store import Store
-from ..crosscoder.codes import CHUNK, sample_rows
+from ..crosscoder.codes import encode_from_one, encoded, sample_rows
 from ..crosscoder.model import CrossCoder
 from ..labels import CATEGORIES, LABELS, REDUNDANT
 from ..models.pairs import Pair
@@ -60,7 +60,6 @@ from .interventions import (
     Scale,
     Swap,
     Transplant,
-    encode_from_one,
 )
 from .outcomes import outcomes
 from .tasks import PUZZLES
@@ -130,9 +129,9 @@ def measure_use(
         raise UserError(f"the split {split!r} holds no traces: the corpus of this pair must carry labels")
     sums = {key: 0.0 for name in ("joint", *crosscoder.names) for key in (name, f"fired {name}")}
     errors, squares = dict.fromkeys(crosscoder.names, 0.0), dict.fromkeys(crosscoder.names, 0.0)
-    for start in range(0, len(rows), CHUNK):
-        acts = dict(zip(store.models, store.activations(rows[start : start + CHUNK])))
-        codes = {"joint": crosscoder.encode([acts[name] for name in crosscoder.names])}
+    for _, acts, joint in encoded(crosscoder, store, rows):
+        acts = dict(zip(crosscoder.names, acts))
+        codes = {"joint": joint}
         codes |= {name: encode_from_one(crosscoder, name, acts[name], reading) for name in crosscoder.names}
         for name, f in codes.items():
             sums[name] += f.double().sum(0)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..crosscoder.codes import encode_slots
+from ..crosscoder.codes import encode_from_one
 from ..crosscoder.model import CrossCoder
 from ..settings import UserError
 
@@ -76,19 +76,6 @@ class State:
             scale = float(crosscoder.scales[crosscoder.names.index(self.writer)])
             self.computed["decoder", model] = crosscoder.rows(model) / scale
         return self.computed["decoder", model]
-
-
-def encode_from_one(crosscoder: CrossCoder, model: str, acts: Tensor, fill: str = "mean") -> Tensor:
-    """f [..., F] from the raw activations of one model; ``fill``: what stands in the other slots, "mean" or
-    "slots" (the same scaled activation). UserError for "slots" with models of different widths.
-    """
-    if fill == "mean":
-        return crosscoder.encode_from(model, acts)
-    if len(set(crosscoder.widths)) > 1:
-        raise UserError(
-            f"fill 'slots' needs models of one width, these have {crosscoder.widths}: take fill 'mean'"
-        )
-    return encode_slots(crosscoder, model, acts)
 
 
 @dataclass(frozen=True)

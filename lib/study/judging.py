@@ -34,7 +34,7 @@ from plotly.subplots import make_subplots
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
-from ..crosscoder.codes import sample_rows
+from ..crosscoder.codes import encoded, sample_rows
 from ..crosscoder.model import CrossCoder
 from ..crosscoder.training import TrainConfig, train
 from ..features.latent_scaling import latent_scaling
@@ -43,7 +43,7 @@ from ..results import Part
 from ..runs import Progress, fingerprint, write_text
 from ..settings import UserError, check
 from ..stats import t_interval
-from .planted import CHUNK, KINDS, MODELS, VERSION, Planted, PlantedStore, from_regime, regime
+from .planted import KINDS, MODELS, VERSION, Planted, PlantedStore, from_regime, regime
 from .variants import Variant, metric
 
 # --- the methods --------------------------------------------------------------------------------------------
@@ -74,8 +74,8 @@ def scores(crosscoder: CrossCoder, store: PlantedStore, rows: np.ndarray) -> pd.
     """
     table = latent_scaling(crosscoder, store, rows, n_boot=0)
     fires = np.zeros(crosscoder.n_features, dtype=bool)
-    for start in range(0, len(rows), CHUNK):
-        fires |= (crosscoder.encode(store.activations(rows[start : start + CHUNK])) > 0).any(0).numpy()
+    for _, _, f in encoded(crosscoder, store, rows):
+        fires |= (f > 0).any(0).numpy()
     similarity = (normalize(crosscoder.W_dec.detach(), dim=1) @ store.joined().T).numpy()
     similarity[~fires] = -1  # a dead feature is not similar to any
     learned, planted = linear_sum_assignment(-similarity)

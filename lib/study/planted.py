@@ -27,9 +27,10 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import ndtri
 from torch.nn.functional import normalize
 
+from ..crosscoder.codes import encoded
 from ..crosscoder.model import CrossCoder
 from ..labels import SPLITS
-from ..runs import Progress, fingerprint
+from ..runs import fingerprint
 from ..settings import Count, NotNegative, Positive, UserError, check, number, parameters
 
 MODELS = ("base", "distilled")
@@ -296,23 +297,17 @@ def regime(
         np.zeros(2),
         np.zeros(2),
     )
-    with Progress("tokens measured", len(tokens)) as progress:
-        for start in range(0, len(tokens), CHUNK):
-            acts = [torch.as_tensor(a) for a in store.activations(tokens[start : start + CHUNK])]
-            f = crosscoder.encode(acts)
-            parts.append(sparse.csr_matrix(f.numpy()))
-            x, x_hat = (
-                crosscoder.split(crosscoder.scaled(acts)),
-                crosscoder.split(f @ crosscoder.W_dec + crosscoder.b_dec),
-            )
-            for i, slot in enumerate(slots):
-                own = x[slot].double()
-                sums[i] += own.sum(0).numpy()
-                products[i] += (own.T @ own).numpy()
-                errors[i] += float((own - x_hat[slot]).square().sum())
-                norms[i] += float(acts[slot].norm(dim=1).double().sum())
-            between += float((x[slots[0]].double() * x[slots[1]].double()).sum())
-            progress.update(start + len(acts[0]))
+    for _, acts, f in encoded(crosscoder, store, tokens, "tokens measured", CHUNK):
+        parts.append(sparse.csr_matrix(f.numpy()))
+        x = crosscoder.split(crosscoder.scaled(acts))
+        x_hat = crosscoder.split(f @ crosscoder.W_dec + crosscoder.b_dec)
+        for i, slot in enumerate(slots):
+            own = x[slot].double()
+            sums[i] += own.sum(0).numpy()
+            products[i] += (own.T @ own).numpy()
+            errors[i] += float((own - x_hat[slot]).square().sum())
+            norms[i] += float(acts[slot].norm(dim=1).double().sum())
+        between += float((x[slots[0]].double() * x[slots[1]].double()).sum())
     codes, n = sparse.csc_matrix(sparse.vstack(parts)), len(tokens)
     means = sums / n
     covariances = products / n - means[:, :, None] * means[:, None, :]
