@@ -1,8 +1,8 @@
-"""The health card of a crosscoder: four numbers that say whether to believe anything read off its features.
+"""Four numbers that say whether to believe anything read off a crosscoder's features.
 
-    card = health(crosscoder, store, {"base": base, "distilled": distilled})     # on documents that training did not see
+    card = health_card(crosscoder, store, {"base": base, "distilled": distilled})
     for name, metric in card.items():
-        results.add(name, **metric)
+        here.add(name, **metric)
 
 Does it reconstruct what each model holds (FVE)? Is what it loses of no importance to the model itself
 (cross-entropy recovered)? Does it use as few features per token as aimed at (L0), and all of its dictionary
@@ -11,18 +11,17 @@ Does it reconstruct what each model holds (FVE)? Is what it loses of no importan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 
 import numpy as np
-import pandas as pd
 import torch
 from nnsight import NNsight
 from torch import Tensor
 
 from ..models.pairs import decoder_path
 from ..stats import bootstrap, wilson
-from .codes import activations, check_models, encoded, firing_frequency, sample_rows
+from .codes import activations, check_models, encoded, sample_rows
 from .model import CrossCoder
 
 # of one forward: at most so many tokens with padding, and so many logits
@@ -30,7 +29,7 @@ BATCH_TOKENS, LOGITS = 8_192, 1 << 27
 
 
 @torch.no_grad()
-def health(
+def health_card(
     crosscoder: CrossCoder,
     store,
     models: Mapping | None = None,
@@ -41,14 +40,16 @@ def health(
 ) -> dict[str, dict]:
     """The health card: {metric: {value, ci, n}}, on documents that training did not see.
 
-    fve_<model>           1 - sum of squared errors / sum of squares about the mean, over all kept tokens of
-    the split ce_recovered_<model>  (CE_mean - CE_x̂) / (CE_mean - CE): next-token cross-entropy of the model
-    itself, of the model with its
-                          residual stream at the layer replaced by the reconstruction, and by the mean activation (kept positions
-                          only; the others keep their own). 1: nothing lost; 0: no better than the mean. Needs ``models`` {name: model}
-    l0, l0_target         features per token, obtained at the inference threshold, and aimed at (batchtopk)
-    dead_fraction         share of features that fire on no token of the split
-    distinct_tokens_seen  in training; n is the number of tokens shown
+    - ``fve_<model>``: 1 - sum of squared errors / sum of squares about the mean, over the split's kept
+      tokens.
+    - ``ce_recovered_<model>``: (CE_mean - CE_x̂) / (CE_mean - CE), from the next-token cross-entropies of the
+      model itself, with its residual stream at the layer replaced by the reconstruction, and by the mean
+      activation (at kept positions only). 1: nothing lost; 0: no better than the mean. Needs ``models``
+      {name: model}.
+    - ``l0``, ``l0_target``: features per token, obtained at the inference threshold, and aimed at
+      (batchtopk).
+    - ``dead_fraction``: share of features that fire on no token of the split.
+    - ``distinct_tokens_seen``: in training; n is the number of tokens shown.
 
     Intervals are bootstraps over documents (tokens of a document are not independent), for ``dead_fraction``
     Wilson's over features. ``max_tokens`` bounds the tokens used for the cross-entropy.
@@ -189,56 +190,3 @@ def _batched(spans: list[tuple[int, int]], batch_tokens: int) -> Iterator[list[t
             batch = []
         batch.append(span)
     yield batch
-
-
-# --- a first look at the dictionary -------------------------------------------------------------------------
-
-
-def census(
-    crosscoder: CrossCoder, store, of: str = "distilled", against: str = "base", split: str = "report"
-) -> pd.DataFrame:
-    """One row per feature: feature, frequency (share of the split's tokens), alive, nrn_p1, nrn_p2, cosine,
-    and cosine_shuffled.
-
-    ``cosine_shuffled`` is a null: this feature's row in ``against`` with *another* feature's row in ``of``.
-    Both cosines are NaN where the models differ in width.
-    """
-    frequency = firing_frequency(crosscoder, store, split)
-    frame = pd.DataFrame(
-        {"feature": np.arange(crosscoder.n_features), "frequency": frequency, "alive": frequency > 0}
-    )
-    for p in (1, 2):
-        frame[f"nrn_p{p}"] = crosscoder.nrn(p, of, against).numpy()
-    one, other = crosscoder.rows(against), crosscoder.rows(of)
-    comparable = one.shape == other.shape
-    frame["cosine"] = torch.nn.functional.cosine_similarity(one, other).numpy() if comparable else np.nan
-    shifted = other.roll(crosscoder.n_features // 2, dims=0)
-    frame["cosine_shuffled"] = (
-        torch.nn.functional.cosine_similarity(one, shifted).numpy() if comparable else np.nan
-    )
-    return frame
-
-
-def tails(nrn: pd.DataFrame, cutoffs: Sequence[float] = (0.1, 0.3, 0.7, 0.9)) -> pd.DataFrame:
-    """How many features lie beyond fixed cut-offs, for every column of ``nrn``: count, share and its Wilson
-    interval.
-    """
-    rows = []
-    for column in nrn:
-        values = nrn[column].dropna()
-        for cutoff in cutoffs:
-            count = int((values < cutoff).sum() if cutoff < 0.5 else (values > cutoff).sum())
-            low, high = wilson(count, len(values))
-            share = count / len(values) if len(values) else np.nan
-            side = f"{'<' if cutoff < 0.5 else '>'} {cutoff}"
-            rows.append(
-                {
-                    "measure": column,
-                    "cut-off": side,
-                    "features": count,
-                    "share": share,
-                    "low": low,
-                    "high": high,
-                }
-            )
-    return pd.DataFrame(rows)

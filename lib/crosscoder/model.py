@@ -258,16 +258,16 @@ class CrossCoder(nn.Module):
         """
         return torch.stack([torch.linalg.vector_norm(rows, dim=-1) for rows in self.split(self.W_dec)]).sum(0)
 
-    def nrn(self, p: float = 1, of: str = "distilled", against: str = "base") -> Tensor:
-        """Normalized relative norm [F] = ||d^of||_p / (||d^of||_p + ||d^against||_p); NaN where both are 0.
+    def nrn(self, p: float = 1, model: str = "distilled", reference: str = "base") -> Tensor:
+        """Normalized relative norm [F] = ||d^model||_p / (||d^model||_p + ||d^reference||_p); NaN where both are 0.
 
         The paper takes p = 1, the replication it adapted p = 2. With unlike widths p = 1 compares sums over
         unlike numbers of coordinates: prefer p = 2 there. Dead features keep what they began with: leave them
         out.
         """
         norms = self.norms(p)
-        mine, other = norms[self._index(of)], norms[self._index(against)]
-        return mine / (mine + other)
+        own, other = norms[self._index(model)], norms[self._index(reference)]
+        return own / (own + other)
 
     def cosine(self, a: str = "base", b: str = "distilled") -> Tensor:
         """Cosine similarity [F] of each feature's rows in models a and b; UserError if these differ in width."""

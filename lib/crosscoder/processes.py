@@ -1,16 +1,12 @@
-"""Training one crosscoder on several processes or machines, started by torchrun or from a notebook.
+"""How the work of training one crosscoder is shared out among several processes or machines.
 
-    torchrun --nproc_per_node 2 -m lib train --processes 2 --store STORE --folder FOLDER --n-features 32768 --k 50 ...
-    crosscoder = launch(2, store, config, folder)              # in a notebook
+Started by ``lib.crosscoder.launch``. The result is that of a single process, but for the rounding of sums: a
+batch of ``batch_size`` tokens is the same batch, shared out.
 
-The result is that of a single process, but for the rounding of sums: a batch of ``batch_size`` tokens is the
-same batch, shared out.
-
-- ``Rows``: every process keeps the whole crosscoder and takes a part of each batch; gradients are added up
+- ``ByRows``: every process keeps the whole crosscoder and takes a part of each batch; gradients are added up
   (data parallel).
-- ``Features``: every process keeps a part of the dictionary, with its optimiser state, and takes all of each
-  batch; what the parts
-  reconstruct is added up. For a dictionary that outgrows a device. BatchTopK only.
+- ``ByFeatures``: every process keeps a part of the dictionary, with its optimiser state, and takes all of each
+  batch; what the parts reconstruct is added up. For a dictionary that outgrows a device. BatchTopK only.
 
 In both, BatchTopK's selection, dead features, the auxiliary loss's choice among them, and the clipped norm
 are over the whole batch and dictionary. Checkpoints are written by rank 0 as a single process would write
@@ -47,12 +43,11 @@ SHARE = ("rows", "features")
 
 
 class SingleProcess:
-    """The processes that train one crosscoder together, if that is a single one. ``lib.crosscoder.processes`` has
-    those with company.
+    """Training in one process; what several of them do otherwise overrides a method of this.
 
-    Processes may hold different rows of a batch, or different features of the dictionary. What one has of a
-    sum is made whole by ``over_rows`` and ``over_features``: each adds up the processes that differ in just
-    that. All processes call all of these in the same order.
+    Processes may hold different rows of a batch, or different features of the dictionary. ``over_rows`` and
+    ``over_features`` add up the sums of the processes that differ in just that. All processes call all of
+    these in the same order.
     """
 
     rank, size = 0, 1
@@ -120,7 +115,7 @@ def _collective(function):
 
 
 class Together(SingleProcess):
-    """What rows and features have in common. The process group is made already; tensors are on ``device``."""
+    """What sharing rows and sharing features have in common. The process group is made already; tensors are on ``device``."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), torch.device(device)
@@ -156,7 +151,7 @@ class Together(SingleProcess):
             )
 
 
-class Rows(Together):
+class ByRows(Together):
     """Every process has all features, and rows rank, rank + size, ... of every batch."""
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -204,7 +199,7 @@ class Rows(Together):
         return super().gradient_norm(crosscoder)
 
 
-class Features(Together):
+class ByFeatures(Together):
     """Every process has all rows of every batch, and about F / size neighbouring features: its rows of W_enc,
     b_enc and W_dec.
 

@@ -29,7 +29,9 @@ import torch
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 
 from ..activations.store import Store
+from ..activations.store import open_store as open_store
 from ..models import sources
+from ..models.pairs import load_pair as load_pair
 from ..runs import Progress, Run, fingerprint, read_manifest, write_text
 from ..settings import ROOT, UserError, check
 from .exchange import (

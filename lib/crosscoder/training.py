@@ -40,7 +40,7 @@ THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that become
 
 @parameters
 class TrainConfig:
-    """All that decides the weights, beside the store. "share" is always of the tokens of the run.
+    """All that decides the weights, beside the store. A share is one of the tokens of the run.
 
     ``tokens`` counts tokens shown: beyond the store's number of training tokens, epochs repeat it in new
     orders.
@@ -116,9 +116,8 @@ def train(
     checkpoint, named after the fingerprint, so that another config's unfinished run is left alone.
     ``progress`` has ``update(done_tokens, note)`` and ``close()``. Raises UserError for non-finite
     activations, a loss that is not finite, and a store that repeats tokens before it has shown all.
-    ``device`` None is a GPU if there is one. ``together``: see ``lib.crosscoder.processes``; all processes must see
-    the same folder, in which rank 0 writes. Checkpoints are those of a single process: their number may
-    change.
+    ``device`` None is a GPU if there is one. ``together``: the processes that train (``lib.crosscoder.processes``): all see the same folder, in
+    which rank 0 writes. Checkpoints are those of a single process: the number of processes may change.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(folder)

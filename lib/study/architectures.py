@@ -24,7 +24,7 @@ import torch
 
 from ..activations.store import Store
 from ..crosscoder.codes import firing_frequency
-from ..crosscoder.health import health
+from ..crosscoder.health import health_card
 from ..crosscoder.model import CrossCoder
 from ..crosscoder.training import TrainConfig, train
 from ..figures import COLOURS
@@ -162,7 +162,7 @@ def describe(
     a row in both models (NaN if these differ in width). dedicated_<model>: number of features reserved for
     it, and used_<model>: how many of these are alive.
     """
-    quality = health(crosscoder, store, n_boot=n_boot, seed=seed)
+    quality = health_card(crosscoder, store, n_boot=n_boot, seed=seed)
     alive = torch.from_numpy(firing_frequency(crosscoder, store) > 0)
     row: dict = {"variant": crosscoder.variant, "features": crosscoder.n_features}
     for name, key in {

@@ -53,7 +53,7 @@ def describe(crosscoder: CrossCoder, store: Store) -> dict[str, float]:
     spread is q99 - q01; distance the mean of |distilled - base| / |base| over tokens of the report split, in
     the store's units.
     """
-    quality, row = health(crosscoder, store), {}
+    quality, row = health_card(crosscoder, store), {}
     for name in crosscoder.names:
         fve = quality[f"fve_{name}"]
         row |= {
@@ -190,7 +190,7 @@ def _on_another_text(variant: Variant, traces: str, general: str) -> dict[str, p
         table = feature_table(crosscoder, stores[text], *coded[text])
         chosen = category_features(table, variant.nrn_over)
         for on, store in stores.items():
-            quality, both = health(crosscoder, store), {"text": text, "read_on": on}
+            quality, both = health_card(crosscoder, store), {"text": text, "read_on": on}
             for name in crosscoder.names:
                 fve = quality[f"fve_{name}"]
                 interval = {"low": fve["ci"][0], "high": fve["ci"][1]}

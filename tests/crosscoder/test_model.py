@@ -79,7 +79,7 @@ def test_nrn_and_cosine_by_hand():
     assert crosscoder.norms(1).tolist() == [[7, 1], [1, 0]]
     assert crosscoder.nrn(p=1).tolist() == pytest.approx([1 / 8, 0])
     assert crosscoder.nrn(p=2).tolist() == pytest.approx([1 / 6, 0])
-    assert crosscoder.nrn(p=2, of="base", against="distilled").tolist() == pytest.approx([5 / 6, 1])
+    assert crosscoder.nrn(p=2, model="base", reference="distilled").tolist() == pytest.approx([5 / 6, 1])
     relative = crosscoder.norms(1)[1] / crosscoder.norms(1)[0]  # the paper's two-step form, RDN / (1 + RDN)
     assert torch.allclose(relative / (1 + relative), crosscoder.nrn(p=1))
     assert crosscoder.cosine().tolist() == pytest.approx([4 / 5, 0])

@@ -7,8 +7,9 @@ import torch
 
 from lib.activations.store import open_store
 from lib.crosscoder.codes import firing_frequency
-from lib.crosscoder.health import census, cross_entropies, health, tails
+from lib.crosscoder.health import cross_entropies, health_card
 from lib.crosscoder.model import CrossCoder
+from lib.crosscoder.norms import census, tails
 from lib.crosscoder.training import TrainConfig, Trainer, read_log, train
 from lib.models.pairs import half_depth
 from lib.runs import Run
@@ -84,7 +85,7 @@ def test_a_planted_dictionary_is_found(tmp_path):
     store, directions, codes = planted()
     config = TrainConfig(n_features=48, k=3, tokens=160_000, batch_size=256, rate=3e-3, aux_k=8)
     crosscoder = train(store, config, tmp_path)
-    card = health(crosscoder, store)
+    card = health_card(crosscoder, store)
     assert card["fve_base"]["value"] > 0.95 and card["fve_distilled"]["value"] > 0.95
     alive = firing_frequency(crosscoder, store) > 0
     joined = np.concatenate(directions, axis=1)
@@ -104,7 +105,7 @@ def test_l1_learns_sparse_codes(tmp_path):
     store, _, _ = planted(n=8000)
     config = TrainConfig(n_features=48, variant="l1", l1=1.0, tokens=80_000, batch_size=256, rate=3e-3)
     crosscoder = train(store, config, tmp_path)
-    card = health(crosscoder, store)
+    card = health_card(crosscoder, store)
     assert card["fve_base"]["value"] > 0.7 and card["l0"]["value"] < 12 and "l0_target" not in card
     assert float(crosscoder.threshold) == 0
 
@@ -159,7 +160,7 @@ def test_jumprelu_reaches_the_l0_that_it_is_told(tmp_path):
         n_features=48, variant="jumprelu", k=3, tokens=40_000, batch_size=128, rate=3e-3, aux_k=8
     )
     crosscoder = train(store, config, tmp_path)
-    card = health(crosscoder, store, n_boot=20)
+    card = health_card(crosscoder, store, n_boot=20)
     assert card["l0"]["value"] == pytest.approx(3, rel=0.1) and card["fve_base"]["value"] > 0.8
     theta = crosscoder.log_theta.exp()
     assert theta.std() > 0.05 * theta.mean() and len(set(theta.tolist())) > 40
@@ -214,7 +215,7 @@ def test_dedicated_features_have_nothing_in_another_model(variant):
                     )
                     assert tensor[own][:, crosscoder.columns(name)].count_nonzero() > 0
         assert (crosscoder.W_dec - began).abs().max() > 0.01
-    nrn = resumed.crosscoder.nrn(p=2, of="third", against="base")
+    nrn = resumed.crosscoder.nrn(p=2, model="third", reference="base")
     owner = resumed.crosscoder.owner
     assert (nrn[owner == 0] == 0).all() and (nrn[owner == 2] == 1).all() and nrn[owner == 1].isnan().all()
 
@@ -245,7 +246,7 @@ def test_three_models_of_unlike_widths_from_end_to_end(tmp_path):
     assert [d.shape for d in decoded] == [(5, 8), (5, 12), (5, 16)] and [a.shape for a in acts] == [
         d.shape for d in decoded
     ]
-    card = health(crosscoder, store, n_boot=20)
+    card = health_card(crosscoder, store, n_boot=20)
     assert all(0 < card[f"fve_{name}"]["value"] < 1 for name in store.models)
 
 
@@ -329,7 +330,7 @@ def test_fve_and_l0_by_hand():
     with torch.no_grad():
         for p in crosscoder.parameters():
             p.copy_(torch.as_tensor(rng.standard_normal(p.shape)))
-    card = health(crosscoder, store, n_boot=50)
+    card = health_card(crosscoder, store, n_boot=50)
     rows = store.rows("report")
     x = [a[rows].double().numpy() for a in store.arrays]
     f = np.maximum(
@@ -413,12 +414,12 @@ def test_three_models_of_unlike_width_from_a_harvested_store(tmp_path):
     crosscoder = train(
         store, TrainConfig(n_features=64, k=8, tokens=6000, batch_size=128, aux_k=8), tmp_path / "crosscoder"
     )
-    card = health(crosscoder, store, n_boot=20)
+    card = health_card(crosscoder, store, n_boot=20)
     assert {"fve_base", "fve_distilled", "fve_third"} <= set(card)
     assert all(np.isfinite(card[f"fve_{n}"]["value"]) for n in store.models)
-    assert crosscoder.nrn(p=2, of="third", against="base").shape == (64,)
+    assert crosscoder.nrn(p=2, model="third", reference="base").shape == (64,)
     with pytest.raises(UserError, match="they must be the same models"):
-        health(CrossCoder((16, 24), 8, k=2), store)
+        health_card(CrossCoder((16, 24), 8, k=2), store)
 
 
 def test_census_and_tails(tmp_path):

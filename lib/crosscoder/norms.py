@@ -1,0 +1,81 @@
+"""Whose is a feature? The lengths of its decoder rows, over the whole dictionary: the census of experiment E1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from torch.nn.functional import cosine_similarity
+
+from ..stats import bootstrap, wilson
+from .codes import firing_frequency
+from .model import CrossCoder
+
+SHARED = (0.3, 0.7)  # features with an NRN within are called shared
+
+
+def census(
+    crosscoder: CrossCoder, store, model: str = "distilled", reference: str = "base", split: str = "report"
+) -> pd.DataFrame:
+    """One row per feature: feature, frequency (share of the split's tokens), alive, nrn_p1, nrn_p2, cosine,
+    and cosine_shuffled.
+
+    ``cosine_shuffled`` is a null: this feature's row in ``reference`` with *another* feature's row in
+    ``model``. Both cosines are NaN where the models differ in width.
+    """
+    frequency = firing_frequency(crosscoder, store, split)
+    frame = pd.DataFrame(
+        {"feature": np.arange(crosscoder.n_features), "frequency": frequency, "alive": frequency > 0}
+    )
+    for p in (1, 2):
+        frame[f"nrn_p{p}"] = crosscoder.nrn(p, model, reference).numpy()
+    first, second = crosscoder.rows(reference), crosscoder.rows(model)
+    shifted = second.roll(crosscoder.n_features // 2, dims=0)
+    comparable = first.shape == second.shape
+    frame["cosine"] = cosine_similarity(first, second).numpy() if comparable else np.nan
+    frame["cosine_shuffled"] = cosine_similarity(first, shifted).numpy() if comparable else np.nan
+    return frame
+
+
+def tails(nrn: pd.DataFrame, cutoffs: Sequence[float] = (0.1, 0.3, 0.7, 0.9)) -> pd.DataFrame:
+    """How many features lie beyond fixed cut-offs, for every column of ``nrn``: count, share and its Wilson
+    interval.
+    """
+    rows = []
+    for measure in nrn:
+        values = nrn[measure].dropna()
+        for cutoff in cutoffs:
+            count = int((values < cutoff).sum() if cutoff < 0.5 else (values > cutoff).sum())
+            low, high = wilson(count, len(values))
+            rows.append(
+                {
+                    "measure": measure,
+                    "cut-off": f"{'<' if cutoff < 0.5 else '>'} {cutoff}",
+                    "features": count,
+                    "share": count / len(values) if len(values) else np.nan,
+                    "low": low,
+                    "high": high,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def summary(alive: pd.DataFrame, seed: int = 0) -> dict[str, dict]:
+    """{metric: {value, ci, n}} of the alive features of a ``census``: medians of NRN and of the cosines of
+    shared features (bootstrap over features), the share of features that are not shared, and how alike p = 1
+    and p = 2 order them.
+    """
+    within = alive.nrn_p1.between(*SHARED)
+    shared = alive[within]
+    metrics = {}
+    for name in ("cosine", "cosine_shuffled"):
+        ci = bootstrap(shared[name], np.median, seed=seed)
+        metrics[f"{name}_shared_median"] = {"value": shared[name].median(), "ci": ci, "n": len(shared)}
+    ci = bootstrap(alive.nrn_p1, np.median, seed=seed)
+    metrics["nrn_median"] = {"value": alive.nrn_p1.median(), "ci": ci, "n": len(alive)}
+    share = 1 - len(shared) / len(alive)
+    metrics["nrn_outside_0_3_0_7"] = {"value": share, "ci": bootstrap(~within, seed=seed), "n": len(alive)}
+    spearman = alive.nrn_p1.corr(alive.nrn_p2, method="spearman")
+    metrics["nrn_p1_p2_spearman"] = {"value": spearman, "ci": None, "n": len(alive)}
+    return metrics
