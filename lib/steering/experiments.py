@@ -52,15 +52,7 @@ from ..text.puzzles import Puzzle, apply, equation_of, first_words, label_of, se
 from .ablation import matched_features
 from .effects import METHODS, OTHER
 from .generate import TranscriptFile, Treatment, kept_transcripts, transcripts
-from .interventions import (
-    AddVector,
-    LogitBias,
-    RandomLike,
-    Reconstruct,
-    Scale,
-    Swap,
-    Transplant,
-)
+from .interventions import AddVector, LogitBias, RandomLike, Reconstruct, Scale, Swap, Transplant
 from .outcomes import outcomes
 from .tasks import PUZZLES
 
