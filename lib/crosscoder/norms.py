@@ -79,3 +79,13 @@ def summary(alive: pd.DataFrame, seed: int = 0) -> dict[str, dict]:
     spearman = alive.nrn_p1.corr(alive.nrn_p2, method="spearman")
     metrics["nrn_p1_p2_spearman"] = {"value": spearman, "ci": None, "n": len(alive)}
     return metrics
+
+
+RATES = ("score", "side", "level", "rate", "low", "high", "hits", "n", "pair", "seed", "role")
+
+
+def null_rates(null) -> pd.DataFrame:
+    """Shares of features beyond the null's thresholds, of the study's part "nulls"; without rows if it was
+    not computed.
+    """
+    return null.tables.get("rates", pd.DataFrame(columns=list(RATES)))

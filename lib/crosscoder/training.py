@@ -29,7 +29,7 @@ from ..activations.shuffle import Prefetched
 from ..activations.store import MADE_BY, MEMORY
 from ..runs import Progress, exclusive, fingerprint, is_current, write_manifest, write_state, write_text
 from ..settings import NotNegative, Positive, Share, UserError, check, integer, number, parameters
-from .model import VARIANTS, CrossCoder, Forward, auxiliary_loss, l0_loss, sparsity_loss, squared_error
+from .model import LOSS_FORMULAS, VARIANTS, CrossCoder, Forward, auxiliary_loss, l0_loss, sparsity_loss, squared_error
 from .processes import PER_FEATURE, SINGLE_PROCESS, SingleProcess
 
 LOG_LINES = 100  # lines of log.jsonl in a run; checkpoints are written at lines only
@@ -77,6 +77,11 @@ class TrainConfig:
             check("precision", self.precision, ("float32",))
         else:
             check("k", self.k, integer(1, self.n_features))
+
+    @property
+    def loss_formula(self) -> str:
+        """The loss of a batch, in words of ``lib.crosscoder.model``."""
+        return LOSS_FORMULAS[self.variant]
 
     def learning_rate(self, done: float) -> float:
         """Learning rate when the share ``done`` of the run is over."""
