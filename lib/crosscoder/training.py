@@ -29,7 +29,16 @@ from ..activations.shuffle import Prefetched
 from ..activations.store import MADE_BY, MEMORY
 from ..runs import Progress, exclusive, fingerprint, is_current, write_manifest, write_state, write_text
 from ..settings import NotNegative, Positive, Share, UserError, check, integer, number, parameters
-from .model import LOSS_FORMULAS, VARIANTS, CrossCoder, Forward, auxiliary_loss, l0_loss, sparsity_loss, squared_error
+from .model import (
+    LOSS_FORMULAS,
+    VARIANTS,
+    CrossCoder,
+    Forward,
+    auxiliary_loss,
+    l0_loss,
+    sparsity_loss,
+    squared_error,
+)
 from .processes import PER_FEATURE, SINGLE_PROCESS, SingleProcess
 
 LOG_LINES = 100  # lines of log.jsonl in a run; checkpoints are written at lines only
