@@ -28,7 +28,7 @@ import plotly.graph_objects as go
 from ..activations.harvest import harvest_activations
 from ..activations.store import Store
 from ..crosscoder.codes import codes, firing_frequency
-from ..crosscoder.health import health
+from ..crosscoder.health import health_card
 from ..crosscoder.model import CrossCoder
 from ..crosscoder.training import train
 from ..features.detectors import detectors
