@@ -1,0 +1,23 @@
+"""Are the features causes (notebooks 04 and 13)? Open ``ablation.py`` first, then ``steer.py``.
+
+artefacts       what a run holds: models, store, crosscoder, feature table
+ablation        E4: features taken out of the forward pass, and what the next token loses
+steer           E5: directions, which features are worth trying, a model under steering
+outcomes        what an intervention did: lengths, answers, kinds of sentences; the choice of a condition
+tasks           two ways to ask: puzzles, and chat
+generate        the engine: who writes, what is changed, where; one model or both
+interventions   what can be changed: remove, swap, reconstruct, transplant, add, bias
+experiments     whole thoughts: which features, which conditions (notebook 13)
+effects         what whole thoughts show, with intervals (notebook 13)
+plots           the figures of notebook 04
+report          its numbers, sentences and scoreboard
+playground      the widget
+"""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submodules=["ablation", "effects", "experiments", "generate", "outcomes", "plots", "report", "steer"],
+    submod_attrs={"artefacts": ["open_run"], "playground": ["Playground"], "ablation": ["Removal"]},
+)

@@ -285,6 +285,23 @@ def measure(
     return pd.concat(records, ignore_index=True)
 
 
+def removal_table(table: pd.DataFrame, removals: Sequence[Removal]) -> pd.DataFrame:
+    """One row per removal: how many features, their mean frequency (split "choose") and NRN."""
+    by_feature = table.set_index("feature")
+    return pd.DataFrame(
+        [
+            {
+                "k (%)": r.k,
+                "removed": r.kind,
+                "features": len(r.features),
+                "mean firing frequency": by_feature.loc[list(r.features), "frequency_choose"].mean(),
+                "mean NRN": by_feature.loc[list(r.features), "nrn"].mean(),
+            }
+            for r in removals
+        ]
+    ).round(3)
+
+
 @dataclass
 class Batch:
     """Whole documents, padded on the right. ``kept_at``: (rows, columns) of the kept tokens, in the order of

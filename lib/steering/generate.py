@@ -438,6 +438,8 @@ def kept_transcripts(
     missing, groups = [i for i in range(len(files)) if i not in done], {}
     for i in missing:
         groups.setdefault(group(i), []).append(i)
+    if not missing:
+        return [done[i] for i in range(len(files))], 0
     at_once = max(1, 2 * batch_rows // n_tasks)
     with Progress(label, len(files)) as progress:
         progress.update(len(done))

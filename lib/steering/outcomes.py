@@ -17,11 +17,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from ..distil.trials import MODES, Task, read
-from ..figures import COLOURS
 from ..labels import CATEGORIES, REDUNDANT
 from ..settings import UserError, check
 from ..stats import group_weights, interval
@@ -29,7 +26,6 @@ from ..text.puzzles import sentences_of
 
 RATES = (*CATEGORIES, REDUNDANT)
 NO_STEERING = "none"
-DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def outcomes(
@@ -189,61 +185,3 @@ def rivals(comparison: pd.DataFrame, longer: Mapping, shorter: Mapping, accuracy
             as_good &= noise["accuracy_change"] >= -accuracy_loss
         found |= set(noise.loc[as_good, "direction"])
     return len(found)
-
-
-def plot_dose_response(comparison: pd.DataFrame, measures: Mapping[str, str], columns: int = 2) -> go.Figure:
-    """One panel per measure ({column: title}) that was measured against strength: a line with 95% intervals
-    for each direction.
-
-    Directions of one label share its colour and differ in their dashes. Random directions are one grey band,
-    from the lowest to the highest of them, mirrored at 0: their sign means nothing.
-    """
-    # free text has no verified chain
-    measures = {name: title for name, title in measures.items() if comparison[name].notna().any()}
-    base = comparison[comparison["direction"] == NO_STEERING]
-    noise = comparison[comparison["label"] == "random"]
-    titles = list(measures.values())
-    fig = make_subplots(
-        -(-len(titles) // columns),
-        columns,
-        subplot_titles=titles,
-        horizontal_spacing=0.08,
-        vertical_spacing=0.12,
-    )
-    for i, measure in enumerate(measures):
-        place = {"row": i // columns + 1, "col": i % columns + 1}
-        if len(noise):
-            band = noise.groupby("strength")[measure].agg(["min", "max"])
-            band.loc[0.0] = float(base[measure].iloc[0])
-            band = pd.concat([band, band.drop(0.0).rename(index=lambda s: -s)]).sort_index()
-            grey = {
-                "x": band.index,
-                "mode": "lines",
-                "line_color": COLOURS["random"],
-                "line_width": 0,
-                **place,
-            }
-            fig.add_scatter(y=band["max"], showlegend=False, hoverinfo="skip", name="", **grey)
-            fig.add_scatter(
-                y=band["min"], fill="tonexty", name="random directions", showlegend=i == 0, **grey
-            )
-        steered = comparison[~comparison["label"].isin((NO_STEERING, "random"))]
-        for (label, name), group in steered.groupby(["label", "direction"], sort=False):
-            order = list(steered.loc[steered["label"] == label, "direction"].unique()).index(name)
-            line = pd.concat([group, base]).sort_values("strength")
-            fig.add_scatter(
-                x=line["strength"],
-                y=line[measure],
-                name=name,
-                showlegend=i == 0,
-                legendgroup=name,
-                mode="lines+markers",
-                line_color=COLOURS.get(label, COLOURS["distilled"]),
-                line_dash=DASHES[order % len(DASHES)],
-                **place,
-                error_y=dict(
-                    array=line[f"{measure}_high"] - line[measure],
-                    arrayminus=line[measure] - line[f"{measure}_low"],
-                ),
-            )
-    return fig.update_xaxes(title_text="strength (mean residual norms)")

@@ -1,21 +1,20 @@
-"""The steering bench: ask one thing, push one feature, and read the two thoughts side by side.
+"""A playground for steering: ask one thing, add one feature, and read the two thoughts side by side.
 
-    bench = Bench(models, store, crosscoder, chosen, medium)
-    bench.compare("what is 5 - 1 ?", "reflection", 0.5)        # the static twin: two transcripts, a table, HTML
-    bench.widget()                                             # the same by hand, while it is generated
+    playground = Playground(models, store, crosscoder, chosen, medium)
+    playground.compare("what is 5 - 1 ?", "reflection", 0.5)     # two transcripts, a table, HTML
+    playground.widget()                                          # the same by hand, while it is generated
 
-Nothing here steers by itself: it is ``lib.steering.steer``, with the same unit (mean residual norms), the same hook
-and the same dice, so what the bench shows for a task, a strength and a seed is what the experiments of
-notebook 04 generated. The unsteered and the steered thought are two rows of one batch, which roll the same
-dice. **One thought is an anecdote**: it shows what a push does, not how often. "random" is a random direction
-of the same norm: what any push of this size does.
+It steers by ``lib.steering.generate``, in the same unit (mean residual norms) and with the same random numbers as
+the experiments of notebook 04, so it shows what they generated. The unsteered and the steered thought are two
+rows of one batch, which use the same random numbers. **One thought is an anecdote**: it shows what a vector
+does, not how often. "random" is a random direction of the same norm: what any vector of this size does.
 
 *Where.* "thinking": from the prompt's last position until the thought is closed, as in all experiments.
 "prompt": the positions before it. "all": every position, the answer's too.
 
-*The widget* needs no ``interact``, no ``Output`` and no thread of its own. Generation is a task of the
-kernel's event loop that gives way every few tokens: the text grows, Stop is heard, and a headless run, which
-presses no button, has nothing to wait for. What a user gets wrong is one sentence in the widget.
+*The widget* needs no ``interact``, no ``Output`` and no thread. Generation is a task of the kernel's event loop
+that yields every few tokens, so that the text grows and Stop works; a headless run, which presses no button,
+waits for nothing. A user's mistake is shown as one sentence in the widget.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ from .tasks import PUZZLES, Medium
 
 RANDOM = "random"
 SIDES = ("unsteered", "steered")
-Push = int | str | steering.Direction
+Feature = int | str | steering.Direction
 STRONGEST = 100.0  # mean residual norms
 
 
@@ -98,8 +97,8 @@ def puzzle_of(words: Sequence[str]) -> Puzzle | Question | FreeText:
     else:
         asked = []
     # of a puzzle's three answers, those that end at the target
-    found = [task for task in asked if task.prompt()[0].words == words]
-    return found[0] if len(found) == 1 else FreeText(" ".join(words))
+    matching = [task for task in asked if task.prompt()[0].words == words]
+    return matching[0] if len(matching) == 1 else FreeText(" ".join(words))
 
 
 # --- what came of it ----------------------------------------------------------------------------------------
@@ -180,10 +179,10 @@ def lines_of(task, transcript: Sequence[str], medium: Medium) -> list[tuple[str,
     return lines
 
 
-# --- the bench ----------------------------------------------------------------------------------------------
+# --- the playground ----------------------------------------------------------------------------------------------
 
 
-class Bench:
+class Playground:
     """Models that are open, a crosscoder, and the features that were chosen for the categories.
 
     ``models`` by name, as ``ablation.open_models`` gives them, ``chosen`` {category: feature}; layers, widths
@@ -263,7 +262,7 @@ class Bench:
             )
         return prompt
 
-    def direction(self, feature: Push, model: str = "distilled") -> steering.Direction:
+    def direction(self, feature: Feature, model: str = "distilled") -> steering.Direction:
         """A feature by number, a category's chosen feature by its name, or "random": in ``model``, of its
         mean residual norm.
         """
@@ -286,7 +285,7 @@ class Bench:
     def stream(
         self,
         prompt,
-        feature: Push,
+        feature: Feature,
         strength: float,
         where: str = "thinking",
         model: str = "distilled",
@@ -328,7 +327,7 @@ class Bench:
     def compare(
         self,
         prompt,
-        feature: Push,
+        feature: Feature,
         strength: float,
         where: str = "thinking",
         model: str = "distilled",
@@ -338,7 +337,7 @@ class Bench:
 
         ``feature``: a number, a category with a chosen feature, "random", or a direction; ``strength`` in
         mean residual norms, negative to take away; ``where``: "prompt", "thinking" or "all"; ``seed``: of the
-        dice, the bench's unless told. UserError for what does not exist.
+        random numbers, the playground's by default. UserError for what does not exist.
         """
         *_, last = self.stream(prompt, feature, strength, where, model, seed)
         return last
@@ -370,7 +369,7 @@ class Bench:
         return pd.DataFrame(rows, index=list(SIDES), dtype=object)  # None stays None
 
     def widget(self) -> Panel:
-        """The bench with fields and buttons, to be shown as a cell's last line."""
+        """The playground with fields and buttons, to be shown as a cell's last line."""
         return Panel(self)
 
 
@@ -386,23 +385,23 @@ _MESSAGE = (
 class Panel(ipywidgets.VBox):
     """Fields, two buttons and the two growing texts. ``Generate`` while something is generated begins anew."""
 
-    def __init__(self, bench: Bench):
-        self.bench, self._turn, self._stopped, self._task = bench, 0, False, None
+    def __init__(self, playground: Playground):
+        self.playground, self._turn, self._stopped, self._task = playground, 0, False, None
         try:
             # the kernel's, on its main thread; buttons may be heard on another one
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
             self._loop = None
-        texts, wide = list(bench.examples), ipywidgets.Layout(width="98%")
-        pushes = {f"{label} (feature {feature})": label for label, feature in bench.chosen.items()}
+        texts, wide = list(playground.examples), ipywidgets.Layout(width="98%")
+        pushes = {f"{label} (feature {feature})": label for label, feature in playground.chosen.items()}
         pushes |= {"a random direction": RANDOM, "a feature by its number": _BY_NUMBER}
         shown = [("(your own text)", ""), *((text, text) for text in texts)]
         self.example = _field(ipywidgets.Dropdown, "Example", texts[1], options=shown, layout=wide)
         self.prompt = _field(ipywidgets.Textarea, "Prompt", texts[1], rows=3, layout=wide)
         self.feature = _field(
-            ipywidgets.Dropdown, "Push along", next(iter(pushes.values())), options=list(pushes.items())
+            ipywidgets.Dropdown, "Add", next(iter(pushes.values())), options=list(pushes.items())
         )
-        self.number = _field(ipywidgets.IntText, "Feature number", next(iter(bench.chosen.values()), 0))
+        self.number = _field(ipywidgets.IntText, "Feature number", next(iter(playground.chosen.values()), 0))
         self.strength = _field(
             ipywidgets.FloatText,
             "Strength",
@@ -411,9 +410,14 @@ class Panel(ipywidgets.VBox):
             tooltip="in mean residual norms; negative: taken away",
         )
         self.where = _field(ipywidgets.Dropdown, "Where", "thinking", options=generate.STEERED)
-        self.model = _field(ipywidgets.Dropdown, "Model", list(bench.models)[-1], options=list(bench.models))
+        self.model = _field(
+            ipywidgets.Dropdown, "Model", list(playground.models)[-1], options=list(playground.models)
+        )
         self.seed = _field(
-            ipywidgets.IntText, "Seed", bench.seed, tooltip="of the dice that both thoughts roll"
+            ipywidgets.IntText,
+            "Seed",
+            playground.seed,
+            tooltip="of the random numbers that both thoughts use",
         )
         self.generate = ipywidgets.Button(
             description="Generate", button_style="primary", tooltip="the unsteered and the steered text"
@@ -471,7 +475,7 @@ class Panel(ipywidgets.VBox):
             self.seed.value,
         )
         try:
-            growing = self.bench.stream(*asked)
+            growing = self.playground.stream(*asked)
             self._say("Generating ...")
             self.output.value = ""
             while (

@@ -42,7 +42,7 @@ from ..activations.positions import PHASES, phase_of
 from ..activations.store import SPLITS, Store
 from ..crosscoder.model import CrossCoder, check_feature
 from ..distil.trials import Task
-from ..runs import fingerprint
+from ..runs import fingerprint, write_manifest
 from ..settings import UserError, check
 from .ablation import batches
 from .generate import TranscriptFile, kept_transcripts, steered
@@ -318,3 +318,7 @@ class Steering:
         )  # fmt: skip
         self.generated += n
         return found
+
+    def finish(self, *decided_by, **info) -> None:
+        """Write the manifest of the folder: all conditions that a notebook asks for have been generated."""
+        write_manifest(self.folder, fingerprint(decided_by[0], self.fingerprint, *decided_by[1:]), **info)

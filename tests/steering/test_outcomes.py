@@ -8,6 +8,7 @@ import pytest
 
 from lib.settings import UserError
 from lib.steering import outcomes as responses
+from lib.steering import plots
 from lib.text.puzzles import Question, Teacher
 
 
@@ -139,11 +140,11 @@ def test_dose_response_has_a_panel_per_measure_and_a_mirrored_band():
             }
         )
     )
-    unmeasured = responses.plot_dose_response(
+    unmeasured = plots.dose_response(
         comparison.assign(chain=np.nan), {"length_ratio": "length", "chain": "every step"}
     )
     assert [a.text for a in unmeasured.layout.annotations] == ["length"]  # no empty panel
-    fig = responses.plot_dose_response(comparison, {"length_ratio": "length", "accuracy": "accuracy"})
+    fig = plots.dose_response(comparison, {"length_ratio": "length", "accuracy": "accuracy"})
     assert [a.text for a in fig.layout.annotations] == ["length", "accuracy"]
     band, line = fig.data[1], fig.data[2]
     assert list(band.x) == [-1, 0, 1] and list(band.y) == pytest.approx([1.2, 1, 1.2])

@@ -1,4 +1,4 @@
-"""The bench: the same tokens as the experiments' generation, at the positions that were asked for; a widget
+"""The playground: the same tokens as the experiments' generation, at the positions that were asked for; a widget
 that stops and never raises.
 """
 
@@ -17,10 +17,10 @@ from lib.distil.organism import build_tokenizer
 from lib.models import reader
 from lib.settings import UserError
 from lib.steering import generate
-from lib.steering import playground as bench
+from lib.steering import playground as playground_module
 from lib.steering import steer as steering
 from lib.steering import tasks as media
-from lib.steering.playground import Bench, FreeText, puzzle_of
+from lib.steering.playground import FreeText, Playground, puzzle_of
 from lib.text import puzzles, questions
 
 LAYER, WIDTH, STEPS = 0, 16, 14
@@ -35,7 +35,7 @@ def opened(plain, tokenizer, medium, **changes):
     )
     models = {name: reader.wrap(plain, tokenizer) for name in ("base", "distilled")}
     crosscoder = CrossCoder((WIDTH, WIDTH), 6, k=2)
-    return Bench(
+    return Playground(
         models,
         store,
         crosscoder,
@@ -54,12 +54,12 @@ def plain():
 
 
 @pytest.fixture(scope="module")
-def desk(plain):
+def playground(plain):
     return opened(plain, build_tokenizer(), media.PUZZLES)
 
 
 @pytest.fixture(scope="module")
-def chat_desk():
+def chat_playground():
     # its vocabulary has no "</"
     return opened(chat_model(), chat_tokenizer(), replace(media.CHAT, end_of_thinking="<"))
 
@@ -94,10 +94,10 @@ def by_hand(plain, layer, task, push, where, end):
 
 
 @pytest.mark.parametrize("where", generate.STEERED)
-def test_positions_against_a_loop_by_hand_padding_untouched(plain, desk, where):
+def test_positions_against_a_loop_by_hand_padding_untouched(plain, playground, where):
     tasks = [EASY, PUZZLE]  # prompts of two lengths: the first is padded
     pushes = 4.0 * torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
-    model = desk.models["distilled"]
+    model = playground.models["distilled"]
     free = generate.steered(model, LAYER, tasks, pushes, STEPS, end_of_thinking=None)
     end = free[0][4]  # a word that the first row says while it thinks: take it for the end
     found = generate.steered(model, LAYER, tasks, pushes, STEPS, end_of_thinking=end, place=where)
@@ -105,8 +105,8 @@ def test_positions_against_a_loop_by_hand_padding_untouched(plain, desk, where):
     assert found != generate.steered(model, LAYER, tasks, 0 * pushes, STEPS)
 
 
-def test_each_place_is_another_place(desk):
-    model, tasks = desk.models["distilled"], trials.puzzles(12, "test")
+def test_each_place_is_another_place(playground):
+    model, tasks = playground.models["distilled"], trials.puzzles(12, "test")
     pushes = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(1))
     said = {
         where: generate.steered(model, LAYER, tasks, pushes, STEPS, end_of_thinking=None, place=where)
@@ -123,32 +123,32 @@ def test_each_place_is_another_place(desk):
         and last["all"] == last["thinking"] != last["prompt"]
     )
     with pytest.raises(UserError, match="where is 'answer': it must be one of prompt, thinking, all"):
-        desk.compare(PUZZLE, 3, 1.0, "answer")
+        playground.compare(PUZZLE, 3, 1.0, "answer")
 
 
 @pytest.mark.parametrize("model", ["base", "distilled"])
 @pytest.mark.parametrize("task", [EASY, PUZZLE])
-def test_both_texts_are_those_of_the_experiments(desk, tmp_path, task, model):
+def test_both_texts_are_those_of_the_experiments(playground, tmp_path, task, model):
     direction = steering.feature_direction(
-        desk.crosscoder, 4, desk.store.mean_norms[model], "reflection", model
+        playground.crosscoder, 4, playground.store.mean_norms[model], "reflection", model
     )
-    layer = desk.store.layers[model]
+    layer = playground.store.layers[model]
     experiment = steering.Steering(
-        desk.models[model], layer, tmp_path, "weights", STEPS, temperature=1.0, seed=3
+        playground.models[model], layer, tmp_path, "weights", STEPS, temperature=1.0, seed=3
     )
-    found = desk.compare(task, "reflection", -1.5, model=model, seed=3)
+    found = playground.compare(task, "reflection", -1.5, model=model, seed=3)
     assert found.transcripts["unsteered"] == experiment.transcripts("report", [task])[0]
     assert found.transcripts["steered"] == experiment.transcripts("report", [task], direction, -1.5)[0]
     assert found.transcripts["steered"] != found.transcripts["unsteered"]
     assert (
         found.transcripts["steered"]
-        != desk.compare(task, "reflection", -1.5, model=model, seed=4).transcripts["steered"]
+        != playground.compare(task, "reflection", -1.5, model=model, seed=4).transcripts["steered"]
     )
 
 
 @pytest.mark.parametrize("where", generate.STEERED)
-def test_strength_zero_is_unsteered(plain, desk, where):
-    found = desk.compare(EASY, 2, 0.0, where).transcripts
+def test_strength_zero_is_unsteered(plain, playground, where):
+    found = playground.compare(EASY, 2, 0.0, where).transcripts
     assert found["steered"] == found["unsteered"]
     cold = opened(plain, build_tokenizer(), media.PUZZLES, temperature=0.0).compare(EASY, 2, 0.0, where)
     assert (
@@ -173,11 +173,14 @@ def test_streaming_ends_with_what_generate_returns_and_only_grows(plain, how):
         assert all(long[: len(short)] == short for short, long in zip(before, after)) and before != after
 
 
-def test_random_is_a_direction_of_the_same_norm(desk):
-    assert desk.direction("random", "base").vector.norm().item() == pytest.approx(2.0)
+def test_random_is_a_direction_of_the_same_norm(playground):
+    assert playground.direction("random", "base").vector.norm().item() == pytest.approx(2.0)
     control = steering.random_directions(1, WIDTH, 5.0, 7)[0]
-    assert desk.direction(control) is control
-    assert desk.direction("5").name == "feature 5" and desk.direction("reflection").name == "reflection 4"
+    assert playground.direction(control) is control
+    assert (
+        playground.direction("5").name == "feature 5"
+        and playground.direction("reflection").name == "reflection 4"
+    )
 
 
 # --- what is asked ------------------------------------------------------------------------------------------
@@ -212,16 +215,19 @@ def test_other_words_are_free_text(text):
     assert " ".join(trials.prompt_words(task)) == f"{text} think :"
 
 
-def test_free_text_has_no_right_answer(desk, chat_desk):
-    for found in (desk.compare("the puzzle", 0, 1.0), chat_desk.compare("How many socks?", 0, 1.0)):
+def test_free_text_has_no_right_answer(playground, chat_playground):
+    for found in (
+        playground.compare("the puzzle", 0, 1.0),
+        chat_playground.compare("How many socks?", 0, 1.0),
+    ):
         assert found.table["right"].tolist() == [None, None]
-    assert desk.compare("the puzzle", 0, 1.0).prompt == "the puzzle think :"
+    assert playground.compare("the puzzle", 0, 1.0).prompt == "the puzzle think :"
 
 
 # --- what is shown ------------------------------------------------------------------------------------------
 
 
-def test_table_and_lines_by_hand(desk, monkeypatch):
+def test_table_and_lines_by_hand(playground, monkeypatch):
     task = typed("puzzle : + 3 * 4 - 2 ; from 5 11 2 reach 16 .")
     assert task.answer == 11
     good = (
@@ -231,7 +237,7 @@ def test_table_and_lines_by_hand(desk, monkeypatch):
     )
     words = [build_tokenizer().tokenize(text) for text in (good, good.replace("answer : 11", "answer : 5"))]
     monkeypatch.setattr(generate, "steered_stream", lambda *a, **k: iter([(words, [True, True])]))
-    found = desk.compare(task, 0, 1.0)
+    found = playground.compare(task, 0, 1.0)
     assert found.table["right"].tolist() == [True, False] and found.table["every step right"].tolist() == [
         True,
         False,
@@ -253,13 +259,13 @@ def test_table_and_lines_by_hand(desk, monkeypatch):
     )
 
 
-def test_chat_is_labelled_by_the_lexicon_and_marked(chat_desk, monkeypatch):
+def test_chat_is_labelled_by_the_lexicon_and_marked(chat_playground, monkeypatch):
     task = questions.Question("How many socks are in two drawers of six?", 12, 0)
     texts = ["Two drawers. Wait, that is eleven.\n</think>\n\nThe answer is 12.", "But six is less"]
     monkeypatch.setattr(
         generate, "steered_stream", lambda *a, **k: iter([([list(t) for t in texts], [True, False])])
     )
-    found = chat_desk.compare(task, 0, 1.0)
+    found = chat_playground.compare(task, 0, 1.0)
     assert [label for label, _, _ in found.lines["unsteered"]][:2] == ["other", "reflection"]
     assert found.table["right"].tolist() == [True, None] and found.table["end"].tolist() == [
         "thought closed",
@@ -268,12 +274,12 @@ def test_chat_is_labelled_by_the_lexicon_and_marked(chat_desk, monkeypatch):
     assert found.table.loc["steered", "contrast"] == 1 and "verification" not in found.table
 
 
-def test_everything_shown_is_escaped(chat_desk, monkeypatch):
+def test_everything_shown_is_escaped(chat_playground, monkeypatch):
     bad = "<script>alert(1)</script><img src=x onerror=alert(1)>"
     monkeypatch.setattr(generate, "steered_stream", lambda *a, **k: iter([([[bad], [bad]], [True, True])]))
-    for shown in (chat_desk.compare(bad, 0, 1.0).html, press(chat_desk, prompt=bad).output.value):
+    for shown in (chat_playground.compare(bad, 0, 1.0).html, press(chat_playground, prompt=bad).output.value):
         assert "<script" not in shown and "<img" not in shown and shown.count("&lt;script&gt;") == 3
-    assert "<script" not in press(chat_desk, prompt="").status.value
+    assert "<script" not in press(chat_playground, prompt="").status.value
 
 
 # --- what is wrong ------------------------------------------------------------------------------------------
@@ -296,9 +302,9 @@ WRONG = {
 }
 
 
-def press(desk, **values):
+def press(playground, **values):
     """A panel with these values in its fields, after Generate; there is no event loop here."""
-    panel = desk.widget()
+    panel = playground.widget()
     for name, value in values.items():
         getattr(panel, name).value = value
     panel.generate.click()
@@ -306,38 +312,40 @@ def press(desk, **values):
 
 
 @pytest.mark.parametrize("fields, sentence", WRONG.values(), ids=WRONG)
-def test_a_mistake_is_a_sentence_in_the_widget_and_nothing_is_raised(desk, fields, sentence):
-    panel = press(desk, **fields)
+def test_a_mistake_is_a_sentence_in_the_widget_and_nothing_is_raised(playground, fields, sentence):
+    panel = press(playground, **fields)
     assert sentence in html.unescape(panel.status.value) and panel.output.value == ""
     asked = {"prompt": "what is 5 - 1 ?", "feature": fields.get("number", 0), "strength": 1.0}
     asked |= {name: value for name, value in fields.items() if name != "number"}
     with pytest.raises(UserError, match="prompt|feature|strength"):
-        desk.compare(**asked)
+        playground.compare(**asked)
     panel.prompt.value, panel.strength.value, panel.feature.value = "what is 5 - 1 ?", 0.5, "reflection"
     panel.generate.click()
     assert "Done" in panel.status.value and "unsteered" in panel.output.value  # nothing is lost
 
 
-def test_names_that_do_not_exist(desk):
+def test_names_that_do_not_exist(playground):
     with pytest.raises(
         UserError, match="feature is 'doubt': it must be a number, random, or one of reflection, deduction"
     ):
-        desk.compare(EASY, "doubt", 1.0)
+        playground.compare(EASY, "doubt", 1.0)
     with pytest.raises(UserError, match="model is 'null': it must be one of base, distilled"):
-        desk.compare(EASY, 0, 1.0, model="null")
+        playground.compare(EASY, 0, 1.0, model="null")
 
 
-def test_a_fault_of_ours_is_said_too(desk, monkeypatch):
-    monkeypatch.setattr(bench.Comparison, "html", property(lambda self: 1 / 0))
-    assert "ZeroDivisionError" in press(desk).status.value
+def test_a_fault_of_ours_is_said_too(playground, monkeypatch):
+    monkeypatch.setattr(playground_module.Comparison, "html", property(lambda self: 1 / 0))
+    assert "ZeroDivisionError" in press(playground).status.value
 
 
 # --- the widget ---------------------------------------------------------------------------------------------
 
 
-def test_the_widget_shows_what_compare_returns(desk):
-    panel = press(desk, prompt="what is 5 - 1 ?", number=3, strength=-2.0, where="all", model="base", seed=7)
-    assert panel.output.value == desk.compare("what is 5 - 1 ?", 3, -2.0, "all", "base", 7).html
+def test_the_widget_shows_what_compare_returns(playground):
+    panel = press(
+        playground, prompt="what is 5 - 1 ?", number=3, strength=-2.0, where="all", model="base", seed=7
+    )
+    assert panel.output.value == playground.compare("what is 5 - 1 ?", 3, -2.0, "all", "base", 7).html
     assert panel.feature.value == "number" and panel.example.value == "what is 5 - 1 ?"
 
 
@@ -384,8 +392,8 @@ def test_generate_again_begins_anew(plain):
     assert "Done" in panel.status.value
 
 
-def test_every_field_has_a_name_and_examples_fill_the_prompt(desk):
-    panel = desk.widget()
+def test_every_field_has_a_name_and_examples_fill_the_prompt(playground):
+    panel = playground.widget()
     fields = [
         panel.example,
         panel.prompt,
