@@ -48,7 +48,7 @@ def line(count: Count) -> str:
 
 
 def verdict(count: Count, code: int, least: dict[str, int] = LEAST) -> int:
-    """0 if everything passed and there were enough of each kind that passed; what was skipped does not count."""
+    """0 if everything passed, and enough of each kind did; what was skipped does not count."""
     return int(
         code != 0 or count.failed.total() > 0 or any(count.passed[kind] < n for kind, n in least.items())
     )

@@ -21,14 +21,14 @@ import torch
 from lib.activations.harvest import harvest_activations
 from lib.activations.store import Store
 from lib.crosscoder.training import TrainConfig, train
-from lib.distil import organism as distill
+from lib.distil import organism
 from lib.features.naming import Endpoint, label_features
 from lib.runs import write_text
 from lib.settings import UserError
 from lib.text.corpus import build
 from tests.toys import StopAt, toy_pair
 
-RECIPE = distill.Recipe(
+RECIPE = organism.Recipe(
     width=16,
     layers=2,
     heads=2,
@@ -69,8 +69,8 @@ def harvest_toys(given: Path, out: Path) -> Store:
 
 
 def distilling(given: Path, out: Path, *_) -> None:
-    distill.CHUNK_DOCUMENTS = 20
-    distill.train_all(out, RECIPE, ("base", "midtrain", "latetrain", "distilled"), report=lambda line: None)
+    organism.CHUNK_DOCUMENTS = 20
+    organism.train_all(out, RECIPE, ("base", "midtrain", "latetrain", "distilled"), report=lambda line: None)
 
 
 def harvesting(given: Path, out: Path, *_) -> None:
@@ -97,22 +97,22 @@ WORK = {f.__name__: f for f in (distilling, harvesting, training, labelling)}
 
 def _child(pipe, kind: str, given: str, out: str, url: str, file_bytes: int | None) -> None:
     torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")
+    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if file_bytes is not None:  # the system itself refuses to write on: OSError instead of a signal
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     pipe.send("begun")
-    said = "done"
+    report = "done"
     try:
         prepare(Path(given)) if kind == "prepare" else WORK[kind](Path(given), Path(out), url)
     except BaseException as error:
-        said = f"{type(error).__name__}: {error}"
+        report = f"{type(error).__name__}: {error}"
         if not isinstance(error, (UserError, OSError)):
             import traceback
 
-            said += "\n" + traceback.format_exc()
+            report += "\n" + traceback.format_exc()
     with contextlib.suppress(OSError):
-        pipe.send(said)
+        pipe.send(report)
 
 
 def start(kind: str, given: Path, out: Path, url: str = "", file_bytes: int | None = None):
@@ -121,21 +121,21 @@ def start(kind: str, given: Path, out: Path, url: str = "", file_bytes: int | No
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.kills"])
-    here, there = server.Pipe(duplex=False)
+    receiver, sender = server.Pipe(duplex=False)
     process = server.Process(
-        target=_child, args=(there, kind, str(given), str(out), url, file_bytes), daemon=True
+        target=_child, args=(sender, kind, str(given), str(out), url, file_bytes), daemon=True
     )
     process.start()
-    there.close()
-    assert here.poll(120) and here.recv() == "begun"
-    return process, here
+    sender.close()
+    assert receiver.poll(120) and receiver.recv() == "begun"
+    return process, receiver
 
 
 def finish(process, pipe) -> str:
-    """What the work said at its end; "killed" if it could not say anything."""
+    """The report of the work at its end, "done" or an error; "killed" if there is none."""
     try:
-        said = pipe.recv() if pipe.poll(120) else "silent"
+        report = pipe.recv() if pipe.poll(120) else "silent"
     except EOFError:
-        said = "killed"
+        report = "killed"
     process.join(20)
-    return said
+    return report

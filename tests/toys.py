@@ -19,7 +19,7 @@ from lib.text.corpus import build
 
 
 def toy_model(width: int, seed: int, layers: int = 4) -> Qwen2ForCausalLM:
-    """A random Qwen2 for the embedded vocabulary; weights are large enough for tokens and contexts to differ."""
+    """A random Qwen2 for the embedded vocabulary; its weights are large, so that contexts differ."""
     return _random(Qwen2ForCausalLM, Qwen2Config, width, seed, layers)
 
 
@@ -118,7 +118,7 @@ def toy_pair(
 def toy_store(
     folder: str | Path, tokens: int = 4000, widths: tuple[int, ...] = (16, 24), seed: int = 0, **options
 ) -> Store:
-    """A store of about ``tokens`` tokens from ``toy_pair``, at ``folder``/store, in shards of 1,500 tokens."""
+    """A store of about ``tokens`` tokens from ``toy_pair``, at ``folder``/store, in shards of 1,500."""
     pair = toy_pair(folder, widths, names=("base", "distilled", "third")[: len(widths)])
     return harvest_activations(
         pair,
