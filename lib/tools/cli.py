@@ -300,7 +300,7 @@ def train(
 def _config(words: Sequence[str]):
     """TrainConfig from words like --n-features 32768."""
     from ..crosscoder.training import TrainConfig
-    from ..settings import checked, read_value
+    from .profiles import checked, read_value
 
     words = [part for word in words for part in word.split("=", 1)]
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):

@@ -29,7 +29,8 @@ from pathlib import Path
 import nbformat
 
 from ..runs import PASSING, Run, read_manifest, write_text
-from ..settings import REGISTRY, ROOT, UserError, checked, known_pairs, path_shown, read_profile, read_value
+from ..settings import REGISTRY, ROOT, UserError, path_shown
+from .profiles import checked, known_pairs, read_profile, read_value
 
 # seconds for one cell; a profile or --timeout can give more. There always is one: a kernel can stall.
 CELL_TIMEOUT = 3600

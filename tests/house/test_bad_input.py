@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from toys import toy_model, toy_pair, toy_store
 
 from lib import figures
-from lib import settings as settings_module
 from lib.activations.harvest import harvest_activations
 from lib.activations.store import Store
 from lib.crosscoder.codes import SplitCodes, codes
@@ -44,6 +43,7 @@ from lib.text.chat import Trace
 from lib.text.corpus import build, override, read_items
 from lib.tools import compare as check
 from lib.tools.cli import main
+from lib.tools.profiles import read_profile
 
 pytestmark = pytest.mark.fault("bad input")
 settings.register_profile("same examples every time", derandomize=True, database=None)
@@ -680,7 +680,7 @@ def _zeros(folder):
 def _profile(text):
     def call(folder):
         (folder / "mine.yaml").write_text(text)
-        settings_module.read_profile(folder, "mine", ["01_harvest_activations"])
+        read_profile(folder, "mine", ["01_harvest_activations"])
 
     return call
 

@@ -21,8 +21,9 @@ import nbformat
 import pytest
 
 from lib.runs import Run
-from lib.settings import ROOT, read_profile
+from lib.settings import ROOT
 from lib.tools.notebooks import prepared
+from lib.tools.profiles import read_profile
 
 pytestmark = pytest.mark.browser
 

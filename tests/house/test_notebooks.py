@@ -9,9 +9,9 @@ import nbformat
 import pytest
 import yaml
 
-from lib import settings
 from lib.settings import ROOT
 from lib.tools import notebooks as driver
+from lib.tools import profiles
 
 NOTEBOOKS = (
     "00_distil_a_pair",
@@ -132,10 +132,10 @@ def test_cells_are_short_and_hold_no_magic(stem):
 
 @pytest.mark.parametrize("profile", ["default", "smoke", "paper"])
 def test_profiles_fit_the_notebooks(profile):
-    content = settings.read_profile(ROOT / "notebooks" / "profiles", profile, list(NOTEBOOKS))
+    content = profiles.read_profile(ROOT / "notebooks" / "profiles", profile, list(NOTEBOOKS))
     for stem, values in content.items():
         if stem != "timeout":
-            settings.checked(stem, driver.parameters_of(path(stem)), values or {})
+            profiles.checked(stem, driver.parameters_of(path(stem)), values or {})
     if profile == "smoke":
         assert set(content) - {"timeout"} == set(NOTEBOOKS), "every notebook has a small budget"
 

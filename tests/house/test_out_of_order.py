@@ -13,8 +13,9 @@ import pytest
 from nbclient import NotebookClient
 
 from lib.runs import Run
-from lib.settings import ROOT, read_profile
+from lib.settings import ROOT
 from lib.tools.notebooks import own_kernel, prepared
+from lib.tools.profiles import read_profile
 
 pytestmark = pytest.mark.slow
 

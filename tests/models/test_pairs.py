@@ -10,6 +10,7 @@ from lib.distil.organism import build_tokenizer
 from lib.models.pairs import REGISTRY, check_layer, check_vocabularies, decoder_layers, half_depth, load_pair
 from lib.settings import ROOT, UserError
 from lib.tools import notebooks as driver
+from lib.tools import profiles
 
 
 def test_every_entry_of_the_registry_is_valid():
@@ -144,10 +145,10 @@ def test_a_corpus_from_the_hub(tmp_path, entry, message):
 )
 def test_a_profile_names_parameters_that_its_notebooks_have(file):
     notebooks = {path.stem: path for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")}
-    profile = settings.read_profile(file.parent, file.stem, list(notebooks))
+    profile = profiles.read_profile(file.parent, file.stem, list(notebooks))
     for stem, values in profile.items():
         if stem in notebooks:
-            assert set(settings.checked(stem, driver.parameters_of(notebooks[stem]), values or {})) == set(
+            assert set(profiles.checked(stem, driver.parameters_of(notebooks[stem]), values or {})) == set(
                 values or {}
             )
 

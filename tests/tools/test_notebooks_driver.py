@@ -10,9 +10,9 @@ import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lib import settings
 from lib.settings import ROOT, UserError
 from lib.tools import notebooks as driver
+from lib.tools import profiles
 from lib.tools.cli import main
 
 PARAMETERS = (
@@ -91,7 +91,7 @@ def test_a_profile_of_a_pair_is_laid_over_the_profile(house):
     (house / "profiles" / "default.other.yaml").write_text(
         "timeout: 90\n00_first: {seed: 7}\n01_second: {ks: [3]}\n"
     )
-    read = lambda pair: settings.read_profile(house / "profiles", "default", ["00_first", "01_second"], pair)  # noqa: E731
+    read = lambda pair: profiles.read_profile(house / "profiles", "default", ["00_first", "01_second"], pair)  # noqa: E731
     assert read("tiny") == {"timeout": 60, "00_first": {"seed": 5, "rate": 0.1}}
     assert read("other") == {"timeout": 90, "00_first": {"seed": 7, "rate": 0.1}, "01_second": {"ks": [3]}}
     (house / "profiles" / "default.other.yaml").write_text("09_none: {}\n")
@@ -141,10 +141,10 @@ def test_a_profile_with_a_wrong_value_or_notebook_stops_before_the_first_noteboo
 def test_values_keep_their_types():
     defaults = dict(rate=1e-3, seed=0, name="a", ks=[1], gains=[1.0], any=None)
     given = dict(rate="1e-2", seed=3, name="b", ks=[], gains=[2, 0.5], any=[1])
-    assert settings.checked("nb", defaults, given) == dict(given, rate=0.01)
-    assert type(settings.checked("nb", defaults, dict(rate=2))["rate"]) is float
-    assert settings.read_value("12", "text") == "12" and settings.read_value("12", None) == 12
-    assert settings.read_value("true", False) is True and settings.read_value("[1, 2]", [0]) == [1, 2]
+    assert profiles.checked("nb", defaults, given) == dict(given, rate=0.01)
+    assert type(profiles.checked("nb", defaults, dict(rate=2))["rate"]) is float
+    assert profiles.read_value("12", "text") == "12" and profiles.read_value("12", None) == 12
+    assert profiles.read_value("true", False) is True and profiles.read_value("[1, 2]", [0]) == [1, 2]
 
 
 def test_parameters_must_be_literals(tmp_path):

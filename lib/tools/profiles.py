@@ -1,0 +1,83 @@
+"""Parameters of notebooks, from profiles and the command line: read, and checked against their defaults."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from pathlib import Path
+
+from ..settings import UserError, read_yaml
+
+
+def checked(notebook: str, defaults: dict, given: dict) -> dict:
+    """``given`` with values of the types of their defaults; UserError for an unknown name or another type."""
+    return {name: _typed(notebook, name, value, defaults) for name, value in given.items()}
+
+
+def _typed(notebook: str, name: str, value, defaults: dict):
+    if name not in defaults:
+        raise UserError(f"{notebook} has no parameter {name!r}: it has {', '.join(sorted(defaults))}")
+    default = defaults[name]
+    if isinstance(default, float) and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):  # YAML reads 1e-3 as text
+            return float(value)
+    same = default is None or type(value) is type(default)
+    if same and isinstance(default, (list, tuple)) and default:
+        kinds = tuple({type(entry) for entry in default} | ({int} if float in map(type, default) else set()))
+        same = all(type(entry) in kinds for entry in value)
+    if not same:
+        raise UserError(
+            f"{name} of {notebook} is {value!r}: it must be of type {type(default).__name__}, like its"
+            f" default {default!r}"
+        )
+    return value
+
+
+def read_value(text: str, default):
+    """A value from the command line: text stays text where the default is text, else a Python literal."""
+    if isinstance(default, str):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
+
+
+def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> dict:
+    """notebooks/profiles/<name>.yaml: {notebook stem: {parameter: value}}, and optionally ``timeout``
+    (seconds a cell).
+
+    What <name>.<pair>.yaml says is laid over it: a pair may need another budget of the same name.
+    """
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    if name not in known:
+        raise UserError(
+            f"unknown profile {name!r}: there are {', '.join(k for k in known if '.' not in k)} (files in"
+            " notebooks/profiles)"
+        )
+    profile: dict = {}
+    for layer in (name, f"{name}.{pair}"):
+        content = read_yaml(folder / f"{layer}.yaml") if layer in known else {}
+        if odd := next((stem for stem in stems if not isinstance(content.get(stem), dict | None)), None):
+            raise UserError(
+                f"profile {layer!r} has {content[odd]!r} for {odd}: it must be a mapping of name: value"
+                " entries"
+            )
+        if unknown := sorted(set(map(str, content)) - set(stems) - {"timeout"}):
+            raise UserError(
+                f"profile {layer!r} names {', '.join(unknown)}: the notebooks are {', '.join(stems)}"
+            )
+        profile |= {
+            key: profile.get(key, {}) | (value or {}) if isinstance(value, dict | None) else value
+            for key, value in content.items()
+        }
+    return profile
+
+
+def known_pairs(registry: Path) -> list[str]:
+    """The names of the pairs in a registry."""
+    if not registry.is_file():
+        raise UserError(
+            f"the registry of pairs {registry} does not exist: give a YAML file like data/pairs.yaml"
+        )
+    return list(read_yaml(registry))
