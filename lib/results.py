@@ -202,25 +202,19 @@ def _interval_text(metric: Mapping, digits: int) -> str:
 
 
 def scoreboard(rows: Sequence[Mapping]) -> pd.DataFrame:
-    """Predictions against what was observed. ``held``: True, False, or None for what could not be decided."""
-    words = {True: "yes", False: "no", None: "undecided"}
+    """Predictions beside what was observed. ``held``: True, False, or None for what could not be decided."""
+    first = ["prediction", "observed", "held"]
     for row in rows:
-        if missing := {"prediction", "observed", "held"} - set(row):
+        if missing := set(first) - set(row):
             raise ValueError(f"a row of the scoreboard lacks {', '.join(sorted(missing))}")
+    words = {True: "yes", False: "no", None: "undecided"}
     frame = pd.DataFrame(
         [{**row, "held": words[None if row["held"] is None else bool(row["held"])]} for row in rows]
     )
-    return frame[
-        [
-            "prediction",
-            "observed",
-            "held",
-            *(c for c in frame.columns if c not in ("prediction", "observed", "held")),
-        ]
-    ]
+    return frame[[*first, *(column for column in frame if column not in first)]]
 
 
-# --- parts that other notebooks computed --------------------------------------------------------------------
+# --- parts of the study, which other notebooks compute ------------------------------------------------------
 
 
 PARTS = {  # part of the study: the notebook that computes it
@@ -231,8 +225,9 @@ PARTS = {  # part of the study: the notebook that computes it
 
 @dataclass
 class Part:
-    """Metrics and tables of one part, as a notebook reads them. ``note`` says what was read, or why there is
-    nothing.
+    """Metrics {name: {value, ci, n}} and tables of one part; false if there are no tables.
+
+    ``note`` says what was read, or why there is nothing.
     """
 
     name: str
@@ -245,11 +240,9 @@ class Part:
 
 
 def read_part(run: Run, part: str, **inputs: str) -> Part:
-    """The results of a part of a run, if they were made from what there is now; else a ``Part`` that is empty
-    and says why.
+    """A part of the study ("nulls"), if it was made in this run and from ``inputs``; else an empty one.
 
-    ``inputs``: fingerprints of the notebook's own artefacts (store, crosscoder) that the part must have been
-    made from.
+    ``inputs``: fingerprints of the notebook's own artefacts, by name (store, crosscoder).
     """
     folder = run.figures / "study" / part
     again = make_command("study", run.pair, run.name, PARTS.get(part, part))
@@ -265,7 +258,7 @@ def read_part(run: Run, part: str, **inputs: str) -> Part:
                 f" ({again}{whose}).",
             )
     tables = {name: read_table(folder / f"{name}.csv") for name in manifest["tables"]}
-    seconds = manifest.get("seconds", 0)  # few: most of it was there
+    seconds = manifest.get("seconds", 0)
     took = f"; {seconds / 60:.0f} minutes" if seconds >= 90 else ""
     note = f'Read, not computed here: the part "{part}" of the study ({again}{took}).'
     return Part(part, note, manifest.get("metrics", {}), tables)
