@@ -32,7 +32,6 @@ from ..runs import Run, fingerprint
 from ..settings import ROOT, UserError
 from ..stats import bootstrap, t_interval, wilson
 
-PAIRS = ("tiny_small", "tiny", "tiny_large")
 PARTS = ("nulls", "seeds", "similarity")  # of the study, that are read
 QUANTILES = (0.01, 0.5, 0.99)  # of NRN
 CHANGES = {  # of the geometry of words: quantity, metric of notebook 05

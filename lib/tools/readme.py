@@ -17,7 +17,7 @@ from ..runs import write_text
 from ..settings import ROOT, UserError
 
 # notebook 06 writes to the largest pair's
-RESULTS = [ROOT / "figures" / pair / "results" for pair in ("tiny", "tiny_large")]
+RESULTS = [ROOT / "figures" / pair / "results" for pair in ("tiny",)]
 MARKS = {
     name: (f"<!-- {name}: written by python -m lib publish -->", f"<!-- end of {name} -->")
     for name in ("results", "standing", "learnt", "real", "lexicon", "speed")

@@ -27,7 +27,7 @@ from ..runs import Progress, write_text
 from ..settings import ROOT, UserError
 
 OUT = ROOT / "data" / "report"
-PAIRS = ("tiny", "tiny_large", "smol")  # whose figures are committed
+PAIRS = ("tiny", "smol")  # whose figures are committed
 PAGES = ("glossary", "scoreboard", "scoreboard_smol", "robustness_smol", "costs", "cluster")  # of docs/
 _SAVED = re.compile(r"figures\.save\([^\n]*?\"(\d\d_\w+)\"")
 _MATH = re.compile(r"```.*?```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL)
