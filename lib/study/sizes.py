@@ -123,8 +123,8 @@ def ask(pair: Pair, n: int, folder: Path, seed: int = 0) -> tuple[list[dict], pd
     """
     models, tasks = {name: pair.load(name) for name in ("base", "distilled")}, trials.puzzles(n, "test", seed)
     conditions = [trials.Condition("base", "direct"), trials.Condition("distilled")]
-    mark = fingerprint(n, seed, *(pair.fingerprint(name) for name in models))
-    answers = trials.battery(models, pair.tokenizer(), tasks, conditions, folder, mark, seed)
+    weights = fingerprint(n, seed, *(pair.fingerprint(name) for name in models))
+    answers = trials.battery(models, pair.tokenizer(), tasks, conditions, folder, weights, seed)
     direct, thought = (answers[condition] for condition in conditions)
     rows = [
         _row("parameters", sum(p.numel() for p in models["base"].parameters())),

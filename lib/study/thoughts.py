@@ -70,12 +70,14 @@ def _thoughts(
     models, norm = {name: pair.load(name) for name in crosscoder.names}, store.mean_norms["distilled"]
     sets = experiments.category_sets(table, features_per_category)
     vectors, own_use = experiments.mean_differences(store), experiments.measure_use(crosscoder, store)
-    mark = fingerprint(variant.crosscoder_fingerprint, *(pair.fingerprint(name) for name in crosscoder.names))
+    weights = fingerprint(
+        variant.crosscoder_fingerprint, *(pair.fingerprint(name) for name in crosscoder.names)
+    )
 
     def run(split: str, n: int, conditions: list) -> pd.DataFrame:
         return experiments.run(
             *(pair, models, crosscoder, store, puzzles(n, split), conditions),
-            *(variant.folder(f"causal_{split}"), mark, max_new_tokens, seed),
+            *(variant.folder(f"causal_{split}"), weights, max_new_tokens, seed),
         )
 
     tried = run(

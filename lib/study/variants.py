@@ -162,12 +162,14 @@ class Variant:
     ) -> Part:
         """The part ``name``, read if its fingerprint is current, else computed: ``compute() -> (metrics,
         tables)``. ``version`` is raised when the meaning of a number changes."""
-        mark, began = self.fingerprint(name, version, budget, *more), time.monotonic()
-        if not is_current(self.run.figures / "study" / name, mark):
+        expected, began = self.fingerprint(name, version, budget, *more), time.monotonic()
+        if not is_current(self.run.figures / "study" / name, expected):
             metrics, tables = compute()
             inputs = {"store": self.store.fingerprint, "crosscoder": self.crosscoder_fingerprint}
             seconds = round(time.monotonic() - began, 1)
-            write_part(self.run, name, mark, metrics, tables, inputs, budget=dict(budget), seconds=seconds)
+            write_part(
+                self.run, name, expected, metrics, tables, inputs, budget=dict(budget), seconds=seconds
+            )
         return read_part(self.run, name)
 
 
@@ -180,7 +182,13 @@ def open_variant(here: Results | Run) -> Variant:
 
 
 def write_part(
-    run: Run, name: str, mark: str, metrics: dict, tables: Mapping[str, pd.DataFrame], inputs: dict, **info
+    run: Run,
+    name: str,
+    fingerprint: str,
+    metrics: dict,
+    tables: Mapping[str, pd.DataFrame],
+    inputs: dict,
+    **info,
 ) -> None:
     """Tables as CSV, the manifest last: an interrupted part leaves nothing that could be read."""
     folder = run.figures / "study" / name
@@ -192,7 +200,7 @@ def write_part(
         text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
         write_text(folder / f"{table}.csv", text)
     write_manifest(
-        *(folder, mark),
+        *(folder, fingerprint),
         part=name,
         inputs=inputs,
         metrics=metrics,
