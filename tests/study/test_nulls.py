@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from toys import toy_store
 
 from lib.crosscoder.model import CrossCoder
+from lib.labels import CATEGORIES
 from lib.settings import UserError
 from lib.study import nulls
 
@@ -234,3 +236,28 @@ def test_a_pair_without_a_null_is_told_so():
 
     with pytest.raises(UserError, match="'toy' has no null_a"):
         nulls._nulls(Fake(), 10)
+
+
+# --- the part "similarity" ----------------------------------------------------------------------------------
+
+
+def test_a_null_that_is_the_pair_is_as_alike_as_the_pair(tmp_path):
+    store = toy_store(tmp_path, widths=(16, 16))
+    crosscoder = CrossCoder([16, 16], 32, names=list(store.models), k=4, seed=0)
+    chosen = dict(zip(CATEGORIES, range(4)))
+    table = scored(np.linspace(0, 1, 32))
+
+    class Fake:
+        harvested = staticmethod(lambda *names: (None, store))
+        inspection = staticmethod(lambda: SimpleNamespace(chosen=chosen))
+        needed = staticmethod(
+            lambda part: SimpleNamespace(tables={"scores": table, "thresholds": nulls.thresholds(table)})
+        )
+
+    Fake.store, Fake.crosscoder = store, crosscoder
+    metrics, tables = nulls._similarity(Fake(), 200)
+    assert metrics["cka_distilled"] == metrics["cka_null_a"] and metrics["cka_distilled"]["value"] < 1
+    alike = tables["similarity"].pivot_table(index=["statistic", "text"], columns="other", values="value")
+    assert alike["distilled"].equals(alike["null_a"].rename("distilled"))
+    assert tables["angles"]["components_of"].tolist() == list(store.models)
+    assert set(tables["directions"]["a"]) <= set(CATEGORIES)
