@@ -145,7 +145,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     UserError if the disk does not take it.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    scratch = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")  # jobs may share a folder
     try:
         with _refused(path):
             yield scratch

@@ -5,7 +5,7 @@ stops the forward there (later layers do not run). Documents of like length are 
 right, which causal attention never sees. While a shard is written, the next one is computed. At the end the
 masks are drawn, since they need medians over everything:
 
-    first      position 0: BOS (or whatever stands there) is the attention sink, with 100 times the median norm in Qwen
+    first      position 0: BOS (or whatever stands there) is the attention sink: 100 times the median norm in Qwen
     padding    never written; counted
     high_norm  norm above 10 times the model's median: massive activations inside a text
 
@@ -13,19 +13,15 @@ A token is dropped if **any** model says so, or the models would be compared on 
 a harvest continues at the next shard, and ends with the same bytes. So do jobs, any number of them, that
 share the shards out (docs/cluster.md)::
 
-    python -m lib harvest --pair tiny --profile default --part 0/8      # and 1/8, ... wherever the folder can be seen
+    python -m lib harvest --pair tiny --profile default --part 0/8   # 1/8, ... wherever the folder can be seen
     python -m lib harvest --pair tiny --profile default --merge
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
-import os
-import platform
 import shutil
 import sys
 import time
@@ -44,11 +40,11 @@ from ..models.pairs import DTYPES, Pair
 from ..models.reader import BATCH_TOKENS, CHUNK, NORM_FACTOR, LayerReader, masks, read_all, row_norms
 from ..runs import (
     Progress,
-    disk_error,
     exclusive,
     fingerprint,
     is_current,
     versions,
+    whole_file,
     write_manifest,
     write_text,
 )
@@ -83,7 +79,7 @@ def harvest_activations(
     that are not finite, and for token ids that a model does not have.
     """
     job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
-    if is_current(job.path, job.mark):
+    if is_current(job.path, job.fingerprint):
         try:
             return Store.open(job.path)
         except UserError:
@@ -91,7 +87,8 @@ def harvest_activations(
     if isinstance(job.corpus, Corpus):
         job.corpus.check_budget()
     job.path.mkdir(parents=True, exist_ok=True)
-    with exclusive(job.path, "harvesting"), _room(job):
+    with exclusive(job.path, "harvesting"):
+        _check_room(job)
         _clear(job)
         shards = _make(job, range(sys.maxsize), models, device)
         if not shards:
@@ -122,8 +119,8 @@ def harvest_part(
     job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
     numbers = _part(job, *part)
     _claim(job)
-    with _room(job):
-        return len(_make(job, numbers, models, device))
+    _check_room(job)
+    return len(_make(job, numbers, models, device))
 
 
 def merge_parts(
@@ -156,24 +153,22 @@ def merge_parts(
             f"{len(bad)} of {len(plan)} shards are not as they must be ({', '.join(bad[:10])}{more}): run"
             " their parts again"
         )
-    with _room(job):
-        _finish(job, {name: log[name] for name in plan})
+    _check_room(job)
+    _finish(job, {name: log[name] for name in plan})
     return Store.open(job.path, verify=False)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is read and where it goes. ``about``: everything that decides the content of the store; ``mark``:
-    its fingerprint.
-    """
+    """What is read and where it goes. ``content``: everything that decides the content of the store."""
 
     pair: Pair
     corpus: Corpus | list[Document]
     tokenizer: PreTrainedTokenizerBase
     path: Path
-    about: dict
-    mark: str
-    tokens: int  # to expect; of a corpus without BOS
+    content: dict
+    fingerprint: str  # of the content
+    tokens: int  # expected; BOS is not counted, if the corpus is one
 
 
 def job_of(
@@ -183,14 +178,13 @@ def job_of(
     check("batch_tokens", batch_tokens, int, low=1)
     corpus = documents if isinstance(documents, Corpus) else list(documents)
     tokenizer = corpus.tokenizer if isinstance(corpus, Corpus) else pair.tokenizer()
-    about = _about(
-        pair, corpus, tokenizer, pair.layer if layer is None else layer, shard_tokens, batch_tokens
-    )
+    layer = pair.layer if layer is None else layer
+    content = _content(pair, corpus, tokenizer, layer, shard_tokens, batch_tokens)
     tokens = corpus.tokens if isinstance(corpus, Corpus) else sum(len(d.tokens) for d in corpus)
-    return Job(pair, corpus, tokenizer, Path(path), about, fingerprint(about), tokens)
+    return Job(pair, corpus, tokenizer, Path(path), content, fingerprint(content), tokens)
 
 
-def _about(pair: Pair, corpus, tokenizer, layer: int | None, shard_tokens: int, batch_tokens: int) -> dict:
+def _content(pair: Pair, corpus, tokenizer, layer: int | None, shard_tokens: int, batch_tokens: int) -> dict:
     """Everything that decides the content of a store, as plain data: it is fingerprinted, and goes into the
     manifest.
     """
@@ -212,15 +206,13 @@ def _about(pair: Pair, corpus, tokenizer, layer: int | None, shard_tokens: int, 
             text["source"] if isinstance(text["source"], str) else [Path(p).name for p, _ in text["source"]]
         )
     else:
-        content = [np.concatenate([np.empty(0, np.int64), *(d.tokens for d in corpus)])]
-        content += [
+        arrays = [np.concatenate([np.empty(0, np.int64), *(d.tokens for d in corpus)])]
+        arrays += [
             np.concatenate([np.empty(0, np.int8), *(d.labels[label] for d in corpus)])
             for label in LABEL_ARRAYS
         ]
-        text = {
-            "source": "documents",
-            "fingerprint": fingerprint(content, [[len(d.tokens), d.kind, d.split] for d in corpus]),
-        }
+        documents = [[len(d.tokens), d.kind, d.split] for d in corpus]
+        text = {"source": "documents", "fingerprint": fingerprint(arrays, documents)}
     return {
         "format": FORMAT,
         "models": models,
@@ -243,7 +235,7 @@ def _clear(job: Job) -> None:
     """Make the folder ready for a whole harvest: shards of this very one stay, anything of another one goes."""
     job.path.mkdir(parents=True, exist_ok=True)
     (job.path / "manifest.json").unlink(missing_ok=True)
-    if _begun(job.path) != job.mark:
+    if _begun(job.path) != job.fingerprint:
         for old in [
             *job.path.glob("shard_*"),
             *job.path.glob(".shard_*"),
@@ -251,7 +243,7 @@ def _clear(job: Job) -> None:
             job.path / INDEX,
         ]:
             old.unlink(missing_ok=True)
-        write_text(job.path / BEGUN, job.mark + "\n")
+        write_text(job.path / BEGUN, job.fingerprint + "\n")
 
 
 def _claim(job: Job) -> None:
@@ -260,11 +252,11 @@ def _claim(job: Job) -> None:
     """
     job.path.mkdir(parents=True, exist_ok=True)
     if _begun(job.path) is None:
-        write_text(job.path / BEGUN, job.mark + "\n")
-    if (found := _begun(job.path)) != job.mark:
+        write_text(job.path / BEGUN, job.fingerprint + "\n")
+    if (begun := _begun(job.path)) != job.fingerprint:
         raise UserError(
-            f"{job.path.name} holds the harvest of something else (fingerprint {found}, this one is"
-            f" {job.mark}): give all jobs the same pair, weights, corpus, layer and sizes, or remove the"
+            f"{job.path.name} holds the harvest of something else (fingerprint {begun}, this one is"
+            f" {job.fingerprint}): give all jobs the same pair, weights, corpus, layer and sizes, or remove the"
             " folder"
         )
 
@@ -281,7 +273,7 @@ def _part(job: Job, i: int, n: int) -> range:
     """
     check("number of parts", n, int, low=1)
     check("part", i, int, low=0, high=n - 1)
-    expected = math.ceil(job.tokens / job.about["shard_tokens"])
+    expected = math.ceil(job.tokens / job.content["shard_tokens"])
     return range(i * expected // n, (i + 1) * expected // n if i < n - 1 else sys.maxsize)
 
 
@@ -303,31 +295,17 @@ def _problem(path: Path, name: str, entry: dict | None, tokens: int) -> str | No
     return file_problem(path / name, entry)
 
 
-@contextlib.contextmanager
-def _room(job: Job) -> Iterator[None]:
-    """UserError if the disk has no room for what is still to come, or fills up meanwhile."""
-    total = int(
-        1.02
-        * job.tokens
-        * (24 + sum(m["width"] for m in job.about["models"].values()) * DTYPES[job.pair.store_dtype].itemsize)
-    )
-
-    def full() -> UserError:
-        free = shutil.disk_usage(job.path).free
-        return UserError(
+def _check_room(job: Job) -> None:
+    """UserError if the disk has no room for what is still to come."""
+    widths = sum(m["width"] for m in job.content["models"].values())
+    total = int(1.02 * job.tokens * (24 + widths * DTYPES[job.pair.store_dtype].itemsize))
+    free = shutil.disk_usage(job.path).free
+    if free < total - sum(f.stat().st_size for f in job.path.glob("shard_*")):
+        raise UserError(
             f"the disk is full: {job.tokens:,} tokens take about {total / 1e9:.2f} GB below {job.path.name},"
             f" of which {free / 1e9:.2f} GB are free; make room or ask for fewer tokens, finished shards are"
             " kept"
         )
-
-    if shutil.disk_usage(job.path).free < total - sum(f.stat().st_size for f in job.path.glob("shard_*")):
-        raise full()
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise full() from None
 
 
 # --- shards -------------------------------------------------------------------------------------------------
@@ -340,11 +318,11 @@ def _make(
     log}, in order.
     """
     readers: dict[str, LayerReader] = {}  # models are loaded when the first shard needs them
-    writing: tuple[str, Future] | None = None
+    writing: Future | None = None
     log, shards, done = _logged(job.path), {}, 0
     with Progress("tokens harvested", job.tokens) as progress, ThreadPoolExecutor(1) as writer:
         began = time.monotonic()
-        for number, (first, group) in enumerate(groups(job.corpus, job.about["shard_tokens"])):
+        for number, (first, group) in enumerate(groups(job.corpus, job.content["shard_tokens"])):
             if number >= numbers.stop:
                 break
             if number < numbers.start:
@@ -355,24 +333,17 @@ def _make(
             else:
                 readers = readers or readers_of(job, models, device)
                 tensors, padding = _shard(
-                    group, first, readers, job.pair.store_dtype, job.about["batch_tokens"]
+                    group, first, readers, job.pair.store_dtype, job.content["batch_tokens"]
                 )
+                facts = {"tokens": tokens, "documents": len(group), "padding": padding}
+                facts["seconds"] = round(time.monotonic() - began, 3)
                 if writing:  # one shard at most, or memory would fill up
-                    shards[writing[0]] = writing[1].result()
-                facts = {
-                    "tokens": tokens,
-                    "documents": len(group),
-                    "padding": padding,
-                    "seconds": round(time.monotonic() - began, 3),
-                }
-                shards[name] = {}  # its place in the order
-                writing = name, writer.submit(_write_shard, job.path, name, tensors, facts)
+                    writing.result()
+                writing = shards[name] = writer.submit(_write_shard, job.path, name, tensors, facts)
             began = time.monotonic()
             done += tokens
             progress.update(min(done, job.tokens), f"{number - numbers.start + 1} shards")
-        if writing:
-            shards[writing[0]] = writing[1].result()
-    return shards
+    return {name: line.result() if isinstance(line, Future) else line for name, line in shards.items()}
 
 
 def _name(number: int) -> str:
@@ -401,7 +372,7 @@ def readers_of(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = {name: (models[name] if models else job.pair.load(name)).to(device) for name in job.pair.models}
     return {
-        name: LayerReader(model, job.tokenizer, job.about["models"][name]["layer"])
+        name: LayerReader(model, job.tokenizer, job.content["models"][name]["layer"])
         for name, model in loaded.items()
     }
 
@@ -463,37 +434,18 @@ def check_finite(
 
 
 def _write_shard(path: Path, name: str, tensors: dict[str, torch.Tensor], facts: dict) -> dict:
-    """Write a shard, whole or not at all, and then its line of the log, into a file of its own: no two jobs
-    share one.
-    """
+    """Write a shard, and then its line of the log into a file of its own: no two jobs share one."""
     entry = {"shard": name, **_save_whole(tensors, path / name), **facts}
-    write_text(
-        path / name.replace("shard_", "log_").replace(".safetensors", ".json"), json.dumps(entry) + "\n"
-    )
+    log = path / name.replace("shard_", "log_").replace(".safetensors", ".json")
+    write_text(log, json.dumps(entry) + "\n")
     return entry
 
 
 def _save_whole(tensors: dict[str, torch.Tensor], file: Path) -> dict:
-    """Write under another name, flush to the disk, rename: the file is whole or absent. Returns its size and
-    checksum.
-    """
-    scratch = file.with_name(f".{file.name}.{platform.node()}.{os.getpid()}.part")
-    try:
+    """Write a safetensors file, whole or not at all; returns its size and checksum."""
+    with whole_file(file) as scratch:
         save_file({name: t.contiguous() for name, t in tensors.items()}, scratch)
-        with scratch.open("rb") as stream:
-            os.fsync(stream.fileno())
-        entry = {"bytes": scratch.stat().st_size, "sha256": sha256(scratch)}
-        os.replace(scratch, file)
-    except Exception as error:
-        # safetensors wraps the error of the system
-        if "No space left" in str(error) and not isinstance(error, OSError):
-            raise OSError(errno.ENOSPC, "No space left on device") from None
-        if isinstance(error, OSError) or (found := disk_error(file, error)) is error:
-            raise
-        raise found from error
-    finally:
-        scratch.unlink(missing_ok=True)
-    return entry
+        return {"bytes": scratch.stat().st_size, "sha256": sha256(scratch)}
 
 
 # --- the end ------------------------------------------------------------------------------------------------
@@ -516,7 +468,7 @@ def _finish(job: Job, shards: dict[str, dict]) -> None:
     def joined(name: str) -> np.ndarray:
         return np.concatenate([table.read(name) for table in tables])
 
-    norms = {m: joined(f"norm_{m}") for m in job.about["models"]}
+    norms = {m: joined(f"norm_{m}") for m in job.content["models"]}
     kept, dropped = masks(joined("positions"), norms)
     split, label, kind = joined("split"), joined("label"), joined("kind")
     train = kept & (split == SPLITS.index("train"))
@@ -561,8 +513,8 @@ def _finish(job: Job, shards: dict[str, dict]) -> None:
     }
     write_manifest(
         job.path,
-        job.mark,
-        **job.about,
+        job.fingerprint,
+        **job.content,
         counts=counts,
         statistics=statistics,
         shards=files,

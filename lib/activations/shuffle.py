@@ -1,19 +1,19 @@
-"""Reading a store that is larger than memory: blocks in random order, a shuffle buffer, and batches made
-beside training.
+"""Shuffled batches out of a store that is larger than memory.
 
-Rows on disk that are neighbours are tokens of one text, and reading single rows is slow. So the disk is read
-in *blocks* of 256 neighbouring rows, the blocks in random order, and every row then waits for a random time
+Neighbouring rows of a store are tokens of one text, and single rows are slow to read. So the disk is read in
+*blocks* of 256 neighbouring rows, the blocks in random order, and every row then waits for a random time
 before it is handed out:
 
     1. all blocks of the store that hold wanted rows are permuted; block number p arrives at time p
-    2. each of its rows leaves at time p + r * u, u uniform in [0, 1); rows are handed out in the order in which they leave
-    3. so at time r + p all of block p has left, and block p + r takes its place: a ring of r blocks is all that is held
+    2. each of its rows leaves at time p + r * u, u uniform in [0, 1); rows are handed out as they leave
+    3. at time r + p all of block p has left, and block p + r takes its place: a ring of r blocks is all that
+       is held
 
-The order is a function of (rows wanted, seed, r) alone, and is known without reading an activation; a reader
-that starts in the middle of an epoch reads at most the r blocks before that place. Neighbouring rows are on
-average a third of the ring apart, and a batch draws on all blocks of the ring; but at both ends of an epoch,
-where the ring is not full, on fewer: the first n rows come from about sqrt(2 r n / 256) blocks. If all blocks
-fit into the ring, all of them arrive first, and the order is a uniform permutation.
+The order is a function of (rows wanted, seed, r) alone and is known without reading an activation; an epoch
+that is continued in its middle reads at most the r blocks before that place. Neighbouring rows are on average
+a third of the ring apart, and a batch draws on all blocks of the ring; but at both ends of an epoch, where the
+ring is not full, on fewer: the first n rows come from about sqrt(2 r n / 256) blocks. If all blocks fit into
+the ring, all of them arrive first, and the order is a uniform permutation.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import json
 import math
 import mmap
 import os
+import queue
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -35,15 +35,13 @@ import torch
 from ..settings import UserError, check
 
 BLOCK = 256  # rows; a multiple of 8
-# blocks that the system is asked to fetch before they are read: a disk answers several requests faster than
-# one
-EXPECTED = 8
-# of memory for each row of the ring: its number, place and time, and copies of them while they are sorted
+EXPECTED = 8  # blocks that the system is asked to fetch before they are read: a disk answers several at once
+# bytes of memory for each row of the ring: its number, place and time, and copies of them while they are sorted
 INDEX_BYTES = 64
 RING_SHARE = 0.75  # of the memory; the rest is for batches
 LEAST_BLOCKS = 16  # in a ring that is smaller than the store: with fewer, a batch would be a few texts
 SERIAL = 32_767  # elements up to which torch works in the calling thread alone: threads are for training
-# by the names of safetensors; bfloat16, which numpy lacks, as integers
+# names of safetensors; bfloat16, which numpy lacks, as integers
 DTYPES = {
     "F64": "<f8",
     "F32": "<f4",
@@ -62,8 +60,9 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class Table:
     """The arrays of one safetensors file, [n, ...] each, read in stretches of rows.
 
-    By plain reads, not through a memory map: what was read is held by whoever asked for it, and nothing else
-    is. UserError if the file's header is damaged, and at reading, if the file has become shorter.
+    By plain reads: through a memory map (safetensors' own) shuffled reading takes twice the time, and what has
+    been read stays resident. UserError if the file's header is damaged, and, while it is read, if the file has
+    become shorter.
     """
 
     def __init__(self, file: str | Path):
@@ -372,40 +371,45 @@ class Prefetched:
 
         with Prefetched(store.reader("train", 1024, seed=0)) as batches:
             for rows, acts in batches: ...
-        batches.waited   # seconds
+        batches.waited   # seconds that ``next`` was blocked, the first items included
 
     At most ``ahead`` items wait, and one more is being made. What fails in the thread is raised where the
     item is taken, with its traceback. ``close`` (or the end of "with", or nobody holding it any more) ends
     the thread and closes the source.
-
-    waited  seconds that ``next`` was blocked, the first items included
     """
 
     def __init__(self, source: Iterable, ahead: int = 2):
-        check("ahead", ahead, int, low=1)
-        self.waited = 0.0
-        self._line = _Line(ahead)
-        # the thread knows the line but not this object, which can therefore be forgotten
-        self._thread = threading.Thread(
-            target=self._line.fill, args=(iter(source),), name="prefetch", daemon=True
-        )
+        self._items: queue.Queue = queue.Queue(check("ahead", ahead, int, low=1))
+        self._over, self.waited = threading.Event(), 0.0
+        # the thread knows the queue but not this object, which can therefore be forgotten
+        arguments = (iter(source), self._items, self._over)
+        self._thread = threading.Thread(target=_fill, args=arguments, name="prefetch", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Prefetched:
         return self
 
     def __next__(self):
+        if self._over.is_set():
+            raise StopIteration
         began = time.perf_counter()
-        try:
-            return self._line.take()
-        finally:
-            self.waited += time.perf_counter() - began
+        item, error = self._items.get()
+        self.waited += time.perf_counter() - began
+        if error is not None:
+            self._over.set()
+            raise error
+        return item
 
     def close(self) -> None:
         """End the thread, and wait for that. What has been prefetched is lost; ``next`` raises StopIteration."""
-        self._line.close()
+        self._end()
         if self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _end(self) -> None:
+        self._over.set()
+        while not self._items.empty():  # the thread may be waiting for room
+            self._items.get_nowait()
 
     def __enter__(self) -> Prefetched:
         return self
@@ -415,47 +419,22 @@ class Prefetched:
 
     def __del__(self) -> None:
         if hasattr(self, "_thread"):
-            self._line.close()
+            self._end()
 
 
-class _Line:
-    """Where items wait between the thread that makes them and the one that takes them."""
-
-    def __init__(self, ahead: int):
-        self._ahead, self._items, self._changed = ahead, deque(), threading.Condition()
-        self._over, self._error = False, None
-
-    def fill(self, source: Iterator) -> None:
-        try:
-            for item in source:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._over or len(self._items) < self._ahead)
-                    if self._over:
-                        break
-                    self._items.append(item)
-                    self._changed.notify_all()
-                del item  # or it would stay in memory while the next one is made
-        except BaseException as error:
-            self._error = error
-        finally:
-            if hasattr(source, "close"):
-                source.close()
-            with self._changed:
-                self._over = True
-                self._changed.notify_all()
-
-    def take(self):
-        with self._changed:
-            self._changed.wait_for(lambda: self._over or self._items)
-            if self._items:
-                item = self._items.popleft()
-                self._changed.notify_all()
-                return item
-            error, self._error = self._error, None
-        raise error or StopIteration
-
-    def close(self) -> None:
-        with self._changed:
-            self._over = True
-            self._items.clear()
-            self._changed.notify_all()
+def _fill(source: Iterator, items: queue.Queue, over: threading.Event) -> None:
+    """Put (item, None) for every item of ``source`` into the queue, and (None, error) at its end."""
+    error: BaseException = StopIteration()
+    try:
+        for item in source:
+            items.put((item, None))
+            del item  # or it would stay in memory while the next one is made
+            if over.is_set():
+                break
+    except BaseException as failure:
+        error = failure
+    finally:
+        if hasattr(source, "close"):
+            source.close()
+    if not over.is_set():
+        items.put((None, error))

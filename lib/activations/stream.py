@@ -72,10 +72,10 @@ class Stream:
         """
         check("sample_tokens", sample_tokens, int, low=1)
         job = job_of(pair, documents, "", layer, SHARD_TOKENS, batch_tokens)
-        self.fingerprint = fingerprint("stream", job.mark, sample_tokens)
+        self.fingerprint = fingerprint("stream", job.fingerprint, sample_tokens)
         self.models = tuple(pair.models)
-        self.widths = {m: job.about["models"][m]["width"] for m in self.models}
-        self.layers = {m: job.about["models"][m]["layer"] for m in self.models}
+        self.widths = {m: job.content["models"][m]["width"] for m in self.models}
+        self.layers = {m: job.content["models"][m]["layer"] for m in self.models}
         self._corpus, self._dtype, self._batch_tokens = job.corpus, pair.store_dtype, batch_tokens
         self._readers = readers_of(job, models, device)
         sample, lengths, splits, sampled = [], [], [], 0
