@@ -1,11 +1,9 @@
-"""Harvesting: both models read the same token ids, and the residual stream at half depth goes to disk.
+"""Harvesting: both models read the same token ids, and the residual stream at one layer goes to disk.
 
-For every shard of documents, for every model: an nnsight trace saves the output of one decoder layer and
-stops the forward there (later layers do not run). Documents of like length are batched and padded on the
-right, which causal attention never sees. While a shard is written, the next one is computed. At the end the
-masks are drawn, since they need medians over everything:
+Every model runs on every shard of documents, up to the layer that is read (lib.models.reader). While a shard
+is written, the next one is computed. At the end tokens are masked, which needs medians over everything:
 
-    first      position 0: BOS (or whatever stands there) is the attention sink: 100 times the median norm in Qwen
+    first      position 0: BOS, or what stands there, is the attention sink (in Qwen 100 median norms)
     padding    never written; counted
     high_norm  norm above 10 times the model's median: massive activations inside a text
 
@@ -13,7 +11,7 @@ A token is dropped if **any** model says so, or the models would be compared on 
 a harvest continues at the next shard, and ends with the same bytes. So do jobs, any number of them, that
 share the shards out (docs/cluster.md)::
 
-    python -m lib harvest --pair tiny --profile default --part 0/8   # 1/8, ... wherever the folder can be seen
+    python -m lib harvest --pair tiny --profile default --part 0/8   # 1/8, ... on one disk
     python -m lib harvest --pair tiny --profile default --merge
 """
 
@@ -36,7 +34,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..labels import KINDS, LABEL_ARRAYS, LABELS, SPLITS
-from ..models.pairs import DTYPES, Pair
+from ..models.pairs import DTYPES, Pair, load_pair
 from ..models.reader import BATCH_TOKENS, CHUNK, NORM_FACTOR, LayerReader, masks, read_all, row_norms
 from ..runs import (
     Progress,
@@ -49,7 +47,7 @@ from ..runs import (
     write_text,
 )
 from ..settings import UserError, check
-from ..text.corpus import Corpus, Document
+from ..text.corpus import Corpus, Document, build, override
 from .shuffle import Table, widened
 from .store import FORMAT, INDEX, Store, file_problem, read_log, sha256
 
@@ -59,6 +57,16 @@ STALE = 3600  # seconds after which a file that is still being written belongs t
 
 
 # --- the harvest --------------------------------------------------------------------------------------------
+
+
+def open_text(
+    name: str, tokens: int, trace_share: float = 0.5, seed: int = 0, traces: str = "", general: str = ""
+) -> tuple[Pair, Corpus]:
+    """A pair of the registry and its text, of about ``tokens`` tokens; ``traces`` and ``general`` name other
+    text than the pair's (a file, or a data set on the hub).
+    """
+    pair = override(load_pair(name), traces, general)
+    return pair, build(pair, tokens, trace_share=trace_share, seed=seed)
 
 
 def harvest_activations(
@@ -112,8 +120,8 @@ def harvest_part(
     the part has.
 
     Parts are ranges of neighbouring shards. Jobs for them may run in any order or at once, wherever the
-    folder can be seen; ``merge_parts`` makes their shards a store. What is there and whole is not made again. Two
-    jobs with the same part do its work twice, and nothing worse. Other parameters and errors as in
+    folder can be seen; ``merge_parts`` makes their shards a store. Whole shards are not made again. Two jobs
+    with the same part do its work twice, and nothing worse. Other parameters and errors as in
     ``harvest_activations``; UserError if the folder holds a harvest of something else.
     """
     job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
@@ -134,9 +142,9 @@ def merge_parts(
     """Check that every shard of a harvest is there and whole, and write masks, statistics and manifest: the
     same store as ``harvest_activations``'s.
 
-    Parameters as in ``harvest_activations``. No model runs, but the text is gone through again, to know which shards
-    there must be. UserError names those that are missing or damaged; their parts, or a ``harvest_activations``, make just
-    these anew.
+    Parameters as in ``harvest_activations``. No model runs, but the text is gone through again, to know which
+    shards there must be. UserError names those that are missing or damaged; ``harvest_part`` or
+    ``harvest_activations`` makes just these anew.
     """
     job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
     _claim(job)
@@ -232,7 +240,7 @@ def _content(pair: Pair, corpus, tokenizer, layer: int | None, shard_tokens: int
 
 
 def _clear(job: Job) -> None:
-    """Make the folder ready for a whole harvest: shards of this very one stay, anything of another one goes."""
+    """Make the folder ready for a whole harvest: shards of the same stay, anything of another one goes."""
     job.path.mkdir(parents=True, exist_ok=True)
     (job.path / "manifest.json").unlink(missing_ok=True)
     if _begun(job.path) != job.fingerprint:
@@ -256,8 +264,8 @@ def _claim(job: Job) -> None:
     if (begun := _begun(job.path)) != job.fingerprint:
         raise UserError(
             f"{job.path.name} holds the harvest of something else (fingerprint {begun}, this one is"
-            f" {job.fingerprint}): give all jobs the same pair, weights, corpus, layer and sizes, or remove the"
-            " folder"
+            f" {job.fingerprint}): give all jobs the same pair, weights, corpus, layer and sizes, or remove"
+            " the folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where in a text a token stands: sentence ends, categories, phases of a thought, events."""
+"""Where in a text a token stands: sentence ends, categories, phases of a trace, events."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ from ..labels import DETECTED, LABELS
 from ..settings import check
 from .store import Store
 
-# --- positions ----------------------------------------------------------------------------------------------
+PHASES = ("general", "prompt", "thinking", "answer")
+EVENTS = {  # the first token after a boundary between two sentences of a trace, by what stands on either side
+    "before a reflection": lambda last, error, following: following == LABELS.index("reflection"),
+    "after a reflection": lambda last, error, following: last == LABELS.index("reflection"),
+    "after an error": lambda last, error, following: error,
+    "after a right step": lambda last, error, following: (last == LABELS.index("deduction")) & ~error,
+    "after a failed comparison": lambda last, error, following: last == LABELS.index("contrast"),
+}
 
 
-def positions(store: Store, rows: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+def positions(store: Store, rows: np.ndarray, place: str) -> tuple[np.ndarray, np.ndarray]:
     """Sentence ends ("before") or first tokens ("marker") in traces among ``rows``: (index into rows [n],
     label index [n]).
 
     The label is that of the *next* sentence before it (-1 at the last sentence of a text, a negative for
     all), and that of the token's own sentence at the marker. Text without labels has no such positions.
     """
-    at, label = {"before": ("ends", "next_label"), "marker": ("starts", "label")}[where]
-    index = np.flatnonzero((store.labels[at][rows] == 1) & (store.labels["kind"][rows] == 1))
+    boundary, label = {"before": ("ends", "next_label"), "marker": ("starts", "label")}[place]
+    index = np.flatnonzero((store.labels[boundary][rows] == 1) & (store.labels["kind"][rows] == 1))
     return index, store.labels[label][rows[index]]
 
 
@@ -33,7 +40,7 @@ def is_category(labels: np.ndarray, categories: Sequence[str] = DETECTED) -> np.
 def missing_labels(store: Store, rows: np.ndarray, categories: Sequence[str] = DETECTED) -> str | None:
     """A sentence about the categories that no labelled trace among ``rows`` has; None if all are there."""
     labels = positions(store, rows, "before")[1]
-    missing = [c for c, found in zip(categories, is_category(labels, categories).any(0)) if not found]
+    missing = [c for c, occurs in zip(categories, is_category(labels, categories).any(0)) if not occurs]
     if not missing:
         return None
     return (
@@ -41,19 +48,6 @@ def missing_labels(store: Store, rows: np.ndarray, categories: Sequence[str] = D
         f" labels for {'it' if len(missing) == 1 else 'them'}, so AUROC, precision and recall are not defined"
         " (NaN)."
     )
-
-
-PHASES = ("general", "prompt", "thinking", "answer")
-EVENTS = {  # the first token after a boundary between two sentences of a trace, by what stands on either side
-    "before a reflection": lambda last, error, following: following == LABELS.index("reflection"),
-    "after a reflection": lambda last, error, following: last == LABELS.index("reflection"),
-    "after an error": lambda last, error, following: error,
-    "after a right step": lambda last, error, following: (last == LABELS.index("deduction")) & ~error,
-    "after a failed comparison": lambda last, error, following: last == LABELS.index("contrast"),
-}
-
-
-# --- where in a text ----------------------------------------------------------------------------------------
 
 
 def phase_of(store: Store, rows: np.ndarray) -> np.ndarray:
@@ -64,19 +58,19 @@ def phase_of(store: Store, rows: np.ndarray) -> np.ndarray:
     is thinking; in real text the think tags tell, whose token ids the store's manifest has.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    whole = np.flatnonzero(np.isin(store.documents, np.unique(store.documents[rows])))
-    starts, documents = store.labels["starts"][whole].astype(np.int64), store.documents[whole]
+    text_rows = np.flatnonzero(np.isin(store.documents, np.unique(store.documents[rows])))
+    starts, documents = store.labels["starts"][text_rows].astype(np.int64), store.documents[text_rows]
     _, first, which, length = np.unique(documents, return_index=True, return_inverse=True, return_counts=True)
     if tags := store.manifest["corpus"].get("think_tags"):
-        trace = _phase_by_tags(store.tokens[whole], which, *tags)
+        trace = _phase_by_tags(store.tokens[text_rows], which, *tags)
     else:
         ordinal = np.cumsum(starts)
         ordinal = ordinal - (ordinal[first] - starts[first])[which]  # 1 in the first sentence, 0 before it
         last = ordinal[first + length - 1][which]
         prompt, thinking, answer = (PHASES.index(p) for p in PHASES[1:])
         trace = np.select([last == 0, ordinal <= 1, ordinal == last], [-1, prompt, answer], thinking)
-    phase = np.where(store.labels["kind"][whole] == 1, trace, PHASES.index("general")).astype(np.int8)
-    return phase[np.searchsorted(whole, rows)]
+    phase = np.where(store.labels["kind"][text_rows] == 1, trace, PHASES.index("general")).astype(np.int8)
+    return phase[np.searchsorted(text_rows, rows)]
 
 
 def _phase_by_tags(
@@ -110,17 +104,19 @@ def _phase_by_tags(
     return np.where(known, phase, -1)
 
 
-def groups_of(store: Store, rows: np.ndarray, by: str) -> dict[str, np.ndarray]:
-    """{name: mask over ``rows``}, of those that occur: by "phase", or by "category" of the token's own
+def groups_of(store: Store, rows: np.ndarray, grouping: str) -> dict[str, np.ndarray]:
+    """{name: mask over ``rows``}, of those that occur: "phase", or "category" of the token's own
     sentence.
     """
-    names = {"phase": PHASES, "category": LABELS}[check("by", by, str, choices=("phase", "category"))]
-    index = phase_of(store, rows) if by == "phase" else store.labels["label"][rows]
+    names = {"phase": PHASES, "category": LABELS}[
+        check("grouping", grouping, str, choices=("phase", "category"))
+    ]
+    index = phase_of(store, rows) if grouping == "phase" else store.labels["label"][rows]
     return {name: index == i for i, name in enumerate(names) if (index == i).any()}
 
 
 def event_rows(store: Store, rows: np.ndarray, event: str) -> np.ndarray:
-    """Among ``rows``: the first tokens after the sentence boundaries of traces that are this event (EVENTS)."""
+    """Among ``rows``: first tokens after those sentence boundaries of traces that are this event (EVENTS)."""
     check("event", event, str, choices=tuple(EVENTS))
     rows = np.asarray(rows, dtype=np.int64)
     first = rows[(store.labels["starts"][rows] == 1) & (store.labels["kind"][rows] == 1) & (rows > 0)]

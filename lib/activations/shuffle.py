@@ -11,9 +11,9 @@ before it is handed out:
 
 The order is a function of (rows wanted, seed, r) alone and is known without reading an activation; an epoch
 that is continued in its middle reads at most the r blocks before that place. Neighbouring rows are on average
-a third of the ring apart, and a batch draws on all blocks of the ring; but at both ends of an epoch, where the
-ring is not full, on fewer: the first n rows come from about sqrt(2 r n / 256) blocks. If all blocks fit into
-the ring, all of them arrive first, and the order is a uniform permutation.
+a third of the ring apart, and a batch draws on all blocks of the ring; but at both ends of an epoch, where
+the ring is not full, on fewer: the first n rows come from about sqrt(2 r n / 256) blocks. If all blocks fit
+into the ring, all of them arrive first, and the order is a uniform permutation.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from ..settings import UserError, check
 
 BLOCK = 256  # rows; a multiple of 8
 EXPECTED = 8  # blocks that the system is asked to fetch before they are read: a disk answers several at once
-# bytes of memory for each row of the ring: its number, place and time, and copies of them while they are sorted
-INDEX_BYTES = 64
+INDEX_BYTES = (
+    64  # of memory for each row of the ring: number, place and time, and copies while they are sorted
+)
 RING_SHARE = 0.75  # of the memory; the rest is for batches
 LEAST_BLOCKS = 16  # in a ring that is smaller than the store: with fewer, a batch would be a few texts
 SERIAL = 32_767  # elements up to which torch works in the calling thread alone: threads are for training
@@ -60,9 +61,8 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class Table:
     """The arrays of one safetensors file, [n, ...] each, read in stretches of rows.
 
-    By plain reads: through a memory map (safetensors' own) shuffled reading takes twice the time, and what has
-    been read stays resident. UserError if the file's header is damaged, and, while it is read, if the file has
-    become shorter.
+    By plain reads: through safetensors' memory map shuffled reading takes twice the time. UserError if the
+    file's header is damaged, and, while it is read, if the file has become shorter.
     """
 
     def __init__(self, file: str | Path):
@@ -222,13 +222,16 @@ def ring_blocks(memory: int, row_bytes: int, blocks: int) -> int:
     return ring
 
 
-def check_batch(memory: int, batch_size: int, width: int, prefetched: int = 2) -> None:
-    """UserError if the batches that exist at once do not fit into the memory beside the ring; float32
-    [batch_size, width].
+def check_reading(batch_size: int, start: int, part: tuple[int, int], memory: int, width: int) -> None:
+    """UserError for impossible parameters of ``Store.reader``, and if the batches that exist at once, float32
+    [batch_size, width], do not fit into the memory beside the ring.
 
-    They are those that wait, one in use, and one being made, with its rows as they are on disk.
+    They are two that wait, one in use, and one being made, with its rows as they are on disk.
     """
-    held = (prefetched + 2.5) * 4 * batch_size * width
+    check("batch_size", batch_size, int, low=1)
+    check("start", start, int, low=0)
+    check("part", part[0], int, low=0, high=check("part", part[1], int, low=1) - 1)
+    held = 4.5 * 4 * batch_size * width
     if held > memory * (1 - RING_SHARE):
         raise UserError(
             f"memory is {memory / 1e6:.3g} MB: batches of {batch_size:,} tokens need at least "
@@ -286,7 +289,7 @@ class _Ring:
         self._read = self._expected = 0  # numbers of the blocks that come next
 
     def fill(self, count: int) -> None:
-        """Read until the first ``count`` blocks have been read, but for those whose place is taken by then."""
+        """Read the first ``count`` blocks, as far as not read yet, but for those whose place is taken by then."""
         for number in range(max(self._read, count - self.shuffle.ring), count):
             for later in range(max(self._expected, number), min(number + EXPECTED, len(self.shuffle.blocks))):
                 table, first, stop = self._where(later)
@@ -357,7 +360,7 @@ def cut_batches(
 
 
 def widened(raw: np.ndarray, code: str, out: torch.Tensor | None = None) -> torch.Tensor:
-    """float32 [n, d] of what was read from a table with dtype ``code``; by one thread, whatever their number."""
+    """float32 [n, d] of what was read from a table with dtype ``code``; by one thread only."""
     stored = torch.from_numpy(raw if code == "F32" else raw.view(np.int16)).view(FLOATS[code])
     out = torch.empty(stored.shape, dtype=torch.float32) if out is None else out
     step = max(SERIAL // max(stored.shape[1], 1), 1)
@@ -401,7 +404,7 @@ class Prefetched:
         return item
 
     def close(self) -> None:
-        """End the thread, and wait for that. What has been prefetched is lost; ``next`` raises StopIteration."""
+        """End the thread, and wait for that. What was prefetched is lost; ``next`` raises StopIteration."""
         self._end()
         if self._thread is not threading.current_thread():
             self._thread.join()

@@ -2,16 +2,16 @@
 
 One row per token, of all models at once, in the order of the corpus::
 
-    shard_00000.safetensors   acts_<model> [n, d_m], norm_<model> [n], tokens, documents, positions, split, labels
+    shard_00000.safetensors  acts_<model> [n, d_m], norm_<model> [n], tokens, documents, positions, split,
+                             labels
     ...
-    index.safetensors         kept [rows]: what the masks leave; mean_<model> [d_m] float64
-    manifest.json             fingerprints, counts, statistics in float64, the SHA-256 of every file: written last
-    log.jsonl                 a line per shard, with its time; not part of the content
+    index.safetensors        kept [rows]: what the masks leave; mean_<model> [d_m] float64
+    manifest.json            fingerprints, counts, statistics, the SHA-256 of every file: written last
+    log.jsonl                a line per shard, with its time; not part of the content
 
-``lib.activations.harvest`` writes a store; this module reads it, ``lib.activations.shuffle`` does the reading. A store may be larger
-than memory: what is there per token is read when it is first asked for, activations whenever they are. They
-are handed out raw, as the model computed them; ``store.scales`` are what a crosscoder multiplies by, once, so
-that every model has mean norm sqrt(d).
+``lib.activations.harvest`` writes a store, this module opens it. A store may be larger than memory: what
+there is per token is read when it is first asked for, activations every time. They are handed out raw, as the
+model computed them; a crosscoder multiplies by ``store.scales``, so that every model has mean norm sqrt(d).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..labels import LABEL_ARRAYS, SPLITS
 from ..models.pairs import Pair
 from ..runs import MANIFEST, Run, read_manifest
 from ..settings import UserError, check, path_shown
-from .shuffle import Shuffle, Table, Wanted, check_batch, read_shuffled, ring_blocks, widened
+from .shuffle import Shuffle, Table, Wanted, check_reading, read_shuffled, ring_blocks, widened
 
 MADE_BY = "01_harvest_activations"
 INDEX = "index.safetensors"
@@ -103,38 +103,28 @@ class Store:
         and without being told for a store of up to ``VERIFY_BYTES``.
         """
         path = Path(path)
-        manifest = read_manifest(path, MADE_BY)
+        manifest, file = read_manifest(path, MADE_BY), path_shown(path / MANIFEST)
+        again = f"remove {path_shown(path)} and run notebook {MADE_BY} again"
+        damaged = UserError(f"{file} is damaged: {again}")
         if not isinstance(manifest.get("shards"), dict) or not isinstance(manifest.get("index"), dict):
-            raise UserError(
-                f"{path_shown(path / MANIFEST)} is damaged: remove {path_shown(path)} and run notebook {MADE_BY}"
-                " again"
-            )
+            raise damaged
         files = {**manifest["shards"], INDEX: manifest["index"]}
         if odd := next((name for name in files if Path(name).name != name), None):
-            raise UserError(
-                f"{path_shown(path / MANIFEST)} names the shard {odd!r}, which lies outside of the store: remove"
-                f" {path_shown(path)} and run notebook {MADE_BY} again"
-            )
+            raise UserError(f"{file} names the shard {odd!r}, which lies outside of the store: {again}")
         if verify is None:
             verify = sum(expected.get("bytes", 0) for expected in files.values()) <= VERIFY_BYTES
         for name, expected in files.items():
             if problem := file_problem(path / name, expected, verify):
                 raise UserError(
-                    f"{path_shown(path / name)} is {problem}: run notebook {MADE_BY} again, it makes just this"
+                    f"{path_shown(path / name)} is {problem}: run notebook {MADE_BY} again, it makes this"
                     " file anew"
                 )
         if manifest.get("format") != FORMAT:
-            raise UserError(
-                f"{path_shown(path)} has format {manifest.get('format')}, this code reads format {FORMAT}: remove"
-                f" it and run notebook {MADE_BY}"
-            )
+            raise UserError(f"{file} has format {manifest.get('format')}, this code reads {FORMAT}: {again}")
         try:
             return cls(path, manifest)
         except (KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{path_shown(path / MANIFEST)} is damaged: remove {path_shown(path)} and run notebook {MADE_BY}"
-                " again"
-            ) from None
+            raise damaged from None
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -152,7 +142,7 @@ class Store:
         return len(self._wanted_of(split))
 
     def rows(self, split: str) -> np.ndarray:
-        """Sorted int64 numbers of the kept rows of a split: "train", "choose" or "report"; 8 bytes for each."""
+        """Sorted int64 numbers of the kept rows of a split: "train", "choose" or "report"; 8 bytes a row."""
         return self._wanted_of(split).rows()
 
     def activations(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> list[torch.Tensor]:
@@ -198,10 +188,7 @@ class Store:
         whole split fits. ``part`` (i, n): of each batch the rows i, i + n, i + 2n, ... UserError if
         ``memory`` is too small.
         """
-        check("batch_size", batch_size, int, low=1)
-        check("start", start, int, low=0)
-        check("part", part[0], int, low=0, high=check("part", part[1], int, low=1) - 1)
-        check_batch(memory, batch_size, sum(self.widths.values()))
+        check_reading(batch_size, start, part, memory, sum(self.widths.values()))
         names = [f"acts_{m}" for m in self.models]
         return read_shuffled(
             self._shards, names, self._shuffle(split, seed, epoch, memory), batch_size, start, part
@@ -240,10 +227,8 @@ class Store:
         return self._wanted[split]
 
     def _shuffle(self, split: str, seed: int, epoch: int, memory: int) -> Shuffle:
-        wanted, row_bytes = (
-            self._wanted_of(split),
-            sum(self._shards[0].row_bytes(f"acts_{m}") for m in self.models),
-        )
+        wanted = self._wanted_of(split)
+        row_bytes = sum(self._shards[0].row_bytes(f"acts_{m}") for m in self.models)
         ring = ring_blocks(check("memory", memory, int, low=1), row_bytes, len(wanted.starts))
         return Shuffle(wanted, ring, (seed, epoch, SPLITS.index(split)))
 
@@ -260,17 +245,17 @@ class Store:
 
 
 class _Lazy(Mapping):
-    """{name: array}, each made when it is first asked for, and then kept."""
+    """{name: array}, each read when it is first asked for, and then in memory."""
 
-    def __init__(self, names: Iterable[str], make: Callable[[str], np.ndarray]):
-        self._names, self._make, self._made = tuple(names), make, {}
+    def __init__(self, names: Iterable[str], read: Callable[[str], np.ndarray]):
+        self._names, self._read, self._arrays = tuple(names), read, {}
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise KeyError(name)
-        if name not in self._made:
-            self._made[name] = self._make(name)
-        return self._made[name]
+        if name not in self._arrays:
+            self._arrays[name] = self._read(name)
+        return self._arrays[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -280,7 +265,7 @@ class _Lazy(Mapping):
 
 
 def file_problem(file: Path, expected: dict, verify: bool = True) -> str | None:
-    """ "missing", "truncated" or "damaged", against {bytes, sha256}; None if the file is as it was written."""
+    """What is wrong with a file of these {bytes, sha256}: missing, truncated, damaged; None if nothing is."""
     if not file.is_file():
         return "missing"
     if file.stat().st_size != expected.get("bytes"):

@@ -7,7 +7,7 @@ The text is read in *windows* of neighbouring documents of one split. Both model
 0 is dropped, and every other row waits in memory for a random time before it is handed out:
 
     1. window number t is computed at time t
-    2. each of its rows leaves at time t + r * u, u uniform in [0, 1); rows are handed out in the order in which they leave
+    2. each of its rows leaves at time t + r * u, u uniform in [0, 1); rows are handed out as they leave
     3. so after time t + r all of window t has left: r windows are all that is held
 
 Which row leaves when depends on the lengths of the documents, on the seed and on the memory alone. A run that
@@ -38,7 +38,7 @@ from ..runs import fingerprint
 from ..settings import UserError, check
 from ..text.corpus import Corpus, Document
 from .harvest import SHARD_TOKENS, check_finite, job_of, readers_of
-from .shuffle import INDEX_BYTES, RING_SHARE, check_batch, cut_batches
+from .shuffle import INDEX_BYTES, RING_SHARE, check_reading, cut_batches
 from .store import MEMORY
 
 SAMPLE_TOKENS = 100_000
@@ -67,8 +67,8 @@ class Stream:
         batch_tokens: int = BATCH_TOKENS,
         device: str | None = None,
     ):
-        """Parameters as in ``harvest_activations``. Goes through the text once, without the models, to know its
-        lengths.
+        """Parameters as in ``harvest_activations``. Goes through the text once, without the models, to know
+        its lengths.
         """
         check("sample_tokens", sample_tokens, int, low=1)
         job = job_of(pair, documents, "", layer, SHARD_TOKENS, batch_tokens)
@@ -105,8 +105,8 @@ class Stream:
         """
         own = self._splits == SPLITS.index(check("split", split, str, choices=SPLITS))
         high = np.fromiter(self._high, np.int64, len(self._high))
-        of = self._splits[np.searchsorted(self._starts, high, side="right") - 1]
-        return int(np.maximum(self._lengths[own] - 1, 0).sum()) - int((of == SPLITS.index(split)).sum())
+        splits = self._splits[np.searchsorted(self._starts, high, side="right") - 1]
+        return int(np.maximum(self._lengths[own] - 1, 0).sum()) - int((splits == SPLITS.index(split)).sum())
 
     def reader(
         self,
@@ -125,10 +125,7 @@ class Stream:
         every process runs all forward passes. UserError if the memory is too small, for activations that are
         not finite, and if all norms of a batch are above the limit.
         """
-        check("batch_size", batch_size, int, low=1)
-        check("start", start, int, low=0)
-        check("part", part[0], int, low=0, high=check("part", part[1], int, low=1) - 1)
-        check_batch(memory, batch_size, sum(self.widths.values()))
+        check_reading(batch_size, start, part, memory, sum(self.widths.values()))
         own = np.flatnonzero(self._splits == SPLITS.index(check("split", split, str, choices=SPLITS)))
         windows = self._windows(own, self._window_tokens(memory))
         return self._read(split, windows, batch_size, [seed, epoch, SPLITS.index(split)], start, part)
@@ -178,12 +175,8 @@ class Stream:
             rows = self._rows(documents)
             # if all windows can be held, rows wait for the last one: a uniform permutation
             arrived = last if last < WINDOWS else t
-            coming = [
-                rows,
-                np.full(len(rows), t),
-                np.arange(len(rows)),
-                arrived + SOON * rng.random(len(rows)),
-            ]
+            leaving = arrived + SOON * rng.random(len(rows))
+            coming = [rows, np.full(len(rows), t), np.arange(len(rows)), leaving]
             waiting = [np.concatenate(both) for both in zip(waiting, coming)]
             leaves = (waiting[3] < t + 1) | (t == last)
             order = np.flatnonzero(leaves)[np.argsort(waiting[3][leaves], kind="stable")]

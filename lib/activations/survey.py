@@ -1,29 +1,70 @@
-"""A first look at a store, before anything is trained on it: what is in it, how long the vectors are, how
-alike.
+"""A first look at a store, before anything is trained on it: contents, norms, how alike the models are.
 
-Two models' residual streams can only be compared entry by entry if they share a width and an origin, as a
+Two models' residual streams can be compared entry by entry only if they share a width and an origin, as a
 model and its fine-tuned copy do. Cosines are taken about each model's own mean, because a large common mean
 makes any two activations look alike; and beside each stands the same cosine between a token and *another*
-token, which is what "alike" has to beat.
+token, the floor that "alike" has to exceed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..figures import COLOURS, labelled_lines
 from ..labels import CATEGORIES, KINDS, LABELS, SPLITS
-from ..models.pairs import Pair
+from ..models.pairs import Pair, decoder_layers
 from ..models.reader import capture
+from ..runs import passing
 from ..settings import UserError
-from ..stats import bootstrap
+from ..stats import bootstrap, wilson
+from ..text.puzzles import PARAPHRASES
 from .store import Store
+
+LARGEST_GROUP = 65_536  # tokens whose activations are compared at a time; of a larger group, random documents
+GREYS = {"general": "#999999", "other": "#CCCCCC"}  # of tokens without a category
+KIND_COLOURS = {"general": "#777777", "trace": COLOURS["distilled"]}
+
+
+# --- what is in the store -----------------------------------------------------------------------------------
+
+
+def describe_models(store: Store, models: Mapping[str, PreTrainedModel]) -> pd.DataFrame:
+    """A column per model: architecture, size, the layer that is read."""
+    return pd.DataFrame(
+        {
+            name: {
+                "architecture": type(model).__name__,
+                "parameters": f"{model.num_parameters():,}",
+                "decoder layers": len(decoder_layers(model)),
+                "layer that is read": store.layers[name],
+                "width of the residual stream": store.widths[name],
+                "token ids": model.config.get_text_config().vocab_size,
+            }
+            for name, model in models.items()
+        }
+    )
+
+
+def describe_store(store: Store) -> pd.DataFrame:
+    """What a store hands out: name, shape, meaning."""
+    n, widths = f"[{len(store):,}]", ", ".join(f"{m} d = {w}" for m, w in store.widths.items())
+    splits = ", ".join(f"{s}: {n:,}" for s, n in store.manifest["counts"]["kept_by_split"].items())
+    rows = [
+        ("store.activations(rows)", f"one [n, d] per model: {widths}", "residual stream, raw"),
+        ("store.tokens, .documents, .positions", n, "token id, number of its text, place in it"),
+        ("store.labels[...]", f"{n} each: {', '.join(store.labels)}", "what its sentence does"),
+        ("store.kept", f"{n}, {int(store.kept.sum()):,} of them True", "False where a mask drops the token"),
+        ("store.rows('train')", splits, "kept tokens by split"),
+    ]
+    return pd.DataFrame(rows, columns=["what", "shape", "meaning"])
 
 
 def contents(store: Store) -> pd.DataFrame:
@@ -43,6 +84,33 @@ def contents(store: Store) -> pd.DataFrame:
     return frame
 
 
+def contents_figure(shares: pd.DataFrame) -> go.Figure:
+    """The table of ``contents`` as a bar per label."""
+    fig = px.bar(
+        shares.reset_index(),
+        x="share",
+        y="label",
+        color="label",
+        color_discrete_map=COLOURS | GREYS,
+        title="What the tokens of the store belong to",
+        labels={"share": "share of kept tokens", "label": ""},
+    )
+    return fig.update_layout(showlegend=False, xaxis_tickformat=".0%")
+
+
+def dropped(store: Store) -> tuple[float, tuple[float, float], pd.DataFrame]:
+    """Share of tokens that the masks drop, its 95% interval, and a table of positions by reason."""
+    counts = store.manifest["counts"]
+    tokens, n = counts["tokens"], counts["tokens"] - counts["kept"]
+    table = pd.DataFrame(
+        [
+            {"reason": reason, "positions": count, "share of tokens": count / tokens}
+            for reason, count in counts["dropped"].items()
+        ]
+    )
+    return n / tokens, wilson(n, tokens), table
+
+
 def labelled_text(document: int, store: Store, tokenizer: PreTrainedTokenizerBase):
     """One document of the store as HTML, a line per sentence, coloured by category; wrong steps are
     underlined.
@@ -54,15 +122,28 @@ def labelled_text(document: int, store: Store, tokenizer: PreTrainedTokenizerBas
         label = LABELS[store.labels["label"][row]] if store.labels["label"][row] >= 0 else "(no label)"
         wrong = store.labels["error"][row] == 1
         line.append(word)
-        if (
-            store.labels["ends"][row] == 1
-            or row == rows[-1]
-            or label == "(no label)"
-            and word == tokenizer.bos_token
-        ):
+        bos = label == "(no label)" and word == tokenizer.bos_token
+        if store.labels["ends"][row] == 1 or row == rows[-1] or bos:
             lines.append((label, line, wrong))
             line = []
     return labelled_lines(lines)
+
+
+def example_trace(store: Store) -> int:
+    """Number of a document of the report split: the first trace with a wrong step, if there is one."""
+    rows = store.rows("report")
+    traces = np.unique(store.documents[rows[store.labels["kind"][rows] == 1]])
+    wrong = np.intersect1d(store.documents[store.labels["error"] == 1], traces)
+    return int(np.concatenate([wrong, traces, store.documents[rows]])[0])
+
+
+def marker_words(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Words with which sentences of the four categories begin: the teacher's in generated text, else
+    ``openers``.
+    """
+    if store.manifest["corpus"]["source"] != "generated":
+        return openers(store, tokenizer)
+    return list(dict.fromkeys(PARAPHRASES[c][i].split()[0] for c in CATEGORIES for i in range(2)))
 
 
 def word_rates(store: Store, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> pd.DataFrame:
@@ -80,16 +161,49 @@ def openers(store: Store, tokenizer: PreTrainedTokenizerBase, per_category: int 
     """The commonest first tokens of each category's sentences on the train split, without repeats, as the
     vocabulary spells them.
     """
-    rows, found = store.rows("train"), []
+    rows, words = store.rows("train"), []
     rows = rows[store.labels["starts"][rows] == 1]
     for category in CATEGORIES:
-        tokens, counts = np.unique(
-            store.tokens[rows[store.labels["label"][rows] == LABELS.index(category)]], return_counts=True
-        )
-        found += tokenizer.convert_ids_to_tokens(
-            tokens[np.argsort(-counts, kind="stable")][:per_category].tolist()
-        )
-    return list(dict.fromkeys(found))
+        sentences = rows[store.labels["label"][rows] == LABELS.index(category)]
+        tokens, counts = np.unique(store.tokens[sentences], return_counts=True)
+        commonest = tokens[np.argsort(-counts, kind="stable")][:per_category]
+        words += tokenizer.convert_ids_to_tokens(commonest.tolist())
+    return list(dict.fromkeys(words))
+
+
+def check_labels(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Words with which the reflections of generated text begin. AssertionError if labels have slipped against
+    tokens: a wrong step without a reflection after it, or a reflection that begins with another word.
+    """
+    reflection, labels = LABELS.index("reflection"), store.labels
+    wrong = (labels["error"] == 1) & (labels["ends"] == 1)
+    assert (labels["next_label"][wrong] == reflection).all(), "a wrong step without a reflection after it"
+    starts = (labels["starts"] == 1) & (labels["label"] == reflection)
+    words = {tokenizer.decode([token]).strip() for token in np.unique(store.tokens[starts])}
+    known = {paraphrase.split()[0] for paraphrase in PARAPHRASES["reflection"]}
+    assert words <= known, f"sentences labelled reflection start with {words}"
+    return sorted(words)
+
+
+def words_figure(rates: pd.DataFrame) -> go.Figure:
+    """The table of ``word_rates`` as two bars per word."""
+    return px.bar(
+        rates.reset_index().melt("word", var_name="text", value_name="rate"),
+        x="word",
+        y="rate",
+        color="text",
+        barmode="group",
+        color_discrete_map=KIND_COLOURS | {"general": GREYS["general"]},
+        title="How often marker words occur, by kind of text",
+        labels={
+            "word": "first word of a trace's sentences",
+            "rate": "occurrences per 1,000 tokens",
+            "text": "",
+        },
+    )
+
+
+# --- norms --------------------------------------------------------------------------------------------------
 
 
 def norms_by_position(store: Store, longest: int = 120, fewest: int = 20) -> pd.DataFrame:
@@ -101,29 +215,19 @@ def norms_by_position(store: Store, longest: int = 120, fewest: int = 20) -> pd.
     """
     order = np.argsort(store.positions, kind="stable")
     ends = np.searchsorted(store.positions[order], np.arange(longest + 1))
-    rows = []
+    columns, rows = ["position", "model", "quantile", "norm", "n"], []
     for position in range(longest):
-        here = order[ends[position] : ends[position + 1]]
-        if len(here) >= fewest:
-            for model in store.models:
-                for name, value in zip(
-                    ("10%", "median", "90%"), np.quantile(store.norms[model][here], (0.1, 0.5, 0.9))
-                ):
-                    rows.append(
-                        {
-                            "position": position,
-                            "model": model,
-                            "quantile": name,
-                            "norm": float(value),
-                            "n": len(here),
-                        }
-                    )
-    return pd.DataFrame(rows, columns=["position", "model", "quantile", "norm", "n"])
+        tokens = order[ends[position] : ends[position + 1]]
+        for model in store.models if len(tokens) >= fewest else ():
+            values = np.quantile(store.norms[model][tokens], (0.1, 0.5, 0.9))
+            for name, value in zip(("10%", "median", "90%"), values):
+                rows.append((position, model, name, float(value), len(tokens)))
+    return pd.DataFrame(rows, columns=columns)
 
 
 def norms_figure(norms: pd.DataFrame) -> go.Figure:
     """The table of ``norms_by_position`` as a line for the median and a band from 10% to 90%, per model."""
-    fig = go.Figure()
+    fig = go.Figure(layout_title_text="Norm of the residual stream at the layer that is read, by position")
     fig.update_xaxes(title_text="position in the text").update_yaxes(
         title_text="norm of the residual stream (log scale)", type="log"
     )
@@ -131,31 +235,24 @@ def norms_figure(norms: pd.DataFrame) -> go.Figure:
         model: part.pivot(index="position", columns="quantile", values="norm")
         for model, part in norms.groupby("model", sort=False)
     }
+    colours = {model: COLOURS.get(model, COLOURS["null"]) for model in tables}
     for model, wide in tables.items():
-        around = dict(x=[*wide.index, *wide.index[::-1]], y=[*wide["90%"], *wide["10%"][::-1]])
-        band = dict(
-            fill="toself",
-            fillcolor=COLOURS.get(model, COLOURS["null"]),
-            opacity=0.2,
-            line_width=0,
-            mode="lines",
-            hoverinfo="skip",
-        )
-        fig.add_scatter(**around, **band, name=f"{model}, 10% to 90%")
+        band = dict(fill="toself", fillcolor=colours[model], opacity=0.2, line_width=0, hoverinfo="skip")
+        x, y = [*wide.index, *wide.index[::-1]], [*wide["90%"], *wide["10%"][::-1]]
+        fig.add_scatter(x=x, y=y, mode="lines", name=f"{model}, 10% to 90%", **band)
     for model, wide in tables.items():  # lines after bands, so that no band covers them
-        colour = COLOURS.get(model, COLOURS["null"])
-        fig.add_scatter(
-            x=wide.index, y=wide["median"], mode="lines", line_color=colour, name=f"{model}, median"
-        )
-        diamond = dict(color=colour, size=11, symbol="diamond")
-        fig.add_scatter(
-            x=wide.index[:1],
-            y=wide["median"][:1],
-            mode="markers",
-            marker=diamond,
-            name=f"{model}, first position",
-        )
+        line = dict(mode="lines", line_color=colours[model], name=f"{model}, median")
+        fig.add_scatter(x=wide.index, y=wide["median"], **line)
+        marker = dict(color=colours[model], size=11, symbol="diamond")
+        point = dict(mode="markers", marker=marker, name=f"{model}, first position")
+        fig.add_scatter(x=wide.index[:1], y=wide["median"][:1], **point)
     return fig
+
+
+def sink_ratio(store: Store, model: str) -> float:
+    """Median norm at position 0 over the median norm elsewhere, of all tokens."""
+    norms, first = store.norms[model], store.positions == 0
+    return float(np.median(norms[first]) / np.median(norms[~first]))
 
 
 def norm_histogram(store: Store, bins: int = 60) -> pd.DataFrame:
@@ -165,26 +262,49 @@ def norm_histogram(store: Store, bins: int = 60) -> pd.DataFrame:
     low = min(store.norms[m][store.kept].min() for m in store.models)
     high = max(store.norms[m][store.kept].max() for m in store.models)
     edges = np.geomspace(max(low, 1e-6), high * 1.001, bins + 1)
-    frames = []
+    middle, frames = np.sqrt(edges[:-1] * edges[1:]), []
     for m in store.models:
         counts, _ = np.histogram(store.norms[m][store.kept], edges)
-        frames.append(
-            pd.DataFrame(
-                {"model": m, "norm": np.sqrt(edges[:-1] * edges[1:]), "share": counts / max(counts.sum(), 1)}
-            )
-        )
+        frames.append(pd.DataFrame({"model": m, "norm": middle, "share": counts / max(counts.sum(), 1)}))
     return pd.concat(frames, ignore_index=True)
 
 
-def similarity(store: Store, by: str = "label", split: str = "report", seed: int = 0) -> pd.DataFrame:
+def histogram_figure(histogram: pd.DataFrame, mean_norms: Mapping[str, float]) -> go.Figure:
+    """The table of ``norm_histogram`` as a line per model, the means dashed."""
+    fig = px.line(
+        histogram,
+        x="norm",
+        y="share",
+        color="model",
+        log_x=True,
+        color_discrete_map=COLOURS,
+        line_shape="hvh",
+        title="Norms of kept tokens, model by model",
+        labels={"norm": "norm of the residual stream (log scale)", "share": "share of tokens"},
+    )
+    for model, norm in mean_norms.items():
+        fig.add_vline(x=norm, line_dash="dash", line_color=COLOURS.get(model))
+    return fig
+
+
+# --- how alike the models are -------------------------------------------------------------------------------
+
+
+def comparable(store: Store) -> bool:
+    """Whether the store has two models of one width, whose axes may be compared entry by entry."""
+    return len(store.models) == 2 and len(set(store.widths.values())) == 1
+
+
+def similarity(store: Store, array: str = "label", split: str = "report", seed: int = 0) -> pd.DataFrame:
     """How alike the first two models' activations of the same token are, by group: a row per value of the
-    label array ``by``.
+    label array ``array``.
 
     Activations are taken about each model's mean over the group, so that what is compared is what tells the
     tokens of a group apart: at the end of sentences nearly all of the vector says "full stop", in both
     models. Columns: group, n, cosine with its 95% interval (low, high; bootstrap over documents), and
     ``other_token``, the cosine between the first model at a token and the second model at another token of
-    the group. UserError for unlike widths.
+    the group. Of a group of more than ``LARGEST_GROUP`` tokens, as many are taken, in random documents.
+    UserError for unlike widths.
     """
     first, second = store.models[:2]
     if store.widths[first] != store.widths[second]:
@@ -193,12 +313,14 @@ def similarity(store: Store, by: str = "label", split: str = "report", seed: int
             " one width"
         )
     rows = store.rows(split)
-    values = store.labels[by][rows]
+    values = store.labels[array][rows]
     rng = np.random.default_rng(seed)
-    names = LABELS if by in ("label", "next_label") else KINDS if by == "kind" else (f"not {by}", by)
-    found = []
+    names = (
+        LABELS if array in ("label", "next_label") else KINDS if array == "kind" else (f"not {array}", array)
+    )
+    table = []
     for value in np.unique(values[values >= 0]):
-        group = rows[values == value]
+        group = _some_documents(store, rows[values == value], [seed, int(value)])
         if len(group) < 3:
             continue
         a, b = (acts - acts.mean(0) for acts in store.activations(group)[:2])
@@ -206,37 +328,31 @@ def similarity(store: Store, by: str = "label", split: str = "report", seed: int
         mixed = rng.permutation(len(group))  # a rotation of a random order: no token meets itself
         other = torch.cosine_similarity(a[mixed], b[np.roll(mixed, 1)], dim=1).mean().item()
         low, high = bootstrap(same, groups=store.documents[group], seed=seed)
-        found.append(
-            {
-                "group": names[value],
-                "n": len(group),
-                "cosine": float(same.mean()),
-                "low": low,
-                "high": high,
-                "other_token": other,
-            }
-        )
-    return pd.DataFrame(found, columns=["group", "n", "cosine", "low", "high", "other_token"])
+        table.append((names[value], len(group), float(same.mean()), low, high, other))
+    return pd.DataFrame(table, columns=["group", "n", "cosine", "low", "high", "other_token"])
+
+
+def _some_documents(store: Store, rows: np.ndarray, seed: list[int]) -> np.ndarray:
+    """Those of ``rows`` that are in random documents: about ``LARGEST_GROUP``; all, if there are no more."""
+    if len(rows) <= LARGEST_GROUP:
+        return rows
+    documents, number, counts = np.unique(store.documents[rows], return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(documents))
+    chosen = order[np.cumsum(counts[order]) <= LARGEST_GROUP]
+    return rows[np.isin(number, chosen)]
 
 
 def similarity_figure(table: pd.DataFrame, title: str, axis: str = "") -> go.Figure:
     """A table of ``similarity``: a point with its interval per group, and a grey cross for another token of
     the group.
     """
-    grey = {"general": "#444444", "other": "#777777"}
+    greys = {"general": "#444444", "other": "#777777"}
     fig = go.Figure(layout_title_text=title)
     for row in table.itertuples():
         error = dict(type="data", array=[row.high - row.cosine], arrayminus=[row.cosine - row.low])
-        marker = dict(color=COLOURS.get(row.group, grey.get(row.group, COLOURS["distilled"])), size=10)
-        fig.add_scatter(
-            x=[row.cosine],
-            y=[row.group],
-            error_x=error,
-            marker=marker,
-            mode="markers",
-            name=row.group,
-            showlegend=False,
-        )
+        marker = dict(color=COLOURS.get(row.group, greys.get(row.group, COLOURS["distilled"])), size=10)
+        point = dict(marker=marker, mode="markers", name=row.group, showlegend=False)
+        fig.add_scatter(x=[row.cosine], y=[row.group], error_x=error, **point)
     cross = dict(color=COLOURS["null"], symbol="x", size=10)
     fig.add_scatter(x=table.other_token, y=table.group, mode="markers", marker=cross, name="another token")
     fig.update_yaxes(title_text=axis, autorange="reversed").update_xaxes(
@@ -246,13 +362,18 @@ def similarity_figure(table: pd.DataFrame, title: str, axis: str = "") -> go.Fig
 
 
 def drift(
-    pair: Pair, store: Store, names: Sequence[str], against: str = "base", documents: int = 200, seed: int = 0
+    pair: Pair,
+    store: Store,
+    names: Sequence[str],
+    reference: str = "base",
+    documents: int = 200,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """How far checkpoints of the pair have moved from ``against``: mean centred cosine at the same tokens, by
-    kind of text.
+    """How far checkpoints of the pair have moved from ``reference``: mean centred cosine at the same tokens,
+    by kind of text.
 
-    Reads ``documents`` random documents of the report split anew, since only the pair's own two models are in
-    the store. Columns: model, kind, n, cosine, low, high (bootstrap over documents). Position 0 is left out.
+    Runs the models on ``documents`` random documents of the report split: only the pair's own two are in the
+    store. Columns: model, kind, n, cosine, low, high (bootstrap over documents). Position 0 is left out.
     """
     chosen = np.unique(store.documents[store.rows("report")])
     chosen = np.sort(np.random.default_rng(seed).permutation(chosen)[:documents])
@@ -261,28 +382,54 @@ def drift(
     token_lists = [part.tolist() for part in np.split(store.tokens[rows], bounds[1:])]
     tokenizer, keep = pair.tokenizer(), store.kept[rows]
 
-    def read(name: str) -> torch.Tensor:
-        acts = capture(
-            pair.load(name), tokenizer, token_lists, store.layers.get(name, store.layers[store.models[0]])
-        )[keep]
+    def centred(name: str) -> torch.Tensor:
+        layer = store.layers.get(name, store.layers[store.models[0]])
+        acts = capture(pair.load(name), tokenizer, token_lists, layer)[keep]
         return acts - acts.mean(0)
 
-    reference, kinds, ids = read(against), store.labels["kind"][rows][keep], store.documents[rows][keep]
-    found = []
+    start, kinds, ids = centred(reference), store.labels["kind"][rows][keep], store.documents[rows][keep]
+    table = []
     for name in names:
-        same = torch.cosine_similarity(reference, read(name), dim=1).numpy()
-        for k, kind in enumerate(KINDS):
-            values = same[kinds == k]
-            if len(values):
-                low, high = bootstrap(values, groups=ids[kinds == k], seed=seed)
-                found.append(
-                    {
-                        "model": name,
-                        "kind": kind,
-                        "n": len(values),
-                        "cosine": float(values.mean()),
-                        "low": low,
-                        "high": high,
-                    }
-                )
-    return pd.DataFrame(found, columns=["model", "kind", "n", "cosine", "low", "high"])
+        cosine = torch.cosine_similarity(start, centred(name), dim=1).numpy()
+        for kind in np.unique(kinds):
+            values = cosine[kinds == kind]
+            low, high = bootstrap(values, groups=ids[kinds == kind], seed=seed)
+            table.append((name, KINDS[kind], len(values), float(values.mean()), low, high))
+    return pd.DataFrame(table, columns=["model", "kind", "n", "cosine", "low", "high"])
+
+
+def drift_figure(moved: pd.DataFrame) -> go.Figure:
+    """The table of ``drift`` as a point with its interval per checkpoint and kind of text."""
+    fig = px.scatter(
+        moved,
+        x="cosine",
+        y="model",
+        color="kind",
+        error_x=moved.high - moved.cosine,
+        error_x_minus=moved.cosine - moved.low,
+        color_discrete_map=KIND_COLOURS,
+        labels={
+            "cosine": "mean cosine with the base at the same token (95% interval)",
+            "model": "",
+            "kind": "text",
+        },
+        title="How far each checkpoint has moved from the base",
+    )
+    return fig.update_traces(marker_size=10)
+
+
+# --- reading it back ----------------------------------------------------------------------------------------
+
+
+def read_epoch(store: Store, split: str, seed: int, batch_size: int = 4096) -> tuple[np.ndarray, float]:
+    """Read one epoch of a split in shuffled batches: rows in their order, and rows per second."""
+    began, order = time.monotonic(), []
+    for rows, _ in store.reader(split, batch_size, seed):
+        order.append(rows)
+    order = np.concatenate([np.empty(0, np.int64), *order])
+    speed = len(order) / max(time.monotonic() - began, 1e-9)
+    passing(
+        f"Harvested at {store.tokens_per_second:,.0f} tokens per second (each through {len(store.models)}"
+        f" models), read back at {speed:,.0f}."
+    )
+    return order, speed

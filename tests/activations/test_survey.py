@@ -9,7 +9,7 @@ import pytest
 import torch
 from toys import toy_pair, toy_store
 
-from lib.activations.harvest import harvest_activations
+from lib.activations import harvest_activations
 from lib.activations.survey import (
     contents,
     drift,
