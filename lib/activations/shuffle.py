@@ -289,7 +289,7 @@ class _Ring:
         self._read = self._expected = 0  # numbers of the blocks that come next
 
     def fill(self, count: int) -> None:
-        """Read the first ``count`` blocks, as far as not read yet, but for those whose place is taken by then."""
+        """Read up to block number ``count``, without blocks whose place is taken by then."""
         for number in range(max(self._read, count - self.shuffle.ring), count):
             for later in range(max(self._expected, number), min(number + EXPECTED, len(self.shuffle.blocks))):
                 table, first, stop = self._where(later)

@@ -46,7 +46,7 @@ def generate(
     """The new token ids of every prompt (see ``decode``), decoded in one batch, padded on the left.
 
     Greedy, unless a ``RowNoise`` is among the ``processors`` of logits, or ``sampling`` (options of
-    transformers' ``generate``) says otherwise. ``add_special_tokens``: whether the tokenizer adds BOS to prompts.
+    transformers' ``generate``) says otherwise. ``add_special_tokens``: whether the tokenizer adds BOS.
     """
     batch = tokenizer(
         list(prompts),

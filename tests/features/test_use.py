@@ -195,7 +195,7 @@ def test_by_group_is_the_table_of_the_groups_rows(toy):
         set(table["group"]) == set(positions.PHASES)
         and (table["q"].dropna() >= table["p"][table["q"].notna()] - 1e-12).all()
     )
-    with pytest.raises(UserError, match="by is 'word'"):
+    with pytest.raises(UserError, match="grouping is 'word'"):
         use.use_table(readings, store, "word")
 
 
