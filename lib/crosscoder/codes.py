@@ -105,8 +105,8 @@ def encode_from_one(crosscoder: CrossCoder, model: str, acts: Tensor, fill: str 
         raise UserError(f"fill is {fill!r}: it must be one of mean, slots")
     if len(set(crosscoder.widths)) > 1:
         raise UserError(
-            f"the models have widths {', '.join(map(str, crosscoder.widths))}: an activation fits the slots of"
-            " the others only where all are alike; take fill 'mean'"
+            f"the models have widths {', '.join(map(str, crosscoder.widths))}: an activation fits the slots"
+            " of the others only where all are alike; take fill 'mean'"
         )
     crosscoder.columns(model)  # an unknown name is an error
     x = acts.to(crosscoder.W_enc.dtype) * float(crosscoder.scales[crosscoder.names.index(model)])

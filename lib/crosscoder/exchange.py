@@ -327,7 +327,7 @@ def export_dictionary_learning(crosscoder: CrossCoder, folder: Path, layer: int)
 
 
 def _stacked(crosscoder: CrossCoder) -> tuple[Tensor, Tensor, Tensor]:
-    """W_enc [M, F, d], W_dec [M, F, d], b_dec [M, d] in scaled space; UserError for models of unlike widths."""
+    """W_enc, W_dec [M, F, d], b_dec [M, d] in scaled space; UserError for models of different widths."""
     if len(set(crosscoder.widths)) > 1:
         raise UserError(
             f"the models have widths {', '.join(map(str, crosscoder.widths))}: this format stacks them in one"

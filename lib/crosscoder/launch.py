@@ -93,8 +93,8 @@ def train_here(
 ) -> CrossCoder:
     """This process's part of a training; called in each of ``processes`` that torchrun has started.
 
-    ``share``: "rows" or "features", see ``lib.crosscoder.processes``. ``timeout``: seconds to wait for another
-    process. UserError if there are more or fewer processes, or if one of them ends.
+    ``share``: "rows" or "features", see ``lib.crosscoder.processes``. ``timeout``: seconds to wait for
+    another process. UserError if there are more or fewer processes, or if one of them ends.
     """
     from accelerate import PartialState  # seconds to import, and only needed here
 

@@ -16,13 +16,12 @@ Four sparsities s:
 
 - ``l1``         f = ReLU(pre), and the loss charges  lambda * sum_i f_i * sum_m ||d_i^m||_2  (the paper's).
 - ``batchtopk``  f = ReLU(pre) where the *strength* v_i = f_i * sum_m ||d_i^m||_2 is among the k*B largest of
-  a batch of B
-                 tokens, else 0. The strength decides, the unscaled f is kept. After training a fixed threshold on v,
-                 an average over the training batches, stands for the batch: a token's result is its own.
+  a batch of B tokens, else 0. The strength decides, the unscaled f is kept. After training a fixed threshold
+  on v, an average over the training batches, stands for the batch: a token's result is its own.
 - ``topk``       the same with the k largest strengths of each token, in training and after it.
 - ``jumprelu``   f = ReLU(pre) where v_i > theta_i, else 0: a threshold per feature, learned. A step function
-  has no gradient, so theta
-                 gets that of a smoothed one: H' is 1 / (h theta_i) where |v_i - theta_i| < h theta_i / 2, else 0. The loss holds L0 at k.
+  has no gradient, so theta gets that of a smoothed one: H' is 1 / (h theta_i) where |v_i - theta_i| < h
+  theta_i / 2, else 0. The loss holds L0 at k.
 
 JumpReLU's threshold is on the strength too, not on pre: pre may be scaled up and the decoder rows down
 without changing a single reconstruction, and who fires should not change either; so it means the same in all
@@ -39,7 +38,8 @@ Sources: Baek & Tegmark 2025 (2503.03730); Lindsey et al. 2024, "Sparse crosscod
 crosscoders, 2504.02922); Rajamanoharan et al. 2024 (JumpReLU, 2407.14435); Karvonen et al. 2025 (SAEBench,
 its loss on L0, 2503.09532); Jiralerspong & Bricken 2026 (dedicated features, 2602.11729).
 
-A training step costs one dense product, the encoder's; all others follow the sparse code (``lib.crosscoder.sparse``).
+A training step costs one dense product, the encoder's; all others follow the sparse code
+(``lib.crosscoder.sparse``).
 """
 
 from __future__ import annotations
@@ -89,12 +89,16 @@ INITIAL_NORM = 0.08  # of every decoder row; as in the replication that the pape
 class CrossCoder(nn.Module):
     """Encoder and decoder for models of any number and any widths.
 
-    Parameters ---------- widths : d_m of each model. n_features : F, the size of the dictionary. names : of
-    the models, in the order of their activations. variant : "batchtopk", "topk", "l1" or "jumprelu" (see
-    above). k : number of features per token (L0) that ``topk`` keeps, ``batchtopk`` on average, and
-    ``jumprelu`` is trained to; not used by ``l1``. scales : scale_m of each model; 1 if not given. Saved with
-    the weights; inputs and outputs are always RAW. seed : of the initial decoder rows. dedicated : share of
-    the dictionary that is reserved for each model, e.g. 0.05: the last M blocks of round(0.05 F) features.
+    - ``widths``: d_m of each model; ``names``: of the models, in the order of their activations.
+    - ``n_features``: F, the size of the dictionary.
+    - ``variant``: "batchtopk", "topk", "l1" or "jumprelu" (see above).
+    - ``k``: number of features per token (L0) that ``topk`` keeps, ``batchtopk`` on average, and ``jumprelu``
+      is trained to; not used by ``l1``.
+    - ``scales``: scale_m of each model; 1 if not given. Saved with the weights; inputs and outputs are always
+      RAW.
+    - ``seed``: of the initial decoder rows.
+    - ``dedicated``: share of the dictionary that is reserved for each model, e.g. 0.05: the last M blocks of
+      round(0.05 F) features.
 
     The models' shares lie side by side in one matrix (D = sum of the widths), which is one matrix product
     instead of several: ``W_enc`` [F, D], ``b_enc`` [F], ``W_dec`` [F, D], ``b_dec`` [D], all in scaled space;
@@ -186,7 +190,7 @@ class CrossCoder(nn.Module):
         return torch.cat([a.to(self.W_dec.dtype) * s for a, s in zip(acts, self.scales.tolist())], dim=-1)
 
     def split(self, x: Tensor, raw: bool = False) -> list[Tensor]:
-        """Joined [..., D] in scaled space to one [..., d_m] per model; with ``raw`` the scale is divided out."""
+        """Joined [..., D] in scaled space to one [..., d_m] per model; ``raw``: the scale is divided out."""
         parts = x.split(self.widths, dim=-1)
         return [p / s for p, s in zip(parts, self.scales.tolist())] if raw else list(parts)
 
@@ -259,7 +263,8 @@ class CrossCoder(nn.Module):
         return torch.stack([torch.linalg.vector_norm(rows, dim=-1) for rows in self.split(self.W_dec)]).sum(0)
 
     def nrn(self, p: float = 1, model: str = "distilled", reference: str = "base") -> Tensor:
-        """Normalized relative norm [F] = ||d^model||_p / (||d^model||_p + ||d^reference||_p); NaN where both are 0.
+        """Normalized relative norm [F] = ||d^model||_p / (||d^model||_p + ||d^reference||_p); NaN where both
+        are 0.
 
         The paper takes p = 1, the replication it adapted p = 2. With unlike widths p = 1 compares sums over
         unlike numbers of coordinates: prefer p = 2 there. Dead features keep what they began with: leave them
@@ -270,7 +275,7 @@ class CrossCoder(nn.Module):
         return own / (own + other)
 
     def cosine(self, a: str = "base", b: str = "distilled") -> Tensor:
-        """Cosine similarity [F] of each feature's rows in models a and b; UserError if these differ in width."""
+        """Cosine similarity [F] of a feature's rows in models a and b; UserError if these differ in width."""
         if self.widths[self._index(a)] != self.widths[self._index(b)]:
             raise UserError(
                 f"{a} and {b} differ in width ({self._described()}): rows of unlike spaces have no cosine"
@@ -414,8 +419,8 @@ def forward(
 
     ``dead`` [F] bool: features of which the ``aux_k`` strongest of each token are decoded too, for
     ``auxiliary_loss``. ``precision`` is that of the encoder's product; ``wanted`` (entries that BatchTopK
-    keeps; k for each token), ``hint``, ``gather`` and ``buffers`` are those of ``lib.crosscoder.sparse``. ``bandwidth``:
-    JumpReLU's h; at 0 there are no thresholds yet, and it selects as BatchTopK.
+    keeps; k for each token), ``hint``, ``gather`` and ``buffers`` are those of ``lib.crosscoder.sparse``.
+    ``bandwidth``: JumpReLU's h; at 0 there are no thresholds yet, and it selects as BatchTopK.
     """
     x = crosscoder.scaled(acts)
     weights = crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec

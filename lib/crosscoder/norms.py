@@ -1,4 +1,4 @@
-"""Whose is a feature? The lengths of its decoder rows, over the whole dictionary: the census of experiment E1."""
+"""Whose is a feature? The lengths of all decoder rows: the census of experiment E1."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ batch of ``batch_size`` tokens is the same batch, shared out.
 
 - ``ByRows``: every process keeps the whole crosscoder and takes a part of each batch; gradients are added up
   (data parallel).
-- ``ByFeatures``: every process keeps a part of the dictionary, with its optimiser state, and takes all of each
-  batch; what the parts reconstruct is added up. For a dictionary that outgrows a device. BatchTopK only.
+- ``ByFeatures``: every process keeps a part of the dictionary, with its optimiser state, and takes all of
+  each batch; what the parts reconstruct is added up. For a dictionary that outgrows a device. BatchTopK only.
 
 In both, BatchTopK's selection, dead features, the auxiliary loss's choice among them, and the clipped norm
 are over the whole batch and dictionary. Checkpoints are written by rank 0 as a single process would write
@@ -115,7 +115,9 @@ def _collective(function):
 
 
 class Together(SingleProcess):
-    """What sharing rows and sharing features have in common. The process group is made already; tensors are on ``device``."""
+    """What sharing rows and sharing features have in common. The process group exists already; tensors are
+    on ``device``.
+    """
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), torch.device(device)

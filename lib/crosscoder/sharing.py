@@ -1,17 +1,16 @@
-"""A crosscoder from anywhere, checked on data before anything is read off it; and ours on the hub, with a
-model card.
+"""Opening a crosscoder: the run's own, or one from anywhere, checked on data; and ours on the hub.
 
-    crosscoder = open_crosscoder("org/name", store.models, store)          # one of ours, from the hub; or another's:
-    crosscoder = open_crosscoder("cc_weights.pt", store.models, store, order=("base", "distilled"), scales=store.scales)
-    card(folder, "mine", layers, models, health(crosscoder, store), corpus="...", licence="mit")  # README.md and origin.json
+    crosscoder = open_crosscoder("org/name", store.models, store)          # one of ours; or another's:
+    crosscoder = open_crosscoder("cc_weights.pt", store.models, store, ("base", "distilled"), store.scales)
+    model_card(folder, "mine", layers, models, health_card(crosscoder, store), corpus="...", licence="mit")
     commit = push(folder, "org/name")
 
 A crosscoder at the wrong layer or scale, or with its models exchanged, runs without an error and gives NRNs
-that mean nothing (exchanged models turn every NRN round). What gives it away is FVE = 1 - sum of squared
-errors / sum of squares about the mean, per model. Where it is low, the same tokens are tried again with what
-is often wrong put right: a scale off by a factor, in all models or in one; a scale that the weights contain
-already; the store's own scales; the models exchanged. If one of these mends it, the error says so; if none
-does, it is the layer, the tokens or the models.
+that mean nothing (exchanged models turn every NRN round). What shows it is FVE = 1 - sum of squared errors /
+sum of squares about the mean, per model. Where it is low, the same tokens are tried again with what is often
+wrong put right: a scale off by a factor, in all models or in one; a scale that the weights contain already;
+the store's own scales; the models exchanged. If one of these mends it, the error says so; if none does, it is
+the layer, the tokens or the models.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 
 from ..activations.store import Store
 from ..activations.store import open_store as open_store
@@ -51,13 +51,48 @@ from .model import CrossCoder
 FACTS = ("order", "scales", "layer", "least")
 OURS = "crosscoder.safetensors"
 FILES = (OURS, "config.json", ORIGIN, "README.md")  # what goes to the hub
+TEMPLATE = ROOT / "docs" / "templates" / "model_card.md"
 FACTORS = tuple(2.0**e for e in range(-6, 7) if e)  # by which a scale is tried to be off
 LEAST = 0.5  # FVE, where nothing says what to expect
 FAR = 2.0  # so many times as much unexplained as the model card says is far from what is expected
 # of the variance: a smaller remainder may be rounding alone, which differs from processor to processor
 FLOOR = 1e-4
-NAMED, FACTOR = 0.9, 0.5  # an alternative is believed if less of the unexplained remains, over all models
+# an alternative is believed if less than this share of the unexplained remains, over all models
+NAMED, FACTOR = 0.9, 0.5
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w./-]+)?")
+
+
+# --- opening ------------------------------------------------------------------------------------------------
+
+
+def open_for_run(
+    run: Run, store: Store, source: str = "", facts: Mapping | None = None
+) -> tuple[CrossCoder, str]:
+    """The run's crosscoder and its fingerprint; or one that was trained elsewhere, if there is a ``source``.
+
+    ``source``: as ``open_crosscoder`` takes it (paths from the repository's root); it is checked on the
+    store. ``facts``: what its file does not say, by name: order, scales, layer, least. UserError if the run's
+    is missing or was trained on another store than this one, or if the other does not fit the store.
+    """
+    facts = dict(facts or {})
+    if unknown := sorted(facts.keys() - set(FACTS)):
+        raise UserError(f"unknown fact {unknown[0]!r} about the crosscoder: there are {', '.join(FACTS)}")
+    if source:
+        path = ROOT / source
+        crosscoder = open_crosscoder(path if path.exists() else source, store.models, store, **facts)
+        return crosscoder, fingerprint_of(crosscoder)
+    if facts:
+        raise UserError(
+            f"facts ({', '.join(facts)}) are given about a crosscoder from elsewhere, but not where it is:"
+            " give crosscoder_source"
+        )
+    manifest = read_manifest(run.path("crosscoder"), "02_train_crosscoder")
+    if manifest.get("store") != store.fingerprint:
+        raise UserError(
+            "the crosscoder was trained on another store than there is now: run notebook 02_train_crosscoder"
+            " again (make figures ONLY=02)"
+        )
+    return CrossCoder.load(run.path("crosscoder")), manifest["fingerprint"]
 
 
 def open_crosscoder(
@@ -69,14 +104,15 @@ def open_crosscoder(
     layer: int | Mapping[str, int] | None = None,
     least: float | None = None,
 ) -> CrossCoder:
-    """A crosscoder in any of the formats, its models in the order ``names``; what is there tells the format.
+    """A crosscoder in any of the formats, which are told apart by their files; its models in the order
+    ``names``.
 
     ``source``: a folder, a file of weights, or a repository on the hub: "org/name", "org/name@revision",
     "org/name:folder/in/it". ``order``, ``scales`` and ``layer`` are needed where the file does not say them
-    (see ``lib.crosscoder.exchange``). With ``store``, layers and widths must be the store's, mean activations that the
-    file lacks are taken from it, and on its tokens FVE must be at least ``least``: if not given, 1 - 2 (1 -
-    FVE of the model card), or 0.5 where there is no card. Give what was published: 0.5 lets a neighbouring
-    layer pass.
+    (see ``lib.crosscoder.exchange``). With ``store``, layers and widths must be the store's, mean activations
+    that the file lacks are taken from it, and on its tokens FVE must be at least ``least``: if not given, 1 -
+    2 (1 - FVE of the model card), or 0.5 where there is no card. Give what was published: 0.5 lets a
+    neighbouring layer pass.
     """
     path, _, inside = str(source).partition(":")
     if Path(source).exists():
@@ -89,50 +125,52 @@ def open_crosscoder(
             f"there is no {source}, and it names no repository on the hub: give a folder, a file of weights,"
             " or org/name"
         )
-    found = _read(path, names, order, scales, layer)
-    crosscoder = found.crosscoder
-    if store is not None:
-        if tuple(store.models) != crosscoder.names or list(store.widths.values()) != list(crosscoder.widths):
-            raise UserError(
-                f"the crosscoder reads {_listed(crosscoder.names, crosscoder.widths)}, and the store holds "
-                f"{_listed(store.models, store.widths.values())}: they must be the same"
-            )
-        if found.layers != dict(store.layers):
-            raise UserError(
-                f"the crosscoder was trained on the output of layer {found.layers}, and the store holds that"
-                f" of {dict(store.layers)}: harvest at its layer (layer of the pair in data/pairs.yaml, then"
-                " notebook 01_harvest_activations)"
-            )
-        if not found.has_means:
-            crosscoder.means.copy_(crosscoder.scaled([store.means[name] for name in crosscoder.names]))
-        if least is None:
-            least = {name: 1 - FAR * (1 - value) for name, value in found.fve.items()} if found.fve else LEAST
-        check_on_data(crosscoder, store, least)
+    foreign = _read(path, names, order, scales, layer)
+    crosscoder = foreign.crosscoder
+    if store is None:
+        return crosscoder
+    if tuple(store.models) != crosscoder.names or list(store.widths.values()) != list(crosscoder.widths):
+        raise UserError(
+            f"the crosscoder reads {_listed(crosscoder.names, crosscoder.widths)}, and the store holds "
+            f"{_listed(store.models, store.widths.values())}: they must be the same"
+        )
+    if foreign.layers != dict(store.layers):
+        raise UserError(
+            f"the crosscoder was trained on the output of layer {foreign.layers}, and the store holds that"
+            f" of {dict(store.layers)}: harvest at its layer (layer of the pair in data/pairs.yaml, then"
+            " notebook 01_harvest_activations)"
+        )
+    if not foreign.has_means:
+        crosscoder.means.copy_(crosscoder.scaled([store.means[name] for name in crosscoder.names]))
+    if least is None:
+        promised = foreign.fve or {}
+        least = {name: 1 - FAR * (1 - value) for name, value in promised.items()} or LEAST
+    check_on_data(crosscoder, store, least)
     return crosscoder
 
 
 def _read(path: Path, names: Sequence[str], order, scales, layer) -> Foreign:
-    if path.is_dir() and (path / OURS).is_file():
-        crosscoder = CrossCoder.load(path)
-        origin = json.loads((path / ORIGIN).read_text(encoding="utf-8")) if (path / ORIGIN).is_file() else {}
-        if crosscoder.names != tuple(names):
-            raise UserError(
-                f"models {', '.join(names)} are wanted: this crosscoder has {', '.join(crosscoder.names)}, in"
-                " this order"
-            )
-        if (layers := origin.get("layers", layer)) is None:
-            raise UserError(
-                f"{path} does not say at which layer the crosscoder was trained: give layer, the index of the"
-                " decoder layer whose output it reads"
-            )
-        layers = {n: int(layers[n] if isinstance(layers, Mapping) else layers) for n in names}
-        return Foreign(crosscoder, layers, "ours", has_means=True, fve=origin.get("fve"))
-    file = weights_file(path)
-    readers = {REPLICATION: read_replication, DICTIONARY_LEARNING: read_dictionary_learning}
-    return readers[format_of(tensors(file), file)](file, order, scales, layer, names)
+    if not (path.is_dir() and (path / OURS).is_file()):
+        file = weights_file(path)
+        readers = {REPLICATION: read_replication, DICTIONARY_LEARNING: read_dictionary_learning}
+        return readers[format_of(tensors(file), file)](file, order, scales, layer, names)
+    crosscoder = CrossCoder.load(path)
+    origin = json.loads((path / ORIGIN).read_text(encoding="utf-8")) if (path / ORIGIN).is_file() else {}
+    if crosscoder.names != tuple(names):
+        raise UserError(
+            f"models {', '.join(names)} are wanted: this crosscoder has {', '.join(crosscoder.names)}, in"
+            " this order"
+        )
+    if (layers := origin.get("layers", layer)) is None:
+        raise UserError(
+            f"{path} does not say at which layer the crosscoder was trained: give layer, the index of the"
+            " decoder layer whose output it reads"
+        )
+    layers = {n: int(layers[n] if isinstance(layers, Mapping) else layers) for n in names}
+    return Foreign(crosscoder, layers, "ours", has_means=True, fve=origin.get("fve"))
 
 
-def mark_of(crosscoder: CrossCoder) -> str:
+def fingerprint_of(crosscoder: CrossCoder) -> str:
     """Fingerprint of all that decides what a crosscoder does: for what is made from it, as that of notebook
     02's manifest.
     """
@@ -147,6 +185,19 @@ def _listed(names, widths) -> str:
 
 
 # --- does it fit? -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Alternative:
+    """``reason``: what is put right, in words; ``order``: whose activations stand in each place; ``factors``:
+    what they are multiplied by; ``share`` of the unexplained that may then remain, for this to be what was
+    meant even where FVE is not low.
+    """
+
+    reason: str
+    order: tuple[int, ...]
+    factors: tuple[float, ...]
+    share: float
 
 
 @torch.no_grad()
@@ -168,79 +219,49 @@ def check_on_data(
     """
     least = {name: least[name] if isinstance(least, Mapping) else least for name in crosscoder.names}
     check("least", list(least.values()), list, high=1)
-    rows = store.rows(split)
-    if len(rows) < 2:
+    kept = store.rows(split)
+    if len(kept) < 2:
         raise UserError(
             f"the store has no tokens in its split {split!r}: harvest more documents (notebook"
             " 01_harvest_activations)"
         )
-    drawn = np.random.default_rng(seed).choice(rows, min(tokens, len(rows)), replace=False)
+    drawn = np.random.default_rng(seed).choice(kept, min(tokens, len(kept)), replace=False)
     acts = store.activations(np.sort(drawn))
     given = fve(crosscoder, acts)
-    low = not _reach(given, least)
-    ways = _ways(crosscoder, store, thorough=low)
-    found = []
-    with Progress("other scales and orders", len(ways)) if low else _Silent() as progress:
-        for i, way in enumerate(ways):
-            tried = fve(crosscoder, [acts[j] * c for j, c in zip(way.order, way.factors)])
-            found.append((min(tried.values()), way, tried))
-            progress.update(i + 1)
-    own = ", ".join(f"{_digits(value)} ({name})" for name, value in given.items())
-    best = max(found, key=lambda way: way[0], default=None)
-    unexplained = _unexplained(given)
-    meant = [
-        (lowest, way, tried)
-        for lowest, way, tried in found
-        if (_reach(tried, least) if low else _unexplained(tried) < way.enough * unexplained)
+    low = [name for name in least if not _reaches(given[name], least[name])]
+    alternatives = _alternatives(crosscoder, store, thorough=bool(low))
+    tried = []
+    with Progress("other scales and orders", len(alternatives)) if low else nullcontext() as progress:
+        for i, other in enumerate(alternatives):
+            tried.append(fve(crosscoder, [acts[j] * c for j, c in zip(other.order, other.factors)]))
+            if progress:
+                progress.update(i + 1)
+    believed = [
+        (min(values.values()), other.reason, values)
+        for other, values in zip(alternatives, tried)
+        if (
+            all(_reaches(values[name], least[name]) for name in least)
+            if low
+            else _unexplained(values) < other.share * _unexplained(given)
+        )
     ]
-    if meant:
-        top = max(lowest for lowest, _, _ in meant)
-        _, way, tried = next(m for m in meant if m[0] >= top - 0.02)  # the plainest reason first
+    shown = ", ".join(f"{_digits(value)} ({name})" for name, value in given.items())
+    if believed:
+        top = max(lowest for lowest, _, _ in believed)
+        # the plainest reason first
+        _, reason, values = next(entry for entry in believed if entry[0] >= top - 0.02)
         raise UserError(
-            f"FVE is {own} as given, but {', '.join(map(_digits, tried.values()))} with {way.said}"
+            f"FVE is {shown} as given, but {', '.join(map(_digits, values.values()))} with {reason}"
         )
     if low:
-        bad = ", ".join(
-            f"{least[name]:.2f} in {name}"
-            for name, value in given.items()
-            if not _reaches(value, least[name])
-        )
-        tail = f", and no other scale or order makes it good (at best {best[0]:.2f})" if best else ""
+        wanted = ", ".join(f"{least[name]:.2f} in {name}" for name in low)
+        best = max((min(values.values()) for values in tried), default=math.nan)
+        tail = f", and no other scale or order makes it good (at best {best:.2f})" if tried else ""
         raise UserError(
-            f"FVE is {own}, below {bad}{tail}: the crosscoder was trained on another layer, on other tokens "
-            "(templates, first positions), or on other models"
+            f"FVE is {shown}, below {wanted}{tail}: the crosscoder was trained on another layer, on other"
+            " tokens (templates, first positions), or on other models"
         )
     return given
-
-
-def _digits(value: float) -> str:
-    """An FVE with as many digits as it takes to tell it from 1."""
-    return f"{value:.2f}" if value < 0.995 else f"{value:.5f}"
-
-
-def _unexplained(found: Mapping[str, float]) -> float:
-    """Sum over models of 1 - FVE, each counted as FLOOR at least: below it, remainders cannot be compared."""
-    return sum(float(np.maximum(1 - value, FLOOR)) for value in found.values())
-
-
-def _reaches(value: float, least: float) -> bool:
-    """Whether an FVE is as high as it must be; all above 1 - FLOOR count as equal, NaN is never enough."""
-    return value >= min(least, 1 - FLOOR)
-
-
-def _reach(found: Mapping[str, float], least: Mapping[str, float]) -> bool:
-    return all(_reaches(found[name], least[name]) for name in least)
-
-
-class _Silent:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
-
-    def update(self, done: int) -> None:
-        pass
 
 
 @torch.no_grad()
@@ -255,60 +276,51 @@ def fve(crosscoder: CrossCoder, acts: Sequence[torch.Tensor]) -> dict[str, float
     return values
 
 
-@dataclass(frozen=True)
-class _Way:
-    """What is put right; whose activations stand in each place; what they are multiplied by; how much of the
-    unexplained may then remain for this to be what was meant, even where FVE is not low."""
-
-    said: str
-    order: tuple[int, ...]
-    factors: tuple[float, ...]
-    enough: float
+def _reaches(value: float, least: float) -> bool:
+    """Whether an FVE is as high as it must be; all above 1 - FLOOR count as equal, NaN is never enough."""
+    return value >= min(least, 1 - FLOOR)
 
 
-def _ways(crosscoder: CrossCoder, store, thorough: bool) -> list[_Way]:
-    """Plainest first. Multiplying activations by c is giving c times the scale, and FVE is the same for both."""
-    n, s = len(crosscoder.names), crosscoder.scales.tolist()
-    straight, theirs = tuple(range(n)), [store.scales[name] for name in crosscoder.names]
-    ways = [
-        _Way(
-            "scales of 1: the weights contain the scale already, give 1 for each model",
-            straight,
-            tuple(1 / x for x in s),
-            NAMED,
-        ),
-        _Way(
-            f"the store's own scales ({', '.join(f'{x:.4g}' for x in theirs)}): the scales are wrong",
-            straight,
-            tuple(t / x for t, x in zip(theirs, s)),
-            NAMED,
-        ),
-    ]
+def _unexplained(values: Mapping[str, float]) -> float:
+    """Sum over models of 1 - FVE, each counted as FLOOR at least: below it, remainders cannot be compared."""
+    return sum(float(np.maximum(1 - value, FLOOR)) for value in values.values())
+
+
+def _digits(value: float) -> str:
+    """An FVE with as many digits as it takes to tell it from 1."""
+    return f"{value:.2f}" if value < 0.995 else f"{value:.5f}"
+
+
+def _alternatives(crosscoder: CrossCoder, store, thorough: bool) -> list[_Alternative]:
+    """Plainest first. Multiplying activations by c is giving c times the scale; FVE is the same for both."""
+    names, s, widths = crosscoder.names, crosscoder.scales.tolist(), crosscoder.widths
+    n, theirs = len(names), [store.scales[name] for name in names]
+    straight = tuple(range(n))
+    reason = "scales of 1: the weights contain the scale already, give 1 for each model"
+    ways = [_Alternative(reason, straight, tuple(1 / x for x in s), NAMED)]
+    reason = f"the store's own scales ({', '.join(f'{x:.4g}' for x in theirs)}): the scales are wrong"
+    ways.append(_Alternative(reason, straight, tuple(t / x for t, x in zip(theirs, s)), NAMED))
     for order in itertools.permutations(straight) if n <= 3 else ():
-        if order != straight and all(
-            crosscoder.widths[i] == crosscoder.widths[j] for i, j in enumerate(order)
-        ):
-            said = (
-                f"the models in the order {', '.join(crosscoder.names[j] for j in order)}: their order is"
-                " wrong"
-            )
-            ways.append(_Way(said, order, (1.0,) * n, NAMED))
+        if order != straight and all(widths[i] == widths[j] for i, j in enumerate(order)):
+            reason = f"the models in the order {', '.join(names[j] for j in order)}: their order is wrong"
+            ways.append(_Alternative(reason, order, (1.0,) * n, NAMED))
             # each keeps its scale
-            ways.append(_Way(said, order, tuple(s[j] / s[i] for i, j in enumerate(order)), NAMED))
+            kept = tuple(s[j] / s[i] for i, j in enumerate(order))
+            ways.append(_Alternative(reason, order, kept, NAMED))
     for c in FACTORS if thorough else (0.5, 2.0):
-        ways.append(_Way(f"{c:g} times the scale: the scale is wrong", straight, (c,) * n, FACTOR))
-        for i, name in enumerate(crosscoder.names if thorough else ()):
-            alone = tuple(c if i == j else 1.0 for j in range(n))
-            ways.append(
-                _Way(f"{c:g} times the scale of {name}: that scale is wrong", straight, alone, FACTOR)
-            )
+        reason = f"{c:g} times the scale: the scale is wrong"
+        ways.append(_Alternative(reason, straight, (c,) * n, FACTOR))
+        for i, name in enumerate(names if thorough else ()):
+            reason = f"{c:g} times the scale of {name}: that scale is wrong"
+            factors = tuple(c if i == j else 1.0 for j in range(n))
+            ways.append(_Alternative(reason, straight, factors, FACTOR))
     return [way for way in ways if way.order != straight or any(not 0.8 < c < 1.25 for c in way.factors)]
 
 
 # --- the hub ------------------------------------------------------------------------------------------------
 
 
-def card(
+def model_card(
     folder: Path,
     pair: str,
     layers: Mapping[str, int],
@@ -317,81 +329,73 @@ def card(
     corpus: str,
     licence: str = "other",
 ) -> Path:
-    """Write README.md, a model card, and origin.json beside a saved crosscoder; returns README.md.
+    """Write README.md (docs/templates/model_card.md) and origin.json beside a saved crosscoder; returns
+    README.md.
 
     ``layers``: {name: index of the layer read}; ``models``: {name: hub id, or where else it is from};
-    ``health``: the health card (``lib.crosscoder.health``); ``corpus``: what it was trained on, in a sentence;
-    ``licence``: an identifier of the hub, such as mit.
+    ``health``: the health card (``lib.crosscoder.health``); ``corpus``: what it was trained on, in a
+    sentence; ``licence``: an identifier of the hub, such as mit.
     """
     folder = Path(folder)
     crosscoder = CrossCoder.load(folder)
+    names = crosscoder.names
     for what, given in (("layers", layers), ("models", models)):
-        if set(given) != set(crosscoder.names):
+        if set(given) != set(names):
             raise UserError(
-                f"{what} are given for {', '.join(given)}: the crosscoder reads {', '.join(crosscoder.names)}"
+                f"{what} are given for {', '.join(given)}: the crosscoder reads {', '.join(names)}"
             )
-    if missing := [m for m in (*(f"fve_{name}" for name in crosscoder.names), "l0") if m not in health]:
+    if missing := [m for m in (*(f"fve_{name}" for name in names), "l0") if m not in health]:
         raise UserError(
-            f"the health card lacks {', '.join(missing)}: measure it first (lib.crosscoder.health.health)"
+            f"the health card lacks {', '.join(missing)}: measure it first (lib.crosscoder.health_card)"
         )
-    on_hub = [m for m in models.values() if re.fullmatch(r"[\w.-]+/[\w.-]+", m)]
-    tags = ["crosscoder", "model-diffing", "sparse-autoencoder"]
-    data = ModelCardData(license=licence, library_name="pytorch", tags=tags, base_model=on_hub or None)
-    rows = "\n".join(
-        f"| {name} | {models[name]} | output of decoder layer {layers[name]} | {width} | {scale:.6g} "
-        f"| {_shown(health[f'fve_{name}'])} |"
-        for name, width, scale in zip(crosscoder.names, crosscoder.widths, crosscoder.scales.tolist())
+    data = ModelCardData(
+        license=licence,
+        library_name="pytorch",
+        tags=["crosscoder", "model-diffing", "sparse-autoencoder"],
+        base_model=[m for m in models.values() if re.fullmatch(r"[\w.-]+/[\w.-]+", m)] or None,
     )
     shown, distinct = crosscoder.seen.tolist()
-    wanted = f", k = {crosscoder.k}" if crosscoder.variant != "l1" else ""
-    text = f"""---
-{data.to_yaml()}
----
-
-# Crosscoder of the pair {pair}
-
-One dictionary of {crosscoder.n_features:,} features for the residual streams of {len(crosscoder.names)} models on the same tokens.
-
-| model | weights | read at | width | scale | FVE |
-|---|---|---|---|---|---|
-{rows}
-
-- Sparsity: {crosscoder.variant}{wanted}; L0 {_shown(health["l0"])}.
-- Trained on {shown:,} tokens, {distinct:,} of them distinct: {corpus}
-- The scale multiplies raw activations (sqrt(d) / mean norm) and is applied inside: inputs and outputs are raw.
-- FVE is 1 - sum of squared errors / sum of squares about the mean, on documents that were not trained on; brackets are 95% intervals.
-
-```python
-from lib.crosscoder.sharing import open_crosscoder
-
-# this repository's name, and a store: the activations of these models that notebook 01 harvests
-crosscoder = open_crosscoder("org/name", {crosscoder.names!r}, store)
-features = crosscoder.encode(activations)  # [B, {crosscoder.n_features}], from raw activations [B, d], one per model
-```
-
-`{OURS}`: W_enc and W_dec [feature, widths side by side], b_enc, b_dec (scaled space), scales, means, threshold; `config.json`: shape,
-names, sparsity; `{ORIGIN}`: layers. Method: Baek & Tegmark 2025, [arXiv:2503.03730](https://arxiv.org/abs/2503.03730).
-"""
-    layers = {name: int(layers[name]) for name in crosscoder.names}
+    table = [
+        {
+            "name": name,
+            "source": models[name],
+            "layer": layers[name],
+            "width": width,
+            "scale": f"{scale:.6g}",
+            "fve": _shown(health[f"fve_{name}"]),
+        }
+        for name, width, scale in zip(names, crosscoder.widths, crosscoder.scales.tolist())
+    ]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        pair=pair,
+        features=f"{crosscoder.n_features:,}",
+        models=table,
+        sparsity=crosscoder.variant + (f", k = {crosscoder.k}" if crosscoder.variant != "l1" else ""),
+        l0=_shown(health["l0"]),
+        shown=f"{shown:,}",
+        distinct=f"{distinct:,}",
+        corpus=corpus,
+        names=repr(names),
+    )
     origin = {
         "format": "ours",
-        "order": crosscoder.names,
-        "layers": layers,
+        "order": names,
+        "layers": {name: int(layers[name]) for name in names},
         "models": dict(models),
         "pair": pair,
-        "fve": {name: float(health[f"fve_{name}"]["value"]) for name in crosscoder.names},
+        "fve": {name: float(health[f"fve_{name}"]["value"]) for name in names},
     }
     write_text(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
-    return write_text(folder / "README.md", text)
+    return write_text(folder / "README.md", str(card))
 
 
 def _shown(metric: Mapping) -> str:
     value, ci = metric["value"], metric.get("ci")
-    return (
-        "unknown"
-        if value is None or not math.isfinite(value)
-        else f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
-    )
+    if value is None or not math.isfinite(value):
+        return "unknown"
+    return f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
 
 
 def push(folder: Path, repo_id: str, private: bool = True) -> str:
@@ -405,23 +409,17 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
     CrossCoder.load(folder)  # what cannot be read is not shared
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise UserError(
-            f"{folder} has no {' and no '.join(missing)}: write the model card first (lib.crosscoder.sharing.card)"
+            f"{folder} has no {' and no '.join(missing)}: write the model card first"
+            " (lib.crosscoder.sharing.model_card)"
         )
-    try:
+    message = "Crosscoder with its model card"
+    advice = "check the name, and log in with write access (hf auth login)"
+    with _hub_errors(f"the hub did not take {repo_id}", advice):
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(FILES),
-            commit_message="Crosscoder with its model card",
-        )
-    except Exception as error:  # the network fails in many ways, each with a class of its own
-        raise UserError(
-            f"the hub did not take {repo_id} ({_reason(error)}): check the name, and log in with write access"
-            " (hf auth login)"
-        ) from None
-    return done.oid
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message=message
+        ).oid
 
 
 def pull(repo_id: str, revision: str = "", inside: str = "") -> tuple[Path, str]:
@@ -437,49 +435,14 @@ def pull(repo_id: str, revision: str = "", inside: str = "") -> tuple[Path, str]
         wanted = [f"{Path(inside).parent.as_posix()}/*.json".removeprefix("./"), inside]
     else:
         wanted = [f"{inside}/{kind}" if inside else kind for kind in kinds]
-    try:
+    with _hub_errors(f"the hub did not give {repo} at {commit[:8]}", "connect, or give a folder instead"):
         return Path(snapshot_download(repo, revision=commit, allow_patterns=wanted)), commit
-    except Exception as error:
-        raise UserError(
-            f"the hub did not give {repo} at {commit[:8]} ({_reason(error)}): connect, or give a folder"
-            " instead"
-        ) from None
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# --- the artefact -------------------------------------------------------------------------------------------
-
-
-def open_for_run(
-    run: Run, store: Store, source: str = "", facts: Mapping | None = None
-) -> tuple[CrossCoder, str]:
-    """The run's crosscoder and its fingerprint; or one that was trained elsewhere, if there is a ``source``.
-
-    ``source``: a folder, a file of weights (from the repository's root) or org/name on the hub, in any of the
-    formats of ``lib.crosscoder.sharing``, which checks it on the store. ``facts``: what its file does not say, by name:
-    order, scales, layer, least. UserError if the run's is missing or was trained on another store than this
-    one, or if the other does not fit the store.
-    """
-    if unknown := sorted(set(facts or {}) - set(FACTS)):
-        raise UserError(f"unknown fact {unknown[0]!r} about the crosscoder: there are {', '.join(FACTS)}")
-    if source:
-        there = ROOT / source
-        crosscoder = open_crosscoder(
-            there if there.exists() else source, store.models, store, **(facts or {})
-        )
-        return crosscoder, mark_of(crosscoder)
-    if facts:
-        raise UserError(
-            f"facts ({', '.join(facts)}) are given about a crosscoder from elsewhere, but not where it is:"
-            " give crosscoder_source"
-        )
-    manifest = read_manifest(run.path("crosscoder"), "02_train_crosscoder")
-    if manifest.get("store") != store.fingerprint:
-        raise UserError(
-            "the crosscoder was trained on another store than there is now: run notebook 02_train_crosscoder"
-            " again (make figures ONLY=02)"
-        )
-    return CrossCoder.load(run.path("crosscoder")), manifest["fingerprint"]
+@contextmanager
+def _hub_errors(what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the network fails in many ways, each with a class of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what} ({reason}): {advice}") from None

@@ -6,7 +6,7 @@ feature to know which fire). What follows costs 8 B D k::
 
     encoded = encode(x, W_enc, b_enc)                           # every feature's pre-activation
     code = select_batch(encoded, per_unit, wanted)              # who fires
-    f, sums = reconstruct(W_enc, b_enc, W_dec, x, code)         # sums = f @ W_dec; exact gradients of the parameters
+    f, sums = reconstruct(W_enc, b_enc, W_dec, x, code)         # sums = f @ W_dec; exact gradients
     sums = jump(sums, log_theta, W_dec, edge, rise)             # JumpReLU: pseudo-gradients of its thresholds
 
 With ``dtype=torch.bfloat16`` the encoder only screens. Whoever comes near the threshold is computed again in

@@ -1,7 +1,7 @@
 """Training a crosscoder on a store of activations.
 
     config = TrainConfig(n_features=1024, k=24)
-    crosscoder = train(store, config, run.path("crosscoder"))     # resumes if it was interrupted; loads if it is done
+    crosscoder = train(store, config, run.path("crosscoder"))     # or resumes, or loads what is done
 
 Adam with gradient clipping; the learning rate warms up, stays flat, and falls linearly to 0. A run is a
 function of (config, store): batches depend on (seed, epoch, position) alone, so that an interrupted run,
@@ -130,8 +130,9 @@ def train(
     checkpoint, named after the fingerprint, so that another config's unfinished run is left alone.
     ``progress`` has ``update(done_tokens, note)`` and ``close()``. Raises UserError for non-finite
     activations, a loss that is not finite, and a store that repeats tokens before it has shown all.
-    ``device`` None is a GPU if there is one. ``together``: the processes that train (``lib.crosscoder.processes``): all see the same folder, in
-    which rank 0 writes. Checkpoints are those of a single process: the number of processes may change.
+    ``device`` None is a GPU if there is one. ``together``: the processes that train
+    (``lib.crosscoder.processes``); all see the same folder, in which rank 0 writes. Checkpoints are those of
+    a single process: the number of processes may change.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(folder)
@@ -265,7 +266,7 @@ class Trainer:
             self.batches = None
 
     def run_until(self, tokens: float) -> dict:
-        """Train until ``tokens`` have been shown; returns (and logs) a line of averages since the last one."""
+        """Train until ``tokens`` have been shown; returns and logs a line of averages since the last one."""
         began, waited, before, sums, steps = time.monotonic(), self.waiting(), self.shown, 0.0, 0
         while self.shown < min(tokens, self.config.tokens):
             rows, acts = self._next_batch()

@@ -463,7 +463,7 @@ def test_exported_for_dictionary_learning(tmp_path, variant):
 
 
 def test_a_scale_so_small_that_the_1e_8_there_counts(tmp_path):
-    """Activations of norm 1e5 and more: what is added to the scale in decoding alone would be a thousandth."""
+    """Activations of norm 1e5: what is added to the scale in decoding alone would be a thousandth."""
     crosscoder, x = ours()
     crosscoder.scales[0] = 1e-5
     x[:, 0] *= 0.37 / 1e-5

@@ -1,5 +1,5 @@
-"""Two processes train what one does; they refuse to be one, survive a fork in a busy notebook, and leave a
-checkpoint behind.
+"""Two processes train what one does; they refuse to be one, start from a busy notebook, and leave a checkpoint
+behind.
 """
 
 import dataclasses
@@ -145,9 +145,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(store, 
 
 
 def test_a_notebook_that_has_computed_launches_what_one_process_began(store, alone, tmp_path, monkeypatch):
-    """After parallel work a fork would hang or be ended; and features are shared out from a checkpoint of all
-    of them.
-    """
+    """And features are shared out from a checkpoint of all of them."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(2)
     try:

@@ -11,7 +11,7 @@ import torch
 from lib.crosscoder import sharing
 from lib.crosscoder.exchange import export_dictionary_learning, export_replication
 from lib.crosscoder.model import CrossCoder
-from lib.crosscoder.sharing import card, check_on_data, fve, mark_of, open_crosscoder, pull, push
+from lib.crosscoder.sharing import check_on_data, fingerprint_of, fve, model_card, open_crosscoder, pull, push
 from lib.models import sources
 from lib.settings import UserError
 
@@ -53,7 +53,7 @@ class Planted:
         return [a[rows] for a in self.acts]
 
     def crosscoder(self, variant="l1", **scales):
-        """The one that fits: it subtracts the bias, reads each code from both models, and shrinks it by 0.05."""
+        """The one that fits: it subtracts the bias, reads codes from both models, shrinks them by 0.05."""
         made = CrossCoder([D, D], F, self.models, variant, 4, [(SCALES | scales)[n] for n in self.models])
         with torch.no_grad():
             joined = torch.tensor(np.concatenate(list(self.rows_mfd), axis=1), dtype=torch.float32)
@@ -111,7 +111,7 @@ def test_a_wrong_scale_is_named_where_the_store_has_another_one_too(store):
 
 def test_a_scale_that_is_in_the_weights_already_is_named(store):
     crosscoder = store.crosscoder()
-    for m, name in enumerate(NAMES):
+    for name in NAMES:
         columns = crosscoder.columns(name)
         crosscoder.W_enc[:, columns] *= SCALES[name]
         crosscoder.W_dec[:, columns] /= SCALES[name]
@@ -312,9 +312,11 @@ def test_the_order_wanted_is_the_order_given_out(store, tmp_path):
 
 def test_a_mark_is_that_of_the_weights(store):
     one, other = store.crosscoder(), store.crosscoder()
-    assert mark_of(one) == mark_of(other)
+    assert fingerprint_of(one) == fingerprint_of(other)
     other.W_dec[3, 5] += 1e-3
-    assert mark_of(one) != mark_of(other) and mark_of(one) != mark_of(store.crosscoder(base=0.21))
+    assert fingerprint_of(one) != fingerprint_of(other) and fingerprint_of(one) != fingerprint_of(
+        store.crosscoder(base=0.21)
+    )
 
 
 # --- the hub ------------------------------------------------------------------------------------------------
@@ -371,7 +373,7 @@ def described(store, folder):
     crosscoder = store.crosscoder("batchtopk")
     crosscoder.seen.copy_(torch.tensor([3_000_000, 880_123]))
     crosscoder.save(folder)
-    card(
+    model_card(
         folder,
         "mine",
         dict.fromkeys(NAMES, 3),
@@ -406,7 +408,7 @@ def test_the_card_says_what_a_stranger_needs(store, tmp_path):
         assert said in text, said
     assert json.loads((tmp_path / "origin.json").read_text())["layers"] == {"base": 3, "distilled": 3}
     with pytest.raises(UserError, match="lacks l0"):
-        card(
+        model_card(
             tmp_path,
             "mine",
             dict.fromkeys(NAMES, 3),
@@ -415,7 +417,7 @@ def test_the_card_says_what_a_stranger_needs(store, tmp_path):
             "",
         )
     with pytest.raises(UserError, match="layers are given for base"):
-        card(tmp_path, "mine", {"base": 3}, dict.fromkeys(NAMES, "x"), HEALTH, "")
+        model_card(tmp_path, "mine", {"base": 3}, dict.fromkeys(NAMES, "x"), HEALTH, "")
 
 
 def test_what_is_pushed_comes_back(store, fake, tmp_path):

@@ -1,4 +1,4 @@
-"""Training on small stores: what it must find, what it must refuse, and that an interruption changes nothing."""
+"""Training on small stores: what it must find and refuse, and that an interruption changes nothing."""
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from tests.toys import Interrupted, StopAt, toy_model, toy_pair, toy_store
 
 
 class MemoryStore:
-    """A stand-in for lib.activations.store.Store: arrays in memory, documents of ten tokens, the last tenth of them to
+    """A stand-in for the store: arrays in memory, documents of ten tokens, the last tenth of them to
     report on.
     """
 
@@ -359,7 +359,7 @@ def harvested(tmp_path_factory):
 
 
 class Perfect(CrossCoder):
-    """A stand-in that reconstructs exactly: features are the activations themselves, shifted to be positive."""
+    """A stand-in that reconstructs exactly: features are the activations, shifted to be positive."""
 
     def encode(self, acts):
         return torch.cat([a + 1000 for a in acts], dim=-1)

@@ -418,7 +418,7 @@ def test_a_crosscoder_from_elsewhere_gives_the_table_of_the_own_one(run):
     pair, facts = toy_pair(run.folder, (16, 16)), {"ours": {"layer": layer, "least": 0.99}}
     for name in ("ours", "replication", "dictionary_learning"):
         found, mark = sharing.open_for_run(run, store, str(folder / name), facts.get(name))
-        assert mark == sharing.mark_of(found) != own_mark
+        assert mark == sharing.fingerprint_of(found) != own_mark
         made = features.inspect(found, store, run.path("features"), mark, build_tokenizer())
         pd.testing.assert_frame_equal(made.table, expected.table, rtol=1e-4, atol=1e-4, check_exact=False)
         assert table_module.open_artefacts(run, pair, str(folder / name), facts.get(name))[4] == mark

@@ -30,7 +30,6 @@ NOTEBOOKS_TO_COME = ["00", "04", "05"]
 LIGHT_TO_COME = []  # modules that opening a store still loads
 NOT_CLEAN_YET = [
     "benchmarks",
-    "lib/crosscoder",
     "lib/distil",
     "lib/figures.py",
     "lib/geometry",
