@@ -1,4 +1,4 @@
-"""Two processes train what one does; they refuse to be one, start from a busy notebook, and leave a checkpoint
+"""Two processes train what one does; they refuse to be one, start from a busy notebook, leave a checkpoint
 behind.
 """
 
