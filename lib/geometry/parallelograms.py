@@ -4,7 +4,7 @@ If a relation (france -> paris, italy -> rome) is one common offset in the resid
 its pairs (a, b), (c, d) span a parallelogram, and e_a + e_d - e_b - e_c = 0. The loss measures the distance
 from that::
 
-    score = ||e_a + e_d - e_b - e_c||_2^2 / sigma^2          sigma^2 = mean squared norm of the centred, projected words
+    score = ||e_a + e_d - e_b - e_c||_2^2 / sigma^2          sigma^2: mean squared norm of the words
 
 (Baek, Li & Tegmark 2025, arXiv 2502.01628, whose Eq. 3 is the unsquared form; used on R1 pairs in
 2503.03730.) With Delta = e_b - e_a and S its sample covariance (n - 1), the mean over all pairs of distinct
@@ -36,10 +36,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from ..figures import COLOURS
+from ..results import Results
 from ..settings import UserError, check
 from ..stats import group_weights, interval
 from .words import Relation
@@ -181,8 +179,7 @@ class Geometry:
     """What ``analyse`` found.
 
     table        one row per relation and model: score and its parts (columns explained in ``COLUMNS``)
-    differences  one row per relation and other model (and one for the mean over relations): model minus
-    reference, paired
+    differences  one row per relation and other model, and one for the mean: model minus reference, paired
     means        one row per model: means over relations, intervals from the bootstrap
     points       model -> [n_words, dims], centred and projected over the whole vocabulary; sigma2 model ->
     their mean square
@@ -199,7 +196,12 @@ class Geometry:
     warnings: list[str]
 
 
-STATISTICS = ("score", "relative", "offset_unexplained")
+LABELS = {
+    "score": "parallelogram loss",
+    "relative": "relative loss",
+    "offset_unexplained": "unexplained-offset fraction",
+}
+STATISTICS = tuple(LABELS)
 COLUMNS = {
     "score": "parallelogram loss, exact mean over all quadruples, in units of sigma^2; lower is more regular",
     "sampled": "the same from sampled quadruples, which is the paper's procedure",
@@ -291,7 +293,7 @@ def analyse(
 
 
 def _measure(a, b, sigma2, quads, boot, shuffles, rng) -> tuple[dict, dict[str, np.ndarray]]:
-    """One relation in one model: the columns of the table, and the bootstrap replicates behind its intervals."""
+    """One relation in one model: columns of the table, and the bootstrap replicates of its intervals."""
     scores = parallelogram_scores(a, b, quads, sigma2)
     null, offset_null = shuffled(a, b, sigma2, shuffles, rng)
     length2 = ((b - a) ** 2).sum(1) / sigma2
@@ -362,6 +364,14 @@ def shown(row: Mapping, statistic: str = "score") -> str:
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}], {verdict(low, high)}"
 
 
+def is_higher(found: Geometry, model: str) -> tuple[str, bool | None]:
+    """(mean difference of the loss from the reference as text, whether it is higher; None if undecided)."""
+    rows = found.differences[found.differences["relation"] == "mean"].set_index("model")
+    row = rows.loc[model]
+    held = {"lower": False, "higher": True}.get(verdict(row["score_low"], row["score_high"]))
+    return shown(row), held
+
+
 def choices(
     readings: Mapping[str, np.ndarray],
     words: Sequence[str],
@@ -419,197 +429,61 @@ def _rng(seed: int, name: str, stream: int = 0) -> np.random.Generator:
     return np.random.default_rng([seed, stream, zlib.crc32(name.encode())])
 
 
-# --- pictures -----------------------------------------------------------------------------------------------
+# --- what notebook 05 reports -------------------------------------------------------------------------------
+
+NAMES = {  # of metrics and their meaning
+    "score": ("parallelogram", "Mean parallelogram loss"),
+    "relative": ("parallelogram_relative", "As a share of what random pairings give"),
+    "offset_unexplained": ("offset_unexplained", "Share left unexplained by the common offset"),
+}
 
 
-def flat_map(geometry: Geometry, relation: Relation, reference: str = "base") -> pd.DataFrame:
-    """Coordinates of one relation for a picture: one row per model and pair, in units of sigma, with the
-    score's parts.
-
-    Each model's words are projected on their own two main directions (a second PCA). Those axes are arbitrary
-    up to a turn, so every other model's map is turned (orthogonal Procrustes) to lie as well as possible on
-    the reference's. Columns: model, input, output, x0, y0, x1, y1, shown (share of the relation's variance
-    that the plane keeps).
-    """
-    index = {word: i for i, word in enumerate(geometry.words)}
-    own = [index[w] for w in relation.words]
-    place = {w: i for i, w in enumerate(relation.words)}
-    flat, shown = {}, {}
-    for model in (reference, *(m for m in geometry.points if m != reference)):
-        flat[model], shown[model] = pca(geometry.points[model][own] / np.sqrt(geometry.sigma2[model]), 2)
-        if model != reference:
-            u, _, vt = np.linalg.svd(flat[model].T @ flat[reference])
-            flat[model] = flat[model] @ (u @ vt)
-    rows = []
-    for model, xy in flat.items():
-        for left, right in relation.pairs:
-            (x0, y0), (x1, y1) = xy[place[left]], xy[place[right]]
-            rows.append(
-                {
-                    "model": model,
-                    "input": left,
-                    "output": right,
-                    "x0": x0,
-                    "y0": y0,
-                    "x1": x1,
-                    "y1": y1,
-                    "shown": shown[model],
-                }
-            )
-    return pd.DataFrame(rows)
+def add_metrics(results: Results, found: Geometry, reference: str = "base") -> None:
+    """Metrics <NAMES>_<model> (means over relations) and <NAMES>_change_<model>, and the tables."""
+    results.table("relations", found.table)
+    changes = results.table("differences", found.differences).set_index(["model", "relation"])
+    n_pairs = int(found.table.drop_duplicates("relation")["pairs"].sum())
+    for mean in found.means.to_dict("records"):
+        model = mean["model"]
+        rows = {"": mean} | ({} if model == reference else {"_change": changes.loc[(model, "mean")]})
+        for statistic, (name, _) in NAMES.items():
+            for kind, row in rows.items():
+                ends = row[f"{statistic}_low"], row[f"{statistic}_high"]
+                results.add(f"{name}{kind}_{model}", row[statistic], ends, n_pairs)
 
 
-def plot_arrows(
-    geometry: Geometry, relation: Relation, models: Sequence[str] | None = None, labels: int = 8
-) -> go.Figure:
-    """One panel per model: an arrow from each input to its output, and the mean arrow in black; ``labels``
-    pairs are named.
-    """
-    frame = flat_map(geometry, relation)
-    models = list(models or geometry.points)
-    table = geometry.table.set_index(["relation", "model"])
-    titles = [
-        f"{m}: relative loss {table.loc[(relation.name, m), 'relative']:.2f}, unexplained "
-        f"{table.loc[(relation.name, m), 'offset_unexplained']:.2f}"
+def relation_shows(found: Geometry, relation: str, models: Sequence[str]) -> str:
+    one = found.table[found.table["relation"] == relation].set_index("model")
+    return "**What this run shows.**\n" + "\n".join(
+        f"- {m}: the common offset leaves {one.loc[m, 'offset_unexplained']:.0%} of the arrows' squared"
+        f" length unexplained; the arrows spread {one.loc[m, 'relative']:.2f} times as much as if the same"
+        " words were paired at random."
         for m in models
-    ]
-    fig = make_subplots(
-        1, len(models), subplot_titles=titles, shared_xaxes="all", shared_yaxes="all", horizontal_spacing=0.04
-    )
-    named = set(np.linspace(0, len(relation.pairs) - 1, min(labels, len(relation.pairs))).astype(int))
-    for column, model in enumerate(models, start=1):
-        part = frame[frame["model"] == model].reset_index(drop=True)
-        colour = COLOURS.get(model, COLOURS["random"])
-        for i, row in part.iterrows():
-            _arrow(
-                fig,
-                column,
-                (row.x0, row.x1),
-                (row.y0, row.y1),
-                colour,
-                1.2,
-                (row.input, row.output),
-                shown=i in named,
-            )
-        middle = part[["x0", "x1", "y0", "y1"]].mean()
-        _arrow(
-            fig,
-            column,
-            (middle.x0, middle.x1),
-            (middle.y0, middle.y1),
-            "black",
-            4,
-            ("mean input", "mean output"),
-        )
-        fig.update_xaxes(
-            title_text=f"first direction (sigma); the plane shows {part['shown'].iloc[0]:.0%}",
-            row=1,
-            col=column,
-        )
-    fig.update_yaxes(title_text="second direction (sigma)", row=1, col=1)
-    fig.update_layout(
-        title_text=f"The relation '{relation.name}': arrows from input to output",
-        showlegend=False,
-        width=1000,
-        height=520,
-    )
-    fig.update_layout(margin_t=90)
-    return fig.update_annotations(font_size=13)
-
-
-def _arrow(fig: go.Figure, column: int, x, y, colour: str, width: float, words, shown: bool = False) -> None:
-    marker = dict(symbol=["circle", "arrow"], size=[4, 6 + 2 * width], angleref="previous", color=colour)
-    fig.add_trace(
-        go.Scatter(
-            x=x,
-            y=y,
-            mode="lines+markers+text" if shown else "lines+markers",
-            text=words,
-            textposition="top center",
-            textfont_size=11,
-            line=dict(color=colour, width=width),
-            marker=marker,
-            hoverinfo="text",
-            hovertext=words,
-            opacity=1 if width > 2 else 0.7,
-        ),
-        row=1,
-        col=column,
     )
 
 
-def plot_scores(geometry: Geometry, models: Sequence[str] | None = None) -> go.Figure:
-    """Parallelogram loss per relation and model with its 95% interval; grey: 95% of random pairings of the
-    same words.
-    """
-    fig = go.Figure()
-    models = list(models or geometry.points)
-    for i, model in enumerate(models):
-        part = geometry.table[geometry.table["model"] == model].reset_index(drop=True)
-        y = np.arange(len(part)) + 0.32 * (i - (len(models) - 1) / 2)
-        bars = np.stack([part["null_low"], part["null_high"], np.full(len(part), np.nan)], axis=1).ravel()
-        fig.add_trace(
-            go.Scatter(
-                x=bars,
-                y=np.repeat(y, 3),
-                mode="lines",
-                line=dict(color=COLOURS["null"], width=9),
-                name="pairs shuffled",
-                legendgroup="null",
-                showlegend=i == 0,
-                hoverinfo="skip",
-            )
-        )
-        fig.add_trace(_points(part, "score", y, model))
-    names = part["relation"]
-    fig.update_yaxes(tickvals=np.arange(len(names)), ticktext=names, autorange="reversed", zeroline=False)
-    fig.update_xaxes(
-        title_text="parallelogram loss (units of sigma\u00b2; 0 is a perfect parallelogram)",
-        rangemode="tozero",
-    )
-    return fig.update_layout(
-        title_text="Parallelogram loss, and the same words paired at random", height=120 + 52 * len(names)
+def scores_show(found: Geometry) -> str:
+    """In how many relations the true pairing beats 95% of the random ones, by model."""
+    lines = []
+    for model, part in found.table.groupby("model", sort=False):
+        below = part.loc[part["score"] < part["null_low"], "relation"]
+        lines.append(f"- {model}: {len(below)} of {len(part)} relations lie left of their bar")
+    return "**What this run shows.**\n" + "\n".join(lines)
+
+
+def changes_show(found: Geometry) -> str:
+    means = found.differences[found.differences["relation"] == "mean"]
+    return "**What this run shows.** Against the base, mean over relations:\n" + "\n".join(
+        f"- {row['model']}, {label}: {shown(row, statistic)}"
+        for row in means.to_dict("records")
+        for statistic, label in LABELS.items()
     )
 
 
-def plot_differences(geometry: Geometry, statistic: str = "score") -> go.Figure:
-    """Paired difference from the reference model per relation, and its mean over relations, with 95%
-    intervals.
-    """
-    check("statistic", statistic, str, choices=STATISTICS)
-    fig = go.Figure()
-    models = list(dict.fromkeys(geometry.differences["model"]))
-    for i, model in enumerate(models):
-        part = geometry.differences[geometry.differences["model"] == model].reset_index(drop=True)
-        fig.add_trace(
-            _points(part, statistic, np.arange(len(part)) + 0.28 * (i - (len(models) - 1) / 2), model)
-        )
-    fig.add_vline(x=0, line=dict(color="#444444", width=1, dash="dot"))
-    fig.update_yaxes(
-        tickvals=np.arange(len(part)), ticktext=part["relation"], autorange="reversed", zeroline=False
-    )
-    label = {
-        "score": "parallelogram loss",
-        "relative": "relative loss",
-        "offset_unexplained": "unexplained-offset fraction",
-    }[statistic]
-    fig.update_xaxes(title_text=f"{label}, model minus base (left: lower than in the base)")
-    return fig.update_layout(title_text=f"Change of the {label} from the base", height=120 + 46 * len(part))
-
-
-def _points(part: pd.DataFrame, statistic: str, y: np.ndarray, model: str) -> go.Scatter:
-    value = part[statistic]
-    above, below = (
-        (part[f"{statistic}_high"] - value).clip(lower=0),
-        (value - part[f"{statistic}_low"]).clip(lower=0),
-    )
-    return go.Scatter(
-        x=value,
-        y=y,
-        mode="markers",
-        name=model,
-        marker=dict(color=COLOURS.get(model, COLOURS["random"]), size=9),
-        error_x=dict(type="data", symmetric=False, array=above, arrayminus=below, thickness=1.5),
-        hovertext=part["relation"],
-        hoverinfo="text+x",
-    )
+def choices_show(tried: pd.DataFrame, model: str) -> str:
+    lines, rows = [], tried[tried["model"] == model]
+    for label, statistic in (("loss", "score"), ("relative loss", "relative")):
+        verdicts = list(map(verdict, rows[f"{statistic}_low"], rows[f"{statistic}_high"]))
+        counts = ", ".join(f"{verdicts.count(v)} times *{v}*" for v in dict.fromkeys(verdicts))
+        lines.append(f"- mean {label} of {model} against the base, under {len(rows)} choices: {counts}")
+    return "**What this run shows.**\n" + "\n".join(lines)

@@ -8,11 +8,13 @@ of either space leaves alone:
 
       CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))            K = X X', L = Y Y'
 
-  with the unbiased estimator of HSIC (Song et al. 2012): with K~, L~ the matrices without their diagonals and 1 a vector of ones::
+  with the unbiased estimator of HSIC (Song et al. 2012): with K~, L~ the matrices without their diagonals
+  and 1 a vector of ones::
 
       HSIC = [ tr K~L~ + (1'K~1)(1'L~1) / ((n-1)(n-2)) - 2 (1'K~L~1) / (n-2) ] / (n (n-3))
 
-  The usual (biased) estimator calls unrelated activations alike when tokens are few for the width; this one is 0 on average.
+  The usual (biased) estimator calls unrelated activations alike when tokens are few for the width; this one
+  is 0 on average.
 - *Is one a rotation of the other?* **Procrustes** (``scipy.linalg.orthogonal_procrustes``): with X and Y
   centred and of Frobenius norm 1,
   the best orthogonal Q leaves ||XQ - Y||^2 = 2 (1 - s), s = ||X'Y||_* ; rescaled too, it leaves the share 1 -
@@ -39,9 +41,14 @@ import numpy as np
 import pandas as pd
 from scipy.linalg import orthogonal_procrustes, subspace_angles
 
+from ..activations.store import open_store
+from ..crosscoder.codes import sample_rows
 from ..crosscoder.model import CrossCoder
+from ..models.pairs import load_pair
+from ..results import Results
+from ..runs import MANIFEST, Run
 from ..settings import UserError, check
-from ..stats import interval
+from ..stats import interval, jackknife
 
 # --- two models on the same tokens --------------------------------------------------------------------------
 
@@ -141,6 +148,46 @@ def _pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             " tokens"
         )
     return x, y
+
+
+TEXTS = {"all": (0, 1), "general": (0,), "traces": (1,)}  # label arrays' ``kind``
+LABELS = {"cka": "CKA", "procrustes_unexplained": "Procrustes, unexplained"}
+
+
+def of_run(run: Run, max_tokens: int = 8_000, seed: int = 0) -> pd.DataFrame:
+    """``compare`` of a pair's two models on tokens of the run's store (split "report"), by kind of text, with
+    intervals from a jackknife over documents: text, statistic, value, low, high, n. Empty without a store.
+    """
+    columns = ["text", "statistic", "value", "low", "high", "n"]
+    if not (run.path("store") / MANIFEST).is_file():
+        return pd.DataFrame(columns=columns)
+    store = open_store(run, load_pair(run.pair))
+    rows = sample_rows(store, "report", max_tokens, seed)
+    acts, documents = [a.numpy() for a in store.activations(rows)[:2]], store.documents[rows]
+    kind = store.labels["kind"][rows] if "kind" in store.labels else np.zeros(len(rows), dtype=int)
+    frames = []
+    for text, kinds in TEXTS.items():
+        chosen = np.isin(kind, kinds)
+        if len(np.unique(documents[chosen])) > 1:
+            found = jackknife(compare, [a[chosen] for a in acts], documents[chosen], seed=seed)
+            frames.append(found.assign(text=text))
+    return pd.concat(frames, ignore_index=True)[columns]
+
+
+def add_metrics(results: Results, table: pd.DataFrame) -> str:
+    """Metrics cka_<text> and procrustes_unexplained_<text> of ``of_run``, the table ``similarity``, and a
+    sentence."""
+    results.table("similarity", table)
+    if table.empty:
+        return "Not measured: it needs the activations of notebook 01."
+    lines = []
+    for text in table["text"].unique():
+        for statistic in LABELS:
+            row = table[(table["text"] == text) & (table["statistic"] == statistic)].iloc[0]
+            results.add(f"{statistic}_{text}", row["value"], (row["low"], row["high"]), row["n"])
+        parts = (f"{label} {results.text(f'{statistic}_{text}')}" for statistic, label in LABELS.items())
+        lines.append(f"- {text}: " + ", ".join(parts))
+    return "**What this run shows.** Base against distilled:\n" + "\n".join(lines)
 
 
 # --- where features write -----------------------------------------------------------------------------------

@@ -5,9 +5,8 @@ never read at position 0: there an attention sink drowns the word (in SmolLM2 no
 context, mutual cosines above 0.9999). The carriers are the same for every word, else the offset between
 inputs and outputs of a relation would be the offset between their carriers.
 
-    relations = load_relations()                                     # data/relations/*.json
-    readings = read_models(pair, ["base", "distilled"], vocabulary(relations), folder)
-    vectors = {model: read.mean(1) for model, read in readings.items()}       # [n_words, n_carriers, d] -> [n_words, d]
+    words = read_relations(run, "data/relations")
+    words.vectors                                  # {model: [n_words, d]}, averaged over carriers
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..models.pairs import Pair, check_layer
+from ..models.pairs import Pair, check_layer, load_pair
 from ..models.reader import capture
-from ..runs import MANIFEST, fingerprint, is_current, write_manifest
+from ..runs import Run, fingerprint, kept
 from ..settings import ROOT, UserError, check, integer
 
 RELATIONS = ROOT / "data" / "relations"
@@ -196,29 +194,68 @@ def read_models(
     Kept in ``folder`` (one file a model): nothing is read again while words, carriers, layer and weights are
     the same. ``layer`` None: the pair's own, or half depth.
     """
-    vectors, tokenizer = {}, None
     layer = pair.layer if layer is None else layer
+    tokenizer, vectors = pair.tokenizer(), {}
     for name in names:
-        part = Path(folder) / name
-        mark = fingerprint("words", list(words), list(carriers), layer, pair.dtype, pair.fingerprint(name))
-        vectors[name] = _kept(part, mark)
-        if vectors[name] is None:
-            tokenizer = tokenizer or pair.tokenizer()
+
+        def make(part: Path, name=name) -> None:
             model = pair.load(name)
-            read_at = check_layer(model, layer)
-            vectors[name] = read_words(
-                model, tokenizer, words, read_at, carriers, pair.differing_ids, average=False
-            )
-            part.mkdir(parents=True, exist_ok=True)
-            (part / MANIFEST).unlink(missing_ok=True)
-            save_file({"vectors": vectors[name]}, part / "vectors.safetensors")
-            write_manifest(part, mark, model=name, layer=read_at, words=list(words), carriers=list(carriers))
+            at = check_layer(model, layer)
+            arrays = read_words(model, tokenizer, words, at, carriers, pair.differing_ids, average=False)
+            save_file({"vectors": arrays}, part / "vectors.safetensors")
+
+        def read(part: Path) -> np.ndarray:
+            return load_file(part / "vectors.safetensors")["vectors"]
+
+        what = fingerprint("words", list(words), list(carriers), layer, pair.dtype, pair.fingerprint(name))
+        info = {"model": name, "words": list(words), "carriers": list(carriers)}
+        vectors[name] = kept(Path(folder) / name, what, make, read, **info)
     return vectors
 
 
-def _kept(part: Path, mark: str) -> np.ndarray | None:
-    """Vectors that were read before from exactly this; None if there are none, or their file is damaged."""
-    try:
-        return load_file(part / "vectors.safetensors")["vectors"] if is_current(part, mark) else None
-    except (OSError, SafetensorError, KeyError):
-        return None
+@dataclass(frozen=True)
+class ReadWords:
+    """The words of some relations, read by some models of a pair. ``absent``: models that the pair lacks."""
+
+    pair: Pair
+    relations: tuple[Relation, ...]
+    words: tuple[str, ...]
+    absent: tuple[str, ...]
+    by_carrier: dict[str, np.ndarray]  # {model: [n_words, n_carriers, d]}
+
+    @property
+    def vectors(self) -> dict[str, np.ndarray]:
+        """{model: [n_words, d]}, averaged over carriers."""
+        return {model: v.mean(1) for model, v in self.by_carrier.items()}
+
+    def relation(self, name: str) -> Relation:
+        check("picture", name, str, choices=tuple(r.name for r in self.relations))
+        return next(r for r in self.relations if r.name == name)
+
+    def describe(self) -> str:
+        lines = [f"{len(self.relations)} relations, {len(self.words)} distinct words, in the carriers:"]
+        lines += [f"  {carrier}" for carrier in CARRIERS]
+        for model, v in self.vectors.items():
+            lines.append(f"{model:>10}: vectors {v.shape}, mean norm {np.linalg.norm(v, axis=1).mean():.1f}")
+        if self.absent:
+            lines.append("controls that this pair does not have: " + ", ".join(self.absent))
+        return "\n".join(lines)
+
+
+def read_relations(
+    run: Run,
+    relations: str | Path = RELATIONS,
+    controls: Sequence[str] = (),
+    max_pairs: int | None = None,
+    layer: int | None = None,
+    seed: int = 0,
+) -> ReadWords:
+    """The words of all relations in a folder, read by the models of the run's pair and by those ``controls``
+    that it has. Kept in the run's folder."""
+    pair, chosen = load_pair(run.pair), load_relations(relations, max_pairs=max_pairs, seed=seed)
+    absent = tuple(c for c in controls if c not in {**pair.models, **pair.others})
+    models, words = dict.fromkeys([*pair.models, *controls]), vocabulary(chosen)
+    vectors = read_models(
+        pair, [m for m in models if m not in absent], words, run.path("geometry"), layer=layer
+    )
+    return ReadWords(pair, tuple(chosen), words, absent, vectors)

@@ -13,12 +13,10 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from lib.distil.organism import Recipe, build_model, build_tokenizer
-from lib.geometry import parallelograms as geometry
-from lib.geometry import words
+from lib.geometry import plots, words
 from lib.geometry.parallelograms import (
     analyse,
     bootstrap_scores,
-    flat_map,
     mean_square,
     offset_unexplained,
     parallelogram_exact,
@@ -326,17 +324,14 @@ def test_pictures():
         shuffles=50,
         boots=50,
     )
-    frame = flat_map(found, relations[0])
+    frame = plots.flat_map(found, relations[0])
     base, distilled = (
         frame[frame["model"] == m][["x0", "y0", "x1", "y1"]].to_numpy() for m in ("base", "distilled")
     )
     # turned back on the base's map, in units of each model's sigma
     assert distilled == pytest.approx(base, abs=1e-8)
-    assert len(geometry.plot_arrows(found, relations[0]).data) == 2 * 31
-    assert (
-        len(geometry.plot_scores(found).data) == 4
-        and len(geometry.plot_differences(found, "relative").data) == 1
-    )
+    assert len(plots.arrows(found, relations[0]).data) == 2 * 31
+    assert len(plots.scores(found).data) == 4 and len(plots.differences(found, "relative").data) == 1
 
 
 # --- words --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Geometry between models: hand-computed values, slow independent versions, invariances, planted subspaces."""
+"""Geometry between models: hand-computed values, slow independent versions, invariances, planted spaces."""
 
 from itertools import permutations
 

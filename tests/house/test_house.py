@@ -32,7 +32,6 @@ NOT_CLEAN_YET = [
     "benchmarks",
     "lib/distil",
     "lib/figures.py",
-    "lib/geometry",
     "lib/results.py",
     "lib/runs.py",
     "lib/settings.py",
