@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..models.pairs import Pair, check_layer, load_pair
 from ..models.reader import capture
-from ..runs import Run, fingerprint, kept
+from ..runs import MANIFEST, Run, fingerprint, kept
 from ..settings import ROOT, UserError, check, integer
 
 RELATIONS = ROOT / "data" / "relations"
@@ -209,7 +210,12 @@ def read_models(
 
         what = fingerprint("words", list(words), list(carriers), layer, pair.dtype, pair.fingerprint(name))
         info = {"model": name, "words": list(words), "carriers": list(carriers)}
-        vectors[name] = kept(Path(folder) / name, what, make, read, **info)
+        part = Path(folder) / name
+        try:
+            vectors[name] = kept(part, what, make, read, **info)
+        except (OSError, SafetensorError, KeyError):  # the file is damaged: read the words again
+            (part / MANIFEST).unlink(missing_ok=True)
+            vectors[name] = kept(part, what, make, read, **info)
     return vectors
 
 
