@@ -21,8 +21,8 @@ from .tasks import Medium, medium_of
 
 @dataclass(frozen=True)
 class RunArtefacts:
-    """``table``: one row per feature; ``chosen`` {category: feature}; ``fingerprint``: the crosscoder's; ``models``
-    {name: model}, on NDIF's servers if the pair is remote; ``medium``: how this pair is asked."""
+    """``table``: one row per feature; ``chosen`` {category: feature}; ``fingerprint``: the crosscoder's;
+    ``models`` {name: model}, on NDIF's servers if the pair is remote; ``medium``: how this pair is asked."""
 
     run: Run
     pair: Pair
@@ -85,8 +85,8 @@ class RunArtefacts:
 
 
 def open_run(run: Run, source: str = "", facts: Mapping | None = None) -> RunArtefacts:
-    """``source`` and ``facts``: of a crosscoder that was trained elsewhere (``crosscoder.sharing``). UserError
-    says which notebook is missing."""
+    """``source`` and ``facts``: of a crosscoder that was trained elsewhere (``crosscoder.sharing``).
+    UserError says which notebook is missing."""
     pair = load_pair(run.pair)
     opened = open_artefacts(run, pair, source, facts)
     tokenizer = pair.tokenizer()

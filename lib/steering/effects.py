@@ -1,10 +1,10 @@
-"""What interventions on whole thoughts did (``causal.run``): changes, shares of a gap, places, each with an
-interval; and their figures.
+"""What interventions on whole thoughts did (``experiments.run``): changes, shares of a gap, places, each with
+an interval; and their figures.
 
-    summary = summarise(rows)         # every measure of every condition, and its change against the same speaker left alone
-    shares = gap_shares(rows)         # how far a speaker goes towards the other model
-    placed = extra_placed(rows)       # do additional sentences of a category stand where they belong?
-    metrics(summary, shares)          # the numbers that other tools read
+    summary = summarise(rows)      # every measure of every condition, and its change against untouched
+    shares = gap_shares(rows)      # how far the writer goes towards the other model
+    placed = extra_placed(rows)    # do additional sentences of a category stand where they belong?
+    metrics(summary, shares)       # the numbers that README and the notebooks read
 
 All intervals are 95%, of a bootstrap over puzzles with the same resamples for all conditions, so that
 differences are paired; a rate is a ratio of sums over puzzles. What has no denominator (P(reflection | error)

@@ -1,28 +1,29 @@
 """Are the features causes? Whole thoughts with features removed, exchanged between the models, or used as the
-other model uses them.
+other model uses them (notebook 13).
 
-Both models run in lock-step (``lib.steering.lockstep``); the speaker's residual stream is changed at the layer that
+Both models run at once (``lib.steering.generate``); the writer's residual stream is changed at the layer that
 the crosscoder reads::
 
-    ablate    h  ->  h - sum_{i in S_c} f_i d_i               f: joint code; S_c: the features that foretell category c; while thinking
-    swap      h  ->  h + sum_i (f_i^listener - f_i^own) d_i   what the other model alone says, with the speaker's decoder; everywhere
-    impose    h  ->  h + sum_i (g_i - 1) f_i^own d_i          g_i: the listener's mean use of a feature over the speaker's; everywhere
-    place     h  ->  h + ... at full stops                    more of category c: does it come where it belongs?
+    ablate    h  ->  h - sum_{i in S_c} f_i d_i            f: joint; S_c: the features that predict category c
+    swap      h  ->  h + sum_i (f_i^other - f_i^own) d_i   what the other model alone gives
+    impose    h  ->  h + sum_i (g_i - 1) f_i^own d_i       g_i: the other model's mean use over the writer's
+    place     h  ->  h + ... at full stops                 more of category c: does it come where it belongs?
 
-Each has its controls: as many features of like frequency (``matched``), random directions of the norm that is
-changed at each position, the mean-difference vector with that norm, a constant added to the logits of a
-category's first words, gains dealt out to other features. Sets, gains, vectors and strengths come from the
-split "choose" and validation puzzles; what is reported is from test puzzles.
+with the writer's decoder; ``ablate`` while thinking, ``swap`` and ``impose`` everywhere. Each has controls:
+as many features of like frequency (``matched``), random directions of the norm that is changed at each
+position, the mean-difference vector with that norm, a constant added to the logits of a category's first
+words, gains dealt out to other features. Sets, gains, vectors and strengths come from the split "choose" and
+validation puzzles; what is reported is from test puzzles.
 
 **Thinking rate** (fixed before any intervention was looked at): given the question alone, without "think :"
 or "answer :", the share of puzzles on which the model opens with "think :" *and* takes at least one step of
-calculation. (``opens``: the first half alone.) **Share of the gap**: (rate under the intervention - speaker's
-rate) / (listener's rate - speaker's rate), both untouched. A model that is merely broken thinks less too: so
-``answers``, the share that opens with "answer :" as the base does, is reported beside it.
+calculation (``opens``: the first half alone). **Share of the gap**: (rate under the intervention - writer's
+rate) / (other model's rate - writer's rate), both untouched. A model that is merely broken thinks less too:
+so ``answers``, the share that opens with "answer :" as the base does, is reported beside it.
 
-Use is read from each model alone (``encode_from``: the other model at its mean), which is *not* what the
-crosscoder was trained on; ``Use.fve`` says how much of its own model such a reading still explains, and
-``Reconstruct("own")`` what reading costs by itself.
+Use is encoded from each model alone (the other model at its mean), which is *not* what the crosscoder was
+trained on; ``Use.fve`` says how much of its own model such a code still explains, and ``Reconstruct("own")``
+what it costs by itself.
 
 Source: Baek & Tegmark 2025 (arXiv 2503.03730) asks for faithfulness by logits; experiments on whole thoughts
 and their controls are ours.
@@ -31,7 +32,7 @@ and their controls are ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +43,9 @@ from transformers import PreTrainedModel
 
 from ..activations.positions import positions
 from ..activations.store import Store
-from ..crosscoder.codes import encode_from_one, encoded, sample_rows
+from ..crosscoder.codes import sample_rows
 from ..crosscoder.model import CrossCoder
+from ..features.use import solo_codes
 from ..labels import CATEGORIES, LABELS, REDUNDANT
 from ..models.pairs import Pair
 from ..runs import fingerprint
@@ -83,70 +85,50 @@ def category_sets(
 
 @dataclass(frozen=True)
 class Use:
-    """How both models use the features on the same tokens. ``table``: a row per feature; ``fve`` {name:
-    explained by its reading alone}.
+    """How both models use the features on the same tokens. ``table``: one row per feature; ``fve`` {model:
+    the share of its variance that features encoded from it alone explain}.
     """
 
     table: pd.DataFrame
     fve: dict[str, float]
 
-    def gains(self, features: Sequence[int], speaker: str = "base") -> np.ndarray:
-        """The listener's mean use over the speaker's, from 0 to ``GAIN``; 1 where neither fires. A feature
-        that the speaker never uses has the largest gain, and no effect: a gain cannot create."""
-        mine, other = (
-            self.table[f"use_{name}"].to_numpy()[list(features)] for name in (speaker, OTHER[speaker])
+    def gains(self, features: Sequence[int], writer: str = "base") -> np.ndarray:
+        """The other model's mean use over the writer's, from 0 to ``GAIN``; 1 where neither fires. A feature
+        that the writer never uses has the largest gain, and no effect: a gain cannot create."""
+        own, other = (
+            self.table[f"use_{name}"].to_numpy()[list(features)] for name in (writer, OTHER[writer])
         )
-        ratio = np.divide(other, mine, out=np.full(len(mine), GAIN), where=mine > 0)
-        return np.where((mine == 0) & (other == 0), 1.0, np.clip(ratio, 0.0, GAIN))
+        ratio = np.divide(other, own, out=np.full(len(own), GAIN), where=own > 0)
+        return np.where((own == 0) & (other == 0), 1.0, np.clip(ratio, 0.0, GAIN))
 
 
-@torch.no_grad()
 def measure_use(
     crosscoder: CrossCoder,
     store: Store,
     split: str = "choose",
     max_tokens: int | None = 40_000,
-    reading: str = "mean",
     seed: int = 0,
 ) -> Use:
     """Use on traces of a split (kept tokens of at most ``max_tokens``, whole documents).
 
-    Columns feature, use_<model> (mean activation as read from it alone), frequency_<model>, use_joint and
-    frequency_joint (of the joint code), gain (distilled over base, 0 to ``GAIN``). UserError if the split has
-    no traces.
+    Columns feature, and for both models, as encoded from each alone, and "joint": use_<model> (mean
+    activation) and frequency_<model>. UserError if the split has no traces.
     """
     rows = sample_rows(store, split, max_tokens, seed)
     rows = rows[store.labels["kind"][rows] == 1]
     if len(rows) == 0:
         raise UserError(f"the split {split!r} holds no traces: the corpus of this pair must carry labels")
-    sums = {key: 0.0 for name in ("joint", *crosscoder.names) for key in (name, f"fired {name}")}
-    errors, squares = dict.fromkeys(crosscoder.names, 0.0), dict.fromkeys(crosscoder.names, 0.0)
-    for _, acts, joint in encoded(crosscoder, store, rows):
-        acts = dict(zip(crosscoder.names, acts))
-        codes = {"joint": joint}
-        codes |= {name: encode_from_one(crosscoder, name, acts[name], reading) for name in crosscoder.names}
-        for name, f in codes.items():
-            sums[name] += f.double().sum(0)
-            sums[f"fired {name}"] += (f > 0).double().sum(0)
-            if name != "joint":
-                x_hat = f @ crosscoder.rows(name, raw=True) + crosscoder.bias(name, raw=True)
-                errors[name] += float((acts[name] - x_hat).square().sum())
-                squares[name] += float((acts[name] - crosscoder.mean(name, raw=True)).square().sum())
-    frame = pd.DataFrame(
-        {
-            "feature": np.arange(crosscoder.n_features),
-            "use_joint": (sums["joint"] / len(rows)).numpy(),
-            "frequency_joint": (sums["fired joint"] / len(rows)).numpy(),
-        }
-    )
-    for name in crosscoder.names:
-        frame[f"use_{name}"], frame[f"frequency_{name}"] = (
-            (sums[name] / len(rows)).numpy(),
-            (sums[f"fired {name}"] / len(rows)).numpy(),
-        )
-    use = Use(frame, {name: 1 - errors[name] / squares[name] for name in crosscoder.names})
-    frame["gain"] = use.gains(frame["feature"])
-    return use
+    columns, fve = {"feature": np.arange(crosscoder.n_features)}, {}
+    acts = dict(zip(store.models, store.activations(rows)))
+    for name, f in solo_codes(crosscoder, store, rows, "alone").codes.items():
+        columns[f"use_{name}"] = np.asarray(f.mean(0, dtype=np.float64)).ravel()
+        columns[f"frequency_{name}"] = np.asarray((f > 0).mean(0)).ravel()
+        if name in acts:
+            x_hat = f @ crosscoder.rows(name, raw=True).numpy() + crosscoder.bias(name, raw=True).numpy()
+            x, mean = acts[name].numpy(), crosscoder.mean(name, raw=True).numpy()
+            error, variance = (np.square(x - y, dtype=np.float64).sum() for y in (x_hat, mean))
+            fve[name] = float(1 - error / variance)
+    return Use(pd.DataFrame(columns), fve)
 
 
 def mean_differences(
@@ -174,7 +156,7 @@ def mean_differences(
 
 @dataclass(frozen=True)
 class Condition:
-    """An act with a name. ``kind`` tells features from controls, ``target`` is a category or a set of
+    """A treatment with a name. ``kind`` tells features from controls, ``target`` is a category or a set of
     features ("" if neither).
     """
 
@@ -188,9 +170,12 @@ class Condition:
     @property
     def name(self) -> str:
         parts = (self.family, self.kind, self.target, "" if np.isnan(self.strength) else f"{self.strength:g}")
-        return " / ".join(
-            [*filter(None, parts), self.treatment.writer, self.treatment.mode, f"t{self.temperature:g}"]
-        )
+        end = (self.treatment.writer, self.treatment.mode, f"t{self.temperature:g}")
+        return " / ".join([*filter(None, parts), *end])
+
+
+def untouched(writer: str, mode: str = "think", temperature: float = 1.0) -> Condition:
+    return Condition("untouched", "untouched", "", Treatment(writer, mode=mode), temperature)
 
 
 def conditions(
@@ -205,22 +190,22 @@ def conditions(
     bias: float = 4.0,
     seed: int = 0,
 ) -> list[Condition]:
-    """All conditions of ablation, swap and imposed use. ``sets``: of the categories; ``unique``,
+    """All conditions of ablation, swap and imposed use. ``sets``: of the categories; ``unique`` and
     ``reweighted``: as nulls decide.
     """
-    made = [
+    every = [
         *ablations(table, sets, use, vectors, temperatures, bias, seed),
         *swaps(crosscoder, table, unique, seed),
         *impositions(table, use, unique, reweighted, seed),
     ]
-    return list(dict.fromkeys(made))
+    return list(dict.fromkeys(every))
 
 
 def ablations(
     table: pd.DataFrame,
     sets: Mapping[str, Sequence[int]],
     use: Use,
-    vectors: Mapping[str, Sequence[float]] | None = None,
+    vectors: Mapping[str, Sequence[float]],
     temperatures: Sequence[float] = (0.0, 1.0),
     bias: float = 4.0,
     seed: int = 0,
@@ -229,46 +214,35 @@ def ablations(
     removed, and controls.
 
     Kinds: features (zero), other decoder (f_i d_i of the other model), mean (f_i set to its mean on choose),
-    matched (as many features of like frequency over all text), matched in traces (over traces alone: what
-    fires as often in thoughts), random, and with ``vectors`` mean difference (subtracted, same norm) and
-    logit bias (``bias`` off the first words' logits at sentence ends).
+    matched (as many features of like frequency over all text), matched in traces (over traces alone), random,
+    mean difference (subtracted, same norm) and logit bias (``bias`` off the first words' logits at sentence
+    ends).
     """
-    found = []
+    in_traces = table.assign(frequency_traces=use.table["frequency_joint"].to_numpy())
+    means = use.table["use_joint"].to_numpy()
+    every = []
     for t in temperatures:
-        for speaker in ("distilled", "base"):
-            found.append(Condition("untouched", "untouched", "", Treatment(speaker), t))
-            for c, chosen in sets.items():
-                removed = Scale(tuple(chosen))
-                kinds = {"features": removed, "other decoder": Scale(tuple(chosen), decoder=OTHER[speaker])}
-                if speaker == "distilled":
-                    means = tuple(use.table["use_joint"].to_numpy()[list(chosen)].tolist())
-                    in_traces = table.assign(frequency_traces=use.table["frequency_joint"].to_numpy())
+        for writer in ("distilled", "base"):
+            every.append(untouched(writer, temperature=t))
+            for c, features in sets.items():
+                chosen = tuple(features)
+                removed = Scale(chosen)
+                kinds = {"features": removed, "other decoder": Scale(chosen, decoder=OTHER[writer])}
+                if writer == "distilled":
+                    matched = matched_features(table, chosen, frequency="frequency_choose")
+                    as_often = matched_features(in_traces, chosen, frequency="frequency_traces")
                     kinds |= {
-                        "mean": Scale(tuple(chosen), offsets=means),
-                        "matched": Scale(
-                            tuple(matched_features(table, chosen, frequency="frequency_choose").tolist())
-                        ),
-                        "matched in traces": Scale(
-                            tuple(matched_features(in_traces, chosen, frequency="frequency_traces").tolist())
-                        ),
+                        "mean": Scale(chosen, offsets=tuple(means[list(chosen)].tolist())),
+                        "matched": Scale(tuple(matched.tolist())),
+                        "matched in traces": Scale(tuple(as_often.tolist())),
                         "random": RandomLike(removed, seed),
+                        "mean difference": AddVector(tuple(vectors[c]), -1.0, removed),
+                        "logit bias": LogitBias(first_words(c), -bias),
                     }
-                    if vectors is not None:
-                        kinds |= {
-                            "mean difference": AddVector(tuple(vectors[c]), -1.0, removed),
-                            "logit bias": LogitBias(first_words(c), -bias),
-                        }
-                found += [
-                    Condition(
-                        "ablate",
-                        kind,
-                        c,
-                        Treatment(speaker, what, "ends" if kind == "logit bias" else "thinking"),
-                        t,
-                    )
-                    for kind, what in kinds.items()
-                ]
-    return found
+                for kind, what in kinds.items():
+                    place = "ends" if kind == "logit bias" else "thinking"
+                    every.append(Condition("ablate", kind, c, Treatment(writer, what, place), t))
+    return every
 
 
 def swaps(
@@ -279,9 +253,9 @@ def swaps(
     temperature: float = 1.0,
 ) -> list[Condition]:
     """In both directions, from the question alone ("free") and with "think :" given. Targets: all, unique,
-    matched, and random directions of the norms of "all"; kind "joint": the joint code's values; "reconstruct
-    ..." and "transplant" (the other model's own activation): the stream replaced, error and all. Where the
-    latter carries nothing over, no feature can."""
+    matched, and random directions of the norms of "all"; kind "joint": the joint values; "reconstruct ..."
+    and "transplant" (the other model's own activation): the stream replaced, with the error. Where the latter
+    carries nothing over, no feature can."""
     unique, alive = tuple(map(int, unique)), table[table["alive"].astype(bool)]
     kinds = {
         ("swap", "all"): Swap(),
@@ -299,7 +273,7 @@ def swaps(
             ("joint", "unique"): Swap("joint", unique),
             ("matched", "unique"): Swap(features=random_set(alive, unique, seed)),
         }
-    return _both_ways("swap", lambda speaker: kinds, temperature)
+    return _both_ways("swap", lambda writer: kinds, temperature)
 
 
 def impositions(
@@ -310,40 +284,38 @@ def impositions(
     seed: int = 0,
     temperature: float = 1.0,
 ) -> list[Condition]:
-    """The listener's use imposed on the speaker, in both directions: kind "gain" (own reading times g_i),
-    "joint" (the joint code's values in place of the own reading), "matched": the same gains, permuted, on
-    other features of like frequency."""
+    """The other model's use imposed on the writer, in both directions: kind "gain" (own features times g_i),
+    "joint" (the joint values in place of the own), "matched": the same gains, permuted, on other features of
+    like frequency."""
     sets = {"unique": tuple(map(int, unique)), "reweighted": tuple(map(int, reweighted))}
     sets["both"] = tuple(dict.fromkeys((*sets["unique"], *sets["reweighted"])))
     alive, rng = table[table["alive"].astype(bool)], np.random.default_rng(seed)
     matched = {name: random_set(alive, chosen, seed) for name, chosen in sets.items()}
 
-    def kinds(speaker: str) -> dict:
-        made = {}
+    def kinds(writer: str) -> dict:
+        every = {}
         for name, chosen in sets.items():
             if chosen:
-                weights = use.gains(chosen, speaker) - 1
-                made["gain", name] = Scale(chosen, tuple(weights.tolist()), source="own")
-                made["joint", name] = Swap("joint", chosen)
-                made["matched", name] = Scale(
-                    matched[name], tuple(rng.permutation(weights).tolist()), source="own"
-                )
-                made["random", name] = RandomLike(made["gain", name], seed)
-        return made
+                weights = use.gains(chosen, writer) - 1
+                permuted = tuple(rng.permutation(weights).tolist())
+                every["gain", name] = Scale(chosen, tuple(weights.tolist()), source="own")
+                every["joint", name] = Swap("joint", chosen)
+                every["matched", name] = Scale(matched[name], permuted, source="own")
+                every["random", name] = RandomLike(every["gain", name], seed)
+        return every
 
     return _both_ways("impose", kinds, temperature)
 
 
-def _both_ways(family: str, kinds, temperature: float) -> list[Condition]:
-    found = []
-    for speaker in ("base", "distilled"):
+def _both_ways(family: str, kinds: Callable[[str], dict], temperature: float) -> list[Condition]:
+    every = []
+    for writer in ("base", "distilled"):
         for mode in ("free", "think"):
-            found.append(Condition("untouched", "untouched", "", Treatment(speaker, mode=mode), temperature))
-            found += [
-                Condition(family, kind, target, Treatment(speaker, what, "everywhere", mode), temperature)
-                for (kind, target), what in kinds(speaker).items()
-            ]
-    return found
+            every.append(untouched(writer, mode, temperature))
+            for (kind, target), what in kinds(writer).items():
+                treatment = Treatment(writer, what, "everywhere", mode)
+                every.append(Condition(family, kind, target, treatment, temperature))
+    return every
 
 
 def random_set(alive: pd.DataFrame, chosen: Sequence[int], seed: int = 0, among: int = 10) -> tuple[int, ...]:
@@ -420,27 +392,23 @@ def strengthenings(
     ``strength`` x ``norm`` (mean residual norm); amplify: the set's own contribution once more, 8 x
     ``strength`` times; logit bias: 8 x ``strength``. ``strengths`` may be {(category, method): strengths}.
     """
-    noise = torch.randn(
-        len(sets),
-        crosscoder.widths[crosscoder.names.index("distilled")],
-        generator=torch.Generator().manual_seed(seed),
-    )
-    found = [Condition("untouched", "untouched", "", Treatment("distilled"), temperature)]
-    for (c, chosen), push in zip(sets.items(), noise):
+    width = crosscoder.widths[crosscoder.names.index("distilled")]
+    noise = torch.randn(len(sets), width, generator=torch.Generator().manual_seed(seed))
+    every = [untouched("distilled", temperature=temperature)]
+    for (c, chosen), random in zip(sets.items(), noise):
         row = crosscoder.rows("distilled", raw=True)[chosen[0]]
         for method in METHODS:
             for s in strengths.get((c, method), ()) if isinstance(strengths, Mapping) else strengths:
-                what = {
-                    "feature": lambda: AddVector(tuple(row.tolist()), s * norm),
-                    "random": lambda: AddVector(tuple(push.tolist()), s * norm),
-                    "mean difference": lambda: AddVector(tuple(vectors[c]), s * norm),
-                    "logit bias": lambda: LogitBias(first_words(c), 8 * s),
-                    "amplify": lambda: Scale(tuple(chosen), 8 * s),
-                }[method]()
-                found.append(
-                    Condition("place", method, c, Treatment("distilled", what, "ends"), temperature, float(s))
-                )
-    return found
+                if method == "logit bias":
+                    what = LogitBias(first_words(c), 8 * s)
+                elif method == "amplify":
+                    what = Scale(tuple(chosen), 8 * s)
+                else:
+                    vector = {"feature": row.tolist(), "random": random.tolist()}.get(method, vectors[c])
+                    what = AddVector(tuple(vector), s * norm)
+                treatment = Treatment("distilled", what, "ends")
+                every.append(Condition("place", method, c, treatment, temperature, float(s)))
+    return every
 
 
 def matching_strengths(rows: pd.DataFrame, factor: float = 1.5) -> dict[tuple[str, str], tuple[float, ...]]:
@@ -488,8 +456,8 @@ def run(
     other sentence ends; and c follows).
 
     Transcripts are kept in ``folder``, one file per condition, under a fingerprint of ``weights`` (of models
-    and crosscoder), condition, tasks and limits: what is there is read, an interrupted run goes on. Puzzles of
-    like length are decoded together.
+    and crosscoder), condition, tasks and limits: what is there is read, an interrupted run goes on. Puzzles
+    of like length are decoded together.
     """
     conditions, tokenizer = list(dict.fromkeys(conditions)), pair.tokenizer()
     files = []
@@ -510,7 +478,8 @@ def run(
     def write(rows: Sequence[tuple[int, int]]) -> list[list[str]]:
         return transcripts(
             models, tokenizer, store.layers, crosscoder, [tasks[task] for task, _ in rows],
-            [conditions[i].treatment for _, i in rows], max_new_tokens, conditions[rows[0][1]].temperature, seed,
+            [conditions[i].treatment for _, i in rows], max_new_tokens, conditions[rows[0][1]].temperature,
+            seed,
         )  # fmt: skip
 
     def group(i: int) -> tuple:

@@ -10,9 +10,10 @@ other model is read up to its layer, then the writer runs with the edit, and its
 Nothing below the layer is ever changed, so what is read depends on the ids alone; an intervention acts on
 later layers and, through the tokens, on the future.
 
-A row of a batch is a task under one treatment and depends on no other row; rows of one task use the same random
-numbers (``models.decode.TaskNoise``). Plain forward hooks rather than nnsight: within one token the other model
-has to be read before the writer runs. A model on a remote server is steered through nnsight (``remote``).
+A row of a batch is a task under one treatment and depends on no other row; rows of one task use the same
+random numbers (``models.decode.TaskNoise``). Plain forward hooks rather than nnsight: within one token the
+other model has to be read before the writer runs. A model on a remote server is steered through nnsight
+(``remote``).
 
 ``transcripts`` makes them in any number, ``steered`` adds one vector to each row, ``steered_stream`` does so
 while somebody watches, and ``kept_transcripts`` keeps them on disk.
@@ -53,8 +54,8 @@ class Treatment:
     """Who writes, what is done to it (None: nothing), where (PLACES), and from which prompt (MODES).
 
     "thinking": from the last token of the prompt to the end of thinking; "ends": there, but only at full
-    stops, where the next sentence is decided; "everywhere": at every token but the first, which crosscoders do
-    not learn, the prompt included; "prompt": before the prompt's last token; "all": at every token.
+    stops, where the next sentence is decided; "everywhere": at every token but the first, which crosscoders
+    do not learn, the prompt included; "prompt": before the prompt's last token; "all": at every token.
     """
 
     writer: str
@@ -80,17 +81,17 @@ def transcripts(
     was given.
 
     ``models`` {name: model} for the crosscoder's names, ``layers`` {name: index of the decoder layer that it
-    reads}. In mode "free" a row may have ``max_new_tokens`` + 2 tokens, so that thoughts are as long as in mode
-    "think". Rows of one writer and mode are decoded together, in the given order. UserError for a model that is
-    missing or that the crosscoder does not read, ValueError for unknown modes and places.
+    reads}. In mode "free" a row may have ``max_new_tokens`` + 2 tokens, so that thoughts are as long as in
+    mode "think". Rows of one writer and mode are decoded together, in the given order. UserError for a model
+    that is missing or that the crosscoder does not read, ValueError for unknown modes and places.
     """
     if len(tasks) != len(treatments):
         raise ValueError(f"{len(tasks)} tasks for {len(treatments)} treatments: must be one each")
     for treatment in treatments:
         if treatment.mode not in MODES or treatment.place not in PLACES:
             raise ValueError(
-                f"mode {treatment.mode!r} at {treatment.place!r}: must be one of {', '.join(MODES)}, at one of"
-                f" {', '.join(PLACES)}"
+                f"mode {treatment.mode!r} at {treatment.place!r}: must be one of {', '.join(MODES)}, at one"
+                f" of {', '.join(PLACES)}"
             )
         if treatment.writer not in crosscoder.names or set(crosscoder.names) - set(models):
             raise UserError(
@@ -126,10 +127,10 @@ def steered(
 ) -> list[list[str]]:
     """Transcripts, tokens as text, each row steered by its own vector. ``medium`` says how tasks are put.
 
-    ``vectors`` [tasks, d] is what is added to the output of ``layer`` (strength included; a row of zeros is not
-    steered), at ``place``: "thinking" until the row has written ``end_of_thinking`` (None: to the end), "ends"
-    likewise, where the newest token is ``sentence_end``, "prompt" or "all". ``temperature`` 0 is greedy; above
-    it thoughts are sampled. ``batch_size`` is the medium's unless given.
+    ``vectors`` [tasks, d] is what is added to the output of ``layer`` (strength included; a row of zeros is
+    not steered), at ``place``: "thinking" until the row has written ``end_of_thinking`` (None: to the end),
+    "ends" likewise, where the newest token is ``sentence_end``, "prompt" or "all". ``temperature`` 0 is
+    greedy; above it thoughts are sampled. ``batch_size`` is the medium's unless given.
     """
     if len(vectors) != len(tasks):
         raise ValueError(f"{len(vectors)} vectors for {len(tasks)} tasks: must be one each")
@@ -430,9 +431,9 @@ def kept_transcripts(
     """(transcripts of every condition, how many conditions were generated): what is on disk is read.
 
     The rest is generated, as many conditions at a time as fill two batches (which is what an interruption can
-    cost), those of one ``group`` together. A batch is decoded until its last row has ended, so tasks of similar
-    length go together: ``lengths`` gives them [tasks] from the conditions that are there. ``write(rows)`` makes
-    transcripts for rows (task, condition).
+    cost), those of one ``group`` together. A batch is decoded until its last row has ended, so tasks of
+    similar length go together: ``lengths`` gives them [tasks] from the conditions that are there.
+    ``write(rows)`` makes transcripts for rows (task, condition).
     """
     done = {i: read for i, file in enumerate(files) if (read := file.read()) is not None}
     missing, groups = [i for i in range(len(files)) if i not in done], {}

@@ -8,10 +8,10 @@ run too. With x_m the intact residual stream of model m, three vectors of featur
     f^writer = encode_from(writer, x_writer)    "own"        from the writer alone
     f^other  = encode_from(other, x_other)      "other"      from the other model alone
 
-To encode from one model alone, the other's slot is filled with its mean (``fill`` "mean") or, for models of one
-width, with the same scaled activation ("slots"). Neither is what the crosscoder was trained on: compare swaps
-with ``Reconstruct("own")``. All interventions but ``Reconstruct`` and ``Transplant`` keep the crosscoder's
-error: what it does not explain stays where it is.
+To encode from one model alone, the other's slot is filled with its mean (``fill`` "mean") or, for models of
+one width, with the same scaled activation ("slots"). Neither is what the crosscoder was trained on: compare
+swaps with ``Reconstruct("own")``. All interventions but ``Reconstruct`` and ``Transplant`` keep the
+crosscoder's error: what it does not explain stays where it is.
 
 The names of the classes and their fields stand in fingerprints of transcripts that are kept on disk.
 """
@@ -35,9 +35,9 @@ DIRECTIONS = 4096  # random directions that ``RandomLike`` uses in turn
 class State:
     """Residual streams of some rows of a batch at their newest positions.
 
-    ``acts`` {model: raw [rows, positions, d_m]}; ``position`` [rows, positions] in the text; ``key`` [rows], a
-    number that belongs to the task; ``rows`` [rows], their numbers among all rows that are generated. Features
-    are computed when they are asked for, once.
+    ``acts`` {model: raw [rows, positions, d_m]}; ``position`` [rows, positions] in the text; ``key`` [rows],
+    a number that belongs to the task; ``rows`` [rows], their numbers among all rows that are generated.
+    Features are computed when they are asked for, once.
     """
 
     crosscoder: CrossCoder | None
@@ -64,14 +64,15 @@ class State:
         return self.computed[source, fill]
 
     def decoder(self, model: str | None = None) -> Tensor:
-        """Raw decoder rows [F, d] of ``model`` (the writer's by default), in the units of the writer's stream."""
+        """Raw decoder rows [F, d] of ``model`` (the writer's by default), in the units of the writer's
+        stream."""
         crosscoder, model = self.crosscoder, model or self.writer
         if ("decoder", model) not in self.computed:
             width = dict(zip(crosscoder.names, crosscoder.widths))
             if width[model] != width[self.writer]:
                 raise UserError(
-                    f"the decoder of {model} has width {width[model]}, {self.writer} has {width[self.writer]}:"
-                    " it cannot be used in its place"
+                    f"the decoder of {model} has width {width[model]}, {self.writer} has"
+                    f" {width[self.writer]}: it cannot be used in its place"
                 )
             scale = float(crosscoder.scales[crosscoder.names.index(self.writer)])
             self.computed["decoder", model] = crosscoder.rows(model) / scale
@@ -82,8 +83,8 @@ class State:
 class Scale:
     """sum_{i in features} (weight_i f_i + offset_i) d_i^decoder.
 
-    Weight -1 and offset 0 remove the features (zero-ablation); offset = mean activation replaces them by their
-    mean; weight g - 1 multiplies their use by g. ``source``: "joint" or "own". ``decoder`` None is the
+    Weight -1 and offset 0 remove the features (zero-ablation); offset = mean activation replaces them by
+    their mean; weight g - 1 multiplies their use by g. ``source``: "joint" or "own". ``decoder`` None is the
     writer's own; another model's must have the same width.
     """
 
@@ -142,8 +143,8 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class Transplant:
-    """x_other - h, in the units of the writer: the other model's activation in place of the writer's. Models of
-    one width only.
+    """x_other - h, in the units of the writer: the other model's activation in place of the writer's. Models
+    of one width only.
     """
 
     reads_other = True
@@ -212,8 +213,8 @@ class AddVector:
 
 @dataclass(frozen=True, eq=False)
 class RowVectors:
-    """A vector of its own for every row that is generated, ``vectors`` [rows, d]: many directions and strengths
-    in one batch.
+    """A vector of its own for every row that is generated, ``vectors`` [rows, d]: many directions and
+    strengths in one batch.
     """
 
     vectors: Tensor

@@ -1,9 +1,9 @@
 """What an intervention did to the model's thinking: lengths, answers and kinds of sentences, against the same
 tasks untouched.
 
-    rows = outcomes(tasks, transcripts, max_new_tokens)      # one row per task
-    table = compare(rows of several conditions)              # one row per condition, ratios and changes with 95% intervals
-    best = choose(table, "shorter", {"deduction": 1})        # on the split for choosing; report on another one
+    rows = outcomes(tasks, transcripts, max_new_tokens)    # one row per task
+    table = compare(rows of several conditions)            # one row per condition, with 95% intervals
+    best = choose(table, "shorter", {"deduction": 1})      # on the split for choosing; report on another
 
 Differences are paired: each task is compared with itself, and the bootstrap resamples tasks. A ratio is one
 of mean lengths, so that long thoughts count by their length. Over-thinking is length without better answers,

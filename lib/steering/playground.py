@@ -4,17 +4,18 @@
     playground.compare("what is 5 - 1 ?", "reflection", 0.5)     # two transcripts, a table, HTML
     playground.widget()                                          # the same by hand, while it is generated
 
-It steers by ``lib.steering.generate``, in the same unit (mean residual norms) and with the same random numbers as
-the experiments of notebook 04, so it shows what they generated. The unsteered and the steered thought are two
-rows of one batch, which use the same random numbers. **One thought is an anecdote**: it shows what a vector
-does, not how often. "random" is a random direction of the same norm: what any vector of this size does.
+It steers by ``lib.steering.generate``, in the same unit (mean residual norms) and with the same random
+numbers as the experiments of notebook 04, so it shows what they generated. The unsteered and the steered
+thought are two rows of one batch, which use the same random numbers. **One thought is an anecdote**: it shows
+what a vector does, not how often. "random" is a random direction of the same norm: what any vector of this
+size does.
 
 *Where.* "thinking": from the prompt's last position until the thought is closed, as in all experiments.
 "prompt": the positions before it. "all": every position, the answer's too.
 
-*The widget* needs no ``interact``, no ``Output`` and no thread. Generation is a task of the kernel's event loop
-that yields every few tokens, so that the text grows and Stop works; a headless run, which presses no button,
-waits for nothing. A user's mistake is shown as one sentence in the widget.
+*The widget* needs no ``interact``, no ``Output`` and no thread. Generation is a task of the kernel's event
+loop that yields every few tokens, so that the text grows and Stop works; a headless run, which presses no
+button, waits for nothing. A user's mistake is shown as one sentence in the widget.
 """
 
 from __future__ import annotations
@@ -146,10 +147,10 @@ class Comparison:
             .replace("<td>", f"<td {left}>")
         )
         return (
-            '<p style="margin:4px'
-            f' 0">{html.escape(self.how)}<br><code>{html.escape(self.prompt)}</code></p><div'
-            f' style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{"".join(columns)}</div><div'
-            f' style="overflow-x:auto">{table}</div>'
+            f'<p style="margin:4px 0">{html.escape(self.how)}<br><code>{html.escape(self.prompt)}</code></p>'
+            '<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">'
+            f"{''.join(columns)}</div>"
+            f'<div style="overflow-x:auto">{table}</div>'
         )
 
     def _repr_html_(self) -> str:
@@ -179,7 +180,7 @@ def lines_of(task, transcript: Sequence[str], medium: Medium) -> list[tuple[str,
     return lines
 
 
-# --- the playground ----------------------------------------------------------------------------------------------
+# --- the playground -----------------------------------------------------------------------------------------
 
 
 class Playground:
@@ -383,7 +384,8 @@ _MESSAGE = (
 
 
 class Panel(ipywidgets.VBox):
-    """Fields, two buttons and the two growing texts. ``Generate`` while something is generated begins anew."""
+    """Fields, two buttons and the two growing texts. ``Generate`` while something is generated begins
+    anew."""
 
     def __init__(self, playground: Playground):
         self.playground, self._turn, self._stopped, self._task = playground, 0, False, None
@@ -463,7 +465,8 @@ class Panel(ipywidgets.VBox):
         self._task = self._loop.create_task(self._run(turn))  # kept, or it might be collected while it runs
 
     async def _run(self, turn: int) -> None:
-        """One press of the button, silent once there is a later one. Whatever goes wrong is said, and nothing is raised into the kernel."""
+        """One press of the button, silent once there is a later one. Whatever goes wrong is said, and nothing
+        is raised into the kernel."""
         start, first, last = time.monotonic(), None, None
         feature = self.number.value if self.feature.value == _BY_NUMBER else self.feature.value
         asked = (

@@ -32,8 +32,8 @@ def _add(results: Results, name: str, row, value: str, n: int | None = None) -> 
 
 
 def add_ablation(results: Results, summary: pd.DataFrame) -> None:
-    """Metrics ablate_<category>_<ABLATED>, ..._log_probability and ..._per_norm at the largest k, and the table
-    ``ablation``."""
+    """Metrics ablate_<category>_<ABLATED>, ..._log_probability and ..._per_norm at the largest k, and the
+    table ``ablation``."""
     largest = at_largest_k(summary).set_index(["category", "model", "removed"])
     for c in CATEGORIES:
         for key, where in ABLATED.items():
@@ -61,17 +61,18 @@ def ablation_shows(summary: pd.DataFrame, removals: Sequence[Removal], chosen: M
         return _and(list(rows.loc[rows[f"{value}_high"] < 0, "category"]))
 
     lines = [
-        f"**What this run shows.** At k = {k:g} % ({len(removed)} features), the interval lies below 0 for these"
-        " categories:"
+        f"**What this run shows.** At k = {k:g} % ({len(removed)} features), the interval lies below 0 for"
+        " these categories:"
     ]
     lines += [
-        f"- {name}: {falling(where, 'logit')} by logit, {falling(where, 'log_probability')} by log-probability"
+        f"- {name}: {falling(where, 'logit')} by logit;"
+        f" {falling(where, 'log_probability')} by log-probability"
         for name, where in ABLATED.items()
     ]
     inside = [f"{c} ({f})" for c, f in chosen.items() if c in CATEGORIES and f in removed]
     lines.append(
-        f"\nThe rule removes *frequent* features. Of the features chosen for the categories it removes:"
-        f" {_and(inside)}. A logit has no zero: where it and the log-probability disagree, believe the latter."
+        "\nThe rule removes *frequent* features. Of the features chosen for the categories it removes:"
+        f" {_and(inside)}. A logit has no zero: where the two disagree, believe the log-probability."
     )
     return "\n".join(lines)
 
@@ -88,8 +89,8 @@ def per_norm_shows(summary: pd.DataFrame) -> str:
         for m in ("distilled", "base")
     }
     return (
-        "**What this run shows.** Per unit of removed norm the features cost more than equally frequent shared"
-        f" ones, with intervals that do not touch, for: {_and(more['distilled'])} (distilled);"
+        "**What this run shows.** Per unit of removed norm the features cost more than equally frequent"
+        f" shared ones, with intervals that do not touch, for: {_and(more['distilled'])} (distilled);"
         f" {_and(more['base'])} (base)."
     )
 
@@ -166,7 +167,8 @@ def needed_and_redundant(curves: pd.DataFrame, over: Mapping, incisive: Mapping)
 
 
 def rates_grid(specific: pd.DataFrame, unsteered: Mapping) -> pd.DataFrame:
-    """Rates of sentences with a category's feature added (rows) over the unsteered ones; columns that occur."""
+    """Rates of sentences with a category's feature added (rows) over the unsteered ones; columns that
+    occur."""
     rows = specific[specific["direction"] != outcomes.NO_STEERING].set_index("label")
     present = [c for c in outcomes.RATES if unsteered[f"rate_{c}"] > 0]
     grid = rows[[f"rate_{c}" for c in present]].set_axis(present, axis=1)
@@ -189,9 +191,9 @@ def thoughts_show(part: Part) -> str:
     results.metrics.update(part.metrics)
     costs = "; ".join(f"{c} {results.text(f'ablate_accuracy_{c}')}" for c in CATEGORIES)
     return (
-        f"In whole thoughts, removing a category's features changes accuracy by: {costs}; random directions of"
-        f" the same norm by {results.text('ablate_accuracy_random')}, features that fire as often in traces by"
-        f" {results.text('ablate_accuracy_matched_in_traces')}. ({part.note})"
+        f"In whole thoughts, removing a category's features changes accuracy by: {costs}; random directions"
+        f" of the same norm by {results.text('ablate_accuracy_random')}, features that fire as often in"
+        f" traces by {results.text('ablate_accuracy_matched_in_traces')}. ({part.note})"
     )
 
 

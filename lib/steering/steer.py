@@ -74,7 +74,8 @@ def feature_direction(
 
 
 def random_directions(n: int, width: int, norm: float, seed: int = 0) -> list[Direction]:
-    """``n`` random directions of the same norm: the control for "any push of this size would have done it"."""
+    """``n`` random directions of the same norm: the control for "any push of this size would have done
+    it"."""
     noise = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
     return [Direction(f"random {i}", "random", row * (norm / row.norm())) for i, row in enumerate(noise)]
 
@@ -145,19 +146,16 @@ def _gradients(
     ids of first words.
     """
     rows, columns = at
-    with torch.enable_grad():
-        with model.trace(inputs, remote=remote) as tracer:
-            h = model.model.layers[layer].output
-            push = torch.zeros(h.shape[-1], device=h.device, requires_grad=True)
-            model.model.layers[layer].output = h + (thinking.to(h.device) * push).to(h.dtype)
-            hidden = model.model.norm.output[rows, columns]
-            logits = functional.linear(hidden, model.lm_head.weight, model.lm_head.bias)
-            probability = logits.float().softmax(-1)
-            sums = [probability[:, ids.to(h.device)].sum() for ids in openings]
-            found = torch.stack(
-                [torch.autograd.grad(total, push, retain_graph=True)[0] for total in sums]
-            ).save()
-            tracer.stop()
+    with torch.enable_grad(), model.trace(inputs, remote=remote) as tracer:
+        h = model.model.layers[layer].output
+        push = torch.zeros(h.shape[-1], device=h.device, requires_grad=True)
+        model.model.layers[layer].output = h + (thinking.to(h.device) * push).to(h.dtype)
+        hidden = model.model.norm.output[rows, columns]
+        logits = functional.linear(hidden, model.lm_head.weight, model.lm_head.bias)
+        probability = logits.float().softmax(-1)
+        sums = [probability[:, ids.to(h.device)].sum() for ids in openings]
+        found = torch.stack([torch.autograd.grad(total, push, retain_graph=True)[0] for total in sums]).save()
+        tracer.stop()
     return found.cpu()
 
 
@@ -223,8 +221,9 @@ def candidates(
 class Steering:
     """A model under steering. The transcripts of every condition are kept in ``folder`` and made only once.
 
-    ``remote`` says where the model runs. ``weights`` is the fingerprint of its weights; directions, strengths,
-    tasks and limits are added to it, so a transcript is used again only if all that decides it is the same.
+    ``remote`` says where the model runs. ``weights`` is the fingerprint of its weights; directions,
+    strengths, tasks and limits are added to it, so a transcript is used again only if all that decides it is
+    the same.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """How a model is asked, and how its transcript is read: puzzles for the embedded pair, chat for real language
 models.
 
-Steering and its statistics (``lib.steering.steer``, ``lib.steering.outcomes``) see tasks and tables with the same columns
-either way::
+Steering and its statistics (``lib.steering.steer``, ``lib.steering.outcomes``) see tasks and tables with the
+same columns either way::
 
     medium = medium_of(pair)
     tasks = medium.tasks("report", 200, seed)

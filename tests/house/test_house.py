@@ -36,7 +36,6 @@ NOT_CLEAN_YET = [
     "lib/runs.py",
     "lib/settings.py",
     "lib/stats.py",
-    "lib/steering",
     "lib/text",
     "lib/tools",
     "notebooks",
