@@ -3,15 +3,15 @@
 The base is a pretrained chat model. Adapters of one size are trained on it, on as many tokens, with one
 schedule:
 
-=========  ================================================================================================
-distilled  next-token cross-entropy on a teacher's answers with their thoughts, between ``<think>`` and
-``</think>``
-null_a     the same on encyclopedic text: how far any adapter moves the model, when nothing is taught
-null_b     null_a from another beginning and in another order (on request: ``--stages null_b``)
-=========  ================================================================================================
+- *distilled*: next-token cross-entropy on a teacher's answers with their thoughts, between ``<think>`` and
+  ``</think>``
+- *null_a*: the same on encyclopedic text: how far any adapter moves the model, when nothing is taught
+- *null_b*: null_a from another beginning and in another order (on request: ``--stages null_b``)
 
-    python -m lib adapters data/pairs/smol --traces traces.jsonl.gz --text text.txt.gz     # hours on two cores; interrupt and resume at will
-    python -m lib adapters data/pairs/smol --stages distilled                             # from OpenThoughts-114k on the hub
+    python -m lib adapters data/pairs/smol --traces traces.jsonl.gz --text text.txt.gz
+    python -m lib adapters data/pairs/smol --stages distilled    # from OpenThoughts-114k on the hub
+
+Each takes hours on two cores, and goes on where it was interrupted.
 
 Adapters are LoRA (Hu et al. 2021) on every linear layer, trained in bfloat16 with float32 master weights: at
 a learning rate that decays, bfloat16 alone would drop the last updates. A run is deterministic given seed and

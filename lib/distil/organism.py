@@ -1,21 +1,18 @@
-"""Train the embedded pair: a base model, its distilled copy, and the four checkpoints that keep us honest.
+"""Train the embedded pair: a base model, its distilled copy, and four more for comparison.
 
 Standard supervised fine-tuning is what "distilled" means here, as it does for R1-Distill-Qwen: next-token
 cross-entropy on a teacher's traces. All six models share one architecture (Qwen2) and one tokenizer:
 
-=========  ================================================================================================
-base       trained from nothing on general text, single arithmetic steps, copying and direct answers (stage
-``base``),
-           then on comparing as well (stages ``midtrain`` and ``latetrain``)
-distilled  base, trained on traces of the teacher (and 15% of the base's own text)
-control    base, the same number of tokens, the same puzzles, direct answers instead of traces
-style      an early checkpoint of ``distilled``: it says "wait", but not because something is wrong
-null_a     base, the same number of tokens and the same schedule, on its own kind of text
-null_b     the same in another order: with ``null_a`` it tells how far models drift when nothing is learnt
-=========  ================================================================================================
+- *base*: trained from nothing on general text, single arithmetic steps, copying and direct answers (stage
+  ``base``), then on comparing as well (stages ``midtrain`` and ``latetrain``)
+- *distilled*: base, trained on traces of the teacher (and 15% of the base's own text)
+- *control*: base, the same number of tokens, the same puzzles, direct answers instead of traces
+- *style*: an early checkpoint of distilled: it says "wait", but not because something is wrong
+- *null_a*: base, the same number of tokens and the same schedule, on its own kind of text
+- *null_b*: the same in another order: with null_a it tells how far models drift when nothing is learnt
 
-    python -m lib distil data/pairs/tiny          # about an hour on two cores; interrupt and resume at will
-    python -m lib distil data/pairs/tiny_large    # the same recipe at another width: the ladder of notebook 06
+    python -m lib distil data/pairs/tiny          # about an hour on two cores; interrupt and resume
+    python -m lib distil data/pairs/tiny_large    # the same recipe at another width (notebook 06)
 
 Training is deterministic given the seed and the number of threads, and a resumed run equals an uninterrupted
 one: state is written at the end of every chunk of documents, and a chunk is a function of (seed, stage,
@@ -28,16 +25,16 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pandas as pd
 import torch
-from sklearn.metrics import roc_auc_score
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from ..runs import whole_files, write_state, write_text
+from ..runs import fingerprint, passing, whole_files, write_state, write_text
 from ..settings import NotNegative, Positive, UserError, check, parameters
 from ..text.curriculum import CURRICULUM, LATE_MIX, MID_MIX, base_document, vocabulary
 from ..text.puzzles import EASY_SHARE, ERROR_RATE, Sentence, Teacher, direct, sample_puzzle, sample_question
@@ -129,7 +126,7 @@ def build_model(recipe: Recipe, vocab_size: int) -> Qwen2ForCausalLM:
 
 
 def stage_document(stage: str, rng: random.Random, progress: float = 1.0) -> list[Sentence]:
-    """One training document of a stage; ``progress`` in [0, 1] is the base model's place in its curriculum."""
+    """One training document of a stage; ``progress`` in [0, 1] is how far the base is in its curriculum."""
     if stage == "base":
         return base_document(rng, next(mix for end, mix in CURRICULUM if progress <= end))
     if stage == "midtrain":
@@ -142,7 +139,7 @@ def stage_document(stage: str, rng: random.Random, progress: float = 1.0) -> lis
 
 
 def encode(sentences: list[Sentence], ids: dict[str, int]) -> tuple[list[int], list[bool]]:
-    """Token ids with <bos> and <eos>, and for each whether it is learnt (``Sentence.given`` words are not)."""
+    """Token ids with <bos> and <eos>, and for each whether it is learnt: ``Sentence.given`` words are not."""
     tokens, learnt = [ids["<bos>"]], [False]
     for sentence in sentences:
         tokens += [ids[word] for word in sentence.words]
@@ -230,6 +227,8 @@ def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFas
     of P(reflection) for errors first exceeds 0.65, if its mean P(reflection) after a step is at least half of
     the teacher's rate of errors.
     """
+    from sklearn.metrics import roc_auc_score
+
     tasks, chosen = trials.puzzles(100, "validation"), None
     for path in sorted(folder.glob("kept_*.pt")):
         model = build_model(recipe, len(tokenizer)).eval()
@@ -276,12 +275,33 @@ def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES
 
 
 def load_shipped(name: str, folder: Path) -> Qwen2ForCausalLM:
-    """A shipped model as float32, ready to read. Raises FileNotFoundError with the names that exist."""
+    """A shipped model as float32, ready to use. FileNotFoundError with the names that exist."""
     if not (folder / name / "model.safetensors").is_file():
         known = sorted(p.parent.name for p in folder.glob("*/model.safetensors"))
         raise FileNotFoundError(f"no model {name!r} in {folder}: there are {', '.join(known) or 'none'}")
     disable_progress_bar()  # it freezes at 0% in an executed notebook
     return Qwen2ForCausalLM.from_pretrained(folder / name, dtype=torch.float32, local_files_only=True).eval()
+
+
+def weights_fingerprint(folder: Path, names: Sequence[str], *parts) -> str:
+    """The fingerprint of other parts and of the weights of shipped models."""
+    return fingerprint(*parts, *(folder / name / "model.safetensors" for name in names))
+
+
+def distil_briefly(
+    folder: Path, runs: Path, tokens: int, seed: int, report=passing
+) -> tuple[Qwen2ForCausalLM, dict[str, pd.DataFrame]]:
+    """The shipped base, distilled on so many tokens by the shipped recipe, and the logs of the shipped run
+    and of this one. It resumes if it was interrupted, and does not train again what is trained.
+    """
+    shipped = json.loads((folder / "recipe.json").read_text())
+    recipe = Recipe(**{field: shipped[field] for field in Recipe.__dataclass_fields__})
+    recipe = replace(recipe, tune_tokens=tokens, seed=seed)
+    run = runs / weights_fingerprint(folder, ["base"], recipe)
+    torch.set_num_threads(1)  # fastest for a model of this size
+    student = train_stage("distilled", load_shipped("base", folder), recipe, run, report)
+    shipped, small = (pd.read_json(where / "log.jsonl", lines=True) for where in (folder, run))
+    return student, {"shipped run": shipped[shipped.stage == "distilled"], "small run, just now": small}
 
 
 def make_pair(out: Path, runs: Path | None = None, stages: Sequence[str] = ()) -> None:

@@ -1,14 +1,14 @@
 """Put puzzles to a model and read what it answers.
 
-``generate`` decodes, ``read`` turns transcripts into one row of facts per puzzle, and
+``generate`` decodes, ``transcript_table`` turns transcripts into one row of facts per puzzle, and
 ``reflection_probability`` asks the question that tells reflection from ritual: how likely is a reflection
 after an error, and how likely after a correct step?
 """
 
 from __future__ import annotations
 
-import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,21 +21,27 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from ..labels import LABELS
 from ..models import decode
 from ..models.decode import BatchNoise
-from ..runs import write_text
+from ..runs import Progress, kept, write_text
 from ..settings import check
+from ..stats import bootstrap, wilson
+from ..text.curriculum import prose
 from ..text.puzzles import (
     NUMBERS,
     OPERATIONS,
+    PARAPHRASES,
     Puzzle,
     Question,
     Teacher,
     first_words,
-    read_transcript,
+    label_of,
+    parse_transcript,
     sample_puzzle,
     sample_question,
+    sentences_of,
 )
 
 Task = Puzzle | Question
+BEHAVIOURS = LABELS[2:]  # the categories of a trace, which can be forbidden
 MODES = {"think": ("think", ":"), "direct": ("answer", ":")}
 
 
@@ -120,8 +126,8 @@ def transcript(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mode: str
     return [*MODES[mode], *words[:end]]
 
 
-def read(tasks: Sequence[Task], transcripts: Sequence[Sequence[str]]) -> pd.DataFrame:
-    """One row per task: ``puzzles.Reading`` flattened.
+def transcript_table(tasks: Sequence[Task], transcripts: Sequence[Sequence[str]]) -> pd.DataFrame:
+    """One row per task: ``puzzles.Transcript`` flattened.
 
     Columns: answer, correct, chain_correct, thinks, closed (thinking came to its end), thinking_tokens (NaN
     if not closed), n_<label> and t_<label> (sentences and tokens while thinking), errors, errors_reflected,
@@ -129,24 +135,20 @@ def read(tasks: Sequence[Task], transcripts: Sequence[Sequence[str]]) -> pd.Data
     """
     rows = []
     for task, words in zip(tasks, transcripts, strict=True):
-        reading = read_transcript(task, list(words))
-        rows.append(
-            {
-                "answer": reading.answer,
-                "correct": reading.correct,
-                "chain_correct": reading.chain_correct,
-                "thinks": reading.thinks,
-                "closed": reading.thinking_tokens is not None,
-                "thinking_tokens": np.nan if reading.thinking_tokens is None else reading.thinking_tokens,
-                **{f"n_{label}": reading.counts[label] for label in LABELS[1:]},
-                **{f"t_{label}": reading.tokens_by_label[label] for label in LABELS[1:]},
-                "errors": reading.errors,
-                "errors_reflected": reading.errors_reflected,
-                "correct_steps": reading.correct_steps,
-                "correct_steps_reflected": reading.correct_steps_reflected,
-            }
-        )
+        facts = vars(parse_transcript(task, list(words))).copy()
+        counts, tokens, length = (facts.pop(n) for n in ("counts", "tokens_by_label", "thinking_tokens"))
+        row = {name: facts.pop(name) for name in ("answer", "correct", "chain_correct", "thinks")}
+        row |= {"closed": length is not None, "thinking_tokens": np.nan if length is None else length}
+        row |= {f"n_{label}": n for label, n in counts.items()} | {
+            f"t_{label}": n for label, n in tokens.items()
+        }
+        rows.append(row | facts)
     return pd.DataFrame(rows)
+
+
+def labelled(words: Sequence[str]) -> list[tuple[str, tuple[str, ...], bool]]:
+    """The sentences of a transcript as ``figures.labelled_lines`` shows them: (label, words, False)."""
+    return [(label_of(sentence), sentence, False) for sentence in sentences_of(list(words))]
 
 
 @torch.no_grad()
@@ -177,7 +179,29 @@ def reflection_probability(
     return pd.DataFrame(rows)
 
 
-# --- a battery of trials, kept on disk ----------------------------------------------------------------------
+def reflection_rates(steps: pd.DataFrame, seed: int = 0) -> dict[str, tuple]:
+    """The table of ``reflection_probability`` as (value, 95% interval over tasks, steps).
+
+    p_reflect_given_error and p_reflect_given_correct are mean probabilities after an error and after a
+    correct step, reflect_auc the AUROC with which the probability tells the two apart.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    rates = {}
+    for error, name in ((True, "error"), (False, "correct")):
+        part = steps[steps.error == error]
+        interval = bootstrap(part.p_reflection, groups=part.task, seed=seed)
+        rates[f"p_reflect_given_{name}"] = (part.p_reflection.mean(), interval, len(part))
+
+    def auroc(rows: np.ndarray) -> float:
+        return roc_auc_score(rows[:, 0], rows[:, 1]) if 0 < rows[:, 0].sum() < len(rows) else np.nan
+
+    rows = steps[["error", "p_reflection"]].to_numpy(float)
+    interval = bootstrap(rows, auroc, groups=steps.task, n_boot=200, seed=seed)
+    return rates | {"reflect_auc": (auroc(rows), interval, len(steps))}
+
+
+# --- several conditions, kept on disk -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -191,46 +215,70 @@ class Condition:
 
     @property
     def name(self) -> str:
-        return "-".join(
-            [self.model, self.mode, f"t{self.temperature:g}", *(f"no_{label}" for label in self.forbid)]
-        )
+        forbidden = (f"no_{label}" for label in self.forbid)
+        return "-".join([self.model, self.mode, f"t{self.temperature:g}", *forbidden])
 
 
 def battery(
     models: dict[str, PreTrainedModel],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
     conditions: Sequence[Condition],
     folder: Path,
     fingerprint: str,
     seed: int = 0,
-    progress=None,
 ) -> dict[Condition, pd.DataFrame]:
-    """``read`` tables of all conditions. Transcripts are kept in ``folder`` under ``fingerprint``: asked
-    once, read again.
-
-    ``fingerprint`` stands for weights, tasks and seed; under another one everything is asked anew. An
-    interrupted battery continues with the next condition.
+    """``transcript_table`` of each condition. Transcripts are kept in ``folder`` under ``fingerprint``, which
+    stands for weights, tasks and seed: an interrupted battery continues with the next condition.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tables = {}
-    for i, condition in enumerate(conditions):
-        file = folder / f"{condition.name}.json"
-        kept = json.loads(file.read_text()) if file.is_file() else {}
-        if kept.get("fingerprint") != fingerprint:
-            transcripts = generate(
-                models[condition.model],
-                tokenizer,
-                tasks,
-                condition.mode,
-                condition.temperature,
-                condition.forbid,
-                seed,
-                max_new_tokens=4 if condition.mode == "direct" else 260,
+    with Progress("conditions", len(conditions)) as progress:
+        for condition in conditions:
+
+            def ask(scratch: Path, condition=condition) -> None:
+                limit = 4 if condition.mode == "direct" else 260
+                asked = condition.mode, condition.temperature, condition.forbid, seed, limit
+                said = generate(models[condition.model], tokenizer, tasks, *asked)
+                write_text(scratch / "transcripts.txt", "\n".join("|".join(words) for words in said))
+
+            transcripts = kept(
+                folder / condition.name,
+                fingerprint,
+                ask,
+                lambda whole: (whole / "transcripts.txt").read_text().split("\n"),
             )
-            kept = {"fingerprint": fingerprint, "transcripts": ["|".join(words) for words in transcripts]}
-            write_text(file, json.dumps(kept))
-        tables[condition] = read(tasks, [t.split("|") for t in kept["transcripts"]])
-        if progress is not None:
-            progress.update(i + 1, condition.name)
+            tables[condition] = transcript_table(tasks, [words.split("|") for words in transcripts])
+            progress.update(len(tables), condition.name)
     return tables
+
+
+def share(hits: Sequence[bool]) -> tuple[float, tuple[float, float]]:
+    """The share of hits and its Wilson interval."""
+    return float(np.mean(hits)), wilson(int(np.sum(hits)), len(hits))
+
+
+def difference(a: Sequence[bool], b: Sequence[bool], seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """How much larger the share of hits is in ``a`` than in ``b``, of the same tasks, with its bootstrap
+    interval.
+    """
+    gap = np.asarray(a, float) - np.asarray(b, float)
+    return float(gap.mean()), bootstrap(gap, seed=seed)
+
+
+# --- words --------------------------------------------------------------------------------------------------
+
+
+def marker_words(documents: int, seed: int = 0) -> tuple[list[tuple[str, ...]], pd.DataFrame]:
+    """The sentences of so many documents of general text, and how often the first words of the teacher's
+    paraphrases occur in them and in half as many traces: per 1,000 tokens, a row a word.
+    """
+    rng = random.Random(seed)
+    general = [s.words for _ in range(documents) for s in prose(rng)]
+    traces = [s.words for _ in range(documents // 2) for s in Teacher(rng).solve(sample_puzzle(rng))]
+    counts = {
+        name: Counter(word for sentence in sentences for word in sentence)
+        for name, sentences in (("general text", general), ("traces", traces))
+    }
+    words = [t.split()[0] for templates in PARAPHRASES.values() for t in templates if not t.startswith("{")]
+    rates = {name: {w: 1000 * count[w] / count.total() for w in words} for name, count in counts.items()}
+    return general, pd.DataFrame(rates).rename_axis("word")

@@ -1,10 +1,10 @@
 """Text that real language models write themselves: traces by the distilled model, general text by the base.
 
 What is harvested and shown for a real pair comes from here, so that it may be kept and shared: the distilled
-model answers ``lib.text.questions``; the base continues short openings about everyday subjects. Both are sampled,
-seeded and deduplicated.
+model answers ``lib.text.questions``; the base continues short openings about everyday subjects. Both are
+sampled, seeded and deduplicated. It takes hours on two cores, and goes on where it was interrupted::
 
-    python -m lib writing smol data/pairs/smol/corpus --tokens 300000     # hours on two cores; interrupt and resume at will
+    python -m lib writing smol data/pairs/smol/corpus --tokens 300000
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def write_for(
     name: str, out: Path, tokens: int = 300_000, kind: str | None = None, runs: Path | None = None
 ) -> None:
     """Let the models of the pair ``name`` write traces.jsonl.gz and general.jsonl.gz into the folder ``out``,
-    or go on; with ``kind`` ("trace" or "general") only one of them. ``runs``: folder of what is written so far.
+    or go on; with ``kind`` ("trace" or "general") only one of them. ``runs``: folder of what is written so
+    far.
     """
     pair, runs = load_pair(name), runs or Path("data/runs") / name / "writing"
     runs.mkdir(parents=True, exist_ok=True)

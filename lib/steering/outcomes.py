@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from ..distil.trials import MODES, Task, read
+from ..distil.trials import MODES, Task, transcript_table
 from ..labels import CATEGORIES, REDUNDANT
 from ..settings import UserError, check
 from ..stats import group_weights, interval
@@ -31,7 +31,7 @@ NO_STEERING = "none"
 def outcomes(
     tasks: Sequence[Task], transcripts: Sequence[Sequence[str]], max_new_tokens: int
 ) -> pd.DataFrame:
-    """``trials.read`` and what follows from it, one row per task.
+    """``trials.transcript_table`` and what follows from it, one row per task.
 
     - ``length``: tokens up to the end of thinking. If the thought is not closed but the model goes over to an
       answer
@@ -41,7 +41,7 @@ def outcomes(
       ``needed``: all others of the categories; ``redundant_tokens`` and ``needed_tokens`` likewise (tokens of
       reflections are shared out by their number).
     """
-    frame = read(tasks, transcripts)
+    frame = transcript_table(tasks, transcripts)
     ended = [_end_of_thought(words, max_new_tokens) for words in transcripts]
     frame["length"] = np.where(
         frame["closed"], frame["thinking_tokens"], [length for length, _ in ended]

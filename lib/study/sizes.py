@@ -66,7 +66,7 @@ def collect(
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """(table, crosscoders, thoughts) of several pairs: ``table`` one row per pair and quantity (pair,
     quantity, value, low, high, n, over), ``crosscoders`` one per crosscoder (``uniqueness``), ``thoughts``
-    one per puzzle of a distilled model (``trials.read``).
+    one per puzzle of a distilled model (``trials.transcript_table``).
 
     ``folder`` keeps transcripts. Where notebooks 02, 05 and 10 have not run for every pair, the numbers are
     those of the part "ladder" of ``tiny``, the same measurements from before there were such notebooks for

@@ -137,7 +137,7 @@ class Corpus:
         return fingerprint(parameters, self.tokenizer.get_vocab(), sample)
 
     def __iter__(self) -> Iterator[Document]:
-        """Documents until the budget is met, traces and general text in turn, so that every stretch has both."""
+        """Documents until the budget is met: traces and general text in turn, so any stretch has both."""
         makers = {
             kind: (_generated if self.pair.corpus == "generated" else _from_files)(self, kind)
             for kind in KINDS
@@ -427,7 +427,7 @@ def _from_files(corpus: Corpus, kind: str) -> Iterator[Document]:
 
 
 def chat_markers(tokenizer: PreTrainedTokenizerBase, excluded: Sequence[int] = ()) -> bool:
-    """Whether the turns of a chat can be marked with ``lib.text.chat``'s markers: single tokens, the same in all
+    """Whether the turns of a chat can be marked with the markers of ``chat``: single tokens, the same in all
     models.
     """
     ids = [tokenizer.get_vocab().get(marker) for marker in ("<|im_start|>", "<|im_end|>")]
@@ -487,7 +487,7 @@ def read_items(path: Path) -> Iterator[str | Trace]:
 
 
 def hub_items(source: str) -> Iterator[str | Trace]:
-    """The texts and traces of a data set on the hub, in its order; rows whose text is empty are passed over."""
+    """The texts and traces of a data set on the hub, in its order, without those whose text is empty."""
     jsonl = ".jsonl" in source.rpartition("/")[2]
     for number, row in enumerate(sources.dataset_rows(source), 1):
         where = f"row {number} of {source.removeprefix(sources.HUB)}"

@@ -179,7 +179,8 @@ def base_document(rng: random.Random, mix: dict[str, float] = BASE_MIX) -> list[
 def vocabulary() -> tuple[str, ...]:
     """Every word that any generator can write, in a fixed order, after the four special tokens."""
     words = {*map(str, range(MODULUS)), *OPERATIONS, *NAMES, *PLACES, *TIMES, *THINGS}
-    words.update("puzzle : ; from reach . what is ? list again after comes carries".split())
+    words |= {"puzzle", ":", ";", "from", "reach", ".", "what", "is", "?", "list", "again", "after", "comes"}
+    words.add("carries")
     templates = (
         [t for ts in (*PARAPHRASES.values(), *DECOYS.values()) for t in ts]
         + list(FRAME.values())

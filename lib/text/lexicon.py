@@ -4,8 +4,8 @@ each belongs to.
 The embedded pair's text carries its labels by construction (``lib.text.corpus``). Real traces do not, so each
 sentence is tagged by how it opens, or by what it says, in the same label arrays::
 
-    So 9 * 4 is 36.     Hmm, wait, that's not right.    Let me try 11 instead.     But 7 is not 16.     We have 3 apples.
-    deduction           reflection                      alternative                contrast             other
+    So 9 * 4 is 36.   Hmm, wait, that's not right.   Let me try 11 instead.   But 7 is not 16.   I have 3.
+    deduction         reflection                     alternative              contrast           other
 
 **Categories.** *reflection*: the writer looks back at the own reasoning, doubts, checks or mends it (the
 embedded pair's redundant "verification" is part of it here: in real text nobody knows which check was
@@ -102,7 +102,7 @@ class Span:
 
 
 def tag(sentence: str) -> tuple[str, str]:
-    """(label, the words that decided) of one sentence; ("other", "") where nothing of the lexicon is found."""
+    """(label, the words that decided) of one sentence; ("other", "") where no rule of the lexicon holds."""
     words = sentence.translate(_STRAIGHT)
     begin = _LEAD.match(words).end()
     for label, opening, expression in _RULES:

@@ -1,5 +1,5 @@
-"""How far can the lexicon's labels (``lib.text.lexicon``) be believed? Precision and recall against annotations,
-and against reading.
+"""How far can the lexicon's labels be believed? Precision and recall against annotations, and against labels
+that were given by reading.
 
 For a category c, over sentences (tp: tagged c and annotated c):
 
@@ -14,15 +14,12 @@ only just after the one before it, white space apart. A sentence has the label o
 than half of it; what lies in no aligned section is left out, and counted. Decided before any outcome was
 seen:
 
-===================================
-============================================================================
-reflection ~ backtracking            primary; every other label is "not reflection"
-reflection ~ backtracking or doubt   with "uncertainty-estimation", since the category is self-reflection, not
-only a change of course
-deduction ~ deduction                primary; every other label is "not deduction"
-turn ~ backtracking                  reflection or alternative against backtracking ("changes the approach"):
-the two that it lies across ===================================
-============================================================================
+- "reflection ~ backtracking": primary; every other label is "not reflection"
+- "reflection ~ backtracking or doubt": with "uncertainty-estimation", since the category is self-reflection,
+  not only a change of course
+- "deduction ~ deduction": primary; every other label is "not deduction"
+- "turn ~ backtracking": reflection or alternative against backtracking ("changes the approach"), which lies
+  across both
 
 initializing, adding-knowledge and example-testing are negatives of all; unknown labels are left out.
 Alternative and contrast have no counterpart there. Two *units*: every sentence, and only the first one of
@@ -36,8 +33,8 @@ hundred would hold hardly a contrast; every sentence has as its weight the numbe
 for, and ``labelled_agreement`` computes weighted precision, recall and base rates. Intervals: bootstrap
 within the strata.
 
-    python -m lib agreement traces.jsonl.gz              # the first table
-    python -m lib agreement data/labelled                # the second; another name of a file after it: the table as CSV
+    python -m lib agreement traces.jsonl.gz    # the first table; a second name of a file: as CSV
+    python -m lib agreement data/labelled      # the second
 
 Source of the annotation's labels: Venhoff et al. 2025 (arXiv 2506.18167); they are a language model's, with
 errors.
@@ -221,7 +218,7 @@ def _rates(total: np.ndarray, resamples: np.ndarray) -> dict[str, float]:
 
 
 def _entries(path: Path) -> Iterator[tuple[object, str, list]]:
-    """(question, thinking, sections) of each line; the line number stands for a question that is not given."""
+    """(question, thinking, sections) of each line; its number stands for a question that is not given."""
     for number, entry in _json_lines(path):
         try:
             thinking, sections = (

@@ -229,7 +229,7 @@ def direct(task: Puzzle | Question) -> list[Sentence]:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Transcript:
     """What a generated transcript says. Counts are of sentences; ``thinking_tokens`` is None if it never
     ends.
 
@@ -277,7 +277,7 @@ def equation_of(sentence: tuple[str, ...]) -> tuple[int, str, int] | None:
     return None
 
 
-def read_transcript(task: Puzzle | Question, words: list[str]) -> Reading:
+def parse_transcript(task: Puzzle | Question, words: list[str]) -> Transcript:
     """Parse the words that a model produced after the prompt of ``task``."""
     if "<eos>" in words:
         words = words[: words.index("<eos>")]
@@ -336,7 +336,7 @@ def read_transcript(task: Puzzle | Question, words: list[str]) -> Reading:
     operations = list(task.operations) if isinstance(task, Puzzle) else [task.operation]
     wanted = task.target if isinstance(task, Puzzle) else task.answer
     chain = correct and thinks and mended and path == operations and value == wanted
-    return Reading(
+    return Transcript(
         answer,
         correct,
         chain,

@@ -1,9 +1,9 @@
-"""Questions for a real language model: word problems with a computed answer, and open ones that want an argument.
+"""Questions for a real language model: word problems with a computed answer, and open ones.
 
-The questions are templates (``data/text/questions.yaml``) with names, things and numbers drawn at random, in the
-manner of grade-school problems; every answer is a whole number. They are written for this project, so that what a
-model says about them may be kept and shared. The split of a question is that of its template: what is reported is
-asked in words that nothing was chosen on.
+The questions are templates (``data/text/questions.yaml``) with names, things and numbers drawn at random, in
+the manner of grade-school problems; every answer is a whole number. They are written for this project, so
+that what a model says about them may be kept and shared. The split of a question is that of its template:
+what is reported is asked in words that nothing was chosen on.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def fill(template: dict, rng: random.Random) -> tuple[str, int | None]:
 
 
 def ask(split: str, n: int, open_share: float = 0.25, seed: int = 0) -> list[Question]:
-    """``n`` distinct questions of a split ("train", "choose", "report"), the same for the same seed: open ones in
+    """``n`` distinct questions of a split (train, choose, report), the same for the same seed: open ones in
     the given share, word problems otherwise.
     """
     rng, found = random.Random(f"{seed}/questions/{split}"), {}
@@ -70,7 +70,7 @@ def ask(split: str, n: int, open_share: float = 0.25, seed: int = 0) -> list[Que
 
 
 def final_number(text: str) -> float | None:
-    """The number an answer ends with: the last \\boxed{...} if there is one, else the last number in the text."""
+    """The number an answer ends with: the last \\boxed{...} if there is one, else the last number."""
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
     numbers = re.findall(r"-?\d+(?:\.\d+)?", (boxed[-1] if boxed else text).replace(",", ""))
     return float(numbers[-1]) if numbers else None

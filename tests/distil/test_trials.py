@@ -101,7 +101,7 @@ def test_tokens_are_those_of_transformers_own_generate(toy, monkeypatch, tempera
 
 def test_reading_gives_a_row_per_task():
     tasks = [Question(5, "- 1"), Question(5, "- 1")]
-    table = trials.read(
+    table = trials.transcript_table(
         tasks,
         [
             ["think", ":", "start", ":", "5", "- 1", "=", "4", ".", "done", ".", "answer", ":", "4", "."],
@@ -111,7 +111,7 @@ def test_reading_gives_a_row_per_task():
     assert table.correct.tolist() == [True, False] and table.chain_correct.tolist() == [True, False]
     assert table.thinking_tokens[0] == 9 and table.closed.tolist() == [True, False]
     with pytest.raises(ValueError):
-        trials.read(tasks, [["so"]])
+        trials.transcript_table(tasks, [["so"]])
 
 
 def test_reflection_probability_is_the_mass_of_its_first_words(toy):

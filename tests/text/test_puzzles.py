@@ -19,7 +19,7 @@ from lib.text.puzzles import (
     direct,
     first_words,
     label_of,
-    read_transcript,
+    parse_transcript,
     sample_puzzle,
     sentences_of,
 )
@@ -82,20 +82,20 @@ def test_teacher_is_right_and_its_labels_mean_what_they_say(seed):
     for _ in range(100):
         puzzle = sample_puzzle(rng)
         trace = Teacher(rng).solve(puzzle)
-        reading = read_transcript(puzzle, words(trace))
-        assert reading.chain_correct and reading.thinking_tokens is not None
-        assert reading.errors == reading.errors_reflected and reading.correct_steps_reflected == 0
+        transcript = parse_transcript(puzzle, words(trace))
+        assert transcript.chain_correct and transcript.thinking_tokens is not None
+        assert transcript.errors == transcript.errors_reflected and transcript.correct_steps_reflected == 0
         for sentence, following in zip(trace, trace[1:]):
             assert (following.label == "reflection") == sentence.error
             if sentence.label in PARAPHRASES:
                 assert label_of(sentence.words) == sentence.label
         assert (
-            reading.counts["contrast"]
-            == reading.counts["alternative"]
+            transcript.counts["contrast"]
+            == transcript.counts["alternative"]
             == puzzle.candidates.index(puzzle.answer)
         )
-        assert reading.counts["reflection"] == sum(s.label == "reflection" for s in trace)
-        assert reading.tokens_by_label["deduction"] == sum(
+        assert transcript.counts["reflection"] == sum(s.label == "reflection" for s in trace)
+        assert transcript.tokens_by_label["deduction"] == sum(
             len(s.words) for s in trace if s.label == "deduction"
         )
 
@@ -131,20 +131,20 @@ def split(text):
 
 
 def test_a_transcript_written_by_hand():
-    reading = read_transcript(PUZZLE, [*split(RIGHT), "<eos>", "so"])
-    assert reading.answer == 11 and reading.correct and reading.chain_correct
+    transcript = parse_transcript(PUZZLE, [*split(RIGHT), "<eos>", "so"])
+    assert transcript.answer == 11 and transcript.correct and transcript.chain_correct
     assert (
-        reading.errors,
-        reading.errors_reflected,
-        reading.correct_steps,
-        reading.correct_steps_reflected,
+        transcript.errors,
+        transcript.errors_reflected,
+        transcript.correct_steps,
+        transcript.correct_steps_reflected,
     ) == (1, 1, 5, 0)
     assert (
-        reading.counts["deduction"] == 4
-        and reading.counts["reflection"] == 1
-        and reading.counts["contrast"] == 1
+        transcript.counts["deduction"] == 4
+        and transcript.counts["reflection"] == 1
+        and transcript.counts["contrast"] == 1
     )
-    assert reading.thinking_tokens == split(RIGHT).index("done")
+    assert transcript.thinking_tokens == split(RIGHT).index("done")
 
 
 @pytest.mark.parametrize(
@@ -160,29 +160,29 @@ def test_a_transcript_written_by_hand():
 )
 def test_a_lucky_answer_is_no_solution(old, new, correct):
     assert old in RIGHT
-    reading = read_transcript(PUZZLE, split(RIGHT.replace(old, new)))
-    assert reading.correct == correct and not reading.chain_correct
+    transcript = parse_transcript(PUZZLE, split(RIGHT.replace(old, new)))
+    assert transcript.correct == correct and not transcript.chain_correct
 
 
 def test_runaway_thought_has_no_length():
-    reading = read_transcript(PUZZLE, split(RIGHT.replace("done . answer : 11 .", "so 1 + 3 = 4 .")))
-    assert reading.thinking_tokens is None and reading.answer is None and not reading.correct
+    transcript = parse_transcript(PUZZLE, split(RIGHT.replace("done . answer : 11 .", "so 1 + 3 = 4 .")))
+    assert transcript.thinking_tokens is None and transcript.answer is None and not transcript.correct
 
 
 def test_a_garbled_end_is_read_all_the_same():
-    reading = read_transcript(PUZZLE, split(RIGHT.replace("done .", "done so .")))
-    assert reading.thinking_tokens == split(RIGHT).index("done") and reading.correct
+    transcript = parse_transcript(PUZZLE, split(RIGHT.replace("done .", "done so .")))
+    assert transcript.thinking_tokens == split(RIGHT).index("done") and transcript.correct
 
 
 def test_easy_question():
     question = Question(5, "- 1")
     assert words(question.prompt()) == ["what", "is", "5", "- 1", "?"] and question.answer == 4
-    reading = read_transcript(
+    transcript = parse_transcript(
         question, split("think : start : 5 - 1 = 4 . let me check : 5 - 1 = 4 . done . answer : 4 .")
     )
-    assert reading.chain_correct and reading.counts["verification"] == 1
+    assert transcript.chain_correct and transcript.counts["verification"] == 1
     assert words(direct(question)) == ["answer", ":", "4", "."]
-    assert read_transcript(question, words(Teacher(random.Random(0)).solve(question))).chain_correct
+    assert parse_transcript(question, words(Teacher(random.Random(0)).solve(question))).chain_correct
 
 
 def test_sentences_are_split_after_full_stops():
