@@ -168,7 +168,7 @@ def report(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="is replaced")] = ROOT / "data" / "report",
 ):
     """Write the whole study as HTML, to open without a network."""
-    from .report import build
+    from .publish import build
 
     print(f"{build(out.resolve())} pages: open {out / 'index.html'}")
 
@@ -176,9 +176,9 @@ def report(
 @app.command()
 def publish():
     """Write the tables of README.md and docs/ from the results. After figures, study, or make bench."""
-    from .readme import publish
+    from . import publish as pages
 
-    publish()
+    pages.publish()
 
 
 # --- models and text ----------------------------------------------------------------------------------------

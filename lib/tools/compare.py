@@ -1,15 +1,16 @@
 """Has any number moved? A fresh run, compared with the results that are committed.
 
-    make check                              # a clone in data/runs/check runs every notebook from nothing, 10 to 15 minutes, then compares
-    python -m lib check --here                      # what the last runs left in this folder, against the last commit: seconds
+    make check                     # a clone in data/runs/check runs every notebook: 10 to 15 minutes
+    python -m lib check --here     # what the last runs left in this folder: seconds
 
 Every metric of figures/<pair>/results is put into one of three classes:
 
-same        equal to 1 part in 1,000: one machine and the pinned versions give the same bytes, other
-processors round differently moved       further, but within the committed 95% interval, or within 5% (0.01
-near zero) where there is none: training amplifies rounding, and
-            crosscoders that differ in nothing but rounding still differ in some features
-outside     beyond that, missing, or new; and every prediction of a scoreboard that now has another verdict
+same     equal to 1 part in 1,000: one machine and the pinned versions give the same bytes, other processors
+         round differently
+moved    further, but within the committed 95% interval, or within 5% (0.01 near zero) where there is none:
+         training amplifies rounding, and crosscoders that differ in nothing but rounding still differ in some
+         features
+outside  beyond that, missing, or new; and every prediction of a scoreboard that has another verdict
 
 Exit code 1 if anything is outside. Notebooks are compared cell by cell in their canonical form; that one
 differs is said, not judged.

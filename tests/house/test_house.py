@@ -37,7 +37,6 @@ NOT_CLEAN_YET = [
     "lib/settings.py",
     "lib/stats.py",
     "lib/text",
-    "lib/tools",
     "notebooks",
     "tests",
 ]

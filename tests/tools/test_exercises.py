@@ -9,11 +9,21 @@ from lib.settings import ROOT, UserError
 from lib.tools.notebooks import LEVELS, exercises, solved
 
 STEMS = sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-TEXT = (
-    "### Exercise 1 · easy, 5 minutes\n\nHow"
-    " many?\n\n<details><summary>Hint</summary>\n\nCount.\n</details>\n<details><summary>Solution</summary>\n\n```python\nx"
-    " = 2\nanswer_1 = x\n```\n</details>"
-)
+TEXT = """### Exercise 1 · easy, 5 minutes
+
+How many?
+
+<details><summary>Hint</summary>
+
+Count.
+</details>
+<details><summary>Solution</summary>
+
+```python
+x = 2
+answer_1 = x
+```
+</details>"""
 CHECK = "answer_1 = None  # a number\n\nif answer_1 is not None:\n    assert answer_1 == 2, 'not yet'"
 
 

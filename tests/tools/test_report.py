@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 
 from lib.settings import UserError
-from lib.tools import report
+from lib.tools import publish as report
 
 new = nbformat.v4
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
@@ -44,7 +44,8 @@ def root(tmp_path):
     )
     (tmp_path / "figures/tiny/00_loss.png").write_bytes(b"png")
     (tmp_path / "docs/glossary.md").write_text(
-        "# Glossary\n\nBack to [notebook](../notebooks/00_what.ipynb); code is in [lib](../lib/tools/report.py)."
+        "# Glossary\n\nBack to [notebook](../notebooks/00_what.ipynb);"
+        " code is in [lib](../lib/tools/publish.py)."
     )
     (tmp_path / "README.md").write_text(
         "# Study\n\n[first](notebooks/00_what.ipynb) ![loss](figures/tiny/00_loss.png)"

@@ -1,0 +1,361 @@
+"""Result files as pages: tables of README.md and docs/ (``publish``), and the study as HTML (``build``).
+
+All words are in docs/templates (jinja2). What stands in README.md between ``<!-- NAME: written by python -m
+lib publish -->`` and ``<!-- end of NAME -->`` comes from the template tables/NAME.md.j2 there. A test holds
+README.md and docs/ equal to what the committed result files give.
+
+The HTML pages need no network: formulas are MathML, figures are frames of their own files, which share one
+copy of plotly. Scripts run in those frames only.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import html
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+
+from ..labels import CATEGORIES
+from ..runs import Progress, write_text
+from ..settings import ROOT, UserError
+
+TEMPLATES = ROOT / "docs" / "templates"
+EMBEDDED, REAL = ("tiny", "tiny_large"), ("smol",)  # pairs; notebook 06 writes to the folder of the largest
+# page -> template
+PAGES = {
+    "docs/results.md": "results.md.j2",
+    "docs/scoreboard.md": "scoreboard.md.j2",
+    "docs/scoreboard_smol.md": "scoreboard_smol.md.j2",
+    "docs/robustness_smol.md": "robustness_smol.md.j2",
+}
+# mean cosine with the matches under other seeds from which a feature counts as the same; notebook 03 predicts
+# with it
+SAME_FEATURE = 0.7
+_BLOCK = re.compile(r"<!-- (\w+): written by python -m lib publish -->\n.*?<!-- end of \1 -->", re.DOTALL)
+
+
+# --- numbers as text ----------------------------------------------------------------------------------------
+
+
+def number(metric: Mapping | None) -> str:
+    """A metric {value, ci, ...} with two decimals and its interval."""
+    if metric is None or metric["value"] is None:
+        return "not measured"
+    low, high = metric["ci"] or (None, None)
+    interval = f" [{low:.2f}, {high:.2f}]" if None not in (low, high) else ""
+    return f"**{metric['value']:.2f}**{interval}"
+
+
+def interval(row: Mapping, name: str, prefix: str | None = None) -> str:
+    """The column ``name`` of a CSV row with its bounds, ``<prefix>_low`` and ``<prefix>_high``; the prefix is
+    the name, or "" for the columns low and high.
+    """
+    low, high = (f"{name if prefix is None else prefix}_{bound}".strip("_") for bound in ("low", "high"))
+    return number({"value": float(row[name]), "ci": [float(row[low]), float(row[high])]})
+
+
+def figure(value: float) -> str:
+    """Three digits, or a whole number from a thousand on."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def decimals(value: str | float, places: int = 2) -> str:
+    return f"{float(value):.{places}f}"
+
+
+def median(values: Sequence[str]) -> str:
+    return decimals(statistics.median(float(value) for value in values if value))
+
+
+def cell(text) -> str:
+    """Text in a cell of a Markdown table."""
+    return str(text).replace("|", "\\|")
+
+
+# --- what templates may ask for -----------------------------------------------------------------------------
+
+
+class Sources:
+    """The result files below a folder, as the templates see them."""
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self.root = root
+
+    def text(self, path: str) -> str:
+        if not (self.root / path).is_file():
+            raise UserError(f"{path} is missing: run the notebook or the benchmark that writes it first")
+        return (self.root / path).read_text(encoding="utf-8")
+
+    def json(self, path: str) -> dict:
+        return json.loads(self.text(path))
+
+    def csv(self, path: str) -> list[dict]:
+        return list(csv.DictReader(self.text(path).splitlines()))
+
+    def results(self, pairs: Sequence[str], notebook: str) -> dict:
+        """The content of NN.json, of the first pair that has it."""
+        for pair in pairs:
+            path = f"figures/{pair}/results/{notebook}.json"
+            if (self.root / path).is_file():
+                return self.json(path)
+        raise UserError(
+            f"{notebook}.json is missing in figures/{pairs[0]}/results: run make figures ONLY={notebook}"
+            " first"
+        )
+
+    def tiny(self, notebook: str, name: str) -> str:
+        """A number of the embedded pair."""
+        return number(self.results(EMBEDDED, notebook)["metrics"].get(name))
+
+    def smol(self, notebook: str, name: str) -> str:
+        """A number of the real pair."""
+        return number(self.results(REAL, notebook)["metrics"].get(name))
+
+    def speed(self, name: str) -> dict:
+        content = self.json("benchmarks/results.json")
+        if name not in content:
+            raise UserError(f"{name} is missing in benchmarks/results.json: run make bench PEERS=1 first")
+        return content[name]
+
+    def boards(self, pairs: Sequence[str]) -> dict[str, list[dict]]:
+        """The predictions of every notebook that has some: {number: rows}."""
+        files = [f for p in pairs for f in (self.root / "figures" / p / "results").glob("[0-9][0-9].json")]
+        boards = {}
+        for file in sorted(files, key=lambda file: file.name):
+            content = self.json(file.relative_to(self.root).as_posix())
+            if table := content["tables"].get("scoreboard"):
+                boards[file.stem] = [dict(zip(table["columns"], row)) for row in table["rows"]]
+        return boards
+
+    def standing(self) -> list[dict]:
+        """For each category: does its feature foretell, lie above the null, come back under other seeds, say
+        more than a token, and does removing the category's features cost accuracy, by more than random
+        directions of equal norm do, and than as many features that fire as often (intervals apart)?
+        """
+        inspected, removed = (self.results(EMBEDDED, notebook) for notebook in ("03", "04"))
+        metrics = inspected["metrics"] | removed["metrics"]
+        status, verdicts = (
+            [dict(zip(table["columns"], row)) for row in table["rows"]]
+            for table in (inspected["tables"][name] for name in ("status", "token_verdicts"))
+        )
+        nothing = {"value": None, "ci": None}
+        rows = []
+        for category in CATEGORIES:
+            names = (category, "random", f"matched_in_traces_{category}")
+            cost, *controls = (metrics.get(f"ablate_accuracy_{name}") or nothing for name in names)
+            beyond = [bool(cost["ci"] and m["ci"] and cost["ci"][1] < min(0, m["ci"][0])) for m in controls]
+            above = next(r["above the null"] for r in status if r["category"] == category)
+            verdict = next(
+                r["verdict"] for r in verdicts if (r["category"], r["where"]) == (category, "before")
+            )
+            stability = metrics.get(f"stable_{category}") or nothing
+            rows.append(
+                {
+                    "category": category,
+                    "auroc": metrics[f"auroc_{category}"],
+                    "above_null": above,
+                    "stability": stability,
+                    "verdict": verdict,
+                    "cost": cost,
+                    "beyond_random": beyond[0],
+                    "beyond_matched": beyond[1],
+                    "all": above
+                    and (stability["value"] or 0) >= SAME_FEATURE
+                    and verdict == "more than a token"
+                    and all(beyond),
+                }
+            )
+        return rows
+
+
+def render(template: str, root: Path = ROOT, **values) -> str:
+    """A template with the result files below ``root``. UserError names the file or number that is missing."""
+    sources = Sources(root)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {f.__name__: f for f in (number, interval, figure, decimals, median, cell)}
+    environment.globals |= {
+        "categories": CATEGORIES,
+        "same_feature": SAME_FEATURE,
+        "embedded": EMBEDDED,
+        "real": REAL,
+        "sources": sources,
+        **{name: getattr(sources, name) for name in ("tiny", "smol", "speed", "json", "csv")},
+    }
+    return environment.get_template(template).render(**values)
+
+
+def with_tables(text: str, root: Path = ROOT) -> str:
+    """README text in which every block between markers is what its template gives."""
+
+    def replaced(match: re.Match) -> str:
+        name = match[1]
+        begin = f"<!-- {name}: written by python -m lib publish -->"
+        return f"{begin}\n{render(f'tables/{name}.md.j2', root)}<!-- end of {name} -->"
+
+    return _BLOCK.sub(replaced, text)
+
+
+def pages(root: Path = ROOT) -> dict[str, str]:
+    """Every page that is written from results: {path below the repository: text}."""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    return {
+        "README.md": with_tables(readme, root),
+        **{page: render(template, root) for page, template in PAGES.items()},
+    }
+
+
+def publish(root: Path = ROOT) -> None:
+    """Write README.md's tables and the pages in docs/ anew."""
+    for page, text in pages(root).items():
+        write_text(root / page, text)
+
+
+# --- the study as HTML --------------------------------------------------------------------------------------
+
+DOCS = ("glossary", "results", "scoreboard", "scoreboard_smol", "robustness_smol", "costs", "cluster")
+_NAME = re.compile(r"\"(\d\d_\w+)\"")
+_MATH = re.compile(r"```.*?```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL)
+_LINK = re.compile(r'(href|src)="([^"#:]+)(#[^"]*)?"')
+_SIZE = re.compile(r'style="height:(\d+)px; width:(\d+)px;"')
+
+
+def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
+    """Write the study as HTML below ``out`` (which is replaced) from what stands in ``root``; returns the
+    number of pages.
+
+    UserError if there are no executed notebooks or no figures, or if ``out`` holds something else.
+    """
+    from nbconvert.filters import markdown2html
+    from plotly.offline import get_plotlyjs
+
+    notebooks = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    figures = {
+        f"{pair}/{f.stem}": f
+        for pair in EMBEDDED + REAL
+        for f in sorted((root / "figures" / pair).glob("*.html"))
+    }
+    if not notebooks or not figures:
+        raise UserError("there are no notebooks or no figures to report on: run make figures first")
+    if out.exists() and any(out.iterdir()) and not (out / "report.css").is_file():
+        raise UserError(f"{out} is not empty and not a report: choose another folder with --out")
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "figures").mkdir(parents=True)
+    write_text(out / "report.css", (TEMPLATES / "report.css").read_text() + _code_colours())
+    write_text(out / "figures" / "plotly.min.js", get_plotlyjs())
+    for name, file in figures.items():
+        (out / "figures" / name).parent.mkdir(exist_ok=True)
+        text = file.read_text(encoding="utf-8").replace('src="plotly.min.js"', 'src="../plotly.min.js"')
+        titled = text.replace("<head>", f"<head><title>{html.escape(file.stem)}</title>", 1)
+        write_text(out / "figures" / f"{name}.html", titled)
+    docs = [name for name in DOCS if (root / "docs" / f"{name}.md").is_file()]
+    places = {"README.md": "index.html"}  # file of the repository -> file of the report
+    places |= {f"notebooks/{n.name}": f"notebooks/{n.stem}.html" for n in notebooks}
+    places |= {f"docs/{name}.md": f"docs/{name}.html" for name in docs}
+    for picture in [*(root / "figures").glob("*/*.png"), *(root / "docs").glob("*.svg")]:
+        place = picture.relative_to(root)
+        if place.parts[0] == "docs" or place.parts[1] in EMBEDDED + REAL:
+            (out / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(picture, out / place)
+            places[place.as_posix()] = place.as_posix()
+    pictured = [name for name, file in figures.items() if file.with_suffix(".png").is_file()]
+    gallery = {pair: [n for n in pictured if n.startswith(f"{pair}/")] for pair in EMBEDDED + REAL}
+    links = [(n.stem[:2], places[f"notebooks/{n.name}"]) for n in notebooks]
+    links += [(name.replace("_", " "), places[f"docs/{name}.md"]) for name in docs[:4]]
+    with Progress("pages", len(places)) as progress:
+        written = 0
+        for source, target in places.items():
+            if not target.endswith(".html"):
+                continue
+            if source.endswith(".ipynb"):
+                body, title = from_notebook(root / source, figures)
+            else:
+                text = (root / source).read_text(encoding="utf-8")
+                title, body = text.split("\n")[0].lstrip("# "), markdown2html(with_mathml(text))
+            if source == "README.md":
+                body += render("gallery.html.j2", root, gallery=gallery)
+            up = "../" * (len(Path(target).parts) - 1)
+            page = render("page.html.j2", root, title=title, up=up, links=links, body=body)
+            (out / target).parent.mkdir(exist_ok=True)
+            write_text(out / target, _LINK.sub(functools.partial(_link, source, up, places, out), page))
+            progress.update(written := written + 1)
+    return written
+
+
+def from_notebook(file: Path, figures: Mapping[str, Path]) -> tuple[str, str]:
+    """(HTML, title) of an executed notebook. ``figures``: {pair/name: file}; a picture whose cell names one
+    of them becomes a frame of it.
+    """
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    notebook = nbformat.read(file, as_version=4)
+    lines = [line for c in notebook.cells for line in c.source.split("\n")]
+    title = next(line for line in lines if line.startswith("# ")).lstrip("# ")
+    for content in notebook.cells:
+        if content.cell_type == "markdown":
+            content.source = with_mathml(content.source)
+            continue
+        named = (f"{pair}/{name}" for name in _NAME.findall(content.source) for pair in EMBEDDED + REAL)
+        places = iter(dict.fromkeys(place for place in named if place in figures))
+        for output in content.outputs:
+            if "image/png" not in output.get("data", {}):
+                continue
+            place = next(places, None)
+            values = {
+                "words": output.data.get("text/plain", "figure"),
+                "png": output.data["image/png"].strip(),
+            }
+            if place:
+                size = _SIZE.search(figures[place].read_text(encoding="utf-8")) or (0, 440, 760)
+                values |= {"place": f"../figures/{place}.html", "size": [int(size[i]) + 20 for i in (2, 1)]}
+            output.data = nbformat.from_dict({"text/html": render("figure.html.j2", **values)})
+    return HTMLExporter(template_name="basic").from_notebook_node(notebook)[0], title
+
+
+def with_mathml(text: str) -> str:
+    """Markdown in which formulas between dollar signs are MathML; code is left alone."""
+    from latex2mathml.converter import convert
+
+    def drawn(match: re.Match) -> str:
+        formula = match["block"] or match["inline"]
+        if formula is None:
+            return match[0]
+        return convert(formula, display="block" if match["block"] else "inline").replace("\n", " ")
+
+    return _MATH.sub(drawn, text)
+
+
+def _code_colours() -> str:
+    from pygments.formatters import HtmlFormatter
+
+    light, dark = (HtmlFormatter(style=s).get_style_defs(".highlight") for s in ("default", "monokai"))
+    light = light.replace(".highlight { background: #f8f8f8; }", "")
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n.highlight {{ background: none }}\n}}\n"
+
+
+def _link(source: str, up: str, places: Mapping[str, str], out: Path, match: re.Match) -> str:
+    """An address of the page made from ``source``: the report's own file, or none if the report lacks it."""
+    attribute, address, anchor = match[1], match[2], match[3] or ""
+    if address in (f"{up}report.css", *(f"{up}{target}" for target in places.values())):
+        return match[0]  # the page's own frame
+    parts: list[str] = []
+    for part in f"{Path(source).parent.as_posix()}/{address}".split("/"):
+        parts = parts[:-1] if part == ".." else parts + [part] * (part not in ("", "."))
+    place = "/".join(parts)
+    if place in places or (place.startswith("figures/") and (out / place).is_file()):
+        return f'{attribute}="{up}{places.get(place, place)}{anchor}"'
+    return f'title="{html.escape(place)} in the repository"' if attribute == "href" else match[0]

@@ -1,0 +1,195 @@
+"""Every number in README's and docs' tables comes from a result file."""
+
+import json
+import re
+
+import pytest
+
+from lib.labels import CATEGORIES
+from lib.settings import ROOT, UserError
+from lib.tools import publish
+
+
+@pytest.mark.parametrize("page", ["README.md", *publish.PAGES])
+def test_committed_pages_show_the_committed_results(page):
+    assert publish.pages()[page] == (ROOT / page).read_text(), "run: python -m lib publish"
+
+
+def test_every_template_of_a_table_is_shown_somewhere():
+    shown = "\n".join(publish.pages().values()) + "".join(
+        p.read_text() for p in publish.TEMPLATES.glob("*.j2")
+    )
+    for file in (publish.TEMPLATES / "tables").glob("*.j2"):
+        name = file.name.removesuffix(".md.j2")
+        assert f"tables/{file.name}" in shown or f"<!-- {name}: written" in shown, f"nobody shows {file.name}"
+
+
+def metric(value, low=None, high=None):
+    return {"value": value, "ci": None if low is None else [low, high], "n": 9}
+
+
+def put(root, path, content):
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def test_blocks_of_a_text_are_replaced_and_nothing_else(tmp_path):
+    put(tmp_path, "benchmarks/results.json", {})
+    put(tmp_path, "benchmarks/machine.json", {})
+    begin, end = "<!-- speed: written by python -m lib publish -->", "<!-- end of speed -->"
+    with pytest.raises(UserError, match="step_vs_dense_small is missing .* make bench"):
+        publish.with_tables(f"a\n{begin}\nold\n{end}\nb", tmp_path)
+    text = publish.with_tables(f"a\n{begin}\nold\n{end}\nb\n{begin}\n{end}")
+    assert text.startswith(f"a\n{begin}\n| what |") and "|\n\nOn " in text and text.count(end) == 2
+    assert "old" not in text and f"\n{end}\nb\n{begin}\n| what" in text and text.endswith(end)
+    assert publish.with_tables("no block <!-- speed -->") == "no block <!-- speed -->"
+
+
+def test_a_scoreboard_of_hand_written_results(tmp_path):
+    board = {
+        "columns": ["prediction", "observed", "held"],
+        "rows": [["a | b", "0.5", "yes"], ["null: c", "", "undecided"]],
+    }
+    put(tmp_path, "figures/tiny/results/02.json", {"tables": {"scoreboard": board}})
+    put(tmp_path, "figures/tiny/results/05.json", {"tables": {}})
+    put(tmp_path, "figures/tiny_large/results/06.json", {"tables": {"scoreboard": board}})
+    text = publish.render("scoreboard.md.j2", tmp_path)
+    assert "(2 held, 0 did\nnot, 2 could not be decided), for the embedded pair" in text
+    assert "## Notebook 02" in text and "## Notebook 06" in text and "Notebook 05" not in text
+    assert "| a \\| b | 0.5 | yes |\n| null: c |  | undecided |\n" in text
+
+
+def test_numbers_of_the_pairs_and_what_is_missing(tmp_path):
+    template = (publish.TEMPLATES / "tables" / "results.md.j2").read_text()
+    asked = re.findall(r'tiny\("(\d\d)", "(\w+)"\)', template)
+    for notebook in {notebook for notebook, _ in asked}:
+        metrics = {name: metric(0.5, 0.25, 0.75) for number, name in asked if number == notebook}
+        pair = "tiny_large" if notebook == "06" else "tiny"
+        put(tmp_path, f"figures/{pair}/results/{notebook}.json", {"metrics": metrics})
+    text = publish.render("tables/results.md.j2", tmp_path)
+    assert "distilled, thinking **0.50** [0.25, 0.75]" in text and "not measured" not in text
+    put(tmp_path, "figures/tiny/results/00.json", {"metrics": {}})
+    assert "distilled, thinking not measured" in publish.render("tables/results.md.j2", tmp_path)
+    (tmp_path / "figures/tiny/results/05.json").unlink()
+    with pytest.raises(
+        UserError, match="05.json is missing in figures/tiny/results: run make figures ONLY=05"
+    ):
+        publish.render("tables/results.md.j2", tmp_path)
+
+
+def test_how_numbers_are_written():
+    assert publish.number(metric(0.125, -1, 2)) == "**0.12** [-1.00, 2.00]"
+    assert publish.number({"value": 1, "ci": [None, None]}) == publish.number(metric(1)) == "**1.00**"
+    assert publish.number(None) == publish.number(metric(None)) == "not measured"
+    row = {"x": "0.5", "x_low": "0", "x_high": "1", "low": "0.25", "high": "0.75"}
+    assert publish.interval(row, "x") == "**0.50** [0.00, 1.00]"
+    assert publish.interval(row, "x", "") == "**0.50** [0.25, 0.75]"
+    assert [publish.figure(x) for x in (12345.6, 0.01234, 2)] == ["12,346", "0.0123", "2"]
+    assert publish.median(["1", "", "3", "2"]) == "2.00" and publish.cell("a|b") == "a\\|b"
+
+
+def test_standing_is_judged_by_intervals(tmp_path):
+    status = {"columns": ["category", "above the null"], "rows": [[c, c == "deduction"] for c in CATEGORIES]}
+    verdicts = {
+        "columns": ["category", "where", "verdict"],
+        "rows": [
+            [c, w, "token feature" if w == "marker" else "more than a token"]
+            for c in CATEGORIES
+            for w in ("marker", "before")
+        ],
+    }
+    inspected = {f"auroc_{c}": metric(0.9, 0.8, 1) for c in CATEGORIES}
+    tables = {"status": status, "token_verdicts": verdicts}
+    put(tmp_path, "figures/tiny/results/03.json", {"metrics": inspected, "tables": tables})
+    costs = {
+        "reflection": metric(-0.3, -0.4, -0.2),
+        "deduction": metric(-0.1, -0.2, 0.01),
+        "random": metric(0, -0.02, 0.02),
+        "matched_in_traces_reflection": metric(-0.2, -0.25, -0.15),
+    }
+    removed = {f"ablate_accuracy_{name}": m for name, m in costs.items()}
+    put(tmp_path, "figures/tiny/results/04.json", {"metrics": removed})
+    text = publish.render("tables/standing.md.j2", tmp_path)
+    reflection, deduction, alternative, _ = text.splitlines()[2:6]
+    assert reflection == (
+        "| reflection | **0.90** [0.80, 1.00] | no | not measured | yes |"
+        " **-0.30** [-0.40, -0.20] | yes / no |"
+    )
+    assert (
+        deduction.endswith("| **-0.10** [-0.20, 0.01] | no / no |") and "| yes | not measured |" in deduction
+    )
+    assert alternative.endswith("| not measured | no / no |")
+    assert text.endswith("\n0 of 4 pass all of these (to come back: a mean cosine of at least 0.7).\n")
+
+
+def test_what_was_learnt_has_a_column_per_model(tmp_path):
+    names = ("loss_traces", "thinks", "closes", "waits_per_1000", "accuracy")
+    measured = {name: metric(0.25, 0.125, 0.5) for name in names}
+    models = {"base": measured, "null_a": {**measured, "thinks": metric(None)}}
+    put(tmp_path, "data/pairs/smol/evaluation.json", models)
+    lines = publish.render("tables/learnt.md.j2", tmp_path).splitlines()
+    assert lines[0].endswith("| base | null_a |") and len(lines) == 2 + len(names)
+    assert "| answers that begin with a thought | **0.25** [0.12, 0.50] | not measured |" in lines
+
+
+def test_the_lexicon_is_shown_by_reading_and_by_held_out_annotations(tmp_path):
+    numbers = (
+        "precision,precision_low,precision_high,precision_base,recall,recall_low,recall_high,recall_base"
+    )
+    values = "0.5,0.25,0.75,0.1,0.6,0.5,0.7,0.2"
+    put(tmp_path, "data/labelled/sentences_agreement.csv", f"category,{numbers}\ncontrast,{values}\n")
+    rows = [
+        f"{c},{u},{h},{values}"
+        for c in ("deduction ~ deduction", "turn ~ backtracking")
+        for u in ("sentence", "first of section")
+        for h in ("development", "held out", "all")
+    ]
+    annotated = "\n".join([f"comparison,unit,half,{numbers}", *rows]) + "\n"
+    put(tmp_path, "data/labelled/annotated_agreement.csv", annotated)
+    shown = "**0.50** [0.25, 0.75] | 0.10 | **0.60** [0.50, 0.70] | 0.20 |"
+    assert publish.render("tables/lexicon.md.j2", tmp_path).splitlines()[2:] == [
+        f"| contrast, 100 sentences of our own traces labelled by reading | {shown}",
+        f"| deduction against annotated deduction, sentences of held-out annotated traces | {shown}",
+    ]
+
+
+def test_speed_from_hand_written_results(tmp_path):
+    template = (publish.TEMPLATES / "tables" / "speed.md.j2").read_text()
+    names = re.findall(r'row\(".*?", "(\w+)"', template)
+    put(
+        tmp_path,
+        "benchmarks/results.json",
+        {name: {"value": 12345.6, "low": 0.01234, "high": 2, "n": 3} for name in names},
+    )
+    machine = {"processor": "P", "cores": 2, "memory_gb": 3, "bfloat16_instructions": False}
+    put(tmp_path, "benchmarks/machine.json", machine | {"versions": {"torch": "2"}})
+    text = publish.render("tables/speed.md.j2", tmp_path)
+    assert len(names) > 10 and "| **12,346** times | 0.0123 to 2 | at least 8 |" in text
+    assert text.endswith("On P, 2 cores, without bfloat16 instructions, 3 GB; torch 2.\n")
+
+
+def test_the_benchmarks_results_are_complete():
+    """Medians within their quartiles, and as many as other tools expect."""
+    found = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    expected = {
+        "step_vs_dense_small",
+        "step_vs_dense_large",
+        "step_vs_sparsify_small",
+        "step_vs_dense_tuned_small",
+        "memory_vs_dense_large",
+        "harvest_vs_limit",
+        "harvest_vs_full_forward",
+        "read_pairs_per_second",
+        "wait_share",
+        "generate_vs_single",
+        "generate_vs_condition",
+        "accelerate_loss_difference",
+        "world_size",
+    }
+    assert expected <= set(found)
+    for name, entry in found.items():
+        assert (
+            set(entry) == {"value", "low", "high", "n"}
+            and entry["low"] <= entry["value"] <= entry["high"]
+            and entry["n"] >= 1
+        ), name
