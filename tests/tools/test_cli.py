@@ -17,7 +17,7 @@ COMMANDS = sorted(typer.main.get_command(cli.app).commands)
 def test_help_names_every_command_in_one_line(capsys):
     assert cli.main(["--help"]) == 0
     lines = capsys.readouterr().out.split("Commands:\n")[1].splitlines()
-    assert len(lines) == len(COMMANDS) >= 15
+    assert len(lines) == len(COMMANDS) > 10
     for line in lines:
         name, words = line.split(maxsplit=1)
         assert name in COMMANDS and words.endswith(".") and not words.endswith(".."), line
