@@ -27,7 +27,7 @@ from ..runs import Progress, write_text
 from ..settings import ROOT, UserError
 
 TEMPLATES = ROOT / "docs" / "templates"
-EMBEDDED, REAL = ("tiny", "tiny_large"), ("smol",)  # pairs; notebook 06 writes to the folder of the largest
+EMBEDDED, REAL = ("tiny",), ("smol",)  # pairs whose results are committed
 # page -> template
 PAGES = {
     "docs/results.md": "results.md.j2",
