@@ -75,7 +75,7 @@ def command(store, config, folder, *more, processes=2) -> list[str]:
 
 def run(*words, **options):
     return subprocess.run(
-        command(*words, **options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        command(*words, **options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
 
 
@@ -120,7 +120,7 @@ def test_two_processes_train_what_one_does(store, alone, tmp_path, share):
 
 
 def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(store, alone, tmp_path):
-    words = command(store, CONFIG, tmp_path, "--processes", 2, "--checkpoint-seconds", 0, "--timeout", 60)
+    words = command(store, CONFIG, tmp_path, "--processes", 2, "--checkpoint-seconds", 0, "--timeout", 120)
     with subprocess.Popen(
         words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as running:
@@ -130,8 +130,8 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(store, 
         (worker,) = (p for p in psutil.Process(running.pid).children() if p.environ()["RANK"] == "1")
         began = time.monotonic()
         worker.send_signal(signal.SIGKILL)
-        said = running.communicate(timeout=60)[1]
-    assert running.returncode != 0 and time.monotonic() - began < 60
+        said = running.communicate(timeout=300)[1]
+    assert running.returncode != 0 and time.monotonic() - began < 300
     (sentence,) = re.findall("training ended: (.*)", said)
     assert "process 0 of 2" in sentence and "another" in sentence and "SIGKILL" in said
     kept = int(
