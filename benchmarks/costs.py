@@ -10,10 +10,14 @@ beyond its forward passes.
 
 Per token, with D the widths of all models together, F features, k of them active::
 
-    harvest         2 * parameters of the layers that run + 4 * width * context / 2 a layer for attention, for each model
-    sparse step     2 D F + 8 D k     the encoder's product over all features; decoder and gradients over the active ones
-    dense step      10 D F            forward, gradient of the code, gradients of both weights: five dense products
-    either, a step  Adam passes over 2 D F parameters: reads weight, gradient, both moments, writes all but the gradient
+    harvest         2 * parameters of the layers that run + 4 * width * context / 2 a layer for attention, for
+                    each model
+    sparse step     2 D F + 8 D k     the encoder's product over all features; decoder and gradients over the
+                    active ones
+    dense step      10 D F            forward, gradient of the code, gradients of both weights: five dense
+                    products
+    either, a step  Adam passes over 2 D F parameters: reads weight, gradient, both moments, writes all but
+                    the gradient
 """
 
 from __future__ import annotations

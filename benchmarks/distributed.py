@@ -8,8 +8,10 @@ seed. Records, in results.json:
 
     accelerate_loss_difference           two processes that share out rows
     accelerate_loss_difference_features  two processes that share out features
-    rounding_loss_difference             one process, its first encoder changed by a ten-millionth part: what rounding alone can do
-    world_size                           number of processes that trained: they count themselves, and the manifest says it
+    rounding_loss_difference             one process, its first encoder changed by a ten-millionth part: what
+                                         rounding alone can do
+    world_size                           number of processes that trained: they count themselves, and the
+                                         manifest says it
 
 Most runs agree in seven digits. In some, two entries at BatchTopK's border are so alike that rounding decides
 between them; Adam makes much of a rare feature's one gradient, and 100 steps later losses differ by a
@@ -97,11 +99,12 @@ def together(store: Store, config: TrainConfig, folder: Path, share: str) -> tup
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
+    seeds = parser.parse_args().seeds
     torch.set_num_threads(1)
     found, sizes = {"rows": [], "features": [], "rounding": []}, []
     with tempfile.TemporaryDirectory() as scratch:
         store = toy_store(scratch, TOKENS, WIDTHS)
-        for seed in range(parser.parse_args().seeds):
+        for seed in range(seeds):
             config = TrainConfig(
                 n_features=512, k=8, tokens=STEPS * BATCH, batch_size=BATCH, dead_after=0.05, seed=seed
             )

@@ -7,8 +7,10 @@ The distilled model of the pair "tiny" thinks about test puzzles, sampled at tem
 steered along a feature of the default run where there is one, else along a fixed random direction; no
 artefact is needed. Recorded are
 
-    generate_vs_single       seconds per thought one at a time, by seconds per thought of conditions together; 10 is wanted
-    generate_vs_condition    seconds of one left-padded batch for each condition, by seconds of conditions together; at least 0.9
+    generate_vs_single       seconds per thought one at a time, by seconds per thought of conditions together;
+                             10 is wanted
+    generate_vs_condition    seconds of one left-padded batch for each condition, by seconds of conditions
+                             together; at least 0.9
 
 Both others are nnsight's ``generate`` as it comes: the cache of transformers, every row to the end of the
 longest. One at a time is timed on some thoughts of each round only (``--single``), evenly spread over puzzles

@@ -4,8 +4,10 @@
 
 Three ways of reading the same documents with the same pair, in turns:
 
-    harvest  ``lib.activations.harvest_activations`` into a fresh folder: nnsight, norms, masks, statistics, checksums, everything written
-    limit    the same batches through both models in plain PyTorch, stopped by a hook at the layer; nothing is kept
+    harvest  ``lib.activations.harvest_activations`` into a fresh folder: nnsight, norms, masks, statistics,
+             checksums, everything written
+    limit    the same batches through both models in plain PyTorch, stopped by a hook at the layer; nothing is
+             kept
     full     the same batches through both models to the end, logits included
 
 for a pair of SmolLM2-135M's shape with random weights (Llama, 30 layers, width 576, 49,152 ids; documents of
@@ -21,6 +23,7 @@ text is tokenised. Records, in results.json, with ``_tiny`` for the embedded pai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -105,10 +108,8 @@ def to_the_layer(models: dict[str, PreTrainedModel], ids: list[torch.Tensor]) ->
     for model in models.values():
         hook = decoder_layers(model)[half_depth(model)].register_forward_hook(stop)
         for batch in ids:
-            try:
+            with contextlib.suppress(_Stop):
                 model(input_ids=batch, use_cache=False)
-            except _Stop:
-                pass
         hook.remove()
 
 

@@ -6,10 +6,12 @@ ever wait for it?
 Writes a synthetic store of two models of width 512 in float16 into a temporary folder. Before every round the
 files are dropped from the system's cache, as far as one may without being root. Records, in results.json:
 
-    read_pairs_per_second          of ``Store.reader``, a whole epoch: float32 activations of both models per second
+    read_pairs_per_second          of ``Store.reader``, a whole epoch: float32 activations of both models per
+                                   second
     read_pairs_per_second_by_item  of the memory map, a row at a time
     read_memory_share              largest growth of the process while reading, as a share of the bound
-    wait_share                     share of training's time that is spent waiting for batches (F 16,384, k 50, B 1024)
+    wait_share                     share of training's time that is spent waiting for batches (F 16,384, k 50,
+                                   B 1024)
 """
 
 from __future__ import annotations
@@ -123,7 +125,7 @@ def forget(folder: Path) -> None:
 
 
 def resident() -> int:
-    """Anonymous memory of this process in bytes: what it holds itself, without files of the system's cache."""
+    """Anonymous memory of this process in bytes: its own, without files in the system's cache."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 
@@ -139,7 +141,7 @@ def reading(store: Store, memory: int, rounds: int) -> None:
         item_seconds = time.perf_counter() - began
         forget(store.path)
         before, peak, count, began = resident(), 0, 0, time.perf_counter()
-        for rows, acts in store.reader("train", BATCH, seed=0, epoch=number + 1, memory=memory):
+        for rows, acts in store.reader("train", BATCH, seed=0, epoch=number + 1, memory=memory):  # noqa: B007
             count, peak = count + len(rows), max(peak, resident())
         seconds = time.perf_counter() - began
         assert count == store.count("train") and np.array_equal(row_numbers(acts[1]), rows)

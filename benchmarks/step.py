@@ -1,18 +1,24 @@
 """One training step: ours against the dense one of public trainers, and against eai-sparsify where it is
 installed.
 
-    python -m benchmarks.step                 # make bench; with PEERS=1 in an environment that has eai-sparsify too
+    python -m benchmarks.step                 # make bench; with PEERS=1 in an environment that has eai-
+                                              sparsify too
 
 The whole step is timed: encoding, selection, loss, gradients, clipping, optimiser, and for ours what training
 keeps count of. Batches are Gaussian, so that nearly every feature fires in each of them: for sparse products
 the hardest case. Dead features, whose auxiliary loss only ours has, do not occur. Recorded are
 
-    step_vs_dense_small, step_vs_dense_large    the dense step as it is published (float32, default Adam), by ours in bfloat16
-    step_vs_dense_tuned_small                   the dense step with bfloat16 autocast and a fused Adam, by ours in bfloat16
-    step_vs_sparsify_small                      eai-sparsify's fused kernels in float32, with a fused Adam, by ours in bfloat16
+    step_vs_dense_small, step_vs_dense_large    the dense step as it is published (float32, default Adam), by
+                                                ours in bfloat16
+    step_vs_dense_tuned_small                   the dense step with bfloat16 autocast and a fused Adam, by
+                                                ours in bfloat16
+    step_vs_sparsify_small                      eai-sparsify's fused kernels in float32, with a fused Adam, by
+                                                ours in bfloat16
     step_vs_sparsify_autocast_small             the same with bfloat16 autocast
-    step_vs_dense_equal_small                   the dense step in float32 with a fused Adam, by ours in float32
-    memory_vs_dense_large                       peak memory of ours by that of the dense step; at most 1 is wanted
+    step_vs_dense_equal_small                   the dense step in float32 with a fused Adam, by ours in
+                                                float32
+    memory_vs_dense_large                       peak memory of ours by that of the dense step; at most 1 is
+                                                wanted
 """
 
 from __future__ import annotations

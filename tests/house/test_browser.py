@@ -42,10 +42,12 @@ STATE = """() => {
   if (typeof jupyterapp === 'undefined') return null;
   const panel = jupyterapp.shell.currentWidget;
   if (!panel || !panel.content || !panel.content.model || !panel.sessionContext) return null;
-  const cells = panel.content.widgets.filter(w => w.model.type === 'code' && w.model.sharedModel.getSource().trim());
+  const isCode = w => w.model.type === 'code' && w.model.sharedModel.getSource().trim();
+  const cells = panel.content.widgets.filter(isCode);
   return {kernel: panel.sessionContext.session?.kernel?.status,
           run: cells.filter(w => w.model.executionCount !== null).length, cells: cells.length,
-          errors: cells.flatMap(w => w.model.outputs.toJSON().filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue))};
+          errors: cells.flatMap(w => w.model.outputs.toJSON())
+            .filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)};
 }"""
 
 
@@ -153,7 +155,8 @@ def drawn(page) -> int:
     page.wait_for_function(
         """() => {
       const figures = [...document.querySelectorAll('.jp-RenderedPlotly')];
-      figures.forEach(f => f.querySelector('.main-svg') || f.querySelector('.plot-img')?.dispatchEvent(new Event('mouseenter')));
+      figures.forEach(f => f.querySelector('.main-svg')
+        || f.querySelector('.plot-img')?.dispatchEvent(new Event('mouseenter')));
       return figures.length && figures.every(f => f.querySelector('.main-svg'));
     }""",
         polling=1000,

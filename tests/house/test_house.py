@@ -29,7 +29,6 @@ FACES_TO_COME = ["distil", "geometry", "steering", "text", "tools"]
 NOTEBOOKS_TO_COME = ["00", "04", "05"]
 LIGHT_TO_COME = []  # modules that opening a store still loads
 NOT_CLEAN_YET = [
-    "benchmarks",
     "lib/distil",
     "lib/figures.py",
     "lib/results.py",

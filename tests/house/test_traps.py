@@ -5,7 +5,8 @@ The vocabularies have the layout of Qwen2.5-Math and R1-Distill-Qwen: the same b
 ids follow, seven of which mean other things in the two. One is trained here and always tested. The other is
 Qwen's own, from a package that has it (minutes); for it:
 
-    pip download --no-deps dashscope==2.0.2      # unzip it, and give the file as QWEN_TIKTOKEN=.../dashscope/resources/qwen.tiktoken
+    pip download --no-deps dashscope==2.0.2
+    # unzip it, and give the file as QWEN_TIKTOKEN=.../dashscope/resources/qwen.tiktoken
 """
 
 import base64
@@ -257,7 +258,7 @@ def test_seven_ids_differ_and_are_refused_unless_they_are_known(either):
 
 
 def test_unlike_vocabularies_are_refused_with_the_reason(tokenizers, tmp_path):
-    """Same size, other tokens: every forward pass would run, and every comparison would be of unlike texts."""
+    """Same size, other tokens: every forward pass would run, every comparison would be of unlike texts."""
     state = json.loads(tokenizers["bpe"].to_str())
     ids = list(state["model"]["vocab"].values())
     state["model"]["vocab"] = {token: i for token, i in zip(state["model"]["vocab"], [*ids[1:], ids[0]])}
@@ -289,7 +290,7 @@ def test_bos_in_one_of_the_two_does_not_shift_the_pair(either, tmp_path, names):
 
 
 def test_bos_that_only_one_uses_is_not_fed_even_if_both_know_it(tokenizers, tmp_path):
-    """The vocabularies are the same to the id; one tokenizer puts <|endoftext|> in front, the other nothing."""
+    """The vocabularies are the same to the id; one tokenizer puts <|endoftext|> in front, one nothing."""
     bpe = tokenizers["bpe"]
     two = {"base": dressed(bpe, QWEN, QWEN, bos=QWEN[0]), "distilled": dressed(bpe, QWEN, QWEN)}
     assert check_vocabularies(two) == ()
