@@ -120,7 +120,7 @@ def test_two_processes_train_what_one_does(store, alone, tmp_path, share):
 
 
 def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(store, alone, tmp_path):
-    words = command(store, CONFIG, tmp_path, "--processes", 2, "--checkpoint-seconds", 0, "--timeout", 120)
+    words = command(store, CONFIG, tmp_path, "--processes", 2, "--checkpoint-seconds", 0, "--timeout", 600)
     with subprocess.Popen(
         words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as running:

@@ -10,7 +10,6 @@ from scipy import sparse
 from toys import toy_pair, toy_store
 
 from lib.activations import positions as positions_module
-from lib.crosscoder import codes as codes_module
 from lib.crosscoder import exchange, sharing
 from lib.crosscoder import model as model_module
 from lib.crosscoder.codes import SplitCodes
@@ -235,41 +234,6 @@ def toy(tmp_path_factory):
     return store, crosscoder
 
 
-def test_codes_are_those_of_the_crosscoder(toy):
-    store, crosscoder = toy
-    found = codes_module.codes(crosscoder, store, "choose")
-    expected = crosscoder.encode(store.activations(store.rows("choose"))).detach().numpy()
-    assert np.allclose(found.codes.toarray(), expected, atol=1e-6) and found.codes.dtype == np.float32
-    assert np.array_equal(found.rows, store.rows("choose")) and 0 < found.codes.nnz < expected.size
-    alone = codes_module.codes(crosscoder, store, "choose", model="distilled")
-    assert np.allclose(
-        alone.codes.toarray(),
-        crosscoder.encode_from("distilled", store.activations(found.rows)[1]).detach().numpy(),
-        atol=1e-6,
-    )
-
-
-def test_shares_of_the_models_add_up_to_the_encoder(toy):
-    store, crosscoder = toy
-    rows = store.rows("report")[:50]
-    shares = codes_module.encoder_share(crosscoder, store, rows, [3, 7])
-    whole = crosscoder.scaled(store.activations(rows)) @ crosscoder.W_enc.detach()[[3, 7]].T
-    assert np.allclose(shares["base"] + shares["distilled"], whole.numpy(), atol=1e-4)
-
-
-def test_sampled_rows_are_whole_documents(toy):
-    store, _ = toy
-    rows = codes_module.sample_rows(store, "train", 500, seed=1)
-    assert 250 < len(rows) <= 500 and np.array_equal(
-        rows, codes_module.sample_rows(store, "train", 500, seed=1)
-    )
-    everything = store.rows("train")
-    assert np.array_equal(rows, everything[np.isin(store.documents[everything], store.documents[rows])])
-    assert len(codes_module.sample_rows(store, "train", 1)) > 1, "one document at least"
-    with pytest.raises(UserError, match="max_tokens is 0"):
-        codes_module.sample_rows(store, "train", 0)
-
-
 def test_inspect_keeps_what_it_made_and_load_reads_it(toy, tmp_path, monkeypatch):
     store, crosscoder = toy
     made = features.inspect(crosscoder, store, tmp_path / "features", "mark", build_tokenizer())
@@ -456,12 +420,6 @@ def test_wrong_requests_get_one_sentence(toy):
         with pytest.raises(UserError, match="features 0 to 39"):
             model_module.check_feature(crosscoder, wrong)
     assert model_module.check_feature(crosscoder, np.int64(39)) == 39
-    with pytest.raises(UserError, match="same models"):
-        codes_module.codes(CrossCoder([16, 24], 8, ("a", "b"), k=2), store, "report")
-    broken = CrossCoder([16, 24], 8, store.models, k=2)
-    broken.b_enc.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="not finite"):
-        codes_module.codes(broken, store, "report")
 
 
 # --- what is shown ------------------------------------------------------------------------------------------

@@ -48,27 +48,6 @@ def by_hand(base, distilled, documents):
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def test_slots_are_a_pair_of_equal_models():
-    crosscoder = CrossCoder([3, 3], 50, k=8, scales=[0.5, 2.0], variant="l1").requires_grad_(False)
-    acts = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    # the same after each slot's own scale
-    for name, other in (("base", [acts, acts / 4]), ("distilled", [4 * acts, acts])):
-        assert torch.allclose(
-            codes_module.encode_from_one(crosscoder, name, acts, "slots"), crosscoder.encode(other), atol=1e-6
-        )
-    assert not torch.allclose(
-        codes_module.encode_from_one(crosscoder, "base", acts, "slots"),
-        codes_module.encode_from_one(crosscoder, "distilled", acts, "slots"),
-    )
-
-
-def test_slots_need_equal_widths_and_a_known_name():
-    with pytest.raises(UserError, match="widths 3, 4"):
-        codes_module.encode_from_one(CrossCoder([3, 4], 5, k=2), "base", torch.zeros(2, 3), "slots")
-    with pytest.raises(UserError, match="unknown model 'other'"):
-        codes_module.encode_from_one(CrossCoder([3, 3], 5, k=2), "other", torch.zeros(2, 3), "slots")
-
-
 def test_read_gives_every_model_its_own_and_the_joint_code(toy):
     store, crosscoder, rows, slots = toy
     joint = codes_module.codes(crosscoder, store, "report")
