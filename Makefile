@@ -42,7 +42,7 @@ lab: $(STAMP)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
 explore: $(STAMP)
-	@made=$$($(BIN)/python -m lib explore --pair "$(PAIR)" --profile "$(PROFILE)") && $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/$$made $(ARGS)
+	@page=$$($(BIN)/python -m lib explore --pair "$(PAIR)" --profile "$(PROFILE)") && $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/$$page $(ARGS)
 
 report: $(STAMP)
 	@$(BIN)/python -m lib report $(ARGS)
