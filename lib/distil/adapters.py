@@ -37,7 +37,7 @@ from ..runs import whole_files, write_text
 from ..settings import ROOT, NotNegative, Positive, UserError, check, parameters
 from ..text.chat import Trace, encode_trace, read_traces
 from ..text.corpus import hub_items, read_texts
-from .fit import Batch, Place, Window, batches_of, fit, token_losses
+from .fit import Batch, Place, Window, batches_of, claim, fit, token_losses
 
 STAGES = ("distilled", "null_a", "null_b")
 HELD_OUT = 0.05  # share of questions, and of paragraphs, that no adapter sees
@@ -150,15 +150,15 @@ def train(
     stream, base = enumerate(batches(windows, recipe), 1), model.get_base_model().train()
 
     def chunk(place: Place) -> list[Batch]:
-        found, tokens = [], place.tokens
+        part, tokens = [], place.tokens
         for step, batch in stream:
             if step <= place.step:
                 continue  # a run that is resumed has learnt from it
-            found.append(batch)
+            part.append(batch)
             tokens += batch[2]
             if step % STATE_EVERY == 0 or tokens >= min((place.kept + 1) * recipe.keep_every, recipe.tokens):
                 break
-        return found
+        return part
 
     fit(
         folder.name,
@@ -199,14 +199,14 @@ def traces_of(file: Path | None, recipe: Recipe) -> list[Trace]:
     """
     if file:
         return [t for t in read_traces(file) if not held_out(t.question)]
-    found, characters = [], 0
+    traces, characters = [], 0
     for trace in hub_items(HUB_TRACES):
         if not held_out(trace.question):
-            found.append(trace)
+            traces.append(trace)
             characters += len(trace.response)
         if characters > 3 * recipe.tokens:  # two to four characters a token
             break
-    return found
+    return traces
 
 
 def make_adapters(
@@ -233,22 +233,15 @@ def make_adapters(
             " --stages distilled"
         )
     runs = runs or ROOT / "data" / "runs" / f"distil_{pair.name}"
-    runs.mkdir(parents=True, exist_ok=True)
-    recipe_file = runs / "recipe.json"
-    if recipe_file.is_file() and json.loads(recipe_file.read_text()) != asdict(recipe):
-        raise UserError(
-            f"{runs} holds a run with another recipe ({recipe_file.name}): choose another folder with --runs,"
-            " or remove it"
-        )
-    write_text(recipe_file, json.dumps(asdict(recipe), indent=2) + "\n")
+    claim(runs, recipe)
     for stage in stages:
-        own = replace(recipe, seed=recipe.seed + (stage == "null_b"))
-        tokenizer, model = pair.tokenizer("base"), adapted(pair.load("base"), own)
+        seeded = replace(recipe, seed=recipe.seed + (stage == "null_b"))
+        tokenizer, model = pair.tokenizer("base"), adapted(pair.load("base"), seeded)
         if stage == "distilled":
-            windows = trace_windows(traces_of(traces, own), tokenizer, own)
+            windows = trace_windows(traces_of(traces, seeded), tokenizer, seeded)
         else:
-            windows = text_windows((t for t in paragraphs(text) if not held_out(t)), tokenizer, own)
-        train(model, windows, own, runs / stage)
+            windows = text_windows((t for t in paragraphs(text) if not held_out(t)), tokenizer, seeded)
+        train(model, windows, seeded, runs / stage)
         ship(model, runs / stage / "state.pt", out / stage, pair.shown("base"))
     logs = [runs / stage / "log.jsonl" for stage in STAGES]
     write_text(out / "log.jsonl", "".join(log.read_text() for log in logs if log.is_file()))

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..runs import exclusive, read_state, write_state, write_text
+from ..settings import UserError, path_shown
 
 Window = tuple[list[int], list[bool]]  # token ids, and for each whether it is learnt
 Batch = tuple[Tensor, Tensor, int]  # ids and targets [rows, length], and the tokens without padding
@@ -174,6 +175,18 @@ def fit(
                 write_state(folder / f"kept_{place.tokens:09d}.pt", snapshot())
             state = {key: optimiser.copies, "optimizer": optimiser.adam.state_dict(), **asdict(place)}
             write_state(state_file, state)
+
+
+def claim(folder: Path, recipe) -> None:
+    """Write ``folder``/recipe.json. UserError if the folder holds a run with another recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, text = folder / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n"
+    if file.is_file() and json.loads(file.read_text()) != json.loads(text):
+        raise UserError(
+            f"{path_shown(folder)} holds a run with another recipe ({file.name}): choose another folder, or"
+            " remove it"
+        )
+    write_text(file, text)
 
 
 def cut_log(file: Path, tokens: int) -> None:

@@ -39,13 +39,12 @@ from ..settings import NotNegative, Positive, UserError, check, parameters
 from ..text.curriculum import CURRICULUM, LATE_MIX, MID_MIX, base_document, vocabulary
 from ..text.puzzles import EASY_SHARE, ERROR_RATE, Sentence, Teacher, direct, sample_puzzle, sample_question
 from . import trials
-from .fit import Batch, batches_of, fit, token_losses
+from .fit import Batch, batches_of, claim, fit, token_losses
 
 STAGES = ("base", "midtrain", "latetrain", "distilled", "control", "null_a", "null_b")
 CHUNK_DOCUMENTS = 2000
 # (operations, share of fine-tuning puzzles): shorter puzzles hold more decisions per token. With three
-# operations throughout, 3M tokens
-# taught reflection but not when a branch has failed.
+# operations throughout, 3M tokens taught reflection, but not when a branch has failed.
 LESSONS = ((1, 0.4), (2, 0.2), (3, 0.4))
 KEEP_SHARE = 0.15  # of fine-tuning documents: the base's own text, so that its knowledge stays
 
@@ -185,7 +184,7 @@ def train_stage(
 
 
 def stages_of(name: str) -> tuple[str, ...]:
-    """The stages of a rung: the other rungs have no ``control``, which only notebook 00 asks for."""
+    """The stages of a pair: those of other sizes have no ``control``, which only notebook 00 asks for."""
     return STAGES if name == "tiny" else tuple(stage for stage in STAGES if stage != "control")
 
 
@@ -194,13 +193,7 @@ def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, repor
     here).
     """
     tokenizer = build_tokenizer()
-    out.mkdir(parents=True, exist_ok=True)
-    recipe_file = out / "recipe.json"
-    if recipe_file.is_file() and json.loads(recipe_file.read_text()) != asdict(recipe):
-        raise ValueError(
-            f"{out} holds a run with another recipe ({recipe_file}): choose another folder, or remove it"
-        )
-    write_text(recipe_file, json.dumps(asdict(recipe), indent=2) + "\n")
+    claim(out, recipe)
     for stage in stages:
         final = out / stage / "final.pt"
         if final.is_file():
@@ -250,8 +243,8 @@ def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFas
 
 def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
     """Write the models of ``stages`` (bfloat16 safetensors), the log and the recipe below ``out``; where
-    there is a ``control``, the ``style`` checkpoint and the tokenizer too, which the other rungs of the
-    ladder share."""
+    there is a ``control``, the ``style`` checkpoint and the tokenizer too, which the pairs of other
+    sizes share."""
     tokenizer = build_tokenizer()
     sources = {stage: runs / stage / "final.pt" for stage in stages if stage not in ("midtrain", "latetrain")}
     sources["base"] = runs / "latetrain" / "final.pt"

@@ -48,10 +48,10 @@ MODES = {"think": ("think", ":"), "direct": ("answer", ":")}
 def puzzles(n: int, split: str, seed: int = 0) -> list[Puzzle]:
     """``n`` distinct puzzles of a split, the same for the same seed."""
     rng = random.Random(f"{split}/{seed}")
-    found: dict[Puzzle, None] = {}
-    while len(found) < n:
-        found[sample_puzzle(rng, split)] = None
-    return list(found)
+    drawn: dict[Puzzle, None] = {}
+    while len(drawn) < n:
+        drawn[sample_puzzle(rng, split)] = None
+    return list(drawn)
 
 
 def easy_questions(n: int, seed: int = 0) -> list[Question]:
@@ -59,10 +59,10 @@ def easy_questions(n: int, seed: int = 0) -> list[Question]:
     rng = random.Random(f"easy/{seed}")
     everything = len(NUMBERS) * len(OPERATIONS)
     check("n", n, int, low=1, high=everything)
-    found = {Question(5, "- 1"): None}
-    while len(found) < n:
-        found[sample_question(rng)] = None
-    return list(found)
+    drawn = {Question(5, "- 1"): None}
+    while len(drawn) < n:
+        drawn[sample_question(rng)] = None
+    return list(drawn)
 
 
 def prompt_words(task: Task, mode: str = "think") -> list[str]:
@@ -238,8 +238,8 @@ def battery(
             def ask(scratch: Path, condition=condition) -> None:
                 limit = 4 if condition.mode == "direct" else 260
                 asked = condition.mode, condition.temperature, condition.forbid, seed, limit
-                said = generate(models[condition.model], tokenizer, tasks, *asked)
-                write_text(scratch / "transcripts.txt", "\n".join("|".join(words) for words in said))
+                texts = generate(models[condition.model], tokenizer, tasks, *asked)
+                write_text(scratch / "transcripts.txt", "\n".join("|".join(words) for words in texts))
 
             transcripts = kept(
                 folder / condition.name,

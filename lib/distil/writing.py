@@ -90,23 +90,16 @@ def write_corpus(
     number = max((line["batch"] for line in lines), default=-1) + 1
     with Progress(f"{kind} tokens", tokens) as progress:
         while written < tokens:
-            new = []
-            for prompt_text, facts in _prompts(kind, number, seed):
-                new.append({"prompt": prompt_text, **facts})
+            prompts = _prompts(kind, number, seed)
             limit = TRACE_TOKENS if kind == "trace" else GENERAL_TOKENS
-            said = sample(
-                model, tokenizer, [n["prompt"] for n in new], limit, seed=hash_of(seed, kind, number)
-            )
-            for facts, (text, ended, size) in zip(new, said):
-                whole = (
-                    facts.pop("prompt")
-                    + text.rstrip()
-                    + ("<|im_end|>\n" if ended and kind == "trace" else "")
-                )
-                if whole not in texts:
-                    texts.add(whole)
+            beginnings, batch_seed = [text for text, _ in prompts], hash_of(seed, kind, number)
+            answers = sample(model, tokenizer, beginnings, limit, seed=batch_seed)
+            for (beginning, facts), (text, ended, size) in zip(prompts, answers):
+                text = beginning + text.rstrip() + ("<|im_end|>\n" if ended and kind == "trace" else "")
+                if text not in texts:
+                    texts.add(text)
                     written += size
-                    lines.append({"text": whole, "tokens": size, "ended": ended, "batch": number, **facts})
+                    lines.append({"text": text, "tokens": size, "ended": ended, "batch": number, **facts})
             write_lines(file, lines)
             number += 1
             progress.update(min(written, tokens))

@@ -65,15 +65,25 @@ def think_tags(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
     """The token ids with which <think> and </think> begin: of each those that stay the same when a line break
     follows.
     """
-    alone, followed = (
+    bare, followed = (
         [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in tags]
         for tags in ((THINK.strip(), CLOSE.strip()), (THINK, CLOSE.lstrip()))
     )
     opening, closing = (
         [i for i, other in takewhile(lambda pair: pair[0] == pair[1], zip(*both))]
-        for both in zip(alone, followed)
+        for both in zip(bare, followed)
     )
     return opening, closing
+
+
+def trace_in(entry) -> Trace | None:
+    """The trace in an entry of a file: question, thinking, answer, and model and source if they are given.
+    None if it is no such entry.
+    """
+    names = ("question", "thinking", "answer")
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in names):
+        return None
+    return Trace(*(entry[name] for name in names), entry.get("model") or "", entry.get("source") or "")
 
 
 def read_traces(path: Path) -> Iterator[Trace]:
@@ -88,19 +98,12 @@ def read_traces(path: Path) -> Iterator[Trace]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                entry = json.loads(line)
-                trace = Trace(
-                    entry["question"],
-                    entry["thinking"],
-                    entry["answer"],
-                    entry.get("model", ""),
-                    entry.get("source", ""),
-                )
-                if not all(isinstance(text, str) for text in (trace.question, trace.thinking, trace.answer)):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError):
+                trace = trace_in(json.loads(line))
+            except ValueError:
+                trace = None
+            if trace is None:
                 raise UserError(
                     f"line {number} of {path.name} is no trace: it must be JSON with question, thinking and"
                     " answer, each a text"
-                ) from None
+                )
             yield trace

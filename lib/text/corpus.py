@@ -228,12 +228,12 @@ class Corpus:
             parts = (text,)
         ids, offsets, before = [], [], 0
         for part in parts:
-            found = self.speller(part, add_special_tokens=False, return_offsets_mapping=True)
-            ids += found["input_ids"]
-            offsets += [(before + first, before + last) for first, last in found["offset_mapping"]]
+            encoding = self.speller(part, add_special_tokens=False, return_offsets_mapping=True)
+            ids += encoding["input_ids"]
+            offsets += [(before + first, before + last) for first, last in encoding["offset_mapping"]]
             before += len(part)
-        kept = [i for i, token in enumerate(ids) if token not in banned]
-        return "".join(parts), [ids[i] for i in kept], [offsets[i] for i in kept]
+        places = [i for i, token in enumerate(ids) if token not in banned]
+        return "".join(parts), [ids[i] for i in places], [offsets[i] for i in places]
 
 
 def build(
@@ -304,8 +304,8 @@ def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
         kind: source.strip() for kind, source in (("trace", traces), ("general", general)) if source.strip()
     }
     for kind, source in given.items():
-        if found := next((path for path in (Path(source), ROOT / source) if path.is_file()), None):
-            given[kind] = str(found.resolve())
+        if file := next((path for path in (Path(source), ROOT / source) if path.is_file()), None):
+            given[kind] = str(file.resolve())
         elif (
             source.endswith((".txt", ".json", ".jsonl", ".gz"))
             and ":" not in source
@@ -320,8 +320,8 @@ def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
             sources.dataset(given[kind])
     if not given:
         return pair
-    kept = () if pair.corpus == "generated" else tuple(c for c in pair.corpus if c[1] not in given)
-    return replace(pair, corpus=(*((source, kind) for kind, source in given.items()), *kept))
+    others = () if pair.corpus == "generated" else tuple(c for c in pair.corpus if c[1] not in given)
+    return replace(pair, corpus=(*((source, kind) for kind, source in given.items()), *others))
 
 
 # --- the embedded pair's text -------------------------------------------------------------------------------
@@ -508,15 +508,9 @@ def _item(entry, where: str) -> str | Trace:
     """The text or the trace in one entry of a corpus: {"text"}, {"question", "thinking", "answer"}, or
     OpenThoughts' conversations.
     """
+    if (trace := chat.trace_in(entry)) is not None:
+        return trace
     if isinstance(entry, dict):
-        if all(isinstance(entry.get(key), str) for key in ("question", "thinking", "answer")):
-            return Trace(
-                entry["question"],
-                entry["thinking"],
-                entry["answer"],
-                entry.get("model") or "",
-                entry.get("source") or "",
-            )
         if isinstance(entry.get("conversations"), list):
             return _conversation(entry["conversations"], where)
         if isinstance(entry.get("text"), str):
@@ -533,7 +527,7 @@ def _conversation(turns: list, where: str) -> Trace:
 
     The system prompt, which only says how to use these tags, is left out.
     """
-    said = {"user": "", "assistant": ""}
+    texts = {"user": "", "assistant": ""}
     for turn in reversed(turns):
         if (
             not isinstance(turn, dict)
@@ -545,8 +539,8 @@ def _conversation(turns: list, where: str) -> Trace:
                 ' "..."}: it needs a question and an answer'
             )
         who = {"human": "user", "gpt": "assistant"}.get(turn.get("from"), turn.get("from"))
-        said[who] = turn.get("value") or ""
-    match = _THOUGHT.search(said["assistant"]) or _THINK.match(said["assistant"])
-    if not said["user"] or not match:
+        texts[who] = turn.get("value") or ""
+    match = _THOUGHT.search(texts["assistant"]) or _THINK.match(texts["assistant"])
+    if not texts["user"] or not match:
         raise UserError(f"{where} is a conversation without a question and a thought between its tags")
-    return Trace(said["user"], match[1].strip(), _SOLUTION.sub("", match[2]).strip())
+    return Trace(texts["user"], match[1].strip(), _SOLUTION.sub("", match[2]).strip())

@@ -7,7 +7,7 @@ sentence is tagged by how it opens, or by what it says, in the same label arrays
     So 9 * 4 is 36.   Hmm, wait, that's not right.   Let me try 11 instead.   But 7 is not 16.   I have 3.
     deduction         reflection                     alternative              contrast           other
 
-**Categories.** *reflection*: the writer looks back at the own reasoning, doubts, checks or mends it (the
+**Categories.** *reflection*: the writer looks back at their reasoning, doubts, checks or mends it (the
 embedded pair's redundant "verification" is part of it here: in real text nobody knows which check was
 needed). *deduction*: something is concluded from what was said. *alternative*: another way, candidate or
 possibility is taken up. *contrast*: something is set against what was said. Everything else is ``other``; in
@@ -46,7 +46,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..labels import LABELS
+from ..labels import LABEL_ARRAYS, LABELS
 from ..settings import check
 from .tables import table
 
@@ -106,9 +106,9 @@ def tag(sentence: str) -> tuple[str, str]:
     words = sentence.translate(_STRAIGHT)
     begin = _LEAD.match(words).end()
     for label, opening, expression in _RULES:
-        found = expression.match(words, begin) if opening else expression.search(words, max(begin - 1, 0))
-        if found:
-            return label, found.group().strip()
+        match = expression.match(words, begin) if opening else expression.search(words, max(begin - 1, 0))
+        if match:
+            return label, match.group().strip()
     return OTHER, ""
 
 
@@ -151,10 +151,7 @@ def label_arrays(text: str, offsets: Sequence[tuple[int, int]], kind: str) -> di
     ``error`` is 0: nobody knows. ValueError if the offsets do not go forward, or leave the text.
     """
     check("kind", kind, str, choices=("general", "trace"))
-    arrays = {
-        name: np.zeros(len(offsets), np.int8)
-        for name in ("label", "starts", "ends", "next_label", "error", "kind")
-    }
+    arrays = {name: np.zeros(len(offsets), np.int8) for name in LABEL_ARRAYS}
     arrays["kind"][:] = kind == "trace"
     arrays["label"][:] = arrays["next_label"][:] = -1
     spans = sentences(text)
@@ -226,12 +223,12 @@ def _bounds(text: str) -> list[int]:
 
 def _is_stop(text: str, match: re.Match) -> bool:
     """Does the punctuation end a sentence?"""
-    mark = match.group()
+    stop = match.group()
     after = text[match.end() : match.end() + 20].lstrip(" \t")[:1]
     # nothing below looks further back, and a line may have millions of characters
     near = max(0, match.start() - 200)
     line = text[max(near, text.rfind("\n", near, match.start()) + 1) : match.start() + 1]
-    if mark == ".":
+    if stop == ".":
         if (
             _ITEM.fullmatch(line)
             or _ABBREVIATION.search(line[-12:])
@@ -239,8 +236,8 @@ def _is_stop(text: str, match: re.Match) -> bool:
         ):
             return False
         return not (after.islower() and line.endswith("etc."))
-    if after.islower() and (len(mark) > 1 or mark == "…"):  # "Hmm... maybe", "(right?) and"
-        return mark[-1] in "!?"
-    if mark[0] == "!" and re.search(r"(?:\d|\b[a-zA-Z]|\))!$", line):  # a factorial
+    if after.islower() and (len(stop) > 1 or stop == "…"):  # "Hmm... maybe", "(right?) and"
+        return stop[-1] in "!?"
+    if stop[0] == "!" and re.search(r"(?:\d|\b[a-zA-Z]|\))!$", line):  # a factorial
         return not (after.islower() or after in "=+-*/×÷·^<>≤≥)")
     return True

@@ -46,7 +46,6 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -90,21 +89,15 @@ COLUMNS = [
 # --- annotated traces ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Aligned:
-    """Sections as (start, end, label) in the thought, in order; ``lost`` could not be found."""
+def align(thinking: str, sections: Sequence[Sequence[str]]) -> tuple[list[tuple[int, int, str]], int]:
+    """Where the sections lie in the thought: (start, end, label) in order, and how many are not found.
 
-    sections: list[tuple[int, int, str]]
-    lost: int
-
-
-def align(thinking: str, sections: Sequence[Sequence[str]]) -> Aligned:
-    """Where the sections lie in the thought. Each is looked for from the end of the one before, at most
-    ``GAP`` characters on (and the length of those lost since): a section that occurs twice in the thought
-    goes to its own place. White space does not count."""
+    Each is looked for from the end of the one before, at most ``GAP`` characters on (and the length of those
+    lost since), so that of two equal sections each has its place. White space does not count.
+    """
     solid = [i for i, c in enumerate(thinking) if not c.isspace()]
     squeezed = "".join(thinking[i] for i in solid)
-    found, lost, cursor, slack = [], 0, 0, 0
+    places, lost, cursor, slack = [], 0, 0, 0
     for label, text in sections:
         piece = "".join(text.split())
         first = squeezed.find(piece, cursor, cursor + slack + GAP + len(piece)) if piece else -1
@@ -112,9 +105,9 @@ def align(thinking: str, sections: Sequence[Sequence[str]]) -> Aligned:
             lost += 1
             slack += len(piece)
             continue
-        found.append((solid[first], solid[first + len(piece) - 1] + 1, label))
+        places.append((solid[first], solid[first + len(piece) - 1] + 1, label))
         cursor, slack = first + len(piece), 0
-    return Aligned(found, lost)
+    return places, lost
 
 
 def annotated_sentences(path: str | Path) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -128,11 +121,11 @@ def annotated_sentences(path: str | Path) -> tuple[pd.DataFrame, dict[str, int]]
     counts = dict.fromkeys(("traces", "sections", "sections_lost", "sentences", "sentences_left_out"), 0)
     with Progress("traces compared", len(entries)) as progress:
         for number, (question, thinking, sections) in enumerate(entries):
-            aligned, spans, opened = align(thinking, sections), sentences(thinking), set()
-            sizes = (1, len(sections), aligned.lost, len(spans), 0)
+            (places, lost), spans, opened = align(thinking, sections), sentences(thinking), set()
+            sizes = (1, len(sections), lost, len(spans), 0)
             counts = {name: counts[name] + size for name, size in zip(counts, sizes)}
             for span in spans:
-                section = next((s for s in aligned.sections if _holds(s, span)), None)
+                section = next((s for s in places if _holds(s, span)), None)
                 if section is None or section[2] not in ANNOTATED:
                     counts["sentences_left_out"] += 1
                     continue
@@ -314,22 +307,21 @@ def labelled_sentences(folder: str | Path) -> pd.DataFrame:
     what is not labelled.
     """
     folder = Path(folder)
-    found = {
-        name: [entry for _, entry in _json_lines(folder / f"{name}.jsonl")]
-        for name in ("sentences", "strata")
-    }
-    if len(found["sentences"]) != len(found["strata"]):
+    entries, strata = (
+        [entry for _, entry in _json_lines(folder / name)] for name in ("sentences.jsonl", "strata.jsonl")
+    )
+    if len(entries) != len(strata):
         raise UserError(
-            f"sentences.jsonl has {len(found['sentences'])} lines and strata.jsonl {len(found['strata'])}: "
+            f"sentences.jsonl has {len(entries)} lines and strata.jsonl {len(strata)}: "
             "they must be of one sample"
         )
-    for number, entry in enumerate(found["sentences"], 1):
+    for number, entry in enumerate(entries, 1):
         if not isinstance(entry.get("text"), str) or entry.get("label") not in LABELLED:
             raise UserError(
                 f"line {number} of sentences.jsonl has the label {entry.get('label')!r}: "
                 f"it must be one of {', '.join(LABELLED)}"
             )
-    frame = pd.DataFrame([a | b for a, b in zip(found["sentences"], found["strata"])])
+    frame = pd.DataFrame([a | b for a, b in zip(entries, strata)])
     return frame.assign(tag=[tag(text)[0] for text in frame["text"]])
 
 

@@ -57,16 +57,16 @@ def ask(split: str, n: int, open_share: float = 0.25, seed: int = 0) -> list[Que
     """``n`` distinct questions of a split (train, choose, report), the same for the same seed: open ones in
     the given share, word problems otherwise.
     """
-    rng, found = random.Random(f"{seed}/questions/{split}"), {}
+    rng, questions = random.Random(f"{seed}/questions/{split}"), {}
     numbers = [i for i, template in enumerate(TEMPLATES) if template["split"] == split]
-    while len(found) < n:
+    while len(questions) < n:
         if rng.random() < open_share:
             question = Question(*fill(rng.choice(table("questions")["open_questions"]), rng), -1)
         else:
             number = rng.choice(numbers)
             question = Question(*fill(TEMPLATES[number], rng), number)
-        found.setdefault(question.text, question)
-    return list(found.values())
+        questions.setdefault(question.text, question)
+    return list(questions.values())
 
 
 def final_number(text: str) -> float | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lib.distil import organism as distill
+from lib.settings import UserError
 from lib.text import curriculum as prose
 from lib.text.puzzles import Teacher, sample_puzzle
 
@@ -110,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
 
 def test_another_recipe_is_refused(tmp_path):
     (tmp_path / "recipe.json").write_text("{}")
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(UserError, match="another recipe"):
         distill.train_all(tmp_path, SMALL, ())
     with pytest.raises(FileNotFoundError, match="there are none"):
         distill.load_shipped("base", tmp_path)

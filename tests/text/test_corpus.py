@@ -258,7 +258,7 @@ def streams(monkeypatch, rows):
             read.append((source, number))
             yield row
 
-    monkeypatch.setattr(sources, "rows", fake)
+    monkeypatch.setattr(sources, "dataset_rows", fake)
     monkeypatch.setattr(sources, "resolved", lambda source, kind="model", file=None: (source, "c" * 40))
     return read
 
