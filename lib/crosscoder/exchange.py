@@ -51,7 +51,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..runs import whole_file, write_state, write_text
+from ..runs import made_folder, whole_file, write_state, write_text
 from ..settings import UserError
 from .model import INITIAL_NORM, CrossCoder
 
@@ -108,29 +108,20 @@ def read_replication(
     file = weights_file(file)
     state, cfg = tensors(file), _configuration(file)
     _expect(state, REPLICATION, file)
-    origin = _origin(file)
-    n_models, width, n_features = _shape(state, "W_enc", 3, file)
-    _agree(
-        state,
-        {"W_dec": (n_features, n_models, width), "b_enc": (n_features,), "b_dec": (n_models, width)},
-        file,
-    )
+    origin = _json(file.with_name(ORIGIN))
+    n_models = _sizes(state, {"W_enc": "Mdf", "W_dec": "fMd", "b_enc": "f", "b_dec": "Md"}, file)["M"]
     order = _order(order, origin, n_models, file, cfg)
     thresholded = "threshold" in state
-    said = [
+    other_rules = [
         f"{key} = {value}"
         for key, value in cfg.items()
-        if _OTHER_SPARSITY.search(key) and value not in (None, 0, False)
+        if (_OTHER_SPARSITY.search(key) and value not in (None, 0, False))
+        or (key == "sparsity_type" and value not in ("l1", "relu", None))
     ]
-    said += (
-        [f"sparsity_type = {cfg['sparsity_type']}"]
-        if cfg.get("sparsity_type", "l1") not in ("l1", "relu", None)
-        else []
-    )
-    if said and not thresholded:
+    if other_rules and not thresholded:
         raise UserError(
-            f"{file.name} was not trained with ReLU alone ({', '.join(said)}), but has no threshold for"
-            " single tokens: what it does at inference cannot be known from it"
+            f"{file.name} was not trained with ReLU alone ({', '.join(other_rules)}), but has no threshold"
+            " for single tokens: what it does at inference cannot be known from it"
         )
     scales = _scales(
         scales,
@@ -151,8 +142,8 @@ def read_replication(
         _threshold(state, file) if thresholded else None,
         state.get("k"),
     )
-    found = origin.get("layers") or _from_hook(cfg.get("hook_point"), file)
-    return Foreign(crosscoder, _layers(layer, found, order, file), REPLICATION)
+    stated = origin.get("layers") or _layer_of_hook(cfg.get("hook_point"), file)
+    return Foreign(crosscoder, _layers(layer, stated, order, file), REPLICATION)
 
 
 def read_dictionary_learning(
@@ -171,9 +162,11 @@ def read_dictionary_learning(
     file = weights_file(file)
     state, config = tensors(file), _configuration(file)
     _expect(state, DICTIONARY_LEARNING, file)
-    origin = _origin(file)
+    origin = _json(file.with_name(ORIGIN))
     trainer = config.get("trainer") or {}
-    n_models, width, n_features = _shape(state, "encoder.weight", 3, file)
+    shapes = {"encoder.weight": "Mdf", "decoder.weight": "Mfd", "encoder.bias": "f", "decoder.bias": "Md"}
+    sizes = _sizes(state, shapes, file)
+    n_models, width = sizes["M"], sizes["d"]
     understood = {
         "encoder_layers": (None, list(range(n_models))),
         "num_decoder_layers": (None, n_models),
@@ -185,15 +178,6 @@ def read_dictionary_learning(
                 f"{file.name} has {key} = {config[key]}: only crosscoders that read and write all of their"
                 " models, with nothing between, can be expressed here"
             )
-    _agree(
-        state,
-        {
-            "encoder.bias": (n_features,),
-            "decoder.weight": (n_models, n_features, width),
-            "decoder.bias": (n_models, width),
-        },
-        file,
-    )
     order = _order(order, origin, n_models, file, trainer)
     means, g = _normaliser(state, n_models, width, file)
     W_enc, W_dec = state["encoder.weight"].permute(0, 2, 1), state["decoder.weight"]  # [M, F, d] both
@@ -226,8 +210,8 @@ def read_dictionary_learning(
         theta,
         None if means is None else means * (g + EPSILON)[:, None],
     )
-    found = origin.get("layers") or trainer.get("layer")
-    return Foreign(crosscoder, _layers(layer, found, order, file), DICTIONARY_LEARNING, means is not None)
+    layers = _layers(layer, origin.get("layers") or trainer.get("layer"), order, file)
+    return Foreign(crosscoder, layers, DICTIONARY_LEARNING, means is not None)
 
 
 # --- ours, for others ---------------------------------------------------------------------------------------
@@ -263,7 +247,7 @@ def export_replication(crosscoder: CrossCoder, folder: Path, layer: int) -> None
         "site": "resid_post",
         "hook_point": f"blocks.{int(layer)}.hook_resid_post",
     }
-    folder = _made(folder)
+    folder = made_folder(folder)
     write_state(
         folder / "cc_weights.pt",
         {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()},
@@ -319,7 +303,7 @@ def export_dictionary_learning(crosscoder: CrossCoder, folder: Path, layer: int)
             "k": torch.tensor(crosscoder.k, dtype=torch.int32),
         }
         config["k"] = crosscoder.k
-    folder = _made(folder)
+    folder = made_folder(folder)
     with whole_file(folder / "model.safetensors") as scratch:
         save_file(state, scratch)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -350,12 +334,6 @@ def _write_origin(crosscoder: CrossCoder, folder: Path, form: str, layer: int, s
     write_text(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
 
 
-def _made(folder: Path) -> Path:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 # --- files --------------------------------------------------------------------------------------------------
 
 
@@ -366,18 +344,18 @@ def weights_file(source: Path) -> Path:
     source = Path(source)
     if source.is_file():
         return source
-    found = [
+    files = [
         p
         for pattern in ("*", "*/*")
         for p in sorted(source.glob(pattern))
         if p.name.endswith(WEIGHTS) and p.is_file()
     ]
-    if len(found) == 1:
-        return found[0]
-    listed = ", ".join(p.relative_to(source).as_posix() for p in found[:8])
+    if len(files) == 1:
+        return files[0]
+    listed = ", ".join(p.relative_to(source).as_posix() for p in files[:8])
     raise UserError(
         f"{source} has several files of weights ({listed}): name one of them"
-        if found
+        if files
         else f"no weights in {source}: there must be a .safetensors or a .pt file"
     )
 
@@ -421,8 +399,8 @@ def format_of(state: Mapping[str, Tensor], file: Path) -> str:
 
 
 def _expect(state: Mapping[str, Tensor], form: str, file: Path) -> None:
-    if (found := format_of(state, file)) != form:
-        raise UserError(f"{file.name} is in the format {found}, not {form}")
+    if (actual := format_of(state, file)) != form:
+        raise UserError(f"{file.name} is in the format {actual}, not {form}")
     if unknown := state.keys() - _WEIGHTS[form] - _ALSO[form]:
         raise UserError(
             f"{file.name} also holds {', '.join(sorted(unknown))}: a variant that is not known here, and"
@@ -433,21 +411,19 @@ def _expect(state: Mapping[str, Tensor], form: str, file: Path) -> None:
             raise UserError(f"{file.name}: {name} has values that are not finite")
 
 
-def _shape(state: Mapping[str, Tensor], name: str, n_dims: int, file: Path) -> tuple[int, ...]:
-    if state[name].ndim != n_dims:
-        raise UserError(
-            f"{file.name}: {name} has shape {list(state[name].shape)}, it must have {n_dims} dimensions"
-        )
-    return tuple(state[name].shape)
-
-
-def _agree(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:
-    for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise UserError(
-                f"{file.name}: {name} has shape {list(state[name].shape)}, the encoder's weights ask for"
-                f" {list(shape)}"
-            )
+def _sizes(state: Mapping[str, Tensor], shapes: Mapping[str, str], file: Path) -> dict[str, int]:
+    """The size that each letter of ``shapes`` {name: one letter a dimension} stands for; the first tensor
+    says them, the others must agree.
+    """
+    sizes: dict[str, int] = {}
+    for name, letters in shapes.items():
+        shape = list(state[name].shape)
+        if not sizes and len(shape) != len(letters):
+            raise UserError(f"{file.name}: {name} has shape {shape}, it must have {len(letters)} dimensions")
+        sizes = sizes or dict(zip(letters, shape))
+        if shape != (wanted := [sizes[letter] for letter in letters]):
+            raise UserError(f"{file.name}: {name} has shape {shape}, the encoder's weights ask for {wanted}")
+    return sizes
 
 
 def _configuration(file: Path) -> dict:
@@ -456,10 +432,6 @@ def _configuration(file: Path) -> dict:
     for name in (f"{file.stem}_cfg.json", "cfg.json", "config.json", "trainer_config.json"):
         merged = {**_json(file.with_name(name)), **merged}
     return merged
-
-
-def _origin(file: Path) -> dict:
-    return _json(file.with_name(ORIGIN))
 
 
 def _json(file: Path) -> dict:
@@ -478,19 +450,19 @@ def _json(file: Path) -> dict:
 
 
 def _order(given, origin: Mapping, n_models: int, file: Path, cfg: Mapping) -> tuple[str, ...]:
-    found = origin.get("order")
-    if given is not None and found is not None and list(given) != list(found):
+    stated = origin.get("order")
+    if given is not None and stated is not None and list(given) != list(stated):
         raise UserError(
-            f"order is {tuple(given)}, and {ORIGIN} beside {file.name} says {tuple(found)}: one of them is"
-            " wrong"
+            f"order is {tuple(given)}, and {ORIGIN} beside {file.name} says {tuple(stated)}: one of them"
+            " is wrong"
         )
-    if (order := given or found) is None:
-        said = ", ".join(
+    if (order := given or stated) is None:
+        models = ", ".join(
             f"{k} = {v}" for k, v in cfg.items() if k.startswith(("model_", "lm_name")) and isinstance(v, str)
         )
         raise UserError(
             f"{file.name} does not say which of its {n_models} models is "
-            f"which{f' (its configuration has {said})' if said else ''}: give "
+            f"which{f' (its configuration has {models})' if models else ''}: give "
             'order, their names from first to last, such as ("base", "distilled")'
         )
     if len(order) != n_models or len(set(order)) != n_models:
@@ -500,9 +472,9 @@ def _order(given, origin: Mapping, n_models: int, file: Path, cfg: Mapping) -> t
     return tuple(order)
 
 
-def _scales(given, found, order: Sequence[str], file: Path, otherwise: str) -> dict[str, float]:
-    if (scales := given if given is not None else found) is None:
-        raise UserError(f"{file.name} needs scales, {{name: factor}} for {', '.join(order)}: {otherwise}")
+def _scales(given, stated, order: Sequence[str], file: Path, advice: str) -> dict[str, float]:
+    if (scales := given if given is not None else stated) is None:
+        raise UserError(f"{file.name} needs scales, {{name: factor}} for {', '.join(order)}: {advice}")
     if set(scales) != set(order) or not all(0 < float(s) < float("inf") for s in scales.values()):
         raise UserError(
             f"scales are {dict(scales)}: there must be one positive number for each of {', '.join(order)}"
@@ -510,7 +482,7 @@ def _scales(given, found, order: Sequence[str], file: Path, otherwise: str) -> d
     return {name: float(scales[name]) for name in order}
 
 
-def _from_hook(hook, file: Path) -> int | None:
+def _layer_of_hook(hook, file: Path) -> int | None:
     if hook is None:
         return None
     if not (match := _HOOK.fullmatch(str(hook))) or (match[1], match[2]) == ("0", "pre"):
@@ -521,25 +493,22 @@ def _from_hook(hook, file: Path) -> int | None:
     return int(match[1]) - (match[2] == "pre")
 
 
-def _layers(given, found, order: Sequence[str], file: Path) -> dict[str, int]:
-    def each(value):
-        return (
-            None
-            if value is None
-            else {name: int(value[name] if isinstance(value, Mapping) else value) for name in order}
-        )
-
-    given, found = each(given), each(found)
-    if given and found and given != found:
+def _layers(given, stated, order: Sequence[str], file: Path) -> dict[str, int]:
+    """{name: layer} from what the caller gives and the file says: one number for all models, or each."""
+    given, stated = (
+        None if layer is None else {n: int(layer[n] if isinstance(layer, Mapping) else layer) for n in order}
+        for layer in (given, stated)
+    )
+    if given and stated and given != stated:
         raise UserError(
-            f"layer is {given}, and {file.name} was trained on the output of {found}: one of them is wrong"
+            f"layer is {given}, and {file.name} was trained on the output of {stated}: one of them is wrong"
         )
-    if not (given or found):
+    if not (given or stated):
         raise UserError(
             f"{file.name} does not say at which layer it was trained: give layer, the index of the decoder"
             " layer whose output it reads"
         )
-    return given or found
+    return given or stated
 
 
 # --- from their tensors to ours -----------------------------------------------------------------------------
@@ -575,8 +544,8 @@ def _build(
         [scales[name] for name in names],
     )
     with torch.no_grad():
-        for mine, theirs in ((crosscoder.W_enc, W_enc), (crosscoder.W_dec, W_dec)):
-            mine.copy_(theirs[place].permute(1, 0, 2).reshape(n_features, -1))
+        for ours, theirs in ((crosscoder.W_enc, W_enc), (crosscoder.W_dec, W_dec)):
+            ours.copy_(theirs[place].permute(1, 0, 2).reshape(n_features, -1))
         crosscoder.b_enc.copy_(b_enc)
         crosscoder.b_dec.copy_(b_dec[place].flatten())
         if means is not None:
@@ -628,25 +597,21 @@ def _normaliser(
 
 
 def _code_normalization(state: Mapping[str, Tensor], config: Mapping, trainer: Mapping, file: Path) -> str:
-    said = config.get("code_normalization") or trainer.get("code_normalization")
+    named = str(config.get("code_normalization") or trainer.get("code_normalization") or "").upper()
     number = int(state["code_normalization_id"]) if "code_normalization_id" in state else None
-    if (
-        number is not None
-        and not 1 <= number <= len(CODE_NORMALIZATIONS)
-        or said
-        and str(said).upper() not in CODE_NORMALIZATIONS
-    ):
+    known = named in ("", *CODE_NORMALIZATIONS)
+    if not known or number is not None and not 1 <= number <= len(CODE_NORMALIZATIONS):
         raise UserError(
-            f"{file.name} has the code normalisation {said or number}: known are"
+            f"{file.name} has the code normalisation {named or number}: known are"
             f" {', '.join(CODE_NORMALIZATIONS)}"
         )
-    stored = CODE_NORMALIZATIONS[number - 1] if number is not None else None
-    if said and stored and str(said).upper() != stored:
+    stored = CODE_NORMALIZATIONS[number - 1] if number is not None else ""
+    if named and stored and named != stored:
         raise UserError(
-            f"{file.name} has the code normalisation {stored}, and its configuration says {said}: one of them"
-            " is wrong"
+            f"{file.name} has the code normalisation {stored}, and its configuration says {named}: one of"
+            " them is wrong"
         )
-    return str(said).upper() if said else stored or "CROSSCODER"  # older files name none, and mean this one
+    return named or stored or "CROSSCODER"  # older files name none, and mean this one
 
 
 def _theta(threshold: float, W_dec: Tensor, kind: str, config: Mapping, file: Path) -> Tensor:
