@@ -127,14 +127,14 @@ def start(kind: str, given: Path, out: Path, url: str = "", file_bytes: int | No
     )
     process.start()
     sender.close()
-    assert receiver.poll(120) and receiver.recv() == "begun"
+    assert receiver.poll(300) and receiver.recv() == "begun"
     return process, receiver
 
 
 def finish(process, pipe) -> str:
     """The report of the work at its end, "done" or an error; "killed" if there is none."""
     try:
-        report = pipe.recv() if pipe.poll(120) else "silent"
+        report = pipe.recv() if pipe.poll(600) else "silent"
     except EOFError:
         report = "killed"
     process.join(20)
