@@ -79,6 +79,17 @@ class Pair:
     tokens: int = 1_000_000
     remote: bool | str = False
 
+    @classmethod
+    def of(cls, base: str | Path, distilled: str | Path, name: str = "pair", **options) -> Pair:
+        """A pair without a registry: two folders, hub ids or packages; a folder is looked for from here.
+
+        ``options`` are the other fields; its text is then given by ``text.corpus.override``.
+        """
+        here = Path.cwd() / "none"
+        models = {"base": base, "distilled": distilled}
+        models = {key: _resolve(str(source), here) for key, source in models.items()}
+        return cls(name, models, **{"corpus": (), **options})
+
     @property
     def base(self) -> str | Path:
         return self.models["base"]
