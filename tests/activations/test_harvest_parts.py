@@ -151,7 +151,7 @@ def test_the_command_line_makes_what_the_notebook_looks_for(tmp_path, capsys):
 
 
 def test_shards_of_before_there_were_parts_are_kept(tmp_path):
-    """Toy store, its log as a single file: what an interrupted harvest of an earlier version leaves behind."""
+    """Toy store, its log as a single file, as an interrupted harvest of an earlier version leaves it."""
     store = toy_store(tmp_path)
     before = content(store.path)
     (store.path / "manifest.json").unlink()

@@ -1,4 +1,4 @@
-"""Activations straight into training: the same tokens as from a store, shuffled in bounded memory, resumable."""
+"""Activations straight into training: the tokens of a store, shuffled in bounded memory, resumable."""
 
 import numpy as np
 import pytest

@@ -215,7 +215,9 @@ def some(keys, n=50):
 
 @pytest.fixture
 def command(tokenizer, tmp_path, monkeypatch):
-    """(run, seen): lib.distil.adapters's command on a toy pair; ``seen`` collects the ids that each stage was given."""
+    """(run, seen): lib.distil.adapters's command on a toy pair; ``seen`` collects the ids that each stage was
+    given.
+    """
     chat_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     models = {"base": tmp_path / "base", "distilled": tmp_path / "toy" / "distilled"}

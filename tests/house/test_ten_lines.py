@@ -28,7 +28,7 @@ def test_it_runs_in_an_empty_folder_and_prints_features(tmp_path):
         chat_tokenizer().save_pretrained(tmp_path / name)
     lines = [f"There are {i} socks in drawer {i * i}. Wait, count them again: {i + 7}." for i in range(300)]
     (tmp_path / "text.txt").write_text("\n\n".join(lines[:150]))
-    traces = [{"question": f"{i}?", "thinking": line, "answer": f"It is {i}."} for i, line in enumerate(lines)]
+    traces = [{"question": f"{i}?", "thinking": line, "answer": "It is."} for i, line in enumerate(lines)]
     (tmp_path / "traces.jsonl").write_text("\n".join(map(json.dumps, traces)))
     text = script().replace("path/to/this/repository", str(ROOT)).replace("path/to/", "")
     text = re.sub(r"tokens=[\d_]+", "tokens=4_000", text)

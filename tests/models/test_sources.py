@@ -189,7 +189,7 @@ def test_a_data_set_is_streamed_at_its_commit(fake, monkeypatch):
 
 
 def test_files_are_read_in_turns_by_their_size(fake, monkeypatch, tmp_path):
-    """Real text files through the real library: a file thrice as long gives three quarters of every stretch."""
+    """Real text files, the real library: a file thrice as long gives three quarters of every stretch."""
     (tmp_path / "long.jsonl").write_text(
         "".join(f'{{"text": "l{i:04d}", "meta": {{"a": {i}}}}}\n' for i in range(300))
     )

@@ -1,4 +1,5 @@
-"""The playground: the same tokens as the experiments' generation, at the positions that were asked for; a widget
+"""The playground: the same tokens as the experiments' generation, at the positions that were asked for; a
+widget
 that stops and never raises.
 """
 

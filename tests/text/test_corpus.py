@@ -250,7 +250,7 @@ def test_lines_of_jsonl_are_texts_or_traces(tmp_path):
 
 
 def streams(monkeypatch, rows):
-    """Let the hub have these rows; returns the list in which it is written down how far each stream was read."""
+    """Let the hub have these rows; returns the list that says how far each stream was read."""
     read = []
 
     def fake(source):

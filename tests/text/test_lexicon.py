@@ -1,4 +1,4 @@
-"""The lexicon: where sentences end, what they are, and that every token gets the label of its own sentence."""
+"""The lexicon: where sentences end, what they are; every token gets the label of its sentence."""
 
 import random
 from types import SimpleNamespace

@@ -323,7 +323,7 @@ def test_weighted_recall_is_that_of_the_text_and_not_of_the_sample(tmp_path):
     assert contrast["precision"].mean() == pytest.approx(0.5, abs=0.06)
     assert contrast["precision_base"].mean() == pytest.approx(0.143, abs=0.03)
     assert contrast["recall_base"].tolist() == pytest.approx([0.044] * 20)
-    covered = (contrast["recall_low"] <= 0.154) & (0.154 <= contrast["recall_high"])
+    covered = (contrast["recall_low"] <= 0.154) & (contrast["recall_high"] >= 0.154)
     assert covered.mean() > 0.75
     for c in ("reflection", "deduction", "alternative"):
         assert all(f.loc[c, "precision"] == f.loc[c, "recall"] == 1 for f in found)

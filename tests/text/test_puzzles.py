@@ -1,4 +1,4 @@
-"""The puzzle, the teacher and the reader of transcripts: against hand-computed values and planted mistakes."""
+"""The puzzle, the teacher, the reader of transcripts: hand-computed values and planted mistakes."""
 
 import random
 

@@ -70,7 +70,9 @@ def test_splits_share_no_wording_and_no_question():
 
 
 def test_a_seed_asks_the_same_questions_as_ever():
-    """What was written and measured from these questions is committed: an edit of the data file must not move them."""
+    """What was written and measured from these questions is committed: an edit of the data file must not move
+    them.
+    """
     texts = [f"{q.text}/{q.answer}" for split in ("train", "choose", "report") for q in ask(split, 200)]
     assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == "d3e45de3388342d6"
 
