@@ -97,17 +97,9 @@ def own_kernel() -> Iterator[None]:
         spec.mkdir(parents=True)
         # quiet: ipykernel warns at each start that it talks over local TCP, and at each stop that it was
         # interrupted
-        argv = [
-            sys.executable,
-            "-m",
-            "ipykernel_launcher",
-            "-f",
-            "{connection_file}",
-            "--IPKernelApp.log_level=50",
-        ]
-        (spec / "kernel.json").write_text(
-            json.dumps({"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"})
-        )
+        words = "-m ipykernel_launcher -f {connection_file} --IPKernelApp.log_level=50"
+        kernel = {"argv": [sys.executable, *words.split()], "display_name": "Python 3 (ipykernel)"}
+        (spec / "kernel.json").write_text(json.dumps({**kernel, "language": "python"}))
         wanted = {
             "JUPYTER_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")])),
             "IPYTHONDIR": str(Path(folder) / "ipython"),  # no start-up files and no history of the user's

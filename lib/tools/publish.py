@@ -27,7 +27,7 @@ from ..runs import Progress, write_text
 from ..settings import ROOT, UserError
 
 TEMPLATES = ROOT / "docs" / "templates"
-EMBEDDED, REAL = ("tiny",), ("smol",)  # pairs whose results are committed
+PAIRS = ("tiny", "smol")  # whose results are committed: the embedded pair, and the real one
 # page -> template
 PAGES = {
     "docs/results.md": "results.md.j2",
@@ -90,7 +90,9 @@ class Sources:
 
     def text(self, path: str) -> str:
         if not (self.root / path).is_file():
-            raise UserError(f"{path} is missing: run the notebook or the benchmark that writes it first")
+            raise UserError(
+                f"{path} is missing: run what writes it first (make figures, make study, make bench)"
+            )
         return (self.root / path).read_text(encoding="utf-8")
 
     def json(self, path: str) -> dict:
@@ -99,24 +101,9 @@ class Sources:
     def csv(self, path: str) -> list[dict]:
         return list(csv.DictReader(self.text(path).splitlines()))
 
-    def results(self, pairs: Sequence[str], notebook: str) -> dict:
-        """The content of NN.json, of the first pair that has it."""
-        for pair in pairs:
-            path = f"figures/{pair}/results/{notebook}.json"
-            if (self.root / path).is_file():
-                return self.json(path)
-        raise UserError(
-            f"{notebook}.json is missing in figures/{pairs[0]}/results: run make figures ONLY={notebook}"
-            " first"
-        )
-
-    def tiny(self, notebook: str, name: str) -> str:
-        """A number of the embedded pair."""
-        return number(self.results(EMBEDDED, notebook)["metrics"].get(name))
-
-    def smol(self, notebook: str, name: str) -> str:
-        """A number of the real pair."""
-        return number(self.results(REAL, notebook)["metrics"].get(name))
+    def metric(self, pair: str, notebook: str, name: str) -> str:
+        """A number of a pair, as text."""
+        return number(self.json(f"figures/{pair}/results/{notebook}.json")["metrics"].get(name))
 
     def speed(self, name: str) -> dict:
         content = self.json("benchmarks/results.json")
@@ -124,11 +111,10 @@ class Sources:
             raise UserError(f"{name} is missing in benchmarks/results.json: run make bench PEERS=1 first")
         return content[name]
 
-    def boards(self, pairs: Sequence[str]) -> dict[str, list[dict]]:
+    def boards(self, pair: str) -> dict[str, list[dict]]:
         """The predictions of every notebook that has some: {number: rows}."""
-        files = [f for p in pairs for f in (self.root / "figures" / p / "results").glob("[0-9][0-9].json")]
         boards = {}
-        for file in sorted(files, key=lambda file: file.name):
+        for file in sorted((self.root / "figures" / pair / "results").glob("[0-9][0-9].json")):
             content = self.json(file.relative_to(self.root).as_posix())
             if table := content["tables"].get("scoreboard"):
                 boards[file.stem] = [dict(zip(table["columns"], row)) for row in table["rows"]]
@@ -139,7 +125,7 @@ class Sources:
         more than a token, and does removing the category's features cost accuracy, by more than random
         directions of equal norm do, and than as many features that fire as often (intervals apart)?
         """
-        inspected, removed = (self.results(EMBEDDED, notebook) for notebook in ("03", "04"))
+        inspected, removed = (self.json(f"figures/tiny/results/{n}.json") for n in ("03", "04"))
         metrics = inspected["metrics"] | removed["metrics"]
         status, verdicts = (
             [dict(zip(table["columns"], row)) for row in table["rows"]]
@@ -190,10 +176,9 @@ def render(template: str, root: Path = ROOT, **values) -> str:
     environment.globals |= {
         "categories": CATEGORIES,
         "same_feature": SAME_FEATURE,
-        "embedded": EMBEDDED,
-        "real": REAL,
         "sources": sources,
-        **{name: getattr(sources, name) for name in ("tiny", "smol", "speed", "json", "csv")},
+        **{pair: functools.partial(sources.metric, pair) for pair in PAIRS},
+        **{name: getattr(sources, name) for name in ("speed", "json", "csv")},
     }
     return environment.get_template(template).render(**values)
 
@@ -244,9 +229,7 @@ def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
 
     notebooks = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     figures = {
-        f"{pair}/{f.stem}": f
-        for pair in EMBEDDED + REAL
-        for f in sorted((root / "figures" / pair).glob("*.html"))
+        f"{pair}/{f.stem}": f for pair in PAIRS for f in sorted((root / "figures" / pair).glob("*.html"))
     }
     if not notebooks or not figures:
         raise UserError("there are no notebooks or no figures to report on: run make figures first")
@@ -267,12 +250,12 @@ def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
     places |= {f"docs/{name}.md": f"docs/{name}.html" for name in docs}
     for picture in [*(root / "figures").glob("*/*.png"), *(root / "docs").glob("*.svg")]:
         place = picture.relative_to(root)
-        if place.parts[0] == "docs" or place.parts[1] in EMBEDDED + REAL:
+        if place.parts[0] == "docs" or place.parts[1] in PAIRS:
             (out / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(picture, out / place)
             places[place.as_posix()] = place.as_posix()
     pictured = [name for name, file in figures.items() if file.with_suffix(".png").is_file()]
-    gallery = {pair: [n for n in pictured if n.startswith(f"{pair}/")] for pair in EMBEDDED + REAL}
+    gallery = {pair: [n for n in pictured if n.startswith(f"{pair}/")] for pair in PAIRS}
     links = [(n.stem[:2], places[f"notebooks/{n.name}"]) for n in notebooks]
     links += [(name.replace("_", " "), places[f"docs/{name}.md"]) for name in docs[:4]]
     with Progress("pages", len(places)) as progress:
@@ -309,7 +292,7 @@ def from_notebook(file: Path, figures: Mapping[str, Path]) -> tuple[str, str]:
         if content.cell_type == "markdown":
             content.source = with_mathml(content.source)
             continue
-        named = (f"{pair}/{name}" for name in _NAME.findall(content.source) for pair in EMBEDDED + REAL)
+        named = (f"{pair}/{name}" for name in _NAME.findall(content.source) for pair in PAIRS)
         places = iter(dict.fromkeys(place for place in named if place in figures))
         for output in content.outputs:
             if "image/png" not in output.get("data", {}):
