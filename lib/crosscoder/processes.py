@@ -75,13 +75,13 @@ class SingleProcess:
         """Make the gradients those of the whole batch; returns the norm over all parameters."""
         return torch.nn.utils.get_total_norm([p.grad for p in crosscoder.parameters()])
 
-    def own(self, whole: Tensor) -> Tensor:
+    def part_of(self, tensor: Tensor) -> Tensor:
         """The part of a tensor [F, ...] that is kept here."""
-        return whole
+        return tensor
 
-    def whole(self, own: Tensor) -> Tensor:
+    def joined(self, part: Tensor) -> Tensor:
         """The tensor [F, ...] of which each process keeps a part; only on rank 0."""
-        return own
+        return part
 
     def agreed(self, flag: bool) -> bool:
         """What rank 0 says. Also a barrier."""
@@ -273,23 +273,23 @@ class ByFeatures(Together):
         )
         return (self.over_features(own.square()) + crosscoder.b_dec.grad.square().sum()).sqrt()
 
-    def own(self, whole: Tensor) -> Tensor:
-        return whole[self.bounds[self.rank] : self.bounds[self.rank + 1]].clone()
+    def part_of(self, tensor: Tensor) -> Tensor:
+        return tensor[self.bounds[self.rank] : self.bounds[self.rank + 1]].clone()
 
     @_collective
-    def whole(self, own: Tensor) -> Tensor:
+    def joined(self, part: Tensor) -> Tensor:
         """In the memory of rank 0's host, where it comes part by part: no device has to hold it."""
-        own = own.contiguous()
+        part = part.contiguous()
         if self.rank:
-            dist.send(own, 0)
-            return own.cpu()
-        whole = torch.empty(self.bounds[-1], *own.shape[1:], dtype=own.dtype)
-        whole[: self.bounds[1]] = own
+            dist.send(part, 0)
+            return part.cpu()
+        tensor = torch.empty(self.bounds[-1], *part.shape[1:], dtype=part.dtype)
+        tensor[: self.bounds[1]] = part
         for rank in range(1, self.size):
-            part = own.new_empty(self.bounds[rank + 1] - self.bounds[rank], *own.shape[1:])
-            dist.recv(part, rank)
-            whole[self.bounds[rank] : self.bounds[rank + 1]] = part
-        return whole
+            received = part.new_empty(self.bounds[rank + 1] - self.bounds[rank], *part.shape[1:])
+            dist.recv(received, rank)
+            tensor[self.bounds[rank] : self.bounds[rank + 1]] = received
+        return tensor
 
 
 class _Sum(torch.autograd.Function):

@@ -136,25 +136,25 @@ def train(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(folder)
-    mark = config.fingerprint(store)
-    if is_current(folder, mark):
+    fingerprint = config.fingerprint(store)
+    if is_current(folder, fingerprint):
         return CrossCoder.load(folder)
     with exclusive(folder, "training a crosscoder") if together.rank == 0 else contextlib.nullcontext():
-        return _train(store, config, folder, mark, progress, device, checkpoint_seconds, together)
+        return _train(store, config, folder, fingerprint, progress, device, checkpoint_seconds, together)
 
 
 def _train(
     store,
     config: TrainConfig,
     folder: Path,
-    mark: str,
+    fingerprint: str,
     progress,
     device: str,
     checkpoint_seconds: float,
     together: SingleProcess,
 ) -> CrossCoder:
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = checkpoint_file(folder, mark)
+    checkpoint = checkpoint_file(folder, fingerprint)
     trainer = Trainer(store, config, device, together)
     if checkpoint.is_file():
         trainer.restore(
@@ -190,15 +190,17 @@ def _train(
     if together.rank == 0:
         crosscoder.save(folder)
         write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.log))
-        write_manifest(folder, mark, store=store.fingerprint, config=asdict(config), processes=together.size)
+        write_manifest(
+            folder, fingerprint, store=store.fingerprint, config=asdict(config), processes=together.size
+        )
         checkpoint.unlink(missing_ok=True)
     together.agreed(True)  # the files are there
     return crosscoder if together.rank == 0 else CrossCoder.load(folder)
 
 
-def checkpoint_file(folder: Path, mark: str) -> Path:
-    """The checkpoint of an unfinished run with the fingerprint ``mark``."""
-    return Path(folder) / f"checkpoint-{mark}.pt"
+def checkpoint_file(folder: Path, fingerprint: str) -> Path:
+    """The checkpoint of an unfinished run with this fingerprint."""
+    return Path(folder) / f"checkpoint-{fingerprint}.pt"
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -232,7 +234,7 @@ class Trainer:
             config.seed,
             config.dedicated,
         )
-        self._each_feature(together.own)
+        self._each_feature(together.part_of)
         self.crosscoder.to(device).centre([store.means[name].to(device) for name in store.models])
         self.optimizer = make_optimizer(self.crosscoder, config)
         self.step = self.shown = self.epoch = self.position = 0  # position: batches done in this epoch
@@ -391,7 +393,7 @@ class Trainer:
     def finish(self) -> CrossCoder:
         """The trained crosscoder, for use without gradients."""
         self.crosscoder.seen.copy_(torch.tensor([self.shown, self.check_distinct()]))
-        self._each_feature(self.together.whole)
+        self._each_feature(self.together.joined)
         return self.crosscoder.cpu().eval().requires_grad_(False)
 
     def state(self) -> dict:
@@ -401,23 +403,23 @@ class Trainer:
         self.seen = self.together.any_row(self.seen)
         place = {name: getattr(self, name) for name in ("step", "shown", "epoch", "position", "log")}
         crosscoder, optimizer = self._states(
-            self.crosscoder.state_dict(), self.optimizer.state_dict(), self.together.whole
+            self.crosscoder.state_dict(), self.optimizer.state_dict(), self.together.joined
         )
         return {
             "crosscoder": crosscoder,
             "optimizer": optimizer,
-            "last_fired": self.together.whole(self.last_fired),
+            "last_fired": self.together.joined(self.last_fired),
             "seen": torch.from_numpy(np.packbits(self.seen.numpy())),
             **place,
         }
 
     def restore(self, state: dict) -> None:
-        crosscoder, optimizer = self._states(state["crosscoder"], state["optimizer"], self.together.own)
+        crosscoder, optimizer = self._states(state["crosscoder"], state["optimizer"], self.together.part_of)
         self.crosscoder.load_state_dict(crosscoder)
         self.optimizer.load_state_dict(optimizer)
         for name in ("step", "shown", "epoch", "position", "log"):
             setattr(self, name, state[name])
-        self.last_fired = self.together.own(state["last_fired"]).clone().to(self.device)
+        self.last_fired = self.together.part_of(state["last_fired"]).clone().to(self.device)
         self.seen = torch.from_numpy(np.unpackbits(state["seen"].cpu().numpy(), count=len(self.seen))).bool()
         self.close()  # and go on reading from there
 

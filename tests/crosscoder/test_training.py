@@ -316,8 +316,10 @@ def test_schedules():
         [0, 1, 2, 2, 2, 1, 0]
     )
     assert [config.sparsity_weight(t) for t in (0, 0.025, 0.05, 1)] == pytest.approx([0, 2, 4, 4])
-    with pytest.raises(UserError, match="k is 0: it must be an integer from 1 to 1024"):
+    with pytest.raises(UserError, match="k is 0: it must be an integer of at least 1"):
         TrainConfig(k=0)
+    with pytest.raises(UserError, match="k is 1025: it must be an integer from 1 to 1024"):
+        TrainConfig(k=1025)
     with pytest.raises(UserError, match="variant is 'relu'"):
         TrainConfig(variant="relu")
 
