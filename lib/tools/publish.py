@@ -1,8 +1,7 @@
-"""Result files as pages: tables of README.md and docs/ (``publish``), and the study as HTML (``build``).
+"""Result files as pages: README.md and docs/ (``publish``), and the study as HTML (``build``).
 
-All words are in docs/templates (jinja2). What stands in README.md between ``<!-- NAME: written by python -m
-lib publish -->`` and ``<!-- end of NAME -->`` comes from the template tables/NAME.md.j2 there. A test holds
-README.md and docs/ equal to what the committed result files give.
+All words are in docs/templates (jinja2), README's too. A test holds the pages equal to what the committed
+result files give.
 
 The HTML pages need no network: formulas are MathML, figures are frames of their own files, which share one
 copy of plotly. Scripts run in those frames only.
@@ -30,6 +29,7 @@ TEMPLATES = ROOT / "docs" / "templates"
 PAIRS = ("tiny", "smol")  # whose results are committed: the embedded pair, and the real one
 # page -> template
 PAGES = {
+    "README.md": "README.md.j2",
     "docs/results.md": "results.md.j2",
     "docs/scoreboard.md": "scoreboard.md.j2",
     "docs/scoreboard_smol.md": "scoreboard_smol.md.j2",
@@ -38,7 +38,6 @@ PAGES = {
 # mean cosine with the matches under other seeds from which a feature counts as the same; notebook 03 predicts
 # with it
 SAME_FEATURE = 0.7
-_BLOCK = re.compile(r"<!-- (\w+): written by python -m lib publish -->\n.*?<!-- end of \1 -->", re.DOTALL)
 
 
 # --- numbers as text ----------------------------------------------------------------------------------------
@@ -105,6 +104,22 @@ class Sources:
         """A number of a pair, as text."""
         return number(self.json(f"figures/{pair}/results/{notebook}.json")["metrics"].get(name))
 
+    def value(self, pair: str, notebook: str, name: str, places: int = 2) -> str:
+        """A number without its interval."""
+        found = self.json(f"figures/{pair}/results/{notebook}.json")["metrics"][name]["value"]
+        return "not measured" if found is None else f"{found:.{places}f}"
+
+    def percent(self, pair: str, notebook: str, name: str) -> str:
+        """A share as a percentage, with one decimal below ten."""
+        share = 100 * self.json(f"figures/{pair}/results/{notebook}.json")["metrics"][name]["value"]
+        return f"{share:.1f}%" if share < 10 else f"{share:.0f}%"
+
+    def lowered(self, pair: str, notebook: str, pattern: str) -> int:
+        """Of how many categories the interval of a change lies below 0; {} in ``pattern`` is the category."""
+        metrics = self.json(f"figures/{pair}/results/{notebook}.json")["metrics"]
+        changes = (metrics[pattern.format(category)] for category in CATEGORIES)
+        return sum(bool(change["ci"]) and change["ci"][1] < 0 for change in changes)
+
     def speed(self, name: str) -> dict:
         content = self.json("benchmarks/results.json")
         if name not in content:
@@ -125,7 +140,7 @@ class Sources:
         more than a token, and does removing the category's features cost accuracy, by more than random
         directions of equal norm do, and than as many features that fire as often (intervals apart)?
         """
-        inspected, removed = (self.json(f"figures/tiny/results/{n}.json") for n in ("03", "04"))
+        inspected, removed = (self.json(f"figures/tiny/results/{n}.json") for n in ("03", "13"))
         metrics = inspected["metrics"] | removed["metrics"]
         status, verdicts = (
             [dict(zip(table["columns"], row)) for row in table["rows"]]
@@ -178,33 +193,18 @@ def render(template: str, root: Path = ROOT, **values) -> str:
         "same_feature": SAME_FEATURE,
         "sources": sources,
         **{pair: functools.partial(sources.metric, pair) for pair in PAIRS},
-        **{name: getattr(sources, name) for name in ("speed", "json", "csv")},
+        **{name: getattr(sources, name) for name in ("value", "percent", "lowered", "speed", "json", "csv")},
     }
     return environment.get_template(template).render(**values)
 
 
-def with_tables(text: str, root: Path = ROOT) -> str:
-    """README text in which every block between markers is what its template gives."""
-
-    def replaced(match: re.Match) -> str:
-        name = match[1]
-        begin = f"<!-- {name}: written by python -m lib publish -->"
-        return f"{begin}\n{render(f'tables/{name}.md.j2', root)}<!-- end of {name} -->"
-
-    return _BLOCK.sub(replaced, text)
-
-
 def pages(root: Path = ROOT) -> dict[str, str]:
     """Every page that is written from results: {path below the repository: text}."""
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    return {
-        "README.md": with_tables(readme, root),
-        **{page: render(template, root) for page, template in PAGES.items()},
-    }
+    return {page: render(template, root) for page, template in PAGES.items()}
 
 
 def publish(root: Path = ROOT) -> None:
-    """Write README.md's tables and the pages in docs/ anew."""
+    """Write README.md and the pages in docs/ anew."""
     for page, text in pages(root).items():
         write_text(root / page, text)
 

@@ -10,7 +10,7 @@ from lib.settings import ROOT, UserError
 from lib.tools import publish
 
 
-@pytest.mark.parametrize("page", ["README.md", *publish.PAGES])
+@pytest.mark.parametrize("page", publish.PAGES)
 def test_committed_pages_show_the_committed_results(page):
     assert publish.pages()[page] == (ROOT / page).read_text(), "run: python -m lib publish"
 
@@ -20,8 +20,7 @@ def test_every_template_of_a_table_is_shown_somewhere():
         p.read_text() for p in publish.TEMPLATES.glob("*.j2")
     )
     for file in (publish.TEMPLATES / "tables").glob("*.j2"):
-        name = file.name.removesuffix(".md.j2")
-        assert f"tables/{file.name}" in shown or f"<!-- {name}: written" in shown, f"nobody shows {file.name}"
+        assert f"tables/{file.name}" in shown, f"nobody shows {file.name}"
 
 
 def metric(value, low=None, high=None):
@@ -33,16 +32,26 @@ def put(root, path, content):
     (root / path).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-def test_blocks_of_a_text_are_replaced_and_nothing_else(tmp_path):
+def test_a_number_that_no_benchmark_left_is_named(tmp_path):
     put(tmp_path, "benchmarks/results.json", {})
     put(tmp_path, "benchmarks/machine.json", {})
-    begin, end = "<!-- speed: written by python -m lib publish -->", "<!-- end of speed -->"
     with pytest.raises(UserError, match="step_vs_dense_small is missing .* make bench"):
-        publish.with_tables(f"a\n{begin}\nold\n{end}\nb", tmp_path)
-    text = publish.with_tables(f"a\n{begin}\nold\n{end}\nb\n{begin}\n{end}")
-    assert text.startswith(f"a\n{begin}\n| what |") and "|\n\nOn " in text and text.count(end) == 2
-    assert "old" not in text and f"\n{end}\nb\n{begin}\n| what" in text and text.endswith(end)
-    assert publish.with_tables("no block <!-- speed -->") == "no block <!-- speed -->"
+        publish.render("tables/speed.md.j2", tmp_path)
+
+
+def test_numbers_of_readme_by_hand(tmp_path):
+    metrics = {f"x_{c}": metric(-0.5, -0.6, high) for c, high in zip(CATEGORIES, (-0.4, -0.1, 0.1, 0.2))}
+    metrics |= {"share": metric(0.0413), "large": metric(0.98), "none": metric(None)}
+    put(tmp_path, "figures/tiny/results/04.json", {"metrics": metrics})
+    sources = publish.Sources(tmp_path)
+    assert sources.lowered("tiny", "04", "x_{}") == 2
+    assert (
+        sources.percent("tiny", "04", "share") == "4.1%" and sources.percent("tiny", "04", "large") == "98%"
+    )
+    assert (
+        sources.value("tiny", "04", "share") == "0.04"
+        and sources.value("tiny", "04", "none") == "not measured"
+    )
 
 
 def test_a_scoreboard_of_hand_written_results(tmp_path):
