@@ -79,7 +79,7 @@ def test_numbers_of_the_pairs_and_what_is_missing(tmp_path):
     put(tmp_path, "figures/tiny/results/00.json", {"metrics": {}})
     assert "distilled, thinking not measured" in publish.render("tables/results.md.j2", tmp_path)
     (tmp_path / "figures/tiny/results/05.json").unlink()
-    with pytest.raises(UserError, match="figures/tiny/results/05.json is missing: run .* make figures"):
+    with pytest.raises(UserError, match="figures/tiny/results/05.json is missing: run .*make figures"):
         publish.render("tables/results.md.j2", tmp_path)
 
 
