@@ -211,7 +211,18 @@ def publish(root: Path = ROOT) -> None:
 
 # --- the study as HTML --------------------------------------------------------------------------------------
 
-DOCS = ("glossary", "results", "scoreboard", "scoreboard_smol", "robustness_smol", "costs", "cluster")
+DOCS = (
+    "architecture",
+    "glossary",
+    "own_pair",
+    "formats",
+    "results",
+    "scoreboard",
+    "scoreboard_smol",
+    "robustness_smol",
+    "costs",
+    "cluster",
+)
 _NAME = re.compile(r"\"(\d\d_\w+)\"")
 _MATH = re.compile(r"```.*?```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL)
 _LINK = re.compile(r'(href|src)="([^"#:]+)(#[^"]*)?"')
