@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.pairs import load_pair
 from ..runs import whole_files, write_text
-from ..settings import ROOT, NotNegative, Positive, UserError, check, parameters
+from ..settings import ROOT, Count, NotNegative, Positive, UserError, check, parameters
 from ..text.chat import Trace, encode_trace, read_traces
 from ..text.corpus import hub_items, read_texts
 from .fit import Batch, Place, Window, batches_of, claim, fit, token_losses
@@ -57,7 +57,7 @@ class Recipe:
     rate: NotNegative = 1e-3
     batch_tokens: Positive = 2_048
     window: Positive = 1_024  # longer traces are cut, and every piece is learnt: late reasoning too
-    short: Positive = 2_600  # characters: traces shorter than this come first, once
+    short: Count = 2_600  # characters: traces shorter than this come first, once
     keep_every: Positive = 150_000  # tokens between adapters that are kept, to ask how features grow
     seed: int = 0
 

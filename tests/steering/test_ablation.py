@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nnsight import CONFIG
 from toys import toy_pair, toy_store
 
 from lib import runs
@@ -120,11 +121,11 @@ def test_a_remote_pair_gives_the_same_effects(world):
 
 
 def test_what_ndif_cannot_run_is_refused(world, monkeypatch):
-    monkeypatch.setattr(reader.CONFIG.API, "APIKEY", None)
+    monkeypatch.setattr(CONFIG.API, "APIKEY", None)
     hub = replace(world.pair, models={"base": "org/one", "distilled": "org/two@v1"}, remote=True)
     with pytest.raises(UserError, match="no key for NDIF: .*NDIF_API_KEY"):
         reader.open_models(hub, hub.models, world.tokenizer)
-    monkeypatch.setattr(reader.CONFIG.API, "APIKEY", "mine")
+    monkeypatch.setattr(CONFIG.API, "APIKEY", "mine")
     for wrong in (world.pair.base, "pypi:some==1.0@sha256:0"):
         with pytest.raises(UserError, match="'base' is .*NDIF runs models of the hub"):
             reader.open_models(replace(hub, models={"base": wrong}), ["base"], world.tokenizer)
