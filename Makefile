@@ -2,12 +2,14 @@
 #   PAIR     entry of data/pairs.yaml          PROFILE  smoke, default or paper (notebooks/profiles)
 #   PEERS=1  make bench: compare with eai-sparsify too, installed into an environment of its own
 #   ONLY     notebooks by number: ONLY="03 04" ARGS     passed on: ARGS="-p feature 17" with one notebook
+#   WORKERS  make test: processes that share out the tests; 0 is none
 PYTHON ?= python3
 PAIR ?= tiny
 PROFILE ?= default
 ONLY ?=
 ARGS ?=
 PEERS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -50,8 +52,9 @@ report: $(STAMP)
 check: $(STAMP)
 	@$(BIN)/python -m lib check $(ARGS)
 
+# A test uses one core. The tests of one file stay together, as they share what they made.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 browser: $(STAMP)
 	$(BIN)/python -m pytest -m browser $(ARGS)
