@@ -27,8 +27,6 @@ import sys
 from pathlib import Path
 ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "environment.yml").is_file())
 sys.path.insert(0, str(ROOT))"""
-# whose cells are still too long: whoever shortens them takes the entry out, and at the end there is none
-LONG_CELLS_TO_COME = ["01", "02", "03", "04", "06"]
 each = pytest.mark.parametrize("stem", NOTEBOOKS)
 
 
@@ -123,7 +121,7 @@ def test_cells_are_short_and_hold_no_magic(stem):
         ]
         # a table that is written out, such as the predictions, may be long
         tables = sum(node.end_lineno - node.lineno for node in ast.parse(cell.source).body if is_table(node))
-        assert len(lines) - tables <= 40 or stem[:2] in LONG_CELLS_TO_COME, cell.source[:200]
+        assert len(lines) - tables <= 40, cell.source[:200]
         assert not any(line.lstrip().startswith(("%", "!")) for line in lines), (
             "cell magics break headless runs"
         )

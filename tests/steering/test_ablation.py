@@ -136,7 +136,7 @@ def test_what_ndif_cannot_run_is_refused(world, monkeypatch):
         reader.open_models(hub, hub.models, world.tokenizer)
     asked = []
     monkeypatch.setattr(
-        reader, "TransformersModel", lambda name, **how: asked.append((name, how["revision"]))
+        "nnsight.TransformersModel", lambda name, **how: asked.append((name, how["revision"]))
     )
     reader.open_models(hub, hub.models, world.tokenizer)
     assert asked == [("org/one", None), ("org/two", "v1")]
