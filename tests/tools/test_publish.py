@@ -114,7 +114,7 @@ def test_standing_is_judged_by_intervals(tmp_path):
         "matched_in_traces_reflection": metric(-0.2, -0.25, -0.15),
     }
     removed = {f"ablate_accuracy_{name}": m for name, m in costs.items()}
-    put(tmp_path, "figures/tiny/results/04.json", {"metrics": removed})
+    put(tmp_path, "figures/tiny/results/13.json", {"metrics": removed})
     text = publish.render("tables/standing.md.j2", tmp_path)
     reflection, deduction, alternative, _ = text.splitlines()[2:6]
     assert reflection == (
