@@ -128,7 +128,10 @@ def study(
     timeout: Timeout = None,
     notebooks: _Notebooks = ROOT / "notebooks",
 ):
-    """Run the long experiments, notebooks 10 to 13. Hours; an interrupted run goes on."""
+    """Run the long experiments, notebooks 10 to 13. Hours; an interrupted run goes on.
+
+    Notebooks 14 and 15 are about the pair smol, and need files of your own: --pair smol --only 15 -p traces FILE.
+    """
     from .notebooks import STUDY, run_all
 
     run_all(STUDY, pair, profile, only, _texts(p), False, out, registry, timeout, notebooks)
