@@ -130,7 +130,7 @@ def study(
 ):
     """Run the long experiments, notebooks 10 to 13. Hours; an interrupted run goes on.
 
-    Notebooks 14 and 15 are about the pair smol, and need files of your own: --pair smol --only 15 -p traces FILE.
+    Notebooks 14 and 15 are about the pair smol and read files of your own: --pair smol --only 15
     """
     from .notebooks import STUDY, run_all
 
