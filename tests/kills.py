@@ -9,11 +9,13 @@ anything, so a child inherits no threads of torch; a child that is killed (SIGKI
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -95,8 +97,11 @@ def labelling(given: Path, out: Path, url: str) -> None:
 WORK = {f.__name__: f for f in (distilling, harvesting, training, labelling)}
 
 
-def _child(pipe, kind: str, given: str, out: str, url: str, file_bytes: int | None) -> None:
+def _child(pipe, kind: str, given: str, out: str, url: str, file_bytes: int | None, falling: bool) -> None:
     torch.set_num_threads(1)
+    if falling:  # the clock, by a day at every look
+        looks, began = itertools.count(1), time.time()
+        time.time = lambda: began - 86_400 * next(looks)
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if file_bytes is not None:  # the system itself refuses to write on: OSError instead of a signal
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -115,15 +120,17 @@ def _child(pipe, kind: str, given: str, out: str, url: str, file_bytes: int | No
         pipe.send(report)
 
 
-def start(kind: str, given: Path, out: Path, url: str = "", file_bytes: int | None = None):
+def start(
+    kind: str, given: Path, out: Path, url: str = "", file_bytes: int | None = None, falling: bool = False
+):
     """(process, pipe); the pipe says "begun", and then "done" or what was raised. Returns when the work has
-    begun.
+    begun. ``file_bytes``: the system lets no file grow larger; ``falling``: the clock goes backwards.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.kills"])
     receiver, sender = server.Pipe(duplex=False)
     process = server.Process(
-        target=_child, args=(sender, kind, str(given), str(out), url, file_bytes), daemon=True
+        target=_child, args=(sender, kind, str(given), str(out), url, file_bytes, falling), daemon=True
     )
     process.start()
     sender.close()
