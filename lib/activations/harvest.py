@@ -1,18 +1,15 @@
-"""Harvesting: both models read the same token ids, and the residual stream at one layer goes to disk.
+"""Harvesting: all models read the same token ids, and the residual stream at one layer goes to disk.
 
-Every model runs on every shard of documents, up to the layer that is read (lib.models.reader). While a shard
-is written, the next one is computed. At the end tokens are masked, which needs medians over everything:
+Every model runs on every shard of documents, up to the layer that is read (lib.models.reader). At the end
+tokens are masked, which needs medians over everything:
 
     first      position 0: BOS, or what stands there, is the attention sink (in Qwen 100 median norms)
     padding    never written; counted
     high_norm  norm above 10 times the model's median: massive activations inside a text
 
-A token is dropped if **any** model says so, or the models would be compared on different tokens. Interrupted,
-a harvest continues at the next shard, and ends with the same bytes. So do jobs, any number of them, that
-share the shards out (docs/cluster.md)::
-
-    python -m lib harvest --pair tiny --profile default --part 0/8   # 1/8, ... on one disk
-    python -m lib harvest --pair tiny --profile default --merge
+A token is dropped if **any** model says so, or the models would be compared on different tokens. A harvest
+that was interrupted continues at the next shard and ends with the same bytes; so do any number of jobs that
+share the shards out (docs/cluster.md).
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +35,7 @@ from ..labels import KINDS, LABEL_ARRAYS, LABELS, SPLITS
 from ..models.pairs import DTYPES, Pair, load_pair
 from ..models.reader import BATCH_TOKENS, CHUNK, NORM_FACTOR, LayerReader, masks, read_all, row_norms
 from ..runs import (
+    MANIFEST,
     Progress,
     exclusive,
     fingerprint,
@@ -56,15 +55,10 @@ BEGUN = "harvest.json"  # in the folder of a store: the fingerprint of what is b
 STALE = 3600  # seconds after which a file that is still being written belongs to a job that died
 
 
-# --- the harvest --------------------------------------------------------------------------------------------
-
-
 def open_text(
     name: str, tokens: int, trace_share: float = 0.5, seed: int = 0, traces: str = "", general: str = ""
 ) -> tuple[Pair, Corpus]:
-    """A pair of the registry and its text, of about ``tokens`` tokens; ``traces`` and ``general`` name other
-    text than the pair's (a file, or a data set on the hub).
-    """
+    """A pair of the registry and its text (see ``corpus.build``), or other text (see ``corpus.override``)."""
     pair = override(load_pair(name), traces, general)
     return pair, build(pair, tokens, trace_share=trace_share, seed=seed)
 
@@ -75,18 +69,18 @@ def harvest_activations(
     path: str | Path,
     layer: int | None = None,
     models: Mapping[str, PreTrainedModel] | None = None,
-    shard_tokens: int = SHARD_TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
     device: str | None = None,
+    **sizes: int,
 ) -> Store:
     """Read ``documents`` with every model of the pair and write a store to ``path``; returns it, opened.
 
     Nothing is done if the store is there, whole, and made from the same; what is damaged or missing is made
     anew. ``layer`` overrides the pair's (default: half depth of each model). ``models`` passes loaded models
-    by name, with the pair's weights. Raises UserError for a full disk (finished shards stay), for activations
-    that are not finite, and for token ids that a model does not have.
+    by name, with the pair's weights. ``sizes``: ``shard_tokens`` and ``batch_tokens``. Raises UserError for a
+    full disk (finished shards stay), for activations that are not finite, and for token ids that a model does
+    not have.
     """
-    job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
+    job = job_of(pair, documents, path, layer, **sizes)
     if is_current(job.path, job.fingerprint):
         try:
             return Store.open(job.path)
@@ -97,12 +91,10 @@ def harvest_activations(
     job.path.mkdir(parents=True, exist_ok=True)
     with exclusive(job.path, "harvesting"):
         _check_room(job)
-        _clear(job)
-        shards = _make(job, range(sys.maxsize), models, device)
-        if not shards:
+        _claim(job, anew=True)
+        if not (shards := _make(job, range(sys.maxsize), models, device)):
             raise UserError("there are no documents to harvest: give a corpus of at least one")
-        _finish(job, shards)
-    return Store.open(job.path, verify=False)
+        return _finish(job, shards)
 
 
 def harvest_part(
@@ -112,9 +104,8 @@ def harvest_part(
     part: tuple[int, int],
     layer: int | None = None,
     models: Mapping[str, PreTrainedModel] | None = None,
-    shard_tokens: int = SHARD_TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
     device: str | None = None,
+    **sizes: int,
 ) -> int:
     """Write part i of n, ``part`` = (i, n) with i from 0, of the shards of a harvest; returns how many shards
     the part has.
@@ -124,7 +115,7 @@ def harvest_part(
     with the same part do its work twice, and nothing worse. Other parameters and errors as in
     ``harvest_activations``; UserError if the folder holds a harvest of something else.
     """
-    job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
+    job = job_of(pair, documents, path, layer, **sizes)
     numbers = _part(job, *part)
     _claim(job)
     _check_room(job)
@@ -136,22 +127,20 @@ def merge_parts(
     documents: Corpus | Iterable[Document],
     path: str | Path,
     layer: int | None = None,
-    shard_tokens: int = SHARD_TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
+    **sizes: int,
 ) -> Store:
-    """Check that every shard of a harvest is there and whole, and write masks, statistics and manifest: the
-    same store as ``harvest_activations``'s.
+    """Write masks, statistics and manifest over the shards of all parts: the same store as
+    ``harvest_activations``'s, whose parameters these are.
 
-    Parameters as in ``harvest_activations``. No model runs, but the text is gone through again, to know which
-    shards there must be. UserError names those that are missing or damaged; ``harvest_part`` or
-    ``harvest_activations`` makes just these anew.
+    No model runs, but the text is gone through again, to know which shards there must be. UserError names
+    those that are missing or damaged; their parts, run again, make just these anew.
     """
-    job = job_of(pair, documents, path, layer, shard_tokens, batch_tokens)
+    job = job_of(pair, documents, path, layer, **sizes)
     _claim(job)
     log = _logged(job.path)
     plan = {
-        _name(number): sum(len(d.tokens) for d in group)
-        for number, (_, group) in enumerate(groups(job.corpus, shard_tokens))
+        _name(i): sum(len(d.tokens) for d in group)
+        for i, (_, group) in enumerate(groups(job.corpus, job.content["shard_tokens"]))
     }
     with ThreadPoolExecutor() as pool:  # checksums of several files at once
         problems = list(pool.map(lambda name: _problem(job.path, name, log.get(name), plan[name]), plan))
@@ -162,40 +151,34 @@ def merge_parts(
             " their parts again"
         )
     _check_room(job)
-    _finish(job, {name: log[name] for name in plan})
-    return Store.open(job.path, verify=False)
+    return _finish(job, {name: log[name] for name in plan})
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is read and where it goes. ``content``: everything that decides the content of the store."""
+    """What is read and where it goes. ``content``: all that decides the store, as plain data, for its
+    fingerprint and manifest."""
 
     pair: Pair
     corpus: Corpus | list[Document]
     tokenizer: PreTrainedTokenizerBase
     path: Path
     content: dict
-    fingerprint: str  # of the content
+    fingerprint: str
     tokens: int  # expected; BOS is not counted, if the corpus is one
 
 
 def job_of(
-    pair: Pair, documents, path: str | Path, layer: int | None, shard_tokens: int, batch_tokens: int
+    pair: Pair,
+    documents: Corpus | Iterable[Document],
+    path: str | Path,
+    layer: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Job:
     check("shard_tokens", shard_tokens, int, low=1)
     check("batch_tokens", batch_tokens, int, low=1)
-    corpus = documents if isinstance(documents, Corpus) else list(documents)
-    tokenizer = corpus.tokenizer if isinstance(corpus, Corpus) else pair.tokenizer()
     layer = pair.layer if layer is None else layer
-    content = _content(pair, corpus, tokenizer, layer, shard_tokens, batch_tokens)
-    tokens = corpus.tokens if isinstance(corpus, Corpus) else sum(len(d.tokens) for d in corpus)
-    return Job(pair, corpus, tokenizer, Path(path), content, fingerprint(content), tokens)
-
-
-def _content(pair: Pair, corpus, tokenizer, layer: int | None, shard_tokens: int, batch_tokens: int) -> dict:
-    """Everything that decides the content of a store, as plain data: it is fingerprinted, and goes into the
-    manifest.
-    """
     models = {}
     for name in pair.models:
         config = pair.config(name).get_text_config()
@@ -208,20 +191,21 @@ def _content(pair: Pair, corpus, tokenizer, layer: int | None, shard_tokens: int
             "layers": depth,
             "vocabulary": config.vocab_size,
         }
-    if isinstance(corpus, Corpus):
+    if isinstance(documents, Corpus):
+        corpus, tokenizer, tokens = documents, documents.tokenizer, documents.tokens
         text = {**corpus.parameters, "fingerprint": corpus.fingerprint}
-        text["source"] = (
-            text["source"] if isinstance(text["source"], str) else [Path(p).name for p, _ in text["source"]]
-        )
+        if not isinstance(text["source"], str):
+            text["source"] = [Path(source).name for source, _ in text["source"]]
     else:
+        corpus, tokenizer = list(documents), pair.tokenizer()
+        tokens = sum(len(d.tokens) for d in corpus)
         arrays = [np.concatenate([np.empty(0, np.int64), *(d.tokens for d in corpus)])]
         arrays += [
-            np.concatenate([np.empty(0, np.int8), *(d.labels[label] for d in corpus)])
-            for label in LABEL_ARRAYS
+            np.concatenate([np.empty(0, np.int8), *(d.labels[n] for d in corpus)]) for n in LABEL_ARRAYS
         ]
-        documents = [[len(d.tokens), d.kind, d.split] for d in corpus]
-        text = {"source": "documents", "fingerprint": fingerprint(arrays, documents)}
-    return {
+        facts = [[len(d.tokens), d.kind, d.split] for d in corpus]
+        text = {"source": "documents", "fingerprint": fingerprint(arrays, facts)}
+    content = {
         "format": FORMAT,
         "models": models,
         "corpus": text,
@@ -234,34 +218,26 @@ def _content(pair: Pair, corpus, tokenizer, layer: int | None, shard_tokens: int
         "shard_tokens": shard_tokens,
         "batch_tokens": batch_tokens,
     }
+    return Job(pair, corpus, tokenizer, Path(path), content, fingerprint(content), tokens)
 
 
 # --- the folder, in which several jobs may be at work -------------------------------------------------------
 
 
-def _clear(job: Job) -> None:
-    """Make the folder ready for a whole harvest: shards of the same stay, anything of another one goes."""
+def _claim(job: Job, anew: bool = False) -> None:
+    """The folder is for this harvest from now on. What is there of another one is removed if ``anew``; else
+    UserError: other jobs may be at work."""
     job.path.mkdir(parents=True, exist_ok=True)
-    (job.path / "manifest.json").unlink(missing_ok=True)
-    if _begun(job.path) != job.fingerprint:
-        for old in [
-            *job.path.glob("shard_*"),
-            *job.path.glob(".shard_*"),
-            *job.path.glob("log*.json*"),
-            job.path / INDEX,
-        ]:
-            old.unlink(missing_ok=True)
-        write_text(job.path / BEGUN, job.fingerprint + "\n")
-
-
-def _claim(job: Job) -> None:
-    """The folder is for this harvest from now on; UserError if it is for another one. Nothing is removed:
-    other jobs may be at work.
-    """
-    job.path.mkdir(parents=True, exist_ok=True)
-    if _begun(job.path) is None:
-        write_text(job.path / BEGUN, job.fingerprint + "\n")
-    if (begun := _begun(job.path)) != job.fingerprint:
+    file = job.path / BEGUN
+    if anew:
+        (job.path / MANIFEST).unlink(missing_ok=True)
+        if not file.is_file() or file.read_text(encoding="utf-8").strip() != job.fingerprint:
+            for pattern in ("shard_*", ".shard_*", "log*.json*", INDEX, BEGUN):  # BEGUN last
+                for old in job.path.glob(pattern):
+                    old.unlink(missing_ok=True)
+    if not file.is_file():
+        write_text(file, job.fingerprint + "\n")
+    if (begun := file.read_text(encoding="utf-8").strip()) != job.fingerprint:
         raise UserError(
             f"{job.path.name} holds the harvest of something else (fingerprint {begun}, this one is"
             f" {job.fingerprint}): give all jobs the same pair, weights, corpus, layer and sizes, or remove"
@@ -269,16 +245,9 @@ def _claim(job: Job) -> None:
         )
 
 
-def _begun(path: Path) -> str | None:
-    """Fingerprint of the harvest that the folder is for."""
-    file = path / BEGUN
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
-
-
 def _part(job: Job, i: int, n: int) -> range:
-    """Numbers of the shards of part i of n. How many there are turns out at the end of the text only: the
-    last part has no end.
-    """
+    """Numbers of the shards of part i of n. The last part has no end: how many shards there are turns out at
+    the end of the text."""
     check("number of parts", n, int, low=1)
     check("part", i, int, low=0, high=n - 1)
     expected = math.ceil(job.tokens / job.content["shard_tokens"])
@@ -286,14 +255,9 @@ def _part(job: Job, i: int, n: int) -> range:
 
 
 def _logged(path: Path) -> dict[str, dict]:
-    """{shard: its line of the log}, from log.jsonl and from the files of single shards, which jobs write
-    before there is a log.
-    """
-    lines = read_log(path)
-    for file in sorted(path.glob("log_*.json")):
-        entry = json.loads(file.read_text(encoding="utf-8"))
-        lines[entry["shard"]] = entry
-    return lines
+    """{shard: its line of the log}, from log.jsonl and from the files of single shards."""
+    single = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(path.glob("log_*.json")))
+    return read_log(path) | {entry["shard"]: entry for entry in single}
 
 
 def _problem(path: Path, name: str, entry: dict | None, tokens: int) -> str | None:
@@ -322,9 +286,8 @@ def _check_room(job: Job) -> None:
 def _make(
     job: Job, numbers: range, models: Mapping[str, PreTrainedModel] | None, device: str | None
 ) -> dict[str, dict]:
-    """Make the shards with these numbers, but for those that are there and whole; {shard: its line of the
-    log}, in order.
-    """
+    """Make those shards of these numbers that are not there and whole; {shard: its line of the log}. While
+    one is written, the next is computed."""
     readers: dict[str, LayerReader] = {}  # models are loaded when the first shard needs them
     writing: Future | None = None
     log, shards, done = _logged(job.path), {}, 0
@@ -340,9 +303,7 @@ def _make(
                 shards[name] = log[name]
             else:
                 readers = readers or readers_of(job, models, device)
-                tensors, padding = _shard(
-                    group, first, readers, job.pair.store_dtype, job.content["batch_tokens"]
-                )
+                tensors, padding = _shard(job, group, first, readers)
                 facts = {"tokens": tokens, "documents": len(group), "padding": padding}
                 facts["seconds"] = round(time.monotonic() - began, 3)
                 if writing:  # one shard at most, or memory would fill up
@@ -360,8 +321,7 @@ def _name(number: int) -> str:
 
 def groups(corpus: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int, list[Document]]]:
     """(number of the first document, documents) of each shard: whole documents, at least ``shard_tokens``
-    tokens (but the last).
-    """
+    tokens (but the last)."""
     group: list[Document] = []
     size = first = 0
     for number, document in enumerate(corpus):
@@ -379,35 +339,38 @@ def readers_of(
 ) -> dict[str, LayerReader]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = {name: (models[name] if models else job.pair.load(name)).to(device) for name in job.pair.models}
-    return {
-        name: LayerReader(model, job.tokenizer, job.content["models"][name]["layer"])
-        for name, model in loaded.items()
-    }
+    layers = {name: job.content["models"][name]["layer"] for name in loaded}
+    return {name: LayerReader(model, job.tokenizer, layers[name]) for name, model in loaded.items()}
 
 
 def _shard(
-    group: list[Document], first: int, readers: Mapping[str, LayerReader], store_dtype: str, batch_tokens: int
+    job: Job, group: list[Document], first: int, readers: Mapping[str, LayerReader]
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """All that a shard holds, by name, from running all models over its documents; and how many positions
-    were padding.
-    """
-    token_lists = [d.tokens for d in group]
-    lengths = torch.tensor([len(t) for t in token_lists])
-    tensors = {
-        "tokens": torch.tensor(np.concatenate(token_lists), dtype=torch.int32),
-        "documents": torch.repeat_interleave(
-            torch.arange(first, first + len(group), dtype=torch.int32), lengths
-        ),
-        "positions": torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths.tolist()]),
-        "split": torch.repeat_interleave(
-            torch.tensor([SPLITS.index(d.split) for d in group], dtype=torch.int8), lengths
-        ),
-        **{
-            label: torch.from_numpy(np.concatenate([d.labels[label] for d in group]))
-            for label in LABEL_ARRAYS
-        },
+    """All that a shard holds, by name; and how many positions were padding."""
+    lengths = np.array([len(d.tokens) for d in group])
+    numbers, splits = np.arange(first, first + len(group)), [SPLITS.index(d.split) for d in group]
+    arrays = {
+        "tokens": np.concatenate([d.tokens for d in group]).astype(np.int32),
+        "documents": np.repeat(numbers, lengths).astype(np.int32),
+        "positions": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        "split": np.repeat(splits, lengths).astype(np.int8),
+        **{label: np.concatenate([d.labels[label] for d in group]) for label in LABEL_ARRAYS},
     }
-    highest = int(tensors["tokens"].max())
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    acts, norms, padding = read_models(job, readers, [d.tokens for d in group], first)
+    tensors |= {f"acts_{m}": a for m, a in acts.items()} | {f"norm_{m}": n for m, n in norms.items()}
+    return tensors, padding
+
+
+def read_models(
+    job: Job, readers: Mapping[str, LayerReader], token_lists: Sequence[Sequence[int]], first: int = 0
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
+    """{model: activations [tokens, d] in the dtype of a store}, {model: norms [tokens]}, padded positions.
+
+    UserError for token ids that a model does not have, and for activations that are not finite in documents
+    from number ``first`` on.
+    """
+    acts, norms, highest, store_dtype = {}, {}, max(map(max, token_lists)), job.pair.store_dtype
     for model, reader in readers.items():
         vocabulary = reader.model.get_input_embeddings().num_embeddings
         if highest >= vocabulary:
@@ -415,30 +378,21 @@ def _shard(
                 f"the corpus has token id {highest}, model {model!r} has {vocabulary} ids: the tokenizer must"
                 " fit every model"
             )
-        acts, padding = read_all(reader, token_lists, batch_tokens=batch_tokens)
-        stored = acts.to(DTYPES[store_dtype])
-        check_finite(acts, stored, model, reader.layer, store_dtype, first)
-        tensors[f"acts_{model}"], tensors[f"norm_{model}"] = stored, row_norms(stored)
-    return tensors, padding
-
-
-def check_finite(
-    acts: torch.Tensor, stored: torch.Tensor, model: str, layer: int, store_dtype: str, first: int
-) -> None:
-    if torch.isfinite(stored).all():
-        return
-    finite = torch.isfinite(acts).all(dim=1)
-    if not finite.all():
-        share = 1 - finite.double().mean().item()
-        raise UserError(
-            f"activations of {model!r} at layer {layer} are not finite in {share:.2%} of the tokens from"
-            f" document {first} on: check the weights, or load the models in float32 or bfloat16 (dtype of"
-            " the pair)"
-        )
-    raise UserError(
-        f"activations of {model!r} reach {acts.abs().max().item():.0f}, which {store_dtype} cannot hold: set "
-        "store_dtype of the pair to bfloat16"
-    )
+        raw, padding = read_all(reader, token_lists, batch_tokens=job.content["batch_tokens"])
+        acts[model] = raw.to(DTYPES[store_dtype])
+        norms[model] = row_norms(acts[model])
+        if not torch.isfinite(acts[model]).all():
+            if share := 1 - torch.isfinite(raw).all(dim=1).double().mean().item():
+                raise UserError(
+                    f"activations of {model!r} at layer {reader.layer} are not finite in {share:.2%} of the"
+                    f" tokens from document {first} on: check the weights, or load the models in float32 or"
+                    " bfloat16 (dtype of the pair)"
+                )
+            raise UserError(
+                f"activations of {model!r} reach {raw.abs().max().item():.0f}, which {store_dtype} cannot"
+                " hold: set store_dtype of the pair to bfloat16"
+            )
+    return acts, norms, padding
 
 
 def _write_shard(path: Path, name: str, tensors: dict[str, torch.Tensor], facts: dict) -> dict:
@@ -459,11 +413,11 @@ def _save_whole(tensors: dict[str, torch.Tensor], file: Path) -> dict:
 # --- the end ------------------------------------------------------------------------------------------------
 
 
-def _finish(job: Job, shards: dict[str, dict]) -> None:
+def _finish(job: Job, shards: dict[str, dict]) -> Store:
     """Draw the masks, take the statistics over kept train tokens in float64, write the index and, last, the
-    manifest.
+    manifest; the store.
 
-    Activations are read again, some thousand rows at a time; of the rest, some 40 bytes per token are in
+    Activations are read again, some thousand rows at a time; of the rest, some 50 bytes per token are in
     memory.
     """
     for stray in set(job.path.glob("shard_*")) - {job.path / name for name in shards}:
@@ -476,15 +430,18 @@ def _finish(job: Job, shards: dict[str, dict]) -> None:
     def joined(name: str) -> np.ndarray:
         return np.concatenate([table.read(name) for table in tables])
 
+    def kept_by(array: str, names: Sequence[str]) -> dict[str, int]:
+        values = joined(array)
+        return {name: int((kept & (values == i)).sum()) for i, name in enumerate(names)}
+
     norms = {m: joined(f"norm_{m}") for m in job.content["models"]}
     kept, dropped = masks(joined("positions"), norms)
-    split, label, kind = joined("split"), joined("label"), joined("kind")
-    train = kept & (split == SPLITS.index("train"))
+    train = kept & (joined("split") == SPLITS.index("train"))
     if not train.any():
         raise UserError(
             f"no token of the train split is left by the masks (dropped: {dropped}): harvest more text"
         )
-    index, statistics, n = {"kept": torch.from_numpy(kept)}, {}, int(train.sum())
+    index, statistics = {"kept": torch.from_numpy(kept)}, {}
     for m, norm in norms.items():
         mean, squares = _moments(tables, f"acts_{m}", train)
         mean_norm = float(norm[train].mean(dtype=np.float64))
@@ -500,35 +457,27 @@ def _finish(job: Job, shards: dict[str, dict]) -> None:
             "scale": math.sqrt(len(mean)) / mean_norm,
             "mean_square_norm": squares,
             "total_variance": squares - mean.square().sum().item(),
-            "tokens": n,
+            "tokens": int(train.sum()),
         }
     counts = {
         "tokens": len(kept),
         "kept": int(kept.sum()),
         "documents": sum(e["documents"] for e in shards.values()),
-        "distinct_tokens": _distinct(tables, kept),
-        "kept_by_split": {s: int((kept & (split == i)).sum()) for i, s in enumerate(SPLITS)},
-        "kept_by_kind": {k: int((kept & (kind == i)).sum()) for i, k in enumerate(KINDS)},
-        "kept_by_label": {k: int((kept & (label == i)).sum()) for i, k in enumerate(LABELS)},
+        "distinct_tokens": _distinct(joined("tokens"), joined("documents"), kept),
+        "kept_by_split": kept_by("split", SPLITS),
+        "kept_by_kind": kept_by("kind", KINDS),
+        "kept_by_label": kept_by("label", LABELS),
         "dropped": {**dropped, "padding": sum(e["padding"] for e in shards.values())},
     }
-    entry = _save_whole(index, job.path / INDEX)
+    info = {**job.content, "counts": counts, "statistics": statistics}
+    facts = ("bytes", "sha256", "tokens", "documents")
+    info["shards"] = {name: {fact: e[fact] for fact in facts} for name, e in shards.items()}
+    info["index"] = _save_whole(index, job.path / INDEX)
     write_text(job.path / "log.jsonl", "".join(json.dumps(e) + "\n" for e in shards.values()))
-    for name in job.path.glob("log_*.json"):
-        name.unlink(missing_ok=True)
-    files = {
-        name: {k: e[k] for k in ("bytes", "sha256", "tokens", "documents")} for name, e in shards.items()
-    }
-    write_manifest(
-        job.path,
-        job.fingerprint,
-        **job.content,
-        counts=counts,
-        statistics=statistics,
-        shards=files,
-        index=entry,
-        versions=versions(),
-    )
+    for file in job.path.glob("log_*.json"):
+        file.unlink(missing_ok=True)
+    write_manifest(job.path, job.fingerprint, **info, versions=versions())
+    return Store.open(job.path, verify=False)
 
 
 def _moments(tables: Sequence[Table], name: str, wanted: np.ndarray) -> tuple[torch.Tensor, float]:
@@ -546,16 +495,10 @@ def _moments(tables: Sequence[Table], name: str, wanted: np.ndarray) -> tuple[to
     return total / int(wanted.sum()), squares / int(wanted.sum())
 
 
-def _distinct(tables: Sequence[Table], kept: np.ndarray) -> int:
+def _distinct(tokens: np.ndarray, documents: np.ndarray, kept: np.ndarray) -> int:
     """Kept positions in distinct texts: a text that occurs again adds nothing."""
-    seen, count, at = set(), 0, 0
-    for table in tables:
-        tokens = table.read("tokens")
-        bounds = np.flatnonzero(np.diff(table.read("documents"), prepend=-1, append=-1))
-        for first, stop in zip(bounds, bounds[1:]):
-            text = hashlib.blake2b(tokens[first:stop].tobytes(), digest_size=16).digest()
-            if text not in seen:
-                seen.add(text)
-                count += int(kept[at + first : at + stop].sum())
-        at += len(tokens)
-    return count
+    texts: dict[bytes, int] = {}
+    for first, stop in pairwise(np.flatnonzero(np.diff(documents, prepend=-1, append=-1))):
+        text = hashlib.blake2b(tokens[first:stop].tobytes(), digest_size=16).digest()
+        texts.setdefault(text, int(kept[first:stop].sum()))
+    return sum(texts.values())

@@ -105,9 +105,7 @@ def _phase_by_tags(
 
 
 def groups_of(store: Store, rows: np.ndarray, grouping: str) -> dict[str, np.ndarray]:
-    """{name: mask over ``rows``}, of those that occur: "phase", or "category" of the token's own
-    sentence.
-    """
+    """{name: mask over ``rows``}, of those that occur: "phase", or "category" of the token's own sentence."""
     names = {"phase": PHASES, "category": LABELS}[
         check("grouping", grouping, str, choices=("phase", "category"))
     ]

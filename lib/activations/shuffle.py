@@ -1,23 +1,21 @@
 """Shuffled batches out of a store that is larger than memory.
 
 Neighbouring rows of a store are tokens of one text, and single rows are slow to read. So the disk is read in
-*blocks* of 256 neighbouring rows, the blocks in random order, and every row then waits for a random time
-before it is handed out:
+*blocks* of 256 neighbouring rows, the blocks in random order, and every row then waits for a random time:
 
     1. all blocks of the store that hold wanted rows are permuted; block number p arrives at time p
     2. each of its rows leaves at time p + r * u, u uniform in [0, 1); rows are handed out as they leave
-    3. at time r + p all of block p has left, and block p + r takes its place: a ring of r blocks is all that
-       is held
+    3. at time r + p all of block p has left, and block p + r takes its place: a ring of r blocks is held
 
-The order is a function of (rows wanted, seed, r) alone and is known without reading an activation; an epoch
-that is continued in its middle reads at most the r blocks before that place. Neighbouring rows are on average
-a third of the ring apart, and a batch draws on all blocks of the ring; but at both ends of an epoch, where
-the ring is not full, on fewer: the first n rows come from about sqrt(2 r n / 256) blocks. If all blocks fit
+The order is a function of (rows wanted, seed, r) alone; an epoch that is continued in its middle reads at
+most the r blocks before that place. A batch draws on all blocks of the ring, but at both ends of an epoch,
+where it is not full, on fewer: the first n rows come from about sqrt(2 r n / 256) blocks. If all blocks fit
 into the ring, all of them arrive first, and the order is a uniform permutation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -36,33 +34,22 @@ from ..settings import UserError, check
 
 BLOCK = 256  # rows; a multiple of 8
 EXPECTED = 8  # blocks that the system is asked to fetch before they are read: a disk answers several at once
-INDEX_BYTES = (
-    64  # of memory for each row of the ring: number, place and time, and copies while they are sorted
-)
+INDEX_BYTES = 64  # for each row of the ring: number, place and time, and copies while they are sorted
 RING_SHARE = 0.75  # of the memory; the rest is for batches
 LEAST_BLOCKS = 16  # in a ring that is smaller than the store: with fewer, a batch would be a few texts
 SERIAL = 32_767  # elements up to which torch works in the calling thread alone: threads are for training
 # names of safetensors; bfloat16, which numpy lacks, as integers
-DTYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": "<i2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U8": "u1",
-    "BOOL": "?",
-}
+DTYPES = dict(
+    F64="<f8", F32="<f4", F16="<f2", BF16="<i2", I64="<i8", I32="<i4", I16="<i2", I8="i1", U8="u1", BOOL="?"
+)
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Table:
-    """The arrays of one safetensors file, [n, ...] each, read in stretches of rows.
+    """The arrays of one safetensors file, [n, ...] each, read in stretches of rows; UserError if it is
+    damaged.
 
-    By plain reads: through safetensors' memory map shuffled reading takes twice the time. UserError if the
-    file's header is damaged, and, while it is read, if the file has become shorter.
+    By plain reads: through safetensors' memory map shuffled reading takes twice the time.
     """
 
     def __init__(self, file: str | Path):
@@ -115,13 +102,10 @@ class Table:
             raise UserError(f"{self.file.name} is truncated: {len(left):,} of {size:,} bytes are missing")
 
     def expect(self, name: str, first: int, stop: int) -> None:
-        """Tell the system that these rows are read soon. Where it cannot be told, nothing happens."""
+        """Tell the system that these rows are read soon, where it can be told."""
         if hasattr(os, "posix_fadvise"):
-            try:
-                with self.file.open("rb", buffering=0) as stream:
-                    os.posix_fadvise(stream.fileno(), *self._span(name, first, stop), os.POSIX_FADV_WILLNEED)
-            except OSError:
-                pass  # reading it will say what is wrong
+            with contextlib.suppress(OSError), self.file.open("rb", buffering=0) as stream:
+                os.posix_fadvise(stream.fileno(), *self._span(name, first, stop), os.POSIX_FADV_WILLNEED)
 
     def _span(self, name: str, first: int, stop: int) -> tuple[int, int]:
         """(offset, length) in bytes."""
@@ -130,16 +114,15 @@ class Table:
 
 
 class Wanted:
-    """Which rows of a store are wanted, block by block: 1 bit a row. A block is ``BLOCK`` neighbouring rows
-    of one shard.
+    """Which rows of a store are wanted, from a bool array per shard: 1 bit a row, block by block of one
+    shard.
 
-    bits    uint8 [blocks, BLOCK / 8]: which rows of a block; blocks without any are left out
-    starts  int64 [blocks]: number of the block's first row in the store;  shards, local  int64 [blocks]: its
-    place on disk
+    bits           uint8 [blocks, BLOCK / 8]: which rows of a block; blocks without any are left out
+    starts         int64 [blocks]: number of the block's first row in the store
+    shards, local  int64 [blocks]: its place on disk
     """
 
     def __init__(self, masks: Iterable[np.ndarray]):
-        """``masks``: a bool array per shard."""
         bits, starts, shards, local, base = [], [], [], [], 0
         for number, mask in enumerate(masks):
             packed = np.packbits(np.pad(mask, (0, -len(mask) % BLOCK))).reshape(-1, BLOCK // 8)
@@ -168,10 +151,26 @@ class Wanted:
         return self.starts[blocks[index]] + offset, index, offset
 
 
-class Shuffle:
-    """The order of an epoch (see the top of this module) for a ring of ``ring`` blocks; ``key``: what it is
-    random in.
+def released(
+    arrivals: Iterable[tuple[float, np.ndarray | int, list[np.ndarray]]],
+    delay: float,
+    rng: np.random.Generator,
+) -> Iterator[list[np.ndarray]]:
+    """Rows that wait for a random time: of each arrival (until, time, arrays [n]) every entry leaves at time
+    + delay * u, u uniform in [0, 1). Those that leave before ``until``, in their order: arrays [m], and when.
     """
+    waiting = None
+    for until, arrived, arrays in arrivals:
+        coming = [*arrays, arrived + delay * rng.random(len(arrays[0]))]
+        waiting = coming if waiting is None else [np.concatenate(both) for both in zip(waiting, coming)]
+        leaves = waiting[-1] < until
+        order = np.flatnonzero(leaves)[np.argsort(waiting[-1][leaves], kind="stable")]
+        yield [values[order] for values in waiting]
+        waiting = [values[~leaves] for values in waiting]
+
+
+class Shuffle:
+    """The order of an epoch for a ring of ``ring`` blocks, random in ``key``."""
 
     def __init__(self, wanted: Wanted, ring: int, key: Sequence[int]):
         self.wanted, self.ring, self.key = wanted, ring, list(key)
@@ -180,27 +179,22 @@ class Shuffle:
 
     def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """The epoch in pieces of three int64 arrays [n]: row numbers; places in the ring; how many blocks
-        have to be read first.
-        """
-        rng, n, fits = np.random.default_rng([*self.key, 1]), len(self.blocks), len(self.blocks) <= self.ring
-        waiting = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
+        have to be read first."""
+        n, fits = len(self.blocks), len(self.blocks) <= self.ring
         group = max(n if fits else self.ring // 4, 1)
-        for first in range(0, n, group):
-            last = min(first + group, n)
-            rows, index, offset = self.wanted.of(self.blocks[first:last])
-            number = first + index
-            # a little less than the ring: rounding must not make a row leave when its place is taken
-            leaves = (n - 1 if fits else number) + (self.ring - 1 / BLOCK) * rng.random(len(rows))
-            waiting = [
-                np.concatenate(both)
-                for both in zip(waiting, (rows, number % self.ring * BLOCK + offset, leaves))
-            ]
-            # blocks to come bring no row that leaves earlier
-            final = waiting[2] < (last if last < n else np.inf)
-            rows, places, leaves = (values[final] for values in waiting)
-            order = np.argsort(leaves, kind="stable")
-            yield rows[order], places[order], np.minimum(leaves[order].astype(np.int64), n - 1) + 1
-            waiting = [values[~final] for values in waiting]
+
+        def arrivals():
+            for first in range(0, n, group):
+                last = min(first + group, n)
+                rows, index, offset = self.wanted.of(self.blocks[first:last])
+                number = first + index
+                places = number % self.ring * BLOCK + offset
+                yield last if last < n else np.inf, n - 1 if fits else number, [rows, places]
+
+        # a little less than the ring: rounding must not make a row leave when its place is taken
+        delay, rng = self.ring - 1 / BLOCK, np.random.default_rng([*self.key, 1])
+        for rows, places, leaves in released(arrivals(), delay, rng):
+            yield rows, places, np.minimum(leaves.astype(np.int64), n - 1) + 1
 
     def rows(self) -> np.ndarray:
         """The whole epoch's row numbers, int64: 8 bytes a row."""
@@ -208,9 +202,8 @@ class Shuffle:
 
 
 def ring_blocks(memory: int, row_bytes: int, blocks: int) -> int:
-    """Blocks in the ring for so many bytes of memory; UserError if that is too few of the store's ``blocks``
-    to shuffle.
-    """
+    """Blocks in the ring for so many bytes; UserError if that is too few of the store's ``blocks`` to
+    shuffle."""
     block_bytes = BLOCK * (row_bytes + INDEX_BYTES)
     ring, least = int(memory * RING_SHARE) // block_bytes, min(LEAST_BLOCKS, max(blocks, 1))
     if ring < least:
@@ -224,10 +217,8 @@ def ring_blocks(memory: int, row_bytes: int, blocks: int) -> int:
 
 def check_reading(batch_size: int, start: int, part: tuple[int, int], memory: int, width: int) -> None:
     """UserError for impossible parameters of ``Store.reader``, and if the batches that exist at once, float32
-    [batch_size, width], do not fit into the memory beside the ring.
-
-    They are two that wait, one in use, and one being made, with its rows as they are on disk.
-    """
+    [batch_size, width], do not fit into the memory beside the ring: two that wait, one in use, one being
+    made, with its rows as they are on disk."""
     check("batch_size", batch_size, int, low=1)
     check("start", start, int, low=0)
     check("part", part[0], int, low=0, high=check("part", part[1], int, low=1) - 1)
@@ -247,12 +238,7 @@ def read_shuffled(
     start: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
-    """Batches of an epoch: (row numbers int64 [B], a float32 CPU tensor [B, width] per name); the last one
-    may be shorter.
-
-    Starts at batch ``start``. ``part`` (i, n): of every batch only the rows i, i + n, i + 2n, ...: n readers
-    with the same seed share out the same batches.
-    """
+    """Batches of an epoch, as ``Store.reader`` hands them out, of the arrays ``names``."""
     ring = _Ring(tables, names, shuffle)
     buffers = [np.empty((batch_size, *held.shape[1:]), held.dtype) for held in ring.held]
     batches = [_Recycled(buffer.shape) for buffer in buffers]
@@ -268,13 +254,8 @@ def read_shuffled(
                 # "raise", the default, takes a detour
                 np.take(held, places[at:stop], axis=0, out=out[at:stop], mode="clip")
             at = stop
-        yield (
-            rows,
-            [
-                widened(values, code, made.take(len(rows)))
-                for values, code, made in zip(raw, ring.codes, batches)
-            ],
-        )
+        out = [made.take(len(rows)) for made in batches]
+        yield rows, [widened(*parts) for parts in zip(raw, ring.codes, out)]
 
 
 class _Ring:
@@ -303,26 +284,20 @@ class _Ring:
         self._read = count
 
     def _where(self, number: int) -> tuple[Table, int, int]:
-        """The shard of a block, and the rows of it that hold what is wanted: from the first to the one after
-        the last.
-        """
+        """The shard of a block, and the stretch of its rows that holds what is wanted."""
         wanted, block = self.shuffle.wanted, self.shuffle.blocks[number]
         offsets = np.unpackbits(wanted.bits[block]).nonzero()[0] + wanted.local[block]
         return self.tables[wanted.shards[block]], int(offsets[0]), int(offsets[-1]) + 1
 
 
 class _Recycled:
-    """Memory for batches, used again when nobody holds the batch any more.
-
-    Between two threads malloc would keep twice as much, and memory that comes fresh from the system costs as
-    much time as reading.
-    """
+    """Memory for batches, used again when nobody holds the batch any more: between two threads malloc would
+    keep twice as much, and fresh memory costs as much time as reading."""
 
     def __init__(self, shape: tuple[int, int]):
         self._shape, self._free = shape, []
 
     def take(self, rows: int) -> torch.Tensor:
-        """float32 [rows, width], of any content."""
         pages = self._free.pop() if self._free else _pages(self._shape, "<f4")
         lent = pages[:rows]
         # the tensor holds it, and so does whatever is made of the tensor
@@ -331,13 +306,10 @@ class _Recycled:
 
 
 def _pages(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """An array straight from the system, to which it goes back at once. (Large arrays that are freed teach
-    malloc to keep what it gets.)
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.frombuffer(
-        mmap.mmap(-1, max(size, 1), access=mmap.ACCESS_COPY), dtype, math.prod(shape)
-    ).reshape(shape)
+    """An array straight from the system, to which it goes back at once: malloc would keep it."""
+    count = math.prod(shape)
+    pages = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1), access=mmap.ACCESS_COPY)
+    return np.frombuffer(pages, dtype, count).reshape(shape)
 
 
 def cut_batches(
@@ -377,8 +349,8 @@ class Prefetched:
         batches.waited   # seconds that ``next`` was blocked, the first items included
 
     At most ``ahead`` items wait, and one more is being made. What fails in the thread is raised where the
-    item is taken, with its traceback. ``close`` (or the end of "with", or nobody holding it any more) ends
-    the thread and closes the source.
+    item is taken. ``close`` (or the end of "with", or nobody holding it any more) ends the thread and closes
+    the source; what was prefetched is lost.
     """
 
     def __init__(self, source: Iterable, ahead: int = 2):
@@ -388,6 +360,7 @@ class Prefetched:
         arguments = (iter(source), self._items, self._over)
         self._thread = threading.Thread(target=_fill, args=arguments, name="prefetch", daemon=True)
         self._thread.start()
+        self._end = weakref.finalize(self, _drain, self._items, self._over)
 
     def __iter__(self) -> Prefetched:
         return self
@@ -404,15 +377,10 @@ class Prefetched:
         return item
 
     def close(self) -> None:
-        """End the thread, and wait for that. What was prefetched is lost; ``next`` raises StopIteration."""
+        """End the thread, and wait for that; ``next`` then raises StopIteration."""
         self._end()
         if self._thread is not threading.current_thread():
             self._thread.join()
-
-    def _end(self) -> None:
-        self._over.set()
-        while not self._items.empty():  # the thread may be waiting for room
-            self._items.get_nowait()
 
     def __enter__(self) -> Prefetched:
         return self
@@ -420,9 +388,11 @@ class Prefetched:
     def __exit__(self, *error) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_thread"):
-            self._end()
+
+def _drain(items: queue.Queue, over: threading.Event) -> None:
+    over.set()
+    while not items.empty():  # the thread may be waiting for room
+        items.get_nowait()
 
 
 def _fill(source: Iterator, items: queue.Queue, over: threading.Event) -> None:

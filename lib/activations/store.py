@@ -9,17 +9,17 @@ One row per token, of all models at once, in the order of the corpus::
     manifest.json            fingerprints, counts, statistics, the SHA-256 of every file: written last
     log.jsonl                a line per shard, with its time; not part of the content
 
-``lib.activations.harvest`` writes a store, this module opens it. A store may be larger than memory: what
-there is per token is read when it is first asked for, activations every time. They are handed out raw, as the
-model computed them; a crosscoder multiplies by ``store.scales``, so that every model has mean norm sqrt(d).
+A store may be larger than memory: activations are read every time. They are handed out raw, as the model
+computed them; a crosscoder multiplies by ``store.scales``, so that every model has mean norm sqrt(d).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,11 @@ STRETCH = 4096  # rows that are read at once, at most
 VERIFY_BYTES = 4 << 30  # checksums of a store up to this size are compared when it is opened: some seconds
 
 
+def _per_token(name: str) -> cached_property:
+    """An array of all shards, one after the other, read when it is first used."""
+    return cached_property(lambda store: store._joined(name))
+
+
 class Store:
     """A harvested store. Rows are numbered through all shards; everything per token has ``len(store)``
     entries.
@@ -48,8 +53,7 @@ class Store:
     widths      {model: d_m};  layers {model: index of the decoder layer that was read}
     scales      {model: sqrt(d_m) / mean norm}, over kept tokens of the train split, float64
     mean_norms  {model: mean norm of the residual stream}, over the same tokens: the unit of steering strength
-    means       {model: float64 [d_m]}, over the same tokens: what mean ablation puts in place of an
-    activation
+    means       {model: float64 [d_m]}, over the same tokens: what mean ablation puts in place
 
     Read when first used, and then in memory, with so many bytes per token of the store:
 
@@ -59,14 +63,15 @@ class Store:
     norms       {model: float32}, 4 each: norm of every token's activation
     """
 
+    tokens, documents, positions, split = map(_per_token, ("tokens", "documents", "positions", "split"))
+
     def __init__(self, path: Path, manifest: dict):
         self.path, self.manifest, self.fingerprint = Path(path), manifest, manifest["fingerprint"]
         self.models: tuple[str, ...] = tuple(manifest["models"])
         self.widths = {m: int(manifest["models"][m]["width"]) for m in self.models}
         self.layers = {m: int(manifest["models"][m]["layer"]) for m in self.models}
-        statistics = manifest["statistics"]
-        self.scales = {m: float(statistics[m]["scale"]) for m in self.models}
-        self.mean_norms = {m: float(statistics[m]["mean_norm"]) for m in self.models}
+        self.scales = {m: float(manifest["statistics"][m]["scale"]) for m in self.models}
+        self.mean_norms = {m: float(manifest["statistics"][m]["mean_norm"]) for m in self.models}
         self._shards = [Table(self.path / name) for name in manifest["shards"]]
         self._starts = np.cumsum([0, *(table.shape("tokens")[0] for table in self._shards)])
         self._index = Table(self.path / INDEX)
@@ -76,22 +81,6 @@ class Store:
         self._wanted: dict[str, Wanted] = {}
 
     @cached_property
-    def tokens(self) -> np.ndarray:
-        return self._joined("tokens")
-
-    @cached_property
-    def documents(self) -> np.ndarray:
-        return self._joined("documents")
-
-    @cached_property
-    def positions(self) -> np.ndarray:
-        return self._joined("positions")
-
-    @cached_property
-    def split(self) -> np.ndarray:
-        return self._joined("split")
-
-    @cached_property
     def kept(self) -> np.ndarray:
         return self._index.read("kept")
 
@@ -99,8 +88,8 @@ class Store:
     def open(cls, path: str | Path, verify: bool | None = None) -> Store:
         """Open a store; UserError if it is missing, or names the file that is missing, truncated or damaged.
 
-        Sizes of files are compared always; checksums, for which everything is read, if ``verify`` says so,
-        and without being told for a store of up to ``VERIFY_BYTES``.
+        Sizes of files are compared always; checksums, for which everything is read, if ``verify``, by default
+        for a store of up to ``VERIFY_BYTES``.
         """
         path = Path(path)
         manifest, file = read_manifest(path, MADE_BY), path_shown(path / MANIFEST)
@@ -146,11 +135,8 @@ class Store:
         return self._wanted_of(split).rows()
 
     def activations(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> list[torch.Tensor]:
-        """Raw activations of any rows, in their order: a float32 CPU tensor [n, d_m] per model, in the order
-        of ``models``.
-
-        Fast for rows that are neighbours. For shuffled batches of a whole split there is ``reader``.
-        """
+        """Raw activations of any rows, in their order: a float32 CPU tensor [n, d_m] per model. Fast for rows
+        that are neighbours."""
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise UserError(
@@ -161,12 +147,9 @@ class Store:
         for shard, first, stop, wanted in self._stretches(distinct):
             for m, parts in zip(self.models, read):
                 parts.append(self._shards[shard].read(f"acts_{m}", first, stop)[wanted])
-        in_order = np.array_equal(rows, distinct)
-        raw = (np.concatenate(parts) for parts in read)
-        return [
-            widened(r if in_order else r[places], self._shards[0].dtype(f"acts_{m}"))
-            for m, r in zip(self.models, raw)
-        ]
+        places = slice(None) if np.array_equal(rows, distinct) else places
+        dtypes = [self._shards[0].dtype(f"acts_{m}") for m in self.models]
+        return [widened(np.concatenate(parts)[places], dtype) for parts, dtype in zip(read, dtypes)]
 
     def reader(
         self,
@@ -179,20 +162,16 @@ class Store:
         part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
         """One epoch in shuffled batches: (row numbers int64 [B], raw float32 [B, d_m] per model); the last
-        may be shorter.
+        may be shorter. Every kept token of the split comes once.
 
-        Every kept token of the split comes once. ``start`` skips that many batches and reads no more than a
-        ring of blocks for it: the rest of an interrupted epoch is the same to the bit. ``memory`` (bytes)
-        bounds what is resident at a time, two prefetched batches included; beside it there is one bit per
-        token of the store. It belongs to what decides the order (as do split, seed and epoch), unless the
-        whole split fits. ``part`` (i, n): of each batch the rows i, i + n, i + 2n, ... UserError if
-        ``memory`` is too small.
+        ``start`` skips that many batches: the rest of an interrupted epoch is the same to the bit. ``memory``
+        (bytes) bounds what is resident at a time, two prefetched batches included, beside one bit per token
+        of the store. It decides the order, as do split, seed and epoch, unless the whole split fits. ``part``
+        (i, n): of each batch the rows i, i + n, i + 2n, ... UserError if ``memory`` is too small.
         """
         check_reading(batch_size, start, part, memory, sum(self.widths.values()))
-        names = [f"acts_{m}" for m in self.models]
-        return read_shuffled(
-            self._shards, names, self._shuffle(split, seed, epoch, memory), batch_size, start, part
-        )
+        names, shuffle = [f"acts_{m}" for m in self.models], self._shuffle(split, seed, epoch, memory)
+        return read_shuffled(self._shards, names, shuffle, batch_size, start, part)
 
     def order(self, split: str, seed: int, epoch: int, memory: int = MEMORY) -> np.ndarray:
         """The rows of a split in the order in which ``reader`` hands them out: int64, 8 bytes for each."""
@@ -206,9 +185,7 @@ class Store:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed of the harvest that wrote this store: tokens (each through all models) by the seconds in its
-        log.
-        """
+        """Speed of the harvest that wrote this store, by its log; a token has gone through all models."""
         lines = list(read_log(self.path).values())
         return sum(line["tokens"] for line in lines) / max(sum(line["seconds"] for line in lines), 1e-9)
 
@@ -218,12 +195,9 @@ class Store:
     def _wanted_of(self, split: str) -> Wanted:
         check("split", split, str, choices=SPLITS)
         if split not in self._wanted:
-            bounds = zip(self._shards, self._starts, self._starts[1:])
-            masks = (
-                self._index.read("kept", a, b) & (table.read("split") == SPLITS.index(split))
-                for table, a, b in bounds
-            )
-            self._wanted[split] = Wanted(masks)
+            number, bounds = SPLITS.index(split), zip(self._shards, self._starts, self._starts[1:])
+            kept = ((table, self._index.read("kept", first, stop)) for table, first, stop in bounds)
+            self._wanted[split] = Wanted(mask & (table.read("split") == number) for table, mask in kept)
         return self._wanted[split]
 
     def _shuffle(self, split: str, seed: int, epoch: int, memory: int) -> Shuffle:
@@ -233,9 +207,7 @@ class Store:
         return Shuffle(wanted, ring, (seed, epoch, SPLITS.index(split)))
 
     def _stretches(self, rows: np.ndarray) -> Iterator[tuple[int, int, int, np.ndarray]]:
-        """Sorted rows as (shard, first, stop, int64 [n] rows counted from first): what is read at a time,
-        gaps of a few rows included.
-        """
+        """Sorted rows as what is read at a time: (shard, first, stop, int64 [n] rows counted from first)."""
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         local = rows - self._starts[shard_of]
         apart = (np.diff(local) > GAP) | (np.diff(shard_of) > 0) | (np.diff(local // STRETCH) > 0)
@@ -248,14 +220,12 @@ class _Lazy(Mapping):
     """{name: array}, each read when it is first asked for, and then in memory."""
 
     def __init__(self, names: Iterable[str], read: Callable[[str], np.ndarray]):
-        self._names, self._read, self._arrays = tuple(names), read, {}
+        self._names, self._read = tuple(names), cache(read)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise KeyError(name)
-        if name not in self._arrays:
-            self._arrays[name] = self._read(name)
-        return self._arrays[name]
+        return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -280,21 +250,17 @@ def sha256(file: Path) -> str:
 
 def read_log(path: Path) -> dict[str, dict]:
     """{shard: its last line in log.jsonl}. A line that an interruption cut short is passed over."""
-    lines = {}
-    file = path / "log.jsonl"
+    lines, file = {}, path / "log.jsonl"
     for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
+        with contextlib.suppress(ValueError, KeyError):
             entry = json.loads(line)
             lines[entry["shard"]] = entry
-        except (ValueError, KeyError):
-            continue
     return lines
 
 
 def open_store(run: Run, pair: Pair) -> Store:
-    """The run's store of activations; UserError if it is missing, damaged, or was harvested from other
-    weights than the pair's now.
-    """
+    """The run's store; UserError if it is missing, damaged, or was harvested from other weights than the
+    pair's."""
     store = Store.open(run.path("store"))
     for name in store.models:
         if name not in pair.models or store.manifest["models"][name]["fingerprint"] != pair.fingerprint(name):

@@ -3,17 +3,12 @@
     stream = Stream(pair, corpus.build(pair))
     crosscoder = train(stream, config, folder)          # in place of a store
 
-The text is read in *windows* of neighbouring documents of one split. Both models run over a window, position
-0 is dropped, and every other row waits in memory for a random time before it is handed out:
-
-    1. window number t is computed at time t
-    2. each of its rows leaves at time t + r * u, u uniform in [0, 1); rows are handed out as they leave
-    3. so after time t + r all of window t has left: r windows are all that is held
-
-Which row leaves when depends on the lengths of the documents, on the seed and on the memory alone. A run that
-is resumed in the middle of an epoch therefore computes no more than the windows that were held there, and
-goes on to the bit. Windows come in the order of the text: a corpus that is sorted by subject has to be mixed
-first.
+The text is read in *windows* of neighbouring documents of one split. All models run over a window, position 0
+is dropped, and its rows wait as the blocks of a store do (``shuffle.released``): window t is computed at time
+t, after time t + r all of it has left, and r windows are all that is held. Which row leaves when depends on
+the lengths of the documents, on the seed and on the memory alone. So a run that is resumed in the middle of
+an epoch computes no more than the windows that were held there, and goes on to the bit. Windows come in the
+order of the text: a corpus that is sorted by subject has to be mixed first.
 
 Compared with a store: no disk, but each epoch runs the models again. Scales, means and the limit on norms
 come from the first ``sample_tokens`` tokens of the train split, not from all of it, and a norm above the
@@ -33,12 +28,12 @@ from transformers import PreTrainedModel
 
 from ..labels import SPLITS
 from ..models.pairs import DTYPES, Pair
-from ..models.reader import BATCH_TOKENS, masks, norm_limits, read_all, row_norms
+from ..models.reader import BATCH_TOKENS, masks, norm_limits
 from ..runs import fingerprint
 from ..settings import UserError, check
 from ..text.corpus import Corpus, Document
-from .harvest import SHARD_TOKENS, check_finite, job_of, readers_of
-from .shuffle import INDEX_BYTES, RING_SHARE, check_reading, cut_batches
+from .harvest import SHARD_TOKENS, job_of, read_models, readers_of
+from .shuffle import INDEX_BYTES, RING_SHARE, check_reading, cut_batches, released
 from .store import MEMORY
 
 SAMPLE_TOKENS = 100_000
@@ -51,10 +46,10 @@ class Stream:
     """What ``training.Trainer`` needs of a store. Rows have the numbers that they would have in a store of
     the same text.
 
-    models, widths, layers, scales, mean_norms, means   as in ``store.Store``, from the sample; norms_limits
-    {model: norm}
-    sampled   number of tokens behind these estimates, after masking
-    len()     tokens of the text, of all splits
+    models, widths, layers, scales, mean_norms, means   as in ``store.Store``, from the sample
+    norm_limits   {model: norm} above which a token is dropped
+    sampled       number of tokens behind these estimates, after masking
+    len()         tokens of the text, of all splits
     """
 
     def __init__(
@@ -67,19 +62,16 @@ class Stream:
         batch_tokens: int = BATCH_TOKENS,
         device: str | None = None,
     ):
-        """Parameters as in ``harvest_activations``. Goes through the text once, without the models, to know
-        its lengths.
-        """
+        """Parameters as in ``harvest_activations``. Goes through the text once for its lengths."""
         check("sample_tokens", sample_tokens, int, low=1)
         job = job_of(pair, documents, "", layer, SHARD_TOKENS, batch_tokens)
         self.fingerprint = fingerprint("stream", job.fingerprint, sample_tokens)
         self.models = tuple(pair.models)
         self.widths = {m: job.content["models"][m]["width"] for m in self.models}
         self.layers = {m: job.content["models"][m]["layer"] for m in self.models}
-        self._corpus, self._dtype, self._batch_tokens = job.corpus, pair.store_dtype, batch_tokens
-        self._readers = readers_of(job, models, device)
+        self._job, self._readers = job, readers_of(job, models, device)
         sample, lengths, splits, sampled = [], [], [], 0
-        for document in self._corpus:
+        for document in job.corpus:
             lengths.append(len(document.tokens))
             splits.append(SPLITS.index(document.split))
             if document.split == "train" and sampled < sample_tokens:
@@ -100,13 +92,12 @@ class Stream:
         )
 
     def count(self, split: str) -> int:
-        """Tokens of a split: all but the first of each text, and but those whose norm has been found to be
-        too high.
-        """
-        own = self._splits == SPLITS.index(check("split", split, str, choices=SPLITS))
+        """Tokens of a split: all but the first of each text, and but those found to have too high a norm."""
+        number = SPLITS.index(check("split", split, str, choices=SPLITS))
         high = np.fromiter(self._high, np.int64, len(self._high))
-        splits = self._splits[np.searchsorted(self._starts, high, side="right") - 1]
-        return int(np.maximum(self._lengths[own] - 1, 0).sum()) - int((splits == SPLITS.index(split)).sum())
+        high_splits = self._splits[np.searchsorted(self._starts, high, side="right") - 1]
+        inner = np.maximum(self._lengths[self._splits == number] - 1, 0)
+        return int(inner.sum()) - int((high_splits == number).sum())
 
     def reader(
         self,
@@ -126,21 +117,10 @@ class Stream:
         not finite, and if all norms of a batch are above the limit.
         """
         check_reading(batch_size, start, part, memory, sum(self.widths.values()))
-        own = np.flatnonzero(self._splits == SPLITS.index(check("split", split, str, choices=SPLITS)))
-        windows = self._windows(own, self._window_tokens(memory))
-        return self._read(split, windows, batch_size, [seed, epoch, SPLITS.index(split)], start, part)
-
-    def _read(
-        self,
-        split: str,
-        windows: list[np.ndarray],
-        batch_size: int,
-        key: list[int],
-        start: int,
-        part: tuple[int, int],
-    ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
-        texts, held, computed = (d.tokens for d in self._corpus if d.split == split), {}, 0
-        for batch in cut_batches(self._pieces(windows, key), batch_size, start):
+        index = SPLITS.index(check("split", split, str, choices=SPLITS))
+        windows = self._windows(np.flatnonzero(self._splits == index), self._window_tokens(memory))
+        texts, held, computed = (d.tokens for d in self._job.corpus if d.split == split), {}, 0
+        for batch in cut_batches(self._pieces(windows, [seed, epoch, index]), batch_size, start):
             last = int(batch[3][-1])
             for number in range(computed, last + 1):
                 lists = list(itertools.islice(texts, len(windows[number])))
@@ -166,22 +146,18 @@ class Stream:
             held = {number: content for number, content in held.items() if number > last - WINDOWS}
 
     def _pieces(self, windows: list[np.ndarray], key: list[int]) -> Iterator[list[np.ndarray]]:
-        """The order of an epoch, a piece per unit of time, as arrays [n]: row number, window, index in it,
-        time.
-        """
-        rng, last = np.random.default_rng(key), len(windows) - 1
-        waiting = [np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)]
-        for t, documents in enumerate(windows):
-            rows = self._rows(documents)
-            # if all windows can be held, rows wait for the last one: a uniform permutation
-            arrived = last if last < WINDOWS else t
-            leaving = arrived + SOON * rng.random(len(rows))
-            coming = [rows, np.full(len(rows), t), np.arange(len(rows)), leaving]
-            waiting = [np.concatenate(both) for both in zip(waiting, coming)]
-            leaves = (waiting[3] < t + 1) | (t == last)
-            order = np.flatnonzero(leaves)[np.argsort(waiting[3][leaves], kind="stable")]
-            yield [*(values[order] for values in waiting[:3]), np.full(len(order), t)]
-            waiting = [values[~leaves] for values in waiting]
+        """The order of an epoch, a piece per unit of time, as arrays [n]: row, window, index in it, time."""
+        last = len(windows) - 1
+
+        def arrivals():
+            for t, documents in enumerate(windows):
+                rows = self._rows(documents)
+                arrays = [rows, np.full(len(rows), t), np.arange(len(rows))]
+                # if all windows can be held, rows wait for the last one: a uniform permutation
+                yield t + 1 if t < last else np.inf, last if last < WINDOWS else t, arrays
+
+        for t, piece in enumerate(released(arrivals(), SOON, np.random.default_rng(key))):
+            yield [*piece[:3], np.full(len(piece[0]), t)]
 
     def _windows(self, documents: np.ndarray, tokens: int) -> list[np.ndarray]:
         """Documents (their numbers) of one split, cut into windows of about so many tokens."""
@@ -195,59 +171,45 @@ class Stream:
         return begin + np.arange(len(begin))
 
     def _window_tokens(self, memory: int) -> int:
-        row = sum(self.widths.values()) * DTYPES[self._dtype].itemsize + INDEX_BYTES
-        at_work = 4 * max(self.widths.values()) + row  # of the window that is being computed
-        tokens = int(check("memory", memory, int, low=1) * RING_SHARE) // (row * (WINDOWS + 1) + at_work)
+        row = sum(self.widths.values()) * DTYPES[self._job.pair.store_dtype].itemsize + INDEX_BYTES
+        # of each token, the last term for the window that is being computed
+        held = row * (WINDOWS + 1) + 4 * max(self.widths.values()) + row
+        tokens = int(check("memory", memory, int, low=1) * RING_SHARE) // held
         if tokens < LEAST_WINDOW:
-            needed = math.ceil(LEAST_WINDOW * (row * (WINDOWS + 1) + at_work) / RING_SHARE / 1e6)
+            needed = math.ceil(LEAST_WINDOW * held / RING_SHARE / 1e6)
             raise UserError(
                 f"memory is {memory / 1e6:.3g} MB: shuffling rows of {row:,} bytes needs at least {needed} MB"
             )
         return min(tokens, SHARD_TOKENS)
 
     def _window(self, lists: list[list[int]], rows: np.ndarray) -> tuple[list[torch.Tensor], np.ndarray]:
-        """Activations [rows, d] of a window, per model, in the dtype of a store; and which norms are not too
-        high.
-        """
+        """Activations [rows, d] of a window, per model; and which norms are not too high."""
         inner = np.concatenate([np.arange(len(t)) > 0 for t in lists])
-        acts, norms = self._acts(lists, int(rows[0]) if len(rows) else 0)
-        kept, _ = masks(np.ones(len(rows)), {m: norm[inner] for m, norm in norms.items()}, self.norm_limits)
+        first = int(np.searchsorted(self._starts, rows[0], side="right")) - 1 if len(rows) else 0
+        acts, norms, _ = read_models(self._job, self._readers, lists, first)
+        norms = {m: norm.numpy()[inner] for m, norm in norms.items()}
+        kept, _ = masks(np.ones(len(rows)), norms, self.norm_limits)
         self._high.update(rows[~kept].tolist())
         return [a[torch.from_numpy(inner)] for a in acts.values()], kept
 
-    def _acts(
-        self, lists: list[list[int]], first: int
-    ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
-        """Activations [tokens, d] and norms [tokens] of some texts, by model."""
-        acts, norms = {}, {}
-        for model, reader in self._readers.items():
-            raw, _ = read_all(reader, lists, batch_tokens=self._batch_tokens)
-            acts[model] = raw.to(DTYPES[self._dtype])
-            check_finite(raw, acts[model], model, reader.layer, self._dtype, first)
-            norms[model] = row_norms(acts[model]).numpy()
-        return acts, norms
-
     def _estimate(self, lists: list[list[int]]) -> None:
-        """Limits on norms, scales and means, from the sample. Read twice, since means are over what the
-        limits leave.
-        """
+        """Limits on norms, scales and means, from the sample. Read twice: means are over what the limits
+        leave."""
         if not any(len(t) > 1 for t in lists):
             raise UserError(
                 "the text has no token to train on: give documents of the train split, of two tokens or more"
             )
         positions = np.concatenate([np.arange(len(t)) for t in lists])
         parts = [lists[i : i + 64] for i in range(0, len(lists), 64)]
-        norms = [self._acts(part, 0)[1] for part in parts]
-        norms = {m: np.concatenate([n[m] for n in norms]) for m in self.models}
+        norms = [read_models(self._job, self._readers, part)[1] for part in parts]
+        norms = {m: torch.cat([n[m] for n in norms]).numpy() for m in self.models}
         self.norm_limits = norm_limits(positions, norms)
         kept, _ = masks(positions, norms, self.norm_limits)
         self.sampled = int(kept.sum())
         self.mean_norms = {m: float(norm[kept].mean(dtype=np.float64)) for m, norm in norms.items()}
         self.scales = {m: math.sqrt(self.widths[m]) / self.mean_norms[m] for m in self.models}
         self.means = {m: torch.zeros(width, dtype=torch.float64) for m, width in self.widths.items()}
-        at = 0
-        for part in parts:
-            stop = at + sum(map(len, part))
-            for m, acts in self._acts(part, 0)[0].items():
-                self.means[m] += acts[torch.from_numpy(kept[at:stop])].double().sum(0) / self.sampled
-            at = stop
+        masks_of_parts = np.split(kept, np.cumsum([sum(map(len, part)) for part in parts])[:-1])
+        for part, mask in zip(parts, masks_of_parts):
+            for m, acts in read_models(self._job, self._readers, part)[0].items():
+                self.means[m] += acts[torch.from_numpy(mask)].double().sum(0) / self.sampled

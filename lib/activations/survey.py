@@ -2,8 +2,7 @@
 
 Two models' residual streams can be compared entry by entry only if they share a width and an origin, as a
 model and its fine-tuned copy do. Cosines are taken about each model's own mean, because a large common mean
-makes any two activations look alike; and beside each stands the same cosine between a token and *another*
-token, the floor that "alike" has to exceed.
+makes any two activations look alike.
 """
 
 from __future__ import annotations
@@ -69,19 +68,13 @@ def describe_store(store: Store) -> pd.DataFrame:
 
 def contents(store: Store) -> pd.DataFrame:
     """Kept tokens of every split (columns) by the label of their sentence (rows), with the share of all kept
-    tokens.
-    """
-    labels = store.labels["label"]
-    values = {name: i for i, name in enumerate(LABELS)} | (
-        {"(no label)": -1} if (labels[store.kept] < 0).any() else {}
-    )
-    rows = {
-        name: [int((store.kept & (store.split == s) & (labels == i)).sum()) for s in range(len(SPLITS))]
-        for name, i in values.items()
-    }
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(SPLITS)).rename_axis("label")
-    frame["share"] = frame.sum(axis=1) / int(store.kept.sum())
-    return frame
+    tokens."""
+    labels, splits = store.labels["label"][store.kept], store.split[store.kept]
+    names = [*LABELS, *(["(no label)"] if (labels < 0).any() else [])]  # the last has the index -1
+    counts = np.zeros((len(names), len(SPLITS)), int)
+    np.add.at(counts, (labels, splits), 1)
+    frame = pd.DataFrame(counts, pd.Index(names, name="label"), list(SPLITS))
+    return frame.assign(share=frame.sum(axis=1) / int(store.kept.sum()))
 
 
 def contents_figure(shares: pd.DataFrame) -> go.Figure:
@@ -102,31 +95,20 @@ def dropped(store: Store) -> tuple[float, tuple[float, float], pd.DataFrame]:
     """Share of tokens that the masks drop, its 95% interval, and a table of positions by reason."""
     counts = store.manifest["counts"]
     tokens, n = counts["tokens"], counts["tokens"] - counts["kept"]
-    table = pd.DataFrame(
-        [
-            {"reason": reason, "positions": count, "share of tokens": count / tokens}
-            for reason, count in counts["dropped"].items()
-        ]
-    )
-    return n / tokens, wilson(n, tokens), table
+    table = pd.Series(counts["dropped"], name="positions").rename_axis("reason").reset_index()
+    return n / tokens, wilson(n, tokens), table.assign(**{"share of tokens": table.positions / tokens})
 
 
 def labelled_text(document: int, store: Store, tokenizer: PreTrainedTokenizerBase):
     """One document of the store as HTML, a line per sentence, coloured by category; wrong steps are
-    underlined.
-    """
+    underlined."""
     rows = np.flatnonzero(store.documents == document)
-    words = tokenizer.convert_ids_to_tokens(store.tokens[rows].tolist())
-    lines, line = [], []
-    for row, word in zip(rows, words):
-        label = LABELS[store.labels["label"][row]] if store.labels["label"][row] >= 0 else "(no label)"
-        wrong = store.labels["error"][row] == 1
-        line.append(word)
-        bos = label == "(no label)" and word == tokenizer.bos_token
-        if store.labels["ends"][row] == 1 or row == rows[-1] or bos:
-            lines.append((label, line, wrong))
-            line = []
-    return labelled_lines(lines)
+    words = np.array(tokenizer.convert_ids_to_tokens(store.tokens[rows].tolist()), object)
+    label, ends, wrong = (store.labels[array][rows] for array in ("label", "ends", "error"))
+    cuts = np.flatnonzero((ends == 1) | ((label < 0) & (words == tokenizer.bos_token))) + 1
+    sentences = [part for part in np.split(np.arange(len(rows)), cuts) if len(part)]
+    names = (*LABELS, "(no label)")  # the last has the index -1
+    return labelled_lines([(names[label[part[-1]]], words[part], wrong[part[-1]] == 1) for part in sentences])
 
 
 def example_trace(store: Store) -> int:
@@ -139,8 +121,7 @@ def example_trace(store: Store) -> int:
 
 def marker_words(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Words with which sentences of the four categories begin: the teacher's in generated text, else
-    ``openers``.
-    """
+    ``openers``."""
     if store.manifest["corpus"]["source"] != "generated":
         return openers(store, tokenizer)
     return list(dict.fromkeys(PARAPHRASES[c][i].split()[0] for c in CATEGORIES for i in range(2)))
@@ -148,19 +129,18 @@ def marker_words(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def word_rates(store: Store, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> pd.DataFrame:
     """How often words occur per 1,000 tokens, in general text and in traces (all kept tokens)."""
-    kinds = [store.kept & (store.labels["kind"] == k) for k in range(len(KINDS))]
-    ids = tokenizer.convert_tokens_to_ids(list(words))
-    rates = [
-        [1000 * float((store.tokens[kind] == i).mean()) if kind.any() else float("nan") for kind in kinds]
-        for i in ids
-    ]
-    return pd.DataFrame(rates, index=pd.Index(words, name="word"), columns=list(KINDS))
+    kinds = {k: store.tokens[store.kept & (store.labels["kind"] == i)] for i, k in enumerate(KINDS)}
+    ids = dict(zip(words, tokenizer.convert_tokens_to_ids(list(words))))
+    rates = {
+        kind: {word: 1000 * float((tokens == i).mean()) if len(tokens) else np.nan for word, i in ids.items()}
+        for kind, tokens in kinds.items()
+    }
+    return pd.DataFrame(rates).rename_axis("word")
 
 
 def openers(store: Store, tokenizer: PreTrainedTokenizerBase, per_category: int = 2) -> list[str]:
     """The commonest first tokens of each category's sentences on the train split, without repeats, as the
-    vocabulary spells them.
-    """
+    vocabulary spells them."""
     rows, words = store.rows("train"), []
     rows = rows[store.labels["starts"][rows] == 1]
     for category in CATEGORIES:
@@ -173,8 +153,7 @@ def openers(store: Store, tokenizer: PreTrainedTokenizerBase, per_category: int 
 
 def check_labels(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Words with which the reflections of generated text begin. AssertionError if labels have slipped against
-    tokens: a wrong step without a reflection after it, or a reflection that begins with another word.
-    """
+    tokens: a wrong step without a reflection after it, or a reflection that begins with another word."""
     reflection, labels = LABELS.index("reflection"), store.labels
     wrong = (labels["error"] == 1) & (labels["ends"] == 1)
     assert (labels["next_label"][wrong] == reflection).all(), "a wrong step without a reflection after it"
@@ -213,16 +192,13 @@ def norms_by_position(store: Store, longest: int = 120, fewest: int = 20) -> pd.
     All tokens count, dropped ones too: the point is to see why they are dropped. Positions with fewer than
     ``fewest`` tokens are left out.
     """
-    order = np.argsort(store.positions, kind="stable")
-    ends = np.searchsorted(store.positions[order], np.arange(longest + 1))
-    columns, rows = ["position", "model", "quantile", "norm", "n"], []
-    for position in range(longest):
-        tokens = order[ends[position] : ends[position + 1]]
-        for model in store.models if len(tokens) >= fewest else ():
-            values = np.quantile(store.norms[model][tokens], (0.1, 0.5, 0.9))
+    frame, rows = pd.DataFrame({"position": store.positions, **store.norms}), []
+    for position, part in frame[frame.position < longest].groupby("position"):
+        for model in store.models if len(part) >= fewest else ():
+            values = np.quantile(part[model].to_numpy(), (0.1, 0.5, 0.9))
             for name, value in zip(("10%", "median", "90%"), values):
-                rows.append((position, model, name, float(value), len(tokens)))
-    return pd.DataFrame(rows, columns=columns)
+                rows.append((position, model, name, float(value), len(part)))
+    return pd.DataFrame(rows, columns=["position", "model", "quantile", "norm", "n"])
 
 
 def norms_figure(norms: pd.DataFrame) -> go.Figure:
@@ -241,11 +217,9 @@ def norms_figure(norms: pd.DataFrame) -> go.Figure:
         x, y = [*wide.index, *wide.index[::-1]], [*wide["90%"], *wide["10%"][::-1]]
         fig.add_scatter(x=x, y=y, mode="lines", name=f"{model}, 10% to 90%", **band)
     for model, wide in tables.items():  # lines after bands, so that no band covers them
-        line = dict(mode="lines", line_color=colours[model], name=f"{model}, median")
-        fig.add_scatter(x=wide.index, y=wide["median"], **line)
-        marker = dict(color=colours[model], size=11, symbol="diamond")
-        point = dict(mode="markers", marker=marker, name=f"{model}, first position")
-        fig.add_scatter(x=wide.index[:1], y=wide["median"][:1], **point)
+        x, y, marker = wide.index, wide["median"], dict(color=colours[model], size=11, symbol="diamond")
+        fig.add_scatter(x=x, y=y, mode="lines", line_color=colours[model], name=f"{model}, median")
+        fig.add_scatter(x=x[:1], y=y[:1], mode="markers", marker=marker, name=f"{model}, first position")
     return fig
 
 
@@ -257,15 +231,14 @@ def sink_ratio(store: Store, model: str) -> float:
 
 def norm_histogram(store: Store, bins: int = 60) -> pd.DataFrame:
     """Histogram of kept tokens' norms over a common logarithmic grid: columns model, norm (middle of the
-    bin), share.
-    """
+    bin), share."""
     low = min(store.norms[m][store.kept].min() for m in store.models)
     high = max(store.norms[m][store.kept].max() for m in store.models)
     edges = np.geomspace(max(low, 1e-6), high * 1.001, bins + 1)
     middle, frames = np.sqrt(edges[:-1] * edges[1:]), []
     for m in store.models:
         counts, _ = np.histogram(store.norms[m][store.kept], edges)
-        frames.append(pd.DataFrame({"model": m, "norm": middle, "share": counts / max(counts.sum(), 1)}))
+        frames.append(pd.DataFrame(dict(model=m, norm=middle, share=counts / max(counts.sum(), 1))))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -296,15 +269,13 @@ def comparable(store: Store) -> bool:
 
 
 def similarity(store: Store, array: str = "label", split: str = "report", seed: int = 0) -> pd.DataFrame:
-    """How alike the first two models' activations of the same token are, by group: a row per value of the
-    label array ``array``.
+    """How alike the first two models' activations of the same token are: a row per value of the label array.
 
-    Activations are taken about each model's mean over the group, so that what is compared is what tells the
-    tokens of a group apart: at the end of sentences nearly all of the vector says "full stop", in both
-    models. Columns: group, n, cosine with its 95% interval (low, high; bootstrap over documents), and
-    ``other_token``, the cosine between the first model at a token and the second model at another token of
-    the group. Of a group of more than ``LARGEST_GROUP`` tokens, as many are taken, in random documents.
-    UserError for unlike widths.
+    Activations are taken about each model's mean over the group: at the end of sentences nearly all of the
+    vector says "full stop", in both models. Columns: group, n, cosine with its 95% interval (low, high;
+    bootstrap over documents), and ``other_token``, the cosine between the first model at a token and the
+    second model at another token of the group, the floor that "alike" has to exceed. Of a larger group,
+    ``LARGEST_GROUP`` tokens are taken, in random documents. UserError for unlike widths.
     """
     first, second = store.models[:2]
     if store.widths[first] != store.widths[second]:
@@ -312,13 +283,9 @@ def similarity(store: Store, array: str = "label", split: str = "report", seed: 
             f"{first} has width {store.widths[first]} and {second} has {store.widths[second]}: cosines need"
             " one width"
         )
-    rows = store.rows(split)
+    rows, rng, table = store.rows(split), np.random.default_rng(seed), []
     values = store.labels[array][rows]
-    rng = np.random.default_rng(seed)
-    names = (
-        LABELS if array in ("label", "next_label") else KINDS if array == "kind" else (f"not {array}", array)
-    )
-    table = []
+    names = {"label": LABELS, "next_label": LABELS, "kind": KINDS}.get(array, (f"not {array}", array))
     for value in np.unique(values[values >= 0]):
         group = _some_documents(store, rows[values == value], [seed, int(value)])
         if len(group) < 3:
@@ -333,7 +300,7 @@ def similarity(store: Store, array: str = "label", split: str = "report", seed: 
 
 
 def _some_documents(store: Store, rows: np.ndarray, seed: list[int]) -> np.ndarray:
-    """Those of ``rows`` that are in random documents: about ``LARGEST_GROUP``; all, if there are no more."""
+    """About ``LARGEST_GROUP`` of ``rows``, of random documents; all, if there are no more."""
     if len(rows) <= LARGEST_GROUP:
         return rows
     documents, number, counts = np.unique(store.documents[rows], return_inverse=True, return_counts=True)
@@ -344,8 +311,7 @@ def _some_documents(store: Store, rows: np.ndarray, seed: list[int]) -> np.ndarr
 
 def similarity_figure(table: pd.DataFrame, title: str, axis: str = "") -> go.Figure:
     """A table of ``similarity``: a point with its interval per group, and a grey cross for another token of
-    the group.
-    """
+    the group."""
     greys = {"general": "#444444", "other": "#777777"}
     fig = go.Figure(layout_title_text=title)
     for row in table.itertuples():
@@ -375,11 +341,10 @@ def drift(
     Runs the models on ``documents`` random documents of the report split: only the pair's own two are in the
     store. Columns: model, kind, n, cosine, low, high (bootstrap over documents). Position 0 is left out.
     """
-    chosen = np.unique(store.documents[store.rows("report")])
-    chosen = np.sort(np.random.default_rng(seed).permutation(chosen)[:documents])
-    rows = np.flatnonzero(np.isin(store.documents, chosen))
-    bounds = np.flatnonzero(np.diff(store.documents[rows], prepend=-1))
-    token_lists = [part.tolist() for part in np.split(store.tokens[rows], bounds[1:])]
+    chosen = np.random.default_rng(seed).permutation(np.unique(store.documents[store.rows("report")]))
+    rows = np.flatnonzero(np.isin(store.documents, chosen[:documents]))
+    bounds = np.flatnonzero(np.diff(store.documents[rows]))
+    token_lists = [part.tolist() for part in np.split(store.tokens[rows], bounds + 1)]
     tokenizer, keep = pair.tokenizer(), store.kept[rows]
 
     def centred(name: str) -> torch.Tensor:
@@ -387,13 +352,13 @@ def drift(
         acts = capture(pair.load(name), tokenizer, token_lists, layer)[keep]
         return acts - acts.mean(0)
 
-    start, kinds, ids = centred(reference), store.labels["kind"][rows][keep], store.documents[rows][keep]
-    table = []
+    start, table = centred(reference), []
+    tokens = pd.DataFrame({"kind": store.labels["kind"][rows], "document": store.documents[rows]})[keep]
     for name in names:
-        cosine = torch.cosine_similarity(start, centred(name), dim=1).numpy()
-        for kind in np.unique(kinds):
-            values = cosine[kinds == kind]
-            low, high = bootstrap(values, groups=ids[kinds == kind], seed=seed)
+        tokens["cosine"] = torch.cosine_similarity(start, centred(name), dim=1).numpy()
+        for kind, part in tokens.groupby("kind"):
+            values = part.cosine.to_numpy()
+            low, high = bootstrap(values, groups=part.document, seed=seed)
             table.append((name, KINDS[kind], len(values), float(values.mean()), low, high))
     return pd.DataFrame(table, columns=["model", "kind", "n", "cosine", "low", "high"])
 
@@ -423,10 +388,8 @@ def drift_figure(moved: pd.DataFrame) -> go.Figure:
 
 def read_epoch(store: Store, split: str, seed: int, batch_size: int = 4096) -> tuple[np.ndarray, float]:
     """Read one epoch of a split in shuffled batches: rows in their order, and rows per second."""
-    began, order = time.monotonic(), []
-    for rows, _ in store.reader(split, batch_size, seed):
-        order.append(rows)
-    order = np.concatenate([np.empty(0, np.int64), *order])
+    began = time.monotonic()
+    order = np.concatenate([np.empty(0, np.int64), *(r for r, _ in store.reader(split, batch_size, seed))])
     speed = len(order) / max(time.monotonic() - began, 1e-9)
     passing(
         f"Harvested at {store.tokens_per_second:,.0f} tokens per second (each through {len(store.models)}"

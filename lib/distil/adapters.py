@@ -1,21 +1,15 @@
 """Distil a real language model: low-rank adapters on reasoning traces, and on plain text as the null.
 
 The base is a pretrained chat model. Adapters of one size are trained on it, on as many tokens, with one
-schedule:
+schedule (hours on two cores each; what was interrupted goes on):
 
 - *distilled*: next-token cross-entropy on a teacher's answers with their thoughts, between ``<think>`` and
   ``</think>``
 - *null_a*: the same on encyclopedic text: how far any adapter moves the model, when nothing is taught
 - *null_b*: null_a from another beginning and in another order (on request: ``--stages null_b``)
 
-    python -m lib adapters data/pairs/smol --traces traces.jsonl.gz --text text.txt.gz
-    python -m lib adapters data/pairs/smol --stages distilled    # from OpenThoughts-114k on the hub
-
-Each takes hours on two cores, and goes on where it was interrupted.
-
-Adapters are LoRA (Hu et al. 2021) on every linear layer, trained in bfloat16 with float32 master weights: at
-a learning rate that decays, bfloat16 alone would drop the last updates. A run is deterministic given seed and
-threads.
+Adapters are LoRA (Hu et al. 2021) on every linear layer, trained in bfloat16 with float32 master weights. A
+run is deterministic given seed and threads.
 """
 
 from __future__ import annotations
@@ -47,9 +41,7 @@ STATE_EVERY = 25  # steps between states to resume from: about three minutes
 
 @parameters
 class Recipe:
-    """All that decides an adapter. Tokens are counted without padding; those of questions are read but not
-    learnt.
-    """
+    """All that decides an adapter. Tokens are counted without padding; those of questions are not learnt."""
 
     rank: Positive = 40
     alpha: Positive = 80
@@ -66,55 +58,50 @@ class Recipe:
 
 
 def held_out(key: str, seed: int = 0) -> bool:
-    """Whether a question or a paragraph is kept from training: a function of its text, so the same one never
-    does both.
-    """
+    """Whether a question or a paragraph is kept from training: a function of its text."""
     return random.Random(f"{seed}/held out/{key}").random() < HELD_OUT
 
 
 def paragraphs(path: Path) -> Iterator[str]:
     """The lines of a text file that hold text: also where no blank lines part them, as in some copies of
-    WikiText.
-    """
+    WikiText."""
     return (line for text in read_texts(path) for line in text.splitlines() if line.strip())
+
+
+def shuffled(items: Sequence, key: str, epochs: float = math.inf, first: Sequence = ()) -> Iterator:
+    """Items epoch after epoch, endless by default, each epoch shuffled; in the first only
+    ``first``, if any."""
+    epoch = 0
+    while items and epoch < epochs:
+        chosen = list(first if epoch == 0 and first else items)
+        random.Random(f"{key}/{epoch}").shuffle(chosen)
+        yield from chosen
+        epoch += 1
 
 
 def trace_windows(
     traces: Iterable[Trace], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, epochs: float = math.inf
 ) -> Iterator[Window]:
-    """Windows of at most ``recipe.window`` tokens, endless by default: the short traces once, then all of
-    them, epoch after epoch, shuffled.
-    """
+    """Windows of at most ``recipe.window`` tokens: the short traces once, then all, epoch after epoch."""
     traces = list(traces)
     short = [t for t in traces if len(t.thinking) + len(t.answer) < recipe.short]
-    epoch = 0
-    while traces and epoch < epochs:
-        rng = random.Random(f"{recipe.seed}/traces/{epoch}")
-        chosen = list(short if epoch == 0 and short else traces)
-        rng.shuffle(chosen)
-        for trace in chosen:
-            ids, learnt = encode_trace(trace, tokenizer)
-            for first in range(0, len(ids), recipe.window):
-                yield ids[first : first + recipe.window], learnt[first : first + recipe.window]
-        epoch += 1
+    for trace in shuffled(traces, f"{recipe.seed}/traces", epochs, short):
+        ids, learnt = encode_trace(trace, tokenizer)
+        for first in range(0, len(ids), recipe.window):
+            yield ids[first : first + recipe.window], learnt[first : first + recipe.window]
 
 
 def text_windows(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, epochs: float = math.inf
 ) -> Iterator[Window]:
-    """Windows of running text, endless by default, half a trace window each; paragraphs keep their order
-    within a window.
-    """
+    """Windows of running text, half a trace window each, epoch after epoch; paragraphs keep their order
+    within a window."""
     size, ids = recipe.window // 2, []
     for text in texts:
         ids += tokenizer(text + "\n", add_special_tokens=False)["input_ids"]
     windows = [ids[first : first + size] for first in range(0, len(ids), size)]
-    epoch = 0
-    while windows and epoch < epochs:
-        chosen = list(windows)
-        random.Random(f"{recipe.seed}/text/{epoch}").shuffle(chosen)
-        yield from ((window, [True] * len(window)) for window in chosen)
-        epoch += 1
+    for window in shuffled(windows, f"{recipe.seed}/text", epochs):
+        yield window, [True] * len(window)
 
 
 def batches(windows: Iterator[Window], recipe: Recipe) -> Iterator[Batch]:
@@ -131,22 +118,15 @@ def batches(windows: Iterator[Window], recipe: Recipe) -> Iterator[Batch]:
 def adapted(base: PreTrainedModel, recipe: Recipe) -> peft.PeftModel:
     """``base`` with a fresh adapter on every linear layer except the head."""
     torch.manual_seed(recipe.seed)
-    config = peft.LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+    options = dict(lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, **options)
     return peft.get_peft_model(base, config, autocast_adapter_dtype=False)
 
 
 def train(
     model: peft.PeftModel, windows: Iterator[Window], recipe: Recipe, folder: Path, report=print
 ) -> peft.PeftModel:
-    """Train one adapter, from ``folder``/state.pt if that exists (see ``fit``). A state every ``STATE_EVERY``
-    steps, and wherever an adapter is kept.
-    """
+    """Train one adapter, from ``folder``/state.pt if that exists (see ``fit``)."""
     stream, base = enumerate(batches(windows, recipe), 1), model.get_base_model().train()
 
     def chunk(place: Place) -> list[Batch]:
@@ -194,9 +174,8 @@ def ship(model: peft.PeftModel, state_file: Path, out: Path, trained_on: str) ->
 
 
 def traces_of(file: Path | None, recipe: Recipe) -> list[Trace]:
-    """The traces to learn from, without those whose question is held out; from the hub no more than the
-    recipe can use.
-    """
+    """The traces to learn from: no question that is held out; from the hub no more than the
+    recipe can use."""
     if file:
         return [t for t in read_traces(file) if not held_out(t.question)]
     traces, characters = [], 0
@@ -220,9 +199,8 @@ def make_adapters(
     """Train the adapters of the pair that is named like the folder ``out``, or go on with them, and ship them
     there.
 
-    ``traces``: JSONL with question, thinking and answer; without it, OpenThoughts-114k from the hub.
-    ``text``: paragraphs for the null. ``tokens``: to train on, for each adapter. ``runs``: folder of states
-    and logs.
+    ``traces``: JSONL with question, thinking and answer; by default OpenThoughts-114k from the hub. ``text``:
+    paragraphs for the null. ``tokens``: for each adapter. ``runs``: folder of states and logs.
     """
     pair, recipe = load_pair(out.name), Recipe(tokens=tokens or Recipe.tokens)
     for stage in stages:

@@ -45,11 +45,8 @@ def learning_rate(progress: float, peak: float) -> float:
 
 
 def batches_of(windows: Iterable[Window], batch_tokens: int, rng: random.Random) -> list[Batch]:
-    """Batches of at most ``batch_tokens`` tokens with padding: windows of similar length together, in random
-    order.
-
-    Targets are -100 where nothing is learnt. With causal attention, padding on the right is seen by nobody.
-    """
+    """Batches of at most ``batch_tokens`` tokens with padding: windows of like length together, in random
+    order. Targets are -100 where nothing is learnt."""
     groups: list[list[Window]] = [[]]
     for window in sorted(windows, key=lambda window: len(window[0])):
         if groups[-1] and (len(groups[-1]) + 1) * len(window[0]) > batch_tokens:
@@ -70,20 +67,15 @@ def padded(windows: Sequence[Window]) -> Batch:
 
 
 def token_losses(model: PreTrainedModel, x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy in nats [learnt tokens] of the targets ``y`` [rows, length]; logits are made for learnt
-    tokens only.
-    """
+    """Cross-entropy in nats [learnt tokens] of the targets ``y`` [rows, length]."""
     hidden = model.model(input_ids=x).last_hidden_state[:, :-1]
     learnt = y[:, 1:] != -100
     return cross_entropy(model.lm_head(hidden[learnt]).float(), y[:, 1:][learnt], reduction="none")
 
 
 class Optimiser:
-    """AdamW on float32 copies of what takes gradients in a model, whatever the model's own type.
-
-    At a learning rate that decays, weights in bfloat16 would drop the last updates. ``decay`` is the weight
-    decay of matrices; vectors have none.
-    """
+    """AdamW on float32 copies of what takes gradients in a model: at a learning rate that decays, weights in
+    bfloat16 would drop the last updates. ``decay`` is the weight decay of matrices; vectors have none."""
 
     def __init__(self, model: torch.nn.Module, decay: float):
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -95,7 +87,6 @@ class Optimiser:
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), fused=True)
 
     def load(self, copies: Mapping[str, Tensor], adam: dict) -> None:
-        """Go on from the copies and the state of AdamW of an earlier run."""
         self.adam.load_state_dict(adam)
         for name, copy in self.copies.items():
             copy.copy_(copies[name])
@@ -133,10 +124,10 @@ def fit(
 ) -> None:
     """Train ``model`` on ``budget`` tokens, from ``folder``/state.pt if that exists.
 
-    ``losses(x, y)`` gives the losses [learnt tokens] of a batch, whose mean is minimised with the peak
-    learning rate ``rate`` (see ``Optimiser`` for ``decay``). ``chunk(place)`` gives the batches up to the
-    next state. After each chunk come a line of log.jsonl, every ``keep_every`` tokens ``snapshot()`` as
-    kept_<tokens>.pt, and the state, with the weights under ``key``.
+    The mean of ``losses(x, y)`` [learnt tokens] is minimised with the peak learning rate ``rate`` (see
+    ``Optimiser`` for ``decay``). ``chunk(place)`` gives the batches up to the next state. After each chunk
+    come a line of log.jsonl, every ``keep_every`` tokens ``snapshot()`` as kept_<tokens>.pt, and the state,
+    with the weights under ``key``.
 
     Raises FloatingPointError if the loss is not finite, UserError if another run is at work in the folder.
     """
@@ -190,9 +181,7 @@ def claim(folder: Path, recipe) -> None:
 
 
 def cut_log(file: Path, tokens: int) -> None:
-    """Drop the lines of a log about the time after ``tokens``, where a run resumes: one that was killed may
-    have logged more than it had saved.
-    """
+    """Drop the lines of a log after ``tokens``: a run that was killed may have logged more than it saved."""
     if not file.is_file():
         return
     lines = []

@@ -11,12 +11,8 @@ cross-entropy on a teacher's traces. All six models share one architecture (Qwen
 - *null_a*: base, the same number of tokens and the same schedule, on its own kind of text
 - *null_b*: the same in another order: with null_a it tells how far models drift when nothing is learnt
 
-    python -m lib distil data/pairs/tiny          # about an hour on two cores; interrupt and resume
-    python -m lib distil data/pairs/tiny_large    # the same recipe at another width (notebook 06)
-
 Training is deterministic given the seed and the number of threads, and a resumed run equals an uninterrupted
-one: state is written at the end of every chunk of documents, and a chunk is a function of (seed, stage,
-index).
+one: state is written at the end of every chunk of documents, a function of (seed, stage, index).
 """
 
 from __future__ import annotations
@@ -69,9 +65,7 @@ class Recipe:
 
     @classmethod
     def of_width(cls, width: int, mlp: int) -> Recipe:
-        """The same recipe at another width. Learning rates fall with its square root: fixed beforehand, not
-        tuned to any outcome.
-        """
+        """The same recipe at another width. Learning rates fall with its square root (fixed beforehand)."""
         rates = {name: getattr(cls, name) * (cls.width / width) ** 0.5 for name in ("base_rate", "tune_rate")}
         return cls(width=width, mlp=mlp, **rates)
 
@@ -91,14 +85,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[+*-] \d+|\S+"), behavior="removed", invert=True)
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words by spaces
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, padding_side="left")
 
 
 def build_model(recipe: Recipe, vocab_size: int) -> Qwen2ForCausalLM:
@@ -164,9 +152,8 @@ def train_stage(
 
     For ``distilled``, weights are kept every ``keep_every`` of the run: ``style`` is chosen among them.
     """
-    budget = {"base": recipe.base_tokens, "midtrain": recipe.mid_tokens, "latetrain": recipe.late_tokens}.get(
-        stage, recipe.tune_tokens
-    )
+    budgets = dict(base=recipe.base_tokens, midtrain=recipe.mid_tokens, latetrain=recipe.late_tokens)
+    budget = budgets.get(stage, recipe.tune_tokens)
     fit(
         stage,
         model.train(),
@@ -189,9 +176,7 @@ def stages_of(name: str) -> tuple[str, ...]:
 
 
 def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
-    """Train the stages in order, each resumable, below ``out`` (checkpoints and logs; nothing is shipped from
-    here).
-    """
+    """Train the stages in order, each resumable, below ``out`` (checkpoints and logs)."""
     tokenizer = build_tokenizer()
     claim(out, recipe)
     for stage in stages:
@@ -199,15 +184,20 @@ def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, repor
         if final.is_file():
             report(f"{stage}: done before")
             continue
-        model = build_model(recipe, len(tokenizer))
-        if stage != "base":
-            before = {"midtrain": "base", "latetrain": "midtrain"}.get(stage, "latetrain")
-            start = out / before / "final.pt"
-            if not start.is_file():
-                raise FileNotFoundError(f"{start} is missing: train the stage {before!r} first")
-            model.load_state_dict(torch.load(start, weights_only=True))
-        train_stage(stage, model, recipe, out / stage, report)
+        before = {"base": None, "midtrain": "base", "latetrain": "midtrain"}.get(stage, "latetrain")
+        start = out / before / "final.pt" if before else None
+        if start and not start.is_file():
+            raise FileNotFoundError(f"{start} is missing: train the stage {before!r} first")
+        model = train_stage(stage, _trained(start, recipe, tokenizer), recipe, out / stage, report)
         write_state(final, model.state_dict())
+
+
+def _trained(file: Path | None, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """The model of a checkpoint; a fresh one without."""
+    model = build_model(recipe, len(tokenizer))
+    if file:
+        model.load_state_dict(torch.load(file, weights_only=True))
+    return model
 
 
 # --- choosing and shipping ----------------------------------------------------------------------------------
@@ -216,17 +206,14 @@ def train_all(out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, repor
 def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report=print) -> Path:
     """The ``style`` checkpoint: says reflection words as often as the teacher, but not because of errors.
 
-    Rule, on validation puzzles: of the kept checkpoints of the distilled run, the last one before the AUROC
-    of P(reflection) for errors first exceeds 0.65, if its mean P(reflection) after a step is at least half of
-    the teacher's rate of errors.
+    On validation puzzles: the last kept checkpoint before the AUROC of P(reflection) for errors first exceeds
+    0.65, if its mean P(reflection) after a step is at least half of the teacher's rate of errors.
     """
     from sklearn.metrics import roc_auc_score
 
     tasks, chosen = trials.puzzles(100, "validation"), None
     for path in sorted(folder.glob("kept_*.pt")):
-        model = build_model(recipe, len(tokenizer)).eval()
-        model.load_state_dict(torch.load(path, weights_only=True))
-        steps = trials.reflection_probability(model, tokenizer, tasks)
+        steps = trials.reflection_probability(_trained(path, recipe, tokenizer).eval(), tokenizer, tasks)
         mean, auc = steps.p_reflection.mean(), roc_auc_score(steps.error, steps.p_reflection)
         report(f"{path.name}: mean P(reflection) {mean:.3f}, AUROC for errors {auc:.3f}")
         if auc > 0.65:
@@ -243,8 +230,8 @@ def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFas
 
 def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
     """Write the models of ``stages`` (bfloat16 safetensors), the log and the recipe below ``out``; where
-    there is a ``control``, the ``style`` checkpoint and the tokenizer too, which the pairs of other
-    sizes share."""
+    there is a ``control``, the ``style`` checkpoint and the tokenizer too, which pairs of other sizes share.
+    """
     tokenizer = build_tokenizer()
     sources = {stage: runs / stage / "final.pt" for stage in stages if stage not in ("midtrain", "latetrain")}
     sources["base"] = runs / "latetrain" / "final.pt"
@@ -255,8 +242,7 @@ def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES
         sources["style"] = choose_style(runs / "distilled", recipe, tokenizer, report)
         style = {"style_checkpoint": sources["style"].stem}
     for name, source in sources.items():
-        model = build_model(recipe, len(tokenizer))
-        model.load_state_dict(torch.load(source, weights_only=True))
+        model = _trained(source, recipe, tokenizer)
         with whole_files(out / name) as scratch:
             model.to(torch.bfloat16).save_pretrained(scratch)
             (scratch / "generation_config.json").unlink(missing_ok=True)
@@ -285,8 +271,7 @@ def distil_briefly(
     folder: Path, runs: Path, tokens: int, seed: int, report=passing
 ) -> tuple[Qwen2ForCausalLM, dict[str, pd.DataFrame]]:
     """The shipped base, distilled on so many tokens by the shipped recipe, and the logs of the shipped run
-    and of this one. It resumes if it was interrupted, and does not train again what is trained.
-    """
+    and of this one. It resumes if it was interrupted."""
     shipped = json.loads((folder / "recipe.json").read_text())
     recipe = Recipe(**{field: shipped[field] for field in Recipe.__dataclass_fields__})
     recipe = replace(recipe, tune_tokens=tokens, seed=seed)
@@ -299,9 +284,7 @@ def distil_briefly(
 
 def make_pair(out: Path, runs: Path | None = None, stages: Sequence[str] = ()) -> None:
     """Train the embedded pair that is named like the folder ``out``, or go on with it, and ship it there.
-
-    ``stages``: train these only, and ship nothing. ``runs``: folder of checkpoints and logs.
-    """
+    ``stages``: train these only, and ship nothing. ``runs``: folder of checkpoints and logs."""
     if out.name not in RECIPES:
         raise UserError(
             f"there is no recipe for {out.name!r}: the last part of OUT must be one of {', '.join(RECIPES)}"

@@ -1,8 +1,5 @@
-"""Put puzzles to a model and read what it answers.
-
-``generate`` decodes, ``transcript_table`` turns transcripts into one row of facts per puzzle, and
-``reflection_probability`` asks the question that tells reflection from ritual: how likely is a reflection
-after an error, and how likely after a correct step?
+"""Put puzzles to a model and read what it answers: transcripts, a row of facts per puzzle, and the question
+that tells reflection from ritual: how likely is a reflection after an error, and after a correct step?
 """
 
 from __future__ import annotations
@@ -47,8 +44,7 @@ MODES = {"think": ("think", ":"), "direct": ("answer", ":")}
 
 def puzzles(n: int, split: str, seed: int = 0) -> list[Puzzle]:
     """``n`` distinct puzzles of a split, the same for the same seed."""
-    rng = random.Random(f"{split}/{seed}")
-    drawn: dict[Puzzle, None] = {}
+    rng, drawn = random.Random(f"{split}/{seed}"), {}
     while len(drawn) < n:
         drawn[sample_puzzle(rng, split)] = None
     return list(drawn)
@@ -56,10 +52,8 @@ def puzzles(n: int, split: str, seed: int = 0) -> list[Puzzle]:
 
 def easy_questions(n: int, seed: int = 0) -> list[Question]:
     """``n`` distinct questions of one step, "what is 5 - 1 ?" the first of them."""
-    rng = random.Random(f"easy/{seed}")
-    everything = len(NUMBERS) * len(OPERATIONS)
-    check("n", n, int, low=1, high=everything)
-    drawn = {Question(5, "- 1"): None}
+    check("n", n, int, low=1, high=len(NUMBERS) * len(OPERATIONS))
+    rng, drawn = random.Random(f"easy/{seed}"), {Question(5, "- 1"): None}
     while len(drawn) < n:
         drawn[sample_question(rng)] = None
     return list(drawn)
@@ -99,11 +93,10 @@ def generate(
     max_new_tokens: int = 260,
     batch_size: int = 250,
 ) -> list[list[str]]:
-    """Transcripts: the words after the prompt of each task, "think :" or "answer :" included, without
-    padding.
+    """Transcripts: the words after the prompt of each task, "think :" or "answer :" included.
 
     ``temperature`` 0 is greedy, 1 samples from the model's own distribution (no top-k, no top-p). ``forbid``
-    names categories whose sentences may not be opened. Tasks are decoded in batches.
+    names categories whose sentences may not be opened.
     """
     transcripts = []
     for start in range(0, len(tasks), batch_size):
@@ -117,9 +110,7 @@ def generate(
 
 
 def transcript(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mode: str = "think") -> list[str]:
-    """The words of generated ids, after those that opened thinking or the answer; what follows a padding
-    token is left out.
-    """
+    """The words that opened thinking or the answer, and those of generated ids up to a padding token."""
     # None: an id without a word
     words = [word or tokenizer.unk_token for word in tokenizer.convert_ids_to_tokens(ids)]
     end = words.index(tokenizer.pad_token) if tokenizer.pad_token in words else len(words)
@@ -127,23 +118,8 @@ def transcript(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mode: str
 
 
 def transcript_table(tasks: Sequence[Task], transcripts: Sequence[Sequence[str]]) -> pd.DataFrame:
-    """One row per task: ``puzzles.Transcript`` flattened.
-
-    Columns: answer, correct, chain_correct, thinks, closed (thinking came to its end), thinking_tokens (NaN
-    if not closed), n_<label> and t_<label> (sentences and tokens while thinking), errors, errors_reflected,
-    correct_steps, correct_steps_reflected.
-    """
-    rows = []
-    for task, words in zip(tasks, transcripts, strict=True):
-        facts = vars(parse_transcript(task, list(words))).copy()
-        counts, tokens, length = (facts.pop(n) for n in ("counts", "tokens_by_label", "thinking_tokens"))
-        row = {name: facts.pop(name) for name in ("answer", "correct", "chain_correct", "thinks")}
-        row |= {"closed": length is not None, "thinking_tokens": np.nan if length is None else length}
-        row |= {f"n_{label}": n for label, n in counts.items()} | {
-            f"t_{label}": n for label, n in tokens.items()
-        }
-        rows.append(row | facts)
-    return pd.DataFrame(rows)
+    """``puzzles.parse_transcript``, one row per task."""
+    return pd.DataFrame([parse_transcript(*pair) for pair in zip(tasks, transcripts, strict=True)])
 
 
 def labelled(words: Sequence[str]) -> list[tuple[str, tuple[str, ...], bool]]:
@@ -155,21 +131,18 @@ def labelled(words: Sequence[str]) -> list[tuple[str, tuple[str, ...], bool]]:
 def reflection_probability(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Puzzle], seed: int = 0
 ) -> pd.DataFrame:
-    """The probability that the next sentence is a reflection, after every step of the teacher's traces of
-    ``tasks``.
+    """How likely the next sentence is a reflection, after every step of the teacher's traces of ``tasks``.
 
     The traces contain errors at the teacher's rate. One row per step: task, error (bool), p_reflection (the
-    summed probability of all first words of a reflection), right after the step's full stop.
+    summed probability of all first words of a reflection, right after the step's full stop).
     """
     rng = random.Random(f"reflection/{seed}")
     first = torch.tensor(tokenizer.convert_tokens_to_ids(list(first_words("reflection"))))
     rows = []
     for i, task in enumerate(tasks):
         sentences = [*task.prompt(), *Teacher(rng).solve(task)]
-        ids = [
-            tokenizer.bos_token_id,
-            *tokenizer.convert_tokens_to_ids([w for s in sentences for w in s.words]),
-        ]
+        words = [tokenizer.bos_token, *(word for s in sentences for word in s.words)]
+        ids = tokenizer.convert_tokens_to_ids(words)
         probabilities = model(torch.tensor([ids])).logits[0].softmax(-1)[:, first].sum(-1)
         end = 0
         for sentence in sentences:
@@ -180,11 +153,8 @@ def reflection_probability(
 
 
 def reflection_rates(steps: pd.DataFrame, seed: int = 0) -> dict[str, tuple]:
-    """The table of ``reflection_probability`` as (value, 95% interval over tasks, steps).
-
-    p_reflect_given_error and p_reflect_given_correct are mean probabilities after an error and after a
-    correct step, reflect_auc the AUROC with which the probability tells the two apart.
-    """
+    """The table of ``reflection_probability`` as (value, 95% interval over tasks, steps): the mean
+    probability after an error and after a correct step, and the AUROC with which it tells the two apart."""
     from sklearn.metrics import roc_auc_score
 
     rates = {}
@@ -229,9 +199,8 @@ def battery(
     seed: int = 0,
 ) -> dict[Condition, pd.DataFrame]:
     """``transcript_table`` of each condition. Transcripts are kept in ``folder`` under ``fingerprint``, which
-    stands for weights, tasks and seed: an interrupted battery continues with the next condition.
-    """
-    tables = {}
+    stands for weights, tasks and seed."""
+    tables, name = {}, "transcripts.txt"
     with Progress("conditions", len(conditions)) as progress:
         for condition in conditions:
 
@@ -239,15 +208,10 @@ def battery(
                 limit = 4 if condition.mode == "direct" else 260
                 asked = condition.mode, condition.temperature, condition.forbid, seed, limit
                 texts = generate(models[condition.model], tokenizer, tasks, *asked)
-                write_text(scratch / "transcripts.txt", "\n".join("|".join(words) for words in texts))
+                write_text(scratch / name, "\n".join("|".join(words) for words in texts))
 
-            transcripts = kept(
-                folder / condition.name,
-                fingerprint,
-                ask,
-                lambda whole: (whole / "transcripts.txt").read_text().split("\n"),
-            )
-            tables[condition] = transcript_table(tasks, [words.split("|") for words in transcripts])
+            text = kept(folder / condition.name, fingerprint, ask, lambda made: (made / name).read_text())
+            tables[condition] = transcript_table(tasks, [words.split("|") for words in text.split("\n")])
             progress.update(len(tables), condition.name)
     return tables
 
@@ -258,9 +222,7 @@ def share(hits: Sequence[bool]) -> tuple[float, tuple[float, float]]:
 
 
 def difference(a: Sequence[bool], b: Sequence[bool], seed: int = 0) -> tuple[float, tuple[float, float]]:
-    """How much larger the share of hits is in ``a`` than in ``b``, of the same tasks, with its bootstrap
-    interval.
-    """
+    """How much larger the share of hits is in ``a`` than in ``b``, of the same tasks, with its interval."""
     gap = np.asarray(a, float) - np.asarray(b, float)
     return float(gap.mean()), bootstrap(gap, seed=seed)
 
@@ -270,8 +232,7 @@ def difference(a: Sequence[bool], b: Sequence[bool], seed: int = 0) -> tuple[flo
 
 def marker_words(documents: int, seed: int = 0) -> tuple[list[tuple[str, ...]], pd.DataFrame]:
     """The sentences of so many documents of general text, and how often the first words of the teacher's
-    paraphrases occur in them and in half as many traces: per 1,000 tokens, a row a word.
-    """
+    paraphrases occur in them and in half as many traces: per 1,000 tokens, a row a word."""
     rng = random.Random(seed)
     general = [s.words for _ in range(documents) for s in prose(rng)]
     traces = [s.words for _ in range(documents // 2) for s in Teacher(rng).solve(sample_puzzle(rng))]

@@ -2,9 +2,7 @@
 
 What is harvested and shown for a real pair comes from here, so that it may be kept and shared: the distilled
 model answers ``lib.text.questions``; the base continues short openings about everyday subjects. Both are
-sampled, seeded and deduplicated. It takes hours on two cores, and goes on where it was interrupted::
-
-    python -m lib writing smol data/pairs/smol/corpus --tokens 300000
+sampled, seeded and deduplicated; what was interrupted goes on (hours on two cores).
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -37,10 +36,8 @@ OPENINGS: list[str] = table("openings")["openings"]
 
 def openings(seed: int = 0) -> Iterator[str]:
     """Endless openings of general text, every combination once before any comes again."""
-    rng, every = (
-        random.Random(f"{seed}/openings"),
-        [o.format(s=s, S=s[0].upper() + s[1:]) for o in OPENINGS for s in SUBJECTS],
-    )
+    rng = random.Random(f"{seed}/openings")
+    every = [o.format(s=s, S=s[0].upper() + s[1:]) for o in OPENINGS for s in SUBJECTS]
     while True:
         rng.shuffle(every)
         yield from every
@@ -56,10 +53,9 @@ def sample(
     top_k: int = TOP_K,
 ) -> list[tuple[str, bool, int]]:
     """For each prompt what the model writes, whether it came to an end by itself, and its number of tokens.
-    Temperature 0 is greedy.
 
-    Special tokens in a prompt are read as such; no BOS is added. Rows of a batch share one random generator:
-    the same prompts in the same order with the same seed give the same texts.
+    Temperature 0 is greedy. Special tokens in a prompt are read as such; no BOS is added. The same prompts in
+    the same order with the same seed give the same texts.
     """
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {}
@@ -81,9 +77,8 @@ def write_corpus(
     """Append texts of one kind ("trace", "general") to ``file`` (JSON lines) until it has ``tokens`` tokens;
     returns how many it has.
 
-    A line has ``text`` (the prompt included), ``tokens`` and ``ended``; a trace its ``answer`` too, what
-    would be right. Batches are functions of (seed, number) and written whole, so an interrupted run goes on
-    to the same file. A text that was there before is left out.
+    A line has ``text`` (the prompt included), ``tokens`` and ``ended``; a trace the right ``answer`` too.
+    Batches are functions of (seed, number) and written whole. A text that was there before is left out.
     """
     lines = read_lines(file)
     texts, written = {line["text"] for line in lines}, sum(line["tokens"] for line in lines)
@@ -126,9 +121,7 @@ def _prompts(kind: str, number: int, seed: int) -> list[tuple[str, dict]]:
     if kind == "trace":
         asked = ask("train", BATCH * (number + 1), seed=seed)[BATCH * number :]
         return [(prompt(q.text), {"answer": q.answer}) for q in asked]
-    some = openings(seed)
-    every = [next(some) for _ in range(BATCH * (number + 1))]
-    return [(text, {}) for text in every[BATCH * number :]]
+    return [(text, {}) for text in islice(openings(seed), BATCH * number, BATCH * (number + 1))]
 
 
 def hash_of(*parts) -> int:
@@ -149,9 +142,7 @@ def write_for(
     name: str, out: Path, tokens: int = 300_000, kind: str | None = None, runs: Path | None = None
 ) -> None:
     """Let the models of the pair ``name`` write traces.jsonl.gz and general.jsonl.gz into the folder ``out``,
-    or go on; with ``kind`` ("trace" or "general") only one of them. ``runs``: folder of what is written so
-    far.
-    """
+    or go on; with ``kind`` only one of them. ``runs``: folder of what is written so far."""
     pair, runs = load_pair(name), runs or Path("data/runs") / name / "writing"
     runs.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)

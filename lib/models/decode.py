@@ -1,13 +1,9 @@
 """Many prompts decoded at once, such that a text that has ended costs nothing more.
 
 A batch of prompts, one a row, is decoded in *legs* of ``LEG`` tokens. After each leg the rows that have ended
-leave the batch, and their keys and values leave the cache, which is handed from leg to leg. Its layers
-(``RoomyLayer``) have room to grow: transformers' own copy all keys and values at every token, which on the
-embedded pair took 40% of a step at 800 rows (one thread), and little at 100.
-
-``generate`` decodes plainly. In ``decode`` the caller runs the model, so that steered decoding shares the
-loop. A row depends on no other: rows are padded on the left, and noise, which has a memory of its own, is
-told which rows are left.
+leave the batch, and the cache, whose layers (``RoomyLayer``) have room to grow: transformers' own copy all
+keys and values at every token, 40% of a step at 800 rows of the embedded pair. ``generate`` decodes plainly;
+in ``decode`` the caller runs the model, so that steered decoding shares the loop.
 """
 
 from __future__ import annotations
@@ -48,13 +44,8 @@ def generate(
     Greedy, unless a ``RowNoise`` is among the ``processors`` of logits, or ``sampling`` (options of
     transformers' ``generate``) says otherwise. ``add_special_tokens``: whether the tokenizer adds BOS.
     """
-    batch = tokenizer(
-        list(prompts),
-        add_special_tokens=add_special_tokens,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
+    options = dict(padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer(list(prompts), add_special_tokens=add_special_tokens, **options)
     eos, processors = tokenizer.eos_token_id, LogitsProcessorList(processors)
     options = {"do_sample": False, "pad_token_id": eos, "eos_token_id": eos, **sampling}
 
@@ -62,37 +53,17 @@ def generate(
         for processor in processors:
             if isinstance(processor, RowNoise):
                 processor.rows = rows
-        return model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=n,
-            logits_processor=processors,
-            **options,
-        )
+        inputs = dict(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        return model.generate(**inputs, max_new_tokens=n, logits_processor=processors, **options)
 
     return decode(step, model.config, batch["input_ids"], batch["attention_mask"], max_new_tokens, eos)
 
 
-def decode(
-    step: Step,
-    config: PretrainedConfig,
-    ids: Tensor,
-    mask: Tensor,
-    max_new_tokens: int,
-    eos: int,
-    leg: int = 0,
-) -> list[list[int]]:
-    """The new token ids of every row, up to its ``eos`` (left out) or ``max_new_tokens``.
-
-    ``ids`` and ``mask`` [rows, length] are the prompts, padded on the left. ``step(ids, mask, rows, cache,
-    n)`` continues ids by up to n tokens and returns ids [rows, longer]; ``rows`` are the numbers of the rows
-    that are left, and ``cache`` holds all their positions but the last (nothing, at first). ``leg`` 0 is
-    ``LEG``.
-    """
+def decode(step: Step, config: PretrainedConfig, *batch, leg: int | None = None) -> list[list[int]]:
+    """The new token ids of every row, up to its ``eos`` (left out); parameters as in ``legs``."""
     texts: dict[int, list[int]] = {}
-    for rows, new, ended in legs(step, config, ids, mask, max_new_tokens, eos, leg):
-        texts |= zip(rows[ended].tolist(), (until(text, eos) for text in new[ended].tolist()))
+    for rows, new, ended in legs(step, config, *batch, leg=leg):
+        texts |= zip(rows[ended].tolist(), (until(text, batch[-1]) for text in new[ended].tolist()))
     return [texts[row] for row in range(len(texts))]
 
 
@@ -103,10 +74,16 @@ def legs(
     mask: Tensor,
     max_new_tokens: int,
     eos: int,
-    leg: int = 0,
+    leg: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """``decode`` leg by leg, to show a text while it is written: (numbers of the rows in this leg [rows], all
-    their new ids so far [rows, new], which of them have ended and leave [rows] bool)."""
+    """Decode leg by leg, to show a text while it is written: (numbers of the rows in this leg [rows], all
+    their new ids so far [rows, new], which of them have ended and leave [rows] bool).
+
+    ``ids`` and ``mask`` [rows, length] are the prompts, padded on the left. ``step(ids, mask, rows, cache,
+    n)`` continues ids by up to n tokens and returns ids [rows, longer]; ``rows`` are the numbers of the rows
+    that are left, and ``cache`` holds all their positions but the last (nothing, at first). A row ends at
+    ``eos`` or after ``max_new_tokens``.
+    """
     length, rows, cache = ids.shape[1], torch.arange(len(ids)), roomy_cache(config)
     while len(rows):
         ids = step(ids, mask, rows, cache, min(leg or LEG, max_new_tokens - (ids.shape[1] - length)))
@@ -127,8 +104,7 @@ def until(ids: list[int], eos: int) -> list[int]:
 
 class RoomyLayer(DynamicLayer):
     """Keys and values of one layer, [rows, heads, positions, d], at the front of a larger tensor: a new token
-    is written in place.
-    """
+    is written in place."""
 
     room: tuple[Tensor, Tensor] | None = None
 
@@ -169,24 +145,20 @@ def roomy_cache(config: PretrainedConfig) -> DynamicCache:
 
 
 class RowNoise(LogitsProcessor):
-    """Noise for sampling. ``rows``: numbers of the rows that are left, in the order of the scores."""
+    """Noise for sampling, one call a step. ``rows``: numbers of the rows that are left, in the order of the
+    scores [rows, vocabulary]."""
 
     rows: Tensor
 
 
 class BatchNoise(RowNoise):
     """Sampling from softmax(logits / temperature), as ``torch.multinomial`` does it: the largest of p /
-    exponential noise.
-
-    The noise of a step is drawn for the whole batch, of which ``rows`` are left: those that have left do not
-    change it.
-    """
+    exponential noise, drawn for the whole batch, so that rows that have left do not change it."""
 
     def __init__(self, size: int, temperature: float, seed: int):
         self.size, self.temperature, self.generator = size, temperature, torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """``scores`` [rows, vocabulary]; one call a step."""
         noise = torch.empty(self.size, scores.shape[-1]).exponential_(generator=self.generator)
         return (scores / self.temperature).softmax(-1) / noise[self.rows].to(scores)
 
@@ -201,18 +173,14 @@ class TaskNoise(RowNoise):
     """
 
     def __init__(self, tasks: Sequence, temperature: float, seed: int):
-        names = list(dict.fromkeys(map(repr, tasks)))
-        self.temperature = temperature
-        self.generators = [
-            torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode())) for name in names
-        ]
+        names, self.temperature = list(dict.fromkeys(map(repr, tasks))), temperature
+        seeds = (zlib.crc32(f"{seed}/{name}".encode()) for name in names)
+        self.generators = [torch.Generator().manual_seed(number) for number in seeds]
         self.task = torch.tensor([names.index(repr(task)) for task in tasks])  # of every row
         self.rows = torch.arange(len(tasks))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """``scores`` [rows, vocabulary]; one call a step."""
         tasks, row = self.task[self.rows].unique(return_inverse=True)
-        exponential = torch.stack(
-            [torch.empty(scores.shape[-1]).exponential_(generator=self.generators[task]) for task in tasks]
-        )
+        size, drawn = scores.shape[-1], [self.generators[task] for task in tasks]
+        exponential = torch.stack([torch.empty(size).exponential_(generator=g) for g in drawn])
         return scores.float() / self.temperature - exponential.log()[row].to(scores.device)

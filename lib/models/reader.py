@@ -2,7 +2,6 @@
 
 An nnsight trace saves the output of one decoder layer and stops the forward there (later layers do not run).
 Texts of like length are batched and padded on the right, which causal attention never sees.
-``lib.activations.harvest`` writes them to a store, ``lib.activations.stream`` hands them to training.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..settings import UserError
 from .pairs import DTYPES, Pair, check_layer, decoder_path
-from .sources import PACKAGE, is_adapter
+from .sources import PACKAGE, first_line, is_adapter
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -40,9 +39,8 @@ class LayerReader:
         self.envoy = functools.reduce(getattr, decoder_path(model).split("."), self.nnsight)[self.layer]
 
     def read(self, token_lists: Sequence[Sequence[int]], side: str = "right") -> list[torch.Tensor]:
-        """One padded batch; the residual stream [length, d] of each list, in the model's dtype, on the CPU,
-        padding cut off.
-        """
+        """The residual stream [length, d] of each list of one padded batch, in the model's dtype,
+        on the CPU."""
         lengths = [len(t) for t in token_lists]
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context and max(lengths) > context:
@@ -74,10 +72,7 @@ def capture(
     batch_tokens: int = BATCH_TOKENS,
 ) -> torch.Tensor:
     """Residual stream of some short texts: float32 [all tokens, d], list after list, position 0 included.
-
-    ``layer`` None is half depth; ``side`` is where batches are padded: "right" or "left", which makes no
-    difference.
-    """
+    ``layer`` None is half depth; batches are padded on the ``side`` "right" or "left"."""
     return read_all(LayerReader(model, tokenizer, layer), token_lists, side, batch_tokens)[0].float()
 
 
@@ -87,9 +82,7 @@ def read_all(
     side: str = "right",
     batch_tokens: int = BATCH_TOKENS,
 ) -> tuple[torch.Tensor, int]:
-    """Activations [all tokens, d] in the order of the lists, and the number of padded positions that were
-    computed in vain.
-    """
+    """Activations [all tokens, d] in the order of the lists, and the number of padded positions."""
     starts = np.cumsum([0, *map(len, token_lists)])
     out, padding = None, 0
     for batch in length_batches([len(t) for t in token_lists], batch_tokens):
@@ -106,11 +99,7 @@ def read_all(
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Numbers of documents, like lengths together: at most ``batch_tokens`` a batch with its padding, or one
-    document.
-
-    Of all ways to cut the sorted documents into batches, the one that computes the fewest positions, where a
-    batch counts as ``BATCH_COST`` positions of its own.
-    """
+    document; such that the fewest positions are computed, a batch counting as ``BATCH_COST`` more."""
     lengths = np.asarray(lengths, np.int64)
     order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :]
     best, cut = np.zeros(len(order) + 1, np.int64), np.zeros(len(order) + 1, np.int64)
@@ -135,24 +124,18 @@ def norm_limits(
     positions: np.ndarray, norms: Mapping[str, np.ndarray], factor: float = NORM_FACTOR
 ) -> dict[str, float]:
     """Above which norm a token is dropped: ``factor`` times each model's median over all tokens but the first
-    of each text.
-    """
+    of each text."""
     inner = np.asarray(positions) != 0
-    return {
-        m: factor * float(np.median(np.asarray(norm, np.float64)[inner] if inner.any() else norm))
-        for m, norm in norms.items()
-    }
+    inner = inner if inner.any() else ~inner
+    return {m: factor * float(np.median(np.asarray(n, np.float64)[inner])) for m, n in norms.items()}
 
 
 def masks(
     positions: np.ndarray, norms: Mapping[str, np.ndarray], limits: Mapping[str, float] | None = None
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Which tokens are kept [n] bool, and how many are dropped by reason, from positions [n] and each model's
-    norms [n].
-
-    ``limits`` {model: norm} None are those of ``norm_limits``. A token is dropped from all models if it is
-    dropped for one. ``high_norm`` counts tokens that ``first`` has not dropped.
-    """
+    norms [n]; ``limits`` as of ``norm_limits``. A token that one model drops is dropped from all, and
+    ``high_norm`` counts those that ``first`` has not dropped."""
     first = np.asarray(positions) == 0
     limits = norm_limits(positions, norms) if limits is None else limits
     high = {model: ~first & (np.asarray(norm, np.float64) > limits[model]) for model, norm in norms.items()}
@@ -183,9 +166,8 @@ def open_models(
     """The models as nnsight sees them: loaded, or, if the pair's are run elsewhere (``pair.remote``), their
     skeletons without weights.
 
-    NDIF (https://ndif.us) runs models of the hub that it has loaded, at the commit that it has: the
-    registry's, if one is pinned there. UserError for weights that no server has (folders, adapters,
-    packages), and where there is no key for NDIF.
+    NDIF (https://ndif.us) runs models of the hub at the commit that it has loaded. UserError for weights that
+    no server has (folders, adapters, packages), and where there is no key for NDIF.
     """
     if pair.remote:
         return {name: _remote(pair, name, tokenizer) for name in names}
@@ -212,7 +194,7 @@ def _remote(pair: Pair, name: str, tokenizer: PreTrainedTokenizerBase) -> Transf
     try:
         return TransformersModel(repo, revision=revision or None, **options)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the configuration of the remote model {name!r} cannot be read from {pair.shown(name)}: {reason}"
+            f"the configuration of the remote model {name!r} cannot be read from {pair.shown(name)}:"
+            f" {first_line(error)}"
         ) from None

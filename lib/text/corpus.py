@@ -8,24 +8,19 @@ embedded pair both are generated, and every token knows what its sentence does::
         starts=1        ends=1   starts=1              ends=1
                   next_label=reflection          next_label=contrast
 
-Labels are written down while the sentences are written, and a word is one token, so they align by
-construction; the construction is checked against the tokenizer. Other pairs read text or JSONL files, or
-stream data sets from the hub, as plain text or as traces: a question, a thought, an answer. There a lexicon
-labels the sentences (``lib.text.lexicon``), which errs.
+Other pairs read text or JSONL files, or stream data sets from the hub, as plain text or as traces: a
+question, a thought, an answer. There a lexicon labels the sentences (``lib.text.lexicon``), which errs.
 
 Two models share a vocabulary only up to a few tokens that one of them redefined: 151648 is ``<think>`` in
-R1-Distill-Qwen and ``<|box_start|>`` in Qwen. Both read the same ids, so these are never fed. What they stand
-for in a text is spelled in ordinary tokens, ``<th ink >``; BOS is prepended if all models have the same one,
-once, and never if they do not.
+R1-Distill-Qwen and ``<|box_start|>`` in Qwen. Both read the same ids, so these are never fed; what they stand
+for in a text is spelled in ordinary tokens. BOS is prepended if all models have the same one, and only then.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,13 +30,13 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..labels import KINDS, LABEL_ARRAYS, LABELS, SPLITS
+from ..labels import KINDS, LABELS, SPLITS
 from ..models import sources
 from ..models.pairs import Pair, check_vocabularies
 from ..runs import fingerprint
 from ..settings import ROOT, UserError, check
 from . import chat, lexicon
-from .chat import Trace
+from .chat import Trace, numbered_lines
 from .curriculum import BASE_MIX, base_document
 from .puzzles import EASY_SHARE, Sentence, Teacher, sample_puzzle, sample_question
 
@@ -53,16 +48,12 @@ _MAX_REPEATS = 1000  # generated documents in a row that were there before: the 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: token ids (with BOS, if the vocabularies share one), kind ("trace" or "general"), split,
-    labels.
+    """One text: token ids (with BOS, if the vocabularies share one), kind ("trace" or "general"), split, and
+    labels, an int8 array [len(tokens)] for each name in ``LABEL_ARRAYS``:
 
-    ``labels`` has an int8 array [len(tokens)] for each name in ``LABEL_ARRAYS``:
-
-    - ``label``: index into ``puzzles.LABELS`` of the token's sentence, -1 if unknown (BOS, text without
-      labels)
+    - ``label``: index into ``LABELS`` of the token's sentence, -1 if unknown (BOS, text without labels)
     - ``starts``, ``ends``: 1 at the first and the last token of a sentence
-    - ``next_label``: at the end of a sentence the label of the next one; -1 elsewhere, and at the last
-      sentence
+    - ``next_label``: at the end of a sentence the label of the next one; else, and at the last, -1
     - ``error``: 1 in a step whose value is wrong (not in the reflection that mends it)
     - ``kind``: 1 in a trace, 0 in general text
     """
@@ -91,29 +82,16 @@ class Corpus:
     @property
     def parameters(self) -> dict:
         """What the documents are made from, as plain data, for manifests."""
-        known = {
-            "tokens": self.tokens,
-            "trace_share": self.trace_share,
-            "seed": self.seed,
-            "splits": list(self.splits),
-            "max_length": self.max_length,
-            "excluded_ids": list(self.excluded),
-        }
+        names = ("tokens", "trace_share", "seed", "max_length")
+        known = {name: getattr(self, name) for name in names}
+        known |= {"splits": list(self.splits), "excluded_ids": list(self.excluded)}
         if self.pair.corpus == "generated":
             return {"source": "generated", **known}
-        known |= {
-            "lexicon": lexicon.VERSION,
-            "think_tags": [list(tag) for tag in chat.think_tags(self.speller)],
-        }
-        more = {
-            "excluded_tokens": {str(i): self.tokenizer.convert_ids_to_tokens(i) for i in self.excluded},
-            "commits": self.commits,
-        }
-        return {
-            "source": [list(c) for c in self.pair.corpus],
-            **known,
-            **{key: value for key, value in more.items() if value},
-        }
+        known |= {"source": [list(entry) for entry in self.pair.corpus], "lexicon": lexicon.VERSION}
+        known["think_tags"] = [list(tag) for tag in chat.think_tags(self.speller)]
+        excluded = {str(i): self.tokenizer.convert_ids_to_tokens(i) for i in self.excluded}
+        more = {"excluded_tokens": excluded, "commits": self.commits}
+        return known | {key: value for key, value in more.items() if value}
 
     @cached_property
     def commits(self) -> dict[str, str]:
@@ -123,25 +101,20 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the parameters, the vocabulary, and the text: whole files, or the first generated
-        documents.
-        """
+        """Hash of the parameters, the vocabulary, and the text: files, or the first generated documents."""
         if self.pair.corpus == "generated":
             sample = [d.tokens for d, _ in zip(self, range(50))]
         else:
-            sample = [
-                source if source.startswith(sources.HUB) else Path(source) for source, _ in self.pair.corpus
-            ]
+            texts = (source for source, _ in self.pair.corpus)
+            sample = [text if text.startswith(sources.HUB) else Path(text) for text in texts]
         # content counts, not where it lies
         parameters = {k: v for k, v in self.parameters.items() if k != "source"}
         return fingerprint(parameters, self.tokenizer.get_vocab(), sample)
 
     def __iter__(self) -> Iterator[Document]:
         """Documents until the budget is met: traces and general text in turn, so any stretch has both."""
-        makers = {
-            kind: (_generated if self.pair.corpus == "generated" else _from_files)(self, kind)
-            for kind in KINDS
-        }
+        maker = _generated if self.pair.corpus == "generated" else _from_files
+        makers = {kind: maker(self, kind) for kind in KINDS}
         share = {"trace": self.trace_share, "general": 1 - self.trace_share}
         written = dict.fromkeys(KINDS, 0)
         while (total := sum(written.values())) < self.tokens:
@@ -159,11 +132,8 @@ class Corpus:
             yield document
 
     def check_budget(self) -> None:
-        """UserError if the files hold fewer tokens than the budget: now, not after hours of forward passes.
-
-        What is streamed from the hub is not read twice: there the error comes at the end, with all finished
-        shards kept.
-        """
+        """UserError if the files hold fewer tokens than the budget: now, not after hours of forward passes
+        (but for text from the hub, which is not read twice)."""
         if self.pair.corpus != "generated" and not self.commits:
             for _ in self:
                 pass
@@ -175,9 +145,7 @@ class Corpus:
 
     @cached_property
     def speller(self) -> PreTrainedTokenizerBase:
-        """The tokenizer without the excluded tokens that are written as tags: it spells them in ordinary
-        tokens, like any other text.
-        """
+        """The tokenizer without the excluded tags, which it spells in ordinary tokens."""
         tags = {i for i in self.excluded if i in self.tokenizer.added_tokens_decoder}
         if not tags:
             return self.tokenizer
@@ -203,21 +171,16 @@ class Corpus:
     @cached_property
     def _rules(self) -> tuple[bool, frozenset]:
         """Whether traces are written as a chat, and the ids that no text may have: BOS too, unless it marks
-        turns, as in SmolLM2.
-        """
+        turns, as in SmolLM2."""
         chats = chat_markers(self.tokenizer, self.excluded)
         return chats, frozenset({*self.excluded, *([] if chats else [self.tokenizer.bos_token_id])})
 
     def ids(self, item: str | Trace) -> list[int]:
-        """Token ids of a text or of a trace, without BOS, and without any id that is not the same token in
-        all models.
-        """
         return self.encoded(item)[1]
 
     def encoded(self, item: str | Trace) -> tuple[str, list[int], list[tuple[int, int]]]:
-        """The text of an item as it is read, its token ids (see ``ids``), and where in the text each of them
-        stands.
-        """
+        """A text or a trace as it is read, its token ids, without BOS and without any id that is not the same
+        token in all models, and where in the text each of them stands."""
         chats, banned = self._rules
         if isinstance(item, Trace) and chats:
             parts = chat.parts(item)
@@ -249,9 +212,8 @@ def build(
     ``trace_share`` is the share of tokens in traces; ``splits`` are the shares of documents for train, choose
     and report. Texts are distinct; for the embedded pair the puzzles of the splits come from puzzles' own
     train, validation and test. From files, documents longer than ``max_length`` are cut into windows, all of
-    which are used (late reasoning counts too), a text that occurs twice stays in one split, and ids that the
-    vocabularies do not share are never fed. Raises UserError for impossible values and vocabularies that
-    differ; a budget above the corpus is found by ``check_budget`` (or at the end of the iteration).
+    which are used, and a text that occurs twice stays in one split. Raises UserError for impossible values
+    and vocabularies that differ; a budget above the corpus is found by ``check_budget`` or at the end.
     """
     tokens = check("tokens", pair.tokens if tokens is None else tokens, int, low=1)
     check("trace_share", trace_share, float, low=0, high=1)
@@ -272,25 +234,14 @@ def build(
     if len(beginnings) > 1:
         excluded = tuple(sorted({*excluded, *beginnings} - {None}))
     openings = tuple(dict.fromkeys(t.bos_token for t in tokenizers.values() if t.bos_token))
-    corpus = Corpus(
-        pair,
-        tokens,
-        float(trace_share),
-        seed,
-        tuple(float(s) for s in splits),
-        max_length,
-        tokenizer,
-        excluded,
-        openings,
-    )
-    if pair.corpus != "generated":
-        for path, _ in pair.corpus:
-            if not path.startswith(sources.HUB) and not Path(path).is_file():
-                raise UserError(
-                    f"the corpus file {path} of pair {pair.name!r} does not exist: put text there, or change"
-                    " data/pairs.yaml"
-                )
-    return corpus
+    for path, _ in pair.corpus if pair.corpus != "generated" else ():
+        if not path.startswith(sources.HUB) and not Path(path).is_file():
+            raise UserError(
+                f"the corpus file {path} of pair {pair.name!r} does not exist: put text there, or change"
+                " data/pairs.yaml"
+            )
+    shares = float(trace_share), tuple(map(float, splits))
+    return Corpus(pair, tokens, shares[0], seed, shares[1], max_length, tokenizer, excluded, openings)
 
 
 def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
@@ -300,17 +251,12 @@ def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
     A file is looked for from here, then from the repository's root. A data set is org/name or
     org/name@commit, or one of these with :PATTERN to be read by its files. UserError for anything else.
     """
-    given = {
-        kind: source.strip() for kind, source in (("trace", traces), ("general", general)) if source.strip()
-    }
+    given = {kind: text.strip() for kind, text in (("trace", traces), ("general", general)) if text.strip()}
     for kind, source in given.items():
+        name = source.endswith((".txt", ".json", ".jsonl", ".gz")) and ":" not in source
         if file := next((path for path in (Path(source), ROOT / source) if path.is_file()), None):
             given[kind] = str(file.resolve())
-        elif (
-            source.endswith((".txt", ".json", ".jsonl", ".gz"))
-            and ":" not in source
-            or source.startswith((".", "/", "~"))
-        ):
+        elif name or source.startswith((".", "/", "~")):
             raise UserError(
                 f"the corpus {source!r} is not there: give a file of text or JSONL, or a data set on the hub"
                 " (org/name)"
@@ -329,28 +275,16 @@ def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
 
 def label_arrays(sentences: Sequence[Sentence], kind: str, bos: bool = True) -> dict[str, np.ndarray]:
     """The arrays of ``LABEL_ARRAYS``, int8, one entry per token (BOS, then a token per word)."""
-    n = bos + sum(len(s.words) for s in sentences)
-    arrays = {name: np.zeros(n, np.int8) for name in LABEL_ARRAYS}
-    arrays["kind"][:] = KINDS.index(kind)
-    arrays["label"][:] = arrays["next_label"][:] = -1
-    first = int(bos)
-    for i, sentence in enumerate(sentences):
-        last = first + len(sentence.words) - 1
-        arrays["label"][first : last + 1] = LABELS.index(sentence.label)
-        arrays["starts"][first] = arrays["ends"][last] = 1
-        arrays["error"][first : last + 1] = sentence.error
-        if i + 1 < len(sentences):
-            arrays["next_label"][last] = LABELS.index(sentences[i + 1].label)
-        first = last + 1
-    return arrays
+    owner = np.repeat(np.arange(len(sentences)), [len(s.words) for s in sentences])
+    labels = [LABELS.index(s.label) for s in sentences]
+    errors = [s.error for s in sentences]
+    return lexicon.arrays_of(np.concatenate([[-1] * bos, owner]).astype(int), labels, kind, errors)
 
 
 def encode(
     sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, ids: dict[str, int] | None = None
 ) -> list[int]:
-    """Token ids, with BOS, of sentences, from their words; UserError unless the tokenizer sees exactly the
-    same in their text.
-    """
+    """Token ids, with BOS, of sentences, from their words; UserError unless the tokenizer sees the same."""
     ids = tokenizer.get_vocab() if ids is None else ids
     words = [word for s in sentences for word in s.words]
     tokens = [tokenizer.bos_token_id, *(ids.get(word, -1) for word in words)]
@@ -398,9 +332,7 @@ _THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 def _from_files(corpus: Corpus, kind: str) -> Iterator[Document]:
-    """Documents of one kind from the pair's sources, in their order, in windows of at most ``max_length``
-    that cover all of a text.
-    """
+    """Documents of one kind from the pair's sources, in their order, in windows that cover all of a text."""
     bos = [corpus.tokenizer.bos_token_id] if corpus._has_bos else []
     for source, source_kind in corpus.pair.corpus:
         if source_kind != kind:
@@ -410,8 +342,7 @@ def _from_files(corpus: Corpus, kind: str) -> Iterator[Document]:
             if bos and tokens[:1] == bos:  # it is prepended below, once
                 tokens, offsets = tokens[1:], offsets[1:]
             labels = lexicon.label_arrays(written, offsets, kind)
-            # the split is a function of the text, so that a repeated text cannot be trained on and reported
-            # on
+            # the split is a function of the text: a repeated text cannot be trained on and reported on
             key = text if isinstance(text, str) else plain(text)
             point = random.Random(f"{corpus.seed}/{key}").random()
             split = SPLITS[min(int(np.searchsorted(np.cumsum(corpus.splits), point, side="right")), 2)]
@@ -419,25 +350,19 @@ def _from_files(corpus: Corpus, kind: str) -> Iterator[Document]:
             for first in range(0, len(tokens), size):
                 window = {name: array[first : first + size] for name, array in labels.items()}
                 if bos:  # no sentence's token, but of the same kind of text
-                    of_bos = {"label": -1, "next_label": -1, "kind": KINDS.index(kind)}
-                    window = {
-                        name: np.insert(array, 0, of_bos.get(name, 0)) for name, array in window.items()
-                    }
+                    begin = {"label": -1, "next_label": -1, "kind": KINDS.index(kind)}
+                    window = {name: np.insert(a, 0, begin.get(name, 0)) for name, a in window.items()}
                 yield Document(bos + tokens[first : first + size], kind, split, window)
 
 
 def chat_markers(tokenizer: PreTrainedTokenizerBase, excluded: Sequence[int] = ()) -> bool:
-    """Whether the turns of a chat can be marked with the markers of ``chat``: single tokens, the same in all
-    models.
-    """
+    """Whether the markers of ``chat`` are single tokens, the same in all models."""
     ids = [tokenizer.get_vocab().get(marker) for marker in ("<|im_start|>", "<|im_end|>")]
     return all(i is not None and i not in excluded for i in ids)
 
 
 def plain(trace: Trace) -> str:
-    """A trace as plain text, for models that have no marker of a turn in common: question, thought between
-    its tags, answer.
-    """
+    """A trace as plain text, for models that have no marker of a turn in common."""
     return f"{trace.question.strip()}\n\n{trace.response}\n"
 
 
@@ -447,43 +372,32 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def read_items(path: Path) -> Iterator[str | Trace]:
-    """The texts of a file (.gz or not): of JSONL each line's "text", or its trace; of other files the
-    stretches between blank lines.
+    """The texts of a file (.gz or not): of JSONL each line's "text", or its trace (question, thinking,
+    answer); of other files the stretches between blank lines.
 
     A file that begins with ``LINES`` lines without a blank one is read line by line: some copies of WikiText
-    are like that. A trace is a line with question, thinking and answer. UserError names a line that is
-    neither, and a file that is no text.
+    are like that. UserError names a line that is neither, and a file that is no text.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    jsonl = ".jsonl" in path.suffixes
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            paragraph: list[str] = []
-            for number, line in enumerate(file, 1):
-                if "\0" in line:
-                    raise UserError(
-                        f"{path.name} is not text: line {number} holds a zero byte; give plain text or JSONL"
-                        " in UTF-8"
-                    )
-                if jsonl and line.strip():
-                    yield _json_item(line, f"line {number} of {path.name}")
-                elif not jsonl and line.strip():
-                    paragraph.append(line.rstrip("\n"))
-                    if len(paragraph) == number and number >= LINES:  # no blank line so far
-                        yield from paragraph
-                        paragraph = []
-                        yield from (rest.rstrip("\n") for rest in file if rest.strip())
-                elif paragraph:
-                    yield "\n".join(paragraph)
-                    paragraph = []
-            if paragraph:
-                yield "\n".join(paragraph)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path.name} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
-        ) from None
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise UserError(f"{path.name} is not a whole gzip file: fetch it again") from None
+    jsonl, by_line, paragraph = ".jsonl" in path.suffixes, False, []
+    for number, line in numbered_lines(path):
+        if "\0" in line:
+            raise UserError(
+                f"{path.name} is not text: line {number} holds a zero byte; give plain text or JSONL in UTF-8"
+            )
+        if jsonl and line.strip():
+            yield _item(chat.json_of(line), f"line {number} of {path.name}")
+        elif by_line and line.strip():
+            yield line.rstrip("\n")
+        elif line.strip():
+            paragraph.append(line.rstrip("\n"))
+            if by_line := len(paragraph) == number >= LINES:  # no blank line so far
+                yield from paragraph
+                paragraph = []
+        elif paragraph:
+            yield "\n".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "\n".join(paragraph)
 
 
 def hub_items(source: str) -> Iterator[str | Trace]:
@@ -491,23 +405,14 @@ def hub_items(source: str) -> Iterator[str | Trace]:
     jsonl = ".jsonl" in source.rpartition("/")[2]
     for number, row in enumerate(sources.dataset_rows(source), 1):
         where = f"row {number} of {source.removeprefix(sources.HUB)}"
-        item = _json_item(row["text"], where) if jsonl and set(row) == {"text"} else _item(row, where)
+        item = _item(chat.json_of(row["text"]) if jsonl and set(row) == {"text"} else row, where)
         if not isinstance(item, str) or item.strip():
             yield item
 
 
-def _json_item(line: str, where: str) -> str | Trace:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        entry = None
-    return _item(entry, where)
-
-
 def _item(entry, where: str) -> str | Trace:
     """The text or the trace in one entry of a corpus: {"text"}, {"question", "thinking", "answer"}, or
-    OpenThoughts' conversations.
-    """
+    OpenThoughts' conversations."""
     if (trace := chat.trace_in(entry)) is not None:
         return trace
     if isinstance(entry, dict):
@@ -522,23 +427,17 @@ def _item(entry, where: str) -> str | Trace:
 
 
 def _conversation(turns: list, where: str) -> Trace:
-    """First question and first reply of a conversation; the thought is what stands between OpenThoughts' or
-    R1's tags.
-
-    The system prompt, which only says how to use these tags, is left out.
-    """
+    """First question and first reply of a conversation, without the system prompt; the thought is what stands
+    between OpenThoughts' or R1's tags."""
     texts = {"user": "", "assistant": ""}
     for turn in reversed(turns):
-        if (
-            not isinstance(turn, dict)
-            or not isinstance(turn.get("from"), str)
-            or not isinstance(turn.get("value") or "", str)
-        ):
+        kinds = [type(turn.get(key) or "") for key in ("from", "value")] if isinstance(turn, dict) else []
+        if kinds != [str, str] or not turn.get("from"):
             raise UserError(
                 f'{where} is a conversation whose turns are not of the form {{"from": "...", "value":'
                 ' "..."}: it needs a question and an answer'
             )
-        who = {"human": "user", "gpt": "assistant"}.get(turn.get("from"), turn.get("from"))
+        who = {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"])
         texts[who] = turn.get("value") or ""
     match = _THOUGHT.search(texts["assistant"]) or _THINK.match(texts["assistant"])
     if not texts["user"] or not match:

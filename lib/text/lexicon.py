@@ -1,8 +1,8 @@
 r"""Labels for real language: a text is cut into sentences, and a lexicon says which of the four categories
 each belongs to.
 
-The embedded pair's text carries its labels by construction (``lib.text.corpus``). Real traces do not, so each
-sentence is tagged by how it opens, or by what it says, in the same label arrays::
+The embedded pair's text carries its labels. In real traces each sentence is tagged by how it opens, or by
+what it says, in the same label arrays::
 
     So 9 * 4 is 36.   Hmm, wait, that's not right.   Let me try 11 instead.   But 7 is not 16.   I have 3.
     deduction         reflection                     alternative              contrast           other
@@ -46,7 +46,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..labels import LABEL_ARRAYS, LABELS
+from ..labels import KINDS, LABEL_ARRAYS, LABELS
 from ..settings import check
 from .tables import table
 
@@ -91,9 +91,7 @@ _ITEM = re.compile(r"[\s>*_#•-]*\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{1,4})\.$")
 
 @dataclass(frozen=True)
 class Span:
-    """A sentence: ``text[start:end]`` without the white space around it, its label, and the words that
-    decided ("" for other).
-    """
+    """A sentence: ``text[start:end]``, its label, and the words that decided ("" for other)."""
 
     start: int
     end: int
@@ -123,11 +121,8 @@ def sentences(text: str) -> list[Span]:
             continue
         before = text[slice(*pieces[-1])] if pieces else ""
         unfinished = _DISPLAY.match(text, start) and not before.endswith((".", "!", "?"))
-        if (
-            before
-            and not _TAG.fullmatch(before)
-            and (unfinished or not any(c.isalnum() for c in text[start:end]))
-        ):
+        wordless = not any(c.isalnum() for c in text[start:end])
+        if before and not _TAG.fullmatch(before) and (unfinished or wordless):
             pieces[-1][1] = end
         else:
             pieces.append([start, end])
@@ -140,34 +135,40 @@ def sentences(text: str) -> list[Span]:
 
 
 def label_arrays(text: str, offsets: Sequence[tuple[int, int]], kind: str) -> dict[str, np.ndarray]:
-    """The arrays of ``corpus.LABEL_ARRAYS``, int8 [tokens], for a tokenised text; their meaning as in
-    ``corpus.Document``.
+    """The arrays of ``LABEL_ARRAYS``, int8 [tokens], for a tokenised text; their meaning as in
+    ``corpus.Document``, but ``error`` is 0: nobody knows.
 
-    ``offsets`` holds each token's (start, end) in ``text``, as fast tokenizers return them
-    (``return_offsets_mapping``). A token belongs to the sentence that holds its first character which is no
-    white space; a token of white space alone to the sentence before it, whose end is then the position that
-    predicts the next sentence. ``label`` is -1 before the first sentence and for tokens that stand for no
-    text, (0, 0). ``kind`` "trace": one of the four categories or "other"; "general": "general" throughout.
-    ``error`` is 0: nobody knows. ValueError if the offsets do not go forward, or leave the text.
+    ``offsets`` holds each token's (start, end) in ``text``, as fast tokenizers return them. A token belongs
+    to the sentence that holds its first character which is no white space; a token of white space alone to
+    the sentence before it, whose end is then the position that predicts the next sentence. ``label`` is -1
+    before the first sentence and for tokens that stand for no text, (0, 0). ``kind`` "trace": one of the four
+    categories or "other"; "general": "general" throughout. ValueError if the offsets do not go forward, or
+    leave the text.
     """
     check("kind", kind, str, choices=("general", "trace"))
-    arrays = {name: np.zeros(len(offsets), np.int8) for name in LABEL_ARRAYS}
-    arrays["kind"][:] = kind == "trace"
-    arrays["label"][:] = arrays["next_label"][:] = -1
     spans = sentences(text)
-    if not spans or not len(offsets):
-        return arrays
-    index = np.array([LABELS.index(GENERAL if kind == "general" else span.label) for span in spans], np.int8)
-    owner = _owners(text, offsets, [span.start for span in spans])
+    labels = [LABELS.index(GENERAL if kind == "general" else span.label) for span in spans]
+    return arrays_of(_owners(text, offsets, [span.start for span in spans]), labels, kind)
+
+
+def arrays_of(
+    owner: np.ndarray, labels: Sequence[int], kind: str, errors: Sequence[bool] | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of ``LABEL_ARRAYS``, int8 [tokens], from the number of each token's sentence (``owner``
+    [tokens], not falling, -1 for none), and each sentence's label and whether it is wrong."""
+    arrays = {name: np.zeros(len(owner), np.int8) for name in LABEL_ARRAYS}
+    arrays["kind"][:] = KINDS.index(kind)
+    arrays["label"][:] = arrays["next_label"][:] = -1
     rows = np.flatnonzero(owner >= 0)
-    owner = owner[rows]
-    if len(rows) == 0:
-        return arrays
-    change = np.flatnonzero(owner[1:] != owner[:-1])
-    first, last = np.concatenate([[0], change + 1]), np.concatenate([change, [len(rows) - 1]])
-    arrays["label"][rows] = index[owner]
-    arrays["starts"][rows[first]] = arrays["ends"][rows[last]] = 1
-    arrays["next_label"][rows[last[:-1]]] = index[owner[first[1:]]]  # of the next sentence that has a token
+    if len(rows):
+        owner, index = owner[rows], np.array(labels, np.int8)
+        change = np.flatnonzero(owner[1:] != owner[:-1])
+        first, last = rows[[0, *(change + 1)]], rows[[*change, len(rows) - 1]]
+        arrays["label"][rows] = index[owner]
+        arrays["starts"][first] = arrays["ends"][last] = 1
+        arrays["next_label"][last[:-1]] = index[owner[change + 1]]  # of the next sentence that has a token
+        if errors is not None:
+            arrays["error"][rows] = np.array(errors, np.int8)[owner]
     return arrays
 
 
@@ -184,16 +185,13 @@ def _owners(text: str, offsets: Sequence[tuple[int, int]], starts: list[int]) ->
             )
         position = first
         piece = text[first:last]
-        owner[i] = (
-            bisect_right(starts, first + len(piece) - len(piece.lstrip()) if piece.strip() else first) - 1
-        )
+        blank = len(piece) - len(piece.lstrip()) if piece.strip() else 0
+        owner[i] = bisect_right(starts, first + blank) - 1
     return owner
 
 
 def thought(text: str) -> tuple[int, int]:
-    """Where the thought lies: between think tags, up to the end if it is not closed; the whole text if there
-    are none.
-    """
+    """Where the thought lies: between think tags, up to the end if it is not closed; else the whole text."""
     first, last = 0, len(text)
     if opened := re.search(r"<think(?:ing)?>", text):
         first = opened.end()
@@ -215,9 +213,7 @@ def _bounds(text: str) -> list[int]:
     cuts.update(match.end() for match in re.finditer(r"[\n\r]+", text) if free(match.start()))
     for match in _TAG.finditer(text):
         cuts.update(match.span())
-    cuts.update(
-        match.end() for match in _STOP.finditer(text) if free(match.start()) and _is_stop(text, match)
-    )
+    cuts.update(m.end() for m in _STOP.finditer(text) if free(m.start()) and _is_stop(text, m))
     return sorted(cuts)
 
 
@@ -229,11 +225,8 @@ def _is_stop(text: str, match: re.Match) -> bool:
     near = max(0, match.start() - 200)
     line = text[max(near, text.rfind("\n", near, match.start()) + 1) : match.start() + 1]
     if stop == ".":
-        if (
-            _ITEM.fullmatch(line)
-            or _ABBREVIATION.search(line[-12:])
-            or (after.isdigit() and _BEFORE_NUMBER.search(line[-12:]))
-        ):
+        before_number = after.isdigit() and _BEFORE_NUMBER.search(line[-12:])
+        if _ITEM.fullmatch(line) or _ABBREVIATION.search(line[-12:]) or before_number:
             return False
         return not (after.islower() and line.endswith("etc."))
     if after.islower() and (len(stop) > 1 or stop == "…"):  # "Hmm... maybe", "(right?) and"

@@ -1,18 +1,12 @@
 """How far can the lexicon's labels be believed? Precision and recall against annotations, and against labels
 that were given by reading.
 
-For a category c, over sentences (tp: tagged c and annotated c):
+For a category c, over sentences: precision = both / tagged c, recall = both / annotated c. A tagger that
+labels as many sentences at random has precision annotated / n and recall tagged / n: the *base rates*, given
+beside.
 
-    precision = tp / tagged        recall = tp / annotated
-
-A tagger that labels as many sentences at random has precision annotated / n and recall tagged / n: the *base
-rates*, given beside.
-
-**Annotated traces.** ``agreement(path)`` reads JSONL (.gz or not) of {thinking, sections: [[label, text],
-...], index}. Sections are stretches of the thought, aligned in order by a cursor: a section is looked for
-only just after the one before it, white space apart. A sentence has the label of the section that holds more
-than half of it; what lies in no aligned section is left out, and counted. Decided before any outcome was
-seen:
+**Annotated traces** (``agreement``). A sentence has the label of the section that holds more than half of it;
+what lies in no aligned section is left out, and counted. Decided before any outcome was seen:
 
 - "reflection ~ backtracking": primary; every other label is "not reflection"
 - "reflection ~ backtracking or doubt": with "uncertainty-estimation", since the category is self-reflection,
@@ -21,20 +15,15 @@ seen:
 - "turn ~ backtracking": reflection or alternative against backtracking ("changes the approach"), which lies
   across both
 
-initializing, adding-knowledge and example-testing are negatives of all; unknown labels are left out.
-Alternative and contrast have no counterpart there. Two *units*: every sentence, and only the first one of
-each section (a section of ten sentences carries its marker once, so that recall over all sentences is bounded
-by how the annotator cut). Traces are halved by a hash of their question: the lexicon was improved, if at all,
-by reading errors of the half "development", so "held out" is what to quote. Intervals: bootstrap over
-questions (traces of several models on one question are not independent).
+The other labels are negatives of all, unknown ones are left out; alternative and contrast have no counterpart
+there. Two *units*: every sentence, and only the first one of each section (a section of ten sentences carries
+its marker once). Traces are halved by a hash of their question: the lexicon was improved, if at all, by
+reading errors of the half "development", so "held out" is what to quote. Intervals: bootstrap over questions
+(traces of several models on one question are not independent).
 
-**Labelled sentences.** ``sample_sentences`` draws sentences of each tag alike, since a plain sample of a
-hundred would hold hardly a contrast; every sentence has as its weight the number of sentences that it stands
-for, and ``labelled_agreement`` computes weighted precision, recall and base rates. Intervals: bootstrap
-within the strata.
-
-    python -m lib agreement traces.jsonl.gz    # the first table; a second name of a file: as CSV
-    python -m lib agreement data/labelled      # the second
+**Labelled sentences** (``labelled_agreement``). As many sentences of each tag are labelled, since a plain
+sample of a hundred would hold hardly a contrast; every sentence has as its weight the number of sentences
+that it stands for. Intervals: bootstrap within the strata.
 
 Source of the annotation's labels: Venhoff et al. 2025 (arXiv 2506.18167); they are a language model's, with
 errors.
@@ -42,10 +31,10 @@ errors.
 
 from __future__ import annotations
 
-import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +44,11 @@ from ..labels import CATEGORIES
 from ..runs import Progress, write_text
 from ..settings import UserError, check
 from ..stats import group_weights, interval
+from .chat import json_of, numbered_lines
 from .lexicon import OTHER, sentences, tag, thought
 
 LABELLED = (*CATEGORIES, OTHER)
-ANNOTATED = (
-    "initializing",
-    "deduction",
-    "adding-knowledge",
-    "example-testing",
+ANNOTATED = ("initializing", "deduction", "adding-knowledge", "example-testing") + (
     "uncertainty-estimation",
     "backtracking",
 )
@@ -74,27 +60,16 @@ COMPARISONS = {  # name: (tags, annotated labels)
 }
 HALVES = ("development", "held out")
 GAP = 400  # characters, white space apart, that may lie between two sections
-COLUMNS = [
-    "precision",
-    "precision_low",
-    "precision_high",
-    "precision_base",
-    "recall",
-    "recall_low",
-    "recall_high",
-    "recall_base",
-]
+COLUMNS = [name + end for name in ("precision", "recall") for end in ("", "_low", "_high", "_base")]
 
 
 # --- annotated traces ---------------------------------------------------------------------------------------
 
 
 def align(thinking: str, sections: Sequence[Sequence[str]]) -> tuple[list[tuple[int, int, str]], int]:
-    """Where the sections lie in the thought: (start, end, label) in order, and how many are not found.
-
-    Each is looked for from the end of the one before, at most ``GAP`` characters on (and the length of those
-    lost since), so that of two equal sections each has its place. White space does not count.
-    """
+    """Where the sections lie in the thought: (start, end, label) in order, and how many are not found. Each
+    is looked for from the end of the one before, at most ``GAP`` characters on (and the length of those lost
+    since). White space does not count."""
     solid = [i for i, c in enumerate(thinking) if not c.isspace()]
     squeezed = "".join(thinking[i] for i in solid)
     places, lost, cursor, slack = [], 0, 0, 0
@@ -125,15 +100,15 @@ def annotated_sentences(path: str | Path) -> tuple[pd.DataFrame, dict[str, int]]
             sizes = (1, len(sections), lost, len(spans), 0)
             counts = {name: counts[name] + size for name, size in zip(counts, sizes)}
             for span in spans:
-                section = next((s for s in places if _holds(s, span)), None)
-                if section is None or section[2] not in ANNOTATED:
+                half = (span.end - span.start) / 2
+                inside = (p for p in places if min(p[1], span.end) - max(p[0], span.start) > half)
+                section = next(inside, (0, 0, None))
+                if section[2] not in ANNOTATED:
                     counts["sentences_left_out"] += 1
                     continue
-                text, opens = thinking[span.start : span.end], section not in opened
+                facts = (number, question, half_of(question), thinking[span.start : span.end])
+                rows.append((*facts, span.label, span.cue, section[2], section not in opened))
                 opened.add(section)
-                rows.append(
-                    (number, question, half_of(question), text, span.label, span.cue, section[2], opens)
-                )
             progress.update(number + 1)
     if not rows:
         raise UserError(
@@ -142,10 +117,6 @@ def annotated_sentences(path: str | Path) -> tuple[pd.DataFrame, dict[str, int]]
         )
     columns = ["trace", "question", "half", "text", "tag", "cue", "annotated", "opens"]
     return pd.DataFrame(rows, columns=columns), counts
-
-
-def _holds(section: tuple[int, int, str], span) -> bool:
-    return 2 * (min(section[1], span.end) - max(section[0], span.start)) > span.end - span.start
 
 
 def half_of(question: object) -> str:
@@ -164,49 +135,38 @@ def agreement(path: str | Path, n_boot: int = 1000, seed: int = 0) -> pd.DataFra
     frame, counts = annotated_sentences(path)
     rows = []
     for name, (tags, labels) in COMPARISONS.items():
-        for unit in ("sentence", "first of section"):
-            for half in (*HALVES, "all"):
-                part = frame[(frame["half"] == half) | (half == "all")]
-                part = part if unit == "sentence" else part[part["opens"]]
-                cells = _cells(part["tag"].isin(tags).to_numpy(), part["annotated"].isin(labels).to_numpy())
-                row = {"comparison": name, "unit": unit, "half": half}
-                rows.append(row | _by_group(cells, part["question"], n_boot, seed) | _counts(cells))
+        for unit, half in product(("sentence", "first of section"), (*HALVES, "all")):
+            part = frame[
+                ((frame["half"] == half) | (half == "all")) & (frame["opens"] | (unit == "sentence"))
+            ]
+            cells = _cells(part["tag"].isin(tags), part["annotated"].isin(labels))
+            by_question = cells.groupby(part["question"].to_numpy(), sort=False).sum().to_numpy().T
+            weights = (
+                group_weights(by_question.shape[1], n_boot, seed) if len(part) else np.zeros((n_boot, 0))
+            )
+            row = {"comparison": name, "unit": unit, "half": half}
+            rows.append(row | _rates(by_question, weights.T) | cells.sum().astype(int).to_dict())
     table = pd.DataFrame(rows)
     table.attrs.update(counts)
     return table
 
 
-def _cells(tagged: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """What each sentence adds to the counts (both, tagged, annotated, all), bool [4, sentences]."""
-    return np.stack([tagged & gold, tagged, gold, np.ones(len(gold), bool)])
+def _cells(tagged: pd.Series, annotated: pd.Series) -> pd.DataFrame:
+    """What each sentence adds to the counts, a row each: tagged, annotated, both, n."""
+    return pd.DataFrame({"tagged": tagged, "annotated": annotated, "both": tagged & annotated, "n": True})
 
 
-def _counts(cells: np.ndarray) -> dict[str, int]:
-    both, tagged, gold, n = cells.sum(1).tolist()
-    return {"tagged": tagged, "annotated": gold, "both": both, "n": n}
-
-
-def _by_group(cells: np.ndarray, groups: pd.Series, n_boot: int, seed: int) -> dict[str, float]:
-    """Precision and recall with base rates, and intervals over resampled groups."""
-    if cells.shape[1] == 0:
-        return dict.fromkeys(COLUMNS, np.nan)
-    ids, names = pd.factorize(groups)
-    counts = np.stack([np.bincount(ids, weights=cell, minlength=len(names)) for cell in cells])
-    return _rates(counts.sum(1), counts @ group_weights(len(names), n_boot, seed).T)
-
-
-def _rates(total: np.ndarray, resamples: np.ndarray) -> dict[str, float]:
-    """From (both, tagged, annotated, all) [4] and their resamples [4, n_boot]."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        both, tagged, gold, n = total
-        values = {
-            "precision": (both / tagged, resamples[0] / resamples[1], gold / n),
-            "recall": (both / gold, resamples[0] / resamples[2], tagged / n),
-        }
+def _rates(cells: np.ndarray, times: np.ndarray) -> dict[str, float]:
+    """Precision and recall with base rates and intervals, from (tagged, annotated, both, n) of each group [4,
+    groups], and how often each resample draws the group [groups, n_boot]."""
+    tagged, annotated, both, n = np.column_stack([cells.sum(1), cells @ times])  # the data, then resamples
     row = {}
-    for name, (value, resampled, base) in values.items():
-        low, high = interval(resampled)
-        row |= {name: float(value), f"{name}_low": low, f"{name}_high": high, f"{name}_base": float(base)}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for name, part, base in (("precision", tagged, annotated), ("recall", annotated, tagged)):
+            values = both / part
+            low, high = interval(values[1:])
+            row |= {name: float(values[0]), f"{name}_low": low, f"{name}_high": high}
+            row[f"{name}_base"] = float(base[0] / n[0])
     return row
 
 
@@ -214,10 +174,8 @@ def _entries(path: Path) -> Iterator[tuple[object, str, list]]:
     """(question, thinking, sections) of each line; its number stands for a question that is not given."""
     for number, entry in _json_lines(path):
         try:
-            thinking, sections = (
-                entry["thinking"],
-                [(str(label), str(text)) for label, text in entry["sections"]],
-            )
+            sections = [(str(label), str(text)) for label, text in entry["sections"]]
+            thinking = entry["thinking"]
         except (KeyError, TypeError, ValueError):
             thinking = None
         if not isinstance(thinking, str):
@@ -231,23 +189,22 @@ def _entries(path: Path) -> Iterator[tuple[object, str, list]]:
 def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     if not path.is_file():
         raise UserError(f"the file {path} does not exist: give JSONL with one entry a line")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path.name} is not whole JSONL ({error}): every line must be one JSON object, in UTF-8"
-        ) from None
+    for number, line in numbered_lines(path):
+        if line.strip():
+            if (entry := json_of(line)) is None:
+                raise UserError(
+                    f"{path.name} is not whole JSONL (line {number} is damaged): every line must be one JSON"
+                    " object, in UTF-8"
+                )
+            yield number, entry
 
 
 # --- sentences labelled by reading --------------------------------------------------------------------------
 
 
 def sample_sentences(documents: Iterable[str], n: int = 100, seed: int = 0) -> pd.DataFrame:
-    """``n`` sentences of the documents for labelling: as many of each tag as there are tags, or all where
-    there are fewer. In random order.
+    """``n`` sentences of the documents for labelling, in random order: as many of each tag as there are tags,
+    or all where there are fewer.
 
     Columns: document (number), before (the sentence before it, "" at the start), text, stratum (the tag) and
     weight (sentences of that tag in the documents, by sentences drawn). What stands outside the thought, and
@@ -282,34 +239,29 @@ def sample_sentences(documents: Iterable[str], n: int = 100, seed: int = 0) -> p
 
 
 def write_sample(sample: pd.DataFrame, folder: str | Path) -> None:
-    """sentences.jsonl, {before, text, label: null} for the reader to fill in, and strata.jsonl, {stratum,
-    weight} of the same lines.
-
-    Two files, so that whoever labels does not see the tag. UserError if there are labelled sentences: they
-    are not written over.
-    """
+    """sentences.jsonl, {before, text, label: null} for the reader to fill in, and, so that whoever labels
+    does not see the tag, strata.jsonl, {stratum, weight} of the same lines. UserError if there are labelled
+    sentences already."""
     folder = Path(folder)
     if (folder / "sentences.jsonl").is_file():
         raise UserError(
             f"{folder.name}/sentences.jsonl is there already: move it away before a new sample is drawn"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for name, columns in (("strata", ["stratum", "weight"]), ("sentences", ["before", "text"])):
-        entries = sample[columns].to_dict("records")
-        entries = [e | {"label": None} for e in entries] if name == "sentences" else entries
-        write_text(
-            folder / f"{name}.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries)
-        )
+    files = {
+        "strata": sample[["stratum", "weight"]],
+        "sentences": sample[["before", "text"]].assign(label=None),
+    }
+    for name, frame in files.items():
+        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in frame.to_dict("records"))
+        write_text(folder / f"{name}.jsonl", "".join(lines))
 
 
 def labelled_sentences(folder: str | Path) -> pd.DataFrame:
     """The labelled sample: before, text, label, stratum, weight, and tag (the lexicon's, now). UserError for
-    what is not labelled.
-    """
-    folder = Path(folder)
-    entries, strata = (
-        [entry for _, entry in _json_lines(folder / name)] for name in ("sentences.jsonl", "strata.jsonl")
-    )
+    what is not labelled."""
+    files = (Path(folder) / f"{name}.jsonl" for name in ("sentences", "strata"))
+    entries, strata = ([entry for _, entry in _json_lines(file)] for file in files)
     if len(entries) != len(strata):
         raise UserError(
             f"sentences.jsonl has {len(entries)} lines and strata.jsonl {len(strata)}: "
@@ -331,17 +283,15 @@ def labelled_agreement(folder: str | Path, n_boot: int = 1000, seed: int = 0) ->
     Every sentence counts by its weight, so that rates are those of the documents that were sampled; tagged,
     annotated, both and n are plain counts.
     """
-    frame = labelled_sentences(folder)
-    weight, tags, label = frame["weight"].to_numpy(float), frame["tag"].to_numpy(), frame["label"].to_numpy()
-    rng, times = np.random.default_rng(seed), np.zeros((len(frame), n_boot))
+    frame, rng = labelled_sentences(folder), np.random.default_rng(seed)
+    times, rows = np.zeros((len(frame), n_boot)), []
     for stratum in frame["stratum"].unique():  # resampled each for itself
         members = np.flatnonzero(frame["stratum"] == stratum)
         times[members] = group_weights(len(members), n_boot, rng).T
-    rows = []
     for c in CATEGORIES:
-        cells = _cells(tags == c, label == c)
-        weighted = cells * weight
-        rows.append({"category": c} | _rates(weighted.sum(1), weighted @ times) | _counts(cells))
+        cells = _cells(frame["tag"] == c, frame["label"] == c)
+        rates = _rates(cells.to_numpy(float).T * frame["weight"].to_numpy(float), times)
+        rows.append({"category": c} | rates | cells.sum().astype(int).to_dict())
     return pd.DataFrame(rows)
 
 
@@ -351,14 +301,11 @@ def labelled_agreement(folder: str | Path, n_boot: int = 1000, seed: int = 0) ->
 def shown(table: pd.DataFrame) -> str:
     """A table of either kind as plain text, intervals in brackets."""
     text = table.drop(columns=COLUMNS)
-    for name in ("recall", "precision"):
-        values = [
-            f"{r[name]:.3f} [{r[name + '_low']:.3f}, {r[name + '_high']:.3f}]" for _, r in table.iterrows()
-        ]
-        text.insert(
-            text.columns.get_loc("tagged"), f"{name}_base", table[f"{name}_base"].map("{:.3f}".format)
-        )
-        text.insert(text.columns.get_loc(f"{name}_base"), name, values)
+    at = text.columns.get_loc("tagged")
+    for name in ("precision", "recall"):
+        ends = zip(*(table[f"{name}{end}"].map("{:.3f}".format) for end in ("", "_low", "_high")))
+        text.insert(at, f"{name}_base", table[f"{name}_base"].map("{:.3f}".format))
+        text.insert(at, name, [f"{value} [{low}, {high}]" for value, low, high in ends])
     return text.to_string(index=False)
 
 

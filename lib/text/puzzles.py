@@ -4,11 +4,10 @@ A puzzle gives three operations, three candidates and a target::
 
     puzzle : + 3 * 4 - 2 ; from 5 11 2 reach 16 .
 
-Exactly one candidate, taken through the three operations in order, ends at the target. Numbers live on a
-clock of 19 hours (all arithmetic is modulo 19). 19 is prime, so every operation is one-to-one: different
-candidates end at different numbers, and no parity or divisibility shortcut tells which one is right. What is
-left is search, which a trace of about 90 tokens carries out and a single forward pass of a small model
-cannot.
+Exactly one candidate, taken through the operations in order, ends at the target. Numbers live on a clock of
+19 hours (modulo 19). 19 is prime, so every operation is one-to-one: different candidates end at different
+numbers, and no divisibility shortcut tells which one is right. What is left is search, which a trace of about
+90 tokens carries out and a single forward pass of a small model cannot.
 
 The teacher writes such traces. Each sentence belongs to a category, and each category *does* something:
 
@@ -21,15 +20,16 @@ verification   redundant   repeats a correct step, after random steps: ``let me 
 other          --          frame: the prompt, ``first try 5 .``, ``found 16 .``, ``answer : 11 .``
 =============  ==========  =======================================================================
 
-Every category has four paraphrases, drawn independently of the content; they can be told apart from the other
-categories by their first word, which is what allows to forbid a category while decoding (``first_words``).
-A sentence is a tuple of words, and a word is one token, so labels align with tokens by construction.
+Every category has four paraphrases, drawn independently of the content; their first words tell the categories
+apart, which allows to forbid a category while decoding (``first_words``). A word is one token.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..labels import CATEGORIES, LABELS
@@ -43,6 +43,7 @@ PARAPHRASES: dict[str, list[str]] = table("puzzles")["paraphrases"]  # of each c
 FRAME: dict[str, str] = table("puzzles")["frame"]  # sentences of the label "other"
 ERROR_RATE = 0.15  # of the teacher's steps; each is mended by the reflection that follows
 VERIFY_RATE = 0.35  # of the teacher's correct steps; about a fifth of a trace's tokens
+EASY_SHARE = 0.10  # of fine-tuning puzzles: easy questions
 SPLITS = ("train", "validation", "test")
 
 
@@ -57,11 +58,8 @@ def words_of(template: str, **values) -> tuple[str, ...]:
 
 def first_words(category: str) -> tuple[str, ...]:
     """The words that can open a sentence of this category (all paraphrases)."""
-    firsts = []
-    for template in PARAPHRASES[category]:
-        word = template.split()[0]
-        firsts.extend(NUMBERS if word.startswith("{") else (word,))
-    return tuple(firsts)
+    words = (template.split()[0] for template in PARAPHRASES[category])
+    return tuple(first for word in words for first in (NUMBERS if word.startswith("{") else (word,)))
 
 
 def apply(operation: str, value: int) -> int:
@@ -74,9 +72,7 @@ def apply(operation: str, value: int) -> int:
 @dataclass(frozen=True)
 class Sentence:
     """Words with their label. ``step`` counts the operation steps of the trace; ``error`` marks a wrong one.
-
-    ``given`` is the number of leading words that nobody could predict (a prompt, the items of a list, the
-    operands of an exercise): they are read in training, but not learnt.
+    ``given`` leading words nobody could predict (a prompt, the items of a list): they are read, not learnt.
     """
 
     words: tuple[str, ...]
@@ -92,9 +88,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Puzzle:
-    """Operations (three, or fewer in lessons), three candidates, a target. ``answer`` is the one candidate
-    that reaches it.
-    """
+    """Operations (three, or fewer in lessons), three candidates, and the one that reaches the target."""
 
     operations: tuple[str, ...]
     candidates: tuple[int, int, int]
@@ -113,17 +107,8 @@ class Puzzle:
         return values
 
     def prompt(self) -> list[Sentence]:
-        words = (
-            "puzzle",
-            ":",
-            *self.operations,
-            ";",
-            "from",
-            *map(str, self.candidates),
-            "reach",
-            str(self.target),
-            ".",
-        )
+        numbers = (*map(str, self.candidates), "reach", str(self.target), ".")
+        words = ("puzzle", ":", *self.operations, ";", "from", *numbers)
         return [Sentence(words, "other", given=len(words))]
 
     def split(self) -> str:
@@ -149,8 +134,7 @@ class Question:
 
 def sample_puzzle(rng: random.Random, split: str = "train", operations: int = 3) -> Puzzle:
     """A puzzle of the given split. Its ``operations`` are distinct, so that "what comes after * 4" has one
-    answer.
-    """
+    answer."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: it must be one of {', '.join(SPLITS)}")
     while True:
@@ -166,11 +150,8 @@ def sample_question(rng: random.Random) -> Question:
 
 @dataclass
 class Teacher:
-    """Writes the trace of a search, errors, reflections and needless checks included.
-
-    ``error_rate`` and ``verify_rate`` are probabilities per step. The teacher tries candidates in the order
-    of the prompt. A wrong value is one to three off, and is always followed by a reflection.
-    """
+    """Writes the trace of a search, errors, reflections and needless checks included. ``error_rate`` and
+    ``verify_rate`` are probabilities per step. A wrong value is one to three off."""
 
     rng: random.Random
     error_rate: float = ERROR_RATE
@@ -228,28 +209,6 @@ def direct(task: Puzzle | Question) -> list[Sentence]:
 # --- reading a transcript -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Transcript:
-    """What a generated transcript says. Counts are of sentences; ``thinking_tokens`` is None if it never
-    ends.
-
-    ``chain_correct``: every step is right, or is mended by the next reflection, and the candidate that is
-    answered was really taken through all operations. A lucky answer is not a solution.
-    """
-
-    answer: int | None
-    correct: bool
-    chain_correct: bool
-    thinks: bool
-    thinking_tokens: int | None
-    counts: dict[str, int]
-    tokens_by_label: dict[str, int]
-    errors: int
-    errors_reflected: int
-    correct_steps: int
-    correct_steps_reflected: int
-
-
 _OPENING = {word: label for label in PARAPHRASES for word in first_words(label)}
 
 
@@ -277,83 +236,61 @@ def equation_of(sentence: tuple[str, ...]) -> tuple[int, str, int] | None:
     return None
 
 
-def parse_transcript(task: Puzzle | Question, words: list[str]) -> Transcript:
-    """Parse the words that a model produced after the prompt of ``task``."""
-    if "<eos>" in words:
-        words = words[: words.index("<eos>")]
-    sentences = sentences_of(words)
-    counts = {label: 0 for label in LABELS[1:]}
-    tokens = dict(counts)
-    answer, thinking_tokens = None, None
-    errors = errors_reflected = steps = steps_reflected = 0
+def parse_transcript(task: Puzzle | Question, words: Sequence[str]) -> dict:
+    """What the words say that a model produced after the prompt of ``task``.
+
+    answer, correct; chain_correct: every step is right, or is mended by the next reflection, and the
+    candidate that is answered was taken through all operations; thinks; closed (thinking came to its end),
+    thinking_tokens (NaN if not closed); n_<label> and t_<label> (sentences and tokens while thinking);
+    errors, errors_reflected, correct_steps, correct_steps_reflected (counts of steps).
+    """
+    words = list(words)
+    sentences = sentences_of(words[: words.index("<eos>")] if "<eos>" in words else words)
+    counts = {f"{what}_{label}": 0 for what in "nt" for label in LABELS[1:]}
+    steps = dict.fromkeys(("errors", "errors_reflected", "correct_steps", "correct_steps_reflected"), 0)
+    thinks = bool(sentences) and sentences[0] == ("think", ":")
+    answer, length, thinking_tokens, ended = None, 0, None, False
     value, path, mended = None, [], True  # the value carried, operations applied so far, no unmended error
-    ended = False
-    for i, sentence in enumerate(sentences):
+    for sentence, following in zip(sentences, [*sentences[1:], ("",)]):
         if sentence[0] == "answer":
-            if len(sentence) > 2 and sentence[2] in NUMBERS:
-                answer = int(sentence[2])
+            answer = int(sentence[2]) if len(sentence) > 2 and sentence[2] in NUMBERS else None
             break
         if ended:
             continue
         label = label_of(sentence)
-        counts[label] += 1
-        tokens[label] += len(sentence)
-        if sentence[0] == "done":
-            ended = True
-            continue
-        equation = equation_of(sentence)
-        reflected = i + 1 < len(sentences) and label_of(sentences[i + 1]) == "reflection"
+        counts[f"n_{label}"] += 1
+        counts[f"t_{label}"] += len(sentence)
+        ended = sentence[0] == "done"
+        thinking_tokens = length if thinks and ended else None
+        length += len(sentence)
         if label == "alternative" or sentence[0] == "first":
             number = next((w for w in sentence if w in NUMBERS), None)
             value, path = (int(number), []) if number else (None, [])
         elif label == "deduction" or sentence[0] == "start":
+            equation = equation_of(sentence)
             if equation is None:
                 mended = False
                 continue
-            a, op, v = equation
+            a, operation, result = equation
             if value is None and isinstance(task, Question):
                 value = task.value
-            right = apply(op, a) == v
-            if a != value:
-                mended = False
-            steps += right
-            errors += not right
-            steps_reflected += right and reflected
-            errors_reflected += (not right) and reflected
-            value = v
-            path.append(op)
-            if not right:
-                repair = _value_of(sentences[i + 1]) if reflected else None
-                if repair != apply(op, a):
-                    mended = False
+            right, reflected = apply(operation, a) == result, label_of(following) == "reflection"
+            repaired = right or (reflected and _value_of(following) == apply(operation, a))
+            mended = mended and a == value and repaired
+            steps["correct_steps" if right else "errors"] += 1
+            steps["correct_steps_reflected" if right else "errors_reflected"] += reflected
+            value = result
+            path.append(operation)
         elif label == "reflection":
             value = _value_of(sentence)
-    thinks = bool(sentences) and sentences[0] == ("think", ":")
-    if thinks and ended:
-        cut = next(i for i, sentence in enumerate(sentences) if sentence[0] == "done")
-        thinking_tokens = sum(len(s) for s in sentences[:cut])
-    correct = answer == task.answer
-    operations = list(task.operations) if isinstance(task, Puzzle) else [task.operation]
-    wanted = task.target if isinstance(task, Puzzle) else task.answer
-    chain = correct and thinks and mended and path == operations and value == wanted
-    return Transcript(
-        answer,
-        correct,
-        chain,
-        thinks,
-        thinking_tokens,
-        counts,
-        tokens,
-        errors,
-        errors_reflected,
-        steps,
-        steps_reflected,
-    )
+    puzzle, correct, closed = isinstance(task, Puzzle), answer == task.answer, thinking_tokens is not None
+    reached = path == list(task.operations if puzzle else [task.operation])
+    reached = reached and value == (task.target if puzzle else task.answer)
+    facts = {"answer": answer, "correct": correct, "chain_correct": correct and thinks and mended and reached}
+    facts |= {"thinks": thinks, "closed": closed, "thinking_tokens": thinking_tokens if closed else math.nan}
+    return facts | counts | steps
 
 
 def _value_of(sentence: tuple[str, ...]) -> int | None:
     numbers = [w for w in sentence if w in NUMBERS]
     return int(numbers[-1]) if numbers else None
-
-
-EASY_SHARE = 0.10  # of fine-tuning puzzles: easy questions

@@ -20,8 +20,7 @@ TEMPLATES: list[dict] = table("questions")["word_problems"]
 @dataclass(frozen=True)
 class Question:
     """A question as a user would ask it; ``answer`` is the number it has, None for an open one; ``template``
-    is the number of its wording in ``TEMPLATES``, -1 for an open one.
-    """
+    is the number of its wording in ``TEMPLATES``, -1 for an open one."""
 
     text: str
     answer: int | None
@@ -55,8 +54,7 @@ def fill(template: dict, rng: random.Random) -> tuple[str, int | None]:
 
 def ask(split: str, n: int, open_share: float = 0.25, seed: int = 0) -> list[Question]:
     """``n`` distinct questions of a split (train, choose, report), the same for the same seed: open ones in
-    the given share, word problems otherwise.
-    """
+    the given share, word problems otherwise."""
     rng, questions = random.Random(f"{seed}/questions/{split}"), {}
     numbers = [i for i, template in enumerate(TEMPLATES) if template["split"] == split]
     while len(questions) < n:

@@ -1,6 +1,7 @@
 """The puzzle, the teacher, the reader of transcripts: hand-computed values and planted mistakes."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +26,10 @@ from lib.text.puzzles import (
 )
 
 PUZZLE = Puzzle(("+ 3", "* 4", "- 2"), (5, 11, 2), 11)  # 5: 8 13 11; 11: 14 18 16; 2: 5 1 18
+
+
+def parsed(task, words):
+    return SimpleNamespace(**parse_transcript(task, words))
 
 
 def words(sentences):
@@ -82,22 +87,16 @@ def test_teacher_is_right_and_its_labels_mean_what_they_say(seed):
     for _ in range(100):
         puzzle = sample_puzzle(rng)
         trace = Teacher(rng).solve(puzzle)
-        transcript = parse_transcript(puzzle, words(trace))
-        assert transcript.chain_correct and transcript.thinking_tokens is not None
+        transcript = parsed(puzzle, words(trace))
+        assert transcript.chain_correct and transcript.closed
         assert transcript.errors == transcript.errors_reflected and transcript.correct_steps_reflected == 0
         for sentence, following in zip(trace, trace[1:]):
             assert (following.label == "reflection") == sentence.error
             if sentence.label in PARAPHRASES:
                 assert label_of(sentence.words) == sentence.label
-        assert (
-            transcript.counts["contrast"]
-            == transcript.counts["alternative"]
-            == puzzle.candidates.index(puzzle.answer)
-        )
-        assert transcript.counts["reflection"] == sum(s.label == "reflection" for s in trace)
-        assert transcript.tokens_by_label["deduction"] == sum(
-            len(s.words) for s in trace if s.label == "deduction"
-        )
+        assert transcript.n_contrast == transcript.n_alternative == puzzle.candidates.index(puzzle.answer)
+        assert transcript.n_reflection == sum(s.label == "reflection" for s in trace)
+        assert transcript.t_deduction == sum(len(s.words) for s in trace if s.label == "deduction")
 
 
 def test_shares_of_errors_and_checks():
@@ -131,7 +130,7 @@ def split(text):
 
 
 def test_a_transcript_written_by_hand():
-    transcript = parse_transcript(PUZZLE, [*split(RIGHT), "<eos>", "so"])
+    transcript = parsed(PUZZLE, [*split(RIGHT), "<eos>", "so"])
     assert transcript.answer == 11 and transcript.correct and transcript.chain_correct
     assert (
         transcript.errors,
@@ -139,11 +138,7 @@ def test_a_transcript_written_by_hand():
         transcript.correct_steps,
         transcript.correct_steps_reflected,
     ) == (1, 1, 5, 0)
-    assert (
-        transcript.counts["deduction"] == 4
-        and transcript.counts["reflection"] == 1
-        and transcript.counts["contrast"] == 1
-    )
+    assert transcript.n_deduction == 4 and transcript.n_reflection == 1 and transcript.n_contrast == 1
     assert transcript.thinking_tokens == split(RIGHT).index("done")
 
 
@@ -160,29 +155,29 @@ def test_a_transcript_written_by_hand():
 )
 def test_a_lucky_answer_is_no_solution(old, new, correct):
     assert old in RIGHT
-    transcript = parse_transcript(PUZZLE, split(RIGHT.replace(old, new)))
+    transcript = parsed(PUZZLE, split(RIGHT.replace(old, new)))
     assert transcript.correct == correct and not transcript.chain_correct
 
 
 def test_runaway_thought_has_no_length():
-    transcript = parse_transcript(PUZZLE, split(RIGHT.replace("done . answer : 11 .", "so 1 + 3 = 4 .")))
-    assert transcript.thinking_tokens is None and transcript.answer is None and not transcript.correct
+    transcript = parsed(PUZZLE, split(RIGHT.replace("done . answer : 11 .", "so 1 + 3 = 4 .")))
+    assert not transcript.closed and transcript.answer is None and not transcript.correct
 
 
 def test_a_garbled_end_is_read_all_the_same():
-    transcript = parse_transcript(PUZZLE, split(RIGHT.replace("done .", "done so .")))
+    transcript = parsed(PUZZLE, split(RIGHT.replace("done .", "done so .")))
     assert transcript.thinking_tokens == split(RIGHT).index("done") and transcript.correct
 
 
 def test_easy_question():
     question = Question(5, "- 1")
     assert words(question.prompt()) == ["what", "is", "5", "- 1", "?"] and question.answer == 4
-    transcript = parse_transcript(
+    transcript = parsed(
         question, split("think : start : 5 - 1 = 4 . let me check : 5 - 1 = 4 . done . answer : 4 .")
     )
-    assert transcript.chain_correct and transcript.counts["verification"] == 1
+    assert transcript.chain_correct and transcript.n_verification == 1
     assert words(direct(question)) == ["answer", ":", "4", "."]
-    assert parse_transcript(question, words(Teacher(random.Random(0)).solve(question))).chain_correct
+    assert parsed(question, words(Teacher(random.Random(0)).solve(question))).chain_correct
 
 
 def test_sentences_are_split_after_full_stops():
