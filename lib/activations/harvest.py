@@ -14,6 +14,7 @@ share the shards out (docs/cluster.md).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -82,19 +83,15 @@ def harvest_activations(
     """
     job = job_of(pair, documents, path, layer, **sizes)
     if is_current(job.path, job.fingerprint):
-        try:
+        with contextlib.suppress(UserError):  # damaged: whole shards are kept below, the others made anew
             return Store.open(job.path)
-        except UserError:
-            pass  # something is damaged: below, whole shards are kept and the others made anew
     if isinstance(job.corpus, Corpus):
         job.corpus.check_budget()
     job.path.mkdir(parents=True, exist_ok=True)
     with exclusive(job.path, "harvesting"):
         _check_room(job)
         _claim(job, anew=True)
-        if not (shards := _make(job, range(sys.maxsize), models, device)):
-            raise UserError("there are no documents to harvest: give a corpus of at least one")
-        return _finish(job, shards)
+        return _finish(job, _make(job, range(sys.maxsize), models, device))
 
 
 def harvest_part(
@@ -110,9 +107,8 @@ def harvest_part(
     """Write part i of n, ``part`` = (i, n) with i from 0, of the shards of a harvest; returns how many shards
     the part has.
 
-    Parts are ranges of neighbouring shards. Jobs for them may run in any order or at once, wherever the
-    folder can be seen; ``merge_parts`` makes their shards a store. Whole shards are not made again. Two jobs
-    with the same part do its work twice, and nothing worse. Other parameters and errors as in
+    Jobs for parts may run in any order or at once, wherever the folder can be seen; ``merge_parts`` makes
+    their shards a store. Whole shards are not made again. Other parameters and errors as in
     ``harvest_activations``; UserError if the folder holds a harvest of something else.
     """
     job = job_of(pair, documents, path, layer, **sizes)
@@ -129,21 +125,18 @@ def merge_parts(
     layer: int | None = None,
     **sizes: int,
 ) -> Store:
-    """Write masks, statistics and manifest over the shards of all parts: the same store as
-    ``harvest_activations``'s, whose parameters these are.
+    """Write masks, statistics and manifest over the shards of all parts: the store of
+    ``harvest_activations``, whose parameters these are.
 
-    No model runs, but the text is gone through again, to know which shards there must be. UserError names
-    those that are missing or damaged; their parts, run again, make just these anew.
+    No model runs, but the text is gone through, to know which shards there must be. UserError names those
+    that are missing or damaged; their parts, run again, make just these anew.
     """
     job = job_of(pair, documents, path, layer, **sizes)
     _claim(job)
-    log = _logged(job.path)
-    plan = {
-        _name(i): sum(len(d.tokens) for d in group)
-        for i, (_, group) in enumerate(groups(job.corpus, job.content["shard_tokens"]))
-    }
     with ThreadPoolExecutor() as pool:  # checksums of several files at once
-        problems = list(pool.map(lambda name: _problem(job.path, name, log.get(name), plan[name]), plan))
+        log = _logged(job.path)
+        plan = {name: (log.get(name), tokens) for _, name, tokens, _, _ in shards_of(job)}
+        problems = list(pool.map(lambda name: _problem(job.path / name, *plan[name]), plan))
     if bad := [f"{name} is {problem}" for name, problem in zip(plan, problems) if problem]:
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise UserError(
@@ -151,7 +144,7 @@ def merge_parts(
             " their parts again"
         )
     _check_room(job)
-    return _finish(job, {name: log[name] for name in plan})
+    return _finish(job, {name: entry for name, (entry, _) in plan.items()})
 
 
 @dataclass(frozen=True)
@@ -225,8 +218,8 @@ def job_of(
 
 
 def _claim(job: Job, anew: bool = False) -> None:
-    """The folder is for this harvest from now on. What is there of another one is removed if ``anew``; else
-    UserError: other jobs may be at work."""
+    """The folder is for this harvest from now on; what is there of another one is removed, if ``anew``, or
+    else a UserError: other jobs may be at work."""
     job.path.mkdir(parents=True, exist_ok=True)
     file = job.path / BEGUN
     if anew:
@@ -260,11 +253,11 @@ def _logged(path: Path) -> dict[str, dict]:
     return read_log(path) | {entry["shard"]: entry for entry in single}
 
 
-def _problem(path: Path, name: str, entry: dict | None, tokens: int) -> str | None:
+def _problem(file: Path, entry: dict | None, tokens: int) -> str | None:
     """What is wrong with a shard that must have so many tokens; None if nothing is."""
     if entry is None or entry["tokens"] != tokens:
-        return "damaged" if (path / name).is_file() else "missing"
-    return file_problem(path / name, entry)
+        return "damaged" if file.is_file() else "missing"
+    return file_problem(file, entry)
 
 
 def _check_room(job: Job) -> None:
@@ -293,13 +286,12 @@ def _make(
     log, shards, done = _logged(job.path), {}, 0
     with Progress("tokens harvested", job.tokens) as progress, ThreadPoolExecutor(1) as writer:
         began = time.monotonic()
-        for number, (first, group) in enumerate(groups(job.corpus, job.content["shard_tokens"])):
+        for number, name, tokens, first, group in shards_of(job):
             if number >= numbers.stop:
                 break
             if number < numbers.start:
                 continue
-            name, tokens = _name(number), sum(len(d.tokens) for d in group)
-            if _problem(job.path, name, log.get(name), tokens) is None:
+            if _problem(job.path / name, log.get(name), tokens) is None:
                 shards[name] = log[name]
             else:
                 readers = readers or readers_of(job, models, device)
@@ -315,8 +307,10 @@ def _make(
     return {name: line.result() if isinstance(line, Future) else line for name, line in shards.items()}
 
 
-def _name(number: int) -> str:
-    return f"shard_{number:05d}.safetensors"
+def shards_of(job: Job) -> Iterator[tuple[int, str, int, int, list[Document]]]:
+    """(number, name, tokens, number of the first document, documents) of each shard."""
+    for number, (first, group) in enumerate(groups(job.corpus, job.content["shard_tokens"])):
+        yield number, f"shard_{number:05d}.safetensors", sum(len(d.tokens) for d in group), first, group
 
 
 def groups(corpus: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int, list[Document]]]:
@@ -415,11 +409,9 @@ def _save_whole(tensors: dict[str, torch.Tensor], file: Path) -> dict:
 
 def _finish(job: Job, shards: dict[str, dict]) -> Store:
     """Draw the masks, take the statistics over kept train tokens in float64, write the index and, last, the
-    manifest; the store.
-
-    Activations are read again, some thousand rows at a time; of the rest, some 50 bytes per token are in
-    memory.
-    """
+    manifest; the store. Some 50 bytes per token are in memory, activations some thousand rows at a time."""
+    if not shards:
+        raise UserError("there are no documents to harvest: give a corpus of at least one")
     for stray in set(job.path.glob("shard_*")) - {job.path / name for name in shards}:
         stray.unlink()
     for dead in job.path.glob(".shard_*"):

@@ -51,8 +51,7 @@ def missing_labels(store: Store, rows: np.ndarray, categories: Sequence[str] = D
 
 
 def phase_of(store: Store, rows: np.ndarray) -> np.ndarray:
-    """Index into PHASES of each of ``rows``, int8 [n]; -1 in traces without labels, and in real text without
-    a tag of the thought.
+    """Index into PHASES of each of ``rows``, int8 [n]; -1 in traces without labels or without a think tag.
 
     In the embedded pair's traces the first sentence is the prompt, the last the answer, and all between them
     is thinking; in real text the think tags tell, whose token ids the store's manifest has.
@@ -76,39 +75,30 @@ def phase_of(store: Store, rows: np.ndarray) -> np.ndarray:
 def _phase_by_tags(
     tokens: np.ndarray, document: np.ndarray, opening: Sequence[int], closing: Sequence[int]
 ) -> np.ndarray:
-    """Phase of each token: before the first opening tag of its document prompt, up to the closing one (or the
-    end) thinking, then answer.
-
-    ``document`` [n] numbers the documents from 0, in order. A document without opening tag thinks from its
-    beginning if it closes the thought (a window of a long trace); without any tag nothing is known: -1.
-    """
+    """Phase of each token: before the first opening tag of its document prompt, up to the closing one
+    thinking, then answer; -1 without any tag. A document that only closes the thought (a window of a long
+    trace) thinks from its beginning. ``document`` [n] numbers the documents from 0, in order."""
 
     def firsts(tag: Sequence[int]) -> np.ndarray:
         """Where the tag begins first in each document; ``n`` where it does not."""
-        here = np.all([np.roll(tokens, -i) == t for i, t in enumerate(tag)], axis=0) & (
-            document == np.roll(document, 1 - len(tag))
-        )
-        found = np.full(int(document[-1]) + 1, len(tokens))
-        np.minimum.at(found, document[here], np.flatnonzero(here))
-        return found
+        begins = np.all([np.roll(tokens, -i) == t for i, t in enumerate(tag)], axis=0)
+        begins &= document == np.roll(document, 1 - len(tag))
+        first = np.full(int(document[-1]) + 1, len(tokens))
+        np.minimum.at(first, document[begins], np.flatnonzero(begins))
+        return first
 
     at, n = np.arange(len(tokens)), len(tokens)
     opened, closed = firsts(opening), firsts(closing)
     begins = np.where(opened < n, opened, np.where(closed < n, 0, n))[document]
     known = ((opened < n) | (closed < n))[document]
-    phase = np.select(
-        [at < begins, at < closed[document]],
-        [PHASES.index("prompt"), PHASES.index("thinking")],
-        PHASES.index("answer"),
-    )
-    return np.where(known, phase, -1)
+    prompt, thinking, answer = (PHASES.index(phase) for phase in PHASES[1:])
+    return np.select([~known, at < begins, at < closed[document]], [-1, prompt, thinking], answer)
 
 
 def groups_of(store: Store, rows: np.ndarray, grouping: str) -> dict[str, np.ndarray]:
     """{name: mask over ``rows``}, of those that occur: "phase", or "category" of the token's own sentence."""
-    names = {"phase": PHASES, "category": LABELS}[
-        check("grouping", grouping, str, choices=("phase", "category"))
-    ]
+    groupings = {"phase": PHASES, "category": LABELS}
+    names = groupings[check("grouping", grouping, str, choices=tuple(groupings))]
     index = phase_of(store, rows) if grouping == "phase" else store.labels["label"][rows]
     return {name: index == i for i, name in enumerate(names) if (index == i).any()}
 
@@ -118,8 +108,7 @@ def event_rows(store: Store, rows: np.ndarray, event: str) -> np.ndarray:
     check("event", event, str, choices=tuple(EVENTS))
     rows = np.asarray(rows, dtype=np.int64)
     first = rows[(store.labels["starts"][rows] == 1) & (store.labels["kind"][rows] == 1) & (rows > 0)]
-    first = first[
-        (store.documents[first] == store.documents[first - 1]) & (store.labels["ends"][first - 1] == 1)
-    ]
+    same = store.documents[first] == store.documents[first - 1]
+    first = first[same & (store.labels["ends"][first - 1] == 1)]
     label, error = store.labels["label"], store.labels["error"]
     return first[EVENTS[event](label[first - 1], error[first - 1] == 1, label[first])]

@@ -20,11 +20,11 @@ import json
 import math
 import mmap
 import os
-import queue
-import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -202,17 +202,19 @@ class Shuffle:
 
 
 def ring_blocks(memory: int, row_bytes: int, blocks: int) -> int:
-    """Blocks in the ring for so many bytes; UserError if that is too few of the store's ``blocks`` to
-    shuffle."""
+    """Blocks in the ring for so many bytes; UserError if that is too few of the store's ``blocks``."""
     block_bytes = BLOCK * (row_bytes + INDEX_BYTES)
     ring, least = int(memory * RING_SHARE) // block_bytes, min(LEAST_BLOCKS, max(blocks, 1))
     if ring < least:
-        needed = math.ceil(least * block_bytes / RING_SHARE / 1e6)
-        raise UserError(
-            f"memory is {memory / 1e6:.3g} MB: shuffling rows of {row_bytes:,} bytes needs at least"
-            f" {needed} MB"
-        )
+        raise too_little(memory, row_bytes, least * block_bytes)
     return ring
+
+
+def too_little(memory: int, row_bytes: int, needed: int) -> UserError:
+    return UserError(
+        f"memory is {memory / 1e6:.3g} MB: shuffling rows of {row_bytes:,} bytes needs at least"
+        f" {math.ceil(needed / RING_SHARE / 1e6)} MB"
+    )
 
 
 def check_reading(batch_size: int, start: int, part: tuple[int, int], memory: int, width: int) -> None:
@@ -349,65 +351,38 @@ class Prefetched:
         batches.waited   # seconds that ``next`` was blocked, the first items included
 
     At most ``ahead`` items wait, and one more is being made. What fails in the thread is raised where the
-    item is taken. ``close`` (or the end of "with", or nobody holding it any more) ends the thread and closes
-    the source; what was prefetched is lost.
+    item is taken. ``close``, or the end of "with", ends the thread and closes the source; what was prefetched
+    is lost. One that nobody holds any more ends too.
     """
 
     def __init__(self, source: Iterable, ahead: int = 2):
-        self._items: queue.Queue = queue.Queue(check("ahead", ahead, int, low=1))
-        self._over, self.waited = threading.Event(), 0.0
-        # the thread knows the queue but not this object, which can therefore be forgotten
-        arguments = (iter(source), self._items, self._over)
-        self._thread = threading.Thread(target=_fill, args=arguments, name="prefetch", daemon=True)
-        self._thread.start()
-        self._end = weakref.finalize(self, _drain, self._items, self._over)
+        check("ahead", ahead, int, low=1)
+        self._source, self._pool, self.waited = iter(source), ThreadPoolExecutor(1, "prefetch"), 0.0
+        self._items = deque(self._pool.submit(next, self._source) for _ in range(ahead + 1))
 
     def __iter__(self) -> Prefetched:
         return self
 
     def __next__(self):
-        if self._over.is_set():
+        if not self._items:
             raise StopIteration
         began = time.perf_counter()
-        item, error = self._items.get()
-        self.waited += time.perf_counter() - began
-        if error is not None:
-            self._over.set()
-            raise error
+        try:
+            item = self._items.popleft().result()
+        finally:
+            self.waited += time.perf_counter() - began
+        self._items.append(self._pool.submit(next, self._source))
         return item
 
     def close(self) -> None:
         """End the thread, and wait for that; ``next`` then raises StopIteration."""
-        self._end()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        self._items.clear()
+        self._pool.shutdown(cancel_futures=True)
+        if hasattr(self._source, "close"):
+            self._source.close()
 
     def __enter__(self) -> Prefetched:
         return self
 
     def __exit__(self, *error) -> None:
         self.close()
-
-
-def _drain(items: queue.Queue, over: threading.Event) -> None:
-    over.set()
-    while not items.empty():  # the thread may be waiting for room
-        items.get_nowait()
-
-
-def _fill(source: Iterator, items: queue.Queue, over: threading.Event) -> None:
-    """Put (item, None) for every item of ``source`` into the queue, and (None, error) at its end."""
-    error: BaseException = StopIteration()
-    try:
-        for item in source:
-            items.put((item, None))
-            del item  # or it would stay in memory while the next one is made
-            if over.is_set():
-                break
-    except BaseException as failure:
-        error = failure
-    finally:
-        if hasattr(source, "close"):
-            source.close()
-    if not over.is_set():
-        items.put((None, error))

@@ -95,7 +95,7 @@ class Store:
         manifest, file = read_manifest(path, MADE_BY), path_shown(path / MANIFEST)
         again = f"remove {path_shown(path)} and run notebook {MADE_BY} again"
         damaged = UserError(f"{file} is damaged: {again}")
-        if not isinstance(manifest.get("shards"), dict) or not isinstance(manifest.get("index"), dict):
+        if not all(isinstance(manifest.get(key), dict) for key in ("shards", "index")):
             raise damaged
         files = {**manifest["shards"], INDEX: manifest["index"]}
         if odd := next((name for name in files if Path(name).name != name), None):
@@ -127,7 +127,6 @@ class Store:
         )
 
     def count(self, split: str) -> int:
-        """How many rows ``rows`` would return."""
         return len(self._wanted_of(split))
 
     def rows(self, split: str) -> np.ndarray:
@@ -176,12 +175,6 @@ class Store:
     def order(self, split: str, seed: int, epoch: int, memory: int = MEMORY) -> np.ndarray:
         """The rows of a split in the order in which ``reader`` hands them out: int64, 8 bytes for each."""
         return self._shuffle(split, seed, epoch, memory).rows()
-
-    def batches(
-        self, split: str, batch_size: int, seed: int, epoch: int, start: int = 0, memory: int = MEMORY
-    ) -> Iterator[list[torch.Tensor]]:
-        """``reader`` without row numbers: raw float32 [B, d_m] per model."""
-        return (acts for _, acts in self.reader(split, batch_size, seed, epoch, start, memory))
 
     @property
     def tokens_per_second(self) -> float:

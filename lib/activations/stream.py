@@ -33,7 +33,7 @@ from ..runs import fingerprint
 from ..settings import UserError, check
 from ..text.corpus import Corpus, Document
 from .harvest import SHARD_TOKENS, job_of, read_models, readers_of
-from .shuffle import INDEX_BYTES, RING_SHARE, check_reading, cut_batches, released
+from .shuffle import INDEX_BYTES, RING_SHARE, check_reading, cut_batches, released, too_little
 from .store import MEMORY
 
 SAMPLE_TOKENS = 100_000
@@ -176,10 +176,7 @@ class Stream:
         held = row * (WINDOWS + 1) + 4 * max(self.widths.values()) + row
         tokens = int(check("memory", memory, int, low=1) * RING_SHARE) // held
         if tokens < LEAST_WINDOW:
-            needed = math.ceil(LEAST_WINDOW * held / RING_SHARE / 1e6)
-            raise UserError(
-                f"memory is {memory / 1e6:.3g} MB: shuffling rows of {row:,} bytes needs at least {needed} MB"
-            )
+            raise too_little(memory, row, LEAST_WINDOW * held)
         return min(tokens, SHARD_TOKENS)
 
     def _window(self, lists: list[list[int]], rows: np.ndarray) -> tuple[list[torch.Tensor], np.ndarray]:

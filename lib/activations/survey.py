@@ -32,9 +32,6 @@ GREYS = {"general": "#999999", "other": "#CCCCCC"}  # of tokens without a catego
 KIND_COLOURS = {"general": "#777777", "trace": COLOURS["distilled"]}
 
 
-# --- what is in the store -----------------------------------------------------------------------------------
-
-
 def describe_models(store: Store, models: Mapping[str, PreTrainedModel]) -> pd.DataFrame:
     """A column per model: architecture, size, the layer that is read."""
     return pd.DataFrame(
@@ -79,15 +76,9 @@ def contents(store: Store) -> pd.DataFrame:
 
 def contents_figure(shares: pd.DataFrame) -> go.Figure:
     """The table of ``contents`` as a bar per label."""
-    fig = px.bar(
-        shares.reset_index(),
-        x="share",
-        y="label",
-        color="label",
-        color_discrete_map=COLOURS | GREYS,
-        title="What the tokens of the store belong to",
-        labels={"share": "share of kept tokens", "label": ""},
-    )
+    title, labels = "What the tokens of the store belong to", {"share": "share of kept tokens", "label": ""}
+    style = dict(color="label", color_discrete_map=COLOURS | GREYS, title=title, labels=labels)
+    fig = px.bar(shares.reset_index(), x="share", y="label", **style)
     return fig.update_layout(showlegend=False, xaxis_tickformat=".0%")
 
 
@@ -166,23 +157,11 @@ def check_labels(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def words_figure(rates: pd.DataFrame) -> go.Figure:
     """The table of ``word_rates`` as two bars per word."""
-    return px.bar(
-        rates.reset_index().melt("word", var_name="text", value_name="rate"),
-        x="word",
-        y="rate",
-        color="text",
-        barmode="group",
-        color_discrete_map=KIND_COLOURS | {"general": GREYS["general"]},
-        title="How often marker words occur, by kind of text",
-        labels={
-            "word": "first word of a trace's sentences",
-            "rate": "occurrences per 1,000 tokens",
-            "text": "",
-        },
-    )
-
-
-# --- norms --------------------------------------------------------------------------------------------------
+    frame = rates.reset_index().melt("word", var_name="text", value_name="rate")
+    labels = {"word": "first word of a trace's sentences", "rate": "occurrences per 1,000 tokens", "text": ""}
+    colours = KIND_COLOURS | {"general": GREYS["general"]}
+    style = dict(color="text", color_discrete_map=colours, barmode="group", labels=labels)
+    return px.bar(frame, x="word", y="rate", title="How often marker words occur, by kind of text", **style)
 
 
 def norms_by_position(store: Store, longest: int = 120, fewest: int = 20) -> pd.DataFrame:
@@ -204,13 +183,10 @@ def norms_by_position(store: Store, longest: int = 120, fewest: int = 20) -> pd.
 def norms_figure(norms: pd.DataFrame) -> go.Figure:
     """The table of ``norms_by_position`` as a line for the median and a band from 10% to 90%, per model."""
     fig = go.Figure(layout_title_text="Norm of the residual stream at the layer that is read, by position")
-    fig.update_xaxes(title_text="position in the text").update_yaxes(
-        title_text="norm of the residual stream (log scale)", type="log"
-    )
-    tables = {
-        model: part.pivot(index="position", columns="quantile", values="norm")
-        for model, part in norms.groupby("model", sort=False)
-    }
+    fig.update_xaxes(title_text="position in the text")
+    fig.update_yaxes(title_text="norm of the residual stream (log scale)", type="log")
+    wide = norms.pivot(index="position", columns=["model", "quantile"], values="norm")
+    tables = {model: wide[model].dropna() for model in norms.model.unique()}
     colours = {model: COLOURS.get(model, COLOURS["null"]) for model in tables}
     for model, wide in tables.items():
         band = dict(fill="toself", fillcolor=colours[model], opacity=0.2, line_width=0, hoverinfo="skip")
@@ -244,23 +220,14 @@ def norm_histogram(store: Store, bins: int = 60) -> pd.DataFrame:
 
 def histogram_figure(histogram: pd.DataFrame, mean_norms: Mapping[str, float]) -> go.Figure:
     """The table of ``norm_histogram`` as a line per model, the means dashed."""
+    title, style = "Norms of kept tokens, model by model", dict(color_discrete_map=COLOURS, line_shape="hvh")
+    labels = {"norm": "norm of the residual stream (log scale)", "share": "share of tokens"}
     fig = px.line(
-        histogram,
-        x="norm",
-        y="share",
-        color="model",
-        log_x=True,
-        color_discrete_map=COLOURS,
-        line_shape="hvh",
-        title="Norms of kept tokens, model by model",
-        labels={"norm": "norm of the residual stream (log scale)", "share": "share of tokens"},
+        histogram, x="norm", y="share", color="model", log_x=True, title=title, labels=labels, **style
     )
     for model, norm in mean_norms.items():
         fig.add_vline(x=norm, line_dash="dash", line_color=COLOURS.get(model))
     return fig
-
-
-# --- how alike the models are -------------------------------------------------------------------------------
 
 
 def comparable(store: Store) -> bool:
@@ -321,10 +288,8 @@ def similarity_figure(table: pd.DataFrame, title: str, axis: str = "") -> go.Fig
         fig.add_scatter(x=[row.cosine], y=[row.group], error_x=error, **point)
     cross = dict(color=COLOURS["null"], symbol="x", size=10)
     fig.add_scatter(x=table.other_token, y=table.group, mode="markers", marker=cross, name="another token")
-    fig.update_yaxes(title_text=axis, autorange="reversed").update_xaxes(
-        title_text="mean cosine about the group's mean (95% interval)"
-    )
-    return fig
+    fig.update_xaxes(title_text="mean cosine about the group's mean (95% interval)")
+    return fig.update_yaxes(title_text=axis, autorange="reversed")
 
 
 def drift(
@@ -365,25 +330,14 @@ def drift(
 
 def drift_figure(moved: pd.DataFrame) -> go.Figure:
     """The table of ``drift`` as a point with its interval per checkpoint and kind of text."""
+    axis = "mean cosine with the base at the same token (95% interval)"
+    style = dict(color="kind", color_discrete_map=KIND_COLOURS)
+    style |= dict(error_x=moved.high - moved.cosine, error_x_minus=moved.cosine - moved.low)
+    style |= dict(labels={"cosine": axis, "model": "", "kind": "text"})
     fig = px.scatter(
-        moved,
-        x="cosine",
-        y="model",
-        color="kind",
-        error_x=moved.high - moved.cosine,
-        error_x_minus=moved.cosine - moved.low,
-        color_discrete_map=KIND_COLOURS,
-        labels={
-            "cosine": "mean cosine with the base at the same token (95% interval)",
-            "model": "",
-            "kind": "text",
-        },
-        title="How far each checkpoint has moved from the base",
+        moved, x="cosine", y="model", title="How far each checkpoint has moved from the base", **style
     )
     return fig.update_traces(marker_size=10)
-
-
-# --- reading it back ----------------------------------------------------------------------------------------
 
 
 def read_epoch(store: Store, split: str, seed: int, batch_size: int = 4096) -> tuple[np.ndarray, float]:

@@ -54,9 +54,6 @@ class Recipe:
     seed: int = 0
 
 
-# --- data ---------------------------------------------------------------------------------------------------
-
-
 def held_out(key: str, seed: int = 0) -> bool:
     """Whether a question or a paragraph is kept from training: a function of its text."""
     return random.Random(f"{seed}/held out/{key}").random() < HELD_OUT
@@ -112,9 +109,6 @@ def batches(windows: Iterator[Window], recipe: Recipe) -> Iterator[Batch]:
         yield from batches_of(rows, recipe.batch_tokens, random.Random(f"{recipe.seed}/order/{group}"))
 
 
-# --- training -----------------------------------------------------------------------------------------------
-
-
 def adapted(base: PreTrainedModel, recipe: Recipe) -> peft.PeftModel:
     """``base`` with a fresh adapter on every linear layer except the head."""
     torch.manual_seed(recipe.seed)
@@ -140,23 +134,15 @@ def train(
                 break
         return part
 
-    fit(
-        folder.name,
-        model,
-        lambda x, y: token_losses(base, x, y),
-        chunk,
-        folder,
-        recipe.tokens,
-        recipe.rate,
-        keep_every=recipe.keep_every,
-        snapshot=lambda: {n: p.bfloat16() for n, p in model.named_parameters() if p.requires_grad},
-        key="adapter",
-        report=report,
-    )
+    def losses(x, y):
+        return token_losses(base, x, y)
+
+    def snapshot():
+        return {name: p.bfloat16() for name, p in model.named_parameters() if p.requires_grad}
+
+    keeping = dict(keep_every=recipe.keep_every, snapshot=snapshot, key="adapter")
+    fit(folder.name, model, losses, chunk, folder, recipe.tokens, recipe.rate, **keeping, report=report)
     return model.eval()
-
-
-# --- shipping -----------------------------------------------------------------------------------------------
 
 
 def ship(model: peft.PeftModel, state_file: Path, out: Path, trained_on: str) -> None:

@@ -75,9 +75,6 @@ class Recipe:
 RECIPES = {"tiny_small": Recipe.of_width(48, 128), "tiny": Recipe(), "tiny_large": Recipe.of_width(176, 448)}
 
 
-# --- tokenizer and model ------------------------------------------------------------------------------------
-
-
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, and per operation with its number ("* 4"). Text is words joined by spaces."""
     vocab = {word: i for i, word in enumerate(vocabulary())}
@@ -92,24 +89,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(recipe: Recipe, vocab_size: int) -> Qwen2ForCausalLM:
     """A fresh Qwen2 with tied embeddings, float32."""
     torch.manual_seed(recipe.seed)
-    config = Qwen2Config(
-        vocab_size=math.ceil(vocab_size / 64) * 64,
-        hidden_size=recipe.width,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.kv_heads,
-        intermediate_size=recipe.mlp,
-        max_position_embeddings=512,
-        initializer_range=0.06,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return Qwen2ForCausalLM(config)
-
-
-# --- data ---------------------------------------------------------------------------------------------------
+    sizes = dict(hidden_size=recipe.width, intermediate_size=recipe.mlp, num_hidden_layers=recipe.layers)
+    sizes |= dict(num_attention_heads=recipe.heads, num_key_value_heads=recipe.kv_heads)
+    sizes |= dict(vocab_size=math.ceil(vocab_size / 64) * 64, max_position_embeddings=512)
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, **ids, initializer_range=0.06, tie_word_embeddings=True))
 
 
 def stage_document(stage: str, rng: random.Random, progress: float = 1.0) -> list[Sentence]:
@@ -142,9 +126,6 @@ def chunk_batches(stage: str, recipe: Recipe, chunk: int, progress: float = 1.0)
     return batches_of(documents, recipe.batch_tokens, rng)
 
 
-# --- training -----------------------------------------------------------------------------------------------
-
-
 def train_stage(
     stage: str, model: Qwen2ForCausalLM, recipe: Recipe, folder: Path, report=print, keep_every: float = 0.02
 ) -> Qwen2ForCausalLM:
@@ -171,7 +152,7 @@ def train_stage(
 
 
 def stages_of(name: str) -> tuple[str, ...]:
-    """The stages of a pair: those of other sizes have no ``control``, which only notebook 00 asks for."""
+    """The stages of a pair: only notebook 00 asks for ``control``."""
     return STAGES if name == "tiny" else tuple(stage for stage in STAGES if stage != "control")
 
 
@@ -198,9 +179,6 @@ def _trained(file: Path | None, recipe: Recipe, tokenizer: PreTrainedTokenizerFa
     if file:
         model.load_state_dict(torch.load(file, weights_only=True))
     return model
-
-
-# --- choosing and shipping ----------------------------------------------------------------------------------
 
 
 def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report=print) -> Path:
@@ -263,7 +241,7 @@ def load_shipped(name: str, folder: Path) -> Qwen2ForCausalLM:
 
 
 def weights_fingerprint(folder: Path, names: Sequence[str], *parts) -> str:
-    """The fingerprint of other parts and of the weights of shipped models."""
+    """The fingerprint of other ``parts`` and of the weights of shipped models."""
     return fingerprint(*parts, *(folder / name / "model.safetensors" for name in names))
 
 

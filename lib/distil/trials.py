@@ -123,7 +123,7 @@ def transcript_table(tasks: Sequence[Task], transcripts: Sequence[Sequence[str]]
 
 
 def labelled(words: Sequence[str]) -> list[tuple[str, tuple[str, ...], bool]]:
-    """The sentences of a transcript as ``figures.labelled_lines`` shows them: (label, words, False)."""
+    """The sentences of a transcript for ``figures.labelled_lines``."""
     return [(label_of(sentence), sentence, False) for sentence in sentences_of(list(words))]
 
 
@@ -169,9 +169,6 @@ def reflection_rates(steps: pd.DataFrame, seed: int = 0) -> dict[str, tuple]:
     rows = steps[["error", "p_reflection"]].to_numpy(float)
     interval = bootstrap(rows, auroc, groups=steps.task, n_boot=200, seed=seed)
     return rates | {"reflect_auc": (auroc(rows), interval, len(steps))}
-
-
-# --- several conditions, kept on disk -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -225,9 +222,6 @@ def difference(a: Sequence[bool], b: Sequence[bool], seed: int = 0) -> tuple[flo
     """How much larger the share of hits is in ``a`` than in ``b``, of the same tasks, with its interval."""
     gap = np.asarray(a, float) - np.asarray(b, float)
     return float(gap.mean()), bootstrap(gap, seed=seed)
-
-
-# --- words --------------------------------------------------------------------------------------------------
 
 
 def marker_words(documents: int, seed: int = 0) -> tuple[list[tuple[str, ...]], pd.DataFrame]:

@@ -63,9 +63,6 @@ def sample(
     return [(tokenizer.decode(ids), len(ids) < max_new_tokens, len(ids)) for ids in new]
 
 
-# --- the corpus ---------------------------------------------------------------------------------------------
-
-
 def write_corpus(
     kind: str,
     model: PreTrainedModel,
@@ -83,12 +80,12 @@ def write_corpus(
     lines = read_lines(file)
     texts, written = {line["text"] for line in lines}, sum(line["tokens"] for line in lines)
     number = max((line["batch"] for line in lines), default=-1) + 1
+    limit = TRACE_TOKENS if kind == "trace" else GENERAL_TOKENS
     with Progress(f"{kind} tokens", tokens) as progress:
         while written < tokens:
             prompts = _prompts(kind, number, seed)
-            limit = TRACE_TOKENS if kind == "trace" else GENERAL_TOKENS
-            beginnings, batch_seed = [text for text, _ in prompts], hash_of(seed, kind, number)
-            answers = sample(model, tokenizer, beginnings, limit, seed=batch_seed)
+            beginnings = [text for text, _ in prompts]
+            answers = sample(model, tokenizer, beginnings, limit, seed=hash_of(seed, kind, number))
             for (beginning, facts), (text, ended, size) in zip(prompts, answers):
                 text = beginning + text.rstrip() + ("<|im_end|>\n" if ended and kind == "trace" else "")
                 if text not in texts:

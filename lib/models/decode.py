@@ -141,9 +141,6 @@ def roomy_cache(config: PretrainedConfig) -> DynamicCache:
     return cache
 
 
-# --- noise --------------------------------------------------------------------------------------------------
-
-
 class RowNoise(LogitsProcessor):
     """Noise for sampling, one call a step. ``rows``: numbers of the rows that are left, in the order of the
     scores [rows, vocabulary]."""

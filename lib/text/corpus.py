@@ -96,8 +96,9 @@ class Corpus:
     @cached_property
     def commits(self) -> dict[str, str]:
         """The commit of each data set on the hub that is read."""
-        texts = [sources.dataset(source) for source, _ in self.pair.corpus if source.startswith(sources.HUB)]
-        return {d.repo: d.commit for d in texts}
+        texts = [source for source, _ in self.pair.corpus if source.startswith(sources.HUB)]
+        repos = [sources.dataset(source)[0] for source in texts]
+        return {repo: sources.resolved(repo, "dataset")[1] for repo in repos}
 
     @property
     def fingerprint(self) -> str:
@@ -174,9 +175,6 @@ class Corpus:
         turns, as in SmolLM2."""
         chats = chat_markers(self.tokenizer, self.excluded)
         return chats, frozenset({*self.excluded, *([] if chats else [self.tokenizer.bos_token_id])})
-
-    def ids(self, item: str | Trace) -> list[int]:
-        return self.encoded(item)[1]
 
     def encoded(self, item: str | Trace) -> tuple[str, list[int], list[tuple[int, int]]]:
         """A text or a trace as it is read, its token ids, without BOS and without any id that is not the same
@@ -270,9 +268,6 @@ def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
     return replace(pair, corpus=(*((source, kind) for kind, source in given.items()), *others))
 
 
-# --- the embedded pair's text -------------------------------------------------------------------------------
-
-
 def label_arrays(sentences: Sequence[Sentence], kind: str, bos: bool = True) -> dict[str, np.ndarray]:
     """The arrays of ``LABEL_ARRAYS``, int8, one entry per token (BOS, then a token per word)."""
     owner = np.repeat(np.arange(len(sentences)), [len(s.words) for s in sentences])
@@ -323,8 +318,6 @@ def _next_split(shares: Sequence[float], counts: dict[str, int]) -> str:
     total = sum(counts.values()) + 1
     return max(SPLITS, key=lambda s: shares[SPLITS.index(s)] * total - counts[s])
 
-
-# --- text from files and from the hub -----------------------------------------------------------------------
 
 _THOUGHT = re.compile(r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>(.*)", re.DOTALL)
 _SOLUTION = re.compile(r"<\|(begin|end)_of_solution\|>")

@@ -1,40 +1,32 @@
-r"""Labels for real language: a text is cut into sentences, and a lexicon says which of the four categories
-each belongs to.
+r"""Labels for real language: a text is cut into sentences, and a lexicon says which category each belongs to.
 
-The embedded pair's text carries its labels. In real traces each sentence is tagged by how it opens, or by
-what it says, in the same label arrays::
+In real traces each sentence is tagged by how it opens, or by what it says::
 
     So 9 * 4 is 36.   Hmm, wait, that's not right.   Let me try 11 instead.   But 7 is not 16.   I have 3.
     deduction         reflection                     alternative              contrast           other
 
-**Categories.** *reflection*: the writer looks back at their reasoning, doubts, checks or mends it (the
-embedded pair's redundant "verification" is part of it here: in real text nobody knows which check was
-needed). *deduction*: something is concluded from what was said. *alternative*: another way, candidate or
-possibility is taken up. *contrast*: something is set against what was said. Everything else is ``other``; in
-general text every sentence is ``general``, as in the embedded pair, whatever its words.
+**Categories.** *reflection*: the writer looks back at their reasoning, doubts, checks or mends it (redundant
+"verification" is part of it here). *deduction*: something is concluded from what was said. *alternative*:
+another way, candidate or possibility is taken up. *contrast*: something is set against what was said.
+Everything else is ``other``; in general text every sentence is ``general``, whatever its words.
 
 **Precedence.** The first that holds:
 
-1. reflection, anywhere in the sentence: "But wait, ..." and "So x is 3, but that can't be right." are
-   reflections
-2. by the opening: alternative, then contrast, then deduction ("But maybe ..." is an alternative; "So x is 3,
-   but y is not." a deduction)
-3. by a phrase inside: alternative, then contrast, then deduction ("x is 3, but y is not, so ..." is a
-   contrast)
+1. reflection, anywhere in the sentence: "But wait, ..." and "So x is 3, but that can't be right."
+2. by the opening: alternative, then contrast, then deduction ("But maybe ..." is an alternative)
+3. by a phrase inside: alternative, then contrast, then deduction ("x is 3, but y is not, ..." is a contrast)
 
 The opening is what follows bullets, numbers, quotation marks and fillers ("okay", "now", "and", "well", ...).
 
 **Sentences.** Cut at every line break; after ``. ! ? …`` (closing brackets and quotation marks included)
 before white space; around think tags and special tokens, which are units of their own. Not cut: after
 abbreviations ("e.g."), after the number of a list item ("1. First"), after "..." before a small letter, after
-a factorial ("5! is 120"), inside ``\( \)``, ``\[ \]``, ``$$ $$`` and ``\begin \end``. Decimals ("3.5") have
-no white space. A displayed formula belongs to the unfinished sentence before it, and a line without letters
-and digits ("---") to whatever is before it. Where the text has a thought between think tags, what stands
-outside (question, answer) is ``other``.
+a factorial ("5! is 120"), inside ``\( \)``, ``\[ \]``, ``$$ $$`` and ``\begin \end``. A displayed formula
+belongs to the unfinished sentence before it, and a line without letters and digits ("---") to whatever is
+before it. Where the text has a thought between think tags, what stands outside is ``other``.
 
-The tagger reads words. How far it can be believed is measured in ``lib.text.lexicon_agreement``.
-
-Source: Baek & Tegmark 2025 (arXiv 2503.03730) for the categories; the lexicon is ours.
+How far the tagger can be believed is measured in ``lib.text.lexicon_agreement``. Source: Baek & Tegmark 2025
+(arXiv 2503.03730) for the categories; the lexicon is ours.
 """
 
 from __future__ import annotations

@@ -48,10 +48,8 @@ from .chat import json_of, numbered_lines
 from .lexicon import OTHER, sentences, tag, thought
 
 LABELLED = (*CATEGORIES, OTHER)
-ANNOTATED = ("initializing", "deduction", "adding-knowledge", "example-testing") + (
-    "uncertainty-estimation",
-    "backtracking",
-)
+ANNOTATED = ("initializing", "deduction", "adding-knowledge", "example-testing")
+ANNOTATED += ("uncertainty-estimation", "backtracking")
 COMPARISONS = {  # name: (tags, annotated labels)
     "reflection ~ backtracking": (("reflection",), ("backtracking",)),
     "reflection ~ backtracking or doubt": (("reflection",), ("backtracking", "uncertainty-estimation")),
@@ -61,9 +59,6 @@ COMPARISONS = {  # name: (tags, annotated labels)
 HALVES = ("development", "held out")
 GAP = 400  # characters, white space apart, that may lie between two sections
 COLUMNS = [name + end for name in ("precision", "recall") for end in ("", "_low", "_high", "_base")]
-
-
-# --- annotated traces ---------------------------------------------------------------------------------------
 
 
 def align(thinking: str, sections: Sequence[Sequence[str]]) -> tuple[list[tuple[int, int, str]], int]:
@@ -199,9 +194,6 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, entry
 
 
-# --- sentences labelled by reading --------------------------------------------------------------------------
-
-
 def sample_sentences(documents: Iterable[str], n: int = 100, seed: int = 0) -> pd.DataFrame:
     """``n`` sentences of the documents for labelling, in random order: as many of each tag as there are tags,
     or all where there are fewer.
@@ -248,11 +240,8 @@ def write_sample(sample: pd.DataFrame, folder: str | Path) -> None:
             f"{folder.name}/sentences.jsonl is there already: move it away before a new sample is drawn"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "strata": sample[["stratum", "weight"]],
-        "sentences": sample[["before", "text"]].assign(label=None),
-    }
-    for name, frame in files.items():
+    parts = (sample[["stratum", "weight"]], sample[["before", "text"]].assign(label=None))
+    for name, frame in zip(("strata", "sentences"), parts):
         lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in frame.to_dict("records"))
         write_text(folder / f"{name}.jsonl", "".join(lines))
 
@@ -293,9 +282,6 @@ def labelled_agreement(folder: str | Path, n_boot: int = 1000, seed: int = 0) ->
         rates = _rates(cells.to_numpy(float).T * frame["weight"].to_numpy(float), times)
         rows.append({"category": c} | rates | cells.sum().astype(int).to_dict())
     return pd.DataFrame(rows)
-
-
-# --- command line -------------------------------------------------------------------------------------------
 
 
 def shown(table: pd.DataFrame) -> str:

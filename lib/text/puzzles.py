@@ -31,8 +31,9 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
-from ..labels import CATEGORIES, LABELS
+from ..labels import LABELS
 from .tables import table
 
 MODULUS = 19
@@ -81,10 +82,6 @@ class Sentence:
     error: bool = False
     given: int = 0
 
-    @property
-    def functional(self) -> bool:
-        return self.label in CATEGORIES
-
 
 @dataclass(frozen=True)
 class Puzzle:
@@ -100,11 +97,10 @@ class Puzzle:
 
     def chain(self, candidate: int) -> list[int]:
         """The values of a candidate after each operation."""
-        values = []
-        for operation in self.operations:
-            candidate = apply(operation, candidate)
-            values.append(candidate)
-        return values
+        steps = accumulate(
+            self.operations, lambda value, operation: apply(operation, value), initial=candidate
+        )
+        return list(steps)[1:]
 
     def prompt(self) -> list[Sentence]:
         numbers = (*map(str, self.candidates), "reach", str(self.target), ".")
@@ -181,32 +177,24 @@ class Teacher:
         self.say("think")
         if isinstance(task, Question):
             self.take_step("start", task.value, task.operation, 0)
-        else:
-            self._search(task)
+        for i, candidate in enumerate(task.candidates if isinstance(task, Puzzle) else ()):
+            self.say("alternative" if i else "first", c=candidate)
+            value = candidate
+            for j, operation in enumerate(task.operations):
+                step = i * len(task.operations) + j
+                value = self.take_step("deduction" if j else "start", value, operation, step)
+            if value == task.target:
+                self.say("found", v=value)
+                break
+            self.say("contrast", v=value, t=task.target)
         self.say("done")
         self.say("answer", v=task.answer)
         return self.sentences
-
-    def _search(self, puzzle: Puzzle) -> None:
-        step = 0
-        for i, candidate in enumerate(puzzle.candidates):
-            self.say("alternative" if i else "first", c=candidate)
-            value = candidate
-            for j, operation in enumerate(puzzle.operations):
-                value = self.take_step("deduction" if j else "start", value, operation, step)
-                step += 1
-            if value == puzzle.target:
-                self.say("found", v=value)
-                return
-            self.say("contrast", v=value, t=puzzle.target)
 
 
 def direct(task: Puzzle | Question) -> list[Sentence]:
     """The answer alone, as the base model and the control learn it."""
     return [Sentence(words_of(FRAME["answer"], v=task.answer), "other")]
-
-
-# --- reading a transcript -----------------------------------------------------------------------------------
 
 
 _OPENING = {word: label for label in PARAPHRASES for word in first_words(label)}

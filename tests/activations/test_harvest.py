@@ -136,7 +136,7 @@ def test_the_store_holds_what_the_models_computed(tmp_path):
 def test_any_number_of_models_of_any_width(tmp_path, widths):
     store = toy_store(tmp_path, tokens=500, widths=widths)
     assert tuple(store.widths.values()) == widths
-    assert [a.shape[1] for a in next(store.batches("train", 8, 0, 0))] == list(widths)
+    assert [a.shape[1] for a in next(store.reader("train", 8, 0))[1]] == list(widths)
 
 
 def test_distinct_tokens_count_a_repeated_text_once(tmp_path):

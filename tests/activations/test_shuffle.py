@@ -221,7 +221,7 @@ def test_resident_memory_stays_within_the_bound(tmp_path):
 
 
 def threads():
-    return [t for t in threading.enumerate() if t.name == "prefetch"]
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 def test_prefetching_changes_nothing_but_when(store):

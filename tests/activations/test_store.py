@@ -61,7 +61,7 @@ def test_every_kept_token_once_an_epoch(store):
     assert np.array_equal(np.sort(order), store.rows("train")) and not np.array_equal(
         order, store.rows("train")
     )
-    batches = list(store.batches("train", 100, seed=3, epoch=0))
+    batches = [acts for _, acts in store.reader("train", 100, seed=3, epoch=0)]
     assert all(torch.equal(torch.cat([b[m] for b in batches]), store.activations(order)[m]) for m in (0, 1))
     assert {len(b[0]) for b in batches[:-1]} == {100}
 
@@ -95,9 +95,9 @@ def test_a_large_store_is_opened_without_reading_it_all(folder, tmp_path, monkey
 
 
 def test_same_seed_same_order_and_resuming_inside_an_epoch(store):
-    a, b = (list(store.batches("train", 256, seed=5, epoch=2)) for _ in range(2))
+    a, b = ([acts for _, acts in store.reader("train", 256, seed=5, epoch=2)] for _ in range(2))
     assert all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
-    later = list(store.batches("train", 256, seed=5, epoch=2, start=3))
+    later = [acts for _, acts in store.reader("train", 256, seed=5, epoch=2, start=3)]
     assert len(later) == len(a) - 3 and torch.equal(later[0][1], a[3][1])
     assert not np.array_equal(store.order("train", 5, 2), store.order("train", 5, 3))
     assert not np.array_equal(store.order("train", 5, 2), store.order("train", 6, 2))

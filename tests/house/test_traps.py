@@ -337,10 +337,10 @@ def test_think_tags_are_spelled_in_ordinary_tokens(either, tmp_path):
     assert wrong == first + 5 and either["base"].convert_ids_to_tokens(wrong) == "<|box_start|>"  # the trap
     for names in (("base", "distilled"), ("distilled", "base")):  # whoever's tokenizer is used
         corpus = build(pair_of(tmp_path / names[0], either, names, differing_ids=differing(either)), 100)
-        spelled = corpus.ids("<think>")
+        spelled = corpus.encoded("<think>")[1]
         assert spelled == either["bpe"].encode("<think>").ids and len(spelled) > 1
         assert either["base"].decode(spelled) == either["distilled"].decode(spelled) == "<think>"
-        assert corpus.ids("<tool_call>") == [first + 14]  # a token that both have stays one
+        assert corpus.encoded("<tool_call>")[1] == [first + 14]  # a token that both have stays one
         if first == 151643:
             assert spelled == [13708, 766, 29]
 
@@ -365,7 +365,7 @@ def test_late_reasoning_is_read(tokenizers, tmp_path):
     steps = [f"Step {i}: {i} + {i} = {2 * i}." for i in range(400)]
     trace = vars(TRACE) | {"thinking": " ".join(steps)}
     pair = pair_of(tmp_path, tokenizers, lines=[trace], differing_ids=differing(tokenizers))
-    length = len(build(pair, 1).ids(Trace(**trace)))
+    length = len(build(pair, 1).encoded(Trace(**trace))[1])
     documents = list(build(pair, length, trace_share=1.0, max_length=512))
     whole = [t for d in documents for t in d.tokens]
     assert (

@@ -242,7 +242,5 @@ def test_what_names_no_data_set(source):
 
 
 def test_what_names_a_data_set():
-    assert sources.dataset("hub:org/na-me.v1@v1.0:*_sample.jsonl") == sources.Dataset(
-        "org/na-me.v1@v1.0", "*_sample.jsonl"
-    )
-    assert sources.dataset("hub:org/name") == sources.Dataset("org/name", None)
+    assert sources.dataset("hub:org/na-me.v1@v1.0:*_sample.jsonl") == ("org/na-me.v1@v1.0", "*_sample.jsonl")
+    assert sources.dataset("hub:org/name") == ("org/name", None)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.labels import CATEGORIES, LABELS
 from lib.text import curriculum as prose
 from lib.text.puzzles import (
     FRAME,
@@ -14,7 +13,6 @@ from lib.text.puzzles import (
     PARAPHRASES,
     Puzzle,
     Question,
-    Sentence,
     Teacher,
     apply,
     direct,
@@ -106,11 +104,6 @@ def test_shares_of_errors_and_checks():
     tokens = sum(len(s.words) for s in sentences)
     assert 0.10 < sum(s.error for s in steps) / len(steps) < 0.15
     assert 0.15 < sum(len(s.words) for s in sentences if s.label == "verification") / tokens < 0.22
-
-
-def test_functional_is_what_the_paper_names_and_verification_is_not():
-    assert all(Sentence(("x",), c).functional for c in CATEGORIES)
-    assert not Sentence(("x",), "verification").functional and set(CATEGORIES) < set(LABELS)
 
 
 RIGHT = (
