@@ -312,6 +312,12 @@ def _bounded(work, seconds: float):
 # --- text ---------------------------------------------------------------------------------------------------
 
 
+def faded(colour: str, opacity: float) -> str:
+    """A colour "#rrggbb" at an opacity from 0 to 1, as CSS."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity:.2f})"
+
+
 def shaded_tokens(
     words: Sequence[str],
     values: Sequence[float],
@@ -331,11 +337,10 @@ def shaded_tokens(
     if len(words) != len(values):
         raise ValueError(f"{len(words)} words and {len(values)} values: must be one each")
     top = float(values.max(initial=0.0)) if maximum is None else float(maximum)
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     spans = [f"<b>{html.escape(label)}</b>"] if label else []
     for word, value in zip(words, values):
         shade = min(max(value / top, 0.0), 1.0) if top > 0 else 0.0
-        style = f' style="background:rgba({red},{green},{blue},{0.75 * shade:.2f})"' if shade >= 0.01 else ""
+        style = f' style="background:{faded(colour, 0.75 * shade)}"' if shade >= 0.01 else ""
         spans.append(f'<span title="{value:.3g}"{style}>{html.escape(str(word))}</span>')
     return HTML(
         "<div"

@@ -88,6 +88,11 @@ def interval(resampled, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def ratio(a: np.ndarray, b: np.ndarray, least: float = 0.0) -> np.ndarray:
+    """a / b, entry by entry; NaN where b is not above ``least``."""
+    return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=np.asarray(b) > least)
+
+
 def t_interval(values, level: float = 0.95) -> tuple[float, float]:
     """Student's interval of the mean of a few numbers, one a seed say, without NaN; it takes at least two."""
     values = np.asarray(values, dtype=float)

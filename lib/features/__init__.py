@@ -6,7 +6,7 @@ detectors        E3: the feature of each category against its controls
 uniqueness       NRN and latent scaling beyond a null; other seeds
 latent_scaling   how much of a feature the other model's activations hold
 token_tests      word or function: on new puzzles, and on real text
-use              what each model alone activates: how often, in which phase, around which events
+use              what each model alone activates: how often, how strongly, in which phase
 contexts         the texts in which a feature is strongest, its profile, a map
 explorer         the widget
 naming           names by a language model, and how good they are

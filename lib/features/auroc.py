@@ -1,5 +1,5 @@
 """How well does a sparse code, or a token, tell some positions from others? AUROC, precision and recall for
-all features at once.
+all features at once, from codes and label arrays; no model and no store is needed.
 
 The AUROC of a feature is the probability that it is more active at a random positive position than at a
 random negative one, ties counting half: with R the sum of the positives' ranks (1..n, ties averaged) it is
@@ -7,7 +7,7 @@ random negative one, ties counting half: with R the sum of the positives' ranks 
     AUROC = (R - P (P + 1) / 2) / (P N)          P positives, N negatives  (Mann & Whitney 1947)
 
 Codes are sparse: in a column with z zeros all zeros share the rank (z + 1) / 2, and only the nonzero entries
-need to be sorted. Everything here is a function of codes and label arrays; it knows no model and no store.
+need to be sorted.
 
 Token-only predictors are the control that most detectors in the literature lack: they see the current token's
 id and nothing else, and are fitted on other documents than they are judged on.
@@ -15,18 +15,15 @@ id and nothing else, and are fitted on other documents than they are judged on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import numpy as np
 from scipy import sparse
 
-from ..stats import group_samples
+from ..stats import group_samples, ratio
 
 BOOT_CELLS = 4_000_000  # of a bootstrap at a time: bounds the memory
-
-
-# --- all features at once -----------------------------------------------------------------------------------
 
 
 def auroc(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
@@ -35,22 +32,20 @@ def auroc(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
     A feature that never fires has 0.5. NaN where there is no positive, or no negative, position.
     """
     data, rows, columns, starts, n = _entries(codes)
-    labels = _as_columns(positive)
     order = np.lexsort((data, columns))
     rows, columns = rows[order], columns[order]
     zeros = n - np.diff(starts)
     ranks = _tied_ranks(data[order], columns) - starts[columns] + zeros[columns]
-    values = np.empty((len(zeros), labels.shape[1]))
-    for c in range(labels.shape[1]):
-        hit = labels[rows, c]
-        positives = int(labels[:, c].sum())
+
+    def one(positive: np.ndarray) -> np.ndarray:
+        hit, positives = positive[rows], int(positive.sum())
         at_zero = positives - np.bincount(columns[hit], minlength=len(zeros))
-        rank_sum = (
-            np.bincount(columns[hit], weights=ranks[hit], minlength=len(zeros)) + at_zero * (zeros + 1) / 2
-        )
+        rank_sum = np.bincount(columns[hit], weights=ranks[hit], minlength=len(zeros))
+        rank_sum = rank_sum + at_zero * (zeros + 1) / 2
         pairs = positives * (n - positives)
-        values[:, c] = (rank_sum - positives * (positives + 1) / 2) / pairs if pairs else np.nan
-    return values[:, 0] if np.ndim(positive) == 1 else values
+        return (rank_sum - positives * (positives + 1) / 2) / (pairs or np.nan)
+
+    return _by_column(one, positive)
 
 
 def best_thresholds(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
@@ -59,57 +54,50 @@ def best_thresholds(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
     Among equals the highest. NaN for a feature that never fires, and where there is no positive position.
     """
     data, rows, columns, starts, n = _entries(codes)
-    labels = _as_columns(positive)
     order = np.lexsort((-data, columns))
     data, rows, columns = data[order], rows[order], columns[order]
-    thresholds = np.full((len(starts) - 1, labels.shape[1]), np.nan)
-    if len(data) == 0:
-        return thresholds[:, 0] if np.ndim(positive) == 1 else thresholds
     # positions that this threshold and all higher ones admit
     taken = np.arange(len(data)) - starts[columns] + 1
     # a threshold admits all equal values
-    last = np.append((columns[1:] != columns[:-1]) | (data[1:] != data[:-1]), True)
+    last = np.append((columns[1:] != columns[:-1]) | (data[1:] != data[:-1]), True)[: len(data)]
     fires, first = np.unique(columns, return_index=True)
-    for c in range(labels.shape[1]):
-        if not labels[:, c].any():
-            continue
-        total = np.concatenate([[0], np.cumsum(labels[rows, c])])
-        hits = total[1:] - total[starts[columns]]
-        f1 = np.where(last, 2 * hits / (taken + labels[:, c].sum()), -1.0)
-        best = np.full(len(starts) - 1, np.nan)
-        best[fires] = np.maximum.reduceat(f1, first)
-        at = np.flatnonzero(f1 == best[columns])
-        which, index = np.unique(columns[at], return_index=True)
-        thresholds[which, c] = data[at[index]]
-    return thresholds[:, 0] if np.ndim(positive) == 1 else thresholds
+
+    def one(positive: np.ndarray) -> np.ndarray:
+        thresholds, best = np.full((2, len(starts) - 1), np.nan)
+        if positive.any() and len(data):
+            total = np.concatenate([[0], np.cumsum(positive[rows])])
+            f1 = np.where(last, 2 * (total[1:] - total[starts[columns]]) / (taken + positive.sum()), -1.0)
+            best[fires] = np.maximum.reduceat(f1, first)
+            at = np.flatnonzero(f1 == best[columns])
+            which, index = np.unique(columns[at], return_index=True)
+            thresholds[which] = data[at[index]]
+        return thresholds
+
+    return _by_column(one, positive)
 
 
 def precision_recall(
     codes: sparse.spmatrix, positive: np.ndarray, thresholds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall of "f >= threshold", shapes as for ``auroc``. NaN where nothing is predicted, or
-    nothing positive.
-
-    With a threshold of NaN nothing is predicted: recall is 0.
-    """
+    nothing positive. With a threshold of NaN nothing is predicted: recall is 0."""
     data, rows, columns, starts, n = _entries(codes)
-    labels = _as_columns(positive)
-    limits = np.asarray(thresholds, dtype=float).reshape(len(starts) - 1, -1)
-    precision, recall = np.full(limits.shape, np.nan), np.full(limits.shape, np.nan)
-    for c in range(labels.shape[1]):
-        predicted = data >= limits[columns, c]
+
+    def one(positive: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        predicted = data >= limits[columns]
         taken = np.bincount(columns[predicted], minlength=len(limits))
-        hits = np.bincount(columns[predicted], weights=labels[rows[predicted], c], minlength=len(limits))
-        precision[:, c] = np.divide(hits, taken, out=precision[:, c].copy(), where=taken > 0)
-        if positives := labels[:, c].sum():
-            recall[:, c] = hits / positives
-    return (precision[:, 0], recall[:, 0]) if np.ndim(positive) == 1 else (precision, recall)
+        hits = np.bincount(columns[predicted], weights=positive[rows[predicted]], minlength=len(limits))
+        return ratio(hits, taken), hits / (positive.sum() or np.nan)
+
+    return tuple(_by_column(one, positive, np.asarray(thresholds, dtype=float)))
 
 
-def _as_columns(positive: np.ndarray) -> np.ndarray:
-    """positive [n] or [n, C] as [n, C] booleans (n may be 0)."""
-    labels = np.asarray(positive, dtype=bool)
-    return labels[:, None] if labels.ndim == 1 else labels
+def _by_column(one: Callable[..., np.ndarray], positive: np.ndarray, *more: np.ndarray) -> np.ndarray:
+    """``one`` of positive [n] (and of ``more``), or of each column of [n, C], stacked along the last axis."""
+    positive = np.asarray(positive, dtype=bool)
+    if positive.ndim == 1:
+        return one(positive, *more)
+    return np.stack([one(*columns) for columns in zip(positive.T, *(x.T for x in more))], axis=-1)
 
 
 def _entries(codes: sparse.spmatrix) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
@@ -126,16 +114,12 @@ def _entries(codes: sparse.spmatrix) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def _tied_ranks(data: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Ranks 1.. of entries that are sorted by (column, value), counted through all columns; equal values of a
-    column share their mean.
-    """
+    column share their mean."""
     if len(data) == 0:
         return np.zeros(0)
     first = np.flatnonzero(np.append(True, (columns[1:] != columns[:-1]) | (data[1:] != data[:-1])))
     sizes = np.diff(np.append(first, len(data)))
     return np.repeat(first + (sizes + 1) / 2, sizes)
-
-
-# --- one score, with an interval ----------------------------------------------------------------------------
 
 
 def weighted_auroc(
@@ -151,13 +135,11 @@ def weighted_auroc(
 
 
 def _mann_whitney(up: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """AUROC from the weights of positives and negatives at every distinct score, in ascending order, [...,
-    scores] -> [...].
-    """
+    """AUROC from the weights of positives and negatives at every distinct score, ascending along the last
+    axis."""
     below = np.cumsum(down, axis=-1) - down / 2  # negatives below, and half of those at the same score
     pairs = up.sum(-1) * down.sum(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(pairs > 0, (up * below).sum(-1) / pairs, np.nan)
+    return ratio((up * below).sum(-1), pairs)
 
 
 def auroc_of(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -181,9 +163,7 @@ def auroc_resamples(
     n_groups = int(ids.max()) + 1
     # how many positives, and negatives, each document has at each score: a resample only weighs the documents
     at, shape = (tie.ravel(), ids), (len(values), n_groups)
-    up_of, down_of = (
-        sparse.csr_matrix((side.astype(float), at), shape=shape) for side in (positive, ~positive)
-    )
+    up_of, down_of = (sparse.csr_matrix((x.astype(float), at), shape=shape) for x in (positive, ~positive))
     draws, at_once = [], max(1, BOOT_CELLS // max(len(values), n_groups))
     samples = group_samples(n_groups, n_boot, seed)
     while part := list(islice(samples, at_once)):
@@ -192,17 +172,14 @@ def auroc_resamples(
     return np.concatenate(draws)
 
 
-# --- predictors that see one symbol -------------------------------------------------------------------------
-
-
 def symbol_scores(
     fit_symbols: np.ndarray, fit_positive: np.ndarray, symbols: np.ndarray, weight: float = 1.0
 ) -> np.ndarray:
-    """P(positive | symbol), from other data, for each of ``symbols`` (integers >= 0, token ids for instance),
-    [n].
+    """P(positive | symbol), from other data, for each of ``symbols`` [n] (integers >= 0, such as token ids):
+    the best that a predictor can do that sees only the symbol.
 
     Smoothed towards the overall rate p: (positives + weight p) / (count + weight), so that a symbol never
-    seen in the fit gets p. This is the best that a predictor can do that sees only the symbol.
+    seen in the fit gets p.
     """
     size = int(max(fit_symbols.max(initial=-1), symbols.max(initial=-1))) + 1
     counts = np.bincount(fit_symbols, minlength=size)
@@ -223,16 +200,13 @@ def token_r2(
     """
     size = int(max(fit_tokens.max(initial=-1), tokens.max(initial=-1))) + 1
     counts = np.bincount(tokens, minlength=size).astype(float)
-    means = sparse.diags_array(1 / np.maximum(np.bincount(fit_tokens, minlength=size), 1)) @ sum_by(
-        fit_tokens, fit_codes, size
+    inverse = sparse.diags_array(1 / np.maximum(np.bincount(fit_tokens, minlength=size), 1))
+    means, sums = inverse @ sum_by(fit_tokens, fit_codes, size), sum_by(tokens, codes, size)
+    squares, expected = (
+        _column_sums(codes.multiply(codes)),
+        sparse.diags_array(counts) @ means.multiply(means),
     )
-    sums = sum_by(tokens, codes, size)
-    squares = _column_sums(codes.multiply(codes))
-    error = (
-        squares
-        - 2 * _column_sums(means.multiply(sums))
-        + _column_sums(sparse.diags_array(counts) @ means.multiply(means))
-    )
+    error = squares - 2 * _column_sums(means.multiply(sums)) + _column_sums(expected)
     total = squares - _column_sums(codes) ** 2 / max(codes.shape[0], 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(total > 1e-12 * np.maximum(squares, 1e-300), 1 - error / total, np.nan)
@@ -246,12 +220,9 @@ def token_fires_auroc(
     features: Sequence[int],
 ) -> np.ndarray:
     """AUROC with which the current token's identity, fitted on other data, predicts that a feature fires; one
-    per ``features``.
-    """
-    size, features = (
-        int(max(fit_tokens.max(initial=-1), tokens.max(initial=-1))) + 1,
-        np.asarray(features, dtype=int),
-    )
+    per ``features``."""
+    features = np.asarray(features, dtype=int)
+    size = int(max(fit_tokens.max(initial=-1), tokens.max(initial=-1))) + 1
     fit_counts, counts = np.bincount(fit_tokens, minlength=size), np.bincount(tokens, minlength=size)
     fit_fired = sum_by(fit_tokens, sparse.csc_matrix(fit_codes)[:, features] > 0, size).toarray()
     fired = sum_by(tokens, sparse.csc_matrix(codes)[:, features] > 0, size).toarray()
@@ -262,9 +233,7 @@ def token_fires_auroc(
 
 
 def sum_by(symbols: np.ndarray, codes: sparse.spmatrix, size: int) -> sparse.csr_matrix:
-    """Sum of the rows of codes [n, F] for every symbol 0 .. size - 1 -> [size, F]; negative symbols are left
-    out.
-    """
+    """Sum of the rows of codes [n, F] for every symbol 0 .. size - 1 -> [size, F], without negative ones."""
     keep = np.flatnonzero(symbols >= 0)
     which = sparse.csr_matrix((np.ones(len(keep)), (symbols[keep], keep)), shape=(size, len(symbols)))
     return sparse.csr_matrix(which @ codes.astype(np.float64))

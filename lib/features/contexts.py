@@ -1,9 +1,5 @@
 """Features to look at: the texts in which they are most active, a profile of what they fall on, and a map of
-them all.
-
-``lib.features.table`` computes; this module shows. Texts are shaded by activation, so that a reader can judge
-a label instead of believing it.
-"""
+them all. Texts are shaded by activation, so that a reader can judge a label instead of believing it."""
 
 from __future__ import annotations
 
@@ -14,6 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from scipy import sparse
 from transformers import PreTrainedTokenizerBase
 
 from ..activations.store import Store
@@ -32,21 +29,23 @@ def top_contexts(
     store: Store, coded: SplitCodes, tokenizer: PreTrainedTokenizerBase, features: Sequence[int], n: int = 8
 ) -> pd.DataFrame:
     """The ``n`` strongest activations of each feature, one per document: columns ``COLUMNS``, sorted by
-    feature and rank.
-
-    ``row`` is the token's number in the store, ``label`` that of its sentence, ``text`` some words around it
-    with the token in «». Of equal activations the earlier one counts.
-    """
+    feature and rank. ``row`` is the token's number in the store, ``label`` that of its sentence, ``text``
+    some words around it with the token in «»."""
     columns, lines = coded.codes.tocsc(), []
     for feature in features:
-        span = slice(columns.indptr[feature], columns.indptr[feature + 1])
-        tokens, values = coded.rows[columns.indices[span]], columns.data[span]
-        for rank, i in enumerate(strongest(tokens, values, store.documents, n), 1):
-            row = int(tokens[i])
+        rows, values = firings(coded.rows, columns, feature)
+        for rank, i in enumerate(strongest(rows, values, store.documents, n), 1):
+            row = int(rows[i])
             label, text = int(store.labels["label"][row]), _text(store, tokenizer, row)
             place = int(feature), rank, row, int(store.documents[row]), int(store.positions[row])
             lines.append((*place, float(values[i]), LABELS[label] if label >= 0 else "", text))
     return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def firings(rows: np.ndarray, columns: sparse.csc_matrix, feature: int) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers in the store, activations) where a feature fires; ``columns`` [n, F]: codes at ``rows``."""
+    span = slice(columns.indptr[feature], columns.indptr[feature + 1])
+    return rows[columns.indices[span]], columns.data[span]
 
 
 def strongest(tokens: np.ndarray, values: np.ndarray, documents: np.ndarray, n: int) -> np.ndarray:
@@ -69,21 +68,16 @@ def _text(store: Store, tokenizer: PreTrainedTokenizerBase, row: int) -> str:
     return " ".join(f"«{w}»" if r == row else w for r, w in zip(rows, words))
 
 
-def activations_at(coded: SplitCodes, rows: np.ndarray, feature: int) -> np.ndarray:
-    """Activation of one feature at rows of the store; 0 at rows without codes (masked tokens)."""
-    place = np.minimum(np.searchsorted(coded.rows, rows), len(coded.rows) - 1)
-    values = coded.codes[place][:, [feature]].toarray().ravel()
-    return np.where(coded.rows[place] == rows, values, 0.0)
+def activations_at(fires: np.ndarray, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Activation of a feature at rows of the store, from its ``firings``; 0 elsewhere."""
+    activations = np.zeros(len(rows), np.float32)
+    _, at, place = np.intersect1d(rows, fires, assume_unique=True, return_indices=True)
+    activations[at] = values[place]
+    return activations
 
 
 def contexts_html(
-    store: Store,
-    coded: SplitCodes,
-    tokenizer: PreTrainedTokenizerBase,
-    contexts: pd.DataFrame,
-    feature: int,
-    before: int = BEFORE,
-    after: int = AFTER,
+    store: Store, coded: SplitCodes, tokenizer: PreTrainedTokenizerBase, contexts: pd.DataFrame, feature: int
 ):
     """The top contexts of a feature as HTML, one line each, tokens shaded on one scale; hover shows the
     activation."""
@@ -92,11 +86,11 @@ def contexts_html(
     own = contexts[contexts["feature"] == feature].sort_values("rank")
     if own.empty:
         return HTML(f"<p>Feature {feature} never fires on these tokens: it has no contexts.</p>")
-    lines = []
+    lines, fires = [], firings(coded.rows, coded.codes.tocsc(), feature)
     for context in own.itertuples():
-        rows = window(store, context.row, before, after)
+        rows = window(store, context.row)
         words = tokenizer.convert_ids_to_tokens(store.tokens[rows].tolist())
-        shaded = shaded_tokens(words, activations_at(coded, rows, feature), maximum=own["activation"].max())
+        shaded = shaded_tokens(words, activations_at(*fires, rows), maximum=own["activation"].max())
         label = html.escape(context.label if isinstance(context.label, str) else "")
         note = f'<span style="{NOTE}">{context.activation:.2f} {label}</span>'
         lines.append(f'<div style="{LINE}">{note}{shaded.data}</div>')
@@ -113,8 +107,7 @@ def headline(table: pd.DataFrame, feature: int) -> str:
 
 
 def profile(store: Store, coded: SplitCodes, feature: int) -> pd.DataFrame:
-    """Where a feature's activation falls: columns panel, label, activation and tokens (shares of all there is
-    of either).
+    """Where a feature's activation falls: columns panel, label, activation and tokens (shares of all).
 
     Panel "in a sentence of" counts every token by its own sentence, "before a sentence of" only sentence ends
     in traces.
@@ -147,7 +140,7 @@ def profile_figure(store: Store, coded: SplitCodes, table: pd.DataFrame, feature
 
 
 def map_of_features(
-    crosscoder: CrossCoder, table: pd.DataFrame, n: int = 3000, seed: int = 0, neighbours: int = 15
+    crosscoder: CrossCoder, table: pd.DataFrame, n: int = 3000, seed: int = 0
 ) -> pd.DataFrame:
     """UMAP of the alive features' decoder rows: feature, x, y, nrn, label, top_token; empty where fewer than
     ten features are alive. Only neighbourhoods mean something: axes have no unit.
@@ -174,8 +167,7 @@ def map_of_features(
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     import umap  # here: its first import compiles for half a minute
 
-    neighbours = min(neighbours, len(alive) - 1)
     options = dict(metric="cosine", min_dist=0.1, n_jobs=1, random_state=seed)
-    places = umap.UMAP(n_neighbors=neighbours, **options).fit_transform(vectors)
+    places = umap.UMAP(n_neighbors=min(15, len(alive) - 1), **options).fit_transform(vectors)
     frame = alive[["feature", "nrn", "label", "top_token"]]
     return frame.assign(x=places[:, 0], y=places[:, 1]).reset_index(drop=True)

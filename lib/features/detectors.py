@@ -29,42 +29,18 @@ from .. import stats
 from ..activations.positions import is_category, positions
 from ..activations.store import Store
 from ..crosscoder.codes import SplitCodes, encoder_share
-from ..crosscoder.model import CrossCoder
 from ..labels import DETECTED, LABELS
 from ..results import Results
 from . import auroc
-from .table import Inspection, RunInspection, category_features
+from .table import Inspection, category_features
 
-DETECTOR_COLUMNS = [
-    "category",
-    "feature",
-    "predictor",
-    "auroc",
-    "low",
-    "high",
-    "gain",
-    "gain_low",
-    "gain_high",
-    "positives",
-    "n",
-]
-WORD_COLUMNS = [
-    "category",
-    "feature",
-    "words",
-    "inside",
-    "outside",
-    "auroc",
-    "low",
-    "high",
-    "inside_n",
-    "outside_n",
-]
+DETECTOR_COLUMNS = ["category", "feature", "predictor", "auroc", "low", "high"]
+DETECTOR_COLUMNS += ["gain", "gain_low", "gain_high", "positives", "n"]
+WORD_COLUMNS = ["category", "feature", "words", "inside", "outside", "auroc", "low", "high"]
+WORD_COLUMNS += ["inside_n", "outside_n"]
 
 
 def detectors(
-    crosscoder: CrossCoder,
-    store: Store,
     inspection: Inspection,
     chosen: Mapping[str, int],
     n_boot: int = 1000,
@@ -84,7 +60,7 @@ def detectors(
 
     ``controls=False``: the features only.
     """
-    rows = []
+    store, rows = inspection.store, []
     for c, feature in chosen.items():
         for where, suffix in (("before", ""), ("marker", ", marker")):
             fit_index, fit_labels = positions(store, inspection.choose.rows, where)
@@ -98,22 +74,19 @@ def detectors(
             if controls and where == "before":
                 kind, fit_kind = (store.labels["label"][t].astype(int) + 1 for t in (tokens, fit_tokens))
                 scores["sentence only"] = auroc.symbol_scores(fit_kind, fit_positive, kind)
-                shares = encoder_share(crosscoder, store, tokens, [feature])
+                shares = encoder_share(inspection.crosscoder, store, tokens, [feature])
                 scores |= {f"{model} alone": share[:, 0] for model, share in shares.items()}
                 probes = probe(store, fit_tokens, fit_positive, tokens)
                 scores |= {f"probe of {model}": score for model, score in probes.items()}
-            value = {name: auroc.auroc_of(score, positive) for name, score in scores.items()}
-            draws = {
-                name: auroc.auroc_resamples(score, positive, store.documents[tokens], n_boot, seed)
-                for name, score in scores.items()
-            }
-            for name in scores:
-                row = {"category": c, "feature": feature, "predictor": name + suffix, "auroc": value[name]}
-                row["low"], row["high"] = stats.interval(draws[name])
-                if name != "feature":
-                    row["gain"] = value["feature"] - value[name]
-                    row["gain_low"], row["gain_high"] = stats.interval(draws["feature"] - draws[name])
-                rows.append(row | {"positives": int(positive.sum()), "n": len(positive)})
+            for name, score in scores.items():  # the feature comes first
+                value = auroc.auroc_of(score, positive)
+                draws = auroc.auroc_resamples(score, positive, store.documents[tokens], n_boot, seed)
+                if name == "feature":
+                    best, best_draws, gain = value, draws, (np.nan, np.nan, np.nan)
+                else:
+                    gain = (best - value, *stats.interval(best_draws - draws))
+                row = (c, feature, name + suffix, value, *stats.interval(draws), *gain)
+                rows.append((*row, int(positive.sum()), len(positive)))
     return pd.DataFrame(rows, columns=DETECTOR_COLUMNS)
 
 
@@ -121,10 +94,7 @@ def probe(
     store: Store, fit_rows: np.ndarray, fit_positive: np.ndarray, rows: np.ndarray
 ) -> dict[str, np.ndarray]:
     """{model: score [n] of ``rows``}: logistic regression on each model's standardised activation, L2 penalty
-    C = 0.1.
-
-    All scores are 0 where the fit has only one kind of position.
-    """
+    C = 0.1; all 0 where the fit has only one kind of position."""
     from sklearn.exceptions import ConvergenceWarning  # here: opening a store does not load scikit-learn
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -143,18 +113,12 @@ def probe(
     return scores
 
 
-def shuffled_detectors(
-    store: Store, inspection: Inspection, nrn_over: float = 0.5, seed: int = 0
-) -> dict[str, float]:
-    """The null for "the best of a thousand": the same choice, with the labels of the positions shuffled.
-    {category: AUROC on report}.
-
-    The shuffled labels of choose pick the best feature before a sentence, those of report judge it: 0.5 but
-    for chance.
-    """
+def shuffled_detectors(inspection: Inspection, nrn_over: float = 0.5, seed: int = 0) -> dict[str, float]:
+    """The null for "the best of a thousand": {category: AUROC on report} of the same choice, with the labels
+    of the positions of both splits shuffled: 0.5 but for chance."""
     rng, aurocs, table = np.random.default_rng(seed), [], inspection.table
     for coded in (inspection.choose, inspection.report):
-        index, labels = positions(store, coded.rows, "before")
+        index, labels = positions(inspection.store, coded.rows, "before")
         aurocs.append(auroc.auroc(coded.codes[index], is_category(rng.permutation(labels))))
     usable = (table["alive"] & (table["frequency_choose"] > 0) & (table["nrn"] > nrn_over)).to_numpy()
     if not usable.any():
@@ -188,11 +152,8 @@ def word_or_function(
     return pd.DataFrame(rows, columns=WORD_COLUMNS)
 
 
-# --- numbers for the results file ---------------------------------------------------------------------------
-
-
 def record(
-    results: Results, inspection: RunInspection, nrn_over: float = 0.5, n_boot: int = 1000, seed: int = 0
+    results: Results, inspection: Inspection, nrn_over: float = 0.5, n_boot: int = 1000, seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float]]:
     """E3 of the chosen features, put into ``results``: (``detectors``, a row per chosen feature,
     ``shuffled_detectors``).
@@ -201,8 +162,8 @@ def record(
     Tables e3, e3_chosen.
     """
     table, chosen = inspection.table, inspection.chosen
-    tests = detectors(inspection.crosscoder, inspection.store, inspection, chosen, n_boot, seed)
-    null = shuffled_detectors(inspection.store, inspection, nrn_over, seed)
+    tests = detectors(inspection, chosen, n_boot, seed)
+    null = shuffled_detectors(inspection, nrn_over, seed)
     rows = {(row.category, row.predictor): row for row in tests.itertuples()}
     names = {"auroc": "feature", "token_only_auroc": "token only", "sentence_only_auroc": "sentence only"}
     names["auroc_marker"] = "feature, marker"
@@ -215,53 +176,39 @@ def record(
             _add_auroc(results, f"{name}_{c}", rows.get((c, predictor)))
         results.add(f"null_auroc_{c}", null[c])
     results.table("e3", tests.round(4))
-    columns = ["feature", "nrn", "nrn_p2", "frequency", "label", "token_r2"]
-    by_category = pd.DataFrame(
-        [
-            {
-                "category": c,
-                **table.loc[f, columns],
-                **{x: table.at[f, f"{x}_{c}"] for x in ("auroc", "precision", "recall", "threshold")},
-                "positives": rows[c, "feature"].positives,
-            }
-            for c, f in chosen.items()
-        ]
-    )
+    by_category = pd.DataFrame({"category": list(chosen)})
+    for name in ("feature", "nrn", "nrn_p2", "frequency", "label", "token_r2"):
+        by_category[name] = table.loc[list(chosen.values()), name].to_numpy()
+    for name in ("auroc", "precision", "recall", "threshold"):
+        by_category[name] = [table.at[f, f"{name}_{c}"] for c, f in chosen.items()]
+    by_category["positives"] = [rows[c, "feature"].positives for c in chosen]
     results.table("e3_chosen", by_category.round(4))
     return tests, by_category, null
 
 
 def record_of_any_nrn(
-    results: Results, inspection: RunInspection, n_boot: int = 1000, seed: int = 0
+    results: Results, inspection: Inspection, n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """The best feature of each category among those of any NRN, beside the chosen one, put into ``results``:
     metrics any_nrn_<c>, any_nrn_auroc_<c>. A row per category."""
-    table, alive = inspection.table, inspection.alive
+    table, alive, lines = inspection.table, inspection.alive, []
     best = category_features(table, nrn_over=-1)
-    tests = detectors(inspection.crosscoder, inspection.store, inspection, best, n_boot, seed, controls=False)
+    tests = detectors(inspection, best, n_boot, seed, controls=False)
     rows = {row.category: row for row in tests.itertuples() if row.predictor == "feature"}
     for c in DETECTED:
+        nrn = table["nrn"][best[c]] if c in best else np.nan
         _add_auroc(results, f"any_nrn_auroc_{c}", rows.get(c))
-        results.add(f"any_nrn_{c}", table["nrn"][best[c]] if c in best else np.nan)
-    return pd.DataFrame(
-        [
-            {
-                "category": c,
-                "distilled-side feature": inspection.chosen.get(c, -1),
-                "its NRN": results.metrics[f"nrn_{c}"]["value"],
-                "its AUROC": results.text(f"auroc_{c}"),
-                "best of any NRN": f,
-                "NRN": table["nrn"][f],
-                "AUROC": results.text(f"any_nrn_auroc_{c}"),
-                "features above 0.9": int((alive[f"auroc_{c}"] > 0.9).sum()),
-            }
-            for c, f in best.items()
-        ]
-    )
+        results.add(f"any_nrn_{c}", nrn)
+        if c in best:
+            chosen = inspection.chosen.get(c, -1), results.metrics[f"nrn_{c}"]["value"]
+            rival = best[c], nrn, results.text(f"any_nrn_auroc_{c}"), int((alive[f"auroc_{c}"] > 0.9).sum())
+            lines.append((c, *chosen, results.text(f"auroc_{c}"), *rival))
+    names = ["category", "distilled-side feature", "its NRN", "its AUROC", "best of any NRN", "NRN", "AUROC"]
+    return pd.DataFrame(lines, columns=[*names, "features above 0.9"])
 
 
 def record_markers(
-    results: Results, inspection: RunInspection, markers: Mapping[str, int], n_boot: int = 1000, seed: int = 0
+    results: Results, inspection: Inspection, markers: Mapping[str, int], n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """``word_or_function`` of the features that are best at first tokens, put into ``results``: metrics
     marker_feature_auroc_<c> (against other first tokens), same_word_auroc_<c>; table e3_marker. A row per

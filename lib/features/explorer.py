@@ -4,10 +4,6 @@
     explore.view(17)                           # (figure, HTML): the same without a kernel
     explore.widget()                           # a table, filters, a number to type; arrow keys in "Row"
 
-Of a feature it shows NRN among all others, what each model's activation contributes where it fires, its place
-in the map, the texts in which it is strongest (shaded by activation, and below by which of the models it
-comes from), its label with the evidence, and its nearest features.
-
 **Large dictionaries.** Activations are kept on disk by feature (compressed columns as memory-mapped arrays),
 and a feature's are read when it is asked for: nothing grows with the dictionary but one table of numbers
 (``benchmarks/explorer.py``). Whatever comes from a text is escaped.
@@ -30,13 +26,13 @@ from transformers import PreTrainedTokenizerBase
 from ..activations.store import Store
 from ..crosscoder.codes import SplitCodes, encoder_share
 from ..crosscoder.model import CrossCoder, check_feature
-from ..figures import COLOURS, PLOTLY_MIME, shaded_tokens, summary
+from ..figures import COLOURS, PLOTLY_MIME, faded, shaded_tokens, summary
 from ..labels import CATEGORIES
 from ..results import read_part
 from ..runs import Run, fingerprint, kept, kept_table
 from ..settings import UserError, check
-from .contexts import AFTER, BEFORE, headline, map_of_features, strongest, window
-from .table import RunInspection, inspect_run
+from .contexts import activations_at, headline, map_of_features, strongest, window
+from .table import Inspection, inspect_run
 
 ARRAYS = ("bounds", "rows", "values")  # of ``Columns``
 PAGE = 200  # rows of the table at a time
@@ -53,14 +49,10 @@ SORTS = {
 }
 
 
-# --- activations by feature, on disk ------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Columns:
     """Activations by feature: ``bounds`` [F + 1], ``rows`` [nnz] numbers in the store, sorted, and ``values``
-    [nnz]; memory-mapped.
-    """
+    [nnz]; memory-mapped."""
 
     bounds: np.ndarray
     rows: np.ndarray
@@ -78,9 +70,8 @@ class Columns:
                 np.save(folder / f"{name}.npy", array, allow_pickle=False)
 
         def read(folder: Path) -> Columns:
-            return cls(
-                *(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS)
-            )
+            files = (folder / f"{name}.npy" for name in ARRAYS)
+            return cls(*(np.load(file, mmap_mode="r", allow_pickle=False) for file in files))
 
         return kept(folder, fingerprint("columns", source), write, read, features=coded.codes.shape[1])
 
@@ -91,11 +82,7 @@ class Columns:
 
     def at(self, feature: int, rows: np.ndarray) -> np.ndarray:
         """Its activation at rows of the store; 0 where it does not fire."""
-        fires, values = self.of(feature)
-        if not len(fires):
-            return np.zeros(len(rows), np.float32)
-        place = np.minimum(np.searchsorted(fires, rows), len(fires) - 1)
-        return np.where(fires[place] == rows, values[place], 0.0)
+        return activations_at(*self.of(feature), rows)
 
     def strongest(self, feature: int, documents: np.ndarray, n: int) -> list[tuple[int, float]]:
         """The ``n`` strongest activations, (row, value), one per document; of equal ones the earlier."""
@@ -103,13 +90,10 @@ class Columns:
         return [(int(rows[i]), float(values[i])) for i in strongest(rows, values, documents, n)]
 
 
-# --- the explorer -------------------------------------------------------------------------------------------
-
-
 class Explorer:
-    """See the module. ``table``: one row per feature (``features.feature_table``); ``columns``: activations
-    of the report split.
-    """
+    """See the module. ``table``: one row per feature (``table.feature_table``); ``columns``: activations of
+    the report split. Shown if they are there: ``places``, feature, x, y of a map; ``stability``, feature,
+    stability of the study's part "seeds"; ``named``, feature and label, from a language model."""
 
     def __init__(
         self,
@@ -122,22 +106,18 @@ class Explorer:
         stability: pd.DataFrame | None = None,
         named: pd.DataFrame | None = None,
     ):
-        """``places``: feature, x, y of a map; ``stability``: feature, stability of the study's part "seeds";
-        ``named``: feature, label and more, from a language model. All three are shown if they are there."""
         self.crosscoder, self.store, self.columns, self.tokenizer = crosscoder, store, columns, tokenizer
-        self.places, table = places, table.reset_index(drop=True)
-        if stability is None:
-            self.table = table.assign(stability=np.nan)
-        else:
-            self.table = table.join(stability.set_index("feature")["stability"], on="feature")
+        self.places, self.table = places, table.reset_index(drop=True)
+        by_feature = (
+            pd.Series(dtype=float) if stability is None else stability.set_index("feature")["stability"]
+        )
+        self.table = self.table.assign(stability=self.table["feature"].map(by_feature))
         self.named = {} if named is None else {int(row["feature"]): row for row in named.to_dict("records")}
         self.labels = sorted({str(x) for x in self.table["label"] if isinstance(x, str) and x})
         self._model, self._reference = crosscoder.names[-1], crosscoder.names[0]
         alive = self.table["alive"].astype(bool)
         self._heights, self._edges = np.histogram(self.table.loc[alive, "nrn"], bins=60, range=(0, 1))
         self._norms = crosscoder.W_dec.detach().norm(dim=1).clamp(min=1e-12)
-
-    # --- the table ------------------------------------------------------------------------------------------
 
     def select(
         self,
@@ -150,10 +130,7 @@ class Explorer:
         descending: bool = True,
     ) -> pd.DataFrame:
         """Rows of the table that pass, sorted: a label or "" for all, a range of NRN, least frequency, least
-        stability, alive only.
-
-        ``sort`` is one of ``SORTS``; what has no number comes last. UserError for anything else.
-        """
+        stability, alive only. ``sort`` is one of ``SORTS``; what has no number comes last."""
         check("sort", sort, choices=tuple(SORTS))
         low, high = check("nrn", list(nrn), list, low=0, high=1)
         table, column = self.table, SORTS[sort]
@@ -162,12 +139,9 @@ class Explorer:
                 f"the table has no {sort}: this pair's text has no labels, or that part was not computed"
             )
         passes = table["nrn"].between(low, high) & (table["frequency"].fillna(0) >= frequency)
-        if alive:
-            passes &= table["alive"].astype(bool)
-        if label:
-            passes &= table["label"] == label
-        if stable > 0:
-            passes &= table["stability"] >= stable
+        passes &= table["alive"].astype(bool) | (not alive)
+        passes &= (table["label"] == label) | (label == "")
+        passes &= (table["stability"] >= stable) | (stable <= 0)
         order = dict(ascending=[not descending, True], na_position="last", kind="stable")
         return table[passes].sort_values([column, "feature"], **order)
 
@@ -180,12 +154,9 @@ class Explorer:
             for r, c in zip(rows.itertuples(), cosine)
         ]
 
-    # --- one feature ----------------------------------------------------------------------------------------
-
     def view(self, feature: int, n: int = 6) -> tuple[go.Figure, object]:
         """(figure, ``IPython.display.HTML``) of a feature with ``n`` contexts. UserError for a number that
-        does not exist.
-        """
+        does not exist."""
         from IPython.display import HTML
 
         check_feature(self.crosscoder, feature)
@@ -221,58 +192,48 @@ class Explorer:
         self._add_contributions(fig, feature)
         if mapped:
             self._add_map(fig, feature)
-        fig.update_layout(
-            title=headline(self.table, feature), width=330 * len(titles), height=340, margin_t=90
-        )
-        return fig.update_layout(legend=dict(orientation="h", y=-0.3))
+        size = dict(width=330 * len(titles), height=340, margin_t=90)
+        legend = dict(orientation="h", y=-0.3)
+        return fig.update_layout(title=headline(self.table, feature), legend=legend, **size)
 
     def _add_nrn(self, fig: go.Figure, feature: int) -> None:
-        fig.add_bar(
-            x=(self._edges[1:] + self._edges[:-1]) / 2,
-            y=np.sqrt(self._heights),
-            marker_color=COLOURS["null"],
-            showlegend=False,
-            customdata=self._heights,
-            hovertemplate="NRN %{x:.2f}: %{customdata} features<extra></extra>",
-            row=1,
-            col=1,
+        panel, look = dict(row=1, col=1), dict(marker_color=COLOURS["null"], showlegend=False)
+        hover = dict(
+            customdata=self._heights, hovertemplate="NRN %{x:.2f}: %{customdata} features<extra></extra>"
         )
+        middles = (self._edges[1:] + self._edges[:-1]) / 2
+        fig.add_bar(x=middles, y=np.sqrt(self._heights), **look, **hover, **panel)
         nrn = float(self.table.iloc[feature]["nrn"])
-        fig.add_vline(nrn, line_color=COLOURS["distilled"], line_width=3, row=1, col=1)
+        fig.add_vline(nrn, line_color=COLOURS["distilled"], line_width=3, **panel)
         ticks = [0, 1, 4, 16, 64, 256, 1024, 4096]
         axis = dict(tickvals=np.sqrt(ticks), ticktext=list(map(str, ticks)), title_text="features")
-        fig.update_yaxes(**axis, row=1, col=1)
-        fig.update_xaxes(title_text="0 base only, 1 distilled only", row=1, col=1)
+        fig.update_yaxes(**axis, **panel).update_xaxes(title_text="0 base only, 1 distilled only", **panel)
 
     def _add_contributions(self, fig: go.Figure, feature: int) -> None:
-        rows, _ = self.columns.of(feature)
+        panel, (rows, _) = dict(row=1, col=2), self.columns.of(feature)
         if len(rows) > SAMPLE:
             rows = np.sort(np.random.default_rng(feature).choice(rows, SAMPLE, replace=False))
         if len(rows):
             shares = self.contributions(feature, rows)
             edges = np.histogram_bin_edges(np.concatenate(list(shares.values())), bins=40)
             for name, values in shares.items():
-                role = "distilled" if name == self._model else "base"
-                dash = "solid" if name == self._model else "dot"
+                role, dash = ("distilled", "solid") if name == self._model else ("base", "dot")
                 line = dict(shape="hvh", dash=dash, color=COLOURS.get(name, COLOURS[role]))
                 x, y = (edges[1:] + edges[:-1]) / 2, np.histogram(values, edges)[0] / len(rows)
-                fig.add_scatter(x=x, y=y, mode="lines", name=name, line=line, row=1, col=2)
-        fig.update_xaxes(title_text="above its mean, in the units of the activation", row=1, col=2)
-        fig.update_yaxes(title_text="share of tokens", tickformat=".0%", row=1, col=2)
+                fig.add_scatter(x=x, y=y, mode="lines", name=name, line=line, **panel)
+        fig.update_xaxes(title_text="above its mean, in the units of the activation", **panel)
+        fig.update_yaxes(title_text="share of tokens", tickformat=".0%", **panel)
 
     def _add_map(self, fig: go.Figure, feature: int) -> None:
         few = len(self.places) <= POINTS
         background = self.places if few else self.places.sample(POINTS, random_state=0)
-        here = self.places[self.places["feature"] == feature]
-        marks = (
-            (background, dict(size=4, color=COLOURS["null"])),
-            (here, dict(size=13, symbol="x", color=COLOURS["distilled"])),
-        )
-        look = dict(mode="markers", showlegend=False, hoverinfo="text", row=1, col=3)
-        for points, marker in marks:
-            names = [f"feature {f}" for f in points["feature"]]
-            fig.add_scatter(x=points["x"], y=points["y"], marker=marker, hovertext=names, **look)
-        fig.update_xaxes(visible=False, row=1, col=3).update_yaxes(visible=False, row=1, col=3)
+        here, panel = self.places[self.places["feature"] == feature], dict(row=1, col=3)
+        here_look = dict(size=13, symbol="x", color=COLOURS["distilled"])
+        for points, marker in ((background, dict(size=4, color=COLOURS["null"])), (here, here_look)):
+            hover = dict(hoverinfo="text", hovertext=[f"feature {f}" for f in points["feature"]])
+            look = dict(mode="markers", showlegend=False, marker=marker, **hover)
+            fig.add_scatter(x=points["x"], y=points["y"], **look, **panel)
+        fig.update_xaxes(visible=False, **panel).update_yaxes(visible=False, **panel)
 
     def _evidence(self, feature: int) -> str:
         row = self.table.iloc[feature]
@@ -280,24 +241,20 @@ class Explorer:
         def number(name: str, form: str) -> str | None:
             return format(row[name], form) if name in row and pd.notna(row[name]) else None
 
-        facts = [
-            ("NRN", number("nrn", ".3f")),
-            ("fires on", number("frequency", ".2%")),
-            ("explained by the token alone (R²)", number("token_r2", ".2f")),
-            ("ν_ε", number("nu_eps", ".2f")),
-            ("comes back with other seeds (cosine)", number("stability", ".2f")),
-            *((f"AUROC before {c}", number(f"auroc_{c}", ".2f")) for c in CATEGORIES),
-        ]
-        shown = "; ".join(f"{name} <b>{value}</b>" for name, value in facts if value is not None)
+        facts = {
+            "NRN": number("nrn", ".3f"),
+            "fires on": number("frequency", ".2%"),
+            "explained by the token alone (R²)": number("token_r2", ".2f"),
+            "ν_ε": number("nu_eps", ".2f"),
+            "comes back with other seeds (cosine)": number("stability", ".2f"),
+            **{f"AUROC before {c}": number(f"auroc_{c}", ".2f") for c in CATEGORIES},
+        }
+        shown = "; ".join(f"{name} <b>{value}</b>" for name, value in facts.items() if value is not None)
         text = f"<p>{shown}.</p><p>By rule: <b>{html.escape(str(row['label']) or 'no label')}</b>"
-        if number("label_share", ".0%"):
-            text += (
-                f" ({number('label_share', '.0%')} of its activation, {number('enrichment', '.1f')} times its"
-                " share of tokens)"
-            )
-        if feature in self.named:
-            entry = self.named[feature]
-            text += f". By a language model: <b>{html.escape(str(entry.get('label', '')))}</b>"
+        if share := number("label_share", ".0%"):
+            text += f" ({share} of its activation, {number('enrichment', '.1f')} times its share of tokens)"
+        if name := self.named.get(feature):
+            text += f". By a language model: <b>{html.escape(str(name.get('label', '')))}</b>"
         near = ", ".join(f"{f} ({c:.2f})" for f, c in self.nearest(feature, 5))
         return text + f". Nearest by decoder rows (cosine): {near}.</p>"
 
@@ -306,7 +263,7 @@ class Explorer:
         if not contexts:
             return "<p>It never fires on these tokens.</p>"
         for row, value in contexts:
-            rows = window(self.store, row, BEFORE, AFTER)
+            rows = window(self.store, row)
             words = self.tokenizer.convert_ids_to_tokens(self.store.tokens[rows].tolist())
             joint = shaded_tokens(words, self.columns.at(feature, rows), maximum=contexts[0][1]).data
             shares = self.contributions(feature, rows)
@@ -314,9 +271,9 @@ class Explorer:
             most = max(float(np.abs(gap).max()), 1e-9)
             by_model = " ".join(_underlined(w, g / most, f"{g:+.3g}") for w, g in zip(words, gap))
             lines.append(
-                '<div style="display:flex;white-space:nowrap;font-family:monospace"><span'
-                f' style="min-width:4em;color:#555">{value:.2f}</span><div>{joint}<div'
-                f' style="line-height:1.7">{by_model}</div></div></div>'
+                '<div style="display:flex;white-space:nowrap;font-family:monospace">'
+                f'<span style="min-width:4em;color:#555">{value:.2f}</span>'
+                f'<div>{joint}<div style="line-height:1.7">{by_model}</div></div></div>'
             )
         one, other = (_underlined(name, sign) for sign, name in ((1, self._model), (-1, self._reference)))
         explained = (
@@ -324,8 +281,6 @@ class Explorer:
             " numbers."
         )
         return f'<p style="color:#555">{explained}</p><div style="overflow-x:auto">{"".join(lines)}</div>'
-
-    # --- widget ---------------------------------------------------------------------------------------------
 
     def widget(self, first: int | None = None):
         """An ipywidgets box. Everything has a name for screen readers, and everything is reached by keys.
@@ -337,31 +292,26 @@ class Explorer:
         import ipywidgets as w
 
         style = {"description_width": "initial"}
-        small, field = (
-            {"style": style, "layout": {"width": "9em"}},
-            {"style": style, "layout": {"width": "14em"}},
-        )
+        small, field = ({"style": style, "layout": {"width": width}} for width in ("9em", "14em"))
         at_once = {"continuous_update": False}
-        sorts, labels = (
-            [s for s, c in SORTS.items() if c in self.table],
-            [(name, name) for name in self.labels],
-        )
+        sorts = [sort for sort, column in SORTS.items() if column in self.table]
+        labels = [("any label", ""), *((name, name) for name in self.labels)]
         sort = w.Dropdown(options=sorts, value="NRN", description="Sort by", style=style)
         directions = [("highest first", True), ("lowest first", False)]
         order = w.ToggleButtons(options=directions, style={"button_width": "8em"})
-        label = w.Dropdown(options=[("any label", ""), *labels], description="Label", style=style)
+        label = w.Dropdown(options=labels, description="Label", style=style)
+        zero_to_one = {"min": 0, "max": 1}
         nrn = w.FloatRangeSlider(
-            value=(0, 1), min=0, max=1, step=0.01, description="NRN", style=style, **at_once
+            value=(0, 1), step=0.01, description="NRN", style=style, **zero_to_one, **at_once
         )
-        least = {"value": 0, "min": 0, "max": 1, **field}
+        least = {"value": 0, **zero_to_one, **field}
         frequency = w.BoundedFloatText(step=0.001, description="Fires on at least", **least)
-        stable = w.BoundedFloatText(step=0.1, description="Comes back at least", **least)
-        stable.disabled = bool(self.table["stability"].isna().all())
+        unknown = bool(self.table["stability"].isna().all())
+        stable = w.BoundedFloatText(step=0.1, description="Comes back at least", disabled=unknown, **least)
         page = w.BoundedIntText(value=1, min=1, max=1, description="Page", **small)
         row = w.BoundedIntText(value=1, min=1, max=1, description="Row", **small, **at_once)
-        number = w.BoundedIntText(
-            min=0, max=self.crosscoder.n_features - 1, description="Feature number", **field, **at_once
-        )
+        last = self.crosscoder.n_features - 1
+        number = w.BoundedIntText(min=0, max=last, description="Feature number", **field, **at_once)
         near = w.Dropdown(options=[("nearest features", -1)], description="Go to", style=style)
         count, output = w.HTML(), w.Output()
         table = w.Select(rows=12, description="", layout={"width": "auto"})
@@ -394,12 +344,10 @@ class Explorer:
             near.value = -1
             busy["on"] = False
             figure, text = self.view(feature)
-            bundles = [
-                {"text/html": text.data, "text/plain": headline(self.table, feature)},
-                {PLOTLY_MIME: json.loads(figure.to_json()), "text/plain": summary(figure)},
-            ]
+            written = {"text/html": text.data, "text/plain": headline(self.table, feature)}
+            drawn = {PLOTLY_MIME: json.loads(figure.to_json()), "text/plain": summary(figure)}
             output.outputs = tuple(
-                {"output_type": "display_data", "data": bundle, "metadata": {}} for bundle in bundles
+                {"output_type": "display_data", "data": data, "metadata": {}} for data in (written, drawn)
             )
 
         def chosen(change) -> None:
@@ -432,10 +380,8 @@ class Explorer:
 def _underlined(word: str, share: float, title: str = "") -> str:
     """A word as HTML with a line below it, from the base's colour (-1) over transparent (0) to the distilled
     model's (1)."""
-    colour = COLOURS["distilled" if share > 0 else "base"]
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    line = f"border-bottom:3px solid rgba({red},{green},{blue},{min(abs(share), 1):.2f})"
-    return f'<span title="{title}" style="{line}">{html.escape(str(word))}</span>'
+    colour = faded(COLOURS["distilled" if share > 0 else "base"], min(abs(share), 1))
+    return f'<span title="{title}" style="border-bottom:3px solid {colour}">{html.escape(str(word))}</span>'
 
 
 def open_explorer(run: Run, parameters: Mapping) -> Explorer:
@@ -448,7 +394,7 @@ def open_explorer(run: Run, parameters: Mapping) -> Explorer:
 
 
 def explorer_of(
-    inspection: RunInspection, map_features: int = 3000, seed: int = 0, named: pd.DataFrame | None = None
+    inspection: Inspection, map_features: int = 3000, seed: int = 0, named: pd.DataFrame | None = None
 ) -> Explorer:
     """The explorer of a run that was inspected. The map (of at most ``map_features`` features) is computed
     once; stability over seeds is read where the study has it; ``named``: ``naming.label_features``."""

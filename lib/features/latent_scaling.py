@@ -15,8 +15,7 @@ the direction d_j of the model that has the longer row, its owner::
 All features in one pass. With E = x - x̂ the numerator of eps is  d_j . (E^T F)_j + ||f_j||^2 (d_j^m . d_j);
 an entry f_nj > 0 adds f_nj (E_n . d_j) to it. These sums are kept per document, so that a bootstrap over
 documents is a weighted sum of rows. In nu the denominators cancel. Everything is in *scaled* space
-(``crosscoder.scaled``: every model has mean norm sqrt(d)), where NRN lives too; in raw space nu would carry
-the ratio of the models' norms.
+(``crosscoder.scaled``), where NRN lives too; in raw space nu would carry the ratio of the models' norms.
 
 In models of unlike widths d_j does not exist in the other one. There nu is NaN, and beside it stands, for
 each model, the share of Y^m (eps) that f_j explains with any direction, on the tokens where it fires::
@@ -30,19 +29,17 @@ Source: Minder et al. 2025, "Overcoming Sparsity Artifacts in Crosscoders to Int
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import sparse
 
 from ..activations.store import Store
 from ..crosscoder.codes import check_models, encoded
 from ..crosscoder.model import CrossCoder
-from ..runs import Progress
 from ..settings import UserError, check
-from ..stats import group_weights, percentiles
+from ..stats import group_weights, percentiles, ratio
 
 CHUNK = 4_096  # tokens at a time that are encoded
 # the source keeps as unique what has nu_eps under 0.2 and nu_r under 0.5
@@ -51,6 +48,7 @@ SUMS = ("eps_own", "eps_other", "r_own", "r_other")  # numerators of beta, per d
 
 # codes [B, F], scaled x [B, d_m] per model, document of each token
 Chunk = tuple[sparse.csr_matrix, dict[str, np.ndarray], np.ndarray]
+Decoders = Mapping[str, tuple[np.ndarray, np.ndarray]]  # {model: (rows [F, d_m], bias [d_m])}
 
 
 def latent_scaling(
@@ -76,116 +74,60 @@ def latent_scaling(
     r2_<model>      only for unlike widths: R2 of the module's text, for each of the two models
     """
     check_models(crosscoder, store)
-    rows = np.asarray(rows)
-    directions = {name: crosscoder.rows(name).numpy() for name in (model, reference)}
-    biases = {name: crosscoder.bias(name).numpy() for name in (model, reference)}
-    chunks = _encoded(crosscoder, store, rows, (model, reference))
-    return _scaling(chunks, directions, biases, len(rows), model, reference, n_boot, seed)
-
-
-def latent_scaling_of(
-    codes: sparse.spmatrix,
-    x: Mapping[str, np.ndarray],
-    directions: Mapping[str, np.ndarray],
-    biases: Mapping[str, np.ndarray] | None = None,
-    documents: np.ndarray | None = None,
-    model: str = "distilled",
-    reference: str = "base",
-    n_boot: int = 200,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """``latent_scaling`` of plain matrices: any dictionary, no crosscoder or store needed.
-
-    ``codes`` [n, F]; ``x`` {model: [n, d_m]}, ``directions`` {model: decoder rows [F, d_m]} and ``biases``
-    {model: [d_m]} (0 if not given), all in one and the same scaling; ``documents`` [n] (every token its own
-    if not given).
-    """
-    names, codes = (model, reference), sparse.csr_matrix(codes)
-    n, n_features = codes.shape
-    directions = {name: np.asarray(directions[name], dtype=np.float64) for name in names}
-    if biases is None:
-        biases = {name: np.zeros(directions[name].shape[1]) for name in names}
-    shapes = {name: (x[name].shape, directions[name].shape) for name in names}
-    if any(acts != (n, rows[1]) or rows[0] != n_features for acts, rows in shapes.values()):
-        raise UserError(
-            f"codes are {codes.shape}, activations and decoder rows {shapes}: they must be [n, F], [n, d] and"
-            " [F, d]"
-        )
-    documents = np.arange(n) if documents is None else np.asarray(documents)
-    parts = (slice(start, start + CHUNK) for start in range(0, n, CHUNK))
-    chunks = (
-        (codes[part], {name: np.asarray(x[name][part]) for name in names}, documents[part]) for part in parts
-    )
-    return _scaling(chunks, directions, biases, n, model, reference, n_boot, seed)
-
-
-@torch.no_grad()
-def _encoded(crosscoder: CrossCoder, store: Store, rows: np.ndarray, names: Sequence[str]) -> Iterator[Chunk]:
-    documents = np.asarray(store.documents)
-    for part, acts, f in encoded(crosscoder, store, rows, chunk=CHUNK):
-        x = dict(zip(crosscoder.names, crosscoder.split(crosscoder.scaled(acts))))
-        yield sparse.csr_matrix(f.numpy()), {name: x[name].numpy() for name in names}, documents[part]
-
-
-# --- one pass over the data ---------------------------------------------------------------------------------
-
-
-def _scaling(
-    chunks: Iterable[Chunk],
-    directions: Mapping[str, np.ndarray],
-    biases: Mapping[str, np.ndarray],
-    n_tokens: int,
-    model: str,
-    reference: str,
-    n_boot: int,
-    seed: int,
-) -> pd.DataFrame:
-    check("n_boot", n_boot, int, low=0)
     if model == reference:
         raise UserError(f"model and reference are both {model!r}: a feature is compared between two models")
-    if n_tokens == 0:
+    rows = np.asarray(rows)
+    if len(rows) == 0:
         raise UserError("no tokens are given: latent scaling needs the rows of at least one document")
-    lengths = {name: np.linalg.norm(rows, axis=1) for name, rows in directions.items()}
+    decoders = {m: (crosscoder.rows(m).numpy(), crosscoder.bias(m).numpy()) for m in (reference, model)}
+
+    def chunks() -> Iterator[Chunk]:
+        for part, acts, f in encoded(crosscoder, store, rows, "tokens scaled", CHUNK):
+            x = dict(zip(crosscoder.names, crosscoder.split(crosscoder.scaled(acts))))
+            documents = np.asarray(store.documents)[part]
+            yield sparse.csr_matrix(f.numpy()), {m: x[m].numpy() for m in decoders}, documents
+
+    return scaling(chunks(), decoders, n_boot, seed)
+
+
+def scaling(chunks: Iterable[Chunk], decoders: Decoders, n_boot: int = 200, seed: int = 0) -> pd.DataFrame:
+    """``latent_scaling`` of ``chunks`` of tokens, of any two dictionaries: no crosscoder or store is needed.
+    ``decoders``: of the reference and of the model, in this order, in the same scaling as x."""
+    check("n_boot", n_boot, int, low=0)
+    reference, model = decoders
+    lengths = {name: np.linalg.norm(rows, axis=1) for name, (rows, _) in decoders.items()}
     owned = lengths[model] > lengths[reference]
     with np.errstate(invalid="ignore"):
         longer = np.maximum(lengths[model], lengths[reference])
         one_sided = longer / (lengths[model] + lengths[reference]) > UNIQUE  # NRN as seen from the owner
-    columns = {"feature": np.arange(len(owned)), "side": np.where(owned, model, reference)}
-    shares = {}
-    if directions[model].shape == directions[reference].shape:
-        columns |= _ratios(chunks, directions, biases, owned, n_tokens, model, reference, n_boot, seed)
+    columns, shares = {"feature": np.arange(len(owned)), "side": np.where(owned, model, reference)}, {}
+    if decoders[model][0].shape == decoders[reference][0].shape:
+        columns |= _ratios(chunks, decoders, owned, n_boot, seed)
     else:
         names = (f"nu_{form}{end}" for form in ("eps", "r") for end in ("", "_low", "_high"))
         columns |= {name: np.full(len(owned), np.nan) for name in names}
-        shares = _explained(chunks, directions, biases, n_tokens, model, reference)
+        shares = _explained(chunks, decoders)
     columns["shrinkage"] = one_sided & (columns["nu_eps"] > SHRUNK)
     columns["decoupling"] = one_sided & (columns["nu_r"] > DECOUPLED)
     return pd.DataFrame(columns | shares)
 
 
 def _ratios(
-    chunks: Iterable[Chunk],
-    directions: Mapping[str, np.ndarray],
-    biases: Mapping[str, np.ndarray],
-    owned: np.ndarray,
-    n_tokens: int,
-    model: str,
-    reference: str,
-    n_boot: int,
-    seed: int,
+    chunks: Iterable[Chunk], decoders: Decoders, owned: np.ndarray, n_boot: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """nu_eps and nu_r [F] with their intervals, for models of one width. ``owned`` [F]: by ``model``."""
-    d = np.where(owned[:, None], directions[model], directions[reference])
+    """nu_eps and nu_r [F] with their intervals, for models of one width. ``owned`` [F]: by the model."""
+    reference, model = decoders
+    d = np.where(owned[:, None], decoders[model][0], decoders[reference][0])
     # rows of the owner and of the other model, feature by feature: what is added back to the error
-    within = {name: (rows * d).sum(1, dtype=np.float64) for name, rows in directions.items()}
+    within = {name: (rows * d).sum(1, dtype=np.float64) for name, (rows, _) in decoders.items()}
     entries = []  # (document, feature, one value for each of SUMS) of every chunk, summed within it
     numbers: dict[int, int] = {}  # document: its row in the sums
-    for codes, x, documents in _counted(chunks, n_tokens):
+    for codes, x, documents in chunks:
         token = np.repeat(np.arange(codes.shape[0]), np.diff(codes.indptr))
         feature, f = codes.indices, codes.data.astype(np.float64)
         eps, r = {}, {}
-        for name in (model, reference):
-            x_hat = codes @ directions[name] + biases[name]
+        for name, (rows, bias) in decoders.items():
+            x_hat = codes @ rows + bias
             eps[name] = f * ((x[name] - x_hat) @ d.T)[token, feature] + f * f * within[name][feature]
             r[name] = f * (x_hat @ d.T)[token, feature]
         by_model = owned[feature]
@@ -194,66 +136,42 @@ def _ratios(
             for form in (eps, r)
             for own in (True, False)
         ]
-        unique, index = np.unique(documents, return_inverse=True)
-        row_of = [numbers.setdefault(document, len(numbers)) for document in unique.tolist()]
-        row = np.array(row_of, dtype=np.int64)[index][token]
-        key, place = np.unique(row * len(owned) + feature, return_inverse=True)
-        sums = [np.bincount(place, v, len(key)) for v in values]
-        entries.append((key // len(owned), key % len(owned), sums))
-    row, feature = (np.concatenate([e[i] for e in entries]) for i in (0, 1))
+        row = np.array([numbers.setdefault(document, len(numbers)) for document in documents.tolist()])
+        key, place = np.unique(row[token] * len(owned) + feature, return_inverse=True)
+        entries.append(
+            (key // len(owned), key % len(owned), *(np.bincount(place, v, len(key)) for v in values))
+        )
+    row, feature, *values = map(np.concatenate, zip(*entries))
     shape = len(numbers), len(owned)
-    sums = {
-        name: sparse.csr_matrix((np.concatenate([e[2][i] for e in entries]), (row, feature)), shape=shape)
-        for i, name in enumerate(SUMS)
-    }
+    sums = {name: sparse.csr_matrix((v, (row, feature)), shape=shape) for name, v in zip(SUMS, values)}
     weights = group_weights(len(numbers), n_boot, seed).astype(float) if n_boot else None
     nus = {}
     for form in ("eps", "r"):
         other, own = sums[f"{form}_other"], sums[f"{form}_own"]
-        nu = _ratio(np.asarray(other.sum(0)).ravel(), np.asarray(own.sum(0)).ravel())
+        nu = ratio(np.asarray(other.sum(0)).ravel(), np.asarray(own.sum(0)).ravel())
         low, high = np.full((2, len(owned)), np.nan)
         if n_boot:  # resamples without the feature are left out
-            low, high = percentiles(_ratio((other.T @ weights.T).T, (own.T @ weights.T).T))
-            low, high = np.where(np.isnan(nu), np.nan, low), np.where(np.isnan(nu), np.nan, high)
+            ends = percentiles(ratio((other.T @ weights.T).T, (own.T @ weights.T).T))
+            low, high = np.where(np.isnan(nu), np.nan, ends)
         nus |= {f"nu_{form}": nu, f"nu_{form}_low": low, f"nu_{form}_high": high}
     return nus
 
 
-def _ratio(other: np.ndarray, own: np.ndarray) -> np.ndarray:
-    return np.divide(other, own, out=np.full(own.shape, np.nan), where=own > 0)
-
-
-def _explained(
-    chunks: Iterable[Chunk],
-    directions: Mapping[str, np.ndarray],
-    biases: Mapping[str, np.ndarray],
-    n_tokens: int,
-    model: str,
-    reference: str,
-) -> dict[str, np.ndarray]:
+def _explained(chunks: Iterable[Chunk], decoders: Decoders) -> dict[str, np.ndarray]:
     """R2 [F] for each model: for models of unlike widths."""
     # E^T F; ||E||^2 where f_j > 0; ||f_j||^2
-    products, errors, squares = {model: 0.0, reference: 0.0}, {model: 0.0, reference: 0.0}, 0.0
-    for codes, x, _ in _counted(chunks, n_tokens):
+    products, errors, squares = dict.fromkeys(decoders, 0.0), dict.fromkeys(decoders, 0.0), 0.0
+    for codes, x, _ in chunks:
         fires = (codes > 0).astype(np.float64)
         squares = squares + np.asarray(codes.multiply(codes).sum(0), dtype=np.float64).ravel()
-        for name in (model, reference):
-            error = (x[name] - (codes @ directions[name] + biases[name])).astype(np.float64)
+        for name, (rows, bias) in decoders.items():
+            error = (x[name] - (codes @ rows + bias)).astype(np.float64)
             products[name] = products[name] + codes.T @ error
             errors[name] = errors[name] + fires.T @ np.square(error).sum(1)
     shares = {}
-    for name in (reference, model):
-        d = directions[name].astype(np.float64)
+    for name, (rows, _) in decoders.items():
+        d = rows.astype(np.float64)
         fit = products[name] + squares[:, None] * d
-        whole = errors[name] + 2 * (products[name] * d).sum(1) + squares * np.square(d).sum(1)
-        shares[f"r2_{name}"] = _ratio(np.square(fit).sum(1), squares * whole)
+        total = errors[name] + 2 * (products[name] * d).sum(1) + squares * np.square(d).sum(1)
+        shares[f"r2_{name}"] = ratio(np.square(fit).sum(1), squares * total)
     return shares
-
-
-def _counted(chunks: Iterable[Chunk], n_tokens: int) -> Iterator[Chunk]:
-    with Progress("tokens scaled", n_tokens) as progress:
-        done = 0
-        for chunk in chunks:
-            yield chunk
-            done += chunk[0].shape[0]
-            progress.update(done)

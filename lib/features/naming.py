@@ -1,12 +1,5 @@
 """E2 as in the paper: a language model names features from their contexts, and the names are put to the test.
 
-    endpoint = endpoint_from_environment()                      # None if LABEL_URL is not set
-    shown = contexts_to_label(store, choose, tokenizer, features)
-    labels = label_features(shown, features, folder, endpoint)  # a row per feature: ``LABELLED``
-    judged = contexts_to_judge(store, report, tokenizer, features)
-    scores = score_labels(labels, judged, folder, endpoint)     # score, and control (another's label)
-    summary(scores)                                             # means with 95% intervals over features
-
 **Any OpenAI-compatible endpoint.** ``LABEL_URL`` (https://api.openai.com/v1, http://localhost:8000/v1, ...),
 ``LABEL_MODEL`` (the name that the server knows), ``LABEL_KEY`` (if it wants one). The key is sent to this
 address only, in a header, and is written nowhere. A server of your own::
@@ -23,8 +16,7 @@ not, shuffled, and says which of them fit the label. The score is a balanced acc
 The control asks for the same texts with another feature's label: what a label earns that fits anything is in
 both. Two features with the same label control each other badly, so the control can only be too high.
 
-Every answer is a line of ``answers.jsonl``: an interrupted run goes on where it stopped, a second one asks
-nothing.
+Every answer is a line of ``answers.jsonl``: an interrupted run goes on where it stopped.
 
 Sources: Baek & Tegmark 2025 (arXiv 2503.03730), labels by GPT-4o-mini; detection scoring: Paulo et al. 2024
 (arXiv 2410.13928).
@@ -33,20 +25,17 @@ Sources: Baek & Tegmark 2025 (arXiv 2503.03730), labels by GPT-4o-mini; detectio
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import math
 import os
 import re
-import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from functools import partial
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
@@ -58,8 +47,8 @@ from ..runs import Progress, disk_error, exclusive
 from ..settings import Positive, UserError, check, number, parameters
 from ..stats import bootstrap
 from ..text.tables import table
-from .contexts import top_contexts, window
-from .table import RunInspection
+from .contexts import firings, top_contexts, window
+from .table import Inspection
 
 ANSWERS = "answers.jsonl"
 NONE = "none"  # the category of a feature that is about none of the four
@@ -69,19 +58,11 @@ PATIENCE = 20  # so many unreadable answers, and none that can be read: the mode
 LABELLED = ["feature", "label", "category", "confidence", "parsed", "raw"]
 JUDGED = ["feature", "row", "document", "fires", "text"]
 SCORED = ["feature", "label", "other", "texts", "score", "parsed", "control", "parsed_control"]
-
-LABEL_PROMPT, LABEL_REMINDER, JUDGE_PROMPT, JUDGE_REMINDER = (
-    table("naming")[name] for name in ("label_prompt", "label_reminder", "judge_prompt", "judge_reminder")
-)
-
-
-# --- what is shown ------------------------------------------------------------------------------------------
+PROMPTS = table("naming")
 
 
 def excerpt(store: Store, tokenizer: PreTrainedTokenizerBase, row: int, marked: bool) -> str:
-    """The text around a row of the store as a reader sees it, on one line; the row's token in « » if
-    ``marked``.
-    """
+    """The text around a row of the store, as it is spelled, on one line; its token in « » if ``marked``."""
     rows = window(store, row, BEFORE, AFTER)
     ids, at = store.tokens[rows].tolist(), int(np.searchsorted(rows, row))
     left, upto, text = (
@@ -93,9 +74,8 @@ def excerpt(store: Store, tokenizer: PreTrainedTokenizerBase, row: int, marked: 
         gap = token[: len(token) - len(token.lstrip())] if token.strip() else ""
         text = f"{left}{gap}«{token[len(gap) :]}»{text[len(upto) :]}"
     elif marked:  # a part of a character, say: token by token
-        text = " ".join(
-            f"«{w}»" if i == at else w for i, w in enumerate(tokenizer.convert_ids_to_tokens(ids))
-        )
+        words = tokenizer.convert_ids_to_tokens(ids)
+        text = " ".join(f"«{word}»" if i == at else word for i, word in enumerate(words))
     return text.replace("\n", "⏎")
 
 
@@ -127,35 +107,28 @@ def contexts_to_judge(
     # where documents begin
     edges = np.array([0, *(np.flatnonzero(np.diff(store.documents)) + 1), len(store)])
     for feature in features:
-        rng = np.random.default_rng((seed, int(feature)))
-        fires = np.sort(coded.rows[columns.indices[columns.indptr[feature] : columns.indptr[feature + 1]]])
-        candidates, seen, pairs = coded.rows[rng.permutation(len(coded.rows))], set(), []
+        rng, seen, texts = np.random.default_rng((seed, int(feature))), set(), []
+        fires = np.sort(firings(coded.rows, columns, feature)[0])
+        candidates = coded.rows[rng.permutation(len(coded.rows))]
         document = np.searchsorted(edges, candidates, side="right")  # silent: no firing in the text around
         first = np.searchsorted(fires, np.maximum(candidates - BEFORE, edges[document - 1]))
-        candidates = candidates[
-            first == np.searchsorted(fires, np.minimum(candidates + AFTER + 1, edges[document]))
-        ]
+        last = np.searchsorted(fires, np.minimum(candidates + AFTER + 1, edges[document]))
+        candidates = candidates[first == last]
         firing = rng.permutation(fires)
         firing = firing[np.sort(np.unique(store.documents[firing], return_index=True)[1])]
-        for row in firing[: 20 * k]:
-            text = excerpt(store, tokenizer, int(row), marked=False)
-            if len(pairs) == k or text in seen:
+        for row in firing[: 20 * k].tolist():
+            text = excerpt(store, tokenizer, row, marked=False)
+            if len(texts) == 2 * k or text in seen:
                 continue
-            for other in candidates[kinds[candidates] == kinds[row]][:1000]:
-                silent = excerpt(store, tokenizer, int(other), marked=False)
+            for other in candidates[kinds[candidates] == kinds[row]][:1000].tolist():
+                silent = excerpt(store, tokenizer, other, marked=False)
                 if silent not in seen | {text}:
-                    pairs.append(((int(row), True, text), (int(other), False, silent)))
+                    texts += [(row, True, text), (other, False, silent)]
                     seen |= {text, silent}
                     break
-        texts = [text for pair in pairs for text in pair]
-        lines += [
-            (int(feature), texts[i][0], int(store.documents[texts[i][0]]), *texts[i][1:])
-            for i in rng.permutation(len(texts))
-        ]
+        for row, is_firing, text in (texts[i] for i in rng.permutation(len(texts))):
+            lines.append((int(feature), row, int(store.documents[row]), is_firing, text))
     return pd.DataFrame(lines, columns=JUDGED)
-
-
-# --- labels -------------------------------------------------------------------------------------------------
 
 
 def label_features(
@@ -169,39 +142,30 @@ def label_features(
     """
     texts = {feature: group.sort_values("rank")["text"] for feature, group in contexts.groupby("feature")}
     asked = [int(f) for f in features if f in texts]
-    prompts = [LABEL_PROMPT.format(texts=_numbered(texts[f])) for f in asked]
+    questions = [
+        (PROMPTS["label_prompt"].format(texts=_numbered(texts[f])), PROMPTS["label_reminder"], read_label)
+        for f in asked
+    ]
     rows = []
-    for feature, (answer, raw) in zip(
-        asked, _ask_all("features labelled", prompts, LABEL_REMINDER, read_label, folder, endpoint)
-    ):
-        label, category, confidence = answer or ("", "", math.nan)
-        rows.append((feature, label, category, confidence, answer is not None, raw))
+    for feature, (answer, raw) in zip(asked, _ask_all("features labelled", questions, folder, endpoint)):
+        rows.append((feature, *(answer or ("", "", math.nan)), answer is not None, raw))
     return pd.DataFrame(rows, columns=LABELLED).astype({"confidence": float, "parsed": bool})
 
 
 def read_label(text: str) -> tuple[str, str, float] | None:
     """(label, category, confidence) from an answer: the last JSON object in it that has them, whatever stands
-    around; None if none has.
-    """
+    around it; None if none has."""
     last, decoder = None, json.JSONDecoder()
     for place in re.finditer(r"\{", text):
         try:
             entry = decoder.raw_decode(text, place.start())[0]
-            label, category = str(entry["label"]).strip(), str(entry["category"]).strip().lower()
+            label, category = entry["label"].strip(), str(entry["category"]).strip().lower()
             confidence = float(entry["confidence"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-        if (
-            isinstance(entry["label"], str)
-            and label
-            and category in (*CATEGORIES, NONE)
-            and 0 <= confidence <= 1
-        ):
+        if label and category in (*CATEGORIES, NONE) and 0 <= confidence <= 1:
             last = (label, category, confidence)
     return last
-
-
-# --- detection scores ---------------------------------------------------------------------------------------
 
 
 def score_labels(
@@ -220,30 +184,26 @@ def score_labels(
     ring = [features[i] for i in np.random.default_rng(seed).permutation(len(features))]
     other = {f: ring[i - 1] if len(ring) > 1 else -1 for i, f in enumerate(ring)}
     asked = [(f, labelled) for f in features for labelled in (f, other[f]) if labelled != -1]
-    size = {f: len(groups[f]) for f in features}
-    prompts = [
-        JUDGE_PROMPT.format(label=label_of[labelled], n=size[f], texts=_numbered(groups[f]["text"]))
-        for f, labelled in asked
-    ]
-    reminders = [JUDGE_REMINDER.format(n=size[f]) for f, _ in asked]
-    readers = [partial(read_numbers, n=size[f]) for f, _ in asked]
-    answers = dict(zip(asked, _ask_all("labels scored", prompts, reminders, readers, folder, endpoint)))
-
-    def score(f: int, labelled: int) -> float:
-        return balanced_accuracy(groups[f]["fires"].to_numpy(), answers.get((f, labelled), (None, ""))[0])
-
-    table = pd.DataFrame(
-        [(f, label_of[f], other[f], size[f], score(f, f), score(f, other[f])) for f in features],
-        columns=["feature", "label", "other", "texts", "score", "control"],
-    ).astype({"score": float, "control": float})
-    parsed = {"parsed": table["score"].notna(), "parsed_control": table["control"].notna()}
-    return table.assign(**parsed)[SCORED]
+    questions = []
+    for f, labelled in asked:
+        n, texts = len(groups[f]), _numbered(groups[f]["text"])
+        prompt = PROMPTS["judge_prompt"].format(label=label_of[labelled], n=n, texts=texts)
+        questions.append((prompt, PROMPTS["judge_reminder"].format(n=n), partial(read_numbers, n=n)))
+    answers = dict(zip(asked, _ask_all("labels scored", questions, folder, endpoint)))
+    rows = []
+    for f in features:
+        fires = groups[f]["fires"].to_numpy()
+        score, control = (
+            balanced_accuracy(fires, answers.get((f, labelled), (None, ""))[0]) for labelled in (f, other[f])
+        )
+        parsed, parsed_control = not math.isnan(score), not math.isnan(control)
+        rows.append((f, label_of[f], other[f], len(fires), score, parsed, control, parsed_control))
+    kinds = {"score": float, "parsed": bool, "control": float, "parsed_control": bool}
+    return pd.DataFrame(rows, columns=SCORED).astype(kinds)
 
 
 def read_numbers(text: str, n: int) -> list[int] | None:
-    """The last JSON list of whole numbers in an answer; None if there is none, or a number is not from 1 to
-    ``n``.
-    """
+    """The last JSON list of whole numbers in an answer; None without one, or with one not from 1 to ``n``."""
     lists = re.findall(r"\[\s*(?:\d+\s*(?:,\s*\d+\s*)*)?\]", text)
     numbers = json.loads(re.sub(r"\b0+(?=\d)", "", lists[-1])) if lists else [0]
     return sorted(set(numbers)) if all(1 <= i <= n for i in numbers) else None
@@ -251,8 +211,7 @@ def read_numbers(text: str, n: int) -> list[int] | None:
 
 def balanced_accuracy(fires: np.ndarray, picked: Sequence[int] | None) -> float:
     """Mean of the shares of firing texts that were picked and of silent texts that were not; ``picked``
-    counts from 1. NaN for None.
-    """
+    counts from 1. NaN for None."""
     if picked is None or fires.all() or not fires.any():
         return math.nan
     is_picked = np.isin(np.arange(1, len(fires) + 1), picked)
@@ -261,32 +220,19 @@ def balanced_accuracy(fires: np.ndarray, picked: Sequence[int] | None) -> float:
 
 def summary(scores: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Means over features of score, control and their difference (of features that have both): columns value,
-    low, high, n.
-
-    Intervals are 95% bootstraps over features. NaN where nothing could be read.
-    """
-    columns = {
-        "own label": scores["score"],
-        "another's label": scores["control"],
-        "difference": scores["score"] - scores["control"],
-    }
+    low, high (95% bootstrap over features), n. NaN where nothing could be read."""
+    columns = {"own label": scores["score"], "another's label": scores["control"]}
+    columns["difference"] = scores["score"] - scores["control"]
     rows = {}
     for name, values in columns.items():
-        values = values.dropna().to_numpy()
-        rows[name] = (
-            values.mean() if len(values) else math.nan,
-            *bootstrap(values, n_boot=n_boot, seed=seed),
-            len(values),
-        )
+        values = values.dropna()
+        rows[name] = (values.mean(), *bootstrap(values, n_boot=n_boot, seed=seed), len(values))
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n"])
-
-
-# --- numbers for the results file ---------------------------------------------------------------------------
 
 
 def record(
     results: Results,
-    inspection: RunInspection,
+    inspection: Inspection,
     groups: Mapping[str, pd.DataFrame],
     n_boot: int = 1000,
     seed: int = 0,
@@ -326,14 +272,10 @@ def record(
     return named, note
 
 
-# --- the endpoint -------------------------------------------------------------------------------------------
-
-
 @parameters
 class Endpoint:
     """An OpenAI-compatible chat endpoint: ``url`` up to and with /v1. ``timeout`` in seconds, ``max_tokens``
-    of one answer.
-    """
+    of one answer."""
 
     url: str
     model: str
@@ -357,31 +299,27 @@ class Endpoint:
 
 def endpoint_from_environment(**options) -> Endpoint | None:
     """The endpoint that LABEL_URL, LABEL_MODEL and LABEL_KEY name; None if LABEL_URL is not set. ``options``:
-    timeout, max_tokens.
-    """
+    timeout, max_tokens."""
     url, model, key = (os.environ.get(f"LABEL_{name}", "").strip() for name in ("URL", "MODEL", "KEY"))
     return Endpoint(url, model, key, **options) if url else None
 
 
 def _ask_all(
-    what: str, prompts: Sequence[str], reminders, readers, folder: str | Path, endpoint: Endpoint
+    what: str, questions: Sequence[tuple[str, str, Callable]], folder: str | Path, endpoint: Endpoint
 ) -> list[tuple[object, str]]:
-    """(what ``reader`` made of the answer or None, the answer) for each prompt, with one reminder after an
-    answer it cannot read.
-    """
+    """For each (prompt, reminder, reader): (what ``reader`` made of the answer or None, the answer), with one
+    reminder after an answer that it cannot read."""
     if endpoint is None:
         raise UserError(
             "no endpoint is set: set LABEL_URL (such as http://localhost:8000/v1), LABEL_MODEL and, if it"
             " wants one, LABEL_KEY"
         )
-    reminders = [reminders] * len(prompts) if isinstance(reminders, str) else reminders
-    readers = [readers] * len(prompts) if callable(readers) else readers
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with exclusive(Path(folder), "asking a language model"), Progress(what, len(prompts)) as progress:
-        answers, results = _Answers(Path(folder), endpoint), []
-        for i, (prompt, reminder, reader) in enumerate(zip(prompts, reminders, readers), 1):
-            results.append(_ask(answers, prompt, reminder, reader))
-            if i >= min(PATIENCE, len(prompts)) and all(answer is None for answer, _ in results):
+    with exclusive(Path(folder), "asking a language model"), Progress(what, len(questions)) as progress:
+        answers, results = _Answers(Path(folder) / ANSWERS, endpoint), []
+        for i, question in enumerate(questions, 1):
+            results.append(answers.ask(*question))
+            if i >= min(PATIENCE, len(questions)) and all(answer is None for answer, _ in results):
                 raise UserError(
                     f"none of {i} answers of {endpoint.model} can be read (the last one began"
                     f" {results[-1][1][:80]!r}): use a model that follows instructions"
@@ -390,26 +328,12 @@ def _ask_all(
     return results
 
 
-def _ask(answers: _Answers, prompt: str, reminder: str, reader: Callable) -> tuple[object, str]:
-    messages = [{"role": "user", "content": prompt}]
-    for _ in range(2):
-        raw = answers(messages)
-        answer = reader(raw.rpartition("</think>")[2])  # what a reasoning model thinks is not its answer
-        if answer is not None:
-            break
-        messages = [*messages, {"role": "assistant", "content": raw}, {"role": "user", "content": reminder}]
-    return answer, raw
-
-
 class _Answers:
-    """Answers by conversation, asked for once: a line {prompt, model, answer} each in
-    ``folder``/answers.jsonl.
-    """
+    """Answers by conversation, asked for once: a line {prompt, model, answer} each in ``file``."""
 
-    def __init__(self, folder: Path, endpoint: Endpoint):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file, self.endpoint, self.known = folder / ANSWERS, endpoint, {}
-        text = self.file.read_text(encoding="utf-8", errors="replace") if self.file.is_file() else ""
+    def __init__(self, file: Path, endpoint: Endpoint):
+        self.file, self.endpoint, self.known = file, endpoint, {}
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         for line in text.split("\n"):
             try:  # a line that an interruption cut short is passed over
                 entry = json.loads(line)
@@ -418,11 +342,19 @@ class _Answers:
                 continue
         self.cut = bool(text) and not text.endswith("\n")
 
-    def __call__(self, messages: list[dict]) -> str:
-        name = (
-            hashlib.sha256(json.dumps([messages, self.endpoint.max_tokens]).encode()).hexdigest()[:32],
-            self.endpoint.model,
-        )
+    def ask(self, prompt: str, reminder: str, reader: Callable) -> tuple[object, str]:
+        messages = [{"role": "user", "content": prompt}]
+        for _ in range(2):
+            raw = self._answer(messages)
+            answer = reader(raw.rpartition("</think>")[2])  # what a reasoning model thinks is not its answer
+            if answer is not None:
+                break
+            messages += [{"role": "assistant", "content": raw}, {"role": "user", "content": reminder}]
+        return answer, raw
+
+    def _answer(self, messages: list[dict]) -> str:
+        conversation = json.dumps([messages, self.endpoint.max_tokens]).encode()
+        name = hashlib.sha256(conversation).hexdigest()[:32], self.endpoint.model
         if name not in self.known:
             answer = _request(self.endpoint, messages)
             line = json.dumps({"prompt": name[0], "model": name[1], "answer": answer})
@@ -435,62 +367,44 @@ class _Answers:
         return self.known[name]
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected request would carry the key to another address: it is an error instead."""
-
-    def redirect_request(self, *_):
-        return None
-
-
 def _request(endpoint: Endpoint, messages: list[dict]) -> str:
     """The text that the endpoint answers. What passes (429, 5xx, a timeout) is tried again; all else is a
-    UserError at once.
-    """
+    UserError at once. A redirect is not followed: it would carry the key to another address."""
     url = endpoint.url.rstrip("/") + "/chat/completions"
-    body = {
-        "model": endpoint.model,
-        "messages": messages,
-        "temperature": 0,
-        "max_tokens": endpoint.max_tokens,
-        "stream": False,
-    }
-    headers = {
-        "Content-Type": "application/json",
-        **({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}),
-    }
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    opener, problem = urllib.request.build_opener(_NoRedirect), ""
+    body = {"model": endpoint.model, "messages": messages, "temperature": 0}
+    body |= {"max_tokens": endpoint.max_tokens, "stream": False}
+    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+    options = dict(json=body, headers=headers, timeout=endpoint.timeout, follow_redirects=False)
     for attempt in range(TRIES):
         wait = WAIT * 2**attempt
         try:
-            with opener.open(request, timeout=endpoint.timeout) as response:
-                return _content(response.read(), endpoint)
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
+            response = httpx.post(url, **options)
+        except (httpx.ConnectError, httpx.InvalidURL) as error:
+            raise UserError(
+                f"nothing answers at {endpoint.url} ({error}): start the server, or correct LABEL_URL;"
+                " answers so far are kept"
+            ) from None
+        except httpx.TimeoutException:
+            problem = f"no answer within {endpoint.timeout:g} s"
+        except httpx.TransportError as error:
+            problem = type(error).__name__
+        else:
+            status = response.status_code
+            if response.is_success:
+                return _content(response.content, endpoint)
+            if status in (401, 403):
                 raise UserError(
-                    f"{endpoint.url} refuses the key (status {error.code}): set LABEL_KEY to one that it"
-                    " knows"
-                ) from None
-            problem = f"status {error.code}{_message(error, endpoint)}"
-            if error.code not in (408, 429) and error.code < 500:
+                    f"{endpoint.url} refuses the key (status {status}): set LABEL_KEY to one that it knows"
+                )
+            words = " ".join(response.text[:2000].replace(endpoint.key or "\0", "***").split())[:200]
+            problem = f"status {status}" + (f" ({words})" if words else "")
+            if status not in (408, 429) and status < 500:
                 raise UserError(
                     f"{url} cannot be used, {problem}: LABEL_URL must be an OpenAI-compatible endpoint up to"
                     f" /v1, and LABEL_MODEL ({endpoint.model}) a model it knows"
-                ) from None
-            after = error.headers.get("Retry-After", "")
+                )
+            after = response.headers.get("Retry-After", "")
             wait = max(wait, min(float(after), 60.0)) if after.isdigit() else wait
-        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
-                raise UserError(
-                    f"nothing answers at {endpoint.url} ({type(reason).__name__}): start the server, or"
-                    " correct LABEL_URL; answers so far are kept"
-                ) from None
-            problem = (
-                f"no answer within {endpoint.timeout:g} s"
-                if isinstance(reason, TimeoutError)
-                else type(reason).__name__
-            )
         if attempt + 1 < TRIES:
             time.sleep(wait)
     raise UserError(
@@ -506,15 +420,6 @@ def _content(body: bytes, endpoint: Endpoint) -> str:
         raise UserError(
             f"{endpoint.url} answers, but not as an OpenAI-compatible chat endpoint does: correct LABEL_URL"
         ) from None
-
-
-def _message(error: urllib.error.HTTPError, endpoint: Endpoint) -> str:
-    """The server's own words, in short and without the key."""
-    try:
-        text = " ".join(error.read(2000).decode(errors="replace").split())
-    except OSError:
-        return ""
-    return f" ({(text.replace(endpoint.key, '***') if endpoint.key else text)[:200]})" if text else ""
 
 
 def _numbered(texts: Sequence[str]) -> str:

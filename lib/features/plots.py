@@ -3,15 +3,13 @@ table and returns a plotly figure; ``figures.save`` shows and keeps it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from ..activations.positions import PHASES
 from ..figures import COLOURS
 from ..labels import DETECTED
 
@@ -24,30 +22,16 @@ def _plain_titles(fig: go.Figure) -> go.Figure:
     return fig.for_each_annotation(lambda a: a.update(text=a.text.split("=")[-1]))
 
 
-def _with_bars(table: pd.DataFrame, value: str, low: str = "low", high: str = "high") -> pd.DataFrame:
-    """With columns up and down: the lengths of the error bars."""
-    return table.assign(up=table[high] - table[value], down=table[value] - table[low])
-
-
 def labels(groups: Mapping[str, pd.DataFrame]) -> tuple[go.Figure, pd.DataFrame]:
     """E2: what the features of ``table.extremes`` are about: (a bar per group with a segment per label, the
     shares)."""
     labelled = pd.concat([part.assign(group=name) for name, part in groups.items()])
-    shares = (
-        labelled.replace({"label": {"": "no label"}})
-        .groupby("group", sort=False)["label"]
-        .value_counts(normalize=True)
-        .rename("share")
-        .reset_index()
-    )
-    colours = {f"{p} {c}": COLOURS[c] for c in DETECTED for p in ("in", "before")} | {
-        "in general": "#F2F2F2",
-        "mixed": "#DDDDDD",
-        "in other": "#9A9A9A",
-        "before other": "#9A9A9A",
-        "in traces": "#555555",
-        "at sentence ends": "#222222",
-    }
+    labelled = labelled.replace({"label": {"": "no label"}})
+    shares = labelled.groupby("group", sort=False)["label"].value_counts(normalize=True)
+    shares = shares.rename("share").reset_index()
+    colours = {f"{p} {c}": COLOURS[c] for c in DETECTED for p in ("in", "before")}
+    colours |= {"in general": "#F2F2F2", "mixed": "#DDDDDD", "in traces": "#555555"}
+    colours |= {"in other": "#9A9A9A", "before other": "#9A9A9A", "at sentence ends": "#222222"}
     order = [f"{p} {c}" for c in (*DETECTED, "other", "general") for p in ("before", "in")]
     order += ["at sentence ends", "in traces", "mixed", "no label"]
     fig = px.bar(
@@ -69,6 +53,7 @@ def labels(groups: Mapping[str, pd.DataFrame]) -> tuple[go.Figure, pd.DataFrame]
 
 def token_share(labelled: pd.DataFrame) -> go.Figure:
     """How much of each feature's variance the current token explains (``table.record_extremes``)."""
+    explained = "share of variance explained by the token's identity, out of sample"
     fig = px.strip(
         labelled,
         x="token_r2",
@@ -78,10 +63,7 @@ def token_share(labelled: pd.DataFrame) -> go.Figure:
         title="How much the current token explains of each feature",
         color_discrete_map=GROUPS,
         category_orders={"group": list(GROUPS)},
-        labels={
-            "token_r2": "share of variance explained by the token's identity, out of sample",
-            "group": "NRN",
-        },
+        labels={"token_r2": explained, "group": "NRN"},
     )
     return fig.update_xaxes(range=[-0.25, 1.05]).update_layout(showlegend=False)
 
@@ -89,23 +71,45 @@ def token_share(labelled: pd.DataFrame) -> go.Figure:
 def detectors(tests: pd.DataFrame) -> go.Figure:
     """E3: the AUROC of each category's feature and of its controls before the sentence
     (``detectors.detectors``)."""
-    fig = px.scatter(
-        _with_bars(tests, "auroc"),
+    fig = _with_intervals(
+        tests,
         x="auroc",
         y="predictor",
         color="category",
-        facet_col="category",
-        error_x="up",
-        error_x_minus="down",
-        width=1100,
         height=400,
-        category_orders={"predictor": list(tests["predictor"].unique())},
         color_discrete_map=COLOURS,
         title="Predicting the next sentence: the chosen feature and its controls",
         labels={"auroc": "AUROC", "predictor": ""},
     )
     fig.add_vline(x=0.5, line_dash="dot", line_color=COLOURS["null"]).update_traces(marker_size=9)
-    return _plain_titles(fig.update_layout(showlegend=False))
+    return fig.update_layout(showlegend=False)
+
+
+def token_tests(tests: pd.DataFrame) -> go.Figure:
+    """How often each category's features fire in each test (``token_tests.token_tests``)."""
+    names = {"before": "before the sentence", "marker": "at its first token"}
+    fig = _with_intervals(
+        tests.assign(chosen=tests["where"].map(names)),
+        x="rate",
+        y="test",
+        color="chosen",
+        symbol="chosen",
+        height=440,
+        color_discrete_sequence=[COLOURS["distilled"], COLOURS["base"]],
+        title="Does the feature follow the word or its function?",
+        labels={"rate": "fires", "test": "", "chosen": "chosen"},
+    )
+    fig.update_xaxes(range=[-0.05, 1.05], tickformat=".0%", dtick=0.5)
+    fig.update_yaxes(range=[-0.5, tests["test"].nunique() - 0.5])
+    return fig.update_layout(legend=dict(orientation="h", y=-0.2))
+
+
+def _with_intervals(tests: pd.DataFrame, x: str, y: str, **options) -> go.Figure:
+    """A panel per category: x with its interval (columns low, high) for every y."""
+    tests = tests.assign(up=tests["high"] - tests[x], down=tests[x] - tests["low"])
+    bars, order = dict(error_x="up", error_x_minus="down"), {y: list(tests[y].unique())}
+    options |= dict(facet_col="category", width=1100, category_orders=order)
+    return _plain_titles(px.scatter(tests, x=x, y=y, **bars, **options))
 
 
 def all_detectors(
@@ -114,11 +118,8 @@ def all_detectors(
     """The AUROC of every alive feature along NRN: (figure, points). A circle is the chosen feature, the
     dotted horizontal line the sentence-only predictor, the vertical one the null's threshold of NRN."""
     columns = {f"auroc_{c}": c for c in DETECTED}
-    points = (
-        alive.melt(["feature", "nrn", "frequency"], list(columns), var_name="category", value_name="auroc")
-        .replace({"category": columns})
-        .dropna()
-    )
+    points = alive.melt(["feature", "nrn", "frequency"], list(columns), "category", "auroc")
+    points = points.replace({"category": columns}).dropna()
     fig = px.scatter(
         points,
         x="nrn",
@@ -144,34 +145,6 @@ def all_detectors(
             marker = dict(symbol="circle-open", size=14, color="black")
             fig.add_scatter(x=[x], y=[y], mode="markers", marker=marker, row=1, col=column)
     return fig, points
-
-
-def token_tests(tests: pd.DataFrame) -> go.Figure:
-    """How often each category's features fire in each test (``token_tests.token_tests``)."""
-    names = {"before": "before the sentence", "marker": "at its first token"}
-    shown = list(tests["test"].unique())
-    fig = px.scatter(
-        _with_bars(tests, "rate").assign(chosen=tests["where"].map(names)),
-        x="rate",
-        y="test",
-        color="chosen",
-        symbol="chosen",
-        facet_col="category",
-        error_x="up",
-        error_x_minus="down",
-        width=1100,
-        height=440,
-        category_orders={"test": shown},
-        color_discrete_sequence=[COLOURS["distilled"], COLOURS["base"]],
-        title="Does the feature follow the word or its function?",
-        labels={"rate": "fires", "test": "", "chosen": "chosen"},
-    )
-    fig.update_xaxes(range=[-0.05, 1.05], tickformat=".0%", dtick=0.5)
-    fig.update_yaxes(range=[-0.5, len(shown) - 0.5]).update_layout(legend=dict(orientation="h", y=-0.2))
-    return _plain_titles(fig)
-
-
-# --- latent scaling and use ---------------------------------------------------------------------------------
 
 
 def scaling(table: pd.DataFrame, above: np.ndarray, threshold: float) -> tuple[go.Figure, pd.DataFrame]:
@@ -217,103 +190,6 @@ def use(table: pd.DataFrame, limit: float) -> tuple[go.Figure, pd.DataFrame]:
     )
     for level in (limit, -limit) if np.isfinite(limit) else ():
         fig.add_hline(y=level, **DOTTED)
-    columns = [
-        "feature",
-        "nrn",
-        "kind",
-        "change",
-        "change_low",
-        "change_high",
-        "change_frequency",
-        "difference",
-        "p",
-        "q",
-    ]
+    columns = ["feature", "nrn", "kind", "change", "change_low", "change_high"]
+    columns += ["change_frequency", "difference", "p", "q"]
     return fig.update_traces(marker_size=5), alive[columns]
-
-
-def use_by_group(by_group: pd.DataFrame) -> go.Figure:
-    """Change of use by phase, and by category of the sentence (``use.Use.by_group``)."""
-    fig = px.box(
-        by_group,
-        x="group",
-        y="change",
-        facet_col="by",
-        points=False,
-        color="by",
-        color_discrete_sequence=[COLOURS["random"], COLOURS["deduction"]],
-        title="Change of use by phase, and by category of the sentence",
-        labels={"change": "change of use (log)", "group": ""},
-        width=1000,
-    )
-    fig.update_xaxes(matches=None, showticklabels=True).update_layout(showlegend=False)
-    return _plain_titles(fig)
-
-
-def phases(firing: pd.DataFrame, names: Mapping[int, str]) -> go.Figure:
-    """How often features fire by phase (``use.firing_by_phase``); ``names`` {feature: name of its panel}."""
-    bars = _with_bars(firing, "frequency", "frequency_low", "frequency_high")
-    fig = px.bar(
-        bars.assign(category=firing["feature"].map(names)),
-        x="phase",
-        y="frequency",
-        color="reading",
-        facet_col="category",
-        barmode="group",
-        error_y="up",
-        error_y_minus="down",
-        width=1000,
-        category_orders={"category": list(names.values()), "phase": list(PHASES)},
-        color_discrete_map=COLOURS | {"joint": COLOURS["random"]},
-        title="How often the chosen features fire, by phase",
-        labels={"frequency": "firing frequency", "phase": "", "reading": ""},
-    )
-    return _plain_titles(fig).update_yaxes(tickformat=".0%")
-
-
-def events(
-    averages: pd.DataFrame, names: Mapping[int, str] | None = None, title: str = "Around events"
-) -> go.Figure:
-    """``use.around_events`` as lines with bands: a row per feature (called ``names[feature]``), a column per
-    event, a colour per model."""
-    columns, features = list(averages["event"].unique()), list(averages["feature"].unique())
-    fig = make_subplots(
-        len(features),
-        len(columns),
-        shared_xaxes=True,
-        shared_yaxes="rows",
-        column_titles=columns,
-        vertical_spacing=0.04,
-        horizontal_spacing=0.015,
-        row_titles=[(names or {}).get(f, f"feature {f}") for f in features],
-    )
-    alone = averages[averages["reading"] != "joint"]
-    for (event, feature, model), part in alone.groupby(["event", "feature", "reading"], sort=False):
-        panel = dict(row=features.index(feature) + 1, col=columns.index(event) + 1)
-        colour = COLOURS.get(model, COLOURS["random"])
-        _add_band(fig, part["offset"], part["mean_low"], part["mean_high"], colour, panel)
-        first = bool(event == columns[0] and feature == features[0])
-        line = dict(mode="lines+markers", marker_size=5, line_color=colour)
-        fig.add_scatter(x=part["offset"], y=part["mean"], name=model, showlegend=first, **line, **panel)
-    fig.add_vline(x=-0.5, line_dash="dot", line_color=COLOURS["null"])
-    legend = dict(orientation="h", x=0.8, y=0.99, yanchor="top", yref="container")
-    fig.update_layout(title=title, width=1100, height=170 + 150 * len(features), margin_t=100, legend=legend)
-    fig.update_yaxes(rangemode="tozero").update_annotations(font_size=12)
-    return fig.update_xaxes(dtick=2)
-
-
-def _add_band(
-    fig: go.Figure, x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str, panel: dict
-) -> None:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    fig.add_scatter(
-        x=[*x, *x[::-1]],
-        y=[*high, *low[::-1]],
-        fill="toself",
-        fillcolor=f"rgba({red},{green},{blue},0.2)",
-        mode="lines",
-        line_width=0,
-        hoverinfo="skip",
-        showlegend=False,
-        **panel,
-    )

@@ -12,59 +12,16 @@ import pandas as pd
 from ..activations.positions import PHASES
 from ..results import Results
 from ..results import scoreboard as as_table
-from .table import RunInspection
+from ..text.tables import table
+from .table import Inspection
 from .uniqueness import Uniqueness
 
-PREDICTIONS = {
-    "aim": (
-        "each of the four categories has a distilled-side feature that foretells it with an AUROC of at "
-        "least 0.90"
-    ),
-    "token (control)": (
-        "each of them beats a predictor that sees the current token only (interval of the difference above 0)"
-    ),
-    "sentence (control)": "each of them beats a predictor that knows which kind of sentence has just ended",
-    "null": "chosen the same way with shuffled labels, the best feature is within 0.05 of chance",
-    "unique": (
-        "no feature of any other NRN does better by more than 0.02: what foretells is new, not reused"
-    ),
-    "alone": "read from the base's activation alone, each of them is worse than read from the distilled's",
-    "words": (
-        "more token detectors (token explains over half of the variance) among the lowest NRN than among "
-        "the highest, as the paper says"
-    ),
-    "marker": "null: at the first token of a sentence no feature does better than the token-only predictor",
-    "use": (
-        "more shared features are used differently (beyond the null's 99%) than are unique (beyond the "
-        "null's NRN), as 2026 studies found"
-    ),
-    "use, where": (
-        "features change their use most while the model thinks: the median size of the change is larger "
-        "there than in every other phase"
-    ),
-    "injection": (
-        "its words, put into unrelated prose, make a category's feature fire in fewer than half of the "
-        "texts (all of the interval)"
-    ),
-    "verdict": "the feature of each of the four categories is more than a token, by the rule below",
-    "verdict, marker": (
-        "at least half of the features chosen at first tokens are token features, as the literature says of"
-        " most"
-    ),
-    "above": "aim: each of the four categories has a feature above the null's 1% threshold of NRN",
-    "stable": (
-        "aim: those features come back with other seeds of the crosscoder, at a mean cosine of at least 0.7"
-    ),
-    "planted": (
-        "aim: on planted data in our regime the chosen rule has precision and recall of at least 0.9 on "
-        "fresh seeds"
-    ),
-}
+PREDICTIONS = table("predictions")
 
 
 def scoreboard(
     results: Results,
-    inspection: RunInspection,
+    inspection: Inspection,
     uniqueness: Uniqueness,
     tests: pd.DataFrame,
     shuffled: Mapping[str, float],

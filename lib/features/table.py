@@ -3,21 +3,15 @@ predicts each category best.
 
     inspection = inspect_run(run)        # the run's store and crosscoder, and all that follows
     inspection.table                     # one row per feature (``feature_table``)
-    inspection.chosen                    # {category: feature}, chosen on the choose split
-    (``category_features``)
-    inspection.contexts                  # where each feature is most active (``contexts.top_contexts``)
+    inspection.chosen                    # {category: feature}, chosen on choose (``category_features``)
 
 **Two positions.** A sentence of category c is *predicted* at the position before it: the end of the sentence
-that precedes it, where the model decides what comes next. Positives are sentence ends in traces that are
-followed by a sentence of c, negatives all other sentence ends in traces. And it is *marked* at its first
-token ("wait"), against the first tokens of all other sentences in traces; there the token itself gives the
-answer away, so a high AUROC means little.
+that precedes it, where the model decides what comes next, against all other sentence ends in traces. And it
+is *marked* at its first token ("wait"), against the first tokens of all other sentences in traces; there the
+token itself gives the answer away, so a high AUROC means little.
 
 **Two splits.** Features and thresholds are chosen on the split "choose" (columns ``..._choose``) and reported
 on "report"; the crosscoder was trained on neither.
-
-``lib.features.detectors`` tests how well a feature predicts its category, and whether anything simpler does
-too; ``lib.features.uniqueness`` which features are unique.
 
 Source: Baek & Tegmark 2025 (arXiv 2503.03730), where a language model labels features from their contexts;
 here the labels are known.
@@ -26,8 +20,8 @@ here the labels are known.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,48 +46,33 @@ from .latent_scaling import latent_scaling
 
 MADE_BY = "03_inspect_features"
 VERSION = 2  # of the statistics: raised when their definition changes, so that older tables count as stale
-ARTEFACTS = ("run", "pair", "store", "crosscoder", "fingerprint", "tokenizer")
-E2_COLUMNS = [
-    "feature",
-    "nrn",
-    "frequency",
-    "label",
-    "label_share",
-    "enrichment",
-    "top_token",
-    "top_token_share",
-    "token_r2",
-]  # of the tables e2_highest and e2_lowest
+# of the tables e2_highest and e2_lowest
+E2_COLUMNS = ["feature", "nrn", "frequency", "label", "label_share", "enrichment"]
+E2_COLUMNS += ["top_token", "top_token_share", "token_r2"]
 
 
 @dataclass(frozen=True)
 class Inspection:
     """The feature table, the features that were chosen for the categories {category: feature}, the strongest
-    contexts of every feature, and the features of the tokens of both splits."""
+    contexts of every feature, the features of the tokens of both splits; and what they were computed from.
+    ``fingerprint`` is the crosscoder's; ``run`` and ``pair`` are set by ``inspect_run``."""
 
     table: pd.DataFrame
     chosen: dict[str, int]
     contexts: pd.DataFrame
     choose: SplitCodes
     report: SplitCodes
+    store: Store
+    crosscoder: CrossCoder
+    fingerprint: str = ""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    run: Run | None = None
+    pair: Pair | None = None
 
     @property
     def alive(self) -> pd.DataFrame:
         """The rows of the features that fire on the report split."""
         return self.table[self.table["alive"]]
-
-
-@dataclass(frozen=True)
-class RunInspection(Inspection):
-    """An inspection with the run's artefacts that it was computed from; ``fingerprint`` is the
-    crosscoder's."""
-
-    run: Run
-    pair: Pair
-    store: Store
-    crosscoder: CrossCoder
-    fingerprint: str
-    tokenizer: PreTrainedTokenizerBase
 
     def sentence_ends(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Sentence ends in traces of "choose" or "report": (their rows in the split's codes [n], the category
@@ -123,9 +102,6 @@ class RunInspection(Inspection):
         return getattr(self, split).codes[:, [feature]].toarray().ravel()
 
 
-# --- the table ----------------------------------------------------------------------------------------------
-
-
 def feature_table(
     crosscoder: CrossCoder,
     store: Store,
@@ -142,10 +118,8 @@ def feature_table(
                           models of unlike width); norm_<model>: the length of each row (p = 1)
     frequency             share of tokens on which it fires
     mean_activation, max_activation   over the tokens on which it fires
-    token_r2              share of its variance that the current token's identity explains
-    (``auroc.token_r2``)
-    label ...             what it is about, from ground truth (``describe``); words if there is a
-    ``tokenizer``
+    token_r2              share of its variance that the current token explains (``auroc.token_r2``)
+    label ...             what it is about, from ground truth (``describe``)
     auroc_<c>, threshold_<c>, precision_<c>, recall_<c>   position before a sentence of c; the threshold is
                           chosen on choose
     auroc_marker_<c>      first token of a sentence of c
@@ -154,49 +128,46 @@ def feature_table(
     choose = codes(crosscoder, store, "choose") if choose is None else choose
     report = codes(crosscoder, store, "report") if report is None else report
     widths = dict(zip(crosscoder.names, crosscoder.widths))
+    alike = widths[model] == widths[reference]
     columns = {
         "feature": np.arange(crosscoder.n_features),
-        "alive": None,
+        "alive": frequency(report) > 0,
         "nrn": crosscoder.nrn(1, model, reference).numpy(),
         "nrn_p2": crosscoder.nrn(2, model, reference).numpy(),
-        "cosine": crosscoder.cosine(reference, model).numpy()
-        if widths[model] == widths[reference]
-        else np.full(crosscoder.n_features, np.nan),
+        "cosine": crosscoder.cosine(reference, model).numpy() if alike else np.nan,
     }
     columns |= {f"norm_{name}": norms.numpy() for name, norms in zip(crosscoder.names, crosscoder.norms(1))}
     for suffix, coded in (("", report), ("_choose", choose)):
-        fired = np.asarray((coded.codes > 0).sum(axis=0)).ravel()
-        mass = np.asarray(coded.codes.sum(axis=0)).ravel()
-        columns[f"frequency{suffix}"] = fired / len(coded.rows)
+        fired, mass = (np.asarray(x.sum(axis=0)).ravel() for x in (coded.codes > 0, coded.codes))
+        columns[f"frequency{suffix}"] = frequency(coded)
         columns[f"mean_activation{suffix}"] = mass / np.maximum(fired, 1)
-    columns["alive"] = columns["frequency"] > 0
     columns["max_activation"] = report.codes.max(axis=0).toarray().ravel()
     columns["token_r2"] = auroc.token_r2(
         choose.codes, store.tokens[choose.rows], report.codes, store.tokens[report.rows]
     )
-    table = pd.DataFrame(columns).join(describe(store, report, tokenizer))
-    return table.join(_detection_columns(store, choose, report))
 
+    def put(name: str, values: np.ndarray, suffix: str = "") -> None:
+        detection.update({f"{name}_{c}{suffix}": values[:, i] for i, c in enumerate(DETECTED)})
 
-def _detection_columns(store: Store, choose: SplitCodes, report: SplitCodes) -> pd.DataFrame:
-    columns = {}
-    for where, infix in (("before", ""), ("marker", "marker_")):
+    detection: dict[str, np.ndarray] = {}
+    for where, name in (("before", "auroc"), ("marker", "auroc_marker")):
         for suffix, coded in (("_choose", choose), ("", report)):
             index, labels = positions(store, coded.rows, where)
             active, positive = coded.codes[index], is_category(labels)
-            columns |= _by_category(f"auroc_{infix}", auroc.auroc(active, positive), suffix)
+            put(name, auroc.auroc(active, positive), suffix)
             if where == "before" and suffix:
                 thresholds = auroc.best_thresholds(active, positive)
             elif where == "before":
                 precision, recall = auroc.precision_recall(active, positive, thresholds)
-                by_name = {"threshold_": thresholds, "precision_": precision, "recall_": recall}
-                for name, values in by_name.items():
-                    columns |= _by_category(name, values)
-    return pd.DataFrame(columns)
+                put("threshold", thresholds)
+                put("precision", precision)
+                put("recall", recall)
+    return pd.DataFrame(columns).join(describe(store, report, tokenizer)).join(pd.DataFrame(detection))
 
 
-def _by_category(name: str, values: np.ndarray, suffix: str = "") -> dict[str, np.ndarray]:
-    return {f"{name}{c}{suffix}": values[:, i] for i, c in enumerate(DETECTED)}
+def frequency(coded: SplitCodes) -> np.ndarray:
+    """Share of the tokens on which each feature fires, [F]."""
+    return np.asarray((coded.codes > 0).sum(axis=0)).ravel() / len(coded.rows)
 
 
 def describe(
@@ -207,8 +178,7 @@ def describe(
 
     label   the first that holds:
             "before c"          at least half lies on sentence ends that are followed by c, and of what lies
-            on
-                                sentence ends these hold at least twice their share of sentence ends
+                                on sentence ends these hold at least twice their share of sentence ends
             "at sentence ends"  at least 0.8 lies on sentence ends in traces
             "in c"              at least half lies in sentences of c (c may be "general" or "other")
             "in traces"         at least 0.8 lies in traces
@@ -220,34 +190,33 @@ def describe(
     kind, following = store.labels["label"][coded.rows].astype(int), np.full(len(coded.rows), -1)
     index, labels = positions(store, coded.rows, "before")
     following[index] = labels
-    ends, traces = np.zeros(len(following), dtype=int), (store.labels["kind"][coded.rows] == 1).astype(int)
-    ends[index] = 1
+    is_end, in_trace = (
+        np.zeros(len(following), dtype=int),
+        (store.labels["kind"][coded.rows] == 1).astype(int),
+    )
+    is_end[index] = 1
     mass = np.maximum(np.asarray(coded.codes.sum(axis=0), dtype=float).ravel(), 1e-300)
+    number, names = np.arange(len(mass)), np.array(LABELS)
 
-    def shares(groups: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def shares(groups: np.ndarray, size: int = len(LABELS)) -> tuple[np.ndarray, np.ndarray]:
         """Of the activation [size, F] and of the tokens [size] that lie in each group."""
         tokens = np.bincount(groups[groups >= 0], minlength=size) / max(len(groups), 1)
         return auroc.sum_by(groups, coded.codes, size).toarray() / mass, tokens
 
-    inside, tokens_inside = shares(kind, len(LABELS))
-    ahead, tokens_ahead = shares(following, len(LABELS))
-    at_end, in_traces = shares(ends, 2)[0][1], shares(traces, 2)[0][1]
-    next_kind, own_kind, number = ahead.argmax(0), inside.argmax(0), np.arange(len(mass))
+    inside, tokens_inside = shares(kind)
+    ahead, tokens_ahead = shares(following)
+    next_kind, own_kind = ahead.argmax(0), inside.argmax(0)
     most_ahead, most_inside = ahead[next_kind, number], inside[own_kind, number]
+    at_end, in_traces = (shares(groups, 2)[0][1] for groups in (is_end, in_trace))
     of_ends, expected_of_ends = (x / np.maximum(x.sum(0), 1e-300) for x in (ahead, tokens_ahead))
     concentrated = of_ends[next_kind, number] >= np.minimum(2 * expected_of_ends[next_kind], 0.99)
-    names = np.array(LABELS)
+    before, within = np.char.add("before ", names[next_kind]), np.char.add("in ", names[own_kind])
     # (what must hold, label, share of the activation, share of the tokens)
     rules = [
-        (
-            (most_ahead >= 0.5) & concentrated,
-            np.char.add("before ", names[next_kind]),
-            most_ahead,
-            tokens_ahead[next_kind],
-        ),
-        (at_end >= 0.8, "at sentence ends", at_end, ends.mean()),
-        (most_inside >= 0.5, np.char.add("in ", names[own_kind]), most_inside, tokens_inside[own_kind]),
-        (in_traces >= 0.8, "in traces", in_traces, traces.mean()),
+        ((most_ahead >= 0.5) & concentrated, before, most_ahead, tokens_ahead[next_kind]),
+        (at_end >= 0.8, "at sentence ends", at_end, is_end.mean()),
+        (most_inside >= 0.5, within, most_inside, tokens_inside[own_kind]),
+        (in_traces >= 0.8, "in traces", in_traces, in_trace.mean()),
     ]
     holds, words, parts, expected = zip(*rules)
     label, share = np.select(holds, words, "mixed"), np.select(holds, parts, most_inside)
@@ -268,12 +237,7 @@ def describe(
     )
 
 
-# --- choosing -----------------------------------------------------------------------------------------------
-
-
-def category_features(
-    table: pd.DataFrame, nrn_over: float = 0.5, where: str = "before", categories: Sequence[str] = DETECTED
-) -> dict[str, int]:
+def category_features(table: pd.DataFrame, nrn_over: float = 0.5, where: str = "before") -> dict[str, int]:
     """{category: the feature that predicts it best on the choose split}, among alive features with NRN above
     ``nrn_over``.
 
@@ -282,25 +246,19 @@ def category_features(
     """
     infix = {"before": "", "marker": "marker_"}[where]
     usable = table[table["alive"].astype(bool) & (table["frequency_choose"] > 0) & (table["nrn"] > nrn_over)]
-    aurocs = {c: usable.set_index("feature")[f"auroc_{infix}{c}_choose"].dropna() for c in categories}
+    aurocs = {c: usable.set_index("feature")[f"auroc_{infix}{c}_choose"].dropna() for c in DETECTED}
     return {c: int(values.idxmax()) for c, values in aurocs.items() if len(values)}
 
 
-def extremes(table: pd.DataFrame, n: int = 100, column: str = "nrn") -> dict[str, pd.DataFrame]:
-    """E2: {"highest", "middle", "lowest"}: the n alive features at each end of a column, and the n nearest to
-    0.5 for comparison.
-
-    With fewer than 3n alive features, a third of them each, so that the three do not overlap.
-    """
-    alive = table[table["alive"].astype(bool) & table[column].notna()].sort_values([column, "feature"])
+def extremes(table: pd.DataFrame, n: int = 100) -> dict[str, pd.DataFrame]:
+    """E2: {"highest", "middle", "lowest"}: the n alive features at each end of NRN, and the n nearest to 0.5
+    for comparison; with fewer than 3n, a third of them each."""
+    alive = table[table["alive"].astype(bool) & table["nrn"].notna()].sort_values(["nrn", "feature"])
     n = min(check("n", n, int, low=1), len(alive) // 3)
     lowest, highest = alive.head(n), alive.tail(n).iloc[::-1]
     rest = alive.drop(index=[*lowest.index, *highest.index])
-    middle = rest.loc[(rest[column] - 0.5).abs().sort_values(kind="stable").index[:n]]
+    middle = rest.loc[(rest["nrn"] - 0.5).abs().sort_values(kind="stable").index[:n]]
     return {"highest": highest, "middle": middle, "lowest": lowest}
-
-
-# --- numbers for the results file ---------------------------------------------------------------------------
 
 
 def record(results: Results, table: pd.DataFrame, seed: int = 0) -> None:
@@ -316,7 +274,7 @@ def record(results: Results, table: pd.DataFrame, seed: int = 0) -> None:
 
 
 def record_extremes(
-    results: Results, inspection: RunInspection, groups: Mapping[str, pd.DataFrame]
+    results: Results, inspection: Inspection, groups: Mapping[str, pd.DataFrame]
 ) -> pd.DataFrame:
     """Put into ``results`` what the features of ``extremes`` are about: tables e2_highest, e2_lowest and
     e2_token, metrics token_detectors_<group> (the token explains over half of the variance).
@@ -350,9 +308,6 @@ def record_share(results: Results, name: str, hits: pd.Series) -> None:
     results.add(name, hits.mean() if n else np.nan, ci=wilson(int(hits.sum()), n), n=n)
 
 
-# --- on disk ------------------------------------------------------------------------------------------------
-
-
 def inspect_run(
     run: Run,
     source: str = "",
@@ -361,18 +316,15 @@ def inspect_run(
     n_contexts: int = 8,
     nrn_over: float = 0.5,
     seed: int = 0,
-) -> RunInspection:
+) -> Inspection:
     """``inspect`` what notebooks 01 and 02 left in a run. ``source`` and ``facts``: of a crosscoder that was
     trained elsewhere (``crosscoder.sharing.open_for_run``). UserError says which notebook is missing."""
     pair = load_pair(run.pair)
-    store = open_store(run, pair)
-    crosscoder, crosscoder_fingerprint = open_for_run(run, store, source, facts)
-    tokenizer, folder = pair.tokenizer(), run.path("features")
-    inspection = inspect(
-        crosscoder, store, folder, crosscoder_fingerprint, tokenizer, max_tokens, n_contexts, nrn_over, seed
-    )
-    artefacts = run, pair, store, crosscoder, crosscoder_fingerprint, tokenizer
-    return RunInspection(**vars(inspection), **dict(zip(ARTEFACTS, artefacts)))
+    store, tokenizer = open_store(run, pair), pair.tokenizer()
+    crosscoder, made_from = open_for_run(run, store, source, facts)
+    options = max_tokens, n_contexts, nrn_over, seed
+    inspection = inspect(crosscoder, store, run.path("features"), made_from, tokenizer, *options)
+    return replace(inspection, run=run, pair=pair)
 
 
 def inspect(
@@ -396,41 +348,39 @@ def inspect(
     """
     check("n_contexts", n_contexts, int, low=1)
     check("nrn_over", nrn_over, float, low=-1, high=1)
-    parameters = max_tokens, n_contexts, nrn_over, seed
     tokens = {split: len(sample_rows(store, split, max_tokens, seed)) for split in ("choose", "report")}
 
     def compute(folder: Path) -> None:
-        choose, report = (codes(crosscoder, store, split, max_tokens, seed) for split in tokens)
-        table = feature_table(crosscoder, store, choose, report, tokenizer)
+        coded = {split: codes(crosscoder, store, split, max_tokens, seed) for split in tokens}
+        report = coded["report"]
+        table = feature_table(crosscoder, store, *coded.values(), tokenizer)
         if {"base", "distilled"} <= set(crosscoder.names):
             scaling = latent_scaling(crosscoder, store, report.rows, seed=seed)
             table = table.merge(scaling, on="feature", validate="1:1")
         for name in crosscoder.names:
-            fired = (codes(crosscoder, store, "report", max_tokens, seed, name).codes > 0).sum(axis=0)
-            table[f"frequency_{name}_alone"] = np.asarray(fired).ravel() / len(report.rows)
+            alone = codes(crosscoder, store, "report", max_tokens, seed, name)
+            table[f"frequency_{name}_alone"] = frequency(alone)
         contexts = top_contexts(store, report, tokenizer, np.flatnonzero(table["alive"]), n_contexts)
-        for split, coded in (("choose", choose), ("report", report)):
-            sparse.save_npz(folder / f"codes_{split}.npz", coded.codes, compressed=False)
-            np.save(folder / f"rows_{split}.npy", coded.rows, allow_pickle=False)
+        for split, part in coded.items():
+            sparse.save_npz(folder / f"codes_{split}.npz", part.codes, compressed=False)
+            np.save(folder / f"rows_{split}.npy", part.rows, allow_pickle=False)
         table.to_csv(folder / "table.csv", index=False, float_format="%.7g", lineterminator="\n")
         contexts.to_csv(folder / "contexts.csv", index=False, float_format="%.5g", lineterminator="\n")
         chosen = category_features(table, nrn_over)
         write_text(folder / "chosen.json", json.dumps(chosen, indent=2) + "\n")
 
     def read(folder: Path) -> Inspection:
-        table, chosen = load(folder)
-        contexts = pd.read_csv(folder / "contexts.csv", keep_default_na=False)
-        return Inspection(table, chosen, contexts, *(_read_codes(folder, split) for split in tokens))
+        contexts, parts = pd.read_csv(folder / "contexts.csv", keep_default_na=False), []
+        for split in tokens:
+            rows = np.load(folder / f"rows_{split}.npy", allow_pickle=False)
+            parts.append(SplitCodes(rows, sparse.csr_matrix(sparse.load_npz(folder / f"codes_{split}.npz"))))
+        made_from = store, crosscoder, crosscoder_fingerprint, tokenizer
+        return Inspection(*load(folder), contexts, *parts, *made_from)
 
-    return kept(
-        Path(folder),
-        fingerprint("features", VERSION, crosscoder_fingerprint, store.fingerprint, *parameters),
-        compute,
-        read,
-        crosscoder=crosscoder_fingerprint,
-        store=store.fingerprint,
-        tokens=tokens,
-    )
+    parameters = max_tokens, n_contexts, nrn_over, seed
+    key = fingerprint("features", VERSION, crosscoder_fingerprint, store.fingerprint, *parameters)
+    info = dict(crosscoder=crosscoder_fingerprint, store=store.fingerprint, tokens=tokens)
+    return kept(Path(folder), key, compute, read, **info)
 
 
 def load(folder: Path, crosscoder_fingerprint: str | None = None) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -454,19 +404,14 @@ def load(folder: Path, crosscoder_fingerprint: str | None = None) -> tuple[pd.Da
         raise UserError(f"{problem}: remove its folder and run notebook {MADE_BY} again") from None
 
 
-def _read_codes(folder: Path, split: str) -> SplitCodes:
-    rows = np.load(folder / f"rows_{split}.npy", allow_pickle=False)
-    return SplitCodes(rows, sparse.csr_matrix(sparse.load_npz(folder / f"codes_{split}.npz")))
-
-
 def open_artefacts(
     run: Run, pair: Pair, source: str = "", facts: Mapping | None = None
 ) -> tuple[Store, CrossCoder, pd.DataFrame, dict[str, int], str]:
-    """(store, crosscoder, feature table, chosen features, fingerprint of the crosscoder) of a run.
+    """(store, crosscoder, feature table, chosen features, fingerprint of the crosscoder) of a run; ``source``
+    and ``facts`` as in ``inspect_run``.
 
-    ``source`` and ``facts``: of a crosscoder that was trained elsewhere
-    (``crosscoder.sharing.open_for_run``). UserError, naming the notebook that makes it, for what is missing
-    or was computed from something else than there is now.
+    UserError, naming the notebook that makes it, for what is missing or was computed from something else
+    than there is now.
     """
     store = open_store(run, pair)
     crosscoder, crosscoder_fingerprint = open_for_run(run, store, source, facts)

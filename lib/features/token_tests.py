@@ -3,40 +3,36 @@ function without its words.
 
 A "reasoning feature" may fire on a word and nothing else (arXiv 2601.05679: that holds for 45 to 90% of those
 found by contrast). So words and function are taken apart, in texts of which each gives one place: texts are
-independent, and Wilson's intervals hold. A feature *fires* if its joint code is above 0.
+independent, and Wilson's intervals hold. A feature *fires* if its joint code is above 0. It is tested where
+it was chosen to fire: ``marker``, the first three tokens of a sentence of c ("wait , 9"), or ``before``, the
+last token before the sentence, where the next category is decided.
 
-Each feature is tested where it was chosen to fire:
+=================  ===========================================================================================
+in context         new traces of the teacher: a sentence of c, chosen at random
+other sentences    the same traces, before (in) a sentence of another kind
+telltale wording,  ``marker``: the sentence of c opens with a telltale word; or is one of the teacher's
+other wording,     paraphrases without it ("that should be 4 ."); or is worded as no model has ever seen
+new wording        ("look , 9 * 4 = 17 ."). ``before``: the same of the sentence that *ends* there, for that
+                   is all that the feature can have read
+injected           the telltale opening ("wait ,") put into unrelated prose, half of the time where a sentence
+                   begins: at its first token or within the next two
+neutral            the same places with words of like frequency that no trace contains, commas kept
+unrelated text     the same places with nothing put in
+full stops         ``before`` only: ends of sentences of that prose: the same token, another function
+decoys             the telltale words where prose has them in another sense ("wait for the bus")
+=================  ===========================================================================================
 
-- ``marker``: in the first three tokens of a sentence of c ("wait , 9"), the window in every other test too;
-- ``before``: at the last token before the sentence, where the next category is decided.
+**Real text** (``text_trials``) was not written to order: the three wordings are missing, and the rest is cut
+out of documents of the split "report", as stretches of at most ``CONTEXT`` tokens. There an *opening* is one
+of the commonest first two tokens of the category's sentences on the split "train" ("Wait,"), if its first
+token opens sentences of this category more often than those of all others together. A category without such
+a token is not injected.
 
-======================  ======================================================================================
-in context              new traces of the teacher: a sentence of c, chosen at random
-other sentences         the same traces, before (in) a sentence of another kind
-telltale wording,       ``marker``: the sentence of c opens with a telltale word; or is one of the teacher's
-other wording,          paraphrases without it ("that should be 4 ."); or is worded as no model has ever seen
-new wording             ("look , 9 * 4 = 17 ."). ``before``: the same of the sentence that *ends* there, for
-that
-                        is all that the feature can have read
-injected                the telltale opening ("wait ,") put into unrelated prose, half of the time where a
-                        sentence begins: at its first token or within the next two
-neutral                 the same places with words of like frequency that no trace contains, commas kept
-unrelated text          the same places with nothing put in
-full stops              ``before`` only: ends of sentences of that prose: the same token, another function
-decoys                  the telltale words where prose has them in another sense ("wait for the bus")
-======================  ======================================================================================
+Words put in cannot act on the position *before* them. A feature that fires before c is a token feature in two
+other ways: it fires on the category's words as such (injected, decoys), or on the token at its own position
+(full stops).
 
-**Real text** (``text_trials``) was not written to order, and nothing can be said in other words: the three
-wordings are missing, and the rest is cut out of documents of the split "report", as stretches of at most
-``CONTEXT`` tokens. There an *opening* is one of the commonest first two tokens of the category's sentences on
-the split "train" ("Wait,"), if its first token opens sentences of this category more often than those of all
-others together. A category without such a token is not injected.
-
-Words put in cannot act on the position *before* them (the rates there are equal to the last digit). A feature
-that fires before c is a token feature in two other ways: it fires on the category's words as such, which its
-AUROC before the sentence cannot show (injected, decoys); or on the token at its own position (full stops).
-
-**Verdict** (``verdicts``), the first that holds, "half" being half of the rate in context:
+**Verdict** (``verdict``), the first that holds, "half" being half of the rate in context:
 
     hardly fires in context    a rate in context below 0.1
     fires anywhere             at least half in unrelated text
@@ -50,14 +46,16 @@ The rule looks at rates, not at intervals, and was written before any were known
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..activations.store import SPLITS, Store
 from ..crosscoder.model import CrossCoder, check_feature
@@ -87,18 +85,8 @@ PLAIN_OPENINGS = {  # of the teacher's paraphrases that do without the category'
 }
 NEW_WORDINGS = dict(table("puzzles")["new_wordings"])  # in the vocabulary, and in nothing that was trained on
 NEW_WORDINGS["start"] = NEW_WORDINGS["deduction"]
-TESTS = (
-    "in context",
-    "other sentences",
-    "telltale wording",
-    "other wording",
-    "new wording",
-    "injected",
-    "neutral",
-    "unrelated text",
-    "full stops",
-    "decoys",
-)
+TESTS = ("in context", "other sentences", "telltale wording", "other wording", "new wording")
+TESTS += ("injected", "neutral", "unrelated text", "full stops", "decoys")
 POSITIONS = ("before", "marker")
 COLUMNS = ["category", "where", "feature", "test", "rate", "low", "high", "n"]
 # metric: (where, test)
@@ -127,19 +115,44 @@ def _window(place: int) -> tuple[int, ...]:
     return tuple(range(place, place + WINDOW))
 
 
-# --- puzzles: openings --------------------------------------------------------------------------------------
+def _window_trials(category: str, test: str, text: Sequence, place: int) -> list[Trial]:
+    """A trial of each feature in the window at one place of a text."""
+    return [Trial(category, where, test, tuple(text), _window(place)) for where in POSITIONS]
+
+
+def _injection_trials(
+    category: str,
+    tokens: Sequence,
+    cut: int,
+    openings: Sequence[tuple],
+    neutral: Mapping,
+    rng: random.Random,
+    context: int | None = None,
+) -> list[Trial]:
+    """Trials with nothing, with one of the ``openings``, if there are any, and with neutral tokens put in at
+    ``cut``."""
+    put_in = {"unrelated text": ()}
+    if openings:
+        put_in["injected"] = rng.choice(openings)
+        put_in["neutral"] = [rng.choice(neutral[t]) if t in neutral else t for t in put_in["injected"]]
+    trials = []
+    for test, put in put_in.items():
+        trials += _window_trials(category, test, *_cut([*tokens[:cut], *put, *tokens[cut:]], cut, context))
+    return trials
+
+
+def _cut(tokens: Sequence, place: int, context: int | None = None) -> tuple[tuple, int]:
+    """The stretch of at most ``context`` tokens that ends ``WINDOW`` tokens after the place, and the place in
+    it."""
+    first = max(0, place + WINDOW - context) if context else 0
+    return tuple(tokens[first : place + WINDOW]), place - first
 
 
 def openings(category: str) -> tuple[tuple[str, ...], ...]:
     """The telltale openings of a category: the words of its paraphrases before the first value, ("wait", ",")
     and so on."""
-    result = []
-    for template in PARAPHRASES[category]:
-        words = template.split()
-        fixed = next(i for i, word in enumerate(words) if word.startswith("{"))
-        if fixed and words[0] not in PLAIN_OPENINGS[category]:
-            result.append(tuple(words[:fixed]))
-    return tuple(result)
+    beginnings = [tuple(template.partition("{")[0].split()) for template in PARAPHRASES[category]]
+    return tuple(words for words in beginnings if words and words[0] not in PLAIN_OPENINGS[category])
 
 
 def telltales(category: str) -> frozenset[str]:
@@ -147,19 +160,16 @@ def telltales(category: str) -> frozenset[str]:
     return frozenset(words[0] for words in openings(category))
 
 
-# --- puzzles: traces with one sentence in other words -------------------------------------------------------
-
-
 @dataclass
 class Recorder(Teacher):
     """A teacher that records what each sentence was made from, (kind, values), so that it can be put in other
     words."""
 
-    said: list = field(default_factory=list)
+    sources: list = field(default_factory=list)
 
     def say(self, label: str, step: int = -1, error: bool = False, **values) -> None:
         super().say(label, step, error, **values)
-        self.said.append((label, values))
+        self.sources.append((label, values))
 
 
 def _joined(sentences: Sequence[Sentence]) -> tuple[str, ...]:
@@ -176,7 +186,7 @@ def trace_trials(categories: Sequence[str], n: int, rng: random.Random) -> list[
         puzzle, teacher = sample_puzzle(rng, "test"), Recorder(rng)
         prompt, sentences = puzzle.prompt(), teacher.solve(puzzle)
         trace = _joined([*prompt, *sentences])
-        starts = np.cumsum([len(prompt[0].words), *(len(s.words) for s in sentences)])
+        starts = np.cumsum([len(prompt[0].words), *(len(s.words) for s in sentences)]).tolist()
         inner = range(2, len(sentences) - 2)  # what follows "think :" and the first try, up to "found"
         for c in categories:
             own = [i for i in inner if sentences[i].label == c]
@@ -186,36 +196,22 @@ def trace_trials(categories: Sequence[str], n: int, rng: random.Random) -> list[
             counts[c] += 1
             i, other = rng.choice(own), rng.choice(others)
             for where, worded in (("before", i - 1), ("marker", i)):  # worded: the sentence whose words vary
-                kind, values = teacher.said[worded]
-                places = {
-                    "in context": _places(starts, i, where),
-                    "other sentences": _places(starts, other, where),
-                    _wording(kind, sentences[worded]): _places(starts, i, where),
-                }
-                trials += [Trial(c, where, test, trace, at) for test, at in places.items()]
+                (kind, values), first_word = teacher.sources[worded], sentences[worded].words[0]
+                wording = "other" if first_word in PLAIN_OPENINGS.get(kind, ()) else "telltale"
+                for test, k in (("in context", i), ("other sentences", other), (f"{wording} wording", i)):
+                    trials.append(Trial(c, where, test, trace, _places(starts[k], where)))
                 if kind in NEW_WORDINGS:
                     new = Sentence(words_of(rng.choice(NEW_WORDINGS[kind]), **values), kind)
-                    # what stands before sentence i, or its new form
-                    before = [*prompt, *sentences[:worded], new, *sentences[worded + 1 : i]]
-                    first = np.array([len(_joined(before)) - (len(new.words) if worded == i else 0)])
-                    words = _joined([*before, *sentences[i : i + 1 if worded < i else i]])
-                    trials.append(Trial(c, where, "new wording", words, _places(first, 0, where)))
+                    changed = [*prompt, *sentences[:worded], new, *sentences[worded + 1 :]]
+                    first = starts[i] + (len(new.words) - len(sentences[worded].words)) * (worded < i)
+                    words = _joined(changed[: len(prompt) + i + 1])
+                    trials.append(Trial(c, where, "new wording", words, _places(first, where)))
     return trials
 
 
-def _places(starts: np.ndarray, sentence: int, where: str) -> tuple[int, ...]:
-    """The last word before a sentence of the trace, or its first three; ``starts`` [sentences] of the trace,
-    prompt included."""
-    first = int(starts[sentence])
+def _places(first: int, where: str) -> tuple[int, ...]:
+    """The last word before a sentence that begins at ``first``, or its first three."""
     return (first - 1,) if where == "before" else _window(first)
-
-
-def _wording(kind: str, sentence: Sentence) -> str:
-    plain = kind in PLAIN_OPENINGS and sentence.words[0] in PLAIN_OPENINGS[kind]
-    return "other wording" if plain else "telltale wording"
-
-
-# --- puzzles: prose with words put in -----------------------------------------------------------------------
 
 
 def prose_trials(
@@ -226,7 +222,7 @@ def prose_trials(
     trials, number, all_telltales = [], 0, frozenset().union(*map(telltales, PARAPHRASES))
     while number < n:
         sentences = prose(rng)
-        words, starts = _joined(sentences), np.cumsum([0, *(len(s.words) for s in sentences)])
+        words, starts = _joined(sentences), np.cumsum([0, *(len(s.words) for s in sentences)]).tolist()
         # else the place would be a decoy
         free = [i for i in range(2, len(sentences) - 1) if all_telltales.isdisjoint(sentences[i].words)]
         if not free:
@@ -234,21 +230,11 @@ def prose_trials(
         number, sentence = number + 1, rng.choice(free)
         inside = rng.randrange(1, len(sentences[sentence].words) - WINDOW)  # no full stop within reach
         # by turns where a sentence begins, and within one
-        cut = int(starts[sentence]) + (0 if number % 2 == 0 else inside)
-        plain = words[: cut + WINDOW]
+        cut = starts[sentence] + (0 if number % 2 == 0 else inside)
         for c in categories:
-            opening = rng.choice(openings(c))
-            other = tuple(rng.choice(neutral[word]) if word in neutral else word for word in opening)
-            texts = {
-                test: (*words[:cut], *put, *words[cut:])[: cut + WINDOW]
-                for test, put in (("injected", opening), ("neutral", other), ("unrelated text", ()))
-            }
-            trials += [
-                Trial(c, where, test, text, _window(cut))
-                for where in POSITIONS
-                for test, text in texts.items()
-            ]
-            trials.append(Trial(c, "before", "full stops", plain, (int(starts[sentence]) - 1,)))
+            trials += _injection_trials(c, words, cut, openings(c), neutral, rng)
+            stop = (starts[sentence] - 1,)
+            trials.append(Trial(c, "before", "full stops", words[: cut + WINDOW], stop))
     return trials
 
 
@@ -264,8 +250,7 @@ def decoy_trials(categories: Sequence[str], n: int, rng: random.Random) -> list[
             at = [i for i, word in enumerate(words[:-WINDOW]) if word in telltales(c)]
             if at and counts[c] < n:
                 counts[c] += 1
-                i = rng.choice(at)
-                trials += [Trial(c, where, "decoys", words[: i + WINDOW], _window(i)) for where in POSITIONS]
+                trials += _window_trials(c, "decoys", *_cut(words, rng.choice(at)))
     return trials
 
 
@@ -280,31 +265,27 @@ def neutral_words(
     counts, ids = np.bincount(store.tokens[store.kept], minlength=len(tokenizer)), tokenizer.get_vocab()
     pool = {w: counts[i] for w, i in ids.items() if w.isalpha() and w not in of_traces and counts[i]}
 
-    def distance(word: str):
-        return lambda other: (abs(np.log(pool[other]) - np.log(max(counts[ids[word]], 1))), other)
+    def nearest(word: str) -> list[str]:
+        wanted = np.log(max(counts[ids[word]], 1))
+        return sorted(pool, key=lambda other: (abs(np.log(pool[other]) - wanted), other))[:NEAREST_WORDS]
 
-    return {word: sorted(pool, key=distance(word))[:NEAREST_WORDS] for word in words if word.isalpha()}
-
-
-# --- real text ----------------------------------------------------------------------------------------------
+    return {word: nearest(word) for word in words if word.isalpha()}
 
 
 def text_openings(store: Store, category: str, split: str = "train") -> list[tuple[int, int]]:
     """The commonest first two token ids of a category's sentences, commonest first; [] if no first token
     opens its sentences more often than all others."""
-    labels = store.labels
-    first = np.flatnonzero(
-        (labels["starts"] == 1) & (labels["kind"] == 1) & (store.split == SPLITS.index(split))
-    )
+    labels, tokens = store.labels, store.tokens
+    in_split = store.split == SPLITS.index(split)
+    first = np.flatnonzero((labels["starts"] == 1) & (labels["kind"] == 1) & in_split)
     next_starts = labels["starts"][np.minimum(first + 1, len(store) - 1)]
     first = first[(first + 1 < len(store)) & (next_starts == 0)]  # sentences of two tokens at least
     own = labels["label"][first] == LABELS.index(category)
-    size = int(store.tokens.max()) + 1
-    here, elsewhere = (np.bincount(store.tokens[first[which]], minlength=size) for which in (own, ~own))
-    telltale = first[own][(here > elsewhere)[store.tokens[first[own]]]]
-    pairs, counts = np.unique(
-        np.stack([store.tokens[telltale], store.tokens[telltale + 1]], axis=1), axis=0, return_counts=True
-    )
+    size = int(tokens.max()) + 1
+    here, elsewhere = (np.bincount(tokens[first[side]], minlength=size) for side in (own, ~own))
+    telltale = first[own][(here > elsewhere)[tokens[first[own]]]]
+    pairs = np.stack([tokens[telltale], tokens[telltale + 1]], axis=1)
+    pairs, counts = np.unique(pairs, axis=0, return_counts=True)
     return [tuple(pair) for pair in pairs[np.argsort(-counts, kind="stable")][:OPENINGS].tolist()]
 
 
@@ -313,35 +294,36 @@ def text_trials(
 ) -> list[Trial]:
     """Up to ``n`` trials per category and test in documents of the split "report"."""
     rows = np.flatnonzero(store.split == SPLITS.index("report"))
-    edges = np.flatnonzero(np.diff(store.documents[rows])) + 1
-    documents = np.split(rows, edges) if len(rows) else []
+    documents = np.split(rows, np.flatnonzero(np.diff(store.documents[rows])) + 1) if len(rows) else []
     traces, general = ([d for d in documents if store.labels["kind"][d[0]] == kind] for kind in (1, 0))
     known = {c: text_openings(store, c) for c in categories}
     trials = [trial for c in categories for trial in _in_traces(store, c, n, rng, traces)]
     neutral = _neutral_tokens(store, tokenizer, {pair[0] for pairs in known.values() for pair in pairs})
     rng.shuffle(general)
     for number, rows in enumerate(general[:n]):
-        trials += _in_general(store, known, number, rng, rows, neutral)
+        tokens, starts, ends = (x[rows] for x in (store.tokens, store.labels["starts"], store.labels["ends"]))
+        begins, inside = _usable(starts == 1), _usable((starts == 0) & (ends == 0))
+        if not begins or not inside:
+            continue
+        # by turns where a sentence begins, and within one
+        cut, stop = rng.choice(begins if number % 2 == 0 else inside), rng.choice(begins) - 1
+        for c, pairs in known.items():
+            trials += _injection_trials(c, tokens.tolist(), cut, pairs, neutral, rng, CONTEXT)
+            text, at = _cut(tokens.tolist(), stop, CONTEXT)
+            trials.append(Trial(c, "before", "full stops", text, (at,)))
     for c in categories:
-        firsts = [pair[0] for pair in known[c]]
         rng.shuffle(general)
-        places = ((rows, _usable(np.isin(store.tokens[rows], firsts), rows)) for rows in general)
-        for _, (rows, at) in zip(range(n), ((rows, at) for rows, at in places if len(at))):
-            text, place = _cut(store.tokens[rows].tolist(), int(rng.choice(at.tolist())))
-            trials += [Trial(c, where, "decoys", text, _window(place)) for where in POSITIONS]
+        is_telltale = np.isin(store.tokens, [pair[0] for pair in known[c]])
+        places = ((rows, _usable(is_telltale[rows])) for rows in general)
+        for rows, at in islice(((rows, at) for rows, at in places if at), n):
+            trials += _window_trials(c, "decoys", *_cut(store.tokens[rows].tolist(), rng.choice(at), CONTEXT))
     return trials
 
 
-def _usable(mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _usable(mask: np.ndarray) -> list[int]:
     """The places of a document that the mask admits, with enough tokens on both sides."""
     places = np.flatnonzero(mask)
-    return places[(places >= LEAD) & (places + WINDOW <= len(rows))]
-
-
-def _cut(tokens: list[int], place: int) -> tuple[tuple[int, ...], int]:
-    """The stretch that ends ``WINDOW`` tokens after the place, and the place in it."""
-    first = max(0, place + WINDOW - CONTEXT)
-    return tuple(tokens[first : place + WINDOW]), place - first
+    return places[(places >= LEAD) & (places + WINDOW <= len(mask))].tolist()
 
 
 def _in_traces(
@@ -349,49 +331,16 @@ def _in_traces(
 ) -> list[Trial]:
     trials, number = [], 0
     for rows in rng.sample(list(traces), len(traces)):
-        starts = _usable(store.labels["starts"][rows] == 1, rows)
-        own = store.labels["label"][rows[starts]] == LABELS.index(category)
+        label = store.labels["label"][rows] == LABELS.index(category)
+        own, others = (_usable((store.labels["starts"][rows] == 1) & side) for side in (label, ~label))
         if number == n:
             break
-        if not own.any() or own.all():
+        if not own or not others:
             continue
         number += 1
-        for test, which in (("in context", own), ("other sentences", ~own)):
-            text, place = _cut(store.tokens[rows].tolist(), int(rng.choice(starts[which].tolist())))
-            trials += [
-                Trial(category, "before", test, text, (place - 1,)),
-                Trial(category, "marker", test, text, _window(place)),
-            ]
-    return trials
-
-
-def _in_general(
-    store: Store,
-    known: Mapping[str, list[tuple[int, int]]],
-    number: int,
-    rng: random.Random,
-    rows: np.ndarray,
-    neutral: Mapping[int, list[int]],
-) -> list[Trial]:
-    tokens, trials = store.tokens[rows].tolist(), []
-    starts, ends = (store.labels[name][rows] for name in ("starts", "ends"))
-    begins, inside = _usable(starts == 1, rows), _usable((starts == 0) & (ends == 0), rows)
-    if not len(begins) or not len(inside):
-        return []
-    # by turns where a sentence begins, and within one
-    cut = int(rng.choice((begins if number % 2 == 0 else inside).tolist()))
-    stop = int(rng.choice(begins.tolist())) - 1
-    for c, pairs in known.items():
-        texts = {"unrelated text": _cut(tokens, cut)}
-        if pairs:
-            opening = rng.choice(pairs)
-            other = tuple(rng.choice(neutral[i]) if i in neutral else i for i in opening)
-            for test, put in (("injected", opening), ("neutral", other)):
-                texts[test] = _cut([*tokens[:cut], *put, *tokens[cut:]], cut)
-        for where in POSITIONS:
-            trials += [Trial(c, where, test, text, _window(at)) for test, (text, at) in texts.items()]
-        text, at = _cut(tokens, stop)
-        trials.append(Trial(c, "before", "full stops", text, (at,)))
+        for test, places in (("in context", own), ("other sentences", others)):
+            text, first = _cut(store.tokens[rows].tolist(), rng.choice(places), CONTEXT)
+            trials += [Trial(category, where, test, text, _places(first, where)) for where in POSITIONS]
     return trials
 
 
@@ -399,27 +348,18 @@ def _neutral_tokens(
     store: Store, tokenizer: PreTrainedTokenizerBase, firsts: set[int]
 ) -> dict[int, list[int]]:
     """{first token of an opening: the tokens of most like frequency in general text that open no category,
-    spelled like it}."""
+    spelled like it: both begin a word, or neither}."""
     general = store.kept & (store.labels["kind"] == 0)
     counts = np.bincount(store.tokens[general], minlength=int(store.tokens.max()) + 1)
     used = np.flatnonzero(counts).tolist()
     spelled = {int(i): tokenizer.convert_ids_to_tokens(int(i)) for i in {*used, *firsts}}
-    is_word = {i: any(c.isalpha() for c in text) for i, text in spelled.items()}
-    pool = np.array([i for i in used if i not in firsts and is_word[i]], dtype=int)
-    begins_alike = {  # both begin a word, or neither
-        i: np.array([spelled[j][0].isalpha() == spelled[i][0].isalpha() for j in pool.tolist()], dtype=bool)
-        for i in firsts
-    }
+    words = {i: text[0].isalpha() for i, text in spelled.items() if any(c.isalpha() for c in text)}
     result = {}
-    for i in firsts:
-        if is_word[i]:
-            similar = pool[begins_alike[i]]
-            distance = np.abs(np.log(counts[similar]) - np.log(max(counts[i], 1)))
-            result[i] = similar[np.argsort(distance, kind="stable")][:NEAREST_TOKENS].tolist()
+    for i in firsts & words.keys():
+        similar = np.array([j for j in used if j not in firsts and words.get(j) == words[i]], dtype=int)
+        distance = np.abs(np.log(counts[similar]) - np.log(max(counts[i], 1)))
+        result[i] = similar[np.argsort(distance, kind="stable")][:NEAREST_TOKENS].tolist()
     return result
-
-
-# --- running the models, counting ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -430,13 +370,9 @@ def fire(
     tokenizer: PreTrainedTokenizerBase,
     trials: Sequence[Trial],
     features: Sequence[int],
-    models: Mapping[str, PreTrainedModel] | None = None,
 ) -> np.ndarray:
     """For each trial whether each of ``features`` fires at one of its places, bool [trials, features]. Both
-    models are run on the texts.
-
-    ``models`` passes loaded models by name. UserError for words that are not single tokens of the tokenizer.
-    """
+    models are run on the texts. UserError for words that are not single tokens of the tokenizer."""
     texts = {words: i for i, words in enumerate(dict.fromkeys(t.words for t in trials))}
     ids = tokenizer.get_vocab()
     real = [isinstance(words[0], int) for words in texts]
@@ -450,8 +386,7 @@ def fire(
     used, place = np.unique(np.concatenate(at), return_inverse=True)
     acts = []
     for name in crosscoder.names:  # one model at a time in memory
-        model = models[name] if models else pair.load(name)
-        acts.append(capture(model, tokenizer, tokens, store.layers[name])[used])
+        acts.append(capture(pair.load(name), tokenizer, tokens, store.layers[name])[used])
     fires = crosscoder.encode(acts)[:, list(features)].numpy() > 0
     firsts = np.cumsum([0, *(len(t.places) for t in trials)])[:-1]
     return np.logical_or.reduceat(fires[place.ravel()], firsts, axis=0)
@@ -466,13 +401,12 @@ def token_tests(
     markers: Mapping[str, int] | None = None,
     n: int = 100,
     seed: int = 0,
-    models: Mapping[str, PreTrainedModel] | None = None,
 ) -> pd.DataFrame:
     """All tests of the features ``chosen`` {category: feature} before, and of ``markers`` at, the sentences
-    of their categories.
+    of their categories, in at most ``n`` texts each.
 
     A row per category, position ("before": chosen, "marker": markers) and test: feature, rate, low, high
-    (95%, Wilson), n. ``n`` texts per test at most. Empty where no category was chosen (text without labels).
+    (95%, Wilson), n. Empty where no category was chosen (text without labels).
     """
     check("n", n, int, low=1)
     features = {("before", c): check_feature(crosscoder, f) for c, f in chosen.items()}
@@ -497,13 +431,12 @@ def token_tests(
         trials = text_trials(store, tokenizer, categories, n, rng)
     trials = [t for t in trials if (t.where, t.category) in features]
     numbers = sorted(set(features.values()))
-    fired = fire(pair, crosscoder, store, tokenizer, trials, numbers, models)
-    outcomes: dict[tuple, list[bool]] = {}
-    for i, t in enumerate(trials):
-        column = numbers.index(features[t.where, t.category])
-        outcomes.setdefault((t.where, t.category, t.test), []).append(fired[i, column])
+    fired = fire(pair, crosscoder, store, tokenizer, trials, numbers)
+    outcomes = defaultdict(list)
+    for t, row in zip(trials, fired):
+        outcomes[t.where, t.category, t.test].append(row[numbers.index(features[t.where, t.category])])
     rows = [
-        (c, where, feature, test, np.mean(hits), *wilson(int(np.sum(hits)), len(hits)), len(hits))
+        (c, where, feature, test, np.mean(hits), *wilson(sum(hits), len(hits)), len(hits))
         for (where, c), feature in features.items()
         for test in TESTS
         if (hits := outcomes.get((where, c, test)))
@@ -533,13 +466,11 @@ def verdict(rate: Mapping[str, float]) -> str:
 
 def verdicts(tests: pd.DataFrame) -> pd.DataFrame:
     """``token_tests`` with a row per category and position, a column of rates per test, and the verdict."""
+    names = ["category", "where", "feature"]
     if tests.empty:
-        return pd.DataFrame(columns=["category", "where", "feature", *TESTS, "verdict"])
-    wide = tests.pivot(index=["category", "where", "feature"], columns="test", values="rate").reindex(
-        columns=TESTS
-    )
-    order = tests[["category", "where", "feature"]].drop_duplicates()
-    wide = wide.loc[list(order.itertuples(index=False, name=None))]
+        return pd.DataFrame(columns=[*names, *TESTS, "verdict"])
+    wide = tests.pivot(index=names, columns="test", values="rate").reindex(columns=TESTS)
+    wide = wide.loc[pd.MultiIndex.from_frame(tests[names]).unique()]
     wide["verdict"] = [verdict(row) for row in wide.to_dict("records")]
     return wide.rename_axis(columns=None).reset_index()
 
@@ -550,24 +481,19 @@ def record(
     """Put ``tests`` into ``results``: the rates ``METRICS`` of every category, tables token_tests and
     token_verdicts. Returns the verdicts, with the AUROC of the feature and of the token alone beside them
     (from the feature table, and from ``detectors.detectors``)."""
-    rates = {(r.category, r.where, r.test): r for r in tests.itertuples()}
+    rates = {(r.category, r.where, r.test): (r.rate, (r.low, r.high), r.n) for r in tests.itertuples()}
     for c in DETECTED:
         for name, (where, test) in METRICS.items():
-            r = rates.get((c, where, test))
-            results.add(
-                f"{name}_{c}", r.rate if r else np.nan, (r.low, r.high) if r else None, r.n if r else 0
-            )
+            results.add(f"{name}_{c}", *rates.get((c, where, test), (np.nan, None, 0)))
     judged = verdicts(tests)
     aurocs = {(r.category, r.predictor): r.auroc for r in detectors.itertuples()}
+    aurocs |= {(c, "feature, marker"): table[f"auroc_marker_{c}"] for c in judged["category"]}
     feature, token = [], []
     for row in judged.itertuples():
-        marker = row.where == "marker"
-        token.append(aurocs[row.category, "token only, marker" if marker else "token only"])
-        feature.append(
-            table.at[row.feature, f"auroc_marker_{row.category}"]
-            if marker
-            else aurocs[row.category, "feature"]
-        )
+        suffix = ", marker" if row.where == "marker" else ""
+        value = aurocs[row.category, "feature" + suffix]
+        feature.append(value[row.feature] if suffix else value)
+        token.append(aurocs[row.category, "token only" + suffix])
     judged.insert(3, "AUROC, token only", token)
     judged.insert(3, "AUROC", feature)
     results.table("token_tests", tests.round(4))

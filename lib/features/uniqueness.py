@@ -21,6 +21,7 @@ from ..crosscoder.model import CrossCoder
 from ..results import Part, Results, read_part
 from ..stats import wilson
 from .latent_scaling import latent_scaling
+from .table import frequency, record_share
 
 LEVELS = (0.01, 0.05)
 # score: does a unique feature of the distilled side have a high or a low one?
@@ -35,26 +36,16 @@ def score_table(
     max_tokens: int | None = None,
     model: str = "distilled",
     reference: str = "base",
-    split: str = "report",
     n_boot: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Every score of uniqueness of every feature on the tokens of a split: feature, alive, frequency, nrn,
-    nrn_p2, and the columns of ``latent_scaling`` (side, nu_eps, nu_r with intervals, shrinkage, decoupling).
-
-    ``side`` "distilled" means the side of ``model``, whatever its name is.
-    """
-    coded = codes(crosscoder, store, split, max_tokens, seed)
-    fired = np.asarray((coded.codes > 0).sum(axis=0)).ravel()
-    table = pd.DataFrame(
-        {
-            "feature": np.arange(crosscoder.n_features),
-            "alive": fired > 0,
-            "frequency": fired / len(coded.rows),
-            "nrn": crosscoder.nrn(1, model, reference).numpy(),
-            "nrn_p2": crosscoder.nrn(2, model, reference).numpy(),
-        }
-    )
+    """Every score of uniqueness of every feature on tokens of "report": feature, alive, frequency, nrn,
+    nrn_p2, and the columns of ``latent_scaling``; ``side`` "distilled" means that of ``model``."""
+    coded = codes(crosscoder, store, "report", max_tokens, seed)
+    table = pd.DataFrame({"feature": np.arange(crosscoder.n_features), "frequency": frequency(coded)})
+    table.insert(1, "alive", table["frequency"] > 0)
+    for name, p in (("nrn", 1), ("nrn_p2", 2)):
+        table[name] = crosscoder.nrn(p, model, reference).numpy()
     scaling = latent_scaling(crosscoder, store, coded.rows, model, reference, n_boot, seed)
     # the roles, which all pairs have alike
     scaling["side"] = scaling["side"].replace(dict(zip((model, reference), SIDES)))
@@ -79,17 +70,16 @@ def beyond(
     table: pd.DataFrame, limits: pd.DataFrame, score: str, side: str = "distilled", level: float = LEVELS[0]
 ) -> np.ndarray:
     """Which features of a ``score_table`` (or a feature table with its columns) lie beyond the null's
-    threshold, bool [F]. ``limits``: ``lib.study.nulls.thresholds``."""
-    row = limits[
-        (limits["score"] == score) & (limits["side"] == side) & np.isclose(limits["level"], level)
-    ].iloc[0]
-    result = pd.Series(False, index=table.index)
+    threshold, bool [F]."""
     values = extremity(table, score, side)
-    result[values.index] = values > sign(score, side) * row["threshold"]
-    return result.to_numpy()
+    limit = sign(score, side) * threshold(limits, score, side, level)
+    return (values > limit).reindex(table.index, fill_value=False).to_numpy()
 
 
-# --- what the study says of the features of a run -----------------------------------------------------------
+def threshold(limits: pd.DataFrame, score: str, side: str = "distilled", level: float = LEVELS[0]) -> float:
+    """The null's threshold of one score. ``limits``: ``lib.study.nulls.thresholds``."""
+    rows = limits[(limits["score"] == score) & (limits["side"] == side)]
+    return rows.loc[np.isclose(rows["level"], level), "threshold"].iloc[0]
 
 
 @dataclass(frozen=True)
@@ -133,34 +123,23 @@ def record(results: Results, table: pd.DataFrame, chosen: Mapping[str, int], cro
     shares whose nu says unique (nu_eps_under_0_2), shrunk, decoupled; and those of "seeds" and "planted".
     Table status: a row per chosen feature.
     """
-    null, seeds, planted = (
-        read_part(results.run, part, crosscoder=crosscoder) for part in ("nulls", "seeds", "planted")
-    )
+    parts = (read_part(results.run, name, crosscoder=crosscoder) for name in ("nulls", "seeds", "planted"))
+    null, seeds, planted = parts
+    limits, alive, limit = null.tables.get("thresholds"), int(table["alive"].sum()), np.nan
     above, below = (
-        beyond(table, null.tables["thresholds"], "nrn", side) if null else np.zeros(len(table), dtype=bool)
-        for side in SIDES
+        beyond(table, limits, "nrn", side) if null else np.zeros(len(table), dtype=bool) for side in SIDES
     )
-    alive, threshold = int(table["alive"].sum()), np.nan
     results.add("unique_above_null", above.sum() if null else np.nan, n=alive)
     if null:
-        threshold = (
-            null.tables["thresholds"]
-            .query("score == 'nrn' and side == 'distilled' and level == 0.01")["threshold"]
-            .item()
-        )
+        limit = threshold(limits, "nrn")
         results.add("unique_above_null_share", above.mean(), wilson(int(above.sum()), alive), alive)
-        results.add("nrn_threshold", threshold)
+        results.add("nrn_threshold", limit)
         with_nu = table[above & table["nu_eps"].notna()]
-        for name, hits in {
-            "nu_eps_under_0_2": with_nu["nu_eps_high"] < 0.2,
-            "shrunk": with_nu["nu_eps_low"] > 0.2,
-            "decoupled": with_nu["nu_r_low"] > 0.5,
-        }.items():
-            n = len(with_nu)
-            results.add(f"unique_{name}", hits.mean(), wilson(int(hits.sum()), n), n)
-    for part in (seeds, planted):
-        for name, m in part.metrics.items():
-            results.add(name, m["value"], m["ci"], m["n"])
+        record_share(results, "unique_nu_eps_under_0_2", with_nu["nu_eps_high"] < 0.2)
+        record_share(results, "unique_shrunk", with_nu["nu_eps_low"] > 0.2)
+        record_share(results, "unique_decoupled", with_nu["nu_r_low"] > 0.5)
+    for name, m in (seeds.metrics | planted.metrics).items():
+        results.add(name, m["value"], m["ci"], m["n"])
     if planted:
         rule = planted.tables["summary"].query(
             "setting == @REGIME and split == 'report' and side == 'distilled'"
@@ -173,20 +152,11 @@ def record(results: Results, table: pd.DataFrame, chosen: Mapping[str, int], cro
     stability = (
         seeds.tables["stability"].set_index("feature")["stability"] if seeds else pd.Series(dtype=float)
     )
-    nu = {name: table[name] if name in table else pd.Series(dtype=float) for name in ("nu_eps", "nu_r")}
-    status = pd.DataFrame(
-        [
-            {
-                "category": category,
-                "feature": f,
-                "NRN": table["nrn"][f],
-                "above the null": bool(above[f]),
-                "nu (error)": nu["nu_eps"].get(f, np.nan),
-                "nu (reconstruction)": nu["nu_r"].get(f, np.nan),
-                "stability over seeds": stability.get(f, np.nan),
-            }
-            for category, f in chosen.items()
-        ]
-    )
-    results.table("status", status)
-    return Uniqueness(above, below, threshold, status, stability, null, seeds, planted)
+    features = list(chosen.values())
+    status = {"category": list(chosen), "feature": features, "NRN": table["nrn"][features].to_numpy()}
+    status["above the null"] = above[features]
+    for name, column in (("nu (error)", "nu_eps"), ("nu (reconstruction)", "nu_r")):
+        status[name] = table.get(column, pd.Series(np.nan, table.index))[features].to_numpy()
+    status["stability over seeds"] = stability.reindex(features).to_numpy()
+    status = results.table("status", pd.DataFrame(status))
+    return Uniqueness(above, below, limit, status, stability, null, seeds, planted)

@@ -2,20 +2,16 @@
 text?
 
 NRN asks in which model's decoder a feature stands; *use* asks in which model's activations it fires. A shared
-feature (NRN 0.5) can be used differently: distillation need not add a feature to change what a model does. On
-the same token ids, every feature is encoded
+feature (NRN 0.5) can be used differently. On the same token ids, every feature is encoded
 
 - from each model alone, "slots": the model's activation stands in every slot of the crosscoder, times its own
-  scale, as if all models were this one. "Would the feature fire if the other model held the same?" Its full
-  input, hence the measure of use;
-- from each model alone, "alone": its activation in its own slot, the others at their mean
-  (``CrossCoder.encode_from``). "Is this model's share enough to make it fire?" It needs no equal widths, but
-  about half of the input is missing, and a feature whose encoder hardly weighs a model cannot fire from it;
+  scale, as if all models were this one: its full input, hence the measure of use;
+- from each model alone, "alone": its activation in its own slot, the others at their mean. It needs no equal
+  widths, but about half of the input is missing;
 - "joint": from both at once, the code that all other statistics are about.
 
 The crosscoder was trained on neither of the first two: an encoder may take the models' *difference*, which
-vanishes if one model stands in both slots. ``explained`` says how well each code still explains its own
-model.
+vanishes if one model stands in both slots (see ``explained``).
 
 With S_m the sum of a feature's activation over the tokens as encoded from model m, n_m the number of tokens
 on which it fires, and h half a typical activation::
@@ -30,14 +26,12 @@ resample documents; p is that of a t-test on the documents' differences, q its a
 (Benjamini-Hochberg). With thousands of tokens nearly every difference is significant. Whether it is *large*
 is judged against a pair in which nothing was distilled (``change_limit``, ``reweighted``).
 
-Source: the question is that of 2026 crosscoder studies of distillation which found shared features
-reweighted; the measures are ours.
+Source: the question is that of 2026 crosscoder studies of distillation; the measures are ours.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,14 +40,15 @@ import torch
 from scipy import sparse
 from scipy.stats import false_discovery_control, ttest_1samp
 
-from ..activations.positions import EVENTS, event_rows, groups_of
+from ..activations.positions import groups_of
 from ..activations.store import Store
 from ..crosscoder.codes import check_models, encode_from_one, encoded, sample_rows
 from ..crosscoder.model import CrossCoder
 from ..results import Results
 from ..settings import UserError, check
-from ..stats import bootstrap, group_weights, percentiles, wilson
+from ..stats import bootstrap, group_weights, percentiles, ratio, wilson
 from .auroc import sum_by
+from .table import Inspection
 from .uniqueness import Uniqueness
 
 SOLO = ("slots", "alone")
@@ -68,11 +63,6 @@ class SoloCodes:
     rows: np.ndarray
     documents: np.ndarray
     codes: dict[str, sparse.csr_matrix]
-
-    def of_features(self, features: Sequence[int]) -> dict[str, sparse.csr_matrix]:
-        """The codes of some features, {model or "joint": [n, len(features)]}."""
-        columns = np.asarray(features, dtype=int)
-        return {name: codes.tocsc()[:, columns].tocsr() for name, codes in self.codes.items()}
 
 
 @torch.no_grad()
@@ -95,12 +85,10 @@ def solo_codes(crosscoder: CrossCoder, store: Store, rows: np.ndarray, solo: str
 
 
 def explained(crosscoder: CrossCoder, store: Store, solo: SoloCodes) -> pd.DataFrame:
-    """How much of each model's variance its own code, and the joint code, explain, in scaled space; and the
-    L0.
+    """How much of each model's variance its own code, and the joint code, explain, in scaled space: columns
+    model, reading ("solo" or "joint"), fve (share of the variance about the mean), l0.
 
-    Columns model, reading ("solo" or "joint"), fve (share of the variance about the mean), l0. A solo code
-    that explains much less than the joint one is off the crosscoder's usual input, and its features mean
-    less.
+    A solo code that explains much less than the joint one is off the crosscoder's usual input.
     """
     rows = []
     for m, name in enumerate(crosscoder.names):
@@ -111,16 +99,6 @@ def explained(crosscoder: CrossCoder, store: Store, solo: SoloCodes) -> pd.DataF
             x_hat = codes @ crosscoder.rows(name).numpy() + crosscoder.bias(name).numpy()
             rows.append((name, kind, 1 - np.square(x - x_hat).sum() / total, codes.nnz / len(solo.rows)))
     return pd.DataFrame(rows, columns=["model", "reading", "fve", "l0"])
-
-
-def _sums(codes: sparse.spmatrix, document: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """For every document 0 .. n - 1 the tokens on which each feature fires, and its summed activation: [n, F]
-    each."""
-    fires = sparse.csr_matrix(codes > 0)
-    return sum_by(document, fires, n).toarray(), sum_by(document, codes, n).toarray()
-
-
-# --- the table of use ---------------------------------------------------------------------------------------
 
 
 def use_table(
@@ -137,14 +115,9 @@ def use_table(
 
     feature, group, alive    group: "all", or phase or category (``groups_of``); alive: it fires in one code
     frequency_<r>, mean_<r>, firing_mean_<r>    share of tokens on which it fires; mean activation over all
-                             tokens, and over those on which it fires (NaN if none), for r of both models
-                             alone and "joint"
-    change, change_frequency, difference        ``model`` against ``reference`` (see above), each with _low
-    and
-                             _high (95%, documents)
-    p, q                     t-test on the documents' differences of activation; q: Benjamini-Hochberg over
-    all
-                             alive rows of the table
+                             tokens, and over those on which it fires (NaN if none); r: each model, "joint"
+    change, change_frequency, difference        ``model`` against ``reference``, each with _low and _high
+    p, q                     t-test on the documents' differences of activation; q: over all alive rows
     """
     masks = {"all": np.ones(len(solo.rows), dtype=bool)} if by is None else groups_of(store, solo.rows, by)
     tables = [_use_in(solo, group, mask, n_boot, seed, model, reference) for group, mask in masks.items()]
@@ -160,17 +133,20 @@ def _use_in(
 ) -> pd.DataFrame:
     documents, document = np.unique(solo.documents[mask], return_inverse=True)
     n, tokens = len(documents), int(mask.sum())
-    sums = {name: _sums(solo.codes[name][mask], document, n) for name in (reference, model, JOINT)}
+    sums = {}  # of every document: tokens on which each feature fires, and summed activation, [n, F] each
+    for name in (reference, model, JOINT):
+        codes = solo.codes[name][mask]
+        sums[name] = tuple(sum_by(document, x, n).toarray() for x in (sparse.csr_matrix(codes > 0), codes))
     alive = np.any([fired.any(0) for fired, _ in sums.values()], axis=0)
     columns = {"feature": np.arange(len(alive)), "group": group, "alive": alive}
     for name, (fired, mass) in sums.items():
         columns |= {
             f"frequency_{name}": fired.sum(0) / tokens,
             f"mean_{name}": mass.sum(0) / tokens,
-            f"firing_mean_{name}": _ratio(mass.sum(0), fired.sum(0), np.nan),
+            f"firing_mean_{name}": ratio(mass.sum(0), fired.sum(0)),
         }
     (fired_r, mass_r), (fired_m, mass_m) = sums[reference], sums[model]
-    half = _ratio(mass_r.sum(0) + mass_m.sum(0), fired_r.sum(0) + fired_m.sum(0), 1.0) / 2
+    half = np.nan_to_num(ratio((mass_r + mass_m).sum(0), (fired_r + fired_m).sum(0)), nan=1.0) / 2
     weights = group_weights(n, check("n_boot", n_boot, int, low=1), seed).astype(float)
     lengths = np.bincount(document, minlength=n).astype(float)
     statistics = {
@@ -190,10 +166,6 @@ def _use_in(
     return pd.DataFrame(columns)
 
 
-def _ratio(a: np.ndarray, b: np.ndarray, otherwise: float) -> np.ndarray:
-    return np.divide(a, b, out=np.full(len(a), otherwise), where=b > 0)
-
-
 def change_limit(null_table: pd.DataFrame, level: float = 0.01) -> float:
     """The |change| that a share ``level`` of the alive features exceeds in a pair in which nothing was
     distilled."""
@@ -204,13 +176,10 @@ def change_limit(null_table: pd.DataFrame, level: float = 0.01) -> float:
     return float(np.quantile(changes, 1 - level))
 
 
-def reweighted(table: pd.DataFrame, null_table: pd.DataFrame | float, level: float = 0.01) -> np.ndarray:
+def reweighted(table: pd.DataFrame, null_table: pd.DataFrame | float) -> np.ndarray:
     """Which rows of ``use_table`` change by more than the null does: bool [rows], False where dead.
-
-    ``null_table``: the table of use of base and null_a, over their own crosscoder, or the limit taken from it
-    (``change_limit``).
-    """
-    limit = null_table if isinstance(null_table, (int, float)) else change_limit(null_table, level)
+    ``null_table``: the null's own table of use, or its ``change_limit``."""
+    limit = null_table if isinstance(null_table, (int, float)) else change_limit(null_table)
     return (table["alive"].astype(bool) & (table["change"].abs() > limit)).to_numpy()
 
 
@@ -221,106 +190,23 @@ def kinds_of_change(table: pd.DataFrame, unique: np.ndarray, changed: np.ndarray
     return np.select([dead, unique, changed], ["dead", "unique", "reweighted"], "unchanged")
 
 
-# --- by phase, and around events ----------------------------------------------------------------------------
-
-
-def firing_by_phase(
-    solo: SoloCodes,
-    store: Store,
-    features: Sequence[int],
-    by: str = "phase",
-    n_boot: int = 200,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """A row per feature, phase (or category, with ``by``) and reading (model or "joint"): tokens, frequency
-    and mean over all of them, with _low and _high (95%, documents)."""
-    codes, tables = solo.of_features(features), []
-    for group, mask in groups_of(store, solo.rows, by).items():
-        documents, document = np.unique(solo.documents[mask], return_inverse=True)
-        weights = group_weights(len(documents), n_boot, seed).astype(float)
-        lengths = np.bincount(document).astype(float)
-        for name in codes:
-            columns = {"feature": features, by: group, "reading": name, "tokens": int(mask.sum())}
-            for what, sums in zip(("frequency", "mean"), _sums(codes[name][mask], document, len(documents))):
-                low, high = percentiles((weights @ sums) / (weights @ lengths)[:, None])
-                columns |= {what: sums.sum(0) / mask.sum(), f"{what}_low": low, f"{what}_high": high}
-            tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True).sort_values("feature", kind="stable", ignore_index=True)
-
-
-def around_events(
-    solo: SoloCodes,
-    store: Store,
-    features: Sequence[int],
-    events: Sequence[str] = tuple(EVENTS),
-    window: int = 4,
-    n_boot: int = 200,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Averages aligned at events: a row per event, offset, feature and reading (model or "joint"): n
-    (events), mean with _low, _high (95%), frequency.
-
-    Offset 0 is the first token after the boundary (``event_rows``), -1 the last before it, from -``window``
-    to +``window``. Tokens beyond the document, and masked ones, take no part.
-    """
-    check("window", window, int, low=1)
-    codes, tables = solo.of_features(features), []
-    for event in events:
-        centres = event_rows(store, solo.rows, event)
-        for offset in range(-window, window + 1):
-            at = centres + offset
-            place = np.searchsorted(solo.rows, at).clip(max=len(solo.rows) - 1)
-            fits = (solo.rows[place] == at) & (solo.documents[place] == store.documents[centres])
-            if not fits.any():
-                continue
-            documents, document = np.unique(store.documents[centres[fits]], return_inverse=True)
-            weights = group_weights(len(documents), n_boot, seed).astype(float)
-            counts = np.bincount(document).astype(float)
-            for name in codes:
-                fired, mass = _sums(codes[name][place[fits]], document, len(documents))
-                low, high = percentiles((weights @ mass) / (weights @ counts)[:, None])
-                columns = {"event": event, "offset": offset, "feature": features, "reading": name}
-                columns |= {"n": int(fits.sum()), "mean": mass.sum(0) / fits.sum()}
-                columns |= {"mean_low": low, "mean_high": high, "frequency": fired.sum(0) / fits.sum()}
-                tables.append(pd.DataFrame(columns))
-    if tables:
-        return pd.concat(tables, ignore_index=True)
-    names = ["event", "offset", "feature", "reading", "n", "mean", "mean_low", "mean_high", "frequency"]
-    return pd.DataFrame(columns=names)
-
-
-# --- numbers for the results file ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Use:
-    """What ``record`` measured: the codes; the table of use of all features, with their NRN and ``kind`` of
-    change; how much each code explains; and the table of use by phase and by category."""
-
-    solo: SoloCodes
-    table: pd.DataFrame
-    explained: pd.DataFrame
-    by_group: pd.DataFrame
-
-
 def record(
     results: Results,
-    crosscoder: CrossCoder,
-    store: Store,
-    nrn: pd.Series,
-    chosen: Mapping[str, int],
+    inspection: Inspection,
     uniqueness: Uniqueness,
     max_tokens: int,
     n_boot: int = 1000,
     seed: int = 0,
-) -> Use:
+) -> pd.DataFrame:
     """Measure the use of all features on at most ``max_tokens`` of "report", and put it into ``results``.
+    Returns ``use_table`` with columns nrn and ``kind`` (of change).
 
     Metrics fve_solo_<model>, l0_solo_<model>; use_significant, use_unique, use_reweighted (of all alive
     features), the last also with the median change taken away (_centred), use_change_median, use_limit;
     use_change_<c> of the chosen features; use_size_<phase>, the median |change| there. Tables use_readings,
     use_chosen, use_by_group.
     """
+    crosscoder, store, nrn = inspection.crosscoder, inspection.store, inspection.table["nrn"]
     rows = sample_rows(store, "report", max_tokens, seed)
     solo = solo_codes(crosscoder, store, rows, "slots" if len(set(crosscoder.widths)) == 1 else "alone")
     quality, limit, measured = explained(crosscoder, store, solo), uniqueness.use_limit, bool(uniqueness.null)
@@ -334,12 +220,9 @@ def record(
     table["kind"] = kinds_of_change(table, uniqueness.outside, reweighted(table, limit))
     alive = table[table["alive"]]
     n, change = len(alive), alive["change"]
-    for name, hits in {
-        "significant": alive["q"] < 0.05,
-        "unique": alive["kind"] == "unique",
-        "reweighted": alive["kind"] == "reweighted",
-        "reweighted_centred": ((change - change.median()).abs() > limit) & (alive["kind"] != "unique"),
-    }.items():
+    shares = {name: alive["kind"] == name for name in ("unique", "reweighted")}
+    shares["reweighted_centred"] = ((change - change.median()).abs() > limit) & ~shares["unique"]
+    for name, hits in ({"significant": alive["q"] < 0.05} | shares).items():
         known = n > 0 and (measured or name == "significant")
         interval = wilson(int(hits.sum()), n) if known else None
         results.add(f"use_{name}", hits.mean() if known else np.nan, interval, n)
@@ -347,29 +230,21 @@ def record(
     results.add("use_change_median", change.median(), interval, n)
     results.add("use_limit", limit)
 
-    columns = [
-        "frequency_base",
-        "frequency_distilled",
-        "frequency_joint",
-        "change",
-        "change_low",
-        "change_high",
-        "q",
-        "kind",
+    columns = [f"frequency_{reading}" for reading in ("base", "distilled", JOINT)]
+    columns += ["change", "change_low", "change_high", "q", "kind"]
+    lines = [
+        {"category": c, "feature": f, "NRN": nrn[f], **table.loc[f, columns]}
+        for c, f in inspection.chosen.items()
     ]
-    of_chosen = pd.DataFrame(
-        [{"category": c, "feature": f, "NRN": nrn[f], **table.loc[f, columns]} for c, f in chosen.items()]
-    )
+    of_chosen = pd.DataFrame(lines)
     for row in of_chosen.itertuples():
         results.add(f"use_change_{row.category}", row.change, (row.change_low, row.change_high), len(rows))
     results.table("use_chosen", of_chosen.round(4))
 
-    by_group = pd.concat(
-        [use_table(solo, store, by, 2, seed).query("alive").assign(by=by) for by in ("phase", "category")],
-        ignore_index=True,
-    )
-    summary = by_group.assign(size=by_group["change"].abs()).groupby(["by", "group"], sort=False)
-    summary = summary.agg(
+    tables = (use_table(solo, store, by, 2, seed).assign(by=by) for by in ("phase", "category"))
+    by_group = pd.concat(tables, ignore_index=True).query("alive")
+    by_group["size"] = by_group["change"].abs()
+    summary = by_group.groupby(["by", "group"], sort=False).agg(
         features=("change", "size"),
         median=("change", "median"),
         median_size=("size", "median"),
@@ -377,7 +252,6 @@ def record(
     )
     results.table("use_by_group", summary.reset_index().round(4))
     for phase, part in by_group[by_group["by"] == "phase"].groupby("group", sort=False):
-        sizes = part["change"].abs()
-        interval = bootstrap(sizes, np.median, n_boot=n_boot, seed=seed)
-        results.add(f"use_size_{phase}", sizes.median(), interval, len(sizes))
-    return Use(solo, table, quality, by_group)
+        interval = bootstrap(part["size"], np.median, n_boot=n_boot, seed=seed)
+        results.add(f"use_size_{phase}", part["size"].median(), interval, len(part))
+    return table

@@ -12,26 +12,21 @@ rows is **2 tr S / sigma^2**, exactly: sampling quadruples only adds noise to it
 easy to misread, so each has its own number:
 
 - a copy map (b = a) has the perfect score 0 and no parallelogram: see ``step``, the length of the arrows, and
-  the
-  **unexplained-offset fraction** tr Cov(Delta) / E||Delta||^2 (0: one common offset, 1: none, NaN: no arrows
-  at all);
+  the **unexplained-offset fraction** tr Cov(Delta) / E||Delta||^2;
 - words of two tight clusters have a low score however they are paired: compare with the **shuffled-pairs
-  null**, the
-  same words paired at random, whose exact mean is 2 (tr S_in + tr S_out) / sigma^2. ``relative`` is score /
-  that mean;
+  null**, the same words paired at random, whose exact mean is 2 (tr S_in + tr S_out) / sigma^2. ``relative``
+  is score / that mean;
 - quadruples share words, so 10,000 of them are not 10,000 observations: intervals come from a **bootstrap
   over pairs**.
 
-Vectors come from ``lib.geometry.words``: words read in context, averaged over carriers.
-
-Shapes: vectors [n_words, d]; points [n_words, dims] after PCA; a and b [n_pairs, dims] are inputs and outputs
-of a relation.
+Shapes: vectors [n_words, d] (``words``); points [n_words, dims] after PCA; a and b [n_pairs, dims] are inputs
+and outputs of a relation.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,22 +34,18 @@ import pandas as pd
 
 from ..results import Results
 from ..settings import UserError, check
-from ..stats import group_weights, interval
+from ..stats import group_weights, interval, ratio
 from .words import Relation
 
 DIMS = 20  # of the PCA, as in the paper
 QUADRUPLES = 10_000  # as in the paper
 
 
-# --- the numbers --------------------------------------------------------------------------------------------
-
-
 def pca(vectors: np.ndarray, dims: int = DIMS) -> tuple[np.ndarray, float]:
-    """Centre over the words and project on the ``dims`` directions of largest variance.
+    """Centre vectors [n_words, d] and project them on the ``dims`` directions of largest variance: (points
+    [n_words, dims], share of the variance kept).
 
-    vectors [n_words, d] -> (points [n_words, dims], share of the variance kept). UserError unless there are
-    more distinct vectors than dimensions (21 for 20): n vectors span at most n - 1 dimensions about their
-    mean.
+    UserError unless there are more distinct vectors than dimensions: n of them span n - 1 at most.
     """
     check("dims", dims, int, low=1)
     vectors = np.asarray(vectors, dtype=np.float64)
@@ -82,17 +73,10 @@ def sample_rows(n_pairs: int, n: int = QUADRUPLES, seed: int | np.random.Generat
     return np.stack([first, (first + rng.integers(1, n_pairs, size=n)) % n_pairs], axis=1)
 
 
-def parallelogram_scores(
-    a: np.ndarray, b: np.ndarray, rows: np.ndarray, sigma2: float, squared: bool = True
-) -> np.ndarray:
-    """Score [n] of each quadruple: ||e_a + e_d - e_b - e_c||^2 / sigma^2, or with ``squared=False`` its root
-    (Eq. 3).
-
-    a, b [n_pairs, dims] inputs and outputs; rows [n, 2] from ``sample_rows``.
-    """
+def parallelogram_scores(a: np.ndarray, b: np.ndarray, rows: np.ndarray, sigma2: float) -> np.ndarray:
+    """Score [n] of each quadruple: ||e_a + e_d - e_b - e_c||^2 / sigma^2; rows [n, 2] (``sample_rows``)."""
     i, j = rows.T
-    scores = ((a[i] + b[j] - b[i] - a[j]) ** 2).sum(1) / sigma2
-    return scores if squared else np.sqrt(scores)
+    return ((a[i] + b[j] - b[i] - a[j]) ** 2).sum(1) / sigma2
 
 
 def trace_cov(x: np.ndarray) -> float:
@@ -101,9 +85,7 @@ def trace_cov(x: np.ndarray) -> float:
 
 
 def parallelogram_exact(a: np.ndarray, b: np.ndarray, sigma2: float) -> float:
-    """Mean squared score over *all* pairs of distinct rows, 2 tr S / sigma^2: what sampled quadruples
-    estimate.
-    """
+    """Mean score over *all* pairs of distinct rows, 2 tr S / sigma^2: what sampled quadruples estimate."""
     return 2 * trace_cov(b - a) / sigma2
 
 
@@ -117,30 +99,26 @@ def parallelogram_null(a: np.ndarray, b: np.ndarray, sigma2: float) -> float:
 
 
 def offset_unexplained(a: np.ndarray, b: np.ndarray) -> float:
-    """tr Cov(Delta) / E||Delta||^2 (population moments): 0 all arrows alike, 1 no common arrow, NaN all
-    arrows 0.
-    """
+    """tr Cov(Delta) / E||Delta||^2 (population moments): 0 one common arrow, 1 none, NaN all arrows 0."""
     delta = b - a
-    total = float((delta**2).sum(1).mean())
-    scale = max(float((a**2).sum(1).mean()), float((b**2).sum(1).mean()))
-    if total <= 1e-12 * scale or total == 0:
+    total = mean_square(delta)
+    if total <= 1e-12 * max(mean_square(a), mean_square(b)) or total == 0:
         return float("nan")
-    return float(((delta - delta.mean(0)) ** 2).sum(1).mean() / total)
+    return mean_square(delta - delta.mean(0)) / total
 
 
 def shuffled(
     a: np.ndarray, b: np.ndarray, sigma2: float, n: int = 1000, seed: int | np.random.Generator = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score [n] and unexplained-offset fraction [n] of the same words, outputs dealt to inputs at random."""
-    rng = np.random.default_rng(seed)
-    rows = len(a)
+    rng, rows = np.random.default_rng(seed), len(a)
     gram = (a - a.mean(0)) @ (b - b.mean(0)).T  # covariance of a pairing = sum of the entries it picks
     pairings = rng.permuted(np.tile(np.arange(rows), (n, 1)), axis=1)
     cross = gram[np.arange(rows), pairings].sum(1) / (rows - 1)
     variance = np.maximum(trace_cov(a) + trace_cov(b) - 2 * cross, 0)
     spread = variance * (rows - 1) / rows
-    total = spread + ((b.mean(0) - a.mean(0)) ** 2).sum()  # the mean arrow does not depend on the pairing
-    return 2 * variance / sigma2, np.divide(spread, total, out=np.full(n, np.nan), where=total > 0)
+    # the mean arrow does not depend on the pairing
+    return 2 * variance / sigma2, ratio(spread, spread + ((b.mean(0) - a.mean(0)) ** 2).sum())
 
 
 def bootstrap_scores(a: np.ndarray, b: np.ndarray, sigma2: float, draws: np.ndarray) -> dict[str, np.ndarray]:
@@ -148,11 +126,9 @@ def bootstrap_scores(a: np.ndarray, b: np.ndarray, sigma2: float, draws: np.ndar
     ``stats.group_weights``.
 
     A bootstrap sample draws the same pair twice, which makes variances low by (n - 1) / n: corrected here.
-    The PCA and sigma^2 stay as they are: they are the ruler, and the words drawn are what is measured with
-    it.
+    The PCA and sigma^2, with which the words are measured, stay as they are.
     """
-    n = a.shape[0]
-    share = draws / n
+    n, share = len(a), draws / len(a)
 
     def variance(x: np.ndarray) -> np.ndarray:  # population variance of each sample, total over dimensions
         x = x - x.mean(0)
@@ -160,29 +136,23 @@ def bootstrap_scores(a: np.ndarray, b: np.ndarray, sigma2: float, draws: np.ndar
 
     delta = b - a
     spread, total = variance(delta), share @ (delta**2).sum(1)
-    unpaired = variance(a) + variance(b)
-    defined = total > 1e-12 * max(mean_square(a), mean_square(b))
+    least = 1e-12 * max(mean_square(a), mean_square(b))
     return {
         "score": 2 * spread * (n / (n - 1)) ** 2 / sigma2,
-        "relative": np.divide(spread, unpaired, out=np.full(len(draws), np.nan), where=unpaired > 0),
-        "offset_unexplained": np.minimum(
-            np.divide(spread * n / (n - 1), total, out=np.full(len(draws), np.nan), where=defined), 1
-        ),
+        "relative": ratio(spread, variance(a) + variance(b)),
+        "offset_unexplained": np.minimum(ratio(spread * n / (n - 1), total, least), 1),
     }
-
-
-# --- the comparison -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Geometry:
-    """What ``analyse`` found.
+    """What ``analyse`` measured.
 
     table        one row per relation and model: score and its parts (columns explained in ``COLUMNS``)
     differences  one row per relation and other model, and one for the mean: model minus reference, paired
     means        one row per model: means over relations, intervals from the bootstrap
-    points       model -> [n_words, dims], centred and projected over the whole vocabulary; sigma2 model ->
-    their mean square
+    points       {model: [n_words, dims]}, centred and projected over the whole vocabulary; ``sigma2`` their
+                 mean square
     warnings     sentences about relations whose score does not mean what it seems to mean
     """
 
@@ -192,7 +162,6 @@ class Geometry:
     words: tuple[str, ...]
     points: dict[str, np.ndarray]
     sigma2: dict[str, float]
-    kept_variance: dict[str, float]
     warnings: list[str]
 
 
@@ -232,9 +201,8 @@ def analyse(
     """Measure every relation in every model, on the same words, quadruples, shuffles and bootstrap samples.
 
     vectors: model -> [n_words, d_m], rows in the order of ``words`` (widths may differ). ``scope`` is what
-    PCA and sigma^2 are taken over: "vocabulary", the words of all relations together (one ruler for all;
-    default), or "relation", the relation's own words. The papers do not say; both are offered. UserError as
-    in ``pca``.
+    PCA and sigma^2 are taken over: "vocabulary", the words of all relations together, or "relation", the
+    relation's own words. The papers do not say which. UserError as in ``pca``.
     """
     check("scope", scope, str, choices=("vocabulary", "relation"))
     for name, value in (("quadruples", quadruples), ("shuffles", shuffles), ("boots", boots)):
@@ -246,108 +214,83 @@ def analyse(
             "every model must be read on the same words"
         )
     index = {word: i for i, word in enumerate(words)}
-    projected = {model: pca(v, dims) for model, v in vectors.items()}
-    points = {model: p for model, (p, _) in projected.items()}
+    points = {model: pca(v, dims)[0] for model, v in vectors.items()}
     rows, draws, warnings = [], {}, []
     for relation in relations:
-        left, right = (np.array([index[pair[side]] for pair in relation.pairs]) for side in (0, 1))
+        name, n = relation.name, len(relation.pairs)
         own = np.array([index[word] for word in relation.words])
-        place = {w: i for i, w in enumerate(own)}
-        quads = sample_rows(len(left), quadruples, _rng(seed, relation.name, 1))
-        boot = group_weights(len(left), boots, _rng(seed, relation.name, 2))
+        sides = [[relation.words.index(pair[side]) for pair in relation.pairs] for side in (0, 1)]
+        quads = sample_rows(n, quadruples, _rng(seed, name, 1))
+        boot = group_weights(n, boots, _rng(seed, name, 2))
         for model, v in vectors.items():
-            if scope == "vocabulary":
-                p, a, b = points[model], points[model][left], points[model][right]
-            else:
-                p = pca(v[own], dims)[0]
-                a, b = (p[[place[i] for i in side]] for side in (left, right))
-            row, replicates = _measure(
-                a, b, mean_square(p), quads, boot, shuffles, _rng(seed, relation.name, 3)
+            p = points[model] if scope == "vocabulary" else pca(v[own], dims)[0]
+            a, b = ((p[own] if scope == "vocabulary" else p)[side] for side in sides)
+            row, draws[name, model] = _measure(
+                a, b, mean_square(p), quads, boot, shuffles, _rng(seed, name, 3)
             )
-            rows.append(
-                {"relation": relation.name, "model": model, "pairs": len(left), "words": len(own), **row}
-            )
-            draws[relation.name, model] = replicates
+            rows.append({"relation": name, "model": model, "pairs": n, "words": len(own), **row})
             if row["step"] < 0.1:
                 warnings.append(
-                    f"{relation.name} in {model} is close to a copy map (arrows of {row['step']:.3f} sigma): "
+                    f"{name} in {model} is close to a copy map (arrows of {row['step']:.3f} sigma): "
                     "its low score is no parallelogram"
                 )
             elif row["copies"] > 0:
                 warnings.append(
-                    f"{relation.name} in {model}: {row['copies']:.0%} of its pairs are copies (both words"
+                    f"{name} in {model}: {row['copies']:.0%} of its pairs are copies (both words"
                     " have one vector), which lowers its score"
                 )
     table = pd.DataFrame(rows)
-    means, differences = _summaries(table, draws, list(vectors), reference)
-    return Geometry(
-        table,
-        differences,
-        means,
-        tuple(words),
-        points,
-        {m: mean_square(p) for m, p in points.items()},
-        {m: kept for m, (_, kept) in projected.items()},
-        warnings,
-    )
+    means, differences = _summaries(table, draws, reference)
+    sigma2 = {model: mean_square(p) for model, p in points.items()}
+    return Geometry(table, differences, means, tuple(words), points, sigma2, warnings)
+
+
+def _with_interval(name: str, value: float, draws: np.ndarray) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), (float(value), *interval(draws))))
 
 
 def _measure(a, b, sigma2, quads, boot, shuffles, rng) -> tuple[dict, dict[str, np.ndarray]]:
     """One relation in one model: columns of the table, and the bootstrap replicates of its intervals."""
     scores = parallelogram_scores(a, b, quads, sigma2)
     null, offset_null = shuffled(a, b, sigma2, shuffles, rng)
-    length2 = ((b - a) ** 2).sum(1) / sigma2
-    values = {"score": parallelogram_exact(a, b, sigma2), "offset_unexplained": offset_unexplained(a, b)}
-    null_mean = parallelogram_null(a, b, sigma2)
-    values["relative"] = values["score"] / null_mean if null_mean > 0 else float("nan")
-    replicates = bootstrap_scores(a, b, sigma2, boot)
-    row = {}
-    for name in STATISTICS:
-        row[name] = values[name]
-        row[f"{name}_low"], row[f"{name}_high"] = interval(replicates[name])
-    row |= {"sampled": scores.mean(), "unsquared": np.sqrt(scores).mean(), "null": null_mean}
-    row["null_low"], row["null_high"] = interval(null)
-    row["p_shuffled"] = (1 + (null <= values["score"] * (1 + 1e-9)).sum()) / (1 + len(null))
-    row["offset_null"] = float(np.mean(offset_null))
-    row["offset_null_low"], row["offset_null_high"] = interval(offset_null)
-    return (
-        row | {"step": float(np.sqrt(length2.mean())), "copies": float((length2 < 1e-8).mean())},
-        replicates,
-    )
+    lengths = ((b - a) ** 2).sum(1) / sigma2
+    score, null_mean = parallelogram_exact(a, b, sigma2), parallelogram_null(a, b, sigma2)
+    relative = score / null_mean if null_mean > 0 else float("nan")
+    replicates, row = bootstrap_scores(a, b, sigma2, boot), {}
+    for name, value in zip(STATISTICS, (score, relative, offset_unexplained(a, b))):
+        row |= _with_interval(name, value, replicates[name])
+    row |= {"sampled": scores.mean(), "unsquared": np.sqrt(scores).mean()}
+    row |= _with_interval("null", null_mean, null)
+    row["p_shuffled"] = (1 + (null <= score * (1 + 1e-9)).sum()) / (1 + len(null))
+    row |= _with_interval("offset_null", np.mean(offset_null), offset_null)
+    row |= {"step": float(np.sqrt(lengths.mean())), "copies": float((lengths < 1e-8).mean())}
+    return row, replicates
 
 
-def _summaries(
-    table: pd.DataFrame, draws: dict, models: list[str], reference: str
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _summaries(table: pd.DataFrame, draws: dict, reference: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means over relations, and paired differences from the reference model, each with its bootstrap
     interval.
 
     The relations are taken as given: the interval of a mean says how it depends on the words, not on which
     relations.
     """
-    relations = list(dict.fromkeys(table["relation"]))
-    value = table.set_index(["relation", "model"])
-    means, differences = [], []
-    for model in models:
-        mean_row = {"model": model, "relations": len(relations)}
-        rows = {name: {"relation": name, "model": model} for name in (*relations, "mean")}
+    relations, means, differences = list(table["relation"].unique()), [], []
+    values = {model: part.set_index("relation") for model, part in table.groupby("model", sort=False)}
+    for model in values:
+        mean = {"model": model, "relations": len(relations)}
+        rows = [{"relation": name, "model": model} for name in (*relations, "mean")]
         for statistic in STATISTICS:
-            own = np.array([value.loc[(r, model), statistic] for r in relations])
-            other = np.array([value.loc[(r, reference), statistic] for r in relations])
-            own_draws = np.stack([draws[r, model][statistic] for r in relations])
-            other_draws = np.stack([draws[r, reference][statistic] for r in relations])
-            mean_row[statistic] = _nanmean(own)
-            mean_row[f"{statistic}_low"], mean_row[f"{statistic}_high"] = interval(_nanmean(own_draws))
-            change, change_draws = own - other, own_draws - other_draws
-            every = zip(
-                (*relations, "mean"), (*change, _nanmean(change)), (*change_draws, _nanmean(change_draws))
+            own, other = (values[m][statistic].to_numpy() for m in (model, reference))
+            own_draws, other_draws = (
+                np.stack([draws[r, m][statistic] for r in relations]) for m in (model, reference)
             )
-            for name, difference, replicates in every:
-                rows[name][statistic] = float(difference)
-                rows[name][f"{statistic}_low"], rows[name][f"{statistic}_high"] = interval(replicates)
-        means.append(mean_row)
-        if model != reference:
-            differences.extend(rows.values())
+            mean |= _with_interval(statistic, _nanmean(own), _nanmean(own_draws))
+            changes, change_draws = own - other, own_draws - other_draws
+            changes = (*changes, _nanmean(changes))
+            for row, change, replicates in zip(rows, changes, (*change_draws, _nanmean(change_draws))):
+                row |= _with_interval(statistic, change, replicates)
+        means.append(mean)
+        differences += rows if model != reference else []
     return pd.DataFrame(means), pd.DataFrame(differences)
 
 
@@ -377,44 +320,30 @@ def choices(
     words: Sequence[str],
     relations: Sequence[Relation],
     carriers: Sequence[str],
-    more_dims: Sequence[int] = (5, 10, 20, 40),
     reference: str = "base",
     **options,
 ) -> pd.DataFrame:
     """Does the answer hang on a choice? Means over relations and their differences, with one choice changed
-    at a time.
+    at a time: the dimensions, the scope, the carriers.
 
     readings: model -> [n_words, n_carriers, d_m], as from ``read_models``. One row per choice and model; what
     the words are too few for is left out.
     """
     average = {model: read.mean(1) for model, read in readings.items()}
     largest = min(len(words) - 1, *(v.shape[1] for v in average.values()))
-    tried = [(f"PCA to {k} dimensions", average, {"dims": k}) for k in more_dims if k <= largest]
+    tried = [(f"PCA to {k} dimensions", average, {"dims": k}) for k in (5, 10, 20, 40) if k <= largest]
     if min(len(r.words) for r in relations) > options.get("dims", DIMS):
         tried.append(("PCA of each relation alone", average, {"scope": "relation"}))
-    tried += [
-        (f"only: {c}", {m: read[:, i] for m, read in readings.items()}, {}) for i, c in enumerate(carriers)
-    ]
+    for i, carrier in enumerate(carriers):
+        tried.append((f"only: {carrier}", {m: read[:, i] for m, read in readings.items()}, {}))
     frames = []
     for name, vectors, changed in tried:
         found = analyse(vectors, words, relations, reference, **{**options, **changed})
-        mean = found.differences[found.differences["relation"] == "mean"].drop(columns="relation")
-        frames.append(
-            mean.merge(found.means[["model", "score"]], on="model", suffixes=("_change", "")).assign(
-                choice=name
-            )
-        )
-    columns = [
-        "choice",
-        "model",
-        "score",
-        "score_change",
-        "score_low",
-        "score_high",
-        "relative",
-        "relative_low",
-        "relative_high",
-    ]
+        mean = found.differences[found.differences["relation"] == "mean"]
+        mean = mean.merge(found.means[["model", "score"]], on="model", suffixes=("_change", ""))
+        frames.append(mean.assign(choice=name))
+    columns = ["choice", "model", "score", "score_change", "score_low", "score_high"]
+    columns += ["relative", "relative_low", "relative_high"]
     return pd.concat(frames, ignore_index=True)[columns].rename(columns={"relative": "relative_change"})
 
 
@@ -428,8 +357,6 @@ def _rng(seed: int, name: str, stream: int = 0) -> np.random.Generator:
     """Random numbers of one relation, the same whatever other relations are measured with it."""
     return np.random.default_rng([seed, stream, zlib.crc32(name.encode())])
 
-
-# --- what notebook 05 reports -------------------------------------------------------------------------------
 
 NAMES = {  # of metrics and their meaning
     "score": ("parallelogram", "Mean parallelogram loss"),
@@ -452,10 +379,14 @@ def add_metrics(results: Results, found: Geometry, reference: str = "base") -> N
                 results.add(f"{name}{kind}_{model}", row[statistic], ends, n_pairs)
 
 
+def _shows(lines: Iterable[str], note: str = "") -> str:
+    return f"**What this run shows.**{note}\n" + "\n".join(f"- {line}" for line in lines)
+
+
 def relation_shows(found: Geometry, relation: str, models: Sequence[str]) -> str:
     one = found.table[found.table["relation"] == relation].set_index("model")
-    return "**What this run shows.**\n" + "\n".join(
-        f"- {m}: the common offset leaves {one.loc[m, 'offset_unexplained']:.0%} of the arrows' squared"
+    return _shows(
+        f"{m}: the common offset leaves {one.loc[m, 'offset_unexplained']:.0%} of the arrows' squared"
         f" length unexplained; the arrows spread {one.loc[m, 'relative']:.2f} times as much as if the same"
         " words were paired at random."
         for m in models
@@ -464,20 +395,17 @@ def relation_shows(found: Geometry, relation: str, models: Sequence[str]) -> str
 
 def scores_show(found: Geometry) -> str:
     """In how many relations the true pairing beats 95% of the random ones, by model."""
-    lines = []
-    for model, part in found.table.groupby("model", sort=False):
-        below = part.loc[part["score"] < part["null_low"], "relation"]
-        lines.append(f"- {model}: {len(below)} of {len(part)} relations lie left of their bar")
-    return "**What this run shows.**\n" + "\n".join(lines)
+    parts = found.table.groupby("model", sort=False)
+    return _shows(
+        f"{model}: {(part['score'] < part['null_low']).sum()} of {len(part)} relations lie left of their bar"
+        for model, part in parts
+    )
 
 
 def changes_show(found: Geometry) -> str:
-    means = found.differences[found.differences["relation"] == "mean"]
-    return "**What this run shows.** Against the base, mean over relations:\n" + "\n".join(
-        f"- {row['model']}, {label}: {shown(row, statistic)}"
-        for row in means.to_dict("records")
-        for statistic, label in LABELS.items()
-    )
+    means = found.differences[found.differences["relation"] == "mean"].to_dict("records")
+    lines = (f"{row['model']}, {LABELS[s]}: {shown(row, s)}" for row in means for s in STATISTICS)
+    return _shows(lines, " Against the base, mean over relations:")
 
 
 def choices_show(tried: pd.DataFrame, model: str) -> str:
@@ -485,5 +413,5 @@ def choices_show(tried: pd.DataFrame, model: str) -> str:
     for label, statistic in (("loss", "score"), ("relative loss", "relative")):
         verdicts = list(map(verdict, rows[f"{statistic}_low"], rows[f"{statistic}_high"]))
         counts = ", ".join(f"{verdicts.count(v)} times *{v}*" for v in dict.fromkeys(verdicts))
-        lines.append(f"- mean {label} of {model} against the base, under {len(rows)} choices: {counts}")
-    return "**What this run shows.**\n" + "\n".join(lines)
+        lines.append(f"mean {label} of {model} against the base, under {len(rows)} choices: {counts}")
+    return _shows(lines)

@@ -1,5 +1,4 @@
-"""How alike are two models' activations, and where in them do features lie? Geometry beyond the paper's
-parallelograms.
+"""How alike are two models' activations, and where in them do features lie?
 
 X [n, d_X] and Y [n, d_Y]: the same n tokens in two models. Four questions, each with a number that a rotation
 of either space leaves alone:
@@ -13,19 +12,15 @@ of either space leaves alone:
 
       HSIC = [ tr K~L~ + (1'K~1)(1'L~1) / ((n-1)(n-2)) - 2 (1'K~L~1) / (n-2) ] / (n (n-3))
 
-  The usual (biased) estimator calls unrelated activations alike when tokens are few for the width; this one
-  is 0 on average.
-- *Is one a rotation of the other?* **Procrustes** (``scipy.linalg.orthogonal_procrustes``): with X and Y
-  centred and of Frobenius norm 1,
-  the best orthogonal Q leaves ||XQ - Y||^2 = 2 (1 - s), s = ||X'Y||_* ; rescaled too, it leaves the share 1 -
-  s^2 of Y's variance unexplained.
+  The usual (biased) estimator calls unrelated activations alike when tokens are few for the width.
+- *Is one a rotation of the other?* **Procrustes**: with X and Y centred and of Frobenius norm 1, the best
+  orthogonal Q leaves ||XQ - Y||^2 = 2 (1 - s), s = ||X'Y||_* ; rescaled too, it leaves the share 1 - s^2 of
+  Y's variance unexplained.
 - *How many directions do they use?* **Effective rank** exp(-sum p log p), p = eigenvalues of the covariance
-  over their sum (after Roy &
-  Vetterli 2007), and beside it the participation ratio (sum l)^2 / sum l^2, which counts large directions
-  more.
-- *Where do some features write?* **Principal angles** (``scipy.linalg.subspace_angles``) between the span of
-  their decoder rows and the
-  leading principal components of a model's activations, against random sets of as many features.
+  over their sum (after Roy & Vetterli 2007), and beside it the participation ratio (sum l)^2 / sum l^2, which
+  counts large directions more.
+- *Where do some features write?* **Principal angles** between the span of their decoder rows and the leading
+  principal components of a model's activations, against random sets of as many features.
 
 Intervals come from a jackknife over blocks of documents, not from a bootstrap: a resample holds a token
 twice, and two copies of one token are a similarity that no estimator without diagonal can know to leave out
@@ -50,13 +45,9 @@ from ..runs import MANIFEST, Run
 from ..settings import UserError, check
 from ..stats import interval, jackknife
 
-# --- two models on the same tokens --------------------------------------------------------------------------
-
 
 def hsic(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased estimate of HSIC with linear kernels, x [n, d_x], y [n, d_y], n > 3; in O(n d^2), no n x n
-    matrix is made.
-    """
+    """Unbiased estimate of HSIC with linear kernels, x [n, d_x], y [n, d_y], n > 3, in O(n d^2)."""
     x, y = _pair(x, y)
     n = len(x)
     if n < 4:
@@ -69,11 +60,8 @@ def hsic(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def cka(x: np.ndarray, y: np.ndarray) -> float:
-    """Linear CKA from unbiased HSIC: 1 the same up to rotation and scale, 0 nothing in common (it may fall a
-    little below).
-
-    x [n, d_x], y [n, d_y]. NaN where a model does not vary.
-    """
+    """Linear CKA of x [n, d_x] and y [n, d_y] from unbiased HSIC: 1 the same up to rotation and scale, 0 (or
+    a little below) nothing in common. NaN where a model does not vary."""
     # HSIC does not change; its rounding does, where the mean is large
     x, y = (v - v.mean(0) for v in _pair(x, y))
     own = hsic(x, x) * hsic(y, y)
@@ -81,13 +69,12 @@ def cka(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def procrustes(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """distance, unexplained, unexplained_unrotated: how far x is from y when it may be moved, rotated (or
-    mirrored) and scaled.
+    """How far x [n, d_x] is from y [n, d_y] when it may be moved, rotated (or mirrored) and scaled; the
+    narrower one gets coordinates of 0.
 
-    x [n, d_x], y [n, d_y]; the narrower one gets coordinates of 0. ``distance`` ||XQ - Y||_F with both
-    centred and of norm 1 (0 to sqrt 2); ``unexplained`` the share of y's variance that remains after the best
-    rotation and scale; ``unexplained_unrotated`` with the axes as they are (NaN for unlike widths): what
-    fine-tuning left in place. NaN where a model does not vary.
+    ``distance`` ||XQ - Y||_F with both centred and of norm 1 (0 to sqrt 2); ``unexplained`` the share of y's
+    variance that remains after the best rotation and scale; ``unexplained_unrotated`` with the axes as they
+    are (NaN for unlike widths). NaN where a model does not vary.
     """
     x, y = (v - v.mean(0) for v in _pair(x, y))
     norms = np.linalg.norm(x), np.linalg.norm(y)
@@ -107,10 +94,8 @@ def procrustes(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 def spectrum(x: np.ndarray) -> np.ndarray:
     """Eigenvalues [d] of the covariance of x [n, d], the largest first; as shares of their sum. NaN where x
-    does not vary.
-    """
-    x = np.asarray(x, dtype=np.float64)
-    x = x - x.mean(0)
+    does not vary."""
+    x = x.astype(np.float64) - x.mean(0, dtype=np.float64)
     values = np.clip(np.linalg.eigvalsh(x.T @ x)[::-1], 0, None)
     return values / values.sum() if values.sum() > 0 else np.full(len(values), np.nan)
 
@@ -128,16 +113,12 @@ def participation_ratio(shares: np.ndarray) -> float:
 
 def compare(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     """All numbers of two models on the same tokens: cka, procrustes_<...>, effective_rank_x, participation_x,
-    and of y.
-    """
-    found = {"cka": cka(x, y)} | {f"procrustes_{name}": value for name, value in procrustes(x, y).items()}
-    for name, v in (("x", x), ("y", y)):
-        shares = spectrum(v)
-        found |= {
-            f"effective_rank_{name}": effective_rank(shares),
-            f"participation_{name}": participation_ratio(shares),
-        }
-    return found
+    and of y."""
+    numbers = {"cka": cka(x, y)} | {f"procrustes_{name}": value for name, value in procrustes(x, y).items()}
+    for name, shares in (("x", spectrum(x)), ("y", spectrum(y))):
+        numbers[f"effective_rank_{name}"] = effective_rank(shares)
+        numbers[f"participation_{name}"] = participation_ratio(shares)
+    return numbers
 
 
 def _pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,8 +137,7 @@ LABELS = {"cka": "CKA", "procrustes_unexplained": "Procrustes, unexplained"}
 
 def of_run(run: Run, max_tokens: int = 8_000, seed: int = 0) -> pd.DataFrame:
     """``compare`` of a pair's two models on tokens of the run's store (split "report"), by kind of text, with
-    intervals from a jackknife over documents: text, statistic, value, low, high, n. Empty without a store.
-    """
+    intervals from a jackknife over documents: text, statistic, value, low, high, n. Empty without a store."""
     columns = ["text", "statistic", "value", "low", "high", "n"]
     if not (run.path("store") / MANIFEST).is_file():
         return pd.DataFrame(columns=columns)
@@ -190,24 +170,16 @@ def add_metrics(results: Results, table: pd.DataFrame) -> str:
     return "**What this run shows.** Base against distilled:\n" + "\n".join(lines)
 
 
-# --- where features write -----------------------------------------------------------------------------------
-
-
 def components(x: np.ndarray, dims: int) -> np.ndarray:
     """The ``dims`` leading principal components of x [n, d], orthonormal columns [d, dims]."""
     check("dims", dims, int, low=1, high=np.shape(x)[1])
-    x = np.asarray(x, dtype=np.float64)
-    x = x - x.mean(0)
+    x = x.astype(np.float64) - x.mean(0, dtype=np.float64)
     return np.linalg.eigh(x.T @ x)[1][:, ::-1][:, :dims]
 
 
 def span(rows: np.ndarray, dims: int) -> np.ndarray:
-    """An orthonormal basis [d, k] of the directions that most of the rows [m, d] share, k = min(dims, m):
-    leading ones of the rows at unit length.
-
-    So many rows that they span the whole space still have leading directions; of rows of length 0 none is
-    taken.
-    """
+    """An orthonormal basis [d, k], k <= dims, of the leading directions of the rows [m, d] at unit length;
+    rows of length 0 are left out."""
     rows = np.asarray(rows, dtype=np.float64)
     norms = np.linalg.norm(rows, axis=1)
     rows = rows[norms > 0] / norms[norms > 0, None]
@@ -219,11 +191,17 @@ def span(rows: np.ndarray, dims: int) -> np.ndarray:
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Mean squared cosine of the principal angles between two subspaces (orthonormal columns [d, k]): 1 one
-    holds the other, 0 orthogonal.
-
-    A random subspace has k_b / d on average (k_a <= k_b).
-    """
+    holds the other, 0 orthogonal; k_b / d on average for a random one (k_a <= k_b)."""
     return float((np.cos(subspace_angles(a, b)) ** 2).mean())
+
+
+def _against_null(value: float, null: np.ndarray) -> dict[str, float]:
+    """null_low and null_high (95%); p, two-sided: the share of the null at least as far out, one counted in
+    and doubled."""
+    low, high = interval(null)
+    tail = min((null <= value).sum(), (null >= value).sum())
+    p = min(1.0, 2 * float(1 + tail) / (1 + len(null))) if np.isfinite(value) else float("nan")
+    return {"null_low": low, "null_high": high, "p": p}
 
 
 def feature_overlap(
@@ -240,33 +218,25 @@ def feature_overlap(
     rows [F, d] decoder rows, basis [d, k] orthonormal, ``pool`` the features from which the null's sets are
     drawn (with ``chosen`` in it or not). features, overlap (of the ``dims`` leading directions of the set,
     see ``span``), smallest_angle and largest_angle in degrees, null (mean over ``n_null`` random sets of like
-    size), null_low and null_high (95% of them), and p, two-sided: the share of sets at least as far out (one
-    is counted in, and doubled). All NaN if nothing is chosen, or the pool is too small.
+    size), null_low, null_high and p (``_against_null``). All NaN if nothing is chosen, or the pool is too
+    small.
     """
     chosen, pool = np.asarray(chosen, dtype=int), np.asarray(pool, dtype=int)
-    names = ("overlap", "smallest_angle", "largest_angle", "null", "null_low", "null_high", "p")
     if not 0 < len(chosen) <= len(pool):
+        names = ("overlap", "smallest_angle", "largest_angle", "null", "null_low", "null_high", "p")
         return {"features": len(chosen)} | dict.fromkeys(names, float("nan"))
     rng, own = np.random.default_rng(seed), span(rows[chosen], dims)
     angles, value = np.degrees(subspace_angles(own, basis)), overlap(own, basis)
-    null = np.array(
-        [
-            overlap(span(rows[rng.choice(pool, len(chosen), replace=False)], dims), basis)
-            for _ in range(n_null)
-        ]
-    )
-    tail = min((null <= value).sum(), (null >= value).sum())
-    low, high = interval(null)
-    found = (
-        value,
-        angles.min(),
-        angles.max(),
-        null.mean(),
-        low,
-        high,
-        min(1.0, 2 * (1 + tail) / (1 + n_null)),
-    )
-    return {"features": len(chosen)} | dict(zip(names, map(float, found)))
+    samples = (rng.choice(pool, len(chosen), replace=False) for _ in range(n_null))
+    null = np.array([overlap(span(rows[sample], dims), basis) for sample in samples])
+    return {
+        "features": len(chosen),
+        "overlap": value,
+        "smallest_angle": float(angles.min()),
+        "largest_angle": float(angles.max()),
+        "null": float(null.mean()),
+        **_against_null(value, null),
+    }
 
 
 def category_cosines(
@@ -275,9 +245,9 @@ def category_cosines(
     """Do the categories' features write in like directions? One row per pair of categories and model: cosine
     of their decoder rows.
 
-    ``chosen`` {category: feature}. Columns model, a, b, feature_a, feature_b, cosine, null_low and null_high
-    (95% of random pairs of different alive features) and p (two-sided, one counted in). Two categories with
-    one feature have cosine NaN: it would be 1 by construction.
+    ``chosen`` {category: feature}. Columns model, a, b, feature_a, feature_b, cosine, and null_low, null_high
+    and p (``_against_null``) of random pairs of different alive features. Two categories with one feature
+    have cosine NaN: it would be 1 by construction.
     """
     rng, living, records = np.random.default_rng(seed), np.flatnonzero(alive), []
     if len(living) < 2:
@@ -288,23 +258,10 @@ def category_cosines(
         rows = crosscoder.rows(name).double().numpy()
         unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
         null = (unit[living[first]] * unit[living[second]]).sum(1)
-        low, high = interval(null)
         for a, b in combinations(chosen, 2):
-            value = float(unit[chosen[a]] @ unit[chosen[b]]) if chosen[a] != chosen[b] else float("nan")
-            tail = min((null <= value).sum(), (null >= value).sum())
-            records.append(
-                {
-                    "model": name,
-                    "a": a,
-                    "b": b,
-                    "feature_a": chosen[a],
-                    "feature_b": chosen[b],
-                    "cosine": value,
-                    "null_low": low,
-                    "null_high": high,
-                    "p": min(1.0, 2 * (1 + tail) / (1 + n_null)) if np.isfinite(value) else float("nan"),
-                }
-            )
-    return pd.DataFrame(
-        records, columns=["model", "a", "b", "feature_a", "feature_b", "cosine", "null_low", "null_high", "p"]
-    )
+            f, g = chosen[a], chosen[b]
+            cosine = float(unit[f] @ unit[g]) if f != g else float("nan")
+            record = {"model": name, "a": a, "b": b, "feature_a": f, "feature_b": g, "cosine": cosine}
+            records.append(record | _against_null(cosine, null))
+    columns = ["model", "a", "b", "feature_a", "feature_b", "cosine", "null_low", "null_high", "p"]
+    return pd.DataFrame(records, columns=columns)

@@ -4,9 +4,6 @@ A word's vector is the residual stream at its last token, in a few fixed carrier
 never read at position 0: there an attention sink drowns the word (in SmolLM2 norms of 22,000 against 180 in
 context, mutual cosines above 0.9999). The carriers are the same for every word, else the offset between
 inputs and outputs of a relation would be the offset between their carriers.
-
-    words = read_relations(run, "data/relations")
-    words.vectors                                  # {model: [n_words, d]}, averaged over carriers
 """
 
 from __future__ import annotations
@@ -38,12 +35,9 @@ CARRIERS = (
 MIN_PAIRS = 5  # below that neither a covariance nor a bootstrap says anything
 
 
-# --- relations: pairs of words ------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Relation:
-    """Word pairs (input, output) of one relation, without repeated rows."""
+    """Word pairs (input, output) of one relation, without repeated pairs."""
 
     name: str
     pairs: tuple[tuple[str, str], ...]
@@ -55,56 +49,39 @@ class Relation:
 
 
 def load_relations(
-    folder: str | Path = RELATIONS,
-    names: Sequence[str] | None = None,
-    max_pairs: int | None = None,
-    seed: int = 0,
+    folder: str | Path = RELATIONS, max_pairs: int | None = None, seed: int = 0
 ) -> list[Relation]:
-    """The relations of a folder of ``<name>.json`` files, each a list of {"input": ..., "output": ...}.
+    """The relations of a folder of ``<name>.json`` files, each a list of {"input": ..., "output": ...}: the
+    format of Todd et al. 2023 ("Function Vectors in Large Language Models").
 
-    This is the format of Todd et al. 2023 ("Function Vectors in Large Language Models"). ``names`` None takes
-    all files. Of a relation with more than ``max_pairs`` distinct pairs a seeded random subset is used. A
-    relative folder is looked for from the repository's root. UserError for a missing folder, an unknown name,
-    or a file of another format.
+    Of a relation with more than ``max_pairs`` distinct pairs a seeded random subset is used. A relative
+    folder is looked for from the repository's root. UserError for a missing folder or another format.
     """
-    path = ROOT / folder
-    files = {file.stem: file for file in sorted(path.glob("*.json"))}
+    check("max_pairs", max_pairs, integer(MIN_PAIRS) | None)
+    files = sorted((ROOT / folder).glob("*.json"))
     if not files:
         raise UserError(
             f"{folder} has no relations: it must be a folder of <relation>.json files of "
             '[{"input": word, "output": word}, ...]'
         )
-    if unknown := [name for name in names or () if name not in files]:
-        raise UserError(f"unknown relation {unknown[0]!r}: {folder} has {', '.join(files)}")
-    check("max_pairs", max_pairs, integer(MIN_PAIRS) | None)
-    return [
-        Relation(name, _pairs(files[name], max_pairs, seed))
-        for name in (dict.fromkeys(names) if names else files)
-    ]
+    return [Relation(file.stem, _pairs(file, max_pairs, seed)) for file in files]
 
 
 def _pairs(file: Path, max_pairs: int | None, seed: int) -> tuple[tuple[str, str], ...]:
     try:
-        rows = [
-            (row["input"].strip(), row["output"].strip())
-            for row in json.loads(file.read_text(encoding="utf-8"))
-        ]
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        pairs = [(entry["input"].strip(), entry["output"].strip()) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f'{file.name} is not a relation: it must be a JSON list of {{"input": word, "output": word}}'
         ) from None
-    # the same row twice would be a parallelogram of no height
-    rows = list(dict.fromkeys(row for row in rows if all(row)))
-    if len(rows) < MIN_PAIRS:
+    pairs = list(dict.fromkeys(filter(all, pairs)))  # one pair twice would be a parallelogram of no height
+    if len(pairs) < MIN_PAIRS:
         raise UserError(
-            f"relation {file.stem!r} has {len(rows)} distinct pairs: it must have at least {MIN_PAIRS}"
+            f"relation {file.stem!r} has {len(pairs)} distinct pairs: it must have at least {MIN_PAIRS}"
         )
-    if max_pairs is not None and len(rows) > max_pairs:
-        keep = np.sort(
-            np.random.default_rng([seed, zlib.crc32(file.stem.encode())]).permutation(len(rows))[:max_pairs]
-        )
-        rows = [rows[i] for i in keep]
-    return tuple(rows)
+    rng = np.random.default_rng([seed, zlib.crc32(file.stem.encode())])
+    return tuple(pairs[i] for i in np.sort(rng.permutation(len(pairs))[:max_pairs]))
 
 
 def vocabulary(relations: Sequence[Relation]) -> tuple[str, ...]:
@@ -112,18 +89,14 @@ def vocabulary(relations: Sequence[Relation]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for relation in relations for word in relation.words))
 
 
-# --- vectors: words read in context -------------------------------------------------------------------------
-
-
 def word_tokens(
     words: Sequence[str], tokenizer, carriers: Sequence[str] = CARRIERS, differing_ids: Sequence[int] = ()
 ) -> list[list[int]]:
-    """Token ids of every word in every carrier: ``len(words) * len(carriers)`` lists, carriers fastest.
+    """Token ids of every word in every carrier: ``len(words) * len(carriers)`` lists, carriers fastest. The
+    last token is the word's last; a BOS that means the same to all models comes first.
 
-    The word comes last, so the last token of a list is the word's last token. Where the tokenizer has a BOS
-    that means the same to all models, it comes first. UserError if a carrier does not end with {word}, if a
-    word or a carrier holds a token that the tokenizer does not know (the words are listed), or if a word
-    would be read at position 0.
+    UserError if a carrier does not end with {word}, if a word or a carrier holds a token that the tokenizer
+    does not know (the words are listed), or if a word would be read at position 0.
     """
     check("carriers", carriers, list)
     if not carriers or not all(isinstance(c, str) and c.endswith("{word}") for c in carriers):
@@ -135,21 +108,17 @@ def word_tokens(
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    unk = tokenizer.unk_token_id
-    if unk is not None:
-        bad = [w for w in (*words, *(c.removesuffix("{word}").strip() for c in carriers)) if unk in ids(w)]
+    beginnings = [carrier.removesuffix("{word}") for carrier in carriers]
+    if (unknown := tokenizer.unk_token_id) is not None:
+        bad = [word for word in (*words, *map(str.strip, beginnings)) if unknown in ids(word)]
         if bad:
             raise UserError(
                 f"{len(bad)} words are unknown to the tokenizer ({tokenizer.unk_token}):"
                 f" {', '.join(bad[:30])}{', ...' if len(bad) > 30 else ''}; all unknown words would be one"
                 " vector, so use words that it knows"
             )
-    bos = (
-        []
-        if tokenizer.bos_token_id is None or tokenizer.bos_token_id in differing_ids
-        else [tokenizer.bos_token_id]
-    )
-    lists = [bos + ids(carrier.removesuffix("{word}") + word) for word in words for carrier in carriers]
+    bos = [i for i in (tokenizer.bos_token_id,) if i is not None and i not in differing_ids]
+    lists = [bos + ids(beginning + word) for word in words for beginning in beginnings]
     if any(len(tokens) < 2 for tokens in lists):
         raise UserError(
             "a word would be read at position 0, where the attention sink is: put words before {word} in"
@@ -165,32 +134,21 @@ def read_words(
     layer: int,
     carriers: Sequence[str] = CARRIERS,
     differing_ids: Sequence[int] = (),
-    average: bool = True,
 ) -> np.ndarray:
-    """The residual stream after ``layer`` at the word's last token, averaged over carriers: [n_words, d],
-    float64.
-
-    With ``average=False`` carrier by carrier: [n_words, n_carriers, d].
-    """
+    """The residual stream after ``layer`` at the word's last token, in each carrier: [n_words, n_carriers,
+    d], float64."""
     lists = word_tokens(words, tokenizer, carriers, differing_ids)
     acts = np.asarray(capture(model, tokenizer, lists, layer), dtype=np.float64)
-    last = np.cumsum([len(tokens) for tokens in lists]) - 1
-    vectors = acts[last].reshape(len(words), len(carriers), -1)
+    vectors = acts[np.cumsum([len(tokens) for tokens in lists]) - 1]
     if not np.isfinite(vectors).all():
         raise UserError(f"activations of layer {layer} are not finite: load the model in float32 or bfloat16")
-    return vectors.mean(1) if average else vectors
+    return vectors.reshape(len(words), len(carriers), -1)
 
 
 def read_models(
-    pair: Pair,
-    names: Sequence[str],
-    words: Sequence[str],
-    folder: Path,
-    carriers: Sequence[str] = CARRIERS,
-    layer: int | None = None,
+    pair: Pair, names: Sequence[str], words: Sequence[str], folder: Path, layer: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Vectors of several models of a pair, carrier by carrier: name -> [n_words, n_carriers, d_m]; average
-    over axis 1.
+    """``read_words`` of several models of a pair: {name: [n_words, n_carriers, d_m]}.
 
     Kept in ``folder`` (one file a model): nothing is read again while words, carriers, layer and weights are
     the same. ``layer`` None: the pair's own, or half depth.
@@ -202,14 +160,14 @@ def read_models(
         def make(part: Path, name=name) -> None:
             model = pair.load(name)
             at = check_layer(model, layer)
-            arrays = read_words(model, tokenizer, words, at, carriers, pair.differing_ids, average=False)
+            arrays = read_words(model, tokenizer, words, at, CARRIERS, pair.differing_ids)
             save_file({"vectors": arrays}, part / "vectors.safetensors")
 
         def read(part: Path) -> np.ndarray:
             return load_file(part / "vectors.safetensors")["vectors"]
 
-        what = fingerprint("words", list(words), list(carriers), layer, pair.dtype, pair.fingerprint(name))
-        info = {"model": name, "words": list(words), "carriers": list(carriers)}
+        what = fingerprint("words", list(words), list(CARRIERS), layer, pair.dtype, pair.fingerprint(name))
+        info = {"model": name, "words": list(words), "carriers": list(CARRIERS)}
         part = Path(folder) / name
         try:
             vectors[name] = kept(part, what, make, read, **info)
@@ -258,10 +216,8 @@ def read_relations(
 ) -> ReadWords:
     """The words of all relations in a folder, read by the models of the run's pair and by those ``controls``
     that it has. Kept in the run's folder."""
-    pair, chosen = load_pair(run.pair), load_relations(relations, max_pairs=max_pairs, seed=seed)
+    pair, chosen = load_pair(run.pair), load_relations(relations, max_pairs, seed)
     absent = tuple(c for c in controls if c not in {**pair.models, **pair.others})
     models, words = dict.fromkeys([*pair.models, *controls]), vocabulary(chosen)
-    vectors = read_models(
-        pair, [m for m in models if m not in absent], words, run.path("geometry"), layer=layer
-    )
+    vectors = read_models(pair, [m for m in models if m not in absent], words, run.path("geometry"), layer)
     return ReadWords(pair, tuple(chosen), words, absent, vectors)

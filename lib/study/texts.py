@@ -195,9 +195,9 @@ def _on_another_text(variant: Variant, traces: str, general: str) -> dict[str, p
                 fve = quality[f"fve_{name}"]
                 interval = {"low": fve["ci"][0], "high": fve["ci"][1]}
                 transfer.append({**both, "model": name, "fve": fve["value"], **interval})
-            inspection = Inspection(table, chosen, pd.DataFrame(), *coded[on])
+            inspection = Inspection(table, chosen, pd.DataFrame(), *coded[on], store, crosscoder)
             wanted = {c: f for c, f in chosen.items() if c in CATEGORIES}
-            predictors.append(detectors(crosscoder, store, inspection, wanted).assign(**both))
+            predictors.append(detectors(inspection, wanted).assign(**both))
     matches = match(crosscoders["own"], crosscoders["other"], *alive)
     matches["chance"] = match(crosscoders["own"], crosscoders["other"], *alive, shuffle=0)["cosine"]
     return {

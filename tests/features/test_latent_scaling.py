@@ -9,10 +9,23 @@ from scipy import sparse
 
 from lib.crosscoder.model import CrossCoder
 from lib.features import latent_scaling as scaling
-from lib.features.latent_scaling import latent_scaling, latent_scaling_of
+from lib.features.latent_scaling import latent_scaling
 from lib.settings import UserError
 
 MODELS = ("base", "distilled")
+
+
+def latent_scaling_of(
+    codes, x, directions, biases=None, documents=None, model="distilled", reference="base", n_boot=200, seed=0
+):
+    """``latent_scaling`` of plain matrices, ``scaling.CHUNK`` tokens at a time."""
+    n, codes = codes.shape[0], sparse.csr_matrix(codes)
+    rows = {name: np.asarray(directions[name], dtype=np.float64) for name in (reference, model)}
+    decoders = {m: (d, np.zeros(d.shape[1]) if biases is None else biases[m]) for m, d in rows.items()}
+    documents = np.arange(n) if documents is None else documents
+    parts = [slice(start, start + scaling.CHUNK) for start in range(0, n, scaling.CHUNK)]
+    chunks = [(codes[p], {m: np.asarray(x[m])[p] for m in rows}, documents[p]) for p in parts]
+    return scaling.scaling(chunks, decoders, n_boot, seed)
 
 
 class Held:
@@ -223,9 +236,3 @@ def test_mistakes_are_named():
         latent_scaling(crosscoder, store, np.arange(9), model="base")
     with pytest.raises(UserError, match="same models"):
         latent_scaling(crosscoder, held(names=("base", "style")), np.arange(9))
-    with pytest.raises(UserError, match=r"\[n, F\]"):
-        latent_scaling_of(
-            sparse.csr_matrix((4, 3)),
-            {m: np.zeros((5, 2)) for m in MODELS},
-            {m: np.zeros((3, 2)) for m in MODELS},
-        )

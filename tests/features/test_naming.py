@@ -498,15 +498,16 @@ def test_against_transformers_serve(tmp_path):
             threading.Event().wait(1)  # time.sleep is taken
         endpoint = labelling.Endpoint(f"http://localhost:{port}/v1", model, max_tokens=12, timeout=300.0)
         read = lambda text: text or None  # noqa: E731
-        asked = (["Say hello.", "What is 2 + 2?"], "Say it again.", read, tmp_path, endpoint)
+        questions = [(prompt, "Say it again.", read) for prompt in ("Say hello.", "What is 2 + 2?")]
+        asked = (questions, tmp_path, endpoint)
         first = labelling._ask_all("asked", *asked)
         assert all(isinstance(answer, str) and answer == raw for answer, raw in first)
         # an answer that is no label, and is said to be none
         with pytest.raises(UserError, match="can be read"):
-            labelling._ask_all("asked", ["Say hello."], "Again.", labelling.read_label, tmp_path, endpoint)
+            labelling._ask_all("asked", [("Say hello.", "Again.", labelling.read_label)], tmp_path, endpoint)
     finally:
         server.terminate()
         server.wait(30)
     assert labelling._ask_all("asked", *asked) == first  # from the file: nobody answers any more
     with pytest.raises(UserError, match="nothing answers at"):
-        labelling._ask_all("asked", ["Something new."], "Again.", read, tmp_path, endpoint)
+        labelling._ask_all("asked", [("Something new.", "Again.", read)], tmp_path, endpoint)

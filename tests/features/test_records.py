@@ -3,6 +3,7 @@ that they come from, and a scoreboard whose outcomes are known.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -29,10 +30,7 @@ def inspection(tmp_path_factory):
     crosscoder, tokenizer = crosscoder.requires_grad_(False), build_tokenizer()
     inspected = table.inspect(crosscoder, store, folder / "features", "crosscoder-1", tokenizer)
     run = Run("tiny", "toy", folder)
-    return table.RunInspection(
-        **vars(inspected),
-        **dict(zip(table.ARTEFACTS, (run, None, store, crosscoder, "crosscoder-1", tokenizer))),
-    )
+    return replace(inspected, run=run)
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def test_unique_is_what_lies_beyond_the_null(inspection, results):
 
 def test_numbers_are_those_of_the_tables(inspection, results):
     write_null(inspection.run, 0.6)
-    frame, store = inspection.table, inspection.store
+    frame = inspection.table
     table.record(results, frame)
     assert results.values["alive"] == frame["alive"].sum() == len(inspection.alive)
     assert results.values["nrn_over_0_9"] == (inspection.alive["nrn"] > 0.9).mean()
@@ -99,10 +97,8 @@ def test_numbers_are_those_of_the_tables(inspection, results):
     markers = table.category_features(frame, where="marker")
     detectors.record_markers(results, inspection, markers, n_boot=5)
     unique = uniqueness.record(results, frame, inspection.chosen, "crosscoder-1")
-    measured = use.record(
-        results, inspection.crosscoder, store, frame["nrn"], inspection.chosen, unique, 2000, 5
-    )
-    alive = measured.table[measured.table["alive"]]
+    measured = use.record(results, inspection, unique, 2000, 5)
+    alive = measured[measured["alive"]]
     assert results.values["use_reweighted"] == (alive["kind"] == "reweighted").mean()
     assert results.values["use_change_median"] == alive["change"].median()
     rates = [("before", "injected", 0.2), ("before", "in context", 0.9), ("marker", "injected", 0.9)]
@@ -116,14 +112,8 @@ def test_numbers_are_those_of_the_tables(inspection, results):
     held = {key: board["held"][text] for key, text in scores.PREDICTIONS.items()}
     assert held["injection"] == held["verdict"] == "yes" and held["planted"] == held["stable"] == "undecided"
     assert held["aim"] == ("yes" if all(results.values[f"auroc_{c}"] >= 0.9 for c in CATEGORIES) else "no")
-    for figure in (
-        plots.detectors(tests),
-        plots.use(measured.table, 0.5)[0],
-        plots.use_by_group(measured.by_group),
-    ):
+    for figure in (plots.detectors(tests), plots.use(measured, 0.5)[0]):
         assert len(figure.data) >= 2
-    firing = use.firing_by_phase(measured.solo, store, [1, 2], n_boot=3)
-    assert len(plots.phases(firing, {1: "one", 2: "two"}).data) == 6
     results.write()
 
 

@@ -271,7 +271,7 @@ def test_detectors_report_what_sklearn_finds(toy, tmp_path):
     store, crosscoder = toy
     made = features.inspect(crosscoder, store, tmp_path / "features", "mark", build_tokenizer())
     c, feature = "deduction", made.chosen["deduction"]
-    found = categories.detectors(crosscoder, store, made, {c: feature}, n_boot=50).set_index("predictor")
+    found = categories.detectors(made, {c: feature}, n_boot=50).set_index("predictor")
     rows = made.report.rows[
         (store.labels["ends"][made.report.rows] == 1) & (store.labels["kind"][made.report.rows] == 1)
     ]
@@ -295,8 +295,8 @@ def test_detectors_report_what_sklearn_finds(toy, tmp_path):
     assert (others["gain_low"] <= others["gain"] + 0.05).all() and (
         others["gain_high"] >= others["gain"] - 0.05
     ).all()
-    assert categories.detectors(crosscoder, store, made, {}).empty
-    alone = categories.detectors(crosscoder, store, made, {c: feature}, n_boot=5, controls=False)
+    assert categories.detectors(made, {}).empty
+    alone = categories.detectors(made, {c: feature}, n_boot=5, controls=False)
     assert alone["predictor"].tolist() == ["feature", "feature, marker"]
 
 
@@ -328,13 +328,12 @@ def test_shuffled_labels_leave_chance_and_planted_ones_do_not(toy, tmp_path):
         return SplitCodes(split.rows, sparse.csr_matrix(sparse.hstack([planted, split.codes[:, 1:]])))
 
     table = made.table.assign(nrn=1.0, alive=True)
-    planted = features.Inspection(
-        table, {}, made.contexts, with_perfect_detector(made.choose), with_perfect_detector(made.report)
-    )
-    found = categories.shuffled_detectors(store, planted)
+    choose, report = map(with_perfect_detector, (made.choose, made.report))
+    planted = features.Inspection(table, {}, made.contexts, choose, report, store, crosscoder)
+    found = categories.shuffled_detectors(planted)
     assert abs(found["deduction"] - 0.5) < 0.2
-    assert categories.detectors(crosscoder, store, planted, {"deduction": 0}, n_boot=5)["auroc"][0] == 1
-    assert np.isnan(categories.shuffled_detectors(store, planted, nrn_over=1.0)["deduction"]), (
+    assert categories.detectors(planted, {"deduction": 0}, n_boot=5)["auroc"][0] == 1
+    assert np.isnan(categories.shuffled_detectors(planted, nrn_over=1.0)["deduction"]), (
         "nothing to choose from"
     )
 
@@ -439,8 +438,9 @@ def test_activations_at_masked_tokens_are_zero():
     some = coded(store, "report", COLUMNS)
     some = SplitCodes(some.rows[1:], some.codes[1:])
     rows = np.arange(some.rows[0] - 1, some.rows[0] + 3)
-    assert contexts.activations_at(some, rows, 0).tolist() == [0, 0, 2, 0]
-    assert contexts.activations_at(some, np.array([10_000]), 0).tolist() == [0]
+    fires = contexts.firings(some.rows, some.codes.tocsc(), 0)
+    assert contexts.activations_at(*fires, rows).tolist() == [0, 0, 2, 0]
+    assert contexts.activations_at(*fires, np.array([10_000])).tolist() == [0]
 
 
 def test_html_shades_and_escapes(monkeypatch):

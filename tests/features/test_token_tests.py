@@ -22,7 +22,11 @@ from lib.stats import wilson
 from lib.text.curriculum import prose, vocabulary
 from lib.text.puzzles import NUMBERS, OPERATIONS, PARAPHRASES, first_words, label_of, sentences_of
 
-EMBEDDED = SimpleNamespace(corpus="generated")  # of a pair, all that is asked where its models are passed
+
+def pair_of(models):
+    """Of an embedded pair, all that is asked."""
+    return SimpleNamespace(corpus="generated", load=models.get)
+
 
 ALL_TELLTALES = {word for c in DETECTED for word in token_tests.telltales(c)}
 
@@ -207,7 +211,7 @@ def test_planted_features_get_their_verdicts(frequencies, tokenizer, monkeypatch
     chosen = {"alternative": 1, "reflection": 4, "contrast": 5}
     opening = {"deduction": 0, "contrast": 2, "verification": 3}
     tests = token_tests.token_tests(
-        EMBEDDED, crosscoder, frequencies, chosen, tokenizer, opening, 25, 0, models
+        pair_of(models), crosscoder, frequencies, chosen, tokenizer, opening, 25, 0
     )
     rates = token_tests.verdicts(tests).set_index(["where", "category"])
     assert rates.loc["before"]["verdict"].to_dict() == {
@@ -281,7 +285,7 @@ def toy(tmp_path_factory):
 def test_firing_against_one_text_at_a_time(toy, tokenizer):
     store, crosscoder, models = toy
     trials = token_tests.trace_trials(("deduction", "reflection"), 2, random.Random(0))[::4]
-    found = token_tests.fire(None, crosscoder, store, tokenizer, trials, [3, 11, 0], models)
+    found = token_tests.fire(pair_of(models), crosscoder, store, tokenizer, trials, [3, 11, 0])
     for trial, fires in zip(trials, found):
         ids = tokenizer.convert_tokens_to_ids(["<bos>", *trial.words])
         f = crosscoder.encode(
@@ -300,7 +304,7 @@ def test_words_do_not_act_backwards(toy, tokenizer):
         for p in range(1, cut)
         for text in (words, [*words[:cut], "wait", ",", *words[cut:]])
     ]
-    found = token_tests.fire(None, crosscoder, store, tokenizer, trials, range(20), models)
+    found = token_tests.fire(pair_of(models), crosscoder, store, tokenizer, trials, range(20))
     assert np.array_equal(found[::2], found[1::2]) and found.any()
 
 
@@ -308,7 +312,7 @@ def test_end_to_end_on_a_toy_pair(toy, tokenizer):
     store, crosscoder, models = toy
     chosen = dict(zip(CATEGORIES, (1, 2, 3, 3)))
     tests = token_tests.token_tests(
-        EMBEDDED, crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0, models
+        pair_of(models), crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0
     )
     assert (
         (tests["n"] <= 6).all()
@@ -319,7 +323,7 @@ def test_end_to_end_on_a_toy_pair(toy, tokenizer):
         tests.drop_duplicates(["category", "where", "test"])
     ) == len(tests)
     again = token_tests.token_tests(
-        EMBEDDED, crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0, models
+        pair_of(models), crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0
     )
     pd.testing.assert_frame_equal(tests, again)
     wide = token_tests.verdicts(tests)
@@ -332,14 +336,14 @@ def test_end_to_end_on_a_toy_pair(toy, tokenizer):
 
 def test_nothing_chosen_and_nonsense(toy, tokenizer):
     store, crosscoder, models = toy
-    empty = token_tests.token_tests(EMBEDDED, crosscoder, store, {}, tokenizer)
+    empty = token_tests.token_tests(pair_of(models), crosscoder, store, {}, tokenizer)
     assert empty.empty and token_tests.verdicts(empty).empty and "verdict" in token_tests.verdicts(empty)
     with pytest.raises(UserError, match="no texts for the category 'joy'"):
-        token_tests.token_tests(EMBEDDED, crosscoder, store, {"joy": 1}, tokenizer, models=models)
+        token_tests.token_tests(pair_of(models), crosscoder, store, {"joy": 1}, tokenizer)
     with pytest.raises(UserError, match="feature 99 does not exist"):
-        token_tests.token_tests(EMBEDDED, crosscoder, store, {"contrast": 99}, tokenizer, models=models)
+        token_tests.token_tests(pair_of(models), crosscoder, store, {"contrast": 99}, tokenizer)
     with pytest.raises(UserError, match="n is 0"):
-        token_tests.token_tests(EMBEDDED, crosscoder, store, {"contrast": 1}, tokenizer, n=0, models=models)
+        token_tests.token_tests(pair_of(models), crosscoder, store, {"contrast": 1}, tokenizer, n=0)
     with pytest.raises(UserError, match="not single tokens"):
         unknown = token_tests.Trial("contrast", "marker", "", ("xylophone",), (0,))
-        token_tests.fire(None, crosscoder, store, tokenizer, [unknown], [0], models)
+        token_tests.fire(pair_of(models), crosscoder, store, tokenizer, [unknown], [0])

@@ -12,7 +12,7 @@ from toys import toy_store
 from lib.activations import positions
 from lib.crosscoder import codes as codes_module
 from lib.crosscoder.model import CrossCoder
-from lib.features import plots, use
+from lib.features import use
 from lib.settings import UserError
 
 
@@ -249,55 +249,3 @@ def test_events_against_the_words(toy, words):
     assert len(right) > 5 and not set(right) & set(reflections)
     with pytest.raises(UserError, match="event is 'tea'"):
         positions.event_rows(store, rows, "tea")
-
-
-def test_firing_by_phase_in_a_loop(toy):
-    store, crosscoder, rows, readings = toy
-    found = use.firing_by_phase(readings, store, [3, 0], n_boot=20)
-    assert len(found) == 2 * 4 * 3 and found["feature"].tolist() == sorted(found["feature"])
-    phases = positions.phase_of(store, rows)
-    for row in found.itertuples():
-        f = readings.codes[row.reading][phases == positions.PHASES.index(row.phase)][
-            :, [row.feature]
-        ].toarray()
-        assert (
-            row.tokens == len(f)
-            and row.frequency == pytest.approx((f > 0).mean())
-            and row.mean == pytest.approx(f.mean(), abs=1e-6)
-        )
-        assert row.mean_low <= row.mean_high and row.frequency_low <= row.frequency_high
-
-
-def test_averages_around_events_in_a_loop(toy):
-    store, crosscoder, rows, readings = toy
-    found = use.around_events(readings, store, [2, 5], window=3, n_boot=20)
-    assert set(found["offset"]) == set(range(-3, 4)) and set(found["event"]) == set(positions.EVENTS)
-    place = {row: i for i, row in enumerate(readings.rows)}
-    for row in found[found["reading"] == "distilled"].itertuples():
-        values = [
-            readings.codes["distilled"][place[c + row.offset], row.feature]
-            for c in positions.event_rows(store, rows, row.event)
-            if c + row.offset in place and store.documents[c + row.offset] == store.documents[c]
-        ]
-        assert (
-            row.n == len(values)
-            and row.mean == pytest.approx(np.mean(values))
-            and row.frequency == np.mean(np.array(values) > 0)
-        )
-    last = found[(found["event"] == "after a failed comparison") & (found["offset"] == -1)]
-    own = use.around_events(
-        use.solo_codes(crosscoder, store, rows), store, [2, 5], ["after a failed comparison"], 3, n_boot=20
-    )
-    same = own[own["offset"] == -1].reset_index(drop=True)
-    assert np.allclose(same["mean_low"], last["mean_low"]) and np.allclose(same["mean"], last["mean"]), (
-        "read again, the same"
-    )
-
-
-def test_events_figure_has_a_line_per_model_and_panel(toy):
-    store, crosscoder, rows, readings = toy
-    averages = use.around_events(readings, store, [2, 5], n_boot=5)
-    fig = plots.events(averages, {2: "two"})
-    lines = [trace for trace in fig.data if trace.name in ("base", "distilled")]
-    assert len(lines) == 2 * 2 * len(positions.EVENTS) and sum(bool(t.showlegend) for t in lines) == 2
-    assert "two" in [a.text for a in fig.layout.annotations]
