@@ -43,17 +43,8 @@ Kept = TypeVar("Kept")
 MANIFEST = "manifest.json"
 # umap is compiled by numba at its first import (half a minute): once per workspace, not once per environment
 os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".cache" / "numba"))
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "nnsight",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "pandas",
-    "plotly",
-    "umap-learn",
-)
+_PACKAGES = ("torch", "transformers", "nnsight", "numpy", "scipy")
+_PACKAGES += ("scikit-learn", "pandas", "plotly", "umap-learn")
 
 
 # --- runs: where things are ---------------------------------------------------------------------------------
@@ -80,9 +71,8 @@ class Run:
 
     @property
     def figures(self) -> Path:
-        return made_folder(
-            self.root / "figures" / self.pair if self.name == "default" else self.folder / "figures"
-        )
+        own = self.root / "figures" / self.pair if self.name == "default" else self.folder / "figures"
+        return made_folder(own)
 
     @property
     def results(self) -> Path:
@@ -109,16 +99,12 @@ _DISK = {
 
 
 def disk_error(path: Path, error: Exception) -> Exception:
-    """A UserError that says why ``path`` cannot be written, if ``error`` means that the disk does not take
-    it; else the error itself.
-    """
+    """A UserError that says why the disk does not take ``path``, if ``error`` means that; else the error."""
     cause = error  # torch and safetensors wrap the system's error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        number = next((code for code in _DISK if os.strerror(code) in str(error)), None)
-    else:
-        number = cause.errno
+    named = (code for code in _DISK if os.strerror(code) in str(error))
+    number = cause.errno if cause is not None else next(named, None)
     if number not in _DISK:
         return error
     return UserError(
@@ -140,10 +126,8 @@ def _refused(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Another name to write ``path`` under, whatever writes it: flushed to the disk and renamed at the end of
-    the block, removed if it fails.
-
-    UserError if the disk does not take it.
+    """Another name to write ``path`` under: flushed to the disk and renamed at the end of the block, removed
+    if it fails. UserError if the disk does not take it.
     """
     scratch = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")  # jobs may share a folder
     try:
@@ -159,19 +143,16 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
     """Another folder to write into; at the end of the block its files, flushed to the disk, take their places
-    in ``folder``.
-
-    A block that fails changes nothing. UserError if the disk does not take it.
+    in ``folder``. A block that fails changes nothing. UserError if the disk does not take it.
     """
-    with _refused(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as scratch:
-            yield Path(scratch)
-            files = list(Path(scratch).iterdir())
-            for file in files:
-                _flush(file)
-            for file in files:
-                os.replace(file, folder / file.name)
+    in_folder = {"prefix": ".", "suffix": ".part"}
+    with _refused(folder), tempfile.TemporaryDirectory(**in_folder, dir=made_folder(folder)) as scratch:
+        yield Path(scratch)
+        files = list(Path(scratch).iterdir())
+        for file in files:
+            _flush(file)
+        for file in files:
+            os.replace(file, folder / file.name)
 
 
 def _flush(file: Path) -> None:
@@ -186,6 +167,20 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def write_json(path: Path, content) -> Path:
+    """``write_text`` of plain data as indented JSON."""
+    return write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping) -> Path:
+    """A safetensors file that is whole or absent, from tensors of torch by name."""
+    from safetensors.torch import save_file
+
+    with whole_file(path) as scratch:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch)
+    return path
+
+
 def write_state(path: Path, state: Mapping) -> Path:
     """``torch.save`` to a file that is whole or absent."""
     import torch  # here: notebooks without a model do not wait for it
@@ -196,9 +191,7 @@ def write_state(path: Path, state: Mapping) -> Path:
 
 
 def read_state(path: Path) -> dict:
-    """What ``write_state`` wrote, with weights only: nothing is unpickled. UserError for a file that is
-    damaged.
-    """
+    """What ``write_state`` wrote; nothing is unpickled. UserError for a file that is damaged."""
     import torch
 
     try:
@@ -216,8 +209,7 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
     ``what`` the holder does, for the error: "training". The lock is beside the folder, .<name>.lock; the
     system holds it, so a process that is killed leaves none.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+    lock = FileLock(made_folder(folder.parent) / f".{folder.name}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -236,9 +228,8 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
 def fingerprint(*parts) -> str:
     """16 hex digits of the SHA-256 of all parts: dataclasses, dicts, lists, numbers, strings, arrays, paths.
 
-    Dicts are hashed in sorted order. A ``Path`` is hashed by its content (of a folder: the names and contents
-    of all files in it), so that a retrained model under an old name counts as new. Raises UserError for a
-    path that does not exist and TypeError for an object whose content is not plain data.
+    A ``Path`` is hashed by its content (of a folder: all files in it), so that a retrained model under an old
+    name counts as new. UserError for a path that does not exist, TypeError for what is no plain data.
     """
     text = json.dumps(_plain(parts), separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -259,10 +250,8 @@ def _plain(part):
         fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
         return ["dataclass", type(part).__name__, _plain(fields)]
     if isinstance(part, Mapping):
-        return [
-            "dict",
-            *sorted(([_plain(k), _plain(v)] for k, v in part.items()), key=lambda pair: repr(pair[0])),
-        ]
+        entries = ([_plain(key), _plain(value)] for key, value in part.items())
+        return ["dict", *sorted(entries, key=lambda entry: repr(entry[0]))]
     if isinstance(part, (set, frozenset)):
         return ["set", *sorted((_plain(p) for p in part), key=repr)]
     if isinstance(part, (list, tuple)):
@@ -287,36 +276,30 @@ def _hash_path(path: Path) -> str:
 
 
 def write_manifest(folder: Path, fingerprint: str, **info) -> Path:
-    """Write ``folder``/manifest.json last: it is what says that the artefact is whole. ``info`` is plain
-    data.
-    """
+    """Write ``folder``/manifest.json last: it says that the artefact is whole. ``info`` is plain data."""
     text = json.dumps({"fingerprint": fingerprint, **jsonable(info)}, indent=2, allow_nan=False)
     return write_text(made_folder(Path(folder)) / MANIFEST, text + "\n")
 
 
 def read_manifest(folder: Path, made_by: str, expected: str | None = None) -> dict:
-    """The manifest of an artefact. UserError, naming the notebook that makes it, if it is missing or damaged.
-
-    ``made_by`` is the notebook's stem, "01_harvest_activations". With ``expected`` (a fingerprint) an
-    artefact that was made from other parameters or inputs is refused as stale.
+    """The manifest of an artefact. UserError, naming the notebook that makes it (its stem,
+    "01_harvest_activations"), if it is missing or damaged, or has another fingerprint than ``expected``.
     """
-    file = Path(folder) / MANIFEST
+    file, shown = Path(folder) / MANIFEST, path_shown(folder)
+    command = f"({_command(folder, made_by)})"
     if not file.is_file():
-        raise UserError(
-            f"{path_shown(folder)} is missing: run notebook {made_by} first ({_command(folder, made_by)})"
-        )
+        raise UserError(f"{shown} is missing: run notebook {made_by} first {command}")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         actual = manifest["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path_shown(file)} is damaged: remove {path_shown(folder)} and run notebook {made_by} again "
-            f"({_command(folder, made_by)})"
+            f"{path_shown(file)} is damaged: remove {shown} and run notebook {made_by} again {command}"
         ) from None
     if expected is not None and actual != expected:
         raise UserError(
-            f"{path_shown(folder)} is stale, it was made from other parameters or inputs (fingerprint"
-            f" {actual}, needed {expected}): run notebook {made_by} again ({_command(folder, made_by)})"
+            f"{shown} is stale, it was made from other parameters or inputs (fingerprint {actual}, needed"
+            f" {expected}): run notebook {made_by} again {command}"
         )
     return manifest
 
@@ -375,6 +358,8 @@ def jsonable(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# --- progress -----------------------------------------------------------------------------------------------
+
 # in an output's metadata: true of this run alone, so that a notebook's canonical form leaves it out
 PASSING = "passing"
 
@@ -394,9 +379,7 @@ class Progress:
         self._closed = False
 
     def update(self, done: int, note: str = "") -> None:
-        """``done`` of ``total`` so far (not an increment). ``note`` is shown while the line moves, and not
-        kept.
-        """
+        """``done`` of ``total`` so far. ``note`` is shown while the line moves, and not kept."""
         self.done = int(done)
         if time.monotonic() - self._last >= self._every:
             self._last = time.monotonic()
@@ -405,22 +388,14 @@ class Progress:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._show(
-                f"{self.label}: {self.done:,}/{self.total:,} "
-                + ("done" if self.done >= self.total else "stopped"),
-                last=True,
-            )
+            end = "done" if self.done >= self.total else "stopped"
+            self._show(f"{self.label}: {self.done:,}/{self.total:,} {end}", last=True)
 
     def _show(self, line: str, last: bool = False) -> None:
-        if self._kernel:
-            from IPython.display import display
-
-            if self._handle is None:
-                self._handle = display(
-                    {"text/plain": line}, raw=True, display_id=True, metadata={PASSING: True}
-                )
-            else:
-                self._handle.update({"text/plain": line}, raw=True, metadata={PASSING: True})
+        if self._kernel and self._handle is None:
+            self._handle = passing(line)
+        elif self._kernel:
+            self._handle.update({"text/plain": line}, raw=True, metadata={PASSING: True})
         elif sys.stderr.isatty():
             print(f"\r\033[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
         else:
@@ -433,13 +408,14 @@ class Progress:
         self.close()
 
 
-def passing(line: str) -> None:
-    """Show a line that is true of this run alone, such as a speed: to be seen while one works, and not kept
-    in git.
-    """
+def passing(line: str):
+    """Show a line that is true of this run alone, such as a speed, and is not kept in git: its handle."""
     from IPython.display import display
 
-    display({"text/plain": line}, raw=True, metadata={PASSING: True})
+    return display({"text/plain": line}, raw=True, display_id=True, metadata={PASSING: True})
+
+
+# --- what is kept on disk -----------------------------------------------------------------------------------
 
 
 def kept(
@@ -447,8 +423,7 @@ def kept(
 ) -> Kept:
     """What ``read(folder)`` gives; ``make(folder)`` writes it first, unless it is there under this key.
 
-    ``make`` writes into an empty folder, whose files take their places in ``folder`` when it is done: one
-    that fails changes nothing. ``info`` is plain data for the manifest.
+    ``make`` writes into an empty folder, whose files take their places in ``folder`` when it is done.
     """
     folder = Path(folder)
     if not is_current(folder, fingerprint):
@@ -462,17 +437,14 @@ def kept(
 def kept_table(
     folder: Path, fingerprint: str, make: Callable[[], pd.DataFrame], name: str = "table", **info
 ) -> pd.DataFrame:
-    """The table that ``make`` computes, kept as ``folder``/``name``.csv under this fingerprint.
-
-    It is read back to the last digit; empty text becomes NaN, the words "null" and "None" stay text.
+    """The table that ``make`` computes, kept as ``folder``/``name``.csv under this fingerprint, and read back
+    to the last digit; empty text becomes NaN, the words "null" and "None" stay text.
     """
-    return kept(
-        folder,
-        fingerprint,
-        lambda scratch: make().to_csv(scratch / f"{name}.csv", index=False, lineterminator="\n"),
-        lambda whole: read_table(whole / f"{name}.csv"),
-        **info,
-    )
+
+    def make_file(scratch: Path) -> None:
+        make().to_csv(scratch / f"{name}.csv", index=False, lineterminator="\n")
+
+    return kept(folder, fingerprint, make_file, lambda whole: read_table(whole / f"{name}.csv"), **info)
 
 
 def read_table(file: Path | io.StringIO) -> pd.DataFrame:

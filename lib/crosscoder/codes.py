@@ -1,10 +1,7 @@
 """The features of tokens, chunk by chunk: the only loop over tokens through a crosscoder.
 
-Three ways to compute a token's features f:
-
-- joint: from the activations of all models, as in training (``CrossCoder.encode``);
-- from one model, the others at their mean activation (``fill="mean"``, ``CrossCoder.encode_from``);
-- from one model, its scaled activation in the place of the others' too (``fill="slots"``).
+Features are joint, from the activations of all models as in training (``CrossCoder.encode``), or from one
+model (``CrossCoder.encode_from``).
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
-from torch.nn import functional
 
 from ..activations.store import Store
 from ..runs import Progress
@@ -29,9 +25,7 @@ CHUNK = 8_192  # tokens at a time
 
 @dataclass(frozen=True)
 class SplitCodes:
-    """Features of some tokens of a split: ``codes`` [n, F] sparse float32, ``rows`` [n] their numbers in the
-    store, sorted.
-    """
+    """Features of some tokens: ``codes`` [n, F] float32, ``rows`` [n] their numbers in the store, sorted."""
 
     rows: np.ndarray
     codes: sparse.csr_matrix
@@ -73,9 +67,7 @@ def check_models(crosscoder: CrossCoder, store: Store) -> None:
 def activations(
     store: Store, tokens: np.ndarray, label: str = "", chunk: int = CHUNK
 ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-    """Yields (token numbers, RAW activations [B, d_m] of each model) of consecutive chunks; with a ``label``
-    progress is shown under it.
-    """
+    """Yields (token numbers, RAW activations [B, d_m] of each model) of chunks; ``label``: of progress."""
     with Progress(label, len(tokens)) if label else contextlib.nullcontext() as progress:
         for start in range(0, len(tokens), chunk):
             part = tokens[start : start + chunk]
@@ -93,27 +85,6 @@ def encoded(
         yield part, acts, crosscoder.encode(acts)
 
 
-@torch.no_grad()
-def encode_from_one(crosscoder: CrossCoder, model: str, acts: Tensor, fill: str = "mean") -> Tensor:
-    """f [..., F] from the RAW activations [..., d] of one model. ``fill``: what stands for the others, their
-    mean activation ("mean") or this model's scaled activation ("slots"). UserError for "slots" with models of
-    different widths.
-    """
-    if fill == "mean":
-        return crosscoder.encode_from(model, acts)
-    if fill != "slots":
-        raise UserError(f"fill is {fill!r}: it must be one of mean, slots")
-    if len(set(crosscoder.widths)) > 1:
-        raise UserError(
-            f"the models have widths {', '.join(map(str, crosscoder.widths))}: an activation fits the slots"
-            " of the others only where all are alike; take fill 'mean'"
-        )
-    crosscoder.columns(model)  # an unknown name is an error
-    x = acts.to(crosscoder.W_enc.dtype) * float(crosscoder.scales[crosscoder.names.index(model)])
-    joined = torch.cat([x] * len(crosscoder.names), dim=-1)
-    return crosscoder.gate(torch.relu(functional.linear(joined, crosscoder.W_enc, crosscoder.b_enc)))
-
-
 # --- what is asked of them ----------------------------------------------------------------------------------
 
 
@@ -126,18 +97,17 @@ def codes(
     seed: int = 0,
     model: str | None = None,
 ) -> SplitCodes:
-    """Features of a split's kept tokens (``sample_rows``): joint, or from one ``model``, the others at
-    their mean.
-    """
+    """Features of a split's kept tokens (``sample_rows``): joint, or from one ``model``."""
     check_models(crosscoder, store)
-    tokens = sample_rows(store, split, max_tokens, seed)
-    parts = []
+    tokens, parts = sample_rows(store, split, max_tokens, seed), []
     label = f"tokens encoded, {split}" + (f", from {model} alone" if model else "")
     for _, acts in activations(store, tokens, label):
-        if model is None:
-            f = crosscoder.encode(acts)
-        else:
-            f = crosscoder.encode_from(model, acts[store.models.index(model)])
+        joint = model is None
+        f = (
+            crosscoder.encode(acts)
+            if joint
+            else crosscoder.encode_from(model, acts[store.models.index(model)])
+        )
         if not torch.isfinite(f).all():
             raise UserError(
                 "features are not finite, so the crosscoder is broken: run notebook 02_train_crosscoder again"
@@ -158,9 +128,7 @@ def encoder_share(
     crosscoder: CrossCoder, store: Store, tokens: np.ndarray, features: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """{model: [n, len(features)]}: what each model's activation adds to the features' encoder, before ReLU
-    and threshold.
-
-    For ranking positions by one model's share: a share is often too small to fire by itself.
+    and threshold: for ranking positions, as a share is often too small to fire by itself.
     """
     shares = {}
     for name, scale, acts in zip(crosscoder.names, crosscoder.scales.tolist(), store.activations(tokens)):

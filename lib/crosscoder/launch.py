@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,26 +37,20 @@ class _Silent:
 def launch(
     processes: int, store: str | Path | Store, config: TrainConfig, folder: str | Path, **options
 ) -> CrossCoder:
-    """Train on several processes of this machine, started by torchrun; shows their output and returns the
-    crosscoder.
-
-    ``options`` are those of ``train_here``. UserError with what the first process to end had to say.
+    """Train on several processes of this machine, started by torchrun; shows their output. ``options`` are
+    those of ``train_here``. UserError with what the first process to end had to say.
     """
     check("processes", processes, int, low=1)
     options |= {"store": Path(getattr(store, "path", store)).resolve(), "folder": Path(folder).resolve()}
-    words = ["--nproc-per-node", str(processes), "-m", "lib", "train", "--processes", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "lib", "train", "--processes", str(processes)]
     for name, value in {**options, **dataclasses.asdict(config)}.items():
         option = f"--{name.replace('_', '-')}"
-        words += [option] * value if isinstance(value, bool) else [option, str(value)]
+        command += [option] * value if isinstance(value, bool) else [option, str(value)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *words],
-        cwd=ROOT,
-        env={"OMP_NUM_THREADS": str(max(cores // processes, 1)), **os.environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as torchrun:
+    variables = {"OMP_NUM_THREADS": str(max(cores // processes, 1)), **os.environ}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=variables, **streams) as torchrun:
         ends = []
         try:
             for line in torchrun.stdout:
@@ -92,9 +85,8 @@ def train_here(
     checkpoint_seconds: float = 30,
 ) -> CrossCoder:
     """This process's part of a training; called in each of ``processes`` that torchrun has started.
-
-    ``share``: "rows" or "features", see ``lib.crosscoder.processes``. ``timeout``: seconds to wait for
-    another process. UserError if there are more or fewer processes, or if one of them ends.
+    ``share``: see ``lib.crosscoder.processes``. UserError if there are more or fewer processes, or if one
+    ends.
     """
     from accelerate import PartialState  # seconds to import, and only needed here
 
@@ -143,5 +135,5 @@ def _checkpoint_left(store: Store, config: TrainConfig, folder: Path) -> str:
     file = checkpoint_file(folder, config.fingerprint(store))
     if not file.is_file():
         return "there was no checkpoint yet, and the same command begins again"
-    state: Mapping = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return f"the checkpoint of {state['shown']:,} tokens is kept, and the same command goes on from there"
+    shown = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["shown"]
+    return f"the checkpoint of {shown:,} tokens is kept, and the same command goes on from there"

@@ -12,53 +12,49 @@ A feature has one activation for all models but a decoder row in each, so the le
 it is. With RDN_i = ||d_i^distilled||_p / ||d_i^base||_p, the normalized relative norm is NRN_i = RDN_i / (1 +
 RDN_i): 0 only in the base, 0.5 in both alike, 1 only in the distilled model.
 
-Four sparsities s:
+Four sparsities s, where v_i = f_i * sum_m ||d_i^m||_2 is a feature's *strength*:
 
-- ``l1``         f = ReLU(pre), and the loss charges  lambda * sum_i f_i * sum_m ||d_i^m||_2  (the paper's).
-- ``batchtopk``  f = ReLU(pre) where the *strength* v_i = f_i * sum_m ||d_i^m||_2 is among the k*B largest of
-  a batch of B tokens, else 0. The strength decides, the unscaled f is kept. After training a fixed threshold
-  on v, an average over the training batches, stands for the batch: a token's result is its own.
+- ``l1``         f = ReLU(pre), and the loss charges  lambda * sum_i v_i  (the paper's).
+- ``batchtopk``  f = ReLU(pre) where v_i is among the k*B largest of a batch of B tokens, else 0. After
+  training a fixed threshold on v, an average over the training batches, stands for the batch: a token's
+  result is its own.
 - ``topk``       the same with the k largest strengths of each token, in training and after it.
 - ``jumprelu``   f = ReLU(pre) where v_i > theta_i, else 0: a threshold per feature, learned. A step function
   has no gradient, so theta gets that of a smoothed one: H' is 1 / (h theta_i) where |v_i - theta_i| < h
   theta_i / 2, else 0. The loss holds L0 at k.
 
-JumpReLU's threshold is on the strength too, not on pre: pre may be scaled up and the decoder rows down
-without changing a single reconstruction, and who fires should not change either; so it means the same in all
-variants that select. It is learned as log theta, and the kernel's width is a share h of theta itself: nothing
-depends on the size of the activations.
+Thresholds are on the strength, not on pre: pre may be scaled up and the decoder rows down without changing a
+reconstruction, and who fires should not change either. JumpReLU's is learned as log theta, and the kernel's
+width is a share h of theta itself: nothing depends on the size of the activations.
 
 Any variant may reserve blocks of the dictionary for one model each (``dedicated``): first come the shared
-features, then as many for each model. A dedicated feature reads and writes its own model only: its encoder
-and decoder rows in the others are 0 and stay 0, so that its NRN is exactly 0 or 1, whatever training does.
-(Were its encoder free, "one model's own" would be read in another.)
+features, then as many for each model. A dedicated feature reads and writes its own model only: its rows in
+the others are 0 and stay 0, so that its NRN is exactly 0 or 1.
 
 Sources: Baek & Tegmark 2025 (2503.03730); Lindsey et al. 2024, "Sparse crosscoders"; Bussmann et al. 2024
 (BatchTopK, 2412.06410); Gao et al. 2024 (auxiliary loss, 2406.04093); Minder et al. 2025 (BatchTopK
 crosscoders, 2504.02922); Rajamanoharan et al. 2024 (JumpReLU, 2407.14435); Karvonen et al. 2025 (SAEBench,
 its loss on L0, 2503.09532); Jiralerspong & Bricken 2026 (dedicated features, 2602.11729).
-
-A training step costs one dense product, the encoder's; all others follow the sparse code
-(``lib.crosscoder.sparse``).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..runs import whole_file, write_text
-from ..settings import UserError, check
+from ..runs import made_folder, write_json, write_tensors
+from ..settings import UserError, check, integer
 from .sparse import (
+    PreActivations,
     SparseBatch,
     encode,
     jump,
@@ -71,17 +67,16 @@ from .sparse import (
 
 VARIANTS = ("batchtopk", "topk", "l1", "jumprelu")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_RESIDUAL = (
+    "mean_batch [ sum_m ||x_m - x̂_m||_2^2 + alpha * sum_m ||e_m - ê_m||_2^2 ],  "
+    "e = x - x̂ (held fixed), ê = its reconstruction by dead features"
+)
 LOSS_FORMULAS = {
     "l1": "mean_batch [ sum_m ||x_m - x̂_m||_2^2 + lambda * sum_i f_i * sum_m ||d_i^m||_2 ]",
-    "batchtopk": (
-        "mean_batch [ sum_m ||x_m - x̂_m||_2^2 + alpha * sum_m ||e_m - ê_m||_2^2 ],  "
-        "e = x - x̂ (held fixed), ê = its reconstruction by dead features"
-    ),
+    "batchtopk": _RESIDUAL,
+    "topk": _RESIDUAL,
+    "jumprelu": _RESIDUAL.replace(" ],", " ] + lambda * D * (L0 / k - 1)^2,") + ", D = sum_m d_m",
 }
-LOSS_FORMULAS["topk"] = LOSS_FORMULAS["batchtopk"]
-LOSS_FORMULAS["jumprelu"] = (
-    LOSS_FORMULAS["batchtopk"].replace(" ],", " ] + lambda * D * (L0 / k - 1)^2,") + ", D = sum_m d_m"
-)
 SHARED = -1  # owner of a feature that no model has to itself
 INITIAL_NORM = 0.08  # of every decoder row; as in the replication that the paper adapted
 
@@ -90,22 +85,17 @@ class CrossCoder(nn.Module):
     """Encoder and decoder for models of any number and any widths.
 
     - ``widths``: d_m of each model; ``names``: of the models, in the order of their activations.
-    - ``n_features``: F, the size of the dictionary.
-    - ``variant``: "batchtopk", "topk", "l1" or "jumprelu" (see above).
-    - ``k``: number of features per token (L0) that ``topk`` keeps, ``batchtopk`` on average, and ``jumprelu``
-      is trained to; not used by ``l1``.
-    - ``scales``: scale_m of each model; 1 if not given. Saved with the weights; inputs and outputs are always
-      RAW.
+    - ``n_features``: F, the size of the dictionary; ``variant``: one of ``VARIANTS``.
+    - ``k``: features per token (L0) that ``topk`` keeps, ``batchtopk`` on average, and ``jumprelu`` aims at.
+    - ``scales``: scale_m of each model; 1 if not given. Inputs and outputs are always RAW.
     - ``seed``: of the initial decoder rows.
-    - ``dedicated``: share of the dictionary that is reserved for each model, e.g. 0.05: the last M blocks of
-      round(0.05 F) features.
+    - ``dedicated``: share of the dictionary reserved for each model: the last M blocks of round(share F).
 
-    The models' shares lie side by side in one matrix (D = sum of the widths), which is one matrix product
-    instead of several: ``W_enc`` [F, D], ``b_enc`` [F], ``W_dec`` [F, D], ``b_dec`` [D], all in scaled space;
-    jumprelu has ``log_theta`` [F] too. Buffers: ``scales`` [M] float64; ``means`` [D], the mean scaled
-    activation; ``threshold`` on the strength v (batchtopk); ``seen`` [2], tokens shown in training and how
-    many distinct ones among them; not saved: ``owner`` [F], the number of the model that a feature is
-    dedicated to, -1 for shared ones.
+    All in scaled space, the models side by side (D = sum of the widths): ``W_enc`` [F, D], ``b_enc`` [F],
+    ``W_dec`` [F, D], ``b_dec`` [D]; jumprelu has ``log_theta`` [F]. Buffers: ``scales`` [M] float64;
+    ``means`` [D], the mean activation; ``threshold`` on the strength (batchtopk); ``seen`` [2], tokens shown
+    in training and how many distinct ones; not saved: ``owner`` [F], the model of a dedicated feature, else
+    -1.
     """
 
     def __init__(
@@ -129,9 +119,8 @@ class CrossCoder(nn.Module):
                 f"names are {tuple(names)} for widths {tuple(widths)}: there must be one distinct name per"
                 " model"
             )
-        if scales is not None and (
-            len(scales) != len(widths) or not all(0 < s < float("inf") for s in scales)
-        ):
+        scales = [1.0] * len(widths) if scales is None else list(scales)
+        if len(scales) != len(widths) or not all(0 < s < float("inf") for s in scales):
             raise UserError(
                 f"scales are {scales}: there must be one positive number for each of {', '.join(names)}"
             )
@@ -143,35 +132,26 @@ class CrossCoder(nn.Module):
                 " dictionary each"
             )
         self.names, self.widths = tuple(names), tuple(map(int, widths))
-        self.n_features, self.variant, self.k, self.dedicated = (
-            int(n_features),
-            variant,
-            int(k),
-            float(dedicated),
-        )
+        self.n_features, self.variant, self.k = int(n_features), variant, int(k)
+        self.dedicated = float(dedicated)
         self.W_dec = nn.Parameter(initial_rows(self.widths, n_features, seed))
         owner = torch.arange(len(widths)).repeat_interleave(own)
-        self.register_buffer(
-            "owner", functional.pad(owner, (n_features - len(owner), 0), value=SHARED), persistent=False
-        )
+        owner = functional.pad(owner, (n_features - len(owner), 0), value=SHARED)
+        self.register_buffer("owner", owner, persistent=False)
         self._clear_foreign(self.W_dec.detach())
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())  # the decoder, transposed
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.b_dec = nn.Parameter(torch.zeros(sum(self.widths)))
         if variant == "jumprelu":
             self.log_theta = nn.Parameter(torch.zeros(n_features))
-        self.register_buffer(
-            "scales", torch.tensor(list(scales or [1.0] * len(self.widths)), dtype=torch.float64)
-        )
+        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float64))
         self.register_buffer("means", torch.zeros(sum(self.widths)))
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
 
     @torch.no_grad()
     def centre(self, means: Sequence[Tensor]) -> None:
-        """Begin at the mean: b_dec = mean and b_enc = -W_enc mean, so that features need not learn it.
-        ``means``: RAW, [d_m] each.
-        """
+        """Begin at the mean (RAW), which features need not learn: b_dec = mean, b_enc = -W_enc mean."""
         self.means.copy_(self.scaled(means))
         self.b_dec.copy_(self.means)
         self.b_enc.copy_(-functional.linear(self.means, self.W_enc))
@@ -179,14 +159,9 @@ class CrossCoder(nn.Module):
     # --- tokens to features and back ------------------------------------------------------------------------
 
     def scaled(self, acts: Sequence[Tensor]) -> Tensor:
-        """RAW activations, one [B, d_m] per model, to the scaled and joined x [B, D]. UserError if shapes do
-        not fit.
-        """
-        if [a.shape[-1] for a in acts] != list(self.widths):
-            raise UserError(
-                f"activations have widths {[a.shape[-1] for a in acts]}: this crosscoder reads"
-                f" {self._described()}"
-            )
+        """RAW activations, one [B, d_m] per model, to the scaled and joined x [B, D]."""
+        if (widths := [a.shape[-1] for a in acts]) != list(self.widths):
+            raise UserError(f"activations have widths {widths}: this crosscoder reads {self.described()}")
         return torch.cat([a.to(self.W_dec.dtype) * s for a, s in zip(acts, self.scales.tolist())], dim=-1)
 
     def split(self, x: Tensor, raw: bool = False) -> list[Tensor]:
@@ -195,9 +170,7 @@ class CrossCoder(nn.Module):
         return [p / s for p, s in zip(parts, self.scales.tolist())] if raw else list(parts)
 
     def gate(self, f: Tensor) -> Tensor:
-        """What inference keeps of f = ReLU(pre) [B, F]: features whose strength is above the threshold, or of
-        the k largest.
-        """
+        """What inference keeps of f = ReLU(pre) [B, F]."""
         if self.variant == "l1":
             return f
         strength = f * self.strength_per_unit()
@@ -206,29 +179,35 @@ class CrossCoder(nn.Module):
         return f * (strength > (self.log_theta.exp() if self.variant == "jumprelu" else self.threshold))
 
     def encode(self, acts: Sequence[Tensor]) -> Tensor:
-        """RAW activations, one [B, d_m] per model, to f [B, F]. A token's features do not depend on its
-        batch.
-        """
+        """RAW activations, one [B, d_m] per model, to f [B, F]; a token's do not depend on its batch."""
         return self.gate(torch.relu(functional.linear(self.scaled(acts), self.W_enc, self.b_enc)))
 
-    def encode_from(self, name: str, acts: Tensor) -> Tensor:
-        """f [B, F] as read from one model's RAW activations [B, d_m] alone: the others stand at their mean
-        activation.
-
-        Says which model's activation makes a feature fire, where ``nrn`` says in whose reconstruction it is
-        used.
+    @torch.no_grad()
+    def encode_from(self, name: str, acts: Tensor, fill: str = "mean") -> Tensor:
+        """f [..., F] as read from one model's RAW activations [..., d_m]. ``fill``: what stands for the
+        others, their mean ("mean"), or this model's scaled activation ("slots"; UserError if widths differ).
         """
-        columns = self.columns(name)
-        if acts.shape[-1] != self.widths[self._index(name)]:
+        check("fill", fill, choices=("mean", "slots"))
+        i, columns = self._index(name), self.columns(name)
+        if (width := acts.shape[-1]) != self.widths[i]:
             raise UserError(
-                f"activations of {name} have width {acts.shape[-1]}: this crosscoder reads"
-                f" {self._described()}"
+                f"activations of {name} have width {width}: this crosscoder reads {self.described()}"
             )
-        others = functional.linear(self.means, self.W_enc) - functional.linear(
-            self.means[columns], self.W_enc[:, columns]
-        )
-        own = acts.to(self.W_enc.dtype) * float(self.scales[self._index(name)])
-        return self.gate(torch.relu(functional.linear(own, self.W_enc[:, columns], self.b_enc + others)))
+        own, encoder, bias = acts.to(self.W_enc.dtype) * float(self.scales[i]), self.W_enc, self.b_enc
+        if fill == "mean":
+            encoder = self.W_enc[:, columns]
+            others = functional.linear(self.means, self.W_enc) - functional.linear(
+                self.means[columns], encoder
+            )
+            bias = self.b_enc + others
+        elif len(set(self.widths)) > 1:
+            raise UserError(
+                f"the models have widths {', '.join(map(str, self.widths))}: an activation fits the slots of"
+                " the others only where all are alike; take fill 'mean'"
+            )
+        else:
+            own = torch.cat([own] * len(self.names), dim=-1)
+        return self.gate(torch.relu(functional.linear(own, encoder, bias)))
 
     def decode(self, f: Tensor) -> list[Tensor]:
         """Features [B, F] to RAW reconstructions, one [B, d_m] per model."""
@@ -237,38 +216,29 @@ class CrossCoder(nn.Module):
     # --- what the decoder says of each feature --------------------------------------------------------------
 
     def rows(self, name: str, raw: bool = False) -> Tensor:
-        """Decoder rows d_i^m [F, d_m]. Scaled space (NRN lives there); ``raw``: what one unit of f adds to
-        the residual stream.
-        """
-        return self._per_model(self.W_dec.detach(), name, raw)
+        """Decoder rows d_i^m [F, d_m] in scaled space; ``raw``: what one unit of f adds to the residual."""
+        return self.split(self.W_dec.detach(), raw)[self._index(name)]
 
     def bias(self, name: str, raw: bool = False) -> Tensor:
         """Decoder bias b_dec^m [d_m], in scaled space or ``raw``."""
-        return self._per_model(self.b_dec.detach(), name, raw)
+        return self.split(self.b_dec.detach(), raw)[self._index(name)]
 
     def mean(self, name: str, raw: bool = False) -> Tensor:
-        """Mean activation [d_m] of the training tokens, in scaled space or ``raw``: what mean ablation puts
-        in place.
-        """
-        return self._per_model(self.means, name, raw)
+        """Mean activation [d_m] of the training tokens, in scaled space or ``raw``: for mean ablation."""
+        return self.split(self.means, raw)[self._index(name)]
 
     def norms(self, p: float = 2) -> Tensor:
         """||d_i^m||_p of every decoder row, [n_models, F], in scaled space."""
         return torch.stack([rows.norm(p=p, dim=-1) for rows in self.split(self.W_dec.detach())])
 
     def strength_per_unit(self) -> Tensor:
-        """sum_m ||d_i^m||_2 [F]: v = f * this is the length that a feature contributes, whatever the scale of
-        f.
-        """
+        """sum_m ||d_i^m||_2 [F]: v = f * this is the length that a feature contributes."""
         return torch.stack([torch.linalg.vector_norm(rows, dim=-1) for rows in self.split(self.W_dec)]).sum(0)
 
     def nrn(self, p: float = 1, model: str = "distilled", reference: str = "base") -> Tensor:
         """Normalized relative norm [F] = ||d^model||_p / (||d^model||_p + ||d^reference||_p); NaN where both
-        are 0.
-
-        The paper takes p = 1, the replication it adapted p = 2. With unlike widths p = 1 compares sums over
-        unlike numbers of coordinates: prefer p = 2 there. Dead features keep what they began with: leave them
-        out.
+        are 0. The paper takes p = 1; prefer p = 2 where widths differ. Dead features keep what they began
+        with.
         """
         norms = self.norms(p)
         own, other = norms[self._index(model)], norms[self._index(reference)]
@@ -278,7 +248,7 @@ class CrossCoder(nn.Module):
         """Cosine similarity [F] of a feature's rows in models a and b; UserError if these differ in width."""
         if self.widths[self._index(a)] != self.widths[self._index(b)]:
             raise UserError(
-                f"{a} and {b} differ in width ({self._described()}): rows of unlike spaces have no cosine"
+                f"{a} and {b} differ in width ({self.described()}): rows of unlike spaces have no cosine"
             )
         return functional.cosine_similarity(self.rows(a), self.rows(b), dim=-1)
 
@@ -286,19 +256,9 @@ class CrossCoder(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write crosscoder.safetensors and config.json."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "widths": self.widths,
-            "n_features": self.n_features,
-            "names": self.names,
-            "variant": self.variant,
-            "k": self.k,
-            **({"dedicated": self.dedicated} if self.dedicated else {}),
-        }
-        with whole_file(folder / "crosscoder.safetensors") as scratch:
-            save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, scratch)
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        names = ("widths", "n_features", "names", "variant", "k", *["dedicated"] * bool(self.dedicated))
+        write_tensors(made_folder(Path(folder)) / "crosscoder.safetensors", self.state_dict())
+        write_json(Path(folder) / "config.json", {name: getattr(self, name) for name in names})
 
     @classmethod
     def load(cls, folder: Path) -> CrossCoder:
@@ -320,30 +280,19 @@ class CrossCoder(nn.Module):
             ) from None
         return crosscoder.eval().requires_grad_(False)
 
-    # --- dedicated features ---------------------------------------------------------------------------------
+    # --- dedicated features, and where a model's coordinates are --------------------------------------------
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Set to 0 what would give a dedicated feature weights in another model. Adam's moments stay 0 with
-        it, and so do the weights.
-        """
+        """Set to 0 what would give a dedicated feature weights in another model; Adam keeps them at 0."""
         if self.dedicated:
             self._clear_foreign(self.W_enc.grad)
             self._clear_foreign(self.W_dec.grad)
 
     def _clear_foreign(self, matrix: Tensor) -> None:
-        for features, columns in self._foreign():
-            matrix[features, columns] = 0
-
-    def _foreign(self) -> Iterator[tuple[slice, slice]]:
-        """(features, columns) of each block of zeros: a model's dedicated features in every other model."""
-        for m in range(len(self.names)):
-            features = (self.owner == m).nonzero().flatten()
-            if len(features):
-                block = slice(int(features[0]), int(features[-1]) + 1)
-                yield from ((block, self.columns(other)) for other in self.names if other != self.names[m])
-
-    # --- small helpers --------------------------------------------------------------------------------------
+        """Set to 0 a model's dedicated features in every other model."""
+        for m, other in itertools.permutations(range(len(self.names)), 2):
+            matrix[self.owner == m, self.columns(self.names[other])] = 0
 
     def columns(self, name: str) -> slice:
         """Where a model's coordinates lie among the D joined ones."""
@@ -352,27 +301,21 @@ class CrossCoder(nn.Module):
 
     def _index(self, name: str) -> int:
         if name not in self.names:
-            raise UserError(f"unknown model {name!r}: this crosscoder reads {self._described()}")
+            raise UserError(f"unknown model {name!r}: this crosscoder reads {self.described()}")
         return self.names.index(name)
 
-    def _per_model(self, joined: Tensor, name: str, raw: bool) -> Tensor:
-        return self.split(joined, raw)[self._index(name)]
-
-    def _described(self) -> str:
+    def described(self) -> str:
+        """The models and their widths, for a sentence."""
         return ", ".join(f"{name} ({width})" for name, width in zip(self.names, self.widths))
 
 
 def initial_rows(widths: Sequence[int], n_features: int, seed: int) -> Tensor:
-    """First decoder rows [F, D]: for each feature one random direction, the same in every model, of length
-    0.08.
-
-    Any difference between a feature's rows at the start would be noise in NRN at the end. A narrower model
-    takes the first coordinates of the widest model's direction, at the same length.
+    """First decoder rows [F, D]: for each feature one random direction, the same in every model (else the
+    difference would be noise in NRN); a narrower model takes its first coordinates, at the same length.
     """
     directions = torch.randn(n_features, max(widths), generator=torch.Generator().manual_seed(seed))
-    return torch.cat(
-        [INITIAL_NORM * functional.normalize(directions[:, :width], dim=-1) for width in widths], dim=-1
-    )
+    rows = [INITIAL_NORM * functional.normalize(directions[:, :width], dim=-1) for width in widths]
+    return torch.cat(rows, dim=-1)
 
 
 # --- training: forward, losses ------------------------------------------------------------------------------
@@ -380,13 +323,12 @@ def initial_rows(widths: Sequence[int], n_features: int, seed: int) -> Tensor:
 
 @dataclass
 class Forward:
-    """One training batch in scaled space: x, x_hat [B, D], and the code f [n] at its places ``code``,
-    differentiable.
+    """One training batch in scaled space: x, x_hat [B, D], and the code f [n] at its places ``code``.
 
     ``aux_hat`` [B, D]: what dead features make of the batch, without bias; None if nothing is dead.
-    ``tokens``: of the whole batch, where these B are a part of it; losses are means over the whole batch, and
-    the parts' losses add up to them. Jumprelu: ``near`` [F], how many of these tokens have a strength within
-    the kernel about theta; ``entries``, the code's number of entries in the whole batch.
+    ``tokens``: of the whole batch, of which these B may be a part; losses are means over the whole batch.
+    Jumprelu: ``near`` [F], how many of these tokens have a strength within the kernel about theta;
+    ``entries``, those of the code in the whole batch.
     """
 
     x: Tensor
@@ -413,6 +355,8 @@ def forward(
     gather: Callable[[Tensor], Tensor] = lambda own: own,
     buffers: dict | None = None,
     bandwidth: float = 0.0,
+    strongest: Callable[..., SparseBatch | None] | None = None,
+    add: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> Forward:
     """A batch of RAW activations through the crosscoder as training does it (BatchTopK looks at the whole
     batch).
@@ -420,46 +364,49 @@ def forward(
     ``dead`` [F] bool: features of which the ``aux_k`` strongest of each token are decoded too, for
     ``auxiliary_loss``. ``precision`` is that of the encoder's product; ``wanted`` (entries that BatchTopK
     keeps; k for each token), ``hint``, ``gather`` and ``buffers`` are those of ``lib.crosscoder.sparse``.
-    ``bandwidth``: JumpReLU's h; at 0 there are no thresholds yet, and it selects as BatchTopK.
+    ``bandwidth``: JumpReLU's h; at 0 there are no thresholds yet, and it selects as BatchTopK. Where
+    processes share out the features, ``strongest`` chooses among all that are dead, and ``add`` adds up what
+    they decode.
     """
     x = crosscoder.scaled(acts)
     weights = crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec
-    encoded = encode(x, crosscoder.W_enc, crosscoder.b_enc, PRECISIONS[precision], crosscoder.means, buffers)
+    encoded = encode(x, *weights[:2], PRECISIONS[precision], crosscoder.means, buffers)
     edge = None  # jumprelu: the entries within the kernel
+    with torch.no_grad():
+        per_unit = crosscoder.strength_per_unit()
     if crosscoder.variant == "l1":
         code = select_positive(encoded)
+    elif crosscoder.variant == "topk":
+        code = select_rows(encoded, per_unit, crosscoder.k)
+    elif crosscoder.variant == "jumprelu" and bandwidth:
+        theta = crosscoder.log_theta.detach().exp()
+        reached = select_above(encoded, per_unit / theta, 1 - bandwidth / 2, crosscoder.k)
+        ratio = reached.values * (per_unit / theta)[reached.features]
+        code = reached.where(ratio > 1, reached.floor)
+        edge = reached.where((ratio - 1).abs() < bandwidth / 2, reached.floor)
     else:
-        with torch.no_grad():
-            per_unit = crosscoder.strength_per_unit()
-        if crosscoder.variant == "topk":
-            code = select_rows(encoded, per_unit, crosscoder.k)
-        elif crosscoder.variant == "jumprelu" and bandwidth:
-            theta = crosscoder.log_theta.detach().exp()
-            reached = select_above(encoded, per_unit / theta, 1 - bandwidth / 2, crosscoder.k)
-            ratio = reached.values * (per_unit / theta)[reached.features]
-            code, edge = (
-                reached.where(ratio > 1, reached.floor),
-                reached.where((ratio - 1).abs() < bandwidth / 2, reached.floor),
-            )
-        else:
-            code = select_batch(encoded, per_unit, wanted or crosscoder.k * len(x), hint, gather)
-    index = None if dead is None or aux_k == 0 else dead.nonzero().squeeze(-1)
-    if index is None or len(index) == 0:
+        code = select_batch(encoded, per_unit, wanted or crosscoder.k * len(x), hint, gather)
+    chosen = (strongest or _strongest)(encoded, per_unit, aux_k, dead) if dead is not None and aux_k else None
+    if chosen is None:
         f, sums = reconstruct(*weights, x, code, buffers)
-        aux_hat = None
-    else:
-        both = code.above(select_rows(encoded, per_unit, aux_k, among=index))  # in one pass over the weights
-        f, sums = reconstruct(*weights, torch.cat([x, x]), both, buffers)
-        f, sums, aux_hat = f[: len(code.features)], sums[: len(x)], sums[len(x) :]
+        sums, aux_hat = add(sums), None
+    else:  # in one pass over the weights
+        f, sums = reconstruct(*weights, torch.cat([x, x]), code.above(chosen), buffers)
+        f, (sums, aux_hat) = f[: len(code.features)], add(sums).split(len(x))
     out = Forward(x, code, f, sums + crosscoder.b_dec, aux_hat)
     if crosscoder.variant == "jumprelu":
         out.near, out.entries = torch.zeros_like(crosscoder.b_enc), int(gather(code.indptr[-1:]).sum())
         if edge is not None:
             out.near.index_add_(0, edge.features, torch.ones_like(edge.values))
-            out.x_hat = jump(
-                out.x_hat, crosscoder.log_theta, crosscoder.W_dec, edge, theta / (bandwidth * per_unit)
-            )
+            rise = theta / (bandwidth * per_unit)
+            out.x_hat = jump(out.x_hat, crosscoder.log_theta, crosscoder.W_dec, edge, rise)
     return out
+
+
+def _strongest(encoded: PreActivations, per_unit: Tensor, k: int, dead: Tensor) -> SparseBatch | None:
+    """The k strongest dead features of each token; None if nothing is dead."""
+    among = dead.nonzero().squeeze(-1)
+    return select_rows(encoded, per_unit, k, among) if len(among) else None
 
 
 def squared_error(out: Forward) -> Tensor:
@@ -474,11 +421,10 @@ def sparsity_loss(crosscoder: CrossCoder, out: Forward) -> Tensor:
 
 
 def l0_loss(crosscoder: CrossCoder, out: Forward, bandwidth: float) -> Tensor:
-    """(L0 / k - 1)^2, L0 that of the whole batch: JumpReLU's penalty, with SAEBench's aim (2503.09532,
-    appendix).
+    """(L0 / k - 1)^2, L0 that of the whole batch: JumpReLU's penalty, with SAEBench's aim (2503.09532).
 
     Its pseudo-gradient reaches log theta alone: dL0 / dlog theta_i = - near_i / (h tokens) (2407.14435, eq.
-    12, in log theta).
+    12).
     """
     excess = out.entries / (crosscoder.k * out.tokens) - 1
     without_value = (out.near * (crosscoder.log_theta - crosscoder.log_theta.detach())).sum()
@@ -489,9 +435,9 @@ def l0_loss(crosscoder: CrossCoder, out: Forward, bandwidth: float) -> Tensor:
 def auxiliary_loss(out: Forward) -> Tensor:
     """mean_batch sum_m ||e_m - ê_m||_2^2: the dead features' share in explaining what is left over.
 
-    e = x - x̂ without gradient; ê = ``aux_hat``: the strongest dead features of each token, decoded without
-    bias. Their activations are ReLU(pre) before selection, so encoder *and* decoder rows of dead features get
-    a gradient. Zero if nothing is dead. Source: Gao et al. 2024, section 2.4.
+    e = x - x̂ without gradient; ê = ``aux_hat``, from ReLU(pre) before selection, so that encoder *and*
+    decoder rows of dead features get a gradient. Zero if nothing is dead. Source: Gao et al. 2024, section
+    2.4.
     """
     if out.aux_hat is None:
         return out.x_hat.new_zeros(())
@@ -500,7 +446,10 @@ def auxiliary_loss(out: Forward) -> Tensor:
 
 def check_feature(crosscoder: CrossCoder, feature: int) -> int:
     """The number of a feature; UserError if there is none of that number."""
-    n = crosscoder.n_features
-    if isinstance(feature, bool) or not isinstance(feature, (int, np.integer)) or not 0 <= feature < n:
-        raise UserError(f"feature {feature!r} does not exist: this crosscoder has features 0 to {n - 1}")
-    return int(feature)
+    last = crosscoder.n_features - 1
+    try:
+        return int(check("feature", feature, integer(0, last)))
+    except UserError:
+        raise UserError(
+            f"feature {feature!r} does not exist: this crosscoder has features 0 to {last}"
+        ) from None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from torch.nn.functional import cosine_similarity
@@ -12,25 +10,21 @@ from ..stats import bootstrap, wilson
 from .codes import firing_frequency
 from .model import CrossCoder
 
+CUTOFFS = (0.1, 0.3, 0.7, 0.9)
 SHARED = (0.3, 0.7)  # features with an NRN within are called shared
 
 
-def census(
-    crosscoder: CrossCoder, store, model: str = "distilled", reference: str = "base", split: str = "report"
-) -> pd.DataFrame:
-    """One row per feature: feature, frequency (share of the split's tokens), alive, nrn_p1, nrn_p2, cosine,
-    and cosine_shuffled.
-
-    ``cosine_shuffled`` is a null: this feature's row in ``reference`` with *another* feature's row in
-    ``model``. Both cosines are NaN where the models differ in width.
+def census(crosscoder: CrossCoder, store) -> pd.DataFrame:
+    """One row per feature: feature, frequency (share of the split "report"), alive, nrn_p1, nrn_p2, cosine,
+    and the null cosine_shuffled: the row in base with *another* feature's in distilled.
     """
-    frequency = firing_frequency(crosscoder, store, split)
+    frequency = firing_frequency(crosscoder, store)
     frame = pd.DataFrame(
         {"feature": np.arange(crosscoder.n_features), "frequency": frequency, "alive": frequency > 0}
     )
     for p in (1, 2):
-        frame[f"nrn_p{p}"] = crosscoder.nrn(p, model, reference).numpy()
-    first, second = crosscoder.rows(reference), crosscoder.rows(model)
+        frame[f"nrn_p{p}"] = crosscoder.nrn(p).numpy()
+    first, second = crosscoder.rows("base"), crosscoder.rows("distilled")
     shifted = second.roll(crosscoder.n_features // 2, dims=0)
     comparable = first.shape == second.shape
     frame["cosine"] = cosine_similarity(first, second).numpy() if comparable else np.nan
@@ -38,33 +32,22 @@ def census(
     return frame
 
 
-def tails(nrn: pd.DataFrame, cutoffs: Sequence[float] = (0.1, 0.3, 0.7, 0.9)) -> pd.DataFrame:
-    """How many features lie beyond fixed cut-offs, for every column of ``nrn``: count, share and its Wilson
-    interval.
-    """
+def tails(nrn: pd.DataFrame) -> pd.DataFrame:
+    """How many features lie beyond fixed cut-offs, for every column of ``nrn``, with Wilson intervals."""
     rows = []
     for measure in nrn:
         values = nrn[measure].dropna()
-        for cutoff in cutoffs:
+        for cutoff in CUTOFFS:
             count = int((values < cutoff).sum() if cutoff < 0.5 else (values > cutoff).sum())
-            low, high = wilson(count, len(values))
-            rows.append(
-                {
-                    "measure": measure,
-                    "cut-off": f"{'<' if cutoff < 0.5 else '>'} {cutoff}",
-                    "features": count,
-                    "share": count / len(values) if len(values) else np.nan,
-                    "low": low,
-                    "high": high,
-                }
-            )
-    return pd.DataFrame(rows)
+            share = count / len(values) if len(values) else np.nan
+            beyond = f"{'<' if cutoff < 0.5 else '>'} {cutoff}"
+            rows.append((measure, beyond, count, share, *wilson(count, len(values))))
+    return pd.DataFrame(rows, columns=["measure", "cut-off", "features", "share", "low", "high"])
 
 
 def summary(alive: pd.DataFrame, seed: int = 0) -> dict[str, dict]:
-    """{metric: {value, ci, n}} of the alive features of a ``census``: medians of NRN and of the cosines of
-    shared features (bootstrap over features), the share of features that are not shared, and how alike p = 1
-    and p = 2 order them.
+    """{metric: {value, ci, n}} of the alive features of a ``census``: medians of NRN and of shared features'
+    cosines, the share of features that are not shared, and how alike p = 1 and p = 2 order them.
     """
     within = alive.nrn_p1.between(*SHARED)
     shared = alive[within]
@@ -85,7 +68,5 @@ RATES = ("score", "side", "level", "rate", "low", "high", "hits", "n", "pair", "
 
 
 def null_rates(null) -> pd.DataFrame:
-    """Shares of features beyond the null's thresholds, of the study's part "nulls"; without rows if it was
-    not computed.
-    """
+    """Shares of features beyond the null's thresholds, of the part "nulls"; empty if not computed."""
     return null.tables.get("rates", pd.DataFrame(columns=list(RATES)))

@@ -33,19 +33,12 @@ def training_curves(log: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
 
 
 def nrn_histogram(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
-    """Histograms of NRN with p = 1 and p = 2, from the alive features of a census; counts on a square-root
-    axis, on which tails of few features can be seen.
-    """
-    edges = np.linspace(0, 1, 51)
+    """Histograms of NRN with p = 1 and p = 2, from the alive features of a census; square-root counts."""
+    centres, edges = np.arange(0.01, 1, 0.02).round(2), np.linspace(0, 1, 51)
+    norms = {"p = 1 (paper)": alive.nrn_p1, "p = 2": alive.nrn_p2}
     counts = pd.concat(
-        pd.DataFrame(
-            {
-                "norm": norm,
-                "NRN": np.arange(0.01, 1, 0.02).round(2),
-                "features": np.histogram(alive[column], bins=edges)[0],
-            }
-        )
-        for column, norm in (("nrn_p1", "p = 1 (paper)"), ("nrn_p2", "p = 2"))
+        pd.DataFrame({"norm": norm, "NRN": centres, "features": np.histogram(nrn, bins=edges)[0]})
+        for norm, nrn in norms.items()
     )
     fig = px.bar(
         counts.assign(root=np.sqrt(counts.features)),
@@ -87,8 +80,8 @@ def row_cosines(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
 
 
 def nrn_beside_null(alive: pd.DataFrame, null) -> tuple[go.Figure, pd.DataFrame]:
-    """Share of alive features below every NRN, of the pair and of the null's crosscoders; dotted lines are
-    the null's 1% thresholds. ``null``: the study's part "nulls" (empty: the pair's curve only).
+    """Share of alive features below every NRN, of the pair and of the null's crosscoders, with the null's 1%
+    thresholds. ``null``: the study's part "nulls" (empty: the pair's curve only).
     """
     values = {"this pair": alive.nrn_p1}
     if null:

@@ -9,11 +9,8 @@ batch of ``batch_size`` tokens is the same batch, shared out.
   each batch; what the parts reconstruct is added up. For a dictionary that outgrows a device. BatchTopK only.
 
 In both, BatchTopK's selection, dead features, the auxiliary loss's choice among them, and the clipped norm
-are over the whole batch and dictionary. Checkpoints are written by rank 0 as a single process would write
-them, so that a run can go on with another number of processes, or the other way of sharing. The folder must
-be one that all processes see.
-
-If a process ends, so do all others, with a sentence; the same command goes on from the last checkpoint.
+are over the whole batch and dictionary. Checkpoints are those of a single process, so that a run can go on
+with another number of processes. If a process ends, so do all others, with a sentence.
 """
 
 from __future__ import annotations
@@ -26,16 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..settings import UserError
-from .model import PRECISIONS, CrossCoder, Forward, forward
-from .sparse import (
-    PreActivations,
-    SparseBatch,
-    encode,
-    largest_of_rows,
-    reconstruct,
-    select_batch,
-    select_rows,
-)
+from .model import CrossCoder, Forward, forward
+from .sparse import PreActivations, SparseBatch, largest_of_rows, select_rows
 
 PER_FEATURE = ("W_dec", "W_enc", "b_enc", "log_theta")  # parameters of the crosscoder that are [F, ...]
 TIMEOUT = 600  # seconds that a process waits for the others
@@ -45,9 +34,8 @@ SHARE = ("rows", "features")
 class SingleProcess:
     """Training in one process; what several of them do otherwise overrides a method of this.
 
-    Processes may hold different rows of a batch, or different features of the dictionary. ``over_rows`` and
-    ``over_features`` add up the sums of the processes that differ in just that. All processes call all of
-    these in the same order.
+    ``over_rows`` and ``over_features`` add up the sums of the processes that hold different rows of a batch,
+    or different features. All processes call all of these in the same order.
     """
 
     rank, size = 0, 1
@@ -115,17 +103,15 @@ def _collective(function):
 
 
 class Together(SingleProcess):
-    """What sharing rows and sharing features have in common. The process group exists already; tensors are
-    on ``device``.
-    """
+    """What sharing rows and sharing features have in common; the process group exists already."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), torch.device(device)
 
     @_collective
-    def add(self, partial: Tensor) -> Tensor:
+    def add(self, partial: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
         """The sum over all processes, the same in each; written into ``partial``."""
-        dist.all_reduce(partial)
+        dist.all_reduce(partial, operation)
         return partial
 
     @_collective
@@ -167,12 +153,8 @@ class ByRows(Together):
         return int(self.add(torch.tensor(own, device=self.device)))
 
     def any_row(self, flags: Tensor) -> Tensor:
-        return self._any(flags.to(self.device, torch.uint8, copy=True)).to(flags.device, torch.bool)
-
-    @_collective
-    def _any(self, flags: Tensor) -> Tensor:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return flags
+        flags_here = flags.to(self.device, torch.uint8, copy=True)
+        return self.add(flags_here, dist.ReduceOp.MAX).to(flags.device, torch.bool)
 
     def forward(self, crosscoder: CrossCoder, acts: list[Tensor], *args, **options) -> Forward:
         if len(acts[0]):
@@ -181,18 +163,15 @@ class ByRows(Together):
         # which is: nothing.
         stand_in = crosscoder.split(crosscoder.means[None], raw=True)
         out = forward(crosscoder, stand_in, *args, **options, gather=lambda own: self.gather(own[:0]))
-        nothing = dataclasses.replace(
-            out.code.where(torch.zeros_like(out.code.features, dtype=torch.bool), out.code.floor),
-            indptr=out.code.indptr[:1],
-        )
-        return Forward(
-            out.x[:0],
-            nothing,
-            out.f[:0],
-            out.x_hat[:0],
-            None if out.aux_hat is None else out.aux_hat[:0],
+        code = out.code.where(torch.zeros_like(out.code.features, dtype=torch.bool), out.code.floor)
+        return dataclasses.replace(
+            out,
+            x=out.x[:0],
+            code=dataclasses.replace(code, indptr=code.indptr[:1]),
+            f=out.f[:0],
+            x_hat=out.x_hat[:0],
+            aux_hat=None if out.aux_hat is None else out.aux_hat[:0],
             near=None if out.near is None else out.near * 0,
-            entries=out.entries,
         )
 
     def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
@@ -202,10 +181,8 @@ class ByRows(Together):
 
 
 class ByFeatures(Together):
-    """Every process has all rows of every batch, and about F / size neighbouring features: its rows of W_enc,
-    b_enc and W_dec.
-
-    b_dec is in every process, with the same gradient, since all compute the same loss from the same sums.
+    """Every process has all rows of every batch, and about F / size neighbouring features. b_dec is in every
+    process, with the same gradient, since all compute the same loss from the same sums.
     """
 
     def __init__(self, n_features: int, device: torch.device | str = "cpu"):
@@ -220,49 +197,27 @@ class ByFeatures(Together):
     def over_features(self, partial: Tensor) -> Tensor:
         return self.add(partial.clone())
 
-    def forward(
-        self,
-        crosscoder: CrossCoder,
-        acts: list[Tensor],
-        dead: Tensor,
-        aux_k: int,
-        precision: str,
-        wanted: int,
-        hint: float,
-        buffers: dict,
-    ) -> Forward:
-        x, weights = crosscoder.scaled(acts), (crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec)
-        encoded = encode(
-            x, crosscoder.W_enc, crosscoder.b_enc, PRECISIONS[precision], crosscoder.means, buffers
-        )
-        with torch.no_grad():
-            per_unit = crosscoder.strength_per_unit()
-        code = select_batch(encoded, per_unit, wanted, hint, self.gather)
-        if aux_k == 0 or not self.over_features(dead.any().int()):
-            f, sums = reconstruct(*weights, x, code, buffers)
-            return Forward(x, code, f, _Sum.apply(sums, self) + crosscoder.b_dec)
-        both = code.above(self.strongest(encoded, per_unit, aux_k, dead.nonzero().squeeze(-1)))
-        f, sums = reconstruct(*weights, torch.cat([x, x]), both, buffers)
-        sums = _Sum.apply(sums, self)
-        return Forward(x, code, f[: len(code.features)], sums[: len(x)] + crosscoder.b_dec, sums[len(x) :])
+    def forward(self, *args, **options) -> Forward:
+        options |= {"gather": self.gather, "strongest": self.strongest}
+        return forward(*args, **options, add=lambda sums: _Sum.apply(sums, self))
 
     @torch.no_grad()
-    def strongest(self, encoded: PreActivations, per_unit: Tensor, k: int, among: Tensor) -> SparseBatch:
-        """``select_rows`` over the features of all processes: the entries that are here.
-
-        The k largest of all are among the k largest of each part: these are compared, [B, k] strengths a
-        process.
+    def strongest(
+        self, encoded: PreActivations, per_unit: Tensor, k: int, dead: Tensor
+    ) -> SparseBatch | None:
+        """The k strongest dead features of all processes: the entries that are here; None if nothing is dead.
+        The k largest of all are among the k largest of each part: these are compared.
         """
-        best = per_unit.new_zeros(len(encoded), k)
+        if not self.over_features(dead.any().int()):
+            return None
+        among = dead.nonzero().squeeze(-1)
         if len(among):
             code = select_rows(encoded, per_unit, k, among)
-            strength = code.values * per_unit[code.features]
-            best = largest_of_rows(code, strength, k)
         else:
-            strength = per_unit[:0]
-            code = SparseBatch(
-                among.new_zeros(len(encoded) + 1), among, strength, per_unit.new_zeros(()), len(per_unit)
-            )
+            indptr = among.new_zeros(len(encoded) + 1)
+            code = SparseBatch(indptr, among, per_unit[:0], per_unit.new_zeros(()), len(per_unit))
+        strength = code.values * per_unit[code.features]
+        best = largest_of_rows(code, strength, k)
         everyone = self.gather(best.flatten()).view(self.size, len(encoded), k)
         floors = everyone.transpose(0, 1).flatten(1).topk(k, dim=-1, sorted=False).values.amin(-1)
         return code.where(strength >= floors[code.rows], floors.mean())
@@ -293,9 +248,7 @@ class ByFeatures(Together):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of all processes' tensors, from which all compute one and the same loss: its gradient is each
-    tensor's own.
-    """
+    """The sum of all processes' tensors; all compute the same loss from it, whose gradient is each one's."""
 
     @staticmethod
     def forward(ctx, partial: Tensor, together: Together) -> Tensor:

@@ -2,15 +2,11 @@
 
     crosscoder = open_crosscoder("org/name", store.models, store)          # one of ours; or another's:
     crosscoder = open_crosscoder("cc_weights.pt", store.models, store, ("base", "distilled"), store.scales)
-    model_card(folder, "mine", layers, models, health_card(crosscoder, store), corpus="...", licence="mit")
-    commit = push(folder, "org/name")
 
-A crosscoder at the wrong layer or scale, or with its models exchanged, runs without an error and gives NRNs
-that mean nothing (exchanged models turn every NRN round). What shows it is FVE = 1 - sum of squared errors /
-sum of squares about the mean, per model. Where it is low, the same tokens are tried again with what is often
-wrong put right: a scale off by a factor, in all models or in one; a scale that the weights contain already;
-the store's own scales; the models exchanged. If one of these mends it, the error says so; if none does, it is
-the layer, the tokens or the models.
+At the wrong layer or scale, or with its models exchanged, a crosscoder runs without an error and gives NRNs
+that mean nothing. FVE = 1 - sum of squared errors / sum of squares about the mean, per model, shows it. Where
+it is low, the same tokens are tried with what is often wrong put right: scales and the order of the models.
+If that helps, the error says so; if not, it is the layer, the tokens or the models.
 """
 
 from __future__ import annotations
@@ -32,20 +28,10 @@ from ..activations.store import Store
 from ..activations.store import open_store as open_store
 from ..models import sources
 from ..models.pairs import load_pair as load_pair
-from ..runs import Progress, Run, fingerprint, read_manifest, write_text
+from ..runs import Progress, Run, fingerprint, read_manifest, write_json, write_text
 from ..settings import ROOT, UserError, check
-from .exchange import (
-    DICTIONARY_LEARNING,
-    ORIGIN,
-    REPLICATION,
-    WEIGHTS,
-    Foreign,
-    format_of,
-    read_dictionary_learning,
-    read_replication,
-    tensors,
-    weights_file,
-)
+from .codes import sample_rows
+from .exchange import ORIGIN, WEIGHTS, Foreign, read_foreign
 from .model import CrossCoder
 
 FACTS = ("order", "scales", "layer", "least")
@@ -130,9 +116,10 @@ def open_crosscoder(
     if store is None:
         return crosscoder
     if tuple(store.models) != crosscoder.names or list(store.widths.values()) != list(crosscoder.widths):
+        held = ", ".join(f"{name} ({width})" for name, width in store.widths.items())
         raise UserError(
-            f"the crosscoder reads {_listed(crosscoder.names, crosscoder.widths)}, and the store holds "
-            f"{_listed(store.models, store.widths.values())}: they must be the same"
+            f"the crosscoder reads {crosscoder.described()}, and the store holds {held}: they must be the"
+            " same"
         )
     if foreign.layers != dict(store.layers):
         raise UserError(
@@ -151,9 +138,7 @@ def open_crosscoder(
 
 def _read(path: Path, names: Sequence[str], order, scales, layer) -> Foreign:
     if not (path.is_dir() and (path / OURS).is_file()):
-        file = weights_file(path)
-        readers = {REPLICATION: read_replication, DICTIONARY_LEARNING: read_dictionary_learning}
-        return readers[format_of(tensors(file), file)](file, order, scales, layer, names)
+        return read_foreign(path, order, scales, layer, names)
     crosscoder = CrossCoder.load(path)
     origin = json.loads((path / ORIGIN).read_text(encoding="utf-8")) if (path / ORIGIN).is_file() else {}
     if crosscoder.names != tuple(names):
@@ -167,50 +152,26 @@ def _read(path: Path, names: Sequence[str], order, scales, layer) -> Foreign:
             " decoder layer whose output it reads"
         )
     layers = {n: int(layers[n] if isinstance(layers, Mapping) else layers) for n in names}
-    return Foreign(crosscoder, layers, "ours", has_means=True, fve=origin.get("fve"))
+    return Foreign(crosscoder, layers, has_means=True, fve=origin.get("fve"))
 
 
 def fingerprint_of(crosscoder: CrossCoder) -> str:
-    """Fingerprint of all that decides what a crosscoder does: for what is made from it, as that of notebook
-    02's manifest.
-    """
+    """Fingerprint of all that decides what a crosscoder does."""
     state = {name: t.cpu().numpy() for name, t in crosscoder.state_dict().items()}
     return fingerprint(
         "crosscoder", crosscoder.names, crosscoder.widths, crosscoder.variant, crosscoder.k, state
     )
 
 
-def _listed(names, widths) -> str:
-    return ", ".join(f"{name} ({width})" for name, width in zip(names, widths))
-
-
 # --- does it fit? -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Alternative:
-    """``reason``: what is put right, in words; ``order``: whose activations stand in each place; ``factors``:
-    what they are multiplied by; ``share`` of the unexplained that may then remain, for this to be what was
-    meant even where FVE is not low.
-    """
-
-    reason: str
-    order: tuple[int, ...]
-    factors: tuple[float, ...]
-    share: float
 
 
 @torch.no_grad()
 def check_on_data(
-    crosscoder: CrossCoder,
-    store,
-    least: float | Mapping[str, float] = LEAST,
-    tokens: int = 1024,
-    split: str = "report",
-    seed: int = 0,
+    crosscoder: CrossCoder, store, least: float | Mapping[str, float] = LEAST, tokens: int = 1024
 ) -> dict[str, float]:
-    """FVE {model: value} on so many random tokens of a split. UserError, naming the likely cause, where it is
-    not what it should be.
+    """FVE {model: value} on so many random tokens of the split "report". UserError, naming the likely cause,
+    where it is not what it should be.
 
     That is: below ``least`` (one for all, or {model: value}) in any model; or clearly higher over all models
     with the store's scales, another scale, or another order. Scales are told from FVE roughly, a factor of
@@ -219,44 +180,36 @@ def check_on_data(
     """
     least = {name: least[name] if isinstance(least, Mapping) else least for name in crosscoder.names}
     check("least", list(least.values()), list, high=1)
-    kept = store.rows(split)
-    if len(kept) < 2:
-        raise UserError(
-            f"the store has no tokens in its split {split!r}: harvest more documents (notebook"
-            " 01_harvest_activations)"
-        )
-    drawn = np.random.default_rng(seed).choice(kept, min(tokens, len(kept)), replace=False)
+    candidates = sample_rows(store, "report")
+    drawn = np.random.default_rng(0).choice(candidates, min(tokens, len(candidates)), replace=False)
     acts = store.activations(np.sort(drawn))
     given = fve(crosscoder, acts)
     low = [name for name in least if not _reaches(given[name], least[name])]
     alternatives = _alternatives(crosscoder, store, thorough=bool(low))
-    tried = []
+    tried, believed = [], []
     with Progress("other scales and orders", len(alternatives)) if low else nullcontext() as progress:
         for i, other in enumerate(alternatives):
-            tried.append(fve(crosscoder, [acts[j] * c for j, c in zip(other.order, other.factors)]))
+            values = fve(crosscoder, [acts[j] * c for j, c in zip(other.order, other.factors)])
+            tried.append(min(values.values()))
+            if (
+                all(_reaches(values[name], least[name]) for name in least)
+                if low
+                else _unexplained(values) < other.share * _unexplained(given)
+            ):
+                believed.append((tried[-1], other.reason, values))
             if progress:
                 progress.update(i + 1)
-    believed = [
-        (min(values.values()), other.reason, values)
-        for other, values in zip(alternatives, tried)
-        if (
-            all(_reaches(values[name], least[name]) for name in least)
-            if low
-            else _unexplained(values) < other.share * _unexplained(given)
-        )
-    ]
     shown = ", ".join(f"{_digits(value)} ({name})" for name, value in given.items())
     if believed:
-        top = max(lowest for lowest, _, _ in believed)
+        best = max(lowest for lowest, _, _ in believed)
         # the plainest reason first
-        _, reason, values = next(entry for entry in believed if entry[0] >= top - 0.02)
+        _, reason, values = next(entry for entry in believed if entry[0] >= best - 0.02)
         raise UserError(
             f"FVE is {shown} as given, but {', '.join(map(_digits, values.values()))} with {reason}"
         )
     if low:
         wanted = ", ".join(f"{least[name]:.2f} in {name}" for name in low)
-        best = max((min(values.values()) for values in tried), default=math.nan)
-        tail = f", and no other scale or order makes it good (at best {best:.2f})" if tried else ""
+        tail = f", and no other scale or order makes it good (at best {max(tried):.2f})" if tried else ""
         raise UserError(
             f"FVE is {shown}, below {wanted}{tail}: the crosscoder was trained on another layer, on other"
             " tokens (templates, first positions), or on other models"
@@ -266,9 +219,7 @@ def check_on_data(
 
 @torch.no_grad()
 def fve(crosscoder: CrossCoder, acts: Sequence[torch.Tensor]) -> dict[str, float]:
-    """{model: 1 - sum of squared errors / sum of squares about the mean} of RAW activations, one [B, d_m] per
-    model; float64 sums.
-    """
+    """{model: 1 - sum of squared errors / sum of squares about the mean} of RAW activations, in float64."""
     values = {}
     for name, x, x_hat in zip(crosscoder.names, acts, crosscoder.decode(crosscoder.encode(acts))):
         x = x.double()
@@ -291,25 +242,36 @@ def _digits(value: float) -> str:
     return f"{value:.2f}" if value < 0.995 else f"{value:.5f}"
 
 
+@dataclass(frozen=True)
+class _Alternative:
+    """What is put right, in words; whose activations stand in each place, and what they are multiplied by;
+    the share of the unexplained that may then remain, for this to be what was meant even if FVE is not low.
+    """
+
+    reason: str
+    order: tuple[int, ...]
+    factors: tuple[float, ...]
+    share: float = NAMED
+
+
 def _alternatives(crosscoder: CrossCoder, store, thorough: bool) -> list[_Alternative]:
     """Plainest first. Multiplying activations by c is giving c times the scale; FVE is the same for both."""
-    names, s, widths = crosscoder.names, crosscoder.scales.tolist(), crosscoder.widths
-    n, theirs = len(names), [store.scales[name] for name in names]
-    straight = tuple(range(n))
+    names, scales, widths = crosscoder.names, crosscoder.scales.tolist(), crosscoder.widths
+    n, straight, stored = len(names), tuple(range(len(names))), [store.scales[name] for name in names]
     reason = "scales of 1: the weights contain the scale already, give 1 for each model"
-    ways = [_Alternative(reason, straight, tuple(1 / x for x in s), NAMED)]
-    reason = f"the store's own scales ({', '.join(f'{x:.4g}' for x in theirs)}): the scales are wrong"
-    ways.append(_Alternative(reason, straight, tuple(t / x for t, x in zip(theirs, s)), NAMED))
+    ways = [_Alternative(reason, straight, tuple(1 / s for s in scales))]
+    reason = f"the store's own scales ({', '.join(f'{x:.4g}' for x in stored)}): the scales are wrong"
+    ways.append(_Alternative(reason, straight, tuple(x / s for x, s in zip(stored, scales))))
     for order in itertools.permutations(straight) if n <= 3 else ():
         if order != straight and all(widths[i] == widths[j] for i, j in enumerate(order)):
             reason = f"the models in the order {', '.join(names[j] for j in order)}: their order is wrong"
-            ways.append(_Alternative(reason, order, (1.0,) * n, NAMED))
+            ways.append(_Alternative(reason, order, (1.0,) * n))
             # each keeps its scale
-            kept = tuple(s[j] / s[i] for i, j in enumerate(order))
-            ways.append(_Alternative(reason, order, kept, NAMED))
+            ways.append(
+                _Alternative(reason, order, tuple(scales[j] / scales[i] for i, j in enumerate(order)))
+            )
     for c in FACTORS if thorough else (0.5, 2.0):
-        reason = f"{c:g} times the scale: the scale is wrong"
-        ways.append(_Alternative(reason, straight, (c,) * n, FACTOR))
+        ways.append(_Alternative(f"{c:g} times the scale: the scale is wrong", straight, (c,) * n, FACTOR))
         for i, name in enumerate(names if thorough else ()):
             reason = f"{c:g} times the scale of {name}: that scale is wrong"
             factors = tuple(c if i == j else 1.0 for j in range(n))
@@ -356,14 +318,8 @@ def model_card(
     )
     shown, distinct = crosscoder.seen.tolist()
     table = [
-        {
-            "name": name,
-            "source": models[name],
-            "layer": layers[name],
-            "width": width,
-            "scale": f"{scale:.6g}",
-            "fve": _shown(health[f"fve_{name}"]),
-        }
+        {"name": name, "source": models[name], "layer": layers[name], "width": width}
+        | {"scale": f"{scale:.6g}", "fve": _shown(health[f"fve_{name}"])}
         for name, width, scale in zip(names, crosscoder.widths, crosscoder.scales.tolist())
     ]
     card = ModelCard.from_template(
@@ -379,15 +335,10 @@ def model_card(
         corpus=corpus,
         names=repr(names),
     )
-    origin = {
-        "format": "ours",
-        "order": names,
-        "layers": {name: int(layers[name]) for name in names},
-        "models": dict(models),
-        "pair": pair,
-        "fve": {name: float(health[f"fve_{name}"]["value"]) for name in names},
-    }
-    write_text(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
+    origin = {"format": "ours", "order": names, "layers": {name: int(layers[name]) for name in names}}
+    origin |= {"models": dict(models), "pair": pair}
+    origin["fve"] = {name: float(health[f"fve_{name}"]["value"]) for name in names}
+    write_json(folder / ORIGIN, origin)
     return write_text(folder / "README.md", str(card))
 
 
@@ -399,11 +350,8 @@ def _shown(metric: Mapping) -> str:
 
 
 def push(folder: Path, repo_id: str, private: bool = True) -> str:
-    """Upload a crosscoder with its card to the hub, as a private repository unless told otherwise; returns
-    the commit.
-
-    Nothing else that lies in the folder is uploaded. UserError if there is no card, or the hub does not take
-    it.
+    """Upload a crosscoder with its card to the hub, privately unless told otherwise; returns the commit.
+    UserError if there is no card, or the hub does not take it.
     """
     folder = Path(folder)
     CrossCoder.load(folder)  # what cannot be read is not shared
@@ -424,10 +372,8 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
 
 def pull(repo_id: str, revision: str = "", inside: str = "") -> tuple[Path, str]:
     """(folder, commit) of a repository on the hub; the commit is recorded in data/revisions.json, and from
-    then on required.
-
-    ``revision``: a branch, tag or commit; ``inside``: a folder or file in it, if only that is wanted. Only
-    weights and their descriptions are downloaded. UserError if the hub fails.
+    then on required. ``revision``: a branch, tag or commit; ``inside``: a folder or file in it, if only that
+    is wanted. UserError if the hub fails.
     """
     repo, commit = sources.resolved(f"{repo_id}@{revision}" if revision else repo_id)
     kinds = ("*.safetensors", "*.pt", "*.json", "README.md")

@@ -1,26 +1,22 @@
 """Products with sparse codes: the part of a crosscoder's training step that grows with k instead of F.
 
 A code has B rows of F entries, of which about k a row are not zero. Dense, a training step multiplies B x F
-with F x D five times: 10 B D F operations. Only the encoder needs that (2 B D F: it must look at every
-feature to know which fire). What follows costs 8 B D k::
+with F x D five times: 10 B D F operations. Only the encoder needs that (2 B D F); the rest costs 8 B D k::
 
     encoded = encode(x, W_enc, b_enc)                           # every feature's pre-activation
     code = select_batch(encoded, per_unit, wanted)              # who fires
     f, sums = reconstruct(W_enc, b_enc, W_dec, x, code)         # sums = f @ W_dec; exact gradients
-    sums = jump(sums, log_theta, W_dec, edge, rise)             # JumpReLU: pseudo-gradients of its thresholds
 
-With ``dtype=torch.bfloat16`` the encoder only screens. Whoever comes near the threshold is computed again in
-float32 from x and the feature's weights, and selected by that value: the code and its gradients are those of
-float32 arithmetic.
-
-Every product is there twice, with equal results: as compiled loops for a CPU (numba, which umap-learn brings
-along), and in torch's own operations for other devices.
+With ``dtype=torch.bfloat16`` the encoder only screens: whoever comes near the threshold is computed again in
+float32, and selected by that value. Every product is there twice, with equal results: as compiled loops for a
+CPU (numba), and in torch's own operations for other devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -40,8 +36,7 @@ COMPILED = True  # False takes torch's versions on the CPU too
 
 @dataclass
 class SparseBatch:
-    """A sparse code [B, F], row by row: the entries of row b are those from ``indptr[b]`` to ``indptr[b +
-    1]``.
+    """A sparse code [B, F], row by row: row b has the entries from ``indptr[b]`` to ``indptr[b + 1]``.
 
     indptr [B + 1] int64; features [n] int64, ascending in a row; values [n] float32, positive; floor:
     smallest strength kept.
@@ -56,9 +51,8 @@ class SparseBatch:
     @property
     def rows(self) -> Tensor:
         """The row of each entry, [n]."""
-        return torch.arange(len(self.indptr) - 1, device=self.indptr.device).repeat_interleave(
-            self.indptr.diff(), output_size=len(self.features)
-        )
+        rows = torch.arange(len(self.indptr) - 1, device=self.indptr.device)
+        return rows.repeat_interleave(self.indptr.diff(), output_size=len(self.features))
 
     @property
     def crowded(self) -> bool:
@@ -73,38 +67,30 @@ class SparseBatch:
     def dense(self, values: Tensor | None = None) -> Tensor:
         """[B, F] with its zeros; with ``values`` [n] in place of its own, differentiable in them."""
         values = self.values if values is None else values
-        return values.new_zeros(len(self.indptr) - 1, self.n_features).index_put(
-            (self.rows, self.features), values
-        )
+        zeros = values.new_zeros(len(self.indptr) - 1, self.n_features)
+        return zeros.index_put((self.rows, self.features), values)
 
     def where(self, kept: Tensor, floor: Tensor) -> SparseBatch:
         """The entries that a mask [n] leaves."""
+        if not _on_cpu(kept):
+            indptr = functional.pad(kept.cumsum(0), (1, 0))[self.indptr]
+            return replace(
+                self, indptr=indptr, features=self.features[kept], values=self.values[kept], floor=floor
+            )
         # one thread: torch would wake all of them several times for what takes a tenth of a millisecond
-        if _on_cpu(kept):
-            kept, n = kept.numpy(), int(kept.count_nonzero())
-            indptr, features, values = (
-                torch.empty_like(self.indptr),
-                torch.empty(n, dtype=torch.int64),
-                torch.empty(n),
-            )
-            _where_loop(
-                kept,
-                *(t.numpy() for t in (self.indptr, self.features, self.values, indptr, features, values)),
-            )
-            return SparseBatch(indptr, features, values, floor, self.n_features)
-        before = functional.pad(kept.cumsum(0), (1, 0))
-        return SparseBatch(
-            before[self.indptr], self.features[kept], self.values[kept], floor, self.n_features
-        )
+        n = int(np.count_nonzero(kept.numpy()))
+        new = torch.empty_like(self.indptr), torch.empty(n, dtype=torch.int64), torch.empty(n)
+        old = self.indptr, self.features, self.values
+        _where_loop(kept.numpy(), *(t.numpy() for t in (*old, *new)))
+        return SparseBatch(*new, floor, self.n_features)
 
     def above(self, other: SparseBatch) -> SparseBatch:
         """These rows, then those of ``other``."""
-        return SparseBatch(
-            torch.cat([self.indptr, other.indptr[1:] + self.indptr[-1]]),
-            torch.cat([self.features, other.features]),
-            torch.cat([self.values, other.values]),
-            self.floor,
-            self.n_features,
+        return replace(
+            self,
+            indptr=torch.cat([self.indptr, other.indptr[1:] + self.indptr[-1]]),
+            features=torch.cat([self.features, other.features]),
+            values=torch.cat([self.values, other.values]),
         )
 
 
@@ -113,11 +99,9 @@ class SparseBatch:
 
 @dataclass
 class PreActivations:
-    """Pre-activations [B, F] of a batch: ``products`` + ``offset``, the products in the dtype that they were
-    computed in.
-
-    x [B, D], W_enc, b_enc are what they come from, in float32: where the products are narrower, a value that
-    matters is computed again. ``names`` [F]: which features the columns are, if these are some of many.
+    """Pre-activations [B, F] of a batch, ``products`` + ``offset``, and what they come from, in float32:
+    where products are narrower, a value that matters is computed again. ``names`` [F]: which features the
+    columns are.
     """
 
     products: Tensor
@@ -140,14 +124,8 @@ class PreActivations:
 
     def among(self, features: Tensor) -> PreActivations:
         """Of some features [n] only."""
-        return PreActivations(
-            self.products.index_select(1, features),
-            self.offset[features],
-            self.x,
-            self.W_enc,
-            self.b_enc,
-            features,
-        )
+        products, offset = self.products.index_select(1, features), self.offset[features]
+        return replace(self, products=products, offset=offset, names=features)
 
 
 @torch.no_grad()
@@ -161,32 +139,22 @@ def encode(
 ) -> PreActivations:
     """Pre-activations x W_enc^T + b_enc of x [B, D], in float32 or bfloat16 products.
 
-    ``centre`` [D] is subtracted from x before rounding and made up for in the offset: activations far from 0,
-    as those of language models are, would lose to it the bits that tell them apart. ``buffers`` is as in
-    ``reconstruct``.
+    ``centre`` [D] is subtracted from x before rounding and made up for in the offset: activations far from 0
+    would lose to it the bits that tell them apart. ``buffers`` is as in ``reconstruct``.
     """
     buffers = {} if buffers is None else buffers
     inputs, weights, offset = x, W_enc.detach(), b_enc.detach()
     if dtype != torch.float32:
         if centre is not None:
             inputs, offset = x - centre, offset + weights @ centre
-        inputs, weights = (
-            inputs.to(dtype),
-            _buffer(buffers, "weights", W_enc.shape, dtype, x.device).copy_(weights),
-        )
+        inputs = inputs.to(dtype)
+        weights = _buffer(buffers, "weights", W_enc.shape, dtype, x.device).copy_(weights)
     products = _buffer(buffers, "products", (len(x), len(W_enc)), dtype, x.device)
-    return PreActivations(
-        torch.mm(inputs, weights.T, out=products), offset, x, W_enc.detach(), b_enc.detach()
-    )
+    torch.mm(inputs, weights.T, out=products)
+    return PreActivations(products, offset, x, W_enc.detach(), b_enc.detach())
 
 
-def _buffer(
-    buffers: dict,
-    name: str,
-    shape: tuple,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Tensor:
+def _buffer(buffers: dict, name: str, shape, dtype=torch.float32, device="cpu") -> Tensor:
     """Memory that is used again in the next step, if it has the right shape."""
     if name not in buffers or buffers[name].shape != torch.Size(shape) or buffers[name].dtype != dtype:
         buffers[name] = torch.empty(shape, dtype=dtype, device=device)
@@ -202,11 +170,10 @@ def select_batch(
     gather: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> SparseBatch:
     """BatchTopK: the ``wanted`` largest strengths v = f * per_unit of the batch, f = ReLU of the
-    pre-activation.
+    pre-activation. Values equal to the smallest one kept are kept too, zeros never.
 
-    ``per_unit`` [F] >= 0. Values equal to the smallest one kept are kept too, zeros never. ``hint`` is a
-    guess of that smallest value; it changes the time and not the result. ``gather`` joins the processes' 1-d
-    tensors where each has a part of the batch or of the features: ``wanted`` counts over all of them.
+    ``hint`` is a guess of that smallest value; it changes the time and not the result. ``gather`` joins the
+    processes' 1-d tensors where each has a part of the batch or of the features: ``wanted`` counts over all.
     """
     precise, expected = 1 - encoded.rounding, max(wanted // len(encoded), 1)
     low = MARGIN * hint
@@ -234,9 +201,7 @@ def select_rows(
     encoded: PreActivations, per_unit: Tensor, k: int, among: Tensor | None = None
 ) -> SparseBatch:
     """TopK: the k largest strengths of each row, else as ``select_batch``; of the features ``among`` [n]
-    only, if given.
-
-    The floor is the mean of the rows' floors.
+    only, if given. The floor is the mean of the rows' floors.
     """
     part, units = (encoded, per_unit) if among is None else (encoded.among(among), per_unit[among])
     k = min(k, len(units))
@@ -250,34 +215,23 @@ def largest_of_rows(code: SparseBatch, strength: Tensor, k: int) -> Tensor:
     """The k largest of each row's strengths [n], in any order: [B, k], with zeros where a row has fewer."""
     counts = code.indptr.diff()
     columns = torch.arange(len(strength), device=strength.device) - code.indptr[:-1].repeat_interleave(counts)
-    square = strength.new_zeros(len(counts), max(int(counts.max()), k)).index_put(
-        (code.rows, columns), strength
-    )
-    return square.topk(k, dim=-1, sorted=False).values
+    square = strength.new_zeros(len(counts), max(int(counts.max()), k))
+    return square.index_put((code.rows, columns), strength).topk(k, dim=-1, sorted=False).values
 
 
 @torch.no_grad()
 def select_positive(encoded: PreActivations) -> SparseBatch:
-    """Every positive entry, as the L1 variant has it: in float32, since rounding may take what is close to 0
-    for negative.
-    """
+    """Every positive entry, as the L1 variant has it: in float32, since rounding may change a sign."""
     sample = encoded.floats(slice(None, None, max(len(encoded) // 16, 1)))
+    expected = int((sample > 0).sum(-1).max()) // ROOM * 2 + 1
     units = torch.ones_like(encoded.offset)
-    return _above(
-        encoded,
-        units,
-        torch.zeros(len(encoded), device=units.device),
-        int((sample > 0).sum(-1).max()) // ROOM * 2 + 1,
-    )
+    return _above(encoded, units, torch.zeros(len(encoded), device=units.device), expected)
 
 
 @torch.no_grad()
 def select_above(encoded: PreActivations, per_unit: Tensor, low: float, expected: int) -> SparseBatch:
-    """Every entry whose strength is at least ``low`` > 0. ``expected``, in a row, changes the time and not
-    the result.
-
-    With narrow products ``low`` must be well above the rounding of a product: where this and the offset
-    cancel, more is lost.
+    """Every entry whose strength is at least ``low`` > 0, which must be well above the rounding of a product.
+    ``expected``, in a row, changes the time and not the result.
     """
     least = torch.full((len(encoded),), low * (1 - 2 * encoded.rounding), device=per_unit.device)
     code = _above(encoded, per_unit, least, expected)
@@ -288,29 +242,22 @@ def _guess(encoded: PreActivations, per_unit: Tensor, wanted: int) -> Tensor:
     """A strength [1] that the wanted number of entries, and some more, exceed: from a sample of the rows."""
     step = max(len(encoded) // 32, 1)
     sample = (encoded.floats(slice(None, None, step)) * per_unit).flatten()
-    return (
-        torch.topk(sample, min(max(int(1.2 * wanted / step), 1), len(sample)), sorted=False)
-        .values.min()
-        .clamp(min=0)[None]
-    )
+    n = min(max(int(1.2 * wanted / step), 1), len(sample))
+    return torch.topk(sample, n, sorted=False).values.min().clamp(min=0)[None]
 
 
 def _row_floors(encoded: PreActivations, per_unit: Tensor, k: int) -> Tensor:
     """A strength [B] that k entries of each row reach and not many more do."""
     if not _on_cpu(per_unit):
         return torch.topk(encoded.floats().clamp(min=0) * per_unit, k, dim=-1, sorted=False).values.amin(-1)
-    floors = torch.empty(len(encoded))
+    floors, arrays = torch.empty(len(encoded)), _arrays(encoded, per_unit)
     with _threads(4 * encoded.products.numel()):
-        _row_floors_loop(
-            *_bits(encoded.products), encoded.offset.numpy(), per_unit.numpy(), k, floors.numpy()
-        )
+        _row_floors_loop(*arrays, k, floors.numpy())
     return floors
 
 
 def _above(encoded: PreActivations, per_unit: Tensor, low: Tensor, expected: int) -> SparseBatch:
-    """The entries whose strength is positive and at least ``low`` [B], with float32 values. ``expected``:
-    entries per row.
-    """
+    """Entries of positive strength, at least ``low`` [B], with float32 values; ``expected``: per row."""
     B, F = encoded.products.shape
     if _on_cpu(per_unit):
         counts, room = np.zeros(B, dtype=np.int64), ROOM * expected
@@ -318,15 +265,7 @@ def _above(encoded: PreActivations, per_unit: Tensor, low: Tensor, expected: int
             room = min(room, F)
             found, values = np.empty((B, room), dtype=np.int32), np.empty((B, room), dtype=np.float32)
             with _threads(B * F):
-                _screen_loop(
-                    *_bits(encoded.products),
-                    encoded.offset.numpy(),
-                    per_unit.numpy(),
-                    low.numpy(),
-                    found,
-                    values,
-                    counts,
-                )
+                _screen_loop(*_arrays(encoded, per_unit), low.numpy(), found, values, counts)
             if counts.max(initial=0) <= room:
                 break
             room = int(counts.max())
@@ -353,13 +292,11 @@ def _above(encoded: PreActivations, per_unit: Tensor, low: Tensor, expected: int
 def reconstruct(
     W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, x: Tensor, code: SparseBatch, buffers: dict | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(f [n], sums [B, D]): the code's values, f = x W_enc^T + b_enc where it has entries, and their sums f @
-    W_dec.
+    """(f [n], sums [B, D]): the code's values, f = x W_enc^T + b_enc where it has entries, and f @ W_dec.
 
-    Differentiable, exactly, in W_enc, b_enc and W_dec, [F, D], [F] and [F, D]; x [B, D] is data. ``buffers``,
-    a dict that the caller keeps, receives the memory of the weights' gradients for use in the next step, as
-    large new arrays take longer to get from the system than to fill: with it, a ``.grad`` is overwritten once
-    it was set to None.
+    Differentiable, exactly, in W_enc, b_enc and W_dec; x [B, D] is data. ``buffers``, a dict that the caller
+    keeps, receives the memory of the weights' gradients for use in the next step, as large new arrays take
+    longer to get than to fill: with it, a ``.grad`` is overwritten once it was set to None.
     """
     return _Reconstruct.apply(W_enc, b_enc, W_dec, x, code, buffers)
 
@@ -383,15 +320,12 @@ class _Reconstruct(torch.autograd.Function):
             grad_sums = grad_sums.contiguous()
             at_code = at_code + _dots(code, grad_sums, W_dec)
         in_use = W_enc.grad is not None or W_dec.grad is not None  # then autograd adds to what is there
-        grads = _weight_gradients(
-            code, at_code, x, grad_sums, {} if ctx.buffers is None or in_use else ctx.buffers
-        )
-        return (*grads, None, None, None)
+        buffers = {} if ctx.buffers is None or in_use else ctx.buffers
+        return *_weight_gradients(code, at_code, x, grad_sums, buffers), None, None, None
 
 
 def jump(sums: Tensor, log_theta: Tensor, W_dec: Tensor, edge: SparseBatch, rise: Tensor) -> Tensor:
-    """``sums`` [B, D] unchanged, through which a loss reaches log theta [F]: JumpReLU's pseudo-gradient of
-    the reconstruction.
+    """``sums`` [B, D] unchanged, through which a loss reaches log theta [F]: JumpReLU's pseudo-gradient.
 
     An entry of ``edge`` [B, F], near its feature's threshold, would fall away if this rose: to log theta_i
     goes -rise_i times the gradient of every such entry's value, ``rise`` [F] its value at the threshold over
@@ -411,13 +345,8 @@ class _Jump(torch.autograd.Function):
     def backward(ctx, grad_sums):
         W_dec, rise = ctx.saved_tensors
         at_value = _dots(ctx.edge, grad_sums.contiguous(), W_dec)
-        return (
-            grad_sums,
-            torch.zeros_like(rise).index_add_(0, ctx.edge.features, at_value) * -rise,
-            None,
-            None,
-            None,
-        )
+        at_theta = torch.zeros_like(rise).index_add_(0, ctx.edge.features, at_value) * -rise
+        return grad_sums, at_theta, None, None, None
 
 
 def _sums(code: SparseBatch, W: Tensor) -> Tensor:
@@ -425,14 +354,8 @@ def _sums(code: SparseBatch, W: Tensor) -> Tensor:
     if code.crowded:
         return code.dense() @ W
     if not _on_cpu(W):
-        return functional.embedding_bag(
-            code.features,
-            W,
-            code.indptr,
-            mode="sum",
-            per_sample_weights=code.values,
-            include_last_offset=True,
-        )
+        options = {"mode": "sum", "per_sample_weights": code.values, "include_last_offset": True}
+        return functional.embedding_bag(code.features, W, code.indptr, **options)
     out = torch.empty(len(code.indptr) - 1, W.shape[1])
     with _threads(len(code.features) * W.shape[1]):
         _sums_loop(code.indptr.numpy(), code.features.numpy(), code.values.numpy(), W.numpy(), out.numpy())
@@ -455,9 +378,7 @@ def _dots(code: SparseBatch, x: Tensor, W: Tensor) -> Tensor:
 def _weight_gradients(
     code: SparseBatch, at_code: Tensor, x: Tensor, at_sums: Tensor, buffers: dict
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of W_enc, b_enc, W_dec from those of f [n] and of the sums [B, D]: at_code^T x, its row sums,
-    f^T at_sums.
-    """
+    """Gradients of W_enc, b_enc, W_dec from those of f [n] and of the sums [B, D]."""
     shape = (code.n_features, x.shape[1])
     if code.crowded:
         at_pre = code.dense(at_code)
@@ -468,15 +389,11 @@ def _weight_gradients(
         rows = code.rows[order]
 
         def transposed(values: Tensor) -> Tensor:
-            return torch.sparse_csr_tensor(
-                columns, rows, values[order], (code.n_features, len(x)), check_invariants=False
-            )
+            shape = code.n_features, len(x)
+            return torch.sparse_csr_tensor(columns, rows, values[order], shape, check_invariants=False)
 
-        return (
-            transposed(at_code) @ x,
-            at_code.new_zeros(code.n_features).index_add(0, code.features, at_code),
-            transposed(code.values) @ at_sums,
-        )
+        bias = at_code.new_zeros(code.n_features).index_add(0, code.features, at_code)
+        return transposed(at_code) @ x, bias, transposed(code.values) @ at_sums
     # detach: autograd may keep these names
     enc, dec = (_buffer(buffers, name, shape).detach() for name in ("grad_enc", "grad_dec"))
     bias = torch.empty(code.n_features)
@@ -484,17 +401,9 @@ def _weight_gradients(
     rows = np.empty(len(at_code), dtype=np.int32)
     _by_feature_loop(code.indptr.numpy(), code.features.numpy(), columns, order, rows)
     with _threads(4 * (len(at_code) + code.n_features) * shape[1]):
-        _weight_gradients_loop(
-            columns,
-            rows,
-            code.values.numpy()[order],
-            at_code.numpy()[order],
-            x.numpy(),
-            at_sums.numpy(),
-            enc.numpy(),
-            bias.numpy(),
-            dec.numpy(),
-        )
+        entries = columns, rows, code.values.numpy()[order], at_code.numpy()[order]
+        dense = x, at_sums, enc, bias, dec
+        _weight_gradients_loop(*entries, *(t.numpy() for t in dense))
     return enc, bias, dec
 
 
@@ -508,32 +417,21 @@ def _on_cpu(tensor: Tensor) -> bool:
     return COMPILED and tensor.device.type == "cpu"
 
 
-class _threads:
-    """As many threads in the compiled loops as torch may use, but none for less than THREAD_WORK
-    multiplications.
-    """
-
-    def __init__(self, work: int):
-        self.wanted = max(
-            1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, work // THREAD_WORK)
-        )
-
-    def __enter__(self) -> None:
-        numba.set_num_threads(self.wanted)
-
-    def __exit__(self, *_) -> None:
-        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+@contextmanager
+def _threads(work: int) -> Iterator[None]:
+    """At most torch's threads in the compiled loops, and none for less than THREAD_WORK multiplications."""
+    most = numba.config.NUMBA_NUM_THREADS
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), most, work // THREAD_WORK)))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(most)
 
 
-def _bits(pre: Tensor) -> tuple[np.ndarray, int]:
-    """The numbers as integers, and by how many bits these are shifted to be those of float32: numpy has no
-    bfloat16.
-    """
-    return (
-        (pre.view(torch.int16).numpy(), 16)
-        if pre.dtype == torch.bfloat16
-        else (pre.view(torch.int32).numpy(), 0)
-    )
+def _arrays(encoded: PreActivations, per_unit: Tensor) -> tuple:
+    """Products as integers, the shift that makes these float32 (numpy has no bfloat16), offset, per_unit."""
+    kind, shift = (torch.int16, 16) if encoded.products.dtype == torch.bfloat16 else (torch.int32, 0)
+    return encoded.products.view(kind).numpy(), shift, encoded.offset.numpy(), per_unit.numpy()
 
 
 @_loops
@@ -647,9 +545,7 @@ def _dots_loop(indptr, features, x, W, out):
 
 @_loop
 def _by_feature_loop(indptr, features, columns, order, rows):
-    """Counting sort of the entries by feature: where each feature's begin, their order, and their rows in
-    that order.
-    """
+    """Counting sort of the entries by feature: where each feature's begin, their order and rows."""
     columns[:] = 0
     for i in features:
         columns[i + 1] += 1

@@ -1,12 +1,8 @@
-"""Training a crosscoder on a store of activations.
-
-    config = TrainConfig(n_features=1024, k=24)
-    crosscoder = train(store, config, run.path("crosscoder"))     # or resumes, or loads what is done
+"""Training a crosscoder on a store of activations: ``train(store, TrainConfig(k=24), folder)``.
 
 Adam with gradient clipping; the learning rate warms up, stays flat, and falls linearly to 0. A run is a
 function of (config, store): batches depend on (seed, epoch, position) alone, so that an interrupted run,
-resumed from its last checkpoint, ends with the same weights as an uninterrupted one (for the same number of
-threads).
+resumed, ends with the same weights as an uninterrupted one (for the same number of threads).
 """
 
 from __future__ import annotations
@@ -27,7 +23,16 @@ from torch import Tensor
 
 from ..activations.shuffle import Prefetched
 from ..activations.store import MADE_BY, MEMORY
-from ..runs import Progress, exclusive, fingerprint, is_current, write_manifest, write_state, write_text
+from ..runs import (
+    Progress,
+    exclusive,
+    fingerprint,
+    is_current,
+    made_folder,
+    write_manifest,
+    write_state,
+    write_text,
+)
 from ..settings import NotNegative, Positive, Share, UserError, check, integer, number, parameters
 from .model import (
     LOSS_FORMULAS,
@@ -49,10 +54,8 @@ THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that become
 
 @parameters
 class TrainConfig:
-    """All that decides the weights, beside the store. A share is one of the tokens of the run.
-
-    ``tokens`` counts tokens shown: beyond the store's number of training tokens, epochs repeat it in new
-    orders.
+    """All that decides the weights, beside the store. A share is one of the tokens of the run; ``tokens``
+    counts tokens shown: beyond the store's number, epochs repeat it in new orders.
     """
 
     n_features: Positive = 1024
@@ -103,13 +106,10 @@ class TrainConfig:
         return self.l1 * min(1.0, done / self.l1_warmup if self.l1_warmup else 1.0)
 
     def fingerprint(self, store) -> str:
-        """Of a run on this store. An option that does nothing here does not count: its coming makes no older
-        run stale.
-        """
+        """Of a run on this store. An option that does nothing here does not count."""
         idle = {"l0", "bandwidth"} if self.variant != "jumprelu" else set()
-        names = [
-            f.name for f in fields(self) if f.name not in (idle if self.dedicated else idle | {"dedicated"})
-        ]
+        idle |= set() if self.dedicated else {"dedicated"}
+        names = [f.name for f in fields(self) if f.name not in idle]
         used = make_dataclass("TrainConfig", names)(*(getattr(self, name) for name in names))
         return fingerprint(used, store.fingerprint)
 
@@ -123,79 +123,51 @@ def train(
     checkpoint_seconds: float = 30,
     together: SingleProcess = SINGLE_PROCESS,
 ) -> CrossCoder:
-    """Train on the store's "train" split, or resume, or load what is there already for the same config and
-    store.
+    """Train on the store's "train" split, or resume, or load what was made from the same config and store.
 
     ``folder`` receives crosscoder.safetensors, config.json, log.jsonl and manifest.json; while training, a
-    checkpoint, named after the fingerprint, so that another config's unfinished run is left alone.
-    ``progress`` has ``update(done_tokens, note)`` and ``close()``. Raises UserError for non-finite
-    activations, a loss that is not finite, and a store that repeats tokens before it has shown all.
+    checkpoint named after the fingerprint. ``progress`` has ``update(done_tokens, note)`` and ``close()``.
     ``device`` None is a GPU if there is one. ``together``: the processes that train
-    (``lib.crosscoder.processes``); all see the same folder, in which rank 0 writes. Checkpoints are those of
-    a single process: the number of processes may change.
+    (``lib.crosscoder.processes``); all see the same folder, in which rank 0 writes what a single process
+    would. UserError for activations or a loss that are not finite, and a store that repeats tokens before it
+    has shown all.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(folder)
-    fingerprint = config.fingerprint(store)
+    folder, fingerprint, first = Path(folder), config.fingerprint(store), together.rank == 0
     if is_current(folder, fingerprint):
         return CrossCoder.load(folder)
-    with exclusive(folder, "training a crosscoder") if together.rank == 0 else contextlib.nullcontext():
-        return _train(store, config, folder, fingerprint, progress, device, checkpoint_seconds, together)
-
-
-def _train(
-    store,
-    config: TrainConfig,
-    folder: Path,
-    fingerprint: str,
-    progress,
-    device: str,
-    checkpoint_seconds: float,
-    together: SingleProcess,
-) -> CrossCoder:
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = checkpoint_file(folder, fingerprint)
-    trainer = Trainer(store, config, device, together)
-    if checkpoint.is_file():
-        trainer.restore(
-            torch.load(
-                checkpoint,
-                map_location="cpu",
-                weights_only=True,
-                # only parts of it are copied
-                mmap=len(trainer.last_fired) < config.n_features,
-            )
-        )
-    together.check_same(trainer.shown, f"tokens shown, according to the checkpoint in {folder.name}")
-    progress = progress or Progress("tokens trained on", config.tokens)
-    saved = time.monotonic()
-    try:
-        while trainer.shown < config.tokens:
-            line = trainer.run_until(trainer.shown + config.tokens / LOG_LINES)
-            progress.update(
-                min(trainer.shown, config.tokens), f"FVE {line['fve']:.3f}, dead {line['dead']:.1%}"
-            )
-            if (
-                together.agreed(time.monotonic() - saved >= checkpoint_seconds)
-                and trainer.shown < config.tokens
-            ):
-                state = trainer.state()  # from all processes
-                if together.rank == 0:
-                    write_state(checkpoint, state)
-                saved = time.monotonic()
-    finally:
-        trainer.close()
-    progress.close()
-    crosscoder = trainer.finish()
-    if together.rank == 0:
-        crosscoder.save(folder)
-        write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.log))
-        write_manifest(
-            folder, fingerprint, store=store.fingerprint, config=asdict(config), processes=together.size
-        )
-        checkpoint.unlink(missing_ok=True)
-    together.agreed(True)  # the files are there
-    return crosscoder if together.rank == 0 else CrossCoder.load(folder)
+    with exclusive(folder, "training a crosscoder") if first else contextlib.nullcontext():
+        checkpoint = checkpoint_file(made_folder(folder), fingerprint)
+        trainer = Trainer(store, config, device, together)
+        if checkpoint.is_file():
+            partial = len(trainer.last_fired) < config.n_features  # only parts of the file are copied
+            trainer.restore(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=partial))
+        together.check_same(trainer.shown, f"tokens shown, according to the checkpoint in {folder.name}")
+        progress = progress or Progress("tokens trained on", config.tokens)
+        saved = time.monotonic()
+        try:
+            while trainer.shown < config.tokens:
+                line = trainer.run_until(trainer.shown + config.tokens / LOG_LINES)
+                note = f"FVE {line['fve']:.3f}, dead {line['dead']:.1%}"
+                progress.update(min(trainer.shown, config.tokens), note)
+                due = together.agreed(time.monotonic() - saved >= checkpoint_seconds)
+                if due and trainer.shown < config.tokens:
+                    state = trainer.state()  # from all processes
+                    if first:
+                        write_state(checkpoint, state)
+                    saved = time.monotonic()
+        finally:
+            trainer.close()
+        progress.close()
+        crosscoder = trainer.finish()
+        if first:
+            crosscoder.save(folder)
+            write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.log))
+            info = {"store": store.fingerprint, "config": asdict(config), "processes": together.size}
+            write_manifest(folder, fingerprint, **info)
+            checkpoint.unlink(missing_ok=True)
+        together.agreed(True)  # the files are there
+        return crosscoder if first else CrossCoder.load(folder)
 
 
 def checkpoint_file(folder: Path, fingerprint: str) -> Path:
@@ -204,17 +176,16 @@ def checkpoint_file(folder: Path, fingerprint: str) -> Path:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of log.jsonl: step, tokens, rate, losses, fve, l0 in the batch and at the threshold, dead
-    share, tokens per second, and the share of the time that was spent waiting for batches."""
-    return [
-        json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    """The lines of log.jsonl; their names are in ``Trainer._log_line``."""
+    lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+_PLACE = ("step", "shown", "epoch", "position", "log")  # where a Trainer is
 
 
 class Trainer:
-    """Weights, optimiser and position of a run; ``run_until`` advances it, ``state`` and ``restore`` make it
-    resumable.
-    """
+    """Weights, optimiser and position of a run."""
 
     def __init__(
         self, store, config: TrainConfig, device: str = "cpu", together: SingleProcess = SINGLE_PROCESS
@@ -222,8 +193,7 @@ class Trainer:
         self.store, self.config, self.device, self.together = store, config, device, together
         if store.count("train") == 0:
             raise UserError(f"the store has no training tokens: harvest more documents (notebook {MADE_BY})")
-        widths = [store.widths[name] for name in store.models]
-        scales = [store.scales[name] for name in store.models]
+        widths, scales = ([sizes[name] for name in store.models] for sizes in (store.widths, store.scales))
         self.crosscoder = CrossCoder(
             widths,
             config.n_features,
@@ -236,7 +206,7 @@ class Trainer:
         )
         self._each_feature(together.part_of)
         self.crosscoder.to(device).centre([store.means[name].to(device) for name in store.models])
-        self.optimizer = make_optimizer(self.crosscoder, config)
+        self.optimizer = _optimizer(self.crosscoder, config)
         self.step = self.shown = self.epoch = self.position = 0  # position: batches done in this epoch
         # tokens shown when a feature last fired
         self.last_fired = torch.zeros(len(self.crosscoder.b_enc), dtype=torch.int64, device=device)
@@ -269,7 +239,7 @@ class Trainer:
 
     def run_until(self, tokens: float) -> dict:
         """Train until ``tokens`` have been shown; returns and logs a line of averages since the last one."""
-        began, waited, before, sums, steps = time.monotonic(), self.waiting(), self.shown, 0.0, 0
+        began, waited, before, means = time.monotonic(), self.waiting(), self.shown, []
         while self.shown < min(tokens, self.config.tokens):
             rows, acts = self._next_batch()
             for name, act in zip(self.store.models, acts):
@@ -281,53 +251,47 @@ class Trainer:
                     )
             self.seen[torch.as_tensor(rows)] = True
             acts = [act.to(self.device, non_blocking=True) for act in acts]
-            sums = sums + self.train_step(acts)
-            steps += 1
+            means.append(self.train_step(acts))
         seconds = time.monotonic() - began
-        return self._log_line(
-            sums / steps, acts, (self.shown - before) / seconds, (self.waiting() - waited) / seconds
-        )
+        speed, waiting = (self.shown - before) / seconds, (self.waiting() - waited) / seconds
+        return self._log_line(sum(means) / len(means), acts, speed, waiting)
 
     def waiting(self) -> float:
         """Seconds that training has spent waiting for batches."""
         return self.waited + (self.batches.waited if self.batches else 0.0)
 
     def train_step(self, acts: list[Tensor]) -> Tensor:
-        """One batch: forward, loss, optimiser step, counts. Returns [5] on the device: loss, error, extra
-        term, L0, gradient norm.
-        """
-        config, done, together = self.config, self.shown / self.config.tokens, self.together
+        """One batch. Returns [5] on the device: loss, error, extra term, L0, gradient norm."""
+        config, crosscoder, together = self.config, self.crosscoder, self.together
+        done, tokens = self.shown / config.tokens, together.rows(len(acts[0]))
         aux_k = config.aux_k if config.variant != "l1" and config.aux else 0
-        tokens = together.rows(len(acts[0]))
         # JumpReLU: its thresholds all begin where BatchTopK's lies after the first steps, in which strengths
         # grow many times over
         begins = config.variant == "jumprelu" and done < THRESHOLDS_BEGIN
-        jumprelu = {"bandwidth": config.bandwidth} if config.variant == "jumprelu" and not begins else {}
-        out = together.forward(
-            self.crosscoder,
-            acts,
-            self._dead(),
-            aux_k,
-            config.precision,
-            wanted=config.k * tokens,
-            hint=self.floor,
-            buffers=self.buffers,
-            **jumprelu,
-        )
+        options = {"wanted": config.k * tokens, "hint": self.floor, "buffers": self.buffers}
+        if config.variant == "jumprelu" and not begins:
+            options["bandwidth"] = config.bandwidth
+        out = together.forward(crosscoder, acts, self._dead(), aux_k, config.precision, **options)
         out.tokens = tokens
-        loss, error, extra = total_loss(self.crosscoder, out, config, done)
-        norm = optimizer_step(
-            self.optimizer, loss, self.crosscoder, config.clip, config.learning_rate(done), together
-        )
+        loss, error, extra = _losses(crosscoder, out, config, done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate(done)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        crosscoder.mask_gradients()
+        norm = together.gradient_norm(crosscoder).detach()
+        # The fused Adam divides gradients by this as it reads them: clipping costs no pass of its own.
+        self.optimizer.grad_scale = (norm / config.clip).clamp(min=1.0) if config.clip else None
+        self.optimizer.step()
         with torch.no_grad():
             self.shown += tokens
             self.last_fired[together.any_row(out.code.fired())] = self.shown
             self.floor = float(out.code.floor)
             if begins:
-                self.crosscoder.log_theta.fill_(float(out.code.floor.clamp(min=1e-6).log()))
+                crosscoder.log_theta.fill_(float(out.code.floor.clamp(min=1e-6).log()))
             elif config.variant == "batchtopk":
                 weight = 1.0 if self.step == 0 else min(1.0, tokens / (THRESHOLD_SHARE * config.tokens))
-                self.crosscoder.threshold.lerp_(out.code.floor, weight)
+                crosscoder.threshold.lerp_(out.code.floor, weight)
         self.step += 1
         l0 = together.over_features(torch.tensor(len(out.code.features) / tokens, device=norm.device))
         means = together.over_rows(torch.stack([loss.detach(), error.detach(), extra.detach(), l0]))
@@ -345,25 +309,21 @@ class Trainer:
                 f"the loss is {loss} after {self.shown:,} tokens: lower the learning rate"
                 f" ({self.config.rate})"
             )
-        spread = (self.crosscoder.scaled(acts) - self.crosscoder.means).square().sum()
-        at_threshold = self.together.over_features((self.crosscoder.encode(acts) > 0).sum().float())
+        crosscoder, together, variant = self.crosscoder, self.together, self.config.variant
+        spread = (crosscoder.scaled(acts) - crosscoder.means).square().sum()
+        at_threshold = together.over_features((crosscoder.encode(acts) > 0).sum().float())
         sums = torch.stack([spread.new_tensor(len(acts[0])), spread, at_threshold])
-        tokens, spread, at_threshold = self.together.over_rows(sums).tolist()
-        dead = self.together.over_features(self._dead().float().sum()) / self.config.n_features
-        rate = self.config.learning_rate(self.shown / self.config.tokens)
-        thresholds = (
-            self.crosscoder.log_theta.exp()
-            if self.config.variant == "jumprelu"
-            else self.crosscoder.threshold
-        )
+        tokens, spread, at_threshold = together.over_rows(sums).tolist()
+        dead = together.over_features(self._dead().float().sum()) / self.config.n_features
+        thresholds = crosscoder.log_theta.exp() if variant == "jumprelu" else crosscoder.threshold
         line = {
             "step": self.step,
             "tokens": self.shown,
             "epoch": self.epoch,
-            "rate": rate,
+            "rate": self.config.learning_rate(self.shown / self.config.tokens),
             "loss": loss,
             "squared_error": error,
-            "sparsity" if self.config.variant == "l1" else "auxiliary": extra,
+            "sparsity" if variant == "l1" else "auxiliary": extra,
             "fve": 1 - error * tokens / spread,
             "l0": l0,
             "l0_at_threshold": at_threshold / tokens,
@@ -377,9 +337,7 @@ class Trainer:
         return line
 
     def check_distinct(self) -> int:
-        """Distinct tokens seen so far. Within an epoch no token may come twice, and a finished epoch has
-        shown all of them.
-        """
+        """Distinct tokens seen so far; UserError if one came twice in an epoch, or an epoch left one out."""
         self.seen = self.together.any_row(self.seen)
         count = self.store.count("train")  # a stream finds tokens to leave out as it goes
         distinct, expected = int(self.seen.sum()), min(self.shown, count)
@@ -397,11 +355,8 @@ class Trainer:
         return self.crosscoder.cpu().eval().requires_grad_(False)
 
     def state(self) -> dict:
-        """All that decides how the run goes on, of all processes, on rank 0. Nothing random is left but the
-        order of batches.
-        """
+        """All that decides how the run goes on, of all processes, on rank 0."""
         self.seen = self.together.any_row(self.seen)
-        place = {name: getattr(self, name) for name in ("step", "shown", "epoch", "position", "log")}
         crosscoder, optimizer = self._states(
             self.crosscoder.state_dict(), self.optimizer.state_dict(), self.together.joined
         )
@@ -410,14 +365,14 @@ class Trainer:
             "optimizer": optimizer,
             "last_fired": self.together.joined(self.last_fired),
             "seen": torch.from_numpy(np.packbits(self.seen.numpy())),
-            **place,
+            **{name: getattr(self, name) for name in _PLACE},
         }
 
     def restore(self, state: dict) -> None:
         crosscoder, optimizer = self._states(state["crosscoder"], state["optimizer"], self.together.part_of)
         self.crosscoder.load_state_dict(crosscoder)
         self.optimizer.load_state_dict(optimizer)
-        for name in ("step", "shown", "epoch", "position", "log"):
+        for name in _PLACE:
             setattr(self, name, state[name])
         self.last_fired = self.together.part_of(state["last_fired"]).clone().to(self.device)
         self.seen = torch.from_numpy(np.unpackbits(state["seen"].cpu().numpy(), count=len(self.seen))).bool()
@@ -436,34 +391,30 @@ class Trainer:
     ) -> tuple[dict, dict]:
         """State dicts of crosscoder and optimiser with the same done to whatever is [F, ...] in them."""
         names = [name for name, _ in self.crosscoder.named_parameters()]  # the optimiser numbers them
+
+        def changed(name: str, value: Tensor) -> Tensor:
+            return change(value) if name in PER_FEATURE and value.dim() else value.clone()
+
         moments = {
-            number: {
-                key: change(value) if names[number] in PER_FEATURE and value.dim() else value.clone()
-                for key, value in own.items()
-            }
+            number: {key: changed(names[number], value) for key, value in own.items()}
             for number, own in optimizer["state"].items()
         }
-        weights = {
-            name: change(value) if name in PER_FEATURE else value for name, value in crosscoder.items()
-        }
+        weights = {name: changed(name, value) for name, value in crosscoder.items()}
         return weights, {**optimizer, "state": moments}
 
 
 def _batches(
     store, config: TrainConfig, epoch: int, position: int, part: tuple[int, int]
 ) -> Iterator[tuple[int, np.ndarray, list[Tensor]]]:
-    """(epoch, row numbers, activations) from a place on, without end. It knows no trainer: its thread must
-    not keep one alive.
-    """
+    """(epoch, row numbers, activations) without end. It knows no trainer: its thread must keep none alive."""
     for current in itertools.count(epoch):
         start = position if current == epoch else 0
-        for rows, acts in store.reader(
-            "train", config.batch_size, config.seed, current, start, config.memory, part
-        ):
+        reader = store.reader("train", config.batch_size, config.seed, current, start, config.memory, part)
+        for rows, acts in reader:
             yield current, rows, acts
 
 
-def total_loss(
+def _losses(
     crosscoder: CrossCoder, out: Forward, config: TrainConfig, done: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, squared error, unweighted second term) of a batch: see ``crosscoder.LOSS_FORMULAS``."""
@@ -478,7 +429,7 @@ def total_loss(
     return loss, error, extra
 
 
-def make_optimizer(crosscoder: CrossCoder, config: TrainConfig) -> torch.optim.Optimizer:
+def _optimizer(crosscoder: CrossCoder, config: TrainConfig) -> torch.optim.Optimizer:
     """Adam (0.9, 0.999), fused: several times faster than the default on a CPU.
 
     JumpReLU's thresholds forget sooner (0.9, 0.99): the first gradients of the penalty are many times the
@@ -489,26 +440,3 @@ def make_optimizer(crosscoder: CrossCoder, config: TrainConfig) -> torch.optim.O
         # last, as among the crosscoder's parameters
         groups.append({"params": [crosscoder.log_theta], "betas": (0.9, 0.99)})
     return torch.optim.Adam(groups, lr=config.rate, betas=(0.9, 0.999), fused=True)
-
-
-def optimizer_step(
-    optimizer: torch.optim.Optimizer,
-    loss: Tensor,
-    crosscoder: CrossCoder,
-    clip: float,
-    rate: float,
-    together: SingleProcess = SINGLE_PROCESS,
-) -> Tensor:
-    """Backward, clip the gradient's global norm, step at this learning rate. Returns the norm before
-    clipping.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    crosscoder.mask_gradients()
-    norm = together.gradient_norm(crosscoder)
-    # The fused Adam divides gradients by this as it reads them: clipping costs no pass of its own.
-    optimizer.grad_scale = (norm / clip).clamp(min=1.0) if clip else None
-    optimizer.step()
-    return norm.detach()

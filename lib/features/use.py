@@ -42,7 +42,7 @@ from scipy.stats import false_discovery_control, ttest_1samp
 
 from ..activations.positions import groups_of
 from ..activations.store import Store
-from ..crosscoder.codes import check_models, encode_from_one, encoded, sample_rows
+from ..crosscoder.codes import check_models, encoded, sample_rows
 from ..crosscoder.model import CrossCoder
 from ..results import Results
 from ..settings import UserError, check
@@ -78,7 +78,7 @@ def solo_codes(crosscoder: CrossCoder, store: Store, rows: np.ndarray, solo: str
     fill = "slots" if solo == "slots" else "mean"
     for _, acts, joint in encoded(crosscoder, store, rows, f"tokens read from each model ({solo})"):
         for name, own in zip(crosscoder.names, acts):
-            parts[name].append(sparse.csr_matrix(encode_from_one(crosscoder, name, own, fill).numpy()))
+            parts[name].append(sparse.csr_matrix(crosscoder.encode_from(name, own, fill).numpy()))
         parts[JOINT].append(sparse.csr_matrix(joint.numpy()))
     codes = {name: sparse.csr_matrix(sparse.vstack(part)) for name, part in parts.items()}
     return SoloCodes(rows, store.documents[rows], codes)

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..crosscoder.codes import encode_from_one
 from ..crosscoder.model import CrossCoder
 from ..settings import UserError
 
@@ -59,7 +58,7 @@ class State:
                 f = self.crosscoder.encode([self.acts[name] for name in self.crosscoder.names])
             else:
                 name = self.writer if source == "own" else self.other
-                f = encode_from_one(self.crosscoder, name, self.acts[name], fill)
+                f = self.crosscoder.encode_from(name, self.acts[name], fill)
             self.computed[source, fill] = f
         return self.computed[source, fill]
 

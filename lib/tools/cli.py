@@ -24,32 +24,26 @@ app = typer.Typer(
 
 # --- what several commands take -----------------------------------------------------------------------------
 
-Pair = Annotated[str, typer.Option(metavar="NAME", help="entry of data/pairs.yaml")]
-Profile = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME", help="file of notebooks/profiles, and name of the run: smoke, default, paper"
-    ),
-]
-Only = Annotated[list[str], typer.Option(metavar="NN ...", help="notebooks by number or name")]
-Parameter = Annotated[
-    list[str], typer.Option("-p", metavar="NAME VALUE", help="a parameter of the one chosen notebook")
-]
-Registry = Annotated[
-    Path, typer.Option(metavar="FILE", help="a registry of your own for data/pairs.yaml (or PAIRS_REGISTRY)")
-]
-Out = Annotated[
-    Path, typer.Option(metavar="FOLDER", help="where to write (default: in the folder of the run)")
-]
-Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="for one cell (default: the profile's)")]
-Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="of states and logs (default: below data/runs)")]
-Threads = Annotated[int, typer.Option(metavar="N", help="of torch")]
-Traces = Annotated[Path, typer.Option(metavar="FILE", help="JSONL with question, thinking and answer")]
-Plain = Annotated[Path, typer.Option(metavar="FILE", help="text with a paragraph a line, for the null")]
-PairFolder = Annotated[Path, typer.Argument(metavar="OUT", help="data/pairs/<pair>: its name is the pair's")]
-_Solutions = Annotated[
-    bool, typer.Option("--solutions", help="answer the exercises, so that their checks run")
-]
+
+def _option(kind, metavar: str | None, words: str, *names: str):
+    return Annotated[kind, typer.Option(*names, metavar=metavar, help=words)]
+
+
+def _argument(kind, metavar: str | None, words: str):
+    return Annotated[kind, typer.Argument(metavar=metavar, help=words)]
+
+
+Pair = _option(str, "NAME", "entry of data/pairs.yaml")
+Profile = _option(str, "NAME", "file of notebooks/profiles, and name of the run: smoke, default, paper")
+Only = _option(list[str], "NN ...", "notebooks by number or name")
+Parameter = _option(list[str], "NAME VALUE", "a parameter of the one chosen notebook", "-p")
+Registry = _option(Path, "FILE", "a registry of your own for data/pairs.yaml (or PAIRS_REGISTRY)")
+Out = _option(Path, "FOLDER", "where to write (default: in the folder of the run)")
+Timeout = _option(float, "SECONDS", "for one cell (default: the profile's)")
+Runs = _option(Path, "FOLDER", "of states and logs (default: below data/runs)")
+Threads = _option(int, "N", "of torch")
+PairFolder = _argument(Path, "OUT", "data/pairs/<pair>: its name is the pair's")
+_Solutions = _option(bool, None, "answer the exercises, so that their checks run", "--solutions")
 _Notebooks = Annotated[Path, typer.Option(hidden=True)]  # for the tests
 
 # options that take any number of words; typer wants the option before each of them
@@ -75,6 +69,12 @@ def _spelled_out(words: Sequence[str]) -> list[str]:
 
 def _texts(parameters: Sequence[str]) -> list[tuple[str, str]]:
     return [tuple(text.split("=", 1)) for text in parameters]
+
+
+def _use(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,7 +146,7 @@ def explore(pair: Pair = "tiny", profile: Profile = "default"):
 
 
 @app.command()
-def canonical(files: Annotated[list[Path], typer.Argument(metavar="FILE ...", help="notebooks")]):
+def canonical(files: _argument(list[Path], "FILE ...", "notebooks")):
     """Strip notebooks of what does not belong in git."""
     from .notebooks import canonicalise
 
@@ -155,11 +155,7 @@ def canonical(files: Annotated[list[Path], typer.Argument(metavar="FILE ...", he
 
 
 @app.command()
-def check(
-    here: Annotated[
-        bool, typer.Option("--here", help="compare what the last runs left; run nothing")
-    ] = False,
-):
+def check(here: _option(bool, None, "compare what the last runs left; run nothing", "--here") = False):
     """Compare a fresh run with the committed results. Exit code 1 if a number is out of its tolerance."""
     from .compare import report
 
@@ -167,9 +163,7 @@ def check(
 
 
 @app.command()
-def report(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="is replaced")] = ROOT / "data" / "report",
-):
+def report(out: _option(Path, "FOLDER", "is replaced") = ROOT / "data" / "report"):
     """Write the whole study as HTML, to open without a network."""
     from .publish import build
 
@@ -191,9 +185,7 @@ def publish():
 def distil(
     out: PairFolder,
     runs: Runs = None,
-    stages: Annotated[
-        list[str], typer.Option(metavar="NAME ...", help="train only these, ship nothing")
-    ] = (),
+    stages: _option(list[str], "NAME ...", "train only these, ship nothing") = (),
     threads: Threads = 1,
 ):
     """Train an embedded pair, or go on with it. An hour on two cores for data/pairs/tiny."""
@@ -206,13 +198,10 @@ def distil(
 @app.command()
 def adapters(
     out: PairFolder,
-    traces: Traces = None,
-    text: Plain = None,
-    tokens: Annotated[int, typer.Option(metavar="N", help="to train on (default: the recipe's)")] = None,
-    stages: Annotated[list[str], typer.Option(metavar="NAME ...", help="of distilled, null_a, null_b")] = (
-        "distilled",
-        "null_a",
-    ),
+    traces: _option(Path, "FILE", "JSONL with question, thinking and answer") = None,
+    text: _option(Path, "FILE", "text with a paragraph a line, for the null") = None,
+    tokens: _option(int, "N", "to train on (default: the recipe's)") = None,
+    stages: _option(list[str], "NAME ...", "of distilled, null_a, null_b") = ("distilled", "null_a"),
     runs: Runs = None,
     threads: Threads = 2,
 ):
@@ -225,10 +214,10 @@ def adapters(
 
 @app.command()
 def writing(
-    pair: Annotated[str, typer.Argument(help="entry of data/pairs.yaml with a pretrained base")],
-    out: Annotated[Path, typer.Argument(help="folder of traces.jsonl.gz and general.jsonl.gz")],
-    tokens: Annotated[int, typer.Option(metavar="N", help="of each kind")] = 300_000,
-    kind: Annotated[Literal["trace", "general"], typer.Option(help="only this one")] = None,
+    pair: _argument(str, None, "entry of data/pairs.yaml with a pretrained base"),
+    out: _argument(Path, None, "folder of traces.jsonl.gz and general.jsonl.gz"),
+    tokens: _option(int, "N", "of each kind") = 300_000,
+    kind: _option(Literal["trace", "general"], None, "only this one") = None,
     runs: Runs = None,
     threads: Threads = 2,
 ):
@@ -241,8 +230,8 @@ def writing(
 
 @app.command()
 def agreement(
-    path: Annotated[Path, typer.Argument(help="traces.jsonl(.gz) with annotations, or a folder of labels")],
-    table: Annotated[Path, typer.Argument(help="CSV file to write")] = None,
+    path: _argument(Path, None, "traces.jsonl(.gz) with annotations, or a folder of labels"),
+    table: _argument(Path, None, "CSV file to write") = None,
 ):
     """Measure precision and recall of the lexicon. Against annotated traces or labelled sentences."""
     from ..text.lexicon_agreement import shown, table_of
@@ -262,8 +251,8 @@ def harvest(
     profile: Profile = "default",
     p: Parameter = (),
     out: Out = None,
-    part: Annotated[str, typer.Option(metavar="I/N", help="only part I of N, from 0: one of N jobs")] = "",
-    merge: Annotated[bool, typer.Option("--merge", help="make the shards of N jobs a store")] = False,
+    part: _option(str, "I/N", "only part I of N, from 0: one of N jobs") = "",
+    merge: _option(bool, None, "make the shards of N jobs a store", "--merge") = False,
 ):
     """Harvest activations as notebook 01 does. Whole, or as one of several jobs."""
     from .harvest_parts import harvest_for
@@ -274,13 +263,13 @@ def harvest(
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def train(
     context: typer.Context,
-    store: Annotated[Path, typer.Option(metavar="FOLDER", help="of the activations")],
-    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="of the crosscoder and its checkpoints")],
-    processes: Annotated[int, typer.Option(metavar="N", help="how many torchrun starts")] = 1,
-    share: Annotated[Literal["rows", "features"], typer.Option(help="what the processes share out")] = "rows",
-    cpu: Annotated[bool, typer.Option("--cpu", help="even if there are GPUs")] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="to wait for another process")] = None,
-    checkpoint_seconds: Annotated[float, typer.Option(metavar="SECONDS", help="between checkpoints")] = 30,
+    store: _option(Path, "FOLDER", "of the activations"),
+    folder: _option(Path, "FOLDER", "of the crosscoder and its checkpoints"),
+    processes: _option(int, "N", "how many torchrun starts") = 1,
+    share: _option(Literal["rows", "features"], None, "what the processes share out") = "rows",
+    cpu: _option(bool, None, "even if there are GPUs", "--cpu") = False,
+    timeout: _option(float, "SECONDS", "to wait for another process") = None,
+    checkpoint_seconds: _option(float, "SECONDS", "between checkpoints") = 30,
 ):
     """Train a crosscoder, on several processes under torchrun.
 
@@ -288,16 +277,9 @@ def train(
     """
     from ..crosscoder.launch import TIMEOUT, train_or_end
 
-    train_or_end(
-        _config(context.args),
-        processes,
-        store=store,
-        folder=folder,
-        share=share,
-        cpu=cpu,
-        timeout=timeout or TIMEOUT,
-        checkpoint_seconds=checkpoint_seconds,
-    )
+    options = {"share": share, "cpu": cpu, "timeout": timeout or TIMEOUT}
+    options["checkpoint_seconds"] = checkpoint_seconds
+    train_or_end(_config(context.args), processes, store=store, folder=folder, **options)
 
 
 def _config(words: Sequence[str]):
@@ -311,9 +293,3 @@ def _config(words: Sequence[str]):
     names, defaults = [word[2:].replace("-", "_") for word in words[::2]], vars(TrainConfig())
     given = {name: read_value(text, defaults.get(name)) for name, text in zip(names, words[1::2])}
     return TrainConfig(**checked("TrainConfig", defaults, given))
-
-
-def _use(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)

@@ -1,19 +1,13 @@
-"""Has any number moved? A fresh run, compared with the results that are committed.
+"""Has any number moved? A fresh run (``make check``, in a clone), or what the last runs left here
+(``python -m lib check --here``), compared with the results that are committed.
 
-    make check                     # a clone in data/runs/check runs every notebook: 10 to 15 minutes
-    python -m lib check --here     # what the last runs left in this folder: seconds
-
-Every metric of figures/<pair>/results is put into one of three classes:
-
-same     equal to 1 part in 1,000: one machine and the pinned versions give the same bytes, other processors
-         round differently
+same     equal to 1 part in 1,000: one machine and the pinned versions give the same bytes, others round
+         differently
 moved    further, but within the committed 95% interval, or within 5% (0.01 near zero) where there is none:
-         training amplifies rounding, and crosscoders that differ in nothing but rounding still differ in some
-         features
+         training amplifies rounding
 outside  beyond that, missing, or new; and every prediction of a scoreboard that has another verdict
 
-Exit code 1 if anything is outside. Notebooks are compared cell by cell in their canonical form; that one
-differs is said, not judged.
+Exit code 1 if anything is outside. That a notebook's canonical form differs is said, not judged.
 """
 
 from __future__ import annotations
@@ -51,42 +45,36 @@ class Difference:
     kind: str
 
     def __str__(self) -> str:
-        shown = [
-            f"{v:.6g}" if isinstance(v, float | int) and not isinstance(v, bool) else str(v)
-            for v in (self.before, self.after)
-        ]
-        return f"{self.kind:>8}  {self.notebook}  {self.name}: {shown[0]} -> {shown[1]}"
+        before, after = (f"{v:.6g}" if type(v) in (float, int) else str(v) for v in (self.before, self.after))
+        return f"{self.kind:>8}  {self.notebook}  {self.name}: {before} -> {after}"
 
 
 def compare(notebook: str, before: Mapping, after: Mapping) -> list[Difference]:
     """Differences between two contents of a results file NN.json, committed first."""
-    found = []
+    differences = []
+
+    def differ(name: str, was, now, kind: str = "outside") -> None:
+        differences.append(Difference(notebook, name, was, now, kind))
+
     old, new = before["metrics"], after["metrics"]
     for name in sorted(n for n in set(old) | set(new) if not n.endswith(TIMES)):
         if name not in old or name not in new:
-            found.append(
-                Difference(
-                    notebook, name, *("there" if name in m else "missing" for m in (old, new)), "outside"
-                )
-            )
+            differ(name, *("there" if name in metrics else "missing" for metrics in (old, new)))
         elif kind := _moved(old[name]["value"], new[name]["value"], old[name]["ci"]):
-            found.append(Difference(notebook, name, old[name]["value"], new[name]["value"], kind))
-    verdicts = [{row["prediction"]: row["held"] for row in _rows(content)} for content in (before, after)]
+            differ(name, old[name]["value"], new[name]["value"], kind)
+    verdicts = [
+        {row["prediction"]: row["held"] for row in _scoreboard(content)} for content in (before, after)
+    ]
     for prediction in sorted(set(verdicts[0]) | set(verdicts[1])):
         was, now = (v.get(prediction, "missing") for v in verdicts)
         if was != now:
-            found.append(Difference(notebook, f"prediction {prediction!r}", was, now, "outside"))
-    return found
+            differ(f"prediction {prediction!r}", was, now)
+    return differences
 
 
 def _moved(before: float | None, after: float | None, interval: list | None) -> str | None:
-    if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
-        return (
-            None
-            if before == after
-            or (before is not None and after is not None and math.isnan(before) and math.isnan(after))
-            else "outside"
-        )
+    if None in (before, after) or not (math.isfinite(before) and math.isfinite(after)):
+        return None if str(before) == str(after) else "outside"  # None, nan, inf, -inf
     if abs(after - before) <= SAME * max(abs(before), 1e-6):
         return None
     if interval and None not in interval:
@@ -94,19 +82,16 @@ def _moved(before: float | None, after: float | None, interval: list | None) -> 
     return "moved" if abs(after - before) <= max(LOOSE * abs(before), NEAR_ZERO) else "outside"
 
 
-def _rows(content: Mapping) -> Iterator[dict]:
+def _scoreboard(content: Mapping) -> Iterator[dict]:
     table = content["tables"].get("scoreboard") or {"columns": [], "rows": []}
     return (dict(zip(table["columns"], row)) for row in table["rows"])
 
 
 def cells_that_differ(before: str, after: str) -> list[str]:
     """Ids of the cells whose canonical form differs between two notebooks, given as JSON."""
-    cells = [
-        {c.id: c for c in canonical(nbformat.reads(text, as_version=4)).cells} for text in (before, after)
-    ]
-    return [
-        name for name in sorted(set(cells[0]) | set(cells[1])) if cells[0].get(name) != cells[1].get(name)
-    ]
+    notebooks = [canonical(nbformat.reads(text, as_version=4)) for text in (before, after)]
+    old, new = ({cell.id: cell for cell in notebook.cells} for notebook in notebooks)
+    return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
 
 
 # --- against the last commit --------------------------------------------------------------------------------
@@ -123,9 +108,7 @@ def committed(path: str) -> str | None:
 
 
 def check_folder(folder: Path) -> tuple[list[Difference], list[str], int]:
-    """(differences, lines about notebooks, number of metrics compared) of the results below ``folder`` and
-    those of the last commit.
-    """
+    """(differences, lines about notebooks, number of metrics) of the results below ``folder``."""
     differences, notebooks, count = [], [], 0
     for pair in PAIRS:
         for file in sorted((folder / "figures" / pair / "results").glob("[0-9][0-9].json")):
@@ -153,9 +136,7 @@ def check_folder(folder: Path) -> tuple[list[Difference], list[str], int]:
 
 
 def fresh_run(clone: Path = CLONE) -> Path:
-    """A clone of the last commit in which every notebook has been run from nothing; an interrupted one goes
-    on.
-    """
+    """A clone of the last commit in which every notebook has been run; an interrupted one goes on."""
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()

@@ -22,9 +22,7 @@ def harvest_for(
     part: str = "",
     merging: bool = False,
 ) -> str:
-    """What notebook 01 does, with its parameters; it then finds the store and goes on from there. Returns
-    what there is now, as text.
-    """
+    """What notebook 01 does, with its parameters: it finds the store and goes on from there. Returns text."""
     if part and merging:
         raise UserError("--part and --merge were both given: merge once, after all parts are done")
     values = parameters_for(MADE_BY, pair, profile, texts)

@@ -1,10 +1,9 @@
 """Run the notebooks in order with papermill, keep them in a canonical form, and try their exercises.
 
 Parameters come from the notebook's own cell, then from notebooks/profiles/<profile>.yaml (and
-<profile>.<pair>.yaml, if there is one), then from ``-p``. Names and types are checked for all notebooks
-before the first one runs (papermill itself only warns of unknown names). An executed notebook replaces the
-old one only when it is complete. A run with a notebook's own parameters is written to notebooks/ itself,
-every other one to data/runs/<pair>/<run>/notebooks/.
+<profile>.<pair>.yaml, if there is one), then from ``-p``; all are checked before the first notebook runs
+(papermill itself only warns of unknown names). A run with a notebook's own parameters is written to
+notebooks/ itself, once it is complete; every other one to data/runs/<pair>/<run>/notebooks/.
 
 An exercise is two cells. The first, Markdown, is headed ``### Exercise 2 · medium, 10 minutes`` and holds the
 question, a folded hint and a folded solution in Python. The second begins ``answer_2 = None  # what it must
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import nbformat
 
-from ..runs import PASSING, Run, read_manifest, write_text
+from ..runs import PASSING, Run, made_folder, read_manifest, write_text
 from ..settings import REGISTRY, ROOT, UserError, path_shown
 from .profiles import checked, known_pairs, read_profile, read_value
 
@@ -45,41 +44,39 @@ _DROPPED_MIMES = ("application/vnd.plotly.v1+json", "application/vnd.jupyter.wid
 
 
 def parameters_of(notebook: Path) -> dict:
-    """Names and default values in the notebook's ``parameters`` cell, which must hold literals only.
-
-    This is what ``papermill.inspect_notebook`` reports, read with Python's own parser: values instead of
-    strings.
-    """
-    cells = [
-        c for c in nbformat.read(notebook, as_version=4).cells if "parameters" in c.metadata.get("tags", [])
-    ]
+    """Names and default values in the notebook's ``parameters`` cell, which must hold literals only."""
+    cells = [c for c in _read(notebook).cells if _tagged(c, "parameters")]
     if len(cells) != 1:
         raise UserError(
             f"{notebook.name} has {len(cells)} cells tagged 'parameters': it must have exactly one"
         )
-    found = {}
+    values = {}
     for statement in ast.parse(cells[0].source).body:
         try:
             (target,) = statement.targets
-            found[target.id] = ast.literal_eval(statement.value)
+            values[target.id] = ast.literal_eval(statement.value)
         except (AttributeError, TypeError, ValueError):
-            found_instead = ast.unparse(statement)
             raise UserError(
-                f"the parameters cell of {notebook.name} holds {found_instead!r}: it must hold only name ="
-                " literal"
+                f"the parameters cell of {notebook.name} holds {ast.unparse(statement)!r}: it must hold only"
+                " name = literal"
             ) from None
-    return found
+    return values
+
+
+def _read(notebook: Path) -> nbformat.NotebookNode:
+    return nbformat.read(notebook, as_version=4)
+
+
+def _tagged(cell, tag: str) -> bool:
+    return tag in cell.metadata.get("tags", [])
 
 
 def choose(stems: list[str], only: list[str]) -> list[str]:
     """The notebooks that are named by number ("3", "03") or by name, in their order."""
     chosen = set()
-    for wish in (part for text in only for part in text.replace(",", " ").split()):
-        matches = [
-            s
-            for s in stems
-            if s == wish.removesuffix(".ipynb") or (wish.isdigit() and s.startswith(f"{int(wish):02d}_"))
-        ]
+    for wish in " ".join(only).replace(",", " ").split():
+        begins = f"{int(wish):02d}_" if wish.isdigit() else "no number"
+        matches = [s for s in stems if s == wish.removesuffix(".ipynb") or s.startswith(begins)]
         if not matches:
             raise UserError(f"unknown notebook {wish!r}: there are {', '.join(stems)}")
         chosen.update(matches)
@@ -93,13 +90,12 @@ def choose(stems: list[str], only: list[str]) -> list[str]:
 def own_kernel() -> Iterator[None]:
     """Let the kernel name "python3" mean this very interpreter, whatever kernels the user has installed."""
     with tempfile.TemporaryDirectory() as folder:
-        spec = Path(folder) / "kernels" / "python3"
-        spec.mkdir(parents=True)
         # quiet: ipykernel warns at each start that it talks over local TCP, and at each stop that it was
         # interrupted
         words = "-m ipykernel_launcher -f {connection_file} --IPKernelApp.log_level=50"
-        kernel = {"argv": [sys.executable, *words.split()], "display_name": "Python 3 (ipykernel)"}
-        (spec / "kernel.json").write_text(json.dumps({**kernel, "language": "python"}))
+        kernel = {"argv": [sys.executable, *words.split()], "language": "python"}
+        spec = made_folder(Path(folder) / "kernels" / "python3") / "kernel.json"
+        spec.write_text(json.dumps({**kernel, "display_name": "Python 3 (ipykernel)"}))
         wanted = {
             "JUPYTER_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")])),
             "IPYTHONDIR": str(Path(folder) / "ipython"),  # no start-up files and no history of the user's
@@ -129,31 +125,22 @@ def execute(
     timeout: float = CELL_TIMEOUT,
     solutions: bool = False,
 ) -> None:
-    """Execute a notebook and write its canonical form to ``target``, which changes only if every cell
-    succeeded.
-
-    ``solutions``: with its exercises answered (``exercises.solved``). UserError with the reason if a cell
-    fails; the notebook with its full traceback is then in ``failed``.
+    """Execute a notebook (``solutions``: with its exercises answered) and write its canonical form to
+    ``target``, which changes only if every cell succeeded. UserError with the reason if one fails; the
+    notebook with its full traceback is then in ``failed``.
     """
     import papermill  # 1 s; not needed to refuse a wrong parameter
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    original = source.read_bytes()
-    failed.parent.mkdir(parents=True, exist_ok=True)
-    arguments = dict(
-        parameters=parameters,
-        kernel_name="python3",
-        cwd=source.parent,
-        progress_bar=False,
-        execution_timeout=timeout,
-    )
-    notebook, reason = source, None
-    if solutions:
-        notebook = solved(nbformat.read(source, as_version=4))
+    original, reason = source.read_bytes(), None
+    made_folder(failed.parent)
+    notebook = solved(_read(source)) if solutions else source
+    options = {"kernel_name": "python3", "cwd": source.parent, "progress_bar": False}
+    options["execution_timeout"] = timeout
     try:
         with own_kernel():
-            executed = papermill.execute_notebook(notebook, failed, **arguments)
+            executed = papermill.execute_notebook(notebook, failed, parameters, **options)
     except PapermillExecutionError as error:
         # Ctrl-C reaches the kernel as well, and it may be the first to say so
         if error.ename == "KeyboardInterrupt":
@@ -168,31 +155,28 @@ def execute(
         reason = "the kernel died, probably for lack of memory: use a smaller budget"
     if reason is not None:
         raise UserError(f"{reason}\n  full traceback: {path_shown(failed)}")
-    in_place = source == target
-    text = nbformat.writes(canonical(executed, keep_parameters=not in_place)) + "\n"
-    if in_place and source.read_bytes() != original:
+    text = nbformat.writes(canonical(executed, keep_parameters=source != target)) + "\n"
+    if source == target and source.read_bytes() != original:
         write_text(failed, text)
         raise UserError(
             f"{source.name} was edited while it ran, so it was left as it is\n  the executed notebook:"
             f" {path_shown(failed)}"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    made_folder(target.parent)
     write_text(target, text)
     failed.unlink(missing_ok=True)
 
 
 def prepared(notebook: Path, target: Path, given: dict) -> Path:
-    """Write a copy of a notebook to ``target``, without outputs, whose parameters are ``given`` where they
-    are named; to be opened by hand.
-    """
-    parameters = parameters_of(notebook) | checked(notebook.stem, parameters_of(notebook), given)
-    copy = nbformat.read(notebook, as_version=4)
+    """A copy of a notebook to be opened by hand: without outputs, its parameters as ``given``."""
+    defaults, copy = parameters_of(notebook), _read(notebook)
+    parameters = defaults | checked(notebook.stem, defaults, given)
     for cell in copy.cells:
-        if "parameters" in cell.metadata.get("tags", []):
+        if _tagged(cell, "parameters"):
             cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    target.parent.mkdir(parents=True, exist_ok=True)
+    made_folder(target.parent)
     return write_text(target, nbformat.writes(copy) + "\n")
 
 
@@ -215,30 +199,27 @@ def explorer_page(pair: str, run_name: str) -> Path:
 
 
 def canonical(notebook: nbformat.NotebookNode, keep_parameters: bool = False) -> nbformat.NotebookNode:
-    """The notebook without anything that differs between two runs of the same content, or that nobody reads.
-
-    Dropped: plotly's and widgets' data (their PNG and text stay), lines of progress, papermill's metadata and
-    timings, papermill's injected cell (unless ``keep_parameters``), standard error of cells that succeeded,
-    memory addresses and paths of this machine. Cells are numbered c00, c01, ...
+    """The notebook without anything that differs between two runs of the same content, or that nobody reads:
+    plotly's and widgets' data (their PNG and text stay), lines of progress, timings, papermill's metadata and
+    injected cell (unless ``keep_parameters``), standard error of cells that succeeded, paths of this machine.
     """
     nb = nbformat.reads(nbformat.writes(notebook), as_version=4)  # a copy
-    nb.cells = [c for c in nb.cells if keep_parameters or INJECTED not in c.metadata.get("tags", [])]
+    nb.cells = [c for c in nb.cells if keep_parameters or not _tagged(c, INJECTED)]
     nb.nbformat, nb.nbformat_minor = 4, 5
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     nb.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     count, styles = 0, {}
     for i, cell in enumerate(nb.cells):
-        cell.id = f"c{i:02d}"
-        tags, hidden = cell.metadata.get("tags"), cell.metadata.get("jupyter", {}).get("source_hidden")
-        cell.metadata = nbformat.from_dict(
-            ({"tags": tags} if tags else {}) | ({"jupyter": {"source_hidden": True}} if hidden else {})
-        )
-        if cell.cell_type != "code":
-            continue
-        if cell.execution_count is not None:
-            count += 1
-            cell.execution_count = count
-        cell.outputs = _canonical_outputs(cell.outputs, cell.execution_count, styles)
+        metadata, cell.id = {}, f"c{i:02d}"
+        if tags := cell.metadata.get("tags"):
+            metadata["tags"] = tags
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            metadata["jupyter"] = {"source_hidden": True}
+        cell.metadata = nbformat.from_dict(metadata)
+        if cell.cell_type == "code":
+            if cell.execution_count is not None:
+                cell.execution_count = count = count + 1
+            cell.outputs = _canonical_outputs(cell.outputs, cell.execution_count, styles)
     return nb
 
 
@@ -259,10 +240,8 @@ def _canonical_outputs(outputs: list, execution_count: int | None, styles: dict)
                 continue
         elif output.output_type in ("display_data", "execute_result"):
             dropped = [output.data.pop(mime) for mime in _DROPPED_MIMES if mime in output.data]
-            widget_only = (
-                set(output.data) <= {"text/plain"}
-                and str(output.data.get("text/plain", "")).partition("(")[0].isidentifier()
-            )
+            words = str(output.data.get("text/plain", "")).partition("(")[0]
+            widget_only = set(output.data) <= {"text/plain"} and words.isidentifier()
             if not output.data or (dropped and widget_only):
                 continue
             output.metadata = nbformat.from_dict({})
@@ -291,7 +270,7 @@ def canonicalise(files: list[Path]) -> list[Path]:
     changed = []
     for file in files:
         try:
-            text = nbformat.writes(canonical(nbformat.read(file, as_version=4))) + "\n"
+            text = nbformat.writes(canonical(_read(file))) + "\n"
         except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
             raise UserError(
                 f"{file} is not a notebook that can be read: {str(error).splitlines()[0][:120]}"
@@ -331,19 +310,15 @@ def exercises(notebook: nbformat.NotebookNode) -> list[Exercise]:
         number, level, folded = int(heading[1]), heading[2], dict(_FOLDED.findall(cell.source))
         code = _CODE.search(folded.get("Solution", ""))
         after = notebook.cells[i + 1] if i + 1 < len(notebook.cells) else cell
-        checked = (
-            after.cell_type == "code"
-            and after.source.startswith(f"answer_{number} = None  # ")
-            and "    assert " in after.source
-        )
-        for what, there in (
-            ("level (easy, medium or hard)", level in LEVELS),
-            ("hint", folded.get("Hint")),
-            ("solution in Python", code),
-            ("cell with a check", checked),
-        ):
-            if not there:
-                raise UserError(f"exercise {number} has no {what}")
+        begins = after.cell_type == "code" and after.source.startswith(f"answer_{number} = None  # ")
+        parts = {
+            "level (easy, medium or hard)": level in LEVELS,
+            "hint": folded.get("Hint"),
+            "solution in Python": code,
+            "cell with a check": begins and "    assert " in after.source,
+        }
+        if missing := [part for part, there in parts.items() if not there]:
+            raise UserError(f"exercise {number} has no {missing[0]}")
         found.append(Exercise(number, level, int(heading[3]), folded["Hint"], code[1], i + 1))
     return found
 
@@ -401,10 +376,8 @@ def run_all(
     timeout: float | None = None,
     folder: Path = NOTEBOOKS,
 ) -> None:
-    """Check everything, then execute notebooks of ``folder`` in order: those that ``only`` names by number or
-    name, or all whose number matches the pattern ``row``.
-
-    Raises UserError for wrong usage, NotebookFailed if a notebook fails.
+    """Check everything, then execute notebooks of ``folder`` in order: those that ``only`` names, or all
+    whose number matches the pattern ``row``. UserError for wrong usage, NotebookFailed if a notebook fails.
     """
     folder, root = folder.resolve(), folder.resolve().parent
     stems = stems_of(folder)
@@ -419,11 +392,10 @@ def run_all(
         raise UserError(f"-p sets a parameter of one notebook, and {len(chosen)} are chosen: add --only NN")
     plans = []
     for stem in chosen:
-        defaults = parameters_of(folder / f"{stem}.ipynb")
-        values = parameters_for(stem, pair, profile, texts, folder)
-        run = Run(pair, values["run"], root)
+        source, values = folder / f"{stem}.ipynb", parameters_for(stem, pair, profile, texts, folder)
+        defaults = parameters_of(source)
         changed = {name: value for name, value in values.items() if value != defaults[name]}
-        plans.append((folder / f"{stem}.ipynb", run, changed))
+        plans.append((source, Run(pair, values["run"], root), changed))
     began = time.monotonic()
     for source, run, changed in plans:
         place = Path(out).resolve() if out else run.folder / ("solved" if solutions else "notebooks")

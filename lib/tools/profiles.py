@@ -44,10 +44,8 @@ def read_value(text: str, default):
 
 
 def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> dict:
-    """notebooks/profiles/<name>.yaml: {notebook stem: {parameter: value}}, and optionally ``timeout``
-    (seconds a cell).
-
-    What <name>.<pair>.yaml says is laid over it: a pair may need another budget of the same name.
+    """{notebook stem: {parameter: value}} of notebooks/profiles/<name>.yaml, and ``timeout`` (seconds a
+    cell); what <name>.<pair>.yaml says is laid over it: a pair may need another budget of the same name.
     """
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     if name not in known:

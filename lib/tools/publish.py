@@ -1,10 +1,7 @@
 """Result files as pages: README.md and docs/ (``publish``), and the study as HTML (``build``).
 
-All words are in docs/templates (jinja2), README's too. A test holds the pages equal to what the committed
-result files give.
-
-The HTML pages need no network: formulas are MathML, figures are frames of their own files, which share one
-copy of plotly. Scripts run in those frames only.
+All words are in docs/templates (jinja2); a test holds the pages equal to what the results give. The HTML
+needs no network: formulas are MathML, figures are frames of their own files, which share one copy of plotly.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from pathlib import Path
 import jinja2
 
 from ..labels import CATEGORIES
-from ..runs import Progress, write_text
+from ..runs import Progress, made_folder, write_text
 from ..settings import ROOT, UserError
 
 TEMPLATES = ROOT / "docs" / "templates"
@@ -53,9 +50,7 @@ def number(metric: Mapping | None) -> str:
 
 
 def interval(row: Mapping, name: str, prefix: str | None = None) -> str:
-    """The column ``name`` of a CSV row with its bounds, ``<prefix>_low`` and ``<prefix>_high``; the prefix is
-    the name, or "" for the columns low and high.
-    """
+    """The column ``name`` of a CSV row with its bounds, ``<prefix>_low`` and ``<prefix>_high``."""
     low, high = (f"{name if prefix is None else prefix}_{bound}".strip("_") for bound in ("low", "high"))
     return number({"value": float(row[name]), "ci": [float(row[low]), float(row[high])]})
 
@@ -89,9 +84,8 @@ class Sources:
 
     def text(self, path: str) -> str:
         if not (self.root / path).is_file():
-            raise UserError(
-                f"{path} is missing: run what writes it first (make figures, make study, make bench)"
-            )
+            advice = "run what writes it first (make figures, make study, make bench)"
+            raise UserError(f"{path} is missing: {advice}")
         return (self.root / path).read_text(encoding="utf-8")
 
     def json(self, path: str) -> dict:
@@ -100,25 +94,28 @@ class Sources:
     def csv(self, path: str) -> list[dict]:
         return list(csv.DictReader(self.text(path).splitlines()))
 
+    def metrics(self, pair: str, notebook: str) -> dict:
+        return self.json(f"figures/{pair}/results/{notebook}.json")["metrics"]
+
     def metric(self, pair: str, notebook: str, name: str) -> str:
         """A number of a pair, as text."""
-        return number(self.json(f"figures/{pair}/results/{notebook}.json")["metrics"].get(name))
+        return number(self.metrics(pair, notebook).get(name))
 
     def value(self, pair: str, notebook: str, name: str, places: int = 2) -> str:
         """A number without its interval."""
-        found = self.json(f"figures/{pair}/results/{notebook}.json")["metrics"][name]["value"]
-        return "not measured" if found is None else f"{found:.{places}f}"
+        value = self.metrics(pair, notebook)[name]["value"]
+        return "not measured" if value is None else f"{value:.{places}f}"
 
     def percent(self, pair: str, notebook: str, name: str) -> str:
         """A share as a percentage, with one decimal below ten."""
-        share = 100 * self.json(f"figures/{pair}/results/{notebook}.json")["metrics"][name]["value"]
+        share = 100 * self.metrics(pair, notebook)[name]["value"]
         return f"{share:.1f}%" if share < 10 else f"{share:.0f}%"
 
     def lowered(self, pair: str, notebook: str, pattern: str) -> int:
         """Of how many categories the interval of a change lies below 0; {} in ``pattern`` is the category."""
-        metrics = self.json(f"figures/{pair}/results/{notebook}.json")["metrics"]
-        changes = (metrics[pattern.format(category)] for category in CATEGORIES)
-        return sum(bool(change["ci"]) and change["ci"][1] < 0 for change in changes)
+        metrics = self.metrics(pair, notebook)
+        intervals = (metrics[pattern.format(category)]["ci"] for category in CATEGORIES)
+        return sum(bool(ci) and ci[1] < 0 for ci in intervals)
 
     def speed(self, name: str) -> dict:
         content = self.json("benchmarks/results.json")
@@ -132,48 +129,42 @@ class Sources:
         for file in sorted((self.root / "figures" / pair / "results").glob("[0-9][0-9].json")):
             content = self.json(file.relative_to(self.root).as_posix())
             if table := content["tables"].get("scoreboard"):
-                boards[file.stem] = [dict(zip(table["columns"], row)) for row in table["rows"]]
+                boards[file.stem] = _rows(table)
         return boards
 
     def standing(self) -> list[dict]:
         """For each category: does its feature foretell, lie above the null, come back under other seeds, say
-        more than a token, and does removing the category's features cost accuracy, by more than random
-        directions of equal norm do, and than as many features that fire as often (intervals apart)?
+        more than a token, and does removing the category's features cost accuracy, more than the controls?
         """
-        inspected, removed = (self.json(f"figures/tiny/results/{n}.json") for n in ("03", "13"))
-        metrics = inspected["metrics"] | removed["metrics"]
-        status, verdicts = (
-            [dict(zip(table["columns"], row)) for row in table["rows"]]
-            for table in (inspected["tables"][name] for name in ("status", "token_verdicts"))
-        )
+        inspected = self.json("figures/tiny/results/03.json")
+        metrics = inspected["metrics"] | self.metrics("tiny", "13")
+        status, verdicts = (_rows(inspected["tables"][name]) for name in ("status", "token_verdicts"))
         nothing = {"value": None, "ci": None}
         rows = []
         for category in CATEGORIES:
             names = (category, "random", f"matched_in_traces_{category}")
             cost, *controls = (metrics.get(f"ablate_accuracy_{name}") or nothing for name in names)
             beyond = [bool(cost["ci"] and m["ci"] and cost["ci"][1] < min(0, m["ci"][0])) for m in controls]
-            above = next(r["above the null"] for r in status if r["category"] == category)
-            verdict = next(
-                r["verdict"] for r in verdicts if (r["category"], r["where"]) == (category, "before")
-            )
-            stability = metrics.get(f"stable_{category}") or nothing
-            rows.append(
-                {
-                    "category": category,
-                    "auroc": metrics[f"auroc_{category}"],
-                    "above_null": above,
-                    "stability": stability,
-                    "verdict": verdict,
-                    "cost": cost,
-                    "beyond_random": beyond[0],
-                    "beyond_matched": beyond[1],
-                    "all": above
-                    and (stability["value"] or 0) >= SAME_FEATURE
-                    and verdict == "more than a token"
-                    and all(beyond),
-                }
-            )
+            of_category = {
+                "category": category,
+                "auroc": metrics[f"auroc_{category}"],
+                "above_null": next(r["above the null"] for r in status if r["category"] == category),
+                "stability": metrics.get(f"stable_{category}") or nothing,
+                "verdict": next(
+                    r["verdict"] for r in verdicts if (r["category"], r["where"]) == (category, "before")
+                ),
+                "cost": cost,
+                "beyond_random": beyond[0],
+                "beyond_matched": beyond[1],
+            }
+            stable = (of_category["stability"]["value"] or 0) >= SAME_FEATURE
+            more = of_category["verdict"] == "more than a token"
+            rows.append(of_category | {"all": of_category["above_null"] and stable and more and all(beyond)})
         return rows
+
+
+def _rows(table: Mapping) -> list[dict]:
+    return [dict(zip(table["columns"], row)) for row in table["rows"]]
 
 
 def render(template: str, root: Path = ROOT, **values) -> str:
@@ -211,18 +202,9 @@ def publish(root: Path = ROOT) -> None:
 
 # --- the study as HTML --------------------------------------------------------------------------------------
 
-DOCS = (
-    "architecture",
-    "glossary",
-    "own_pair",
-    "formats",
-    "results",
-    "scoreboard",
-    "scoreboard_smol",
-    "robustness_smol",
-    "costs",
-    "cluster",
-)
+# pages beside README; the first four are linked on every page
+DOCS = ("architecture", "glossary", "own_pair", "formats", "results", "scoreboard")
+DOCS += ("scoreboard_smol", "robustness_smol", "costs", "cluster")
 _NAME = re.compile(r"\"(\d\d_\w+)\"")
 _MATH = re.compile(r"```.*?```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL)
 _LINK = re.compile(r'(href|src)="([^"#:]+)(#[^"]*)?"')
@@ -230,31 +212,28 @@ _SIZE = re.compile(r'style="height:(\d+)px; width:(\d+)px;"')
 
 
 def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
-    """Write the study as HTML below ``out`` (which is replaced) from what stands in ``root``; returns the
-    number of pages.
-
+    """Write the study as HTML below ``out`` (which is replaced) from ``root``; returns the number of pages.
     UserError if there are no executed notebooks or no figures, or if ``out`` holds something else.
     """
     from nbconvert.filters import markdown2html
     from plotly.offline import get_plotlyjs
 
     notebooks = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    figures = {
-        f"{pair}/{f.stem}": f for pair in PAIRS for f in sorted((root / "figures" / pair).glob("*.html"))
-    }
+    files = ((pair, file) for pair in PAIRS for file in sorted((root / "figures" / pair).glob("*.html")))
+    figures = {f"{pair}/{file.stem}": file for pair, file in files}
     if not notebooks or not figures:
         raise UserError("there are no notebooks or no figures to report on: run make figures first")
     if out.exists() and any(out.iterdir()) and not (out / "report.css").is_file():
         raise UserError(f"{out} is not empty and not a report: choose another folder with --out")
     shutil.rmtree(out, ignore_errors=True)
-    (out / "figures").mkdir(parents=True)
+    out = made_folder(out)
     write_text(out / "report.css", (TEMPLATES / "report.css").read_text() + _code_colours())
-    write_text(out / "figures" / "plotly.min.js", get_plotlyjs())
+    write_text(made_folder(out / "figures") / "plotly.min.js", get_plotlyjs())
     for name, file in figures.items():
-        (out / "figures" / name).parent.mkdir(exist_ok=True)
         text = file.read_text(encoding="utf-8").replace('src="plotly.min.js"', 'src="../plotly.min.js"')
         titled = text.replace("<head>", f"<head><title>{html.escape(file.stem)}</title>", 1)
-        write_text(out / "figures" / f"{name}.html", titled)
+        place = out / "figures" / f"{name}.html"
+        write_text(made_folder(place.parent) / place.name, titled)
     docs = [name for name in DOCS if (root / "docs" / f"{name}.md").is_file()]
     places = {"README.md": "index.html"}  # file of the repository -> file of the report
     places |= {f"notebooks/{n.name}": f"notebooks/{n.stem}.html" for n in notebooks}
@@ -262,20 +241,17 @@ def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
     for picture in [*(root / "figures").glob("*/*.png"), *(root / "docs").glob("*.svg")]:
         place = picture.relative_to(root)
         if place.parts[0] == "docs" or place.parts[1] in PAIRS:
-            (out / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(picture, out / place)
+            shutil.copyfile(picture, made_folder((out / place).parent) / place.name)
             places[place.as_posix()] = place.as_posix()
     pictured = [name for name, file in figures.items() if file.with_suffix(".png").is_file()]
     gallery = {pair: [n for n in pictured if n.startswith(f"{pair}/")] for pair in PAIRS}
     links = [(n.stem[:2], places[f"notebooks/{n.name}"]) for n in notebooks]
     links += [(name.replace("_", " "), places[f"docs/{name}.md"]) for name in docs[:4]]
-    with Progress("pages", len(places)) as progress:
-        written = 0
-        for source, target in places.items():
-            if not target.endswith(".html"):
-                continue
+    pages_of = {source: target for source, target in places.items() if target.endswith(".html")}
+    with Progress("pages", len(pages_of)) as progress:
+        for written, (source, target) in enumerate(pages_of.items(), 1):
             if source.endswith(".ipynb"):
-                body, title = from_notebook(root / source, figures)
+                body, title = _from_notebook(root / source, figures)
             else:
                 text = (root / source).read_text(encoding="utf-8")
                 title, body = text.split("\n")[0].lstrip("# "), markdown2html(with_mathml(text))
@@ -283,16 +259,14 @@ def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
                 body += render("gallery.html.j2", root, gallery=gallery)
             up = "../" * (len(Path(target).parts) - 1)
             page = render("page.html.j2", root, title=title, up=up, links=links, body=body)
-            (out / target).parent.mkdir(exist_ok=True)
-            write_text(out / target, _LINK.sub(functools.partial(_link, source, up, places, out), page))
-            progress.update(written := written + 1)
-    return written
+            page = _LINK.sub(functools.partial(_link, source, up, places, out), page)
+            write_text(made_folder((out / target).parent) / Path(target).name, page)
+            progress.update(written)
+    return len(pages_of)
 
 
-def from_notebook(file: Path, figures: Mapping[str, Path]) -> tuple[str, str]:
-    """(HTML, title) of an executed notebook. ``figures``: {pair/name: file}; a picture whose cell names one
-    of them becomes a frame of it.
-    """
+def _from_notebook(file: Path, figures: Mapping[str, Path]) -> tuple[str, str]:
+    """(HTML, title) of an executed notebook; a picture whose cell names a figure becomes a frame of it."""
     import nbformat
     from nbconvert import HTMLExporter
 
@@ -308,12 +282,9 @@ def from_notebook(file: Path, figures: Mapping[str, Path]) -> tuple[str, str]:
         for output in content.outputs:
             if "image/png" not in output.get("data", {}):
                 continue
-            place = next(places, None)
-            values = {
-                "words": output.data.get("text/plain", "figure"),
-                "png": output.data["image/png"].strip(),
-            }
-            if place:
+            png = output.data["image/png"].strip()
+            values = {"words": output.data.get("text/plain", "figure"), "png": png}
+            if place := next(places, None):
                 size = _SIZE.search(figures[place].read_text(encoding="utf-8")) or (0, 440, 760)
                 values |= {"place": f"../figures/{place}.html", "size": [int(size[i]) + 20 for i in (2, 1)]}
             output.data = nbformat.from_dict({"text/html": render("figure.html.j2", **values)})

@@ -85,19 +85,18 @@ def test_slots_are_a_pair_of_equal_models():
     # the same after each slot's own scale
     for name, other in (("base", [acts, acts / 4]), ("distilled", [4 * acts, acts])):
         assert torch.allclose(
-            codes_module.encode_from_one(crosscoder, name, acts, "slots"), crosscoder.encode(other), atol=1e-6
+            crosscoder.encode_from(name, acts, "slots"), crosscoder.encode(other), atol=1e-6
         )
     assert not torch.allclose(
-        codes_module.encode_from_one(crosscoder, "base", acts, "slots"),
-        codes_module.encode_from_one(crosscoder, "distilled", acts, "slots"),
+        crosscoder.encode_from("base", acts, "slots"), crosscoder.encode_from("distilled", acts, "slots")
     )
 
 
 def test_slots_need_equal_widths_and_a_known_name():
     with pytest.raises(UserError, match="widths 3, 4"):
-        codes_module.encode_from_one(CrossCoder([3, 4], 5, k=2), "base", torch.zeros(2, 3), "slots")
+        CrossCoder([3, 4], 5, k=2).encode_from("base", torch.zeros(2, 3), "slots")
     with pytest.raises(UserError, match="unknown model 'other'"):
-        codes_module.encode_from_one(CrossCoder([3, 3], 5, k=2), "other", torch.zeros(2, 3), "slots")
+        CrossCoder([3, 3], 5, k=2).encode_from("other", torch.zeros(2, 3), "slots")
 
 
 def test_what_cannot_be_encoded_is_said(toy):
@@ -109,4 +108,4 @@ def test_what_cannot_be_encoded_is_said(toy):
     with pytest.raises(UserError, match="not finite"):
         codes_module.codes(broken, store, "report")
     with pytest.raises(UserError, match="fill is 'zero': it must be one of mean, slots"):
-        codes_module.encode_from_one(crosscoder, "base", torch.zeros(2, 16), "zero")
+        crosscoder.encode_from("base", torch.zeros(2, 16), "zero")

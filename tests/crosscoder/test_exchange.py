@@ -11,12 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib.crosscoder.exchange import (
-    export_dictionary_learning,
-    export_replication,
-    read_dictionary_learning,
-    read_replication,
-)
+from lib.crosscoder.exchange import export_dictionary_learning, export_replication, read_foreign
 from lib.crosscoder.model import CrossCoder
 from lib.settings import UserError
 
@@ -93,7 +88,7 @@ def same(crosscoder, x, f, x_hat):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_replication_is_the_same_function(tmp_path, weights, config, dtype):
     state, x = published(tmp_path, weights=weights, config=config, dtype=dtype)
-    found = read_replication(tmp_path, ORDER, SCALES)
+    found = read_foreign(tmp_path, ORDER, SCALES)
     same(found.crosscoder, x, *replication(state, x, [0.37, 2.4]))
     assert found.layers == {"base": 13, "distilled": 13}  # the input of block 14 is the output of block 13
     norms = state["W_dec"].float().norm(dim=2)
@@ -103,7 +98,7 @@ def test_the_replication_is_the_same_function(tmp_path, weights, config, dtype):
 def test_which_model_comes_first_decides_whose_a_feature_is(tmp_path):
     state, x = published(tmp_path)
     straight, turned = (
-        read_replication(tmp_path, o, SCALES, names=ORDER).crosscoder for o in (ORDER, ORDER[::-1])
+        read_foreign(tmp_path, o, SCALES, names=ORDER).crosscoder for o in (ORDER, ORDER[::-1])
     )
     torch.testing.assert_close(straight.nrn(2) + turned.nrn(2), torch.ones(F))
     f, x_hat = replication(state, x, [2.4, 0.37])  # the file's first is now "distilled", with its scale
@@ -115,7 +110,7 @@ def test_the_replications_variant_with_a_threshold(tmp_path):
     f, x_hat = replication(state, x, [0.37, 2.4])
     without, _ = replication({k: v for k, v in state.items() if k != "threshold"}, x, [0.37, 2.4])
     assert 0.1 < (f > 0).sum() / (without > 0).sum() < 0.9  # the threshold decides something here
-    crosscoder = read_replication(tmp_path, ORDER, SCALES).crosscoder
+    crosscoder = read_foreign(tmp_path, ORDER, SCALES).crosscoder
     assert (crosscoder.variant, crosscoder.k) == ("batchtopk", 5)
     same(crosscoder, x, f, x_hat)
 
@@ -125,12 +120,12 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path):
     with pytest.raises(
         UserError, match="which of its 2 models is which.*model_name_A = org/base.*give order"
     ):
-        read_replication(tmp_path, scales=SCALES, layer=3)
+        read_foreign(tmp_path, scales=SCALES, layer=3)
     with pytest.raises(UserError, match=r"needs scales.*1 for each if they were folded"):
-        read_replication(tmp_path, ORDER, layer=3)
+        read_foreign(tmp_path, ORDER, layer=3)
     with pytest.raises(UserError, match="at which layer"):
-        read_replication(tmp_path, ORDER, SCALES)
-    assert read_replication(tmp_path, ORDER, SCALES, 3).layers == {"base": 3, "distilled": 3}
+        read_foreign(tmp_path, ORDER, SCALES)
+    assert read_foreign(tmp_path, ORDER, SCALES, 3).layers == {"base": 3, "distilled": 3}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +141,7 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path):
 def test_what_contradicts_the_file_is_refused(tmp_path, order, scales, layer, says):
     published(tmp_path)
     with pytest.raises(UserError, match=says):
-        read_replication(tmp_path, order, scales, layer)
+        read_foreign(tmp_path, order, scales, layer)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +159,7 @@ def test_what_contradicts_the_file_is_refused(tmp_path, order, scales, layer, sa
 def test_another_rule_or_another_place_is_refused(tmp_path, cfg, says):
     published(tmp_path, cfg)
     with pytest.raises(UserError, match=says):
-        read_replication(tmp_path, ORDER, SCALES)
+        read_foreign(tmp_path, ORDER, SCALES)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +175,7 @@ def test_another_rule_or_another_place_is_refused(tmp_path, cfg, says):
 def test_tensors_that_do_not_fit_are_refused(tmp_path, also, says):
     published(tmp_path, **also)
     with pytest.raises(UserError, match=says):
-        read_replication(tmp_path, ORDER, SCALES)
+        read_foreign(tmp_path, ORDER, SCALES)
 
 
 class Malicious:
@@ -199,7 +194,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path):
     (tmp_path / "b" / "cc_weights.pt").write_bytes(pickle.dumps(Malicious(trap)))
     for folder in ("a", "b"):
         with pytest.raises(UserError, match="could run code"):
-            read_replication(tmp_path / folder, ORDER, SCALES)
+            read_foreign(tmp_path / folder, ORDER, SCALES)
     assert not trap.exists()
     pickle.loads((tmp_path / "b" / "cc_weights.pt").read_bytes())
     assert trap.exists()  # it was no empty threat
@@ -212,23 +207,21 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path):
 def test_a_damaged_file_is_one_sentence(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        read_replication(tmp_path, ORDER, SCALES)
+        read_foreign(tmp_path, ORDER, SCALES)
 
 
 def test_several_weights_none_or_other_ones(tmp_path):
     with pytest.raises(UserError, match="no weights"):
-        read_replication(tmp_path, ORDER, SCALES)
+        read_foreign(tmp_path, ORDER, SCALES)
     published(tmp_path, weights="0.pt")
     published(tmp_path, weights="1.pt", config="1_cfg.json", cfg={"hook_point": "blocks.3.hook_resid_post"})
     with pytest.raises(UserError, match="several files of weights.*0.pt, 1.pt"):
-        read_replication(tmp_path, ORDER, SCALES)
+        read_foreign(tmp_path, ORDER, SCALES)
     # its own configuration comes first
-    assert read_replication(tmp_path / "1.pt", ORDER, SCALES).layers["base"] == 3
+    assert read_foreign(tmp_path / "1.pt", ORDER, SCALES).layers["base"] == 3
     save_file({"weight": torch.zeros(3)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="in no format that is known here: it holds weight"):
-        read_replication(tmp_path / "x.safetensors", ORDER, SCALES)
-    with pytest.raises(UserError, match="in the format replication, not dictionary_learning"):
-        read_dictionary_learning(tmp_path / "1.pt", ORDER)
+        read_foreign(tmp_path / "x.safetensors", ORDER, SCALES)
 
 
 # --- dictionary_learning ------------------------------------------------------------------------------------
@@ -314,7 +307,7 @@ def dictionary_learning(state, x, kind="CROSSCODER", alphas=(0.7, 0.3)):
 )
 def test_dictionary_learning_is_the_same_function(tmp_path, kind, threshold, normalised):
     state, x = saved(tmp_path, kind, threshold, normalised)
-    found = read_dictionary_learning(tmp_path, ORDER, layer=13)
+    found = read_foreign(tmp_path, ORDER, layer=13)
     f, x_hat = dictionary_learning(state, x, kind)
     same(found.crosscoder, x, f, x_hat)
     # NRN is exactly theirs
@@ -335,7 +328,7 @@ def test_code_normalisations_are_told_apart(tmp_path):
     fired = {}
     for kind in ("CROSSCODER", "SAE", "MIXED", "NONE"):
         _, x = saved(tmp_path / kind, kind, 1.2)
-        fired[kind] = read_dictionary_learning(tmp_path / kind, ORDER, layer=1).crosscoder.encode(raw(x)) > 0
+        fired[kind] = read_foreign(tmp_path / kind, ORDER, layer=1).crosscoder.encode(raw(x)) > 0
     for kind in ("SAE", "MIXED", "NONE"):
         assert (fired[kind] != fired["CROSSCODER"]).any()
 
@@ -354,8 +347,8 @@ def test_a_compiled_checkpoint_with_its_trainers_configuration(tmp_path):
     }
     (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": None}))
     with pytest.raises(UserError, match="lm_name = org/pair"):
-        read_dictionary_learning(folder)
-    found = read_dictionary_learning(folder, ORDER)
+        read_foreign(folder)
+    found = read_foreign(folder, ORDER)
     assert found.layers == {"base": 13, "distilled": 13} and found.crosscoder.k == 7
     same(found.crosscoder, x, *dictionary_learning(state, x))
 
@@ -366,7 +359,7 @@ def test_an_old_file_without_buffers_on_activations_scaled_elsewhere(tmp_path):
     save_file({k: v.contiguous() for k, v in old.items()}, tmp_path / "model.safetensors")
     s = torch.tensor([0.37, 2.4])[None, :, None]
     f, x_hat = dictionary_learning(state, x * s)
-    same(read_dictionary_learning(tmp_path, ORDER, SCALES, 2).crosscoder, x, f, x_hat / s)
+    same(read_foreign(tmp_path, ORDER, SCALES, 2).crosscoder, x, f, x_hat / s)
 
 
 @pytest.mark.parametrize(
@@ -393,13 +386,13 @@ def test_an_old_file_without_buffers_on_activations_scaled_elsewhere(tmp_path):
 def test_what_no_crosscoder_here_can_express_is_refused(tmp_path, options, says):
     saved(tmp_path, **options)
     with pytest.raises(UserError, match=says):
-        read_dictionary_learning(tmp_path, ORDER, layer=2)
+        read_foreign(tmp_path, ORDER, layer=2)
 
 
 def test_scales_are_not_given_twice(tmp_path):
     saved(tmp_path)
     with pytest.raises(UserError, match="scales must not be given"):
-        read_dictionary_learning(tmp_path, ORDER, SCALES, 2)
+        read_foreign(tmp_path, ORDER, SCALES, 2)
 
 
 # --- ours, for others ---------------------------------------------------------------------------------------
@@ -433,7 +426,7 @@ def test_exported_for_the_replication(tmp_path):
     assert cfg["hook_point"] == "blocks.4.hook_resid_post"
     f, x_hat = replication(state, x, [0.37, 2.4])  # as their code computes it
     same(crosscoder, x, f, x_hat)
-    back = read_replication(tmp_path)  # our own file says all that is needed
+    back = read_foreign(tmp_path)  # our own file says all that is needed
     same(back.crosscoder, x, f, x_hat)
     assert back.layers == {"base": 4, "distilled": 4}
     torch.testing.assert_close(back.crosscoder.nrn(), crosscoder.nrn(), rtol=0, atol=0)
@@ -456,7 +449,7 @@ def test_exported_for_dictionary_learning(tmp_path, variant):
     )
     f, x_hat = dictionary_learning(state, x)
     same(crosscoder, x, f, x_hat)
-    back = read_dictionary_learning(tmp_path).crosscoder
+    back = read_foreign(tmp_path).crosscoder
     same(back, x, f, x_hat)
     torch.testing.assert_close(back.nrn(), crosscoder.nrn(), rtol=0, atol=0)
     torch.testing.assert_close(back.means, crosscoder.means, rtol=1e-5, atol=1e-6)
@@ -470,7 +463,7 @@ def test_a_scale_so_small_that_the_1e_8_there_counts(tmp_path):
     export_dictionary_learning(crosscoder, tmp_path, layer=4)
     f, x_hat = dictionary_learning(load_file(tmp_path / "model.safetensors"), x)
     s = crosscoder.scales[:, None]
-    for made in (crosscoder, read_dictionary_learning(tmp_path).crosscoder):
+    for made in (crosscoder, read_foreign(tmp_path).crosscoder):
         torch.testing.assert_close(made.encode(raw(x)).double(), f, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(
             torch.stack(made.decode(f.float()), 1).double() * s, x_hat * s, rtol=1e-4, atol=1e-4
@@ -498,4 +491,4 @@ def test_an_export_contradicted_is_refused(tmp_path):
     crosscoder, _ = ours("l1")
     export_replication(crosscoder, tmp_path, layer=4)
     with pytest.raises(UserError, match="origin.json.*one of them is wrong"):
-        read_replication(tmp_path, ORDER[::-1])
+        read_foreign(tmp_path, ORDER[::-1])
