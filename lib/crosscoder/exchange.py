@@ -33,12 +33,8 @@ EPSILON = 1e-8  # that dictionary_learning adds to its scale when it decodes
 # the tensors of each format; a letter is a dimension: models, width of their activations, features
 _SHAPES = {
     REPLICATION: {"W_enc": "Mdf", "W_dec": "fMd", "b_enc": "f", "b_dec": "Md"},
-    DICTIONARY_LEARNING: {
-        "encoder.weight": "Mdf",
-        "decoder.weight": "Mfd",
-        "encoder.bias": "f",
-        "decoder.bias": "Md",
-    },
+    DICTIONARY_LEARNING: {"encoder.weight": "Mdf", "decoder.weight": "Mfd"}
+    | {"encoder.bias": "f", "decoder.bias": "Md"},
 }
 _NORMALISER = ("activation_mean", "activation_std", "activation_global_scale", "target_rms")
 _OPTIONAL = {

@@ -34,26 +34,22 @@ SHARE = ("rows", "features")
 class SingleProcess:
     """Training in one process; what several of them do otherwise overrides a method of this.
 
-    ``over_rows`` and ``over_features`` add up the sums of the processes that hold different rows of a batch,
-    or different features. All processes call all of these in the same order.
+    ``over_rows``, ``over_features``: the sum over the processes that hold other rows of a batch, or features.
+    ``any_row``: bools that are set in one of the processes with other rows.
+    ``rows``: number of rows of a batch of which so many are here.
+    ``part_of``: the part of a tensor [F, ...] that is kept here; ``joined``: all parts, only on rank 0.
+    ``agreed``: what rank 0 says; also a barrier.
+
+    All processes call all of these in the same order.
     """
 
     rank, size = 0, 1
     part = (0, 1)  # which rows of every batch are read here, as ``Store.reader`` has it
 
-    def over_rows(self, partial: Tensor) -> Tensor:
-        return partial
+    def over_rows(self, here):
+        return here
 
-    def over_features(self, partial: Tensor) -> Tensor:
-        return partial
-
-    def rows(self, own: int) -> int:
-        """Number of rows of a batch of which ``own`` are here."""
-        return own
-
-    def any_row(self, flags: Tensor) -> Tensor:
-        """Where a bool of this or of another process, with other rows, is set."""
-        return flags
+    over_features = any_row = rows = part_of = joined = agreed = over_rows
 
     def forward(self, *args, **options) -> Forward:
         """``crosscoder.forward`` over the whole batch and all features."""
@@ -62,18 +58,6 @@ class SingleProcess:
     def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
         """Make the gradients those of the whole batch; returns the norm over all parameters."""
         return torch.nn.utils.get_total_norm([p.grad for p in crosscoder.parameters()])
-
-    def part_of(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor [F, ...] that is kept here."""
-        return tensor
-
-    def joined(self, part: Tensor) -> Tensor:
-        """The tensor [F, ...] of which each process keeps a part; only on rank 0."""
-        return part
-
-    def agreed(self, flag: bool) -> bool:
-        """What rank 0 says. Also a barrier."""
-        return flag
 
     def check_same(self, value: int, what: str) -> None:
         """UserError if a process has another value."""

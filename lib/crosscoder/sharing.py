@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -158,9 +157,8 @@ def _read(path: Path, names: Sequence[str], order, scales, layer) -> Foreign:
 def fingerprint_of(crosscoder: CrossCoder) -> str:
     """Fingerprint of all that decides what a crosscoder does."""
     state = {name: t.cpu().numpy() for name, t in crosscoder.state_dict().items()}
-    return fingerprint(
-        "crosscoder", crosscoder.names, crosscoder.widths, crosscoder.variant, crosscoder.k, state
-    )
+    shape = crosscoder.names, crosscoder.widths, crosscoder.variant, crosscoder.k
+    return fingerprint("crosscoder", *shape, state)
 
 
 # --- does it fit? -------------------------------------------------------------------------------------------
@@ -188,15 +186,12 @@ def check_on_data(
     alternatives = _alternatives(crosscoder, store, thorough=bool(low))
     tried, believed = [], []
     with Progress("other scales and orders", len(alternatives)) if low else nullcontext() as progress:
-        for i, other in enumerate(alternatives):
-            values = fve(crosscoder, [acts[j] * c for j, c in zip(other.order, other.factors)])
+        for i, (reason, order, factors, share) in enumerate(alternatives):
+            values = fve(crosscoder, [acts[j] * c for j, c in zip(order, factors)])
             tried.append(min(values.values()))
-            if (
-                all(_reaches(values[name], least[name]) for name in least)
-                if low
-                else _unexplained(values) < other.share * _unexplained(given)
-            ):
-                believed.append((tried[-1], other.reason, values))
+            fits = all(_reaches(values[name], least[name]) for name in least)
+            if fits if low else _unexplained(values) < share * _unexplained(given):
+                believed.append((tried[-1], reason, values))
             if progress:
                 progress.update(i + 1)
     shown = ", ".join(f"{_digits(value)} ({name})" for name, value in given.items())
@@ -242,41 +237,33 @@ def _digits(value: float) -> str:
     return f"{value:.2f}" if value < 0.995 else f"{value:.5f}"
 
 
-@dataclass(frozen=True)
-class _Alternative:
-    """What is put right, in words; whose activations stand in each place, and what they are multiplied by;
-    the share of the unexplained that may then remain, for this to be what was meant even if FVE is not low.
+def _alternatives(crosscoder: CrossCoder, store, thorough: bool) -> list[tuple]:
+    """(what is put right, in words; whose activations stand in each place; what they are multiplied by; the
+    share of the unexplained that may then remain, for this to be what was meant even if FVE is not low),
+    plainest first. Multiplying activations by c is giving c times the scale; FVE is the same for both.
     """
+    names, scales, widths, ways = crosscoder.names, crosscoder.scales.tolist(), crosscoder.widths, []
+    straight, stored = tuple(range(len(names))), [store.scales[name] for name in names]
 
-    reason: str
-    order: tuple[int, ...]
-    factors: tuple[float, ...]
-    share: float = NAMED
+    def add(reason: str, factors, order=straight, share: float = NAMED) -> None:
+        if order != straight or any(not 0.8 < c < 1.25 for c in factors):
+            ways.append((reason, order, factors, share))
 
-
-def _alternatives(crosscoder: CrossCoder, store, thorough: bool) -> list[_Alternative]:
-    """Plainest first. Multiplying activations by c is giving c times the scale; FVE is the same for both."""
-    names, scales, widths = crosscoder.names, crosscoder.scales.tolist(), crosscoder.widths
-    n, straight, stored = len(names), tuple(range(len(names))), [store.scales[name] for name in names]
     reason = "scales of 1: the weights contain the scale already, give 1 for each model"
-    ways = [_Alternative(reason, straight, tuple(1 / s for s in scales))]
+    add(reason, [1 / s for s in scales])
     reason = f"the store's own scales ({', '.join(f'{x:.4g}' for x in stored)}): the scales are wrong"
-    ways.append(_Alternative(reason, straight, tuple(x / s for x, s in zip(stored, scales))))
-    for order in itertools.permutations(straight) if n <= 3 else ():
+    add(reason, [x / s for x, s in zip(stored, scales)])
+    for order in itertools.permutations(straight) if len(names) <= 3 else ():
         if order != straight and all(widths[i] == widths[j] for i, j in enumerate(order)):
             reason = f"the models in the order {', '.join(names[j] for j in order)}: their order is wrong"
-            ways.append(_Alternative(reason, order, (1.0,) * n))
-            # each keeps its scale
-            ways.append(
-                _Alternative(reason, order, tuple(scales[j] / scales[i] for i, j in enumerate(order)))
-            )
+            add(reason, [1.0] * len(names), order)
+            add(reason, [scales[j] / scales[i] for i, j in enumerate(order)], order)  # each keeps its scale
     for c in FACTORS if thorough else (0.5, 2.0):
-        ways.append(_Alternative(f"{c:g} times the scale: the scale is wrong", straight, (c,) * n, FACTOR))
-        for i, name in enumerate(names if thorough else ()):
-            reason = f"{c:g} times the scale of {name}: that scale is wrong"
-            factors = tuple(c if i == j else 1.0 for j in range(n))
-            ways.append(_Alternative(reason, straight, factors, FACTOR))
-    return [way for way in ways if way.order != straight or any(not 0.8 < c < 1.25 for c in way.factors)]
+        add(f"{c:g} times the scale: the scale is wrong", [c] * len(names), share=FACTOR)
+        for name in names if thorough else ():
+            factors = [c if name == other else 1.0 for other in names]
+            add(f"{c:g} times the scale of {name}: that scale is wrong", factors, share=FACTOR)
+    return ways
 
 
 # --- the hub ------------------------------------------------------------------------------------------------
@@ -316,25 +303,8 @@ def model_card(
         tags=["crosscoder", "model-diffing", "sparse-autoencoder"],
         base_model=[m for m in models.values() if re.fullmatch(r"[\w.-]+/[\w.-]+", m)] or None,
     )
-    shown, distinct = crosscoder.seen.tolist()
-    table = [
-        {"name": name, "source": models[name], "layer": layers[name], "width": width}
-        | {"scale": f"{scale:.6g}", "fve": _shown(health[f"fve_{name}"])}
-        for name, width, scale in zip(names, crosscoder.widths, crosscoder.scales.tolist())
-    ]
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        pair=pair,
-        features=f"{crosscoder.n_features:,}",
-        models=table,
-        sparsity=crosscoder.variant + (f", k = {crosscoder.k}" if crosscoder.variant != "l1" else ""),
-        l0=_shown(health["l0"]),
-        shown=f"{shown:,}",
-        distinct=f"{distinct:,}",
-        corpus=corpus,
-        names=repr(names),
-    )
+    values = {"crosscoder": crosscoder, "layers": layers, "models": models, "health": health, "shown": _shown}
+    card = ModelCard.from_template(data, template_path=str(TEMPLATE), pair=pair, corpus=corpus, **values)
     origin = {"format": "ours", "order": names, "layers": {name: int(layers[name]) for name in names}}
     origin |= {"models": dict(models), "pair": pair}
     origin["fve"] = {name: float(health[f"fve_{name}"]["value"]) for name in names}
@@ -360,14 +330,12 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
             f"{folder} has no {' and no '.join(missing)}: write the model card first"
             " (lib.crosscoder.sharing.model_card)"
         )
-    message = "Crosscoder with its model card"
     advice = "check the name, and log in with write access (hf auth login)"
     with _hub_errors(f"the hub did not take {repo_id}", advice):
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message=message
-        ).oid
+        what = {"folder_path": folder, "allow_patterns": list(FILES)}
+        return api.upload_folder(repo_id=repo_id, commit_message="Crosscoder with its model card", **what).oid
 
 
 def pull(repo_id: str, revision: str = "", inside: str = "") -> tuple[Path, str]:

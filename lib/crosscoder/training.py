@@ -194,16 +194,8 @@ class Trainer:
         if store.count("train") == 0:
             raise UserError(f"the store has no training tokens: harvest more documents (notebook {MADE_BY})")
         widths, scales = ([sizes[name] for name in store.models] for sizes in (store.widths, store.scales))
-        self.crosscoder = CrossCoder(
-            widths,
-            config.n_features,
-            store.models,
-            config.variant,
-            config.k,
-            scales,
-            config.seed,
-            config.dedicated,
-        )
+        choices = config.variant, config.k, scales, config.seed, config.dedicated
+        self.crosscoder = CrossCoder(widths, config.n_features, store.models, *choices)
         self._each_feature(together.part_of)
         self.crosscoder.to(device).centre([store.means[name].to(device) for name in store.models])
         self.optimizer = _optimizer(self.crosscoder, config)
@@ -220,9 +212,8 @@ class Trainer:
     def _next_batch(self) -> tuple[np.ndarray, list[Tensor]]:
         """Row numbers [B] and RAW activations of the next batch; begins a new epoch where one is over."""
         if self.batches is None:
-            self.batches = Prefetched(
-                _batches(self.store, self.config, self.epoch, self.position, self.together.part)
-            )
+            place = self.epoch, self.position
+            self.batches = Prefetched(_batches(self.store, self.config, *place, self.together.part))
         epoch, rows, acts = next(self.batches)
         if epoch != self.epoch:
             self.check_distinct()

@@ -25,7 +25,7 @@ import nbformat
 
 from ..results import TIMES
 from ..runs import versions
-from ..settings import ROOT, UserError
+from ..settings import ROOT, UserError, path_shown
 from .notebooks import canonical
 
 SAME = 1e-3  # relative
@@ -97,11 +97,13 @@ def cells_that_differ(before: str, after: str) -> list[str]:
 # --- against the last commit --------------------------------------------------------------------------------
 
 
+def _git(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+
+
 def committed(path: str) -> str | None:
     """A file of the last commit; None if it is not there. UserError outside of a git repository."""
-    done = subprocess.run(
-        ["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
-    )
+    done = _git("show", f"HEAD:{path}")
     if done.returncode and "does not exist" not in done.stderr and "exists on disk" not in done.stderr:
         raise UserError(f"the committed results cannot be read: {done.stderr.strip() or 'git failed'}")
     return done.stdout if done.returncode == 0 else None
@@ -137,17 +139,12 @@ def check_folder(folder: Path) -> tuple[list[Difference], list[str], int]:
 
 def fresh_run(clone: Path = CLONE) -> Path:
     """A clone of the last commit in which every notebook has been run; an interrupted one goes on."""
-    head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    head, shown = _git("rev-parse", "HEAD").stdout.strip(), path_shown(clone)
     marker = clone / ".git" / "checked"
     if clone.is_dir() and not (marker.is_file() and marker.read_text() == head):
-        raise UserError(
-            f"{clone.relative_to(ROOT)} holds the run of another commit: remove it first (rm -r"
-            f" {clone.relative_to(ROOT)})"
-        )
+        raise UserError(f"{shown} holds the run of another commit: remove it first (rm -r {shown})")
     if not clone.is_dir():
-        done = subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], capture_output=True, text=True)
+        done = _git("clone", "-q", str(ROOT), str(clone))
         if done.returncode:
             raise UserError(f"the repository could not be cloned: {done.stderr.strip()}")
         marker.write_text(head)
