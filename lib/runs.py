@@ -126,12 +126,13 @@ def _refused(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Another name to write ``path`` under: flushed to the disk and renamed at the end of the block, removed
-    if it fails. UserError if the disk does not take it.
+    """Another name to write ``path`` under, in a folder that is made: flushed to the disk and renamed at the
+    end of the block, removed if it fails. UserError if the disk does not take it.
     """
     scratch = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")  # jobs may share a folder
     try:
         with _refused(path):
+            made_folder(path.parent)
             yield scratch
             _flush(scratch)
             os.replace(scratch, path)
@@ -278,7 +279,7 @@ def _hash_path(path: Path) -> str:
 def write_manifest(folder: Path, fingerprint: str, **info) -> Path:
     """Write ``folder``/manifest.json last: it says that the artefact is whole. ``info`` is plain data."""
     text = json.dumps({"fingerprint": fingerprint, **jsonable(info)}, indent=2, allow_nan=False)
-    return write_text(made_folder(Path(folder)) / MANIFEST, text + "\n")
+    return write_text(Path(folder) / MANIFEST, text + "\n")
 
 
 def read_manifest(folder: Path, made_by: str, expected: str | None = None) -> dict:

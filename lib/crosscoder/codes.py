@@ -31,9 +31,6 @@ class SplitCodes:
     codes: sparse.csr_matrix
 
 
-# --- tokens, chunk by chunk ---------------------------------------------------------------------------------
-
-
 def sample_rows(store: Store, split: str, max_tokens: int | None = None, seed: int = 0) -> np.ndarray:
     """Kept tokens of a split, sorted: all, or those of random whole documents, at most ``max_tokens`` (one
     document at least). UserError if there are none.
@@ -83,9 +80,6 @@ def encoded(
     """Yields (token numbers, RAW activations, joint features f [B, F]) of consecutive chunks."""
     for part, acts in activations(store, tokens, label, chunk):
         yield part, acts, crosscoder.encode(acts)
-
-
-# --- what is asked of them ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()

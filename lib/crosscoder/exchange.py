@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..runs import made_folder, write_json, write_state, write_tensors
+from ..runs import write_json, write_state, write_tensors
 from ..settings import UserError
 from .model import INITIAL_NORM, CrossCoder
 
@@ -199,7 +199,7 @@ def export_replication(crosscoder: CrossCoder, folder: Path, layer: int) -> None
     cfg |= {"enc_dtype": "fp32", "dec_init_norm": INITIAL_NORM, "site": "resid_post"}
     cfg["hook_point"] = f"blocks.{int(layer)}.hook_resid_post"
     state = {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
-    write_state(made_folder(Path(folder)) / "cc_weights.pt", state)
+    write_state(Path(folder) / "cc_weights.pt", state)
     write_json(Path(folder) / "cfg.json", cfg)
     scales = dict(zip(crosscoder.names, crosscoder.scales.tolist()))
     _write_origin(crosscoder, folder, REPLICATION, layer, scales=scales)
@@ -242,7 +242,7 @@ def export_dictionary_learning(crosscoder: CrossCoder, folder: Path, layer: int)
         state["threshold"] = crosscoder.threshold.float().clone()
         state["k"] = torch.tensor(crosscoder.k, dtype=torch.int32)
         config["k"] = crosscoder.k
-    write_tensors(made_folder(Path(folder)) / "model.safetensors", state)
+    write_tensors(Path(folder) / "model.safetensors", state)
     write_json(Path(folder) / "config.json", config)
     _write_origin(crosscoder, folder, DICTIONARY_LEARNING, layer)
 
@@ -360,9 +360,6 @@ def _json(file: Path) -> dict:
     return content
 
 
-# --- what the file does not say -----------------------------------------------------------------------------
-
-
 def _order(given, stated, n_models: int, file: Path, config: Mapping) -> tuple[str, ...]:
     if given is not None and stated is not None and list(given) != list(stated):
         raise UserError(
@@ -412,9 +409,6 @@ def _layers(given, stated, order: Sequence[str], file: Path) -> dict[str, int]:
             " layer whose output it reads"
         )
     return given or stated
-
-
-# --- thresholds and normalisation ---------------------------------------------------------------------------
 
 
 def _threshold(state: Mapping[str, Tensor], file: Path) -> float:

@@ -51,7 +51,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..runs import made_folder, write_json, write_tensors
+from ..runs import write_json, write_tensors
 from ..settings import UserError, check, integer
 from .sparse import (
     PreActivations,
@@ -252,12 +252,10 @@ class CrossCoder(nn.Module):
             )
         return functional.cosine_similarity(self.rows(a), self.rows(b), dim=-1)
 
-    # --- files ----------------------------------------------------------------------------------------------
-
     def save(self, folder: Path) -> None:
         """Write crosscoder.safetensors and config.json."""
         names = ("widths", "n_features", "names", "variant", "k", *["dedicated"] * bool(self.dedicated))
-        write_tensors(made_folder(Path(folder)) / "crosscoder.safetensors", self.state_dict())
+        write_tensors(Path(folder) / "crosscoder.safetensors", self.state_dict())
         write_json(Path(folder) / "config.json", {name: getattr(self, name) for name in names})
 
     @classmethod

@@ -47,9 +47,6 @@ NAMED, FACTOR = 0.9, 0.5
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w./-]+)?")
 
 
-# --- opening ------------------------------------------------------------------------------------------------
-
-
 def open_for_run(
     run: Run, store: Store, source: str = "", facts: Mapping | None = None
 ) -> tuple[CrossCoder, str]:

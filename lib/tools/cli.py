@@ -96,9 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-# --- notebooks ----------------------------------------------------------------------------------------------
-
-
 @app.command()
 def figures(
     pair: Pair = "tiny",
@@ -178,9 +175,6 @@ def publish():
     pages.publish()
 
 
-# --- models and text ----------------------------------------------------------------------------------------
-
-
 @app.command()
 def distil(
     out: PairFolder,
@@ -240,9 +234,6 @@ def agreement(
     if rows.attrs:
         print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in rows.attrs.items()))
     print(shown(rows))
-
-
-# --- activations and the crosscoder -------------------------------------------------------------------------
 
 
 @app.command()

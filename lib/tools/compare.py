@@ -94,9 +94,6 @@ def cells_that_differ(before: str, after: str) -> list[str]:
     return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
 
 
-# --- against the last commit --------------------------------------------------------------------------------
-
-
 def _git(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 

@@ -162,7 +162,6 @@ def execute(
             f"{source.name} was edited while it ran, so it was left as it is\n  the executed notebook:"
             f" {path_shown(failed)}"
         )
-    made_folder(target.parent)
     write_text(target, text)
     failed.unlink(missing_ok=True)
 
@@ -176,7 +175,6 @@ def prepared(notebook: Path, target: Path, given: dict) -> Path:
             cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    made_folder(target.parent)
     return write_text(target, nbformat.writes(copy) + "\n")
 
 

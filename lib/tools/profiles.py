@@ -11,20 +11,19 @@ from ..settings import UserError, read_yaml
 
 def checked(notebook: str, defaults: dict, given: dict) -> dict:
     """``given`` with values of the types of their defaults; UserError for an unknown name or another type."""
-    return {name: _typed(notebook, name, value, defaults) for name, value in given.items()}
+    if unknown := [name for name in given if name not in defaults]:
+        raise UserError(f"{notebook} has no parameter {unknown[0]!r}: it has {', '.join(sorted(defaults))}")
+    return {name: _typed(notebook, name, value, defaults[name]) for name, value in given.items()}
 
 
-def _typed(notebook: str, name: str, value, defaults: dict):
-    if name not in defaults:
-        raise UserError(f"{notebook} has no parameter {name!r}: it has {', '.join(sorted(defaults))}")
-    default = defaults[name]
+def _typed(notebook: str, name: str, value, default):
     if isinstance(default, float) and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):  # YAML reads 1e-3 as text
             return float(value)
     same = default is None or type(value) is type(default)
     if same and isinstance(default, (list, tuple)) and default:
-        kinds = tuple({type(entry) for entry in default} | ({int} if float in map(type, default) else set()))
-        same = all(type(entry) in kinds for entry in value)
+        kinds = set(map(type, default))
+        same = all(type(entry) in kinds | ({int} if float in kinds else set()) for entry in value)
     if not same:
         raise UserError(
             f"{name} of {notebook} is {value!r}: it must be of type {type(default).__name__}, like its"

@@ -226,14 +226,12 @@ def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
     if out.exists() and any(out.iterdir()) and not (out / "report.css").is_file():
         raise UserError(f"{out} is not empty and not a report: choose another folder with --out")
     shutil.rmtree(out, ignore_errors=True)
-    out = made_folder(out)
     write_text(out / "report.css", (TEMPLATES / "report.css").read_text() + _code_colours())
-    write_text(made_folder(out / "figures") / "plotly.min.js", get_plotlyjs())
+    write_text(out / "figures" / "plotly.min.js", get_plotlyjs())
     for name, file in figures.items():
         text = file.read_text(encoding="utf-8").replace('src="plotly.min.js"', 'src="../plotly.min.js"')
         titled = text.replace("<head>", f"<head><title>{html.escape(file.stem)}</title>", 1)
-        place = out / "figures" / f"{name}.html"
-        write_text(made_folder(place.parent) / place.name, titled)
+        write_text(out / "figures" / f"{name}.html", titled)
     docs = [name for name in DOCS if (root / "docs" / f"{name}.md").is_file()]
     places = {"README.md": "index.html"}  # file of the repository -> file of the report
     places |= {f"notebooks/{n.name}": f"notebooks/{n.stem}.html" for n in notebooks}
@@ -260,7 +258,7 @@ def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
             up = "../" * (len(Path(target).parts) - 1)
             page = render("page.html.j2", root, title=title, up=up, links=links, body=body)
             page = _LINK.sub(functools.partial(_link, source, up, places, out), page)
-            write_text(made_folder((out / target).parent) / Path(target).name, page)
+            write_text(out / target, page)
             progress.update(written)
     return len(pages_of)
 
