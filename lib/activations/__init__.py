@@ -6,7 +6,7 @@ Start with harvest.py, then store.py.
     store.py      the activations on disk, opened and checked; rows, labels, batches
     shuffle.py    batches in random order out of a store larger than memory
     stream.py     the same batches without a disk: the models run while a crosscoder trains
-    positions.py  where in a text a token stands: sentence ends, phases, events
+    positions.py  where in a text a token stands: sentence ends, phases
     survey.py     a first look: counts, norms, how alike the models are (notebook 01)
 """
 

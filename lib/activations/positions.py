@@ -1,4 +1,4 @@
-"""Where in a text a token stands: sentence ends, categories, phases of a trace, events."""
+"""Where in a text a token stands: sentence ends, categories, phases of a trace."""
 
 from __future__ import annotations
 
@@ -11,13 +11,6 @@ from ..settings import check
 from .store import Store
 
 PHASES = ("general", "prompt", "thinking", "answer")
-EVENTS = {  # the first token after a boundary between two sentences of a trace, by what stands on either side
-    "before a reflection": lambda last, error, following: following == LABELS.index("reflection"),
-    "after a reflection": lambda last, error, following: last == LABELS.index("reflection"),
-    "after an error": lambda last, error, following: error,
-    "after a right step": lambda last, error, following: (last == LABELS.index("deduction")) & ~error,
-    "after a failed comparison": lambda last, error, following: last == LABELS.index("contrast"),
-}
 
 
 def positions(store: Store, rows: np.ndarray, place: str) -> tuple[np.ndarray, np.ndarray]:
@@ -101,14 +94,3 @@ def groups_of(store: Store, rows: np.ndarray, grouping: str) -> dict[str, np.nda
     names = groupings[check("grouping", grouping, str, choices=tuple(groupings))]
     index = phase_of(store, rows) if grouping == "phase" else store.labels["label"][rows]
     return {name: index == i for i, name in enumerate(names) if (index == i).any()}
-
-
-def event_rows(store: Store, rows: np.ndarray, event: str) -> np.ndarray:
-    """Among ``rows``: first tokens after those sentence boundaries of traces that are this event (EVENTS)."""
-    check("event", event, str, choices=tuple(EVENTS))
-    rows = np.asarray(rows, dtype=np.int64)
-    first = rows[(store.labels["starts"][rows] == 1) & (store.labels["kind"][rows] == 1) & (rows > 0)]
-    same = store.documents[first] == store.documents[first - 1]
-    first = first[same & (store.labels["ends"][first - 1] == 1)]
-    label, error = store.labels["label"], store.labels["error"]
-    return first[EVENTS[event](label[first - 1], error[first - 1] == 1, label[first])]

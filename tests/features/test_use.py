@@ -1,5 +1,5 @@
-"""Use of features: readings, changes and their intervals by hand and in loops, planted changes, phases and
-events against the words.
+"""Use of features: readings, changes and their intervals by hand and in loops, planted changes, phases
+against the words.
 """
 
 import numpy as np
@@ -225,27 +225,3 @@ def test_in_real_text_the_tags_of_the_thought_tell_the_phase():
     ]
     assert positions.phase_of(Real, np.arange(23)).tolist() == sum(expected, [])
     assert positions.phase_of(Real, np.array([3, 9, 21])).tolist() == [thinking, thinking, general]
-
-
-def test_events_against_the_words(toy, words):
-    store, rows = toy[0], np.flatnonzero(toy[0].kept)
-    reflections = [
-        r
-        for r in rows
-        if store.labels["kind"][r] == 1
-        and words[r - 1] == "."
-        and (words[r] in ("wait", "hold", "hmm") or words[r] == "that" and words[r + 1] == "should")
-    ]
-    assert (
-        len(reflections) > 5
-        and positions.event_rows(store, rows, "before a reflection").tolist() == reflections
-    )
-    assert positions.event_rows(store, rows, "after an error").tolist() == reflections, (
-        "the teacher mends every error"
-    )
-    failed = positions.event_rows(store, rows, "after a failed comparison")
-    assert len(failed) > 5 and set(words[failed]) <= {"instead", "alternatively", "perhaps", "next"}
-    right = positions.event_rows(store, rows, "after a right step")
-    assert len(right) > 5 and not set(right) & set(reflections)
-    with pytest.raises(UserError, match="event is 'tea'"):
-        positions.event_rows(store, rows, "tea")
