@@ -165,7 +165,13 @@ def main() -> None:
 
     def together(temperature: float = 1.0):
         return steered(
-            model, layer, [t for _, t in rows], torch.stack([v for v, _ in rows]), LIMIT, temperature, SEED
+            model,
+            layer,
+            [t for _, t in rows],
+            torch.stack([v for v, _ in rows]),
+            LIMIT,
+            temperature=temperature,
+            seed=SEED,
         )
 
     def keep(way, key):

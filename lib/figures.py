@@ -104,6 +104,23 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) 
     _display(fig, picture and to_png(fig, scale=_small(fig)))
 
 
+def error_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "") -> dict:
+    """Error bars of a trace, from columns ``low`` and ``high`` (default: ``value``_low, ``value``_high)."""
+    low, high = table[low or f"{value}_low"], table[high or f"{value}_high"]
+    return dict(array=(high - table[value]).to_numpy(), arrayminus=(table[value] - low).to_numpy())
+
+
+def express_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "") -> dict:
+    """``error_bars`` as the functions of plotly.express take them."""
+    bars = error_bars(table, value, low, high)
+    return dict(error_y=bars["array"], error_y_minus=bars["arrayminus"])
+
+
+def plain_titles(fig: go.Figure, before: str = "") -> go.Figure:
+    """Panels of plotly.express titled "reflection", not "category=reflection"; ``before`` goes first."""
+    return fig.for_each_annotation(lambda a: a.update(text=before + a.text.split("=")[-1]))
+
+
 def _same_numbers(file: Path, text: str) -> bool:
     """Is the table in ``file`` that of ``text``, but for what another processor's rounding may change, and
     nobody sees: a thousandth of the largest number of a column?

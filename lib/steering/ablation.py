@@ -12,12 +12,10 @@ stream. What is measured is the logit, and the log-probability, of the first tok
 category, at the position before it, in documents that were used neither for training nor for choosing.
 
 The experiment is partly circular: with NRN > 0.5 the vector removed from the distilled model is the longer
-one *by construction*, and removing more does more. Hence three controls, measured at the same positions:
-
-- ``matched``: as many features of the same firing frequency whose NRN is near 0.5;
-- ``random``: at each position a random direction of exactly the norm that the features' removal takes away
-  there;
-- the effect per unit of removed norm (unit: the model's mean residual norm).
+one *by construction*, and removing more does more. Hence three controls at the same positions: ``matched``,
+as many features of the same firing frequency whose NRN is near 0.5; ``random``, a random direction of exactly
+the norm that the features' removal takes away there; and the effect per unit of removed norm (unit: the
+model's mean residual norm).
 
 Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on faithfulness; the controls are ours.
 """
@@ -33,6 +31,7 @@ import torch
 from nnsight import TransformersModel
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from ..activations.store import SPLITS, Store
 from ..crosscoder.model import CrossCoder, check_feature
@@ -66,10 +65,8 @@ def frequent_features(
     whatever their NRN: with few of them (0.5% of 400 is 2) the result may well be empty.
     """
     check("k", k, float, low=0.0, high=100.0)
-    alive = table[table["alive"].astype(bool)]
-    top = alive.sort_values([frequency, "feature"], ascending=[False, True]).head(
-        int(np.ceil(len(alive) * k / 100))
-    )
+    alive = table[table["alive"].astype(bool)].sort_values([frequency, "feature"], ascending=[False, True])
+    top = alive.head(int(np.ceil(len(alive) * k / 100)))
     return np.sort(top.loc[top["nrn"] > nrn_over, "feature"].to_numpy(int))
 
 
@@ -77,27 +74,20 @@ def matched_features(
     table: pd.DataFrame, removed: Sequence[int], width: float = 0.1, frequency: str = "frequency"
 ) -> np.ndarray:
     """For each removed feature another one of the nearest firing frequency (on a log scale), with |NRN - 0.5|
-    <= ``width``.
-
-    Without replacement, the most frequent first, never one of ``removed``. UserError if there are too few.
-    """
-    pool = table[
-        table["alive"].astype(bool)
-        & ((table["nrn"] - 0.5).abs() <= width)
-        & ~table["feature"].isin(list(removed))
-    ]
+    <= ``width``, without replacement, the most frequent first. UserError if there are too few."""
+    near = table["alive"].astype(bool) & ((table["nrn"] - 0.5).abs() <= width)
+    pool = table[near & ~table["feature"].isin(list(removed))]
     if len(pool) < len(removed):
         raise UserError(
             f"{len(removed)} features are removed but only {len(pool)} others have an NRN within {width} of"
             " 0.5: widen match_width, or take smaller k"
         )
     log = np.log(table.set_index("feature")[frequency].clip(lower=1e-9))
-    free = {int(f): log[f] for f in pool["feature"]}
+    free = log[sorted(pool["feature"])]
     chosen = []
     for feature in sorted(removed, key=lambda f: -log[f]):
-        nearest = min(free, key=lambda f: (abs(free[f] - log[feature]), f))
-        chosen.append(nearest)
-        del free[nearest]
+        chosen.append((free - log[feature]).abs().idxmin())
+        free = free.drop(chosen[-1])
     return np.sort(np.array(chosen, dtype=int))
 
 
@@ -108,17 +98,14 @@ def plan(
     match_width: float = 0.1,
     frequency: str = "frequency",
 ) -> list[Removal]:
-    """The removals of the experiment: for each k the frequent features with high NRN, and their matched
-    controls.
-    """
+    """For each k of ``shares`` the frequent features with high NRN, and their matched controls."""
     check("k", list(shares), list, low=0.0, high=100.0)
     removals = []
     for k in sorted(shares):
         features = frequent_features(table, k, nrn_over, frequency)
+        matched = matched_features(table, features, match_width, frequency)
         removals.append(Removal(k, "features", tuple(features.tolist())))
-        removals.append(
-            Removal(k, "matched", tuple(matched_features(table, features, match_width, frequency).tolist()))
-        )
+        removals.append(Removal(k, "matched", tuple(matched.tolist())))
     return removals
 
 
@@ -133,15 +120,13 @@ def sample_targets(
     """
     check("n", n, int, low=1)
     check("split", split, str, choices=SPLITS)
-    label, starts = store.labels["label"], store.labels["starts"]
-    after = (
-        np.flatnonzero((starts[1:] == 1) & (store.documents[1:] == store.documents[:-1]) & store.kept[:-1])
-        + 1
-    )
+    label, starts = store.labels["label"], store.labels["starts"] == 1
+    first = starts[1:] & (store.documents[1:] == store.documents[:-1]) & store.kept[:-1]
+    after = np.flatnonzero(first) + 1
     after = after[store.split[after] == SPLITS.index(split)]
     documents = np.random.default_rng(seed).permutation(np.unique(store.documents[after]))
     order = pd.Series(np.arange(len(documents)), index=documents)
-    found = []
+    frames = []
     for category in categories:
         rows = after[label[after] == LABELS.index(category)]
         if len(rows) == 0:
@@ -150,17 +135,9 @@ def sample_targets(
                 " must carry labels"
             )
         rows = rows[np.argsort(order[store.documents[rows]].to_numpy(), kind="stable")][:n]
-        found.append(
-            pd.DataFrame(
-                {
-                    "category": category,
-                    "document": store.documents[rows],
-                    "row": rows - 1,
-                    "token": store.tokens[rows],
-                }
-            )
-        )
-    return pd.concat(found, ignore_index=True)
+        columns = {"document": store.documents[rows], "row": rows - 1, "token": store.tokens[rows]}
+        frames.append(pd.DataFrame({"category": category, **columns}))
+    return pd.concat(frames, ignore_index=True)
 
 
 # --- the intervention ---------------------------------------------------------------------------------------
@@ -168,10 +145,7 @@ def sample_targets(
 
 def removed_vectors(crosscoder: CrossCoder, codes: Tensor, numbers: Sequence[int]) -> list[Tensor]:
     """What the features write: sum_i f_i d_i^m for each model, [tokens, d_m], in units of its residual
-    stream.
-
-    ``codes`` [tokens, F]. UserError for a feature that the crosscoder does not have.
-    """
+    stream; ``codes`` [tokens, F]. UserError for a feature that the crosscoder does not have."""
     chosen = [check_feature(crosscoder, f) for f in numbers]
     return [codes[:, chosen] @ crosscoder.rows(name, raw=True)[chosen].to(codes) for name in crosscoder.names]
 
@@ -185,15 +159,15 @@ def logits_at(
     at: tuple[Tensor, Tensor],
     removed: Tensor | None = None,
     remote: bool | str = False,
-    of: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> Tensor:
     """Next-token logits [targets, vocabulary] at the positions ``at`` (rows, columns) of a padded batch.
 
     ``tokens`` and ``mask`` [batch, length], padded on either side; ``removed`` [batch, length, d] is
     subtracted from the output of decoder layer ``layer``. The vocabulary is only unembedded where it is asked
-    for: at 150,000 tokens the logits of a whole batch would not fit. With ``of`` [targets], ids of tokens:
-    [targets, 2], the logit and the log-probability of these alone, which is all that then comes back from
-    where the model runs (``remote``: as nnsight has it).
+    for: at 150,000 tokens the logits of a whole batch would not fit. With ``targets`` [targets], ids of
+    tokens: [targets, 2], the logit and the log-probability of these alone, which is all that then comes back
+    from where the model runs (``remote``: as nnsight has it).
     """
     rows, columns = at
     with model.trace({"input_ids": tokens, "attention_mask": mask}, remote=remote) as tracer:
@@ -201,13 +175,11 @@ def logits_at(
             h = model.model.layers[layer].output
             h[:] = h - removed.to(h.device)
         # in float32: bfloat16 would round logits to a sixteenth
-        hidden = model.model.norm.output[rows, columns].float()
-        bias = model.lm_head.bias
-        found = functional.linear(
-            hidden, model.lm_head.weight.float(), None if bias is None else bias.float()
-        )
-        if of is not None:
-            token = of.to(found.device)[:, None]
+        hidden, bias = model.model.norm.output[rows, columns].float(), model.lm_head.bias
+        bias = None if bias is None else bias.float()
+        found = functional.linear(hidden, model.lm_head.weight.float(), bias)
+        if targets is not None:
+            token = targets.to(found.device)[:, None]
             found = torch.cat([found.gather(1, token), found.log_softmax(-1).gather(1, token)], dim=1)
         found = found.save()
         tracer.stop()
@@ -240,73 +212,57 @@ def measure(
     residual norm. ``random`` is the mean over ``random_draws`` draws, with the norms of the ``features``
     removal of the same k.
     """
-    layers, records = store.layers, []
-    generator = torch.Generator().manual_seed(seed)
+    records, generator = [], torch.Generator().manual_seed(seed)
+
+    def scores(name: str, batch: Batch, removed: Tensor | None = None) -> np.ndarray:
+        """Logit and log-probability of the true next tokens, [targets, 2]."""
+        token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
+        where = (models[name], store.layers[name], batch.tokens, batch.mask, batch.at)
+        found = logits_at(*where, None if removed is None else batch.scatter(removed), remote, token)
+        if not torch.isfinite(found).all():
+            raise UserError("a logit is not finite: the model or the crosscoder is damaged")
+        return found.double().numpy()
+
     with Progress("ablation, documents", targets["document"].nunique()) as progress:
         for batch in batches(store, targets, batch_size):
             acts = dict(zip(store.models, store.activations(batch.kept_rows)))
             with torch.no_grad():
                 codes = crosscoder.encode([acts[name] for name in crosscoder.names])
-            intact = {
-                name: _scores(models[name], layers[name], batch, None, remote) for name in crosscoder.names
-            }
+            intact = {name: scores(name, batch) for name in crosscoder.names}
             for removal in removals:
                 kinds = ("features", "random") if removal.kind == "features" else (removal.kind,)
-                for name, vectors in zip(
-                    crosscoder.names, removed_vectors(crosscoder, codes, removal.features)
-                ):
+                by_model = zip(crosscoder.names, removed_vectors(crosscoder, codes, removal.features))
+                for name, vectors in by_model:
                     norm = batch.visible_mean(vectors.norm(dim=-1)) / store.mean_norms[name]
                     for kind in kinds:
-                        draws = (
-                            [random_like(vectors, generator) for _ in range(random_draws)]
-                            if kind == "random"
-                            else [vectors]
-                        )
-                        change = np.zeros_like(intact[name])
+                        draws, change = [vectors], np.zeros_like(intact[name])
+                        if kind == "random":
+                            draws = [random_like(vectors, generator) for _ in range(random_draws)]
                         if removal.features:
-                            change = (
-                                np.mean(
-                                    [_scores(models[name], layers[name], batch, d, remote) for d in draws],
-                                    axis=0,
-                                )
-                                - intact[name]
-                            )
+                            change = np.mean([scores(name, batch, d) for d in draws], axis=0) - intact[name]
                         records.append(
                             batch.targets[["category", "document", "row"]].assign(
-                                model=name,
-                                k=removal.k,
-                                removed=kind,
-                                logit=change[:, 0],
-                                log_probability=change[:, 1],
-                                norm=norm,
+                                model=name, k=removal.k, removed=kind, logit=change[:, 0],
+                                log_probability=change[:, 1], norm=norm,
                             )
-                        )
+                        )  # fmt: skip
             progress.update(progress.done + len(batch.mask))
     return pd.concat(records, ignore_index=True)
 
 
 def removal_table(table: pd.DataFrame, removals: Sequence[Removal]) -> pd.DataFrame:
     """One row per removal: how many features, their mean frequency (split "choose") and NRN."""
-    by_feature = table.set_index("feature")
-    return pd.DataFrame(
-        [
-            {
-                "k (%)": r.k,
-                "removed": r.kind,
-                "features": len(r.features),
-                "mean firing frequency": by_feature.loc[list(r.features), "frequency_choose"].mean(),
-                "mean NRN": by_feature.loc[list(r.features), "nrn"].mean(),
-            }
-            for r in removals
-        ]
-    ).round(3)
+    columns = table.set_index("feature")[["frequency_choose", "nrn"]]
+    means = pd.DataFrame([columns.loc[list(r.features)].mean() for r in removals])
+    means.columns = ["mean firing frequency", "mean NRN"]
+    first = [{"k (%)": r.k, "removed": r.kind, "features": len(r.features)} for r in removals]
+    return pd.concat([pd.DataFrame(first), means], axis=1).round(3)
 
 
 @dataclass
 class Batch:
     """Whole documents, padded on the right. ``kept_at``: (rows, columns) of the kept tokens, in the order of
-    ``kept_rows``.
-    """
+    ``kept_rows``; ``at``: of the targets."""
 
     tokens: Tensor
     mask: Tensor
@@ -330,40 +286,24 @@ class Batch:
 
 def batches(store: Store, targets: pd.DataFrame, batch_size: int) -> Iterator[Batch]:
     """The documents of ``targets`` (columns document and row, at least), those of like length together."""
-    documents = np.unique(targets["document"])
     edges = np.flatnonzero(np.diff(store.documents)) + 1  # the tokens of a document are consecutive rows
-    starts, ends = np.concatenate([[0], edges]), np.concatenate([edges, [len(store.documents)]])
-    bounds = {int(store.documents[s]): (int(s), int(e)) for s, e in zip(starts, ends)}
-    documents = sorted(documents.tolist(), key=lambda d: bounds[d][1] - bounds[d][0])
+    starts, ends = [0, *edges.tolist()], [*edges.tolist(), len(store.documents)]
+    rows_of = {int(store.documents[start]): range(start, end) for start, end in zip(starts, ends)}
+    documents = sorted(np.unique(targets["document"]).tolist(), key=lambda d: len(rows_of[d]))
     for i in range(0, len(documents), batch_size):
-        chosen = [(d, *bounds[d]) for d in documents[i : i + batch_size]]
-        length = max(end - start for _, start, end in chosen)
-        tokens, mask = (
-            torch.zeros(len(chosen), length, dtype=torch.long),
-            torch.zeros(len(chosen), length, dtype=torch.long),
-        )
-        row_of, kept = {}, []
-        for b, (document, start, end) in enumerate(chosen):
-            tokens[b, : end - start] = torch.from_numpy(np.asarray(store.tokens[start:end], dtype=np.int64))
-            mask[b, : end - start] = 1
-            row_of[document] = (b, start)
-            kept.extend((r, b, r - start) for r in range(start, end) if store.kept[r])
-        kept_rows, kept_b, kept_t = (np.array(column) for column in zip(*kept))
-        mine = targets[targets["document"].isin(list(row_of))]
-        at = torch.tensor([(row_of[d][0], r - row_of[d][1]) for d, r in zip(mine["document"], mine["row"])]).T
-        yield Batch(tokens, mask, kept_rows, (kept_b, kept_t), mine, (at[0], at[1]))
-
-
-def _scores(
-    model: TransformersModel, layer: int, batch: Batch, removed: Tensor | None, remote: bool | str
-) -> np.ndarray:
-    """Logit and log-probability of the true next tokens, [targets, 2]."""
-    token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
-    removed = None if removed is None else batch.scatter(removed)
-    scores = logits_at(model, layer, batch.tokens, batch.mask, batch.at, removed, remote, token)
-    if not torch.isfinite(scores).all():
-        raise UserError("a logit is not finite: the model or the crosscoder is damaged")
-    return scores.double().numpy()
+        chosen = documents[i : i + batch_size]
+        texts = [
+            torch.from_numpy(np.asarray(store.tokens[rows_of[d].start : rows_of[d].stop], dtype=np.int64))
+            for d in chosen
+        ]
+        tokens = pad_sequence(texts, batch_first=True)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        rows = np.concatenate([rows_of[d] for d in chosen])
+        places, kept = mask.nonzero(), np.asarray(store.kept[rows], dtype=bool)  # both in the order of rows
+        kept_at = tuple(places[torch.from_numpy(kept)].T.numpy())
+        some = targets[targets["document"].isin(chosen)]
+        at = places[pd.Series(np.arange(len(rows)), index=rows)[some["row"]].tolist()].T
+        yield Batch(tokens, mask, rows[kept], kept_at, some, (at[0], at[1]))
 
 
 # --- summary ------------------------------------------------------------------------------------------------
@@ -378,28 +318,18 @@ def summarise(effects: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Da
     ``_low`` and ``_high``; n and documents.
     """
     rng, rows = np.random.default_rng(seed), []
-    values = ("logit", "log_probability", "norm")
-    for keys, group in effects.groupby(["category", "model", "k", "removed"], sort=False):
-        sums = (
-            group.groupby("document")[list(values)]
-            .sum()
-            .assign(n=group.groupby("document").size())
-            .to_numpy()
-        )
-        # whole documents are drawn
-        weights = group_weights(len(sums), n_boot, rng)
-        row = dict(zip(("category", "model", "k", "removed"), keys))
-        for name, figures in (("", sums.sum(0)[None]), ("boot", weights @ sums)):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                per_norm = np.where(figures[:, 2] > 0, figures[:, 0] / figures[:, 2], np.nan)
-            columns = dict(
-                zip((*values, "per_norm"), (*(figures[:, i] / figures[:, 3] for i in range(3)), per_norm))
-            )
-            for column, drawn in columns.items():
-                if not name:
-                    row[column] = float(drawn[0])
-                else:
-                    row[f"{column}_low"], row[f"{column}_high"] = interval(drawn)
+    keys, values = ["category", "model", "k", "removed"], ["logit", "log_probability", "norm"]
+    for key, group in effects.groupby(keys, sort=False):
+        by_document = group.groupby("document")[values]
+        sums = by_document.sum().assign(n=by_document.size()).to_numpy()
+        resampled = group_weights(len(sums), n_boot, rng) @ sums  # whole documents are drawn
+        drawn = np.concatenate([sums.sum(0)[None], resampled])
+        columns = {name: drawn[:, i] / drawn[:, 3] for i, name in enumerate(values)}
+        nothing = np.full(len(drawn), np.nan)
+        columns["per_norm"] = np.divide(drawn[:, 0], drawn[:, 2], out=nothing, where=drawn[:, 2] > 0)
+        row = dict(zip(keys, key)) | {name: float(draws[0]) for name, draws in columns.items()}
+        for name, draws in columns.items():
+            row[f"{name}_low"], row[f"{name}_high"] = interval(draws[1:])
         rows.append({**row, "n": len(group), "documents": len(sums)})
     return pd.DataFrame(rows)
 
@@ -418,25 +348,11 @@ def difference(
     ``a`` and ``b``: (model, removed). One row per category: difference, low, high, n. An interval below 0
     says that the removal a costs more than the removal b.
     """
-    where = ["category", "document", "row"]
-    cells = {
-        key: group.set_index(where)[value]
-        for key, group in effects[effects["k"] == k].groupby(["model", "removed"])
-    }
-    mine, other = cells[a], cells[b]
-    change = (mine - other).rename("change").reset_index()
-    rows = [
-        {
-            "category": category,
-            "difference": group["change"].mean(),
-            "n": len(group),
-            **dict(
-                zip(
-                    ("low", "high"),
-                    bootstrap(group["change"], groups=group["document"], n_boot=n_boot, seed=seed),
-                )
-            ),
-        }
-        for category, group in change.groupby("category", sort=False)
-    ]
-    return pd.DataFrame(rows)[["category", "difference", "low", "high", "n"]]
+    by_kind = effects[effects["k"] == k].groupby(["model", "removed"])
+    one, other = (by_kind.get_group(key).set_index(["category", "document", "row"])[value] for key in (a, b))
+    rows = []
+    for category, group in (one - other).groupby("category", sort=False):
+        documents = group.index.get_level_values("document")
+        low, high = bootstrap(group, groups=documents, n_boot=n_boot, seed=seed)
+        rows.append((category, group.mean(), low, high, len(group)))
+    return pd.DataFrame(rows, columns=["category", "difference", "low", "high", "n"])

@@ -39,10 +39,7 @@ class RunArtefacts:
         """The models: layer that is read, width, mean residual norm (the unit of strengths)."""
         store = self.store
         columns = {"layer read": store.layers, "width": store.widths, "mean residual norm": store.mean_norms}
-        table = pd.DataFrame(
-            {c: {name: values[name] for name in self.crosscoder.names} for c, values in columns.items()}
-        )
-        return table.round(2).rename_axis("model")
+        return pd.DataFrame(columns).loc[list(self.crosscoder.names)].round(2).rename_axis("model")
 
     def words(self, rows: slice) -> str:
         """The tokens of some rows of the store, as text."""
@@ -57,31 +54,21 @@ class RunArtefacts:
     ) -> tuple[pd.DataFrame, str]:
         """(``ablation.measure`` on these models, kept in the run's folder; the fingerprint of what decides
         it)."""
-        what = fingerprint(
-            self.store.fingerprint, self.fingerprint, removals, targets.to_dict("list"), random_draws, seed
-        )
+        decided_by = (removals, targets.to_dict("list"), random_draws, seed)
+        key = fingerprint(self.store.fingerprint, self.fingerprint, *decided_by)
 
         def compute() -> pd.DataFrame:
-            return ablation.measure(
-                self.store, self.crosscoder, self.models, targets, removals, random_draws, seed,
-                remote=self.pair.remote,
-            )  # fmt: skip
+            opened, how = (self.store, self.crosscoder, self.models), {"remote": self.pair.remote}
+            return ablation.measure(*opened, targets, removals, random_draws, seed, **how)
 
-        return kept_table(self.run.path("steering") / "ablation", what, compute, "effects"), what
+        return kept_table(self.run.path("steering") / "ablation", key, compute, "effects"), key
 
     def steering(self, max_new_tokens: int = 250, temperature: float = 1.0, seed: int = 0) -> steer.Steering:
         """The distilled model under steering; its transcripts are kept in the run's folder."""
-        return steer.Steering(
-            self.models["distilled"],
-            self.store.layers["distilled"],
-            self.run.path("steering"),
-            self.pair.fingerprint("distilled"),
-            max_new_tokens,
-            temperature,
-            seed,
-            medium=self.medium,
-            remote=self.pair.remote,
-        )
+        model, layer = self.models["distilled"], self.store.layers["distilled"]
+        kept = (self.run.path("steering"), self.pair.fingerprint("distilled"))
+        how = {"medium": self.medium, "remote": self.pair.remote}
+        return steer.Steering(model, layer, *kept, max_new_tokens, temperature, seed, **how)
 
 
 def open_run(run: Run, source: str = "", facts: Mapping | None = None) -> RunArtefacts:

@@ -9,24 +9,18 @@ the crosscoder reads::
     impose    h  ->  h + sum_i (g_i - 1) f_i^own d_i       g_i: the other model's mean use over the writer's
     place     h  ->  h + ... at full stops                 more of category c: does it come where it belongs?
 
-with the writer's decoder; ``ablate`` while thinking, ``swap`` and ``impose`` everywhere. Each has controls:
-as many features of like frequency (``matched``), random directions of the norm that is changed at each
-position, the mean-difference vector with that norm, a constant added to the logits of a category's first
-words, gains dealt out to other features. Sets, gains, vectors and strengths come from the split "choose" and
-validation puzzles; what is reported is from test puzzles.
+with the writer's decoder; ``ablate`` while thinking, ``swap`` and ``impose`` everywhere. Sets, gains, vectors
+and strengths come from the split "choose" and validation puzzles; what is reported is from test puzzles.
 
 **Thinking rate** (fixed before any intervention was looked at): given the question alone, without "think :"
 or "answer :", the share of puzzles on which the model opens with "think :" *and* takes at least one step of
-calculation (``opens``: the first half alone). **Share of the gap**: (rate under the intervention - writer's
-rate) / (other model's rate - writer's rate), both untouched. A model that is merely broken thinks less too:
-so ``answers``, the share that opens with "answer :" as the base does, is reported beside it.
+calculation (``opens``: the first half alone). A model that is merely broken thinks less too: so ``answers``,
+the share that opens with "answer :" as the base does, is reported beside it.
 
 Use is encoded from each model alone (the other model at its mean), which is *not* what the crosscoder was
 trained on; ``Use.fve`` says how much of its own model such a code still explains, and ``Reconstruct("own")``
-what it costs by itself.
-
-Source: Baek & Tegmark 2025 (arXiv 2503.03730) asks for faithfulness by logits; experiments on whole thoughts
-and their controls are ours.
+what it costs by itself. Source: Baek & Tegmark 2025 (arXiv 2503.03730) asks for faithfulness by logits;
+experiments on whole thoughts and their controls are ours.
 """
 
 from __future__ import annotations
@@ -52,13 +46,15 @@ from ..runs import fingerprint
 from ..settings import UserError, check
 from ..text.puzzles import Puzzle, apply, equation_of, first_words, label_of, sentences_of
 from .ablation import matched_features
-from .effects import METHODS, OTHER
+from .effects import HEAD, METHODS, OTHER
 from .generate import TranscriptFile, Treatment, kept_transcripts, transcripts
 from .interventions import AddVector, LogitBias, RandomLike, Reconstruct, Scale, Swap, Transplant
 from .outcomes import outcomes
 from .tasks import PUZZLES
 
 GAIN = 10.0  # the largest factor by which the use of a feature is changed; the smallest is 0
+BIAS = 4.0  # of logits, in ablations
+TRIED = (0.125, 0.25, 0.5, 1.0)  # strengths of adding more, of which one is chosen
 
 
 # --- what is chosen, on the split "choose" ------------------------------------------------------------------
@@ -68,16 +64,13 @@ def category_sets(
     table: pd.DataFrame, n: int = 5, nrn_over: float = 0.5, categories: Sequence[str] = CATEGORIES
 ) -> dict[str, tuple[int, ...]]:
     """{category: the ``n`` features that foretell it best on the choose split}, best first, among alive ones
-    with NRN above ``nrn_over``.
-
-    Only features that foretell at all (AUROC above 0.5). UserError if a category has none.
-    """
+    with NRN above ``nrn_over`` and an AUROC above 0.5. UserError if a category has none."""
     check("n", n, int, low=1)
     usable = table[table["alive"].astype(bool) & (table["nrn"] > nrn_over)].set_index("feature")
     sets = {}
     for c in categories:
         scores = usable[f"auroc_{c}_choose"].nlargest(n)
-        sets[c] = tuple(int(f) for f in scores[scores > 0.5].index)
+        sets[c] = tuple(scores[scores > 0.5].index.astype(int).tolist())
         if not sets[c]:
             raise UserError(f"no alive feature with an NRN above {nrn_over} foretells {c}: lower nrn_over")
     return sets
@@ -86,8 +79,7 @@ def category_sets(
 @dataclass(frozen=True)
 class Use:
     """How both models use the features on the same tokens. ``table``: one row per feature; ``fve`` {model:
-    the share of its variance that features encoded from it alone explain}.
-    """
+    the share of its variance that features encoded from it alone explain}."""
 
     table: pd.DataFrame
     fve: dict[str, float]
@@ -95,26 +87,20 @@ class Use:
     def gains(self, features: Sequence[int], writer: str = "base") -> np.ndarray:
         """The other model's mean use over the writer's, from 0 to ``GAIN``; 1 where neither fires. A feature
         that the writer never uses has the largest gain, and no effect: a gain cannot create."""
-        own, other = (
-            self.table[f"use_{name}"].to_numpy()[list(features)] for name in (writer, OTHER[writer])
-        )
+        own, other = (self.table[f"use_{m}"].to_numpy()[list(features)] for m in (writer, OTHER[writer]))
         ratio = np.divide(other, own, out=np.full(len(own), GAIN), where=own > 0)
         return np.where((own == 0) & (other == 0), 1.0, np.clip(ratio, 0.0, GAIN))
 
 
 def measure_use(
-    crosscoder: CrossCoder,
-    store: Store,
-    split: str = "choose",
-    max_tokens: int | None = 40_000,
-    seed: int = 0,
+    crosscoder: CrossCoder, store: Store, split: str = "choose", max_tokens: int | None = 40_000
 ) -> Use:
     """Use on traces of a split (kept tokens of at most ``max_tokens``, whole documents).
 
     Columns feature, and for both models, as encoded from each alone, and "joint": use_<model> (mean
     activation) and frequency_<model>. UserError if the split has no traces.
     """
-    rows = sample_rows(store, split, max_tokens, seed)
+    rows = sample_rows(store, split, max_tokens, 0)
     rows = rows[store.labels["kind"][rows] == 1]
     if len(rows) == 0:
         raise UserError(f"the split {split!r} holds no traces: the corpus of this pair must carry labels")
@@ -132,14 +118,13 @@ def measure_use(
 
 
 def mean_differences(
-    store: Store, of: str = "distilled", split: str = "choose", categories: Sequence[str] = CATEGORIES
+    store: Store, model: str = "distilled", split: str = "choose", categories: Sequence[str] = CATEGORIES
 ) -> dict[str, tuple]:
-    """{category: mean activation [d] at sentence ends before c, minus that at all other sentence ends of
-    traces}.
-    """
+    """{category: mean activation [d] at sentence ends before it, minus that at all other sentence ends of
+    traces}."""
     rows = store.rows(split)
     index, following = positions(store, rows, "before")
-    acts = store.activations(rows[index])[store.models.index(of)].double()
+    acts = store.activations(rows[index])[store.models.index(model)].double()
     vectors = {}
     for c in categories:
         before = torch.from_numpy(following == LABELS.index(c))
@@ -156,11 +141,10 @@ def mean_differences(
 
 @dataclass(frozen=True)
 class Condition:
-    """A treatment with a name. ``kind`` tells features from controls, ``target`` is a category or a set of
-    features ("" if neither).
-    """
+    """A treatment with a name. ``family``: "untouched", "ablate", "swap", "impose", "place"; ``kind`` tells
+    features from controls, ``target`` is a category or a set of features ("" if neither)."""
 
-    family: str  # "untouched", "ablate", "swap", "impose", "place"
+    family: str
     kind: str
     target: str
     treatment: Treatment
@@ -186,18 +170,15 @@ def conditions(
     vectors: Mapping[str, Sequence[float]],
     unique: Sequence[int],
     reweighted: Sequence[int],
-    temperatures: Sequence[float] = (0.0, 1.0),
-    bias: float = 4.0,
     seed: int = 0,
 ) -> list[Condition]:
     """All conditions of ablation, swap and imposed use. ``sets``: of the categories; ``unique`` and
-    ``reweighted``: as nulls decide.
-    """
-    every = [
-        *ablations(table, sets, use, vectors, temperatures, bias, seed),
-        *swaps(crosscoder, table, unique, seed),
-        *impositions(table, use, unique, reweighted, seed),
-    ]
+    ``reweighted``: as nulls decide."""
+    unique, reweighted = tuple(map(int, unique)), tuple(map(int, reweighted))
+    every = ablations(table, sets, use, vectors, seed)
+    kinds = swaps(crosscoder, table, unique, seed)
+    every += _both_ways("swap", lambda writer: kinds)
+    every += _both_ways("impose", impositions(table, use, unique, reweighted, seed))
     return list(dict.fromkeys(every))
 
 
@@ -206,22 +187,19 @@ def ablations(
     sets: Mapping[str, Sequence[int]],
     use: Use,
     vectors: Mapping[str, Sequence[float]],
-    temperatures: Sequence[float] = (0.0, 1.0),
-    bias: float = 4.0,
     seed: int = 0,
 ) -> list[Condition]:
-    """In the distilled model (and, features alone, in the base) while it thinks: each category's features
-    removed, and controls.
+    """In the distilled model (and, features alone, in the base) while it thinks, greedy and at temperature 1:
+    each category's features removed, and controls.
 
     Kinds: features (zero), other decoder (f_i d_i of the other model), mean (f_i set to its mean on choose),
     matched (as many features of like frequency over all text), matched in traces (over traces alone), random,
-    mean difference (subtracted, same norm) and logit bias (``bias`` off the first words' logits at sentence
+    mean difference (subtracted, same norm) and logit bias (``BIAS`` off the first words' logits at sentence
     ends).
     """
     in_traces = table.assign(frequency_traces=use.table["frequency_joint"].to_numpy())
-    means = use.table["use_joint"].to_numpy()
-    every = []
-    for t in temperatures:
+    means, every = use.table["use_joint"].to_numpy(), []
+    for t in (0.0, 1.0):
         for writer in ("distilled", "base"):
             every.append(untouched(writer, temperature=t))
             for c, features in sets.items():
@@ -237,7 +215,7 @@ def ablations(
                         "matched in traces": Scale(tuple(as_often.tolist())),
                         "random": RandomLike(removed, seed),
                         "mean difference": AddVector(tuple(vectors[c]), -1.0, removed),
-                        "logit bias": LogitBias(first_words(c), -bias),
+                        "logit bias": LogitBias(first_words(c), -BIAS),
                     }
                 for kind, what in kinds.items():
                     place = "ends" if kind == "logit bias" else "thinking"
@@ -246,17 +224,12 @@ def ablations(
 
 
 def swaps(
-    crosscoder: CrossCoder,
-    table: pd.DataFrame,
-    unique: Sequence[int],
-    seed: int = 0,
-    temperature: float = 1.0,
-) -> list[Condition]:
-    """In both directions, from the question alone ("free") and with "think :" given. Targets: all, unique,
-    matched, and random directions of the norms of "all"; kind "joint": the joint values; "reconstruct ..."
-    and "transplant" (the other model's own activation): the stream replaced, with the error. Where the latter
-    carries nothing over, no feature can."""
-    unique, alive = tuple(map(int, unique)), table[table["alive"].astype(bool)]
+    crosscoder: CrossCoder, table: pd.DataFrame, unique: tuple[int, ...], seed: int = 0
+) -> dict[tuple[str, str], object]:
+    """{(kind, target): intervention}. Targets: all, unique, matched, and random directions of the norms of
+    "all"; kind "joint": the joint values; "reconstruct ..." and "transplant" (the other model's own
+    activation): the stream replaced, with the error. Where the latter carries nothing over, no feature can.
+    """
     kinds = {
         ("swap", "all"): Swap(),
         ("joint", "all"): Swap("joint"),
@@ -268,27 +241,22 @@ def swaps(
     if len(set(crosscoder.widths)) == 1:
         kinds |= {("transplant", "all"): Transplant(), ("swap, slots", "all"): Swap(fill="slots")}
     if unique:
+        matched = random_set(table[table["alive"].astype(bool)], unique, seed)
         kinds |= {
             ("swap", "unique"): Swap(features=unique),
             ("joint", "unique"): Swap("joint", unique),
-            ("matched", "unique"): Swap(features=random_set(alive, unique, seed)),
+            ("matched", "unique"): Swap(features=matched),
         }
-    return _both_ways("swap", lambda writer: kinds, temperature)
+    return kinds
 
 
 def impositions(
-    table: pd.DataFrame,
-    use: Use,
-    unique: Sequence[int],
-    reweighted: Sequence[int],
-    seed: int = 0,
-    temperature: float = 1.0,
-) -> list[Condition]:
-    """The other model's use imposed on the writer, in both directions: kind "gain" (own features times g_i),
-    "joint" (the joint values in place of the own), "matched": the same gains, permuted, on other features of
-    like frequency."""
-    sets = {"unique": tuple(map(int, unique)), "reweighted": tuple(map(int, reweighted))}
-    sets["both"] = tuple(dict.fromkeys((*sets["unique"], *sets["reweighted"])))
+    table: pd.DataFrame, use: Use, unique: tuple[int, ...], reweighted: tuple[int, ...], seed: int = 0
+) -> Callable[[str], dict[tuple[str, str], object]]:
+    """{(kind, target): intervention} for a writer, on whom the other model's use is imposed: kind "gain" (own
+    features times g_i), "joint" (the joint values in place of the own), "matched": the same gains, permuted,
+    on other features of like frequency."""
+    sets = {"unique": unique, "reweighted": reweighted, "both": tuple(dict.fromkeys((*unique, *reweighted)))}
     alive, rng = table[table["alive"].astype(bool)], np.random.default_rng(seed)
     matched = {name: random_set(alive, chosen, seed) for name, chosen in sets.items()}
 
@@ -304,31 +272,28 @@ def impositions(
                 every["random", name] = RandomLike(every["gain", name], seed)
         return every
 
-    return _both_ways("impose", kinds, temperature)
+    return kinds
 
 
-def _both_ways(family: str, kinds: Callable[[str], dict], temperature: float) -> list[Condition]:
+def _both_ways(family: str, kinds: Callable[[str], dict]) -> list[Condition]:
+    """With either model as writer, from the question alone ("free") and with "think :" given."""
     every = []
     for writer in ("base", "distilled"):
         for mode in ("free", "think"):
-            every.append(untouched(writer, mode, temperature))
+            every.append(untouched(writer, mode))
             for (kind, target), what in kinds(writer).items():
-                treatment = Treatment(writer, what, "everywhere", mode)
-                every.append(Condition(family, kind, target, treatment, temperature))
+                every.append(Condition(family, kind, target, Treatment(writer, what, "everywhere", mode)))
     return every
 
 
-def random_set(alive: pd.DataFrame, chosen: Sequence[int], seed: int = 0, among: int = 10) -> tuple[int, ...]:
-    """For each feature of ``chosen`` another of like firing frequency: one of the ``among`` nearest (log
-    scale) of those that are left.
-
-    Where ``chosen`` leaves too few others, its own members may be drawn too.
-    """
+def random_set(alive: pd.DataFrame, chosen: Sequence[int], seed: int = 0) -> tuple[int, ...]:
+    """For each feature of ``chosen`` another of like firing frequency: one of the ten nearest (log
+    scale) of those that are left. Where there are too few others, its own members may be drawn too."""
     log = np.log(alive.set_index("feature")["frequency_choose"].clip(lower=1e-9))
-    pool = log.drop(index=[f for f in chosen if f in log.index])
-    pool, rng, drawn = (pool if len(pool) >= len(chosen) else log).copy(), np.random.default_rng(seed), []
+    pool = log.drop(index=list(chosen), errors="ignore")
+    pool, rng, drawn = pool if len(pool) >= len(chosen) else log, np.random.default_rng(seed), []
     for feature in chosen:
-        near = (pool - log.get(feature, np.log(1e-9))).abs().nsmallest(among).index
+        near = (pool - log.get(feature, np.log(1e-9))).abs().nsmallest(10).index
         drawn.append(int(rng.choice(near)))
         pool = pool.drop(index=drawn[-1])
     return tuple(drawn)
@@ -347,28 +312,26 @@ def placements(task: Puzzle, words: Sequence[str]) -> list[tuple[str, str]]:
     """
     sentences, found = sentences_of(list(words)), []
     call, mended, value, taken = "other", None, None, 0
-
-    def onwards() -> str:
-        return (
-            "deduction" if taken < len(task.operations) else "other" if value == task.target else "contrast"
-        )
-
     for sentence, following in zip(sentences, sentences[1:]):
         label, step = label_of(sentence), equation_of(sentence)
         numbers = [int(w) for w in sentence if w.isdigit()]
         if sentence[0] in ("done", "answer"):
             break
+        stepped = (label == "deduction" or sentence[0] == "start") and step
+        corrected = label == "reflection" and numbers and value is not None
         if label == "alternative" or sentence[0] == "first":
             call, mended, value, taken = "other", None, numbers[0] if numbers else None, 0
-        elif (label == "deduction" or sentence[0] == "start") and step:
-            a, operation, value = step
-            taken += 1
-            mended = apply(operation, a) if apply(operation, a) != value else None
-            call = onwards() if mended is None else "reflection"
-        elif label == "reflection" and numbers and value is not None:
-            value = numbers[-1]
-            mended = None if value == mended else mended
-            call = onwards() if mended is None else "reflection"
+        elif stepped or corrected:
+            if stepped:
+                before, operation, value = step
+                right, taken = apply(operation, before), taken + 1
+                mended = right if right != value else None
+            else:
+                value = numbers[-1]
+                mended = None if value == mended else mended
+            complete = "other" if value == task.target else "contrast"
+            onwards = "deduction" if taken < len(task.operations) else complete
+            call = onwards if mended is None else "reflection"
         elif label == "contrast":
             call = "alternative"
         elif label != REDUNDANT:
@@ -382,52 +345,48 @@ def strengthenings(
     sets: Mapping[str, Sequence[int]],
     vectors: Mapping[str, Sequence[float]],
     norm: float,
-    strengths: Mapping[tuple[str, str], Sequence[float]] | Sequence[float] = (0.125, 0.25, 0.5, 1.0),
-    temperature: float = 1.0,
+    strengths: Mapping[tuple[str, str], Sequence[float]] | None = None,
     seed: int = 0,
 ) -> list[Condition]:
     """More of each category at sentence ends, by every one of METHODS, in the distilled model.
 
     feature: decoder row of the category's best feature; mean difference, random: a vector of the same length,
     ``strength`` x ``norm`` (mean residual norm); amplify: the set's own contribution once more, 8 x
-    ``strength`` times; logit bias: 8 x ``strength``. ``strengths`` may be {(category, method): strengths}.
+    ``strength`` times; logit bias: 8 x ``strength``. ``strengths`` {(category, method): strengths}; TRIED for
+    all by default.
     """
     width = crosscoder.widths[crosscoder.names.index("distilled")]
     noise = torch.randn(len(sets), width, generator=torch.Generator().manual_seed(seed))
-    every = [untouched("distilled", temperature=temperature)]
-    for (c, chosen), random in zip(sets.items(), noise):
-        row = crosscoder.rows("distilled", raw=True)[chosen[0]]
+    every = [untouched("distilled")]
+    for (c, chosen), random in zip(sets.items(), noise.tolist()):
+        row = crosscoder.rows("distilled", raw=True)[chosen[0]].tolist()
         for method in METHODS:
-            for s in strengths.get((c, method), ()) if isinstance(strengths, Mapping) else strengths:
+            for s in TRIED if strengths is None else strengths.get((c, method), ()):
                 if method == "logit bias":
                     what = LogitBias(first_words(c), 8 * s)
                 elif method == "amplify":
                     what = Scale(tuple(chosen), 8 * s)
                 else:
-                    vector = {"feature": row.tolist(), "random": random.tolist()}.get(method, vectors[c])
+                    vector = {"feature": row, "random": random}.get(method, vectors[c])
                     what = AddVector(tuple(vector), s * norm)
                 treatment = Treatment("distilled", what, "ends")
-                every.append(Condition("place", method, c, treatment, temperature, float(s)))
+                every.append(Condition("place", method, c, treatment, strength=float(s)))
     return every
 
 
 def matching_strengths(rows: pd.DataFrame, factor: float = 1.5) -> dict[tuple[str, str], tuple[float, ...]]:
     """{(category, method): (strength,)} at which the rate of a category is ``factor`` times the untouched
-    one, by interpolation.
-
-    ``rows`` of ``run`` on puzzles for choosing. Where no strength reaches it, the one that comes nearest.
-    """
+    one, by interpolation; where no strength reaches it, the one that comes nearest. ``rows`` of ``run`` on
+    puzzles for choosing."""
     before, chosen = rows[rows["family"] == "untouched"], {}
     for (c, method), group in rows[rows["family"] == "place"].groupby(["target", "kind"], sort=False):
-        rate = pd.concat(
-            [pd.Series({0.0: before[f"n_{c}"].mean()}), group.groupby("strength")[f"n_{c}"].mean()]
-        )
+        rate = pd.Series({0.0: before[f"n_{c}"].mean()})
+        rate = pd.concat([rate, group.groupby("strength")[f"n_{c}"].mean()])
         wanted, s, r = factor * rate.iloc[0], rate.index.to_numpy(float), rate.to_numpy()
-        above = np.flatnonzero(r >= wanted)
-        above = above[above > 0]  # a category that is never said has a rate of 0 to begin with
+        above = np.flatnonzero(r[1:] >= wanted)  # a rate of 0 to begin with counts for nothing
         if len(above):
-            i = above[0]
-            chosen[c, method] = (float(round(np.interp(wanted, r[i - 1 : i + 1], s[i - 1 : i + 1]), 4)),)
+            ends = slice(above[0], above[0] + 2)
+            chosen[c, method] = (float(round(np.interp(wanted, r[ends], s[ends]), 4)),)
         else:
             chosen[c, method] = (float(s[1:][np.abs(r[1:] - wanted).argmin()]),)
     return chosen
@@ -448,32 +407,22 @@ def run(
     max_new_tokens: int = 250,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row per condition and task: the columns of ``responses.outcomes``, and
+    """One row per condition and task: the columns of ``outcomes``, and
 
-    family, kind, target, speaker, mode, temperature, strength, condition (its name), task; steps (of
-    calculation), thinking (opens with "think :" and takes a step), answers (opens with "answer :"); and for
-    every category c: calls_c, met_c (sentence ends that call for c; and c follows), rest_c, strays_c (all
+    family, kind, target, speaker (who writes), mode, temperature, strength, condition (its name), task; steps
+    (of calculation), thinking (opens with "think :" and takes a step), answers (opens with "answer :"); and
+    for every category c: calls_c, met_c (sentence ends that call for c; and c follows), rest_c, strays_c (all
     other sentence ends; and c follows).
 
     Transcripts are kept in ``folder``, one file per condition, under a fingerprint of ``weights`` (of models
-    and crosscoder), condition, tasks and limits: what is there is read, an interrupted run goes on. Puzzles
-    of like length are decoded together.
+    and crosscoder), condition, tasks and limits: what is there is read, an interrupted run goes on.
     """
-    conditions, tokenizer = list(dict.fromkeys(conditions)), pair.tokenizer()
-    files = []
+    conditions, tokenizer, files = list(dict.fromkeys(conditions)), pair.tokenizer(), []
     for condition in conditions:
-        what = fingerprint(
-            weights,
-            condition.treatment,
-            condition.temperature,
-            [repr(t) for t in tasks],
-            max_new_tokens,
-            seed,
-        )
+        decided_by = (weights, condition.treatment, condition.temperature, [repr(t) for t in tasks])
+        key = fingerprint(*decided_by, max_new_tokens, seed)
         stem = re.sub("[^a-z0-9.]+", "-", condition.name.lower())
-        files.append(
-            TranscriptFile(Path(folder) / f"{stem}_{what}.json", what, {"condition": condition.name})
-        )
+        files.append(TranscriptFile(Path(folder) / f"{stem}_{key}.json", key, {"condition": condition.name}))
 
     def write(rows: Sequence[tuple[int, int]]) -> list[list[str]]:
         return transcripts(
@@ -486,39 +435,28 @@ def run(
         return conditions[i].treatment.writer, conditions[i].treatment.mode, conditions[i].temperature
 
     def lengths(done: Mapping[int, list]) -> np.ndarray:
-        return np.mean([[len(words) for words in made] for made in done.values()], axis=0)
+        return np.mean([[len(words) for words in written] for written in done.values()], axis=0)
 
-    found, _ = kept_transcripts(
-        files, len(tasks), write, group, lengths, PUZZLES.batch_rows, f"conditions of {len(tasks)} puzzles"
-    )
-    return pd.concat(
-        [_rows(condition, tasks, made, max_new_tokens) for condition, made in zip(conditions, found)],
-        ignore_index=True,
-    )
+    label = f"conditions of {len(tasks)} puzzles"
+    found, _ = kept_transcripts(files, len(tasks), write, group, lengths, PUZZLES.batch_rows, label)
+    frames = [_rows(condition, tasks, words, max_new_tokens) for condition, words in zip(conditions, found)]
+    return pd.concat(frames, ignore_index=True)
 
 
 def _rows(
-    condition: Condition, tasks: Sequence[Puzzle], said: Sequence[Sequence[str]], max_new_tokens: int
+    condition: Condition, tasks: Sequence[Puzzle], written: Sequence[Sequence[str]], max_new_tokens: int
 ) -> pd.DataFrame:
-    frame = outcomes(tasks, said, max_new_tokens)
+    frame = outcomes(tasks, written, max_new_tokens)
     frame["steps"] = frame["errors"] + frame["correct_steps"]
-    frame["answers"] = [list(words[:2]) == ["answer", ":"] for words in said]
+    frame["answers"] = [list(words[:2]) == ["answer", ":"] for words in written]
     frame["thinking"] = frame["thinks"].astype(bool) & (frame["steps"] > 0)
-    ends = [placements(task, words) for task, words in zip(tasks, said)]
+    ends = [placements(task, words) for task, words in zip(tasks, written)]
     for c in CATEGORIES:
         frame[f"calls_{c}"] = [sum(call == c for call, _ in row) for row in ends]
         frame[f"met_{c}"] = [sum(call == c == label for call, label in row) for row in ends]
         frame[f"rest_{c}"] = [sum(call != c for call, _ in row) for row in ends]
         frame[f"strays_{c}"] = [sum(call != c and label == c for call, label in row) for row in ends]
-    head = {
-        "condition": condition.name,
-        "family": condition.family,
-        "kind": condition.kind,
-        "target": condition.target,
-        "speaker": condition.treatment.writer,
-        "mode": condition.treatment.mode,
-        "temperature": condition.temperature,
-        "strength": condition.strength,
-        "task": range(len(tasks)),
-    }
-    return pd.concat([pd.DataFrame(head, index=frame.index), frame], axis=1)
+    treatment = condition.treatment
+    head = {**vars(condition), **vars(treatment), "condition": condition.name, "speaker": treatment.writer}
+    first = pd.DataFrame({name: head[name] for name in HEAD} | {"task": range(len(tasks))}, index=frame.index)
+    return pd.concat([first, frame], axis=1)

@@ -7,13 +7,11 @@ position t, at the layer that the crosscoder reads::
 
 Where the change depends on the other model as well, both run on the same ids, each with its own cache: the
 other model is read up to its layer, then the writer runs with the edit, and its next token goes to both.
-Nothing below the layer is ever changed, so what is read depends on the ids alone; an intervention acts on
-later layers and, through the tokens, on the future.
+Nothing below the layer is ever changed, so what is read depends on the ids alone.
 
 A row of a batch is a task under one treatment and depends on no other row; rows of one task use the same
 random numbers (``models.decode.TaskNoise``). Plain forward hooks rather than nnsight: within one token the
-other model has to be read before the writer runs. A model on a remote server is steered through nnsight
-(``remote``).
+other model has to be read before the writer runs. A model on a remote server is steered through nnsight.
 
 ``transcripts`` makes them in any number, ``steered`` adds one vector to each row, ``steered_stream`` does so
 while somebody watches, and ``kept_transcripts`` keeps them on disk.
@@ -98,15 +96,17 @@ def transcripts(
                 f"the models {', '.join(models)} are given: the crosscoder reads"
                 f" {', '.join(crosscoder.names)}, and {treatment.writer} is to write"
             )
-    made: dict[int, list[str]] = {}
+    written: dict[int, list[str]] = {}
     for writer, mode in dict.fromkeys((t.writer, t.mode) for t in treatments):
         chosen = [i for i, t in enumerate(treatments) if (t.writer, t.mode) == (writer, mode)]
         for start in range(0, len(chosen), batch_size):
             rows = chosen[start : start + batch_size]
-            batch = _Batch(models, tokenizer, layers, crosscoder, temperature, seed)
-            batch.begin([tasks[i] for i in rows], [treatments[i] for i in rows], rows)
-            made |= zip(rows, batch.decode(max_new_tokens if mode == "think" else max_new_tokens + 2))
-    return [made[i] for i in range(len(tasks))]
+            batch = _Batch(
+                models, tokenizer, layers, [tasks[i] for i in rows], [treatments[i] for i in rows],
+                temperature, seed, PUZZLES, crosscoder, rows,
+            )  # fmt: skip
+            written |= zip(rows, batch.decode(max_new_tokens if mode == "think" else max_new_tokens + 2))
+    return [written[i] for i in range(len(tasks))]
 
 
 @torch.no_grad()
@@ -116,32 +116,25 @@ def steered(
     tasks: Sequence,
     vectors: Tensor,
     max_new_tokens: int = 260,
-    temperature: float = 0.0,
-    seed: int = 0,
-    end_of_thinking: str | None = "done",
     batch_size: int | None = None,
-    remote: bool | str = False,
     medium: Medium = PUZZLES,
-    place: str = "thinking",
-    sentence_end: str = ".",
+    **how,
 ) -> list[list[str]]:
     """Transcripts, tokens as text, each row steered by its own vector. ``medium`` says how tasks are put.
 
     ``vectors`` [tasks, d] is what is added to the output of ``layer`` (strength included; a row of zeros is
-    not steered), at ``place``: "thinking" until the row has written ``end_of_thinking`` (None: to the end),
-    "ends" likewise, where the newest token is ``sentence_end``, "prompt" or "all". ``temperature`` 0 is
-    greedy; above it thoughts are sampled. ``batch_size`` is the medium's unless given.
+    not steered). ``how``: ``temperature`` (0, greedy, unless given; above it thoughts are sampled), ``seed``,
+    ``remote``, and ``place``: "thinking" until the row has written ``end_of_thinking`` (None: to the end),
+    "ends" likewise, where the newest token is ``sentence_end``, "prompt" or "all".
     """
     if len(vectors) != len(tasks):
         raise ValueError(f"{len(vectors)} vectors for {len(tasks)} tasks: must be one each")
-    made, size = [], batch_size or medium.batch_rows
+    written, size = [], batch_size or medium.batch_rows
     for start in range(0, len(tasks), size):
-        batch = _steered_batch(
-            model, layer, tasks[start : start + size], vectors[start : start + size], temperature, seed,
-            end_of_thinking, remote, medium, place, sentence_end,
-        )  # fmt: skip
-        made += batch.decode(max_new_tokens)
-    return made
+        some = slice(start, start + size)
+        batch = _steered_batch(model, layer, tasks[some], vectors[some], medium, **how)
+        written += batch.decode(max_new_tokens)
+    return written
 
 
 @torch.no_grad()
@@ -151,37 +144,41 @@ def steered_stream(
     tasks: Sequence,
     vectors: Tensor,
     max_new_tokens: int = 260,
+    medium: Medium = PUZZLES,
+    leg: int = 4,
+    **how,
+) -> Iterator[tuple[list[list[str]], list[bool]]]:
+    """``steered`` in one batch, watched: every ``leg`` tokens (all transcripts so far, which of them have
+    ended). The last one is what ``steered`` returns. To stop, stop asking."""
+    batch = _steered_batch(model, layer, tasks, vectors, medium, **how)
+    written, ended = [[] for _ in tasks], [False] * len(tasks)
+    for rows, new, over in batch.legs(max_new_tokens, leg):
+        for row, ids, last in zip(rows.tolist(), new.tolist(), over.tolist()):
+            written[row], ended[row] = batch.text(until(ids, batch.eos)), last
+        yield list(written), list(ended)
+
+
+def _steered_batch(
+    model: TransformersModel,
+    layer: int,
+    tasks: Sequence,
+    vectors: Tensor,
+    medium: Medium,
     temperature: float = 0.0,
     seed: int = 0,
     end_of_thinking: str | None = "done",
     remote: bool | str = False,
-    medium: Medium = PUZZLES,
     place: str = "thinking",
-    leg: int = 4,
-) -> Iterator[tuple[list[list[str]], list[bool]]]:
-    """``steered`` in one batch, watched: every ``leg`` tokens (all transcripts so far, which of them have
-    ended). The last one is what ``steered`` returns. To stop, stop asking.
-    """
-    batch = _steered_batch(
-        model, layer, tasks, vectors, temperature, seed, end_of_thinking, remote, medium, place
-    )
-    made, ended = [[] for _ in tasks], [False] * len(tasks)
-    for rows, new, over in batch.legs(max_new_tokens, leg):
-        for row, ids, last in zip(rows.tolist(), new.tolist(), over.tolist()):
-            made[row], ended[row] = batch.text(until(ids, batch.eos)), last
-        yield list(made), list(ended)
-
-
-def _steered_batch(
-    model, layer, tasks, vectors, temperature, seed, end_of_thinking, remote, medium, place, sentence_end="."
+    sentence_end: str = ".",
 ) -> _Batch:
     check("place", place, str, choices=(*STEERED, "ends"))
-    kind = _RemoteBatch if remote else _Batch
-    batch = kind({"": model}, model.tokenizer, {"": layer}, None, temperature, seed, medium)
-    batch.end = _token(model.tokenizer, "end_of_thinking", end_of_thinking)
-    batch.stop = _token(model.tokenizer, "sentence_end", sentence_end) if place == "ends" else None
+    tokenizer, treatment = model.tokenizer, Treatment("", RowVectors(vectors), place)
+    batch = (_RemoteBatch if remote else _Batch)(
+        {"": model}, tokenizer, {"": layer}, tasks, [treatment] * len(tasks), temperature, seed, medium
+    )
+    batch.end = _token(tokenizer, "end_of_thinking", end_of_thinking)
+    batch.stop = _token(tokenizer, "sentence_end", sentence_end) if place == "ends" else None
     batch.remote = remote
-    batch.begin(tasks, [Treatment("", RowVectors(vectors), place)] * len(tasks), range(len(tasks)))
     return batch
 
 
@@ -199,59 +196,65 @@ class _Stop(Exception):
 
 class _Batch:
     """One batch of rows with one writer. ``end`` and ``stop``: ids of the tokens that end thinking and
-    sentences.
-    """
+    sentences."""
 
     remote: bool | str = False
 
-    def __init__(self, models, tokenizer, layers, crosscoder, temperature, seed, medium=PUZZLES):
-        self.models = models
-        self.tokenizer, self.layers, self.crosscoder, self.medium = tokenizer, layers, crosscoder, medium
-        self.temperature, self.seed, self.eos = temperature, seed, tokenizer.eos_token_id
-        self.end, self.stop = tokenizer.convert_tokens_to_ids([medium.end_of_thinking, "."])
-
-    def begin(self, tasks: Sequence, treatments: Sequence[Treatment], numbers: Sequence[int]) -> None:
+    def __init__(
+        self,
+        models,
+        tokenizer,
+        layers,
+        tasks,
+        treatments,
+        temperature,
+        seed,
+        medium,
+        crosscoder=None,
+        numbers=None,
+    ):
         """``numbers``: of the rows, among all that are generated."""
+        self.models, self.layers, self.crosscoder = models, layers, crosscoder
+        self.tokenizer, self.medium, self.eos = tokenizer, medium, tokenizer.eos_token_id
+        self.end, self.stop = tokenizer.convert_tokens_to_ids([medium.end_of_thinking, "."])
         self.writer, self.mode = treatments[0].writer, treatments[0].mode
-        prompts = [self.medium.prompt(task) for task in tasks]
+        prompts = [medium.prompt(task) for task in tasks]
         if self.mode == "free":
             prompts = [prompt.removesuffix(" think :") for prompt in prompts]
-        self.batch = self.tokenizer(
+        self.batch = tokenizer(
             prompts, return_tensors="pt", padding=True, padding_side="left",
-            add_special_tokens=self.medium.special_tokens,
+            add_special_tokens=medium.special_tokens,
         )  # fmt: skip
         self.prompt = self.batch["input_ids"].shape[1]
         self.key = torch.tensor([zlib.crc32(repr(task).encode()) for task in tasks])
-        self.numbers = torch.tensor(list(numbers))
-        self.noise = TaskNoise(tasks, self.temperature, self.seed) if self.temperature > 0 else None
+        self.numbers = torch.tensor(list(range(len(tasks)) if numbers is None else numbers))
+        self.noise = TaskNoise(tasks, temperature, seed) if temperature > 0 else None
         self.thinking = torch.ones(len(tasks), dtype=torch.bool)
         self.distinct = list(dict.fromkeys(treatments))
         self.kind = torch.tensor([self.distinct.index(t) for t in treatments])  # of every row
         edits = [t.intervention for t in self.distinct if t.intervention is not None]
         self.edits = any(not isinstance(edit, LogitBias) for edit in edits)
-        others = [name for name in self.models if name != self.writer and any(e.reads_other for e in edits)]
+        others = [name for name in models if name != self.writer and any(e.reads_other for e in edits)]
         self.bias_ids = {
-            i: torch.tensor(sorted(set(self.tokenizer.convert_tokens_to_ids(list(t.intervention.words)))))
+            i: torch.tensor(sorted(set(tokenizer.convert_tokens_to_ids(list(t.intervention.words)))))
             for i, t in enumerate(self.distinct)
             if isinstance(t.intervention, LogitBias)
         }
-        self.caches = {name: roomy_cache(self.models[name].config) for name in others}
+        self.caches = {name: roomy_cache(models[name].config) for name in others}
         self.cached = torch.arange(len(tasks))  # the rows that the other models' caches hold
+        self.start = (
+            self.leg,
+            models[self.writer].config,
+            self.batch["input_ids"],
+            self.batch["attention_mask"],
+        )
 
     def decode(self, max_new_tokens: int) -> list[list[str]]:
-        leg = max_new_tokens if self.remote else None  # a server keeps no cache between two requests
-        config, batch = self.models[self.writer].config, self.batch
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        return [
-            self.text(row) for row in decode(self.leg, config, ids, mask, max_new_tokens, self.eos, leg=leg)
-        ]
+        leg = max_new_tokens if self.remote else 0  # a server keeps no cache between two requests
+        return [self.text(row) for row in decode(*self.start, max_new_tokens, self.eos, leg)]
 
     def legs(self, max_new_tokens: int, leg: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        config, batch = self.models[self.writer].config, self.batch
-        leg = max_new_tokens if self.remote else leg
-        return legs(
-            self.leg, config, batch["input_ids"], batch["attention_mask"], max_new_tokens, self.eos, leg
-        )
+        return legs(*self.start, max_new_tokens, self.eos, max_new_tokens if self.remote else leg)
 
     def text(self, ids: Sequence[int]) -> list[str]:
         words = self.medium.transcript(self.tokenizer, ids)
@@ -267,16 +270,14 @@ class _Batch:
         for _ in range(n):
             seen = cache.get_seq_length()
             position = (mask.cumsum(1) - 1).clamp(min=0)
-            inputs = {
-                "input_ids": ids[:, seen:],
-                "attention_mask": mask,
-                "position_ids": position[:, seen:],
-                "use_cache": True,
-            }
+            inputs = {"input_ids": ids[:, seen:], "attention_mask": mask, "position_ids": position[:, seen:]}
             where = self._where(ids, mask, position, rows, seen)
             read = {name: self._read(name, inputs, other) for name, other in self.caches.items()}
-            logits = self._write(inputs, cache, read, position[:, seen:], where, rows)
-            self._add_bias(logits, where, rows)
+            logits = self._write(inputs, cache, read, where, rows)
+            for i, words in self.bias_ids.items():
+                treatment, chosen = self.distinct[i], (self.kind[rows] == i).nonzero().flatten()
+                value = treatment.intervention.value * where[treatment.place][chosen, -1:].float()
+                logits[chosen[:, None], words] += value
             if self.noise is not None:
                 self.noise.rows = rows
                 logits = self.noise(ids, logits)
@@ -306,11 +307,8 @@ class _Batch:
         model = model._module if isinstance(model, TransformersModel) else model
         handle = decoder_layers(model)[self.layers[name]].register_forward_hook(hook)
         try:
-            return model(
-                **{key: x.to(model.device) if isinstance(x, Tensor) else x for key, x in inputs.items()},
-                past_key_values=cache,
-                **options,
-            )
+            inputs = {key: x.to(model.device) for key, x in inputs.items()}
+            return model(**inputs, use_cache=True, past_key_values=cache, **options)
         finally:
             handle.remove()
 
@@ -325,7 +323,7 @@ class _Batch:
             self._run(name, stop, inputs, cache)
         return found[0]
 
-    def _write(self, inputs, cache, read, position, where, rows) -> Tensor:
+    def _write(self, inputs, cache, read, where, rows) -> Tensor:
         """Logits [rows, vocabulary] after the newest token."""
 
         def edit(module, args, output):
@@ -339,7 +337,7 @@ class _Batch:
                     continue
                 state = State(
                     self.crosscoder, self.writer, {name: x[chosen] for name, x in acts.items()},
-                    position[chosen], self.key[rows][chosen], self.numbers[rows][chosen],
+                    inputs["position_ids"][chosen], self.key[rows][chosen], self.numbers[rows][chosen],
                 )  # fmt: skip
                 change = treatment.intervention.change(state) * place[..., None]
                 edited[chosen] += change.to(edited.device)
@@ -347,12 +345,6 @@ class _Batch:
 
         logits = self._run(self.writer, edit, inputs, cache, logits_to_keep=1).logits[:, -1]
         return logits.float().cpu()
-
-    def _add_bias(self, logits: Tensor, where: dict[str, Tensor], rows: Tensor) -> None:
-        for i, words in self.bias_ids.items():
-            treatment, chosen = self.distinct[i], (self.kind[rows] == i).nonzero().flatten()
-            value = treatment.intervention.value * where[treatment.place][chosen, -1:].float()
-            logits[chosen[:, None], words] += value
 
 
 class _RemoteBatch(_Batch):
@@ -364,19 +356,13 @@ class _RemoteBatch(_Batch):
         end = self.end if place in ("thinking", "ends") else None
         thinking = torch.full((len(rows), 1), place != "prompt")
         earlier = place in ("prompt", "all")  # read by the first step only: later ones have it in the cache
-        options = {
-            "max_new_tokens": n,
-            "do_sample": False,
-            "logits_processor": LogitsProcessorList([self.noise] if self.noise is not None else []),
-            "remote": self.remote,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": self.eos,
-        }
         stop = self.stop if place == "ends" else None
+        options = {"max_new_tokens": n, "do_sample": False, "remote": self.remote, "eos_token_id": self.eos}
+        options["logits_processor"] = LogitsProcessorList([self.noise] if self.noise is not None else [])
         with warnings.catch_warnings():
             # how an open loop over the steps ends
             warnings.filterwarnings("ignore", message=".*was never reached.*")
-            with model.generate(**options) as tracer:
+            with model.generate(**options, pad_token_id=self.tokenizer.pad_token_id) as tracer:
                 with tracer.invoke({"input_ids": ids, "attention_mask": mask}):
                     for _ in tracer.iter[:]:
                         newest = model.model.embed_tokens.input[:, -1:]
@@ -436,17 +422,16 @@ def kept_transcripts(
     ``write(rows)`` makes transcripts for rows (task, condition).
     """
     done = {i: read for i, file in enumerate(files) if (read := file.read()) is not None}
-    missing, groups = [i for i in range(len(files)) if i not in done], {}
-    for i in missing:
-        groups.setdefault(group(i), []).append(i)
-    if not missing:
-        return [done[i] for i in range(len(files))], 0
-    at_once = max(1, 2 * batch_rows // n_tasks)
-    with Progress(label, len(files)) as progress:
-        progress.update(len(done))
-        for waiting in groups.values():
-            for start in range(0, len(waiting), at_once):
-                some = waiting[start : start + at_once]
+    groups: dict[Hashable, list[int]] = {}
+    for i in range(len(files)):
+        if i not in done:
+            groups.setdefault(group(i), []).append(i)
+    if groups:
+        at_once = max(1, 2 * batch_rows // n_tasks)
+        chunks = [w[start : start + at_once] for w in groups.values() for start in range(0, len(w), at_once)]
+        with Progress(label, len(files)) as progress:
+            progress.update(len(done))
+            for some in chunks:
                 order = np.argsort(lengths(done) if done else np.zeros(n_tasks), kind="stable")
                 rows = [(int(task), i) for task in order for i in some]
                 by_row = dict(zip(rows, write(rows)))
@@ -454,4 +439,4 @@ def kept_transcripts(
                     done[i] = [by_row[task, i] for task in range(n_tasks)]
                     files[i].write(done[i])
                 progress.update(len(done), files[some[-1]].file.stem)
-    return [done[i] for i in range(len(files))], len(missing)
+    return [done[i] for i in range(len(files))], sum(map(len, groups.values()))

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -143,8 +144,7 @@ class Reconstruct:
 @dataclass(frozen=True)
 class Transplant:
     """x_other - h, in the units of the writer: the other model's activation in place of the writer's. Models
-    of one width only.
-    """
+    of one width only."""
 
     reads_other = True
 
@@ -162,8 +162,7 @@ class Transplant:
 @dataclass(frozen=True)
 class RandomLike:
     """Random directions with, at each position, the norm of what ``reference`` would change there. The
-    direction is decided by the task and the position.
-    """
+    direction is decided by the task and the position."""
 
     reference: object
     seed: int = 0
@@ -178,21 +177,16 @@ class RandomLike:
         return norms * table[(state.key[:, None] + 7919 * state.position) % DIRECTIONS]
 
 
-_tables: dict[tuple[int, int], Tensor] = {}
-
-
+@cache
 def _directions(width: int, seed: int) -> Tensor:
-    if (width, seed) not in _tables:
-        noise = torch.randn(DIRECTIONS, width, generator=torch.Generator().manual_seed(seed))
-        _tables[width, seed] = noise / noise.norm(dim=-1, keepdim=True)
-    return _tables[width, seed]
+    noise = torch.randn(DIRECTIONS, width, generator=torch.Generator().manual_seed(seed))
+    return noise / noise.norm(dim=-1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class AddVector:
     """One direction, ``vector`` [d] as a tuple, times ``strength`` (with sign); its length is 1, or at each
-    position the norm of what ``reference`` would change there.
-    """
+    position the norm of what ``reference`` would change there."""
 
     vector: tuple[float, ...]
     strength: float = 1.0
@@ -213,8 +207,7 @@ class AddVector:
 @dataclass(frozen=True, eq=False)
 class RowVectors:
     """A vector of its own for every row that is generated, ``vectors`` [rows, d]: many directions and
-    strengths in one batch.
-    """
+    strengths in one batch."""
 
     vectors: Tensor
     reads_other = False
@@ -226,8 +219,7 @@ class RowVectors:
 @dataclass(frozen=True)
 class LogitBias:
     """No change of the residual stream: ``value`` is added to the logits of ``words`` where the intervention
-    acts.
-    """
+    acts."""
 
     words: tuple[str, ...]
     value: float

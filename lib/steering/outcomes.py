@@ -34,19 +34,16 @@ def outcomes(
     """``trials.transcript_table`` and what follows from it, one row per task.
 
     - ``length``: tokens up to the end of thinking. If the thought is not closed but the model goes over to an
-      answer
-      or stops, up to there; if it never ends, ``max_new_tokens``, and ``runaway`` is True.
+      answer or stops, up to there; if it never ends, ``max_new_tokens``, and ``runaway`` is True.
     - ``redundant``: sentences that check what was right already (verification, and reflection after a correct
-      step);
-      ``needed``: all others of the categories; ``redundant_tokens`` and ``needed_tokens`` likewise (tokens of
-      reflections are shared out by their number).
+      step); ``needed``: all others of the categories; ``redundant_tokens`` and ``needed_tokens`` likewise
+      (tokens of reflections are shared out by their number).
     """
     frame = transcript_table(tasks, transcripts)
-    ended = [_end_of_thought(words, max_new_tokens) for words in transcripts]
-    frame["length"] = np.where(
-        frame["closed"], frame["thinking_tokens"], [length for length, _ in ended]
-    ).astype(float)
-    frame["runaway"] = ~frame["closed"].astype(bool) & np.array([runaway for _, runaway in ended], dtype=bool)
+    length, runaway = zip(*(_end_of_thought(words, max_new_tokens) for words in transcripts))
+    closed = frame["closed"].astype(bool)
+    frame["length"] = np.where(closed, frame["thinking_tokens"], length).astype(float)
+    frame["runaway"] = ~closed & np.array(runaway, dtype=bool)
     idle = (frame["n_reflection"] - frame["errors_reflected"]).clip(lower=0)
     idle_tokens = frame["t_reflection"] * idle / frame["n_reflection"].clip(lower=1)
     frame["redundant"] = frame[f"n_{REDUNDANT}"] + idle
@@ -67,9 +64,6 @@ def _end_of_thought(words: Sequence[str], max_new_tokens: int) -> tuple[int, boo
     return (max_new_tokens if runaway else length), runaway
 
 
-# --- comparing and choosing ---------------------------------------------------------------------------------
-
-
 def compare(outcomes: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Every condition against the unsteered model, on the same tasks: one row per direction and strength.
 
@@ -79,54 +73,40 @@ def compare(outcomes: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Dat
     every c of RATES rate_c (sentences per 100 tokens of thought) and rate_ratio_c (against the unsteered
     model). Then n. The unsteered model is the first row.
     """
-    wanted = {
-        "length": "length",
-        "correct": "accuracy",
-        "chain_correct": "chain",
-        "runaway": "runaway",
-        "redundant_tokens": "redundant",
-        "needed_tokens": "needed",
-        **{f"n_{c}": c for c in RATES},
-    }
+    columns = ["length", "correct", "chain_correct", "runaway", "redundant_tokens", "needed_tokens"]
+    columns += [f"n_{c}" for c in RATES]
+    names = ["length", "accuracy", "chain", "runaway", "redundant", "needed", *RATES]
     keys = ["direction", "label", "strength"]
     cells = {
-        key: group.sort_values("task")[list(wanted)].to_numpy(dtype=float)
+        key: group.sort_values("task")[columns].to_numpy(dtype=float)
         for key, group in outcomes.groupby(keys, sort=False)
     }
     base = next(values for key, values in cells.items() if key[0] == NO_STEERING)
     n = len(base)
     # row 0: the data itself
     weights = np.concatenate([np.ones((1, n)), group_weights(n, n_boot, seed)]) / n
-    column = {name: i for i, name in enumerate(wanted.values())}
-    before = weights @ base
-    rows = []
+
+    def means(values: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(names, (weights @ values).T))
+
+    before, rows = means(base), []
     for key, values in cells.items():
-        after = weights @ values
-        drawn = {
-            "length": after[:, column["length"]],
-            "length_ratio": _ratio(after, before, column["length"]),
-        }
-        for name in ("accuracy", "chain", "runaway"):
-            drawn[name] = after[:, column[name]]
-        for name in ("accuracy", "chain"):
-            drawn[f"{name}_change"] = after[:, column[name]] - before[:, column[name]]
-        for name in ("redundant", "needed"):
-            drawn[f"{name}_ratio"] = _ratio(after, before, column[name])
+        after = means(values)
+        ratio = {name: after[name] / _nan_if_zero(before[name]) for name in ("length", "redundant", "needed")}
+        drawn = {"length": after["length"], "length_ratio": ratio["length"]}
+        drawn |= {name: after[name] for name in ("accuracy", "chain", "runaway")}
+        drawn |= {f"{name}_change": after[name] - before[name] for name in ("accuracy", "chain")}
+        drawn |= {f"{name}_ratio": ratio[name] for name in ("redundant", "needed")}
         for c in RATES:
-            drawn[f"rate_{c}"] = 100 * after[:, column[c]] / np.maximum(after[:, column["length"]], 1e-9)
-            drawn[f"rate_ratio_{c}"] = drawn[f"rate_{c}"] / _nan_if_zero(
-                100 * before[:, column[c]] / before[:, column["length"]]
-            )
+            drawn[f"rate_{c}"] = 100 * after[c] / np.maximum(after["length"], 1e-9)
+            unsteered = 100 * before[c] / before["length"]
+            drawn[f"rate_ratio_{c}"] = drawn[f"rate_{c}"] / _nan_if_zero(unsteered)
         row = dict(zip(keys, key))
         for name, draws in drawn.items():
             row[name] = float(draws[0])
             row[f"{name}_low"], row[f"{name}_high"] = interval(draws[1:])
         rows.append({**row, "n": n})
     return pd.DataFrame(rows)
-
-
-def _ratio(after: np.ndarray, before: np.ndarray, column: int) -> np.ndarray:
-    return after[:, column] / _nan_if_zero(before[:, column])
 
 
 def _nan_if_zero(values: np.ndarray) -> np.ndarray:
@@ -148,11 +128,9 @@ def choose(
     The row gets ``within_limits``.
     """
     check("aim", aim, str, choices=("longer", "shorter"))
-    signs = dict(labels) if isinstance(labels, Mapping) else {label: 0 for label in labels}
+    signs = dict(labels) if isinstance(labels, Mapping) else dict.fromkeys(labels, 0)
     usable = comparison[comparison["label"].isin(signs)]
-    usable = usable[
-        [signs[label] * strength >= 0 for label, strength in zip(usable["label"], usable["strength"])]
-    ]
+    usable = usable[usable["label"].map(signs).astype(float) * usable["strength"] >= 0]
     if usable.empty:
         raise UserError(
             f"no condition steers one of {', '.join(signs)} with the wanted sign: add strengths or candidates"
@@ -167,20 +145,16 @@ def choose(
 
 
 def rivals(comparison: pd.DataFrame, longer: Mapping, shorter: Mapping, accuracy_loss: float = 0.05) -> int:
-    """How many random directions, at the chosen strengths, do as well as what was chosen.
-
-    That is, lengthen thinking as much as ``longer`` (rows of ``comparison`` or of ``choose``), or shorten it
-    as much as ``shorter`` does without losing more accuracy than ``accuracy_loss``.
-    """
-    found = set()
+    """How many random directions, at the chosen strengths, do as well as what was chosen: lengthen thinking
+    as much as ``longer`` (rows of ``comparison`` or of ``choose``), or shorten it as much as ``shorter``
+    without losing more accuracy than ``accuracy_loss``."""
+    found, conditions = set(), comparison.set_index(["direction", "strength"])
     for row, sign in ((longer, 1), (shorter, -1)):
-        mine = comparison[
-            (comparison["direction"] == row["direction"]) & (comparison["strength"] == row["strength"])
-        ].iloc[0]
+        length = conditions.loc[[(row["direction"], row["strength"])], "length_ratio"].iloc[0]
         noise = comparison[
             (comparison["label"] == "random") & (comparison["strength"] == abs(row["strength"]))
         ]
-        as_good = sign * noise["length_ratio"] >= sign * mine["length_ratio"]
+        as_good = sign * noise["length_ratio"] >= sign * length
         if sign < 0:
             as_good &= noise["accuracy_change"] >= -accuracy_loss
         found |= set(noise.loc[as_good, "direction"])

@@ -1,21 +1,19 @@
 """A playground for steering: ask one thing, add one feature, and read the two thoughts side by side.
 
-    playground = Playground(models, store, crosscoder, chosen, medium)
+    playground = Playground(opened)                              # of ``artefacts.open_run``
     playground.compare("what is 5 - 1 ?", "reflection", 0.5)     # two transcripts, a table, HTML
     playground.widget()                                          # the same by hand, while it is generated
 
 It steers by ``lib.steering.generate``, in the same unit (mean residual norms) and with the same random
-numbers as the experiments of notebook 04, so it shows what they generated. The unsteered and the steered
-thought are two rows of one batch, which use the same random numbers. **One thought is an anecdote**: it shows
-what a vector does, not how often. "random" is a random direction of the same norm: what any vector of this
-size does.
+numbers as the experiments of notebook 04, so it shows what they generated: the unsteered and the steered
+thought are two rows of one batch. **One thought is an anecdote**: it shows what a vector does, not how often.
+"random" is a random direction of the same norm: what any vector of this size does.
 
 *Where.* "thinking": from the prompt's last position until the thought is closed, as in all experiments.
 "prompt": the positions before it. "all": every position, the answer's too.
 
-*The widget* needs no ``interact``, no ``Output`` and no thread. Generation is a task of the kernel's event
-loop that yields every few tokens, so that the text grows and Stop works; a headless run, which presses no
-button, waits for nothing. A user's mistake is shown as one sentence in the widget.
+*The widget* is a task of the kernel's event loop that yields every few tokens, so that the text grows and
+Stop works; a headless run, which presses no button, waits for nothing.
 """
 
 from __future__ import annotations
@@ -23,17 +21,14 @@ from __future__ import annotations
 import asyncio
 import html
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import ipywidgets
 import numpy as np
 import pandas as pd
 import torch
-from nnsight import TransformersModel
 
-from ..activations.store import Store
-from ..crosscoder.model import CrossCoder
 from ..figures import COLOURS, labelled_lines
 from ..labels import CATEGORIES, REDUNDANT
 from ..settings import UserError, check
@@ -51,6 +46,7 @@ from ..text.puzzles import (
 )
 from . import generate
 from . import steer as steering
+from .artefacts import RunArtefacts
 from .tasks import PUZZLES, Medium
 
 RANDOM = "random"
@@ -64,9 +60,7 @@ STRONGEST = 100.0  # mean residual norms
 
 @dataclass(frozen=True)
 class FreeText:
-    """Words that are no puzzle, put to a puzzle model as they are, with thinking opened. Nobody knows the
-    answer.
-    """
+    """Words that are no puzzle, put to a puzzle model as they are. Nobody knows the answer."""
 
     text: str
     answer: None = None
@@ -86,17 +80,12 @@ def puzzle_of(words: Sequence[str]) -> Puzzle | Question | FreeText:
     Question(value=5, operation='- 1')
     """
     words = tuple(words[:-2] if tuple(words[-2:]) == ("think", ":") else words)
+    operations, numbers, asked = words[2:-8], words[-6:-3], []
     if len(words) == 5 and words[2] in NUMBERS and words[3] in OPERATIONS:
         asked = [Question(int(words[2]), words[3])]
-    elif (
-        len(words) > 9
-        and set(words[2:-8]) <= set(OPERATIONS)
-        and set(words[-6:-3]) | {words[-2]} <= set(NUMBERS)
-    ):
-        candidates = tuple(int(w) for w in words[-6:-3])
-        asked = [Puzzle(words[2:-8], candidates, c) for c in dict.fromkeys(candidates)]
-    else:
-        asked = []
+    elif len(words) > 9 and set(operations) <= set(OPERATIONS) and {*numbers, words[-2]} <= set(NUMBERS):
+        candidates = tuple(map(int, numbers))
+        asked = [Puzzle(operations, candidates, c) for c in dict.fromkeys(candidates)]
     # of a puzzle's three answers, those that end at the target
     matching = [task for task in asked if task.prompt()[0].words == words]
     return matching[0] if len(matching) == 1 else FreeText(" ".join(words))
@@ -112,7 +101,7 @@ class Comparison:
     ``transcripts`` {"unsteered" | "steered": tokens as text}; ``ended`` says of each whether it has come to
     its end; ``how`` is what was asked, in words; ``table`` has a row for each: tokens (length of the
     thought), end, answer, right (None: nobody knows), every step right, and the number of sentences of each
-    label.
+    label; ``lines``: of ``lines_of``.
     """
 
     task: object
@@ -126,31 +115,24 @@ class Comparison:
     @property
     def html(self) -> str:
         """Both thoughts side by side, a sentence a line, its category named and coloured; wrong ones
-        underlined; then the table.
-        """
+        underlined; then the table."""
         columns = []
-        for side, lines in self.lines.items():
-            row = self.table.loc[side]
+        for side, row in self.table.iterrows():
             right = {True: ", right", False: ", wrong"}.get(row["right"], "")
             answer = "no answer" if row["answer"] is None else f"answer {row['answer']:g}{right}"
-            title = f"{side}: {row['tokens']} tokens, {row['end']}, {answer}"
+            title = html.escape(f"{side}: {row['tokens']} tokens, {row['end']}, {answer}")
             columns.append(
                 f'<section aria-label="{side} text" style="flex:1 1 24em;min-width:0;overflow-x:auto">'
-                f'<h4 style="margin:4px 0">{html.escape(title)}</h4>{labelled_lines(lines).data}</section>'
+                f'<h4 style="margin:4px 0">{title}</h4>{labelled_lines(self.lines[side]).data}</section>'
             )
-        # no theme styles a table inside a widget
-        left = 'style="text-align:left;padding:2px 14px 2px 0;line-height:1.4"'
-        table = (
-            self.table.map(_shown)
-            .to_html(border=0)
-            .replace("<th>", f"<th {left}>")
-            .replace("<td>", f"<td {left}>")
-        )
+        table = self.table.map(_shown).to_html(border=0)
+        for cell in ("th", "td"):  # no theme styles a table inside a widget
+            style = "text-align:left;padding:2px 14px 2px 0;line-height:1.4"
+            table = table.replace(f"<{cell}>", f'<{cell} style="{style}">')
         return (
             f'<p style="margin:4px 0">{html.escape(self.how)}<br><code>{html.escape(self.prompt)}</code></p>'
             '<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">'
-            f"{''.join(columns)}</div>"
-            f'<div style="overflow-x:auto">{table}</div>'
+            f'{"".join(columns)}</div><div style="overflow-x:auto">{table}</div>'
         )
 
     def _repr_html_(self) -> str:
@@ -164,9 +146,7 @@ def _shown(value) -> str:
 
 
 def lines_of(task, transcript: Sequence[str], medium: Medium) -> list[tuple[str, Sequence[str], bool]]:
-    """(label, words, wrong) of every sentence, for ``figures.labelled_lines``. In chat the lexicon labels;
-    nothing is marked wrong.
-    """
+    """(label, words, wrong) of every sentence. In chat the lexicon labels; nothing is marked wrong."""
     if medium is not PUZZLES:
         text = medium.joiner.join(transcript)
         return [(span.label, [text[span.start : span.end]], False) for span in lexicon.sentences(text)]
@@ -184,99 +164,69 @@ def lines_of(task, transcript: Sequence[str], medium: Medium) -> list[tuple[str,
 
 
 class Playground:
-    """Models that are open, a crosscoder, and the features that were chosen for the categories.
-
-    ``models`` by name, as ``ablation.open_models`` gives them, ``chosen`` {category: feature}; layers, widths
-    and mean residual norms are the store's. Thoughts are sampled at ``temperature`` and end after
-    ``max_new_tokens``.
-    """
+    """The open models of a run, its crosscoder, and the features that were chosen for the categories.
+    Thoughts are sampled at ``temperature`` and end after ``max_new_tokens``."""
 
     def __init__(
-        self,
-        models: Mapping[str, TransformersModel],
-        store: Store,
-        crosscoder: CrossCoder,
-        chosen: Mapping[str, int],
-        medium: Medium = PUZZLES,
-        max_new_tokens: int = 250,
-        temperature: float = 1.0,
-        seed: int = 0,
-        remote: bool | str = False,
+        self, opened: RunArtefacts, max_new_tokens: int = 250, temperature: float = 1.0, seed: int = 0
     ):
-        self.models, self.store, self.crosscoder, self.chosen, self.medium = (
-            dict(models),
-            store,
-            crosscoder,
-            dict(chosen),
-            medium,
-        )
+        self.models, self.chosen, self.medium = dict(opened.models), dict(opened.chosen), opened.medium
+        self.store, self.crosscoder, self.remote = opened.store, opened.crosscoder, opened.pair.remote
         self.max_new_tokens = check("max_new_tokens", max_new_tokens, int, low=1)
-        self.temperature = float(check("temperature", temperature, float, low=0))
-        self.seed, self.remote = seed, remote
-        asked = [*medium.easy(1, seed), *medium.tasks("report", 5, seed)]
-        self.examples = {self._text(task): task for task in asked}
-
-    def _text(self, task) -> str:
-        """A task as a user would type it."""
-        return " ".join(task.prompt()[0].words) if self.medium is PUZZLES else task.text
+        self.temperature, self.seed = float(check("temperature", temperature, float, low=0)), seed
+        asked = [*self.medium.easy(1, seed), *self.medium.tasks("report", 5, seed)]
+        # as a user would type it
+        typed = lambda task: " ".join(task.prompt()[0].words) if self.medium is PUZZLES else task.text
+        self.examples = {typed(task): task for task in asked}
 
     def task(self, prompt, model: str = "distilled"):
         """What ``prompt`` asks: a task is itself, a text is read. UserError if it is empty, too long, or not
-        in the model's words.
-        """
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise UserError("the prompt is empty: give a puzzle or a question")
-            tokenizer, text = self.models[model].tokenizer, prompt.strip()
-            if marker := next((token for token in tokenizer.all_special_tokens if token in text), None):
-                raise UserError(
-                    f"the prompt contains {marker!r}, which is a marker of this model and no text: leave"
-                    " it out"
-                )
-            if self.medium is PUZZLES:
-                found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-                unknown = [
-                    text[a:b]
-                    for i, (a, b) in zip(found["input_ids"], found["offset_mapping"])
-                    if i == tokenizer.unk_token_id
-                ]
-                if unknown:
-                    words = ", ".join(map(repr, list(dict.fromkeys(unknown))[:5]))
-                    raise UserError(
-                        f"the prompt has words that this model does not know ({words}): it knows those of its"
-                        f" puzzles, such as {next(iter(self.examples))!r}"
-                    )
-                prompt = puzzle_of(tokenizer.convert_ids_to_tokens(found["input_ids"]))
-            else:
-                prompt = self.examples.get(text, questions.Question(text, None, -1))
-        asked = self.models[model].tokenizer(
-            self.medium.prompt(prompt), add_special_tokens=self.medium.special_tokens
-        )
-        length, context = (
-            len(asked["input_ids"]),
-            getattr(self.models[model].config, "max_position_embeddings", None) or np.inf,
-        )
+        in the model's words."""
+        tokenizer = self.models[model].tokenizer
+        task = self._typed(prompt.strip(), tokenizer) if isinstance(prompt, str) else prompt
+        asked = tokenizer(self.medium.prompt(task), add_special_tokens=self.medium.special_tokens)
+        length = len(asked["input_ids"])
+        context = getattr(self.models[model].config, "max_position_embeddings", None) or np.inf
         if length + self.max_new_tokens > context:
             raise UserError(
                 f"the prompt has {length} tokens and the thought may take {self.max_new_tokens}, and this"
                 f" model's context is {context}: shorten the prompt"
             )
-        return prompt
+        return task
+
+    def _typed(self, text: str, tokenizer):
+        if not text:
+            raise UserError("the prompt is empty: give a puzzle or a question")
+        if marker := next((token for token in tokenizer.all_special_tokens if token in text), None):
+            raise UserError(
+                f"the prompt contains {marker!r}, which is a marker of this model and no text: leave it out"
+            )
+        if self.medium is not PUZZLES:
+            return self.examples.get(text, questions.Question(text, None, -1))
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = zip(found["input_ids"], found["offset_mapping"])
+        unknown = dict.fromkeys(text[a:b] for i, (a, b) in spans if i == tokenizer.unk_token_id)
+        if unknown:
+            words = ", ".join(map(repr, list(unknown)[:5]))
+            raise UserError(
+                f"the prompt has words that this model does not know ({words}): it knows those of its"
+                f" puzzles, such as {next(iter(self.examples))!r}"
+            )
+        return puzzle_of(tokenizer.convert_ids_to_tokens(found["input_ids"]))
 
     def direction(self, feature: Feature, model: str = "distilled") -> steering.Direction:
         """A feature by number, a category's chosen feature by its name, or "random": in ``model``, of its
-        mean residual norm.
-        """
+        mean residual norm."""
         check("model", model, str, choices=tuple(self.models))
         if isinstance(feature, steering.Direction):
             return feature
-        norm = self.store.mean_norms[model]
+        norm, label, number = self.store.mean_norms[model], "feature", feature
         if feature == RANDOM:
             return steering.random_directions(1, self.store.widths[model], norm, self.seed)[0]
-        label = feature if isinstance(feature, str) else "feature"
-        number = self.chosen.get(feature) if isinstance(feature, str) else feature
         if isinstance(feature, str) and feature.strip().isdecimal():
-            label, number = "feature", int(feature)
+            number = int(feature)
+        elif isinstance(feature, str):
+            label, number = feature, self.chosen.get(feature)
         if number is None:
             raise UserError(
                 f"feature is {feature!r}: it must be a number, {RANDOM}, or one of {', '.join(self.chosen)}"
@@ -292,38 +242,29 @@ class Playground:
         model: str = "distilled",
         seed: int | None = None,
     ) -> Iterator[Comparison]:
-        """``compare`` while it grows: the last one that comes is the whole. To stop, stop asking."""
+        """The unsteered and the steered thought about ``prompt`` (a task, or a text) while they grow: the
+        last one that comes is the whole. To stop, stop asking.
+
+        ``feature``: a number, a category with a chosen feature, "random", or a direction; ``strength`` in
+        mean residual norms, negative to take away; ``where``: "prompt", "thinking" or "all"; ``seed``: of the
+        random numbers, the playground's by default. UserError for what does not exist.
+        """
         direction = self.direction(feature, model)
         strength = float(check("strength", strength, float, low=-STRONGEST, high=STRONGEST))
         check("where", where, str, choices=generate.STEERED)
         seed = check("seed", self.seed if seed is None else seed, int)
-        task = self.task(prompt, model)
-        vector = strength * direction.vector
-        growing = generate.steered_stream(
-            self.models[model],
-            self.store.layers[model],
-            [task, task],
-            torch.stack([torch.zeros_like(vector), vector]),
-            self.max_new_tokens,
-            self.temperature,
-            seed,
-            self.medium.end_of_thinking,
-            self.remote,
-            self.medium,
-            where,
-        )
+        task, vector = self.task(prompt, model), strength * direction.vector
         how = f"{model} model, {direction.name} at strength {strength:g}, where: {where}, seed {seed}"
-        for said, ended in growing:
-            lines = {side: lines_of(task, words, self.medium) for side, words in zip(SIDES, said)}
-            yield Comparison(
-                task,
-                self.medium.prompt(task),
-                how,
-                dict(zip(SIDES, said)),
-                dict(zip(SIDES, ended)),
-                self._table(task, said, ended),
-                lines,
-            )
+        vectors, asked = torch.stack([torch.zeros_like(vector), vector]), self.medium.prompt(task)
+        for written, ended in generate.steered_stream(
+            self.models[model], self.store.layers[model], [task, task], vectors, self.max_new_tokens,
+            self.medium, temperature=self.temperature, seed=seed, end_of_thinking=self.medium.end_of_thinking,
+            remote=self.remote, place=where,
+        ):  # fmt: skip
+            table = self._table(task, written, ended)
+            lines = {side: lines_of(task, words, self.medium) for side, words in zip(SIDES, written)}
+            thoughts = dict(zip(SIDES, written))
+            yield Comparison(task, asked, how, thoughts, dict(zip(SIDES, ended)), table, lines)
 
     def compare(
         self,
@@ -334,36 +275,24 @@ class Playground:
         model: str = "distilled",
         seed: int | None = None,
     ) -> Comparison:
-        """The unsteered and the steered thought about ``prompt`` (a task, or a text).
-
-        ``feature``: a number, a category with a chosen feature, "random", or a direction; ``strength`` in
-        mean residual norms, negative to take away; ``where``: "prompt", "thinking" or "all"; ``seed``: of the
-        random numbers, the playground's by default. UserError for what does not exist.
-        """
+        """Both thoughts as they end; the parameters are those of ``stream``."""
         *_, last = self.stream(prompt, feature, strength, where, model, seed)
         return last
 
-    def _table(self, task, said: Sequence[Sequence[str]], ended: Sequence[bool]) -> pd.DataFrame:
-        read = self.medium.outcomes([task] * len(said), said, self.max_new_tokens)
-        known, rows = task.answer is not None, []
+    def _table(self, task, written: Sequence[Sequence[str]], ended: Sequence[bool]) -> pd.DataFrame:
+        facts, rows = self.medium.outcomes([task] * len(written), written, self.max_new_tokens), []
         # in chat a check is a reflection
         labels = (*CATEGORIES, REDUNDANT) if self.medium is PUZZLES else CATEGORIES
-        for (_, row), over in zip(read.iterrows(), ended):
-            open_end = (
-                "not ended" if not over else "limit reached" if row["runaway"] else "thought not closed"
-            )
-            answer = None if pd.isna(row["answer"]) else row["answer"]
+        for (_, row), over in zip(facts.iterrows(), ended):
+            end = "not ended" if not over else "limit reached" if row["runaway"] else "thought not closed"
+            known, chain = over and task.answer is not None, row["chain_correct"]
             rows.append(
                 {
                     "tokens": int(row["length"]),
-                    "end": "thought closed" if row["closed"] else open_end,
-                    "answer": answer,
-                    "right": bool(row["correct"]) if known and over else None,
-                    "every step right": (
-                        bool(row["chain_correct"])
-                        if known and over and pd.notna(row["chain_correct"])
-                        else None
-                    ),
+                    "end": "thought closed" if row["closed"] else end,
+                    "answer": None if pd.isna(row["answer"]) else row["answer"],
+                    "right": bool(row["correct"]) if known else None,
+                    "every step right": bool(chain) if known and pd.notna(chain) else None,
                     **{label: int(row[f"n_{label}"]) for label in labels},
                 }
             )
@@ -395,63 +324,47 @@ class Panel(ipywidgets.VBox):
         except RuntimeError:
             self._loop = None
         texts, wide = list(playground.examples), ipywidgets.Layout(width="98%")
-        pushes = {f"{label} (feature {feature})": label for label, feature in playground.chosen.items()}
-        pushes |= {"a random direction": RANDOM, "a feature by its number": _BY_NUMBER}
+        features = {f"{label} (feature {feature})": label for label, feature in playground.chosen.items()}
+        features |= {"a random direction": RANDOM, "a feature by its number": _BY_NUMBER}
         shown = [("(your own text)", ""), *((text, text) for text in texts)]
-        self.example = _field(ipywidgets.Dropdown, "Example", texts[1], options=shown, layout=wide)
+        choice, models = ipywidgets.Dropdown, list(playground.models)
+        self.example = _field(choice, "Example", texts[1], options=shown, layout=wide)
         self.prompt = _field(ipywidgets.Textarea, "Prompt", texts[1], rows=3, layout=wide)
-        self.feature = _field(
-            ipywidgets.Dropdown, "Add", next(iter(pushes.values())), options=list(pushes.items())
-        )
-        self.number = _field(ipywidgets.IntText, "Feature number", next(iter(playground.chosen.values()), 0))
-        self.strength = _field(
-            ipywidgets.FloatText,
-            "Strength",
-            0.5,
-            step=0.25,
-            tooltip="in mean residual norms; negative: taken away",
-        )
-        self.where = _field(ipywidgets.Dropdown, "Where", "thinking", options=generate.STEERED)
-        self.model = _field(
-            ipywidgets.Dropdown, "Model", list(playground.models)[-1], options=list(playground.models)
-        )
-        self.seed = _field(
-            ipywidgets.IntText,
-            "Seed",
-            playground.seed,
-            tooltip="of the random numbers that both thoughts use",
-        )
-        self.generate = ipywidgets.Button(
-            description="Generate", button_style="primary", tooltip="the unsteered and the steered text"
-        )
+        first = next(iter(features.values()))
+        self.feature = _field(choice, "Add", first, options=list(features.items()))
+        number = next(iter(playground.chosen.values()), 0)
+        self.number = _field(ipywidgets.IntText, "Feature number", number)
+        tip = "in mean residual norms; negative: taken away"
+        self.strength = _field(ipywidgets.FloatText, "Strength", 0.5, step=0.25, tooltip=tip)
+        self.where = _field(choice, "Where", "thinking", options=generate.STEERED)
+        self.model = _field(choice, "Model", models[-1], options=models)
+        tip = "of the random numbers that both thoughts use"
+        self.seed = _field(ipywidgets.IntText, "Seed", playground.seed, tooltip=tip)
+        tip = "the unsteered and the steered text"
+        self.generate = ipywidgets.Button(description="Generate", button_style="primary", tooltip=tip)
         self.stop = ipywidgets.Button(description="Stop", tooltip="stop generating")
         self.status, self.output = ipywidgets.HTML(), ipywidgets.HTML(layout=wide)
         self._say(
             "Choose, then press Generate. Strength is in mean residual norms; negative takes the feature"
             " away."
         )
-        self.example.observe(
-            lambda change: change["new"] and setattr(self.prompt, "value", change["new"]), "value"
-        )
-        self.prompt.observe(
-            lambda change: setattr(self.example, "value", change["new"] if change["new"] in texts else ""),
-            "value",
-        )
-        self.number.observe(lambda change: setattr(self.feature, "value", _BY_NUMBER), "value")
+
+        def follows(field, value: Callable) -> Callable:
+            return lambda change: setattr(field, "value", value(change["new"]))
+
+        self.example.observe(follows(self.prompt, lambda text: text or self.prompt.value), "value")
+        self.prompt.observe(follows(self.example, lambda text: text if text in texts else ""), "value")
+        self.number.observe(follows(self.feature, lambda _: _BY_NUMBER), "value")
         self.generate.on_click(lambda _: self._begin())
         self.stop.on_click(lambda _: setattr(self, "_stopped", True))
-        rows = [
-            [self.feature, self.number, self.strength],
-            [self.where, self.model, self.seed],
-            [self.generate, self.stop],
-        ]
+        rows = [(self.feature, self.number, self.strength), (self.where, self.model, self.seed)]
+        rows.append((self.generate, self.stop))
         boxes = [ipywidgets.HBox(row, layout=ipywidgets.Layout(flex_flow="row wrap")) for row in rows]
         super().__init__([self.example, self.prompt, *boxes, self.status, self.output])
 
     def _say(self, text: str, failed: bool = False) -> None:
-        self.status.value = _MESSAGE.format(
-            colour=COLOURS["distilled" if failed else "base"], text=html.escape(text)
-        )
+        colour = COLOURS["distilled" if failed else "base"]
+        self.status.value = _MESSAGE.format(colour=colour, text=html.escape(text))
 
     def _begin(self) -> None:
         self._turn, self._stopped = self._turn + 1, False
@@ -467,45 +380,30 @@ class Panel(ipywidgets.VBox):
     async def _run(self, turn: int) -> None:
         """One press of the button, silent once there is a later one. Whatever goes wrong is said, and nothing
         is raised into the kernel."""
-        start, first, last = time.monotonic(), None, None
+        start, first, last, failed = time.monotonic(), 0.0, None, True
         feature = self.number.value if self.feature.value == _BY_NUMBER else self.feature.value
-        asked = (
-            self.prompt.value,
-            feature,
-            self.strength.value,
-            self.where.value,
-            self.model.value,
-            self.seed.value,
-        )
+        fields = (self.strength, self.where, self.model, self.seed)
         try:
-            growing = self.playground.stream(*asked)
+            growing = self.playground.stream(self.prompt.value, feature, *(field.value for field in fields))
             self._say("Generating ...")
             self.output.value = ""
-            while (
-                turn == self._turn and not self._stopped and (comparison := next(growing, None)) is not None
-            ):
-                first, last = first or time.monotonic() - start, comparison
+            while turn == self._turn and not self._stopped and (new := next(growing, None)) is not None:
+                first, last = first or time.monotonic() - start, new
                 self.output.value = last.html
                 await asyncio.sleep(0.01)  # the kernel hears Stop
-            message, failed = (
-                (
-                    f"{_length(last)} tokens in {time.monotonic() - start:.1f} s, the first after"
-                    f" {first or 0:.2f} s."
-                ),
-                False,
+            tokens = sum(map(len, last.transcripts.values())) if last else 0
+            message = "Done" if last and all(last.ended.values()) else "Stopped"
+            message += (
+                f": {tokens} tokens in {time.monotonic() - start:.1f} s, the first after {first:.2f} s."
             )
-            message = f"{'Done' if last and all(last.ended.values()) else 'Stopped'}: {message}"
+            failed = False
         except UserError as error:
-            message, failed = str(error), True
+            message = str(error)
         except Exception as error:
-            message, failed = f"{type(error).__name__}: {error}", True
+            message = f"{type(error).__name__}: {error}"
         if turn == self._turn:
             self._say(message, failed)
 
 
 def _field(kind: type, description: str, value, **options) -> ipywidgets.DOMWidget:
     return kind(description=description, value=value, style={"description_width": "8em"}, **options)
-
-
-def _length(comparison: Comparison | None) -> int:
-    return sum(map(len, comparison.transcripts.values())) if comparison else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
@@ -18,17 +18,15 @@ ABLATED = {
     "matched": ("distilled", "matched"),
 }
 STEERED = ("length_ratio", "accuracy_change", "chain_change", "runaway", "redundant_ratio", "needed_ratio")
+SHOWS = "**What this run shows.** "
 
 
-def _and(names: Sequence[str]) -> str:
+def _and(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _add(results: Results, name: str, row, value: str, n: int | None = None) -> None:
-    results.add(name, row[value], (row[f"{value}_low"], row[f"{value}_high"]), row["n"] if n is None else n)
-
-
-# --- taking out ---------------------------------------------------------------------------------------------
+def _add(results: Results, name: str, row: Mapping, value: str) -> None:
+    results.add(name, row[value], (row[f"{value}_low"], row[f"{value}_high"]), row["n"])
 
 
 def add_ablation(results: Results, summary: pd.DataFrame) -> None:
@@ -38,38 +36,32 @@ def add_ablation(results: Results, summary: pd.DataFrame) -> None:
     for c in CATEGORIES:
         for key, where in ABLATED.items():
             for value in ("logit", "log_probability", "per_norm"):
-                suffix = "" if value == "logit" else f"_{value}"
-                _add(results, f"ablate_{c}_{key}{suffix}", largest.loc[(c, *where)], value)
+                end = "" if value == "logit" else f"_{value}"
+                _add(results, f"ablate_{c}_{key}{end}", largest.loc[(c, *where)], value)
     results.table("ablation", summary.round(5))
 
 
 def at_largest_k(summary: pd.DataFrame) -> pd.DataFrame:
     """The rows of the largest k, with the lengths of the error bars of per_norm: up, down."""
     largest = summary[summary["k"] == summary["k"].max()]
-    return largest.assign(
-        up=largest["per_norm_high"] - largest["per_norm"], down=largest["per_norm"] - largest["per_norm_low"]
-    )
+    up, down = largest["per_norm_high"] - largest["per_norm"], largest["per_norm"] - largest["per_norm_low"]
+    return largest.assign(up=up, down=down)
 
 
 def ablation_shows(summary: pd.DataFrame, removals: Sequence[Removal], chosen: Mapping[str, int]) -> str:
     """Which categories lose support, by logit and by log-probability, and whose features were removed."""
     k, largest = summary["k"].max(), at_largest_k(summary).set_index(["model", "removed"])
     removed = next(r.features for r in removals if r.k == k and r.kind == "features")
-
-    def falling(where: tuple[str, str], value: str) -> str:
-        rows = largest.loc[[where]]
-        return _and(list(rows.loc[rows[f"{value}_high"] < 0, "category"]))
-
-    lines = [
-        f"**What this run shows.** At k = {k:g} % ({len(removed)} features), the interval lies below 0 for"
-        " these categories:"
-    ]
-    lines += [
-        f"- {name}: {falling(where, 'logit')} by logit;"
-        f" {falling(where, 'log_probability')} by log-probability"
-        for name, where in ABLATED.items()
-    ]
     inside = [f"{c} ({f})" for c, f in chosen.items() if c in CATEGORIES and f in removed]
+    lines = [
+        f"{SHOWS}At k = {k:g} % ({len(removed)} features), the interval lies below 0 for these categories:"
+    ]
+    for name, where in ABLATED.items():
+        rows = largest.loc[[where]]
+        logit, log_probability = (
+            _and(rows.loc[rows[f"{value}_high"] < 0, "category"]) for value in ("logit", "log_probability")
+        )
+        lines.append(f"- {name}: {logit} by logit; {log_probability} by log-probability")
     lines.append(
         "\nThe rule removes *frequent* features. Of the features chosen for the categories it removes:"
         f" {_and(inside)}. A logit has no zero: where the two disagree, believe the log-probability."
@@ -78,46 +70,37 @@ def ablation_shows(summary: pd.DataFrame, removals: Sequence[Removal], chosen: M
 
 
 def per_norm_shows(summary: pd.DataFrame) -> str:
-    largest = at_largest_k(summary).set_index(["model", "removed", "category"])
-    more = {
-        m: [
-            c
-            for c in CATEGORIES
-            if largest.loc[(m, "features", c), "per_norm_high"]
-            < largest.loc[(m, "matched", c), "per_norm_low"]
-        ]
-        for m in ("distilled", "base")
-    }
+    more = {model: _and(_more_per_norm(summary, model)) for model in ("distilled", "base")}
     return (
-        "**What this run shows.** Per unit of removed norm the features cost more than equally frequent"
-        f" shared ones, with intervals that do not touch, for: {_and(more['distilled'])} (distilled);"
-        f" {_and(more['base'])} (base)."
+        f"{SHOWS}Per unit of removed norm the features cost more than equally frequent shared ones, with"
+        f" intervals that do not touch, for: {more['distilled']} (distilled); {more['base']} (base)."
     )
 
 
-# --- adding -------------------------------------------------------------------------------------------------
+def _more_per_norm(summary: pd.DataFrame, model: str) -> list[str]:
+    """Categories in which the features cost more than matched ones, with intervals that do not touch."""
+    largest = at_largest_k(summary).set_index(["model", "removed", "category"])
+    features, matched = (largest.loc[model, kind] for kind in ("features", "matched"))
+    return [c for c in CATEGORIES if features.per_norm_high[c] < matched.per_norm_low[c]]
 
 
 def at(comparison: pd.DataFrame, condition: Mapping) -> pd.Series:
     """The row of ``comparison`` with the direction and strength of ``condition``."""
-    same = (comparison["direction"] == condition["direction"]) & (
-        comparison["strength"] == condition["strength"]
-    )
-    return comparison[same].iloc[0]
+    keys = ["direction", "strength"]
+    return comparison[(comparison[keys] == [condition[key] for key in keys]).all(axis=1)].iloc[0]
 
 
 def choice_shows(search: pd.DataFrame, picked: pd.DataFrame) -> str:
-    lines = [f"**What this run shows.** {len(search) - 1} conditions were tried."]
-    for aim, row in picked.iterrows():
-        limits = (
-            "within the limits"
-            if row["within_limits"]
-            else "**outside the limits, which no condition kept to: the one that exceeds them least**"
-        )
-        lines.append(
-            f"- {aim}: {row['direction']} at strength {row['strength']:g}: {row['length_ratio']:.2f} times as"
-            f" long, accuracy {row['accuracy_change']:+.2f}, {limits}"
-        )
+    lines = [f"{SHOWS}{len(search) - 1} conditions were tried."]
+    limits = {
+        True: "within the limits",
+        False: "**outside the limits, which no condition kept to: the one that exceeds them least**",
+    }
+    lines += [
+        f"- {aim}: {row['direction']} at strength {row['strength']:g}: {row['length_ratio']:.2f} times as"
+        f" long, accuracy {row['accuracy_change']:+.2f}, {limits[bool(row['within_limits'])]}"
+        for aim, row in picked.iterrows()
+    ]
     return "\n".join(lines)
 
 
@@ -125,33 +108,36 @@ def add_steering(results: Results, curves: pd.DataFrame, over: Mapping, incisive
     """Metrics overthink_... and incisive_... (STEERED) of the chosen conditions, and random_... and
     random_incisive_...: the mean over random directions of the same strength, its interval from the lowest
     lower end to the highest upper end."""
-    for name, prefix, condition in (("overthink", "random", over), ("incisive", "random_incisive", incisive)):
-        row = at(curves, condition)
+    for name, condition in (("overthink", over), ("incisive", incisive)):
+        row, prefix = at(curves, condition), "random" if name == "overthink" else "random_incisive"
         for value in STEERED:
             _add(results, f"{name}_{value}", row, value)
         noise = curves[(curves["label"] == "random") & (curves["strength"] == abs(condition["strength"]))]
-        for value in ("length_ratio", "accuracy_change"):
+        for value in STEERED[:2]:
             ends = noise[f"{value}_low"].min(), noise[f"{value}_high"].max()
             results.add(f"{prefix}_{value}", noise[value].mean(), ends, row["n"] * len(noise))
 
 
 def add_easy(results: Results, comparison: pd.DataFrame, over: Mapping, incisive: Mapping) -> None:
     for name, condition in (("overthink", over), ("incisive", incisive)):
-        for value in ("length_ratio", "accuracy_change"):
+        for value in STEERED[:2]:
             _add(results, f"{name}_{value}_easy", at(comparison, condition), value)
 
 
 def steering_shows(results: Results) -> str:
+    def said(name: str) -> str:
+        return (
+            f"{results.text(f'{name}_length_ratio')} times as long, accuracy"
+            f" {results.text(f'{name}_accuracy_change')}"
+        )
+
     names = {"over-thinking": ("overthink", "random"), "incisive thinking": ("incisive", "random_incisive")}
-    lines = ["**What this run shows.** On test puzzles:"]
-    lines += [
-        f"- {aim}: {results.text(f'{name}_length_ratio')} times as long, accuracy"
-        f" {results.text(f'{name}_accuracy_change')}, {results.text(f'{name}_runaway')} never end; random"
-        f" directions: {results.text(f'{noise}_length_ratio')} times as long, accuracy"
-        f" {results.text(f'{noise}_accuracy_change')}"
+    lines = [
+        f"- {aim}: {said(name)}, {results.text(f'{name}_runaway')} never end;"
+        f" random directions: {said(noise)}"
         for aim, (name, noise) in names.items()
     ]
-    return "\n".join(lines)
+    return "\n".join([f"{SHOWS}On test puzzles:", *lines])
 
 
 def needed_and_redundant(curves: pd.DataFrame, over: Mapping, incisive: Mapping) -> pd.DataFrame:
@@ -170,17 +156,14 @@ def rates_grid(specific: pd.DataFrame, unsteered: Mapping) -> pd.DataFrame:
     """Rates of sentences with a category's feature added (rows) over the unsteered ones; columns that
     occur."""
     rows = specific[specific["direction"] != outcomes.NO_STEERING].set_index("label")
-    present = [c for c in outcomes.RATES if unsteered[f"rate_{c}"] > 0]
-    grid = rows[[f"rate_{c}" for c in present]].set_axis(present, axis=1)
-    return (grid / [unsteered[f"rate_{c}"] for c in present]).rename_axis("feature")
+    present = {c: unsteered[f"rate_{c}"] for c in outcomes.RATES if unsteered[f"rate_{c}"] > 0}
+    grid = rows[[f"rate_{c}" for c in present]].set_axis(list(present), axis=1)
+    return (grid / list(present.values())).rename_axis("feature")
 
 
 def raises_most(grid: pd.DataFrame) -> dict[str, str]:
     """{category: the kind of sentence whose rate its feature raises most}."""
     return {c: grid.loc[c].idxmax() for c in grid.index if c in CATEGORIES and len(grid.columns)}
-
-
-# --- whole thoughts, and the scoreboard ---------------------------------------------------------------------
 
 
 def thoughts_show(part: Part) -> str:
@@ -208,37 +191,23 @@ def scores(
     seed: int = 0,
 ) -> dict[str, tuple[str, bool]]:
     """{prediction: (what was observed, whether it held)} for the predictions of notebook 04."""
-    k, unit = summary["k"].max(), at_largest_k(summary).query("model == 'distilled'").set_index("removed")
-    features, matched = (unit.loc[kind].set_index("category") for kind in ("features", "matched"))
-    cheaper = {
-        name: difference(effects, k, ABLATED["distilled"], ABLATED[name], seed=seed)["high"] < 0
-        for name in ("base", "random")
-    }
-    counts = {
-        "distilled": (features["logit_high"] < 0).sum(),
-        "base": cheaper["base"].sum(),
-        "random (control)": cheaper["random"].sum(),
-        "per norm": (features["per_norm_high"] < matched["per_norm_low"]).sum(),
-    }
-    values, best = results.values, raises_most(grid)
+    k, largest = summary["k"].max(), at_largest_k(summary).set_index(["model", "removed"])
+    counts = {"distilled": (largest.loc[[ABLATED["distilled"]], "logit_high"] < 0).sum()}
+    for prediction, name in (("base", "base"), ("random (control)", "random")):
+        cost = difference(effects, k, ABLATED["distilled"], ABLATED[name], seed=seed)
+        counts[prediction] = (cost["high"] < 0).sum()
+    counts["per norm"] = len(_more_per_norm(summary, "distilled"))
+    every = len(CATEGORIES)
+    held = {name: (f"{n} of {every} categories", bool(n == every)) for name, n in counts.items()}
+    text, value, best = results.text, results.values, raises_most(grid)
     rivals = outcomes.rivals(curves, over, incisive)
     directions = curves.loc[curves["label"] == "random", "direction"].nunique()
-    return {
-        name: (f"{n} of {len(CATEGORIES)} categories", bool(n == len(CATEGORIES)))
-        for name, n in counts.items()
-    } | {
-        "over-thinking": (
-            f"{results.text('overthink_length_ratio')} times as long",
-            values["overthink_length_ratio"] >= 1.5,
-        ),
-        "incisive thinking": (
-            f"{results.text('incisive_length_ratio')} times as long, accuracy"
-            f" {results.text('incisive_accuracy_change')}",
-            values["incisive_length_ratio"] <= 0.85 and values["incisive_accuracy_change"] >= -0.05,
-        ),
+    long, length = (f"{text(f'{name}_length_ratio')} times as long" for name in ("overthink", "incisive"))
+    brief = value["incisive_length_ratio"] <= 0.85 and value["incisive_accuracy_change"] >= -0.05
+    seen = "; ".join(f"{c}: {column}" for c, column in best.items()) or "nothing of the kind is ever said"
+    return held | {
+        "over-thinking": (long, value["overthink_length_ratio"] >= 1.5),
+        "incisive thinking": (f"{length}, accuracy {text('incisive_accuracy_change')}", brief),
         "random (control, steering)": (f"{rivals} of {directions} directions do", rivals == 0),
-        "specific": (
-            "; ".join(f"{c}: {column}" for c, column in best.items()) or "nothing of the kind is ever said",
-            bool(best) and all(c == column for c, column in best.items()),
-        ),
+        "specific": (seen, bool(best) and all(c == column for c, column in best.items())),
     }

@@ -3,18 +3,15 @@ of the thought.
 
 The experiment of the paper (E5), on a model that can be marked. A direction is added to the output of one
 decoder layer of the distilled model, at the last position of the prompt ("think :") and at every token it
-generates after it, until it closes its thinking; nothing is added to the prompt or to the answer::
+generates after it, until it closes its thinking::
 
     h_t  ->  h_t + strength * (mean residual norm) * d_i / ||d_i||
 
 Strengths are in units of the mean residual norm, so that features, random directions and models can be
-compared; the sign says whether a feature is added or taken away. One strength per row of a batch is allowed,
-so a whole dose-response curve fits into one batch.
-
-Thoughts are sampled at temperature 1, with noise that belongs to the task and the step: unsteered and steered
-thoughts roll the same dice, and no row depends on its batch. Greedy decoding would hide what steering is to
-change: a check that follows one step in three is never the likeliest next sentence, so a greedy model never
-says it.
+compared; the sign says whether a feature is added or taken away. Thoughts are sampled at temperature 1, with
+noise that belongs to the task and the step, the same for unsteered and steered thoughts. Greedy decoding
+would hide what steering is to change: a check that follows one step in three is never the likeliest next
+sentence.
 
 *Over-thinking*: the thought grows and the answer does not get better. *Incisive thinking*: it shrinks and the
 answer does not get worse. A thought that never ends counts with the longest length allowed, and is reported
@@ -30,6 +27,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -39,22 +37,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..activations.positions import PHASES, phase_of
-from ..activations.store import SPLITS, Store
+from ..activations.store import SPLITS
 from ..crosscoder.model import CrossCoder, check_feature
 from ..distil.trials import Task
 from ..runs import fingerprint, write_manifest
 from ..settings import UserError, check
-from .ablation import batches
+from .ablation import Batch, batches
 from .generate import TranscriptFile, kept_transcripts, steered
 from .outcomes import NO_STEERING
 from .tasks import PUZZLES, Medium
 
+if TYPE_CHECKING:
+    from .artefacts import RunArtefacts
+
 
 @dataclass(frozen=True)
 class Direction:
-    """A named vector [d] whose norm is the mean residual norm: strength 1. ``label`` is its category, or
-    "random".
-    """
+    """A named vector [d] whose norm is the mean residual norm: strength 1. ``label``: its category, or
+    "random"."""
 
     name: str
     label: str
@@ -65,8 +65,7 @@ def feature_direction(
     crosscoder: CrossCoder, feature: int, norm: float, label: str = "feature", model: str = "distilled"
 ) -> Direction:
     """The raw decoder row of a feature in ``model``, brought to ``norm``. UserError for a feature that does
-    not exist.
-    """
+    not exist."""
     row = crosscoder.rows(model, raw=True)[check_feature(crosscoder, feature)].detach().float()
     if row.norm() == 0:
         raise UserError(f"feature {feature} has no decoder row in {model}: it cannot steer")
@@ -80,30 +79,19 @@ def random_directions(n: int, width: int, norm: float, seed: int = 0) -> list[Di
     return [Direction(f"random {i}", "random", row * (norm / row.norm())) for i, row in enumerate(noise)]
 
 
-# --- which features are worth trying ------------------------------------------------------------------------
-
-
 def influence(
-    store: Store,
-    model: TransformersModel,
-    layer: int,
-    labels: Sequence[str],
-    split: str = "choose",
-    documents: int = 64,
-    seed: int = 0,
-    medium: Medium = PUZZLES,
-    remote: bool | str = False,
+    opened: RunArtefacts, labels: Sequence[str], split: str = "choose", documents: int = 64, seed: int = 0
 ) -> dict[str, Tensor]:
     """What a small push does to the next sentence: for each label the gradient [d] of the probability that it
     opens.
 
-    The probability is the sum over all first words of the label, averaged over the sentence ends of
-    ``documents`` traces of the split; the push is one vector added to the output of ``layer`` at every
-    position of the thinking. Its scalar product with a direction is the change that this direction would
-    make, to first order (attribution; Nanda 2023, "Attribution patching"). ``medium`` knows the first words;
-    ``remote``: where the model runs.
+    The probability is the sum over all first words of the label (the medium knows them), averaged over the
+    sentence ends of ``documents`` traces of the split; the push is one vector added at every position of the
+    thinking, in the distilled model. Its scalar product with a direction is the change that this direction
+    would make, to first order (attribution; Nanda 2023, "Attribution patching").
     """
     check("documents", documents, int, low=1)
+    store, model, medium = opened.store, opened.models["distilled"], opened.medium
     ends = (store.labels["ends"] == 1) & (store.labels["kind"] == 1) & (store.split == SPLITS.index(split))
     frame = pd.DataFrame({"document": store.documents[ends], "row": np.flatnonzero(ends)})
     number = frame.groupby("document").cumcount()
@@ -111,41 +99,30 @@ def influence(
     frame = frame[(number >= 1) & (store.labels["next_label"][frame["row"]] >= 0)]
     if medium is not PUZZLES:
         frame = frame[phase_of(store, frame["row"]) == PHASES.index("thinking")]
-    found = np.unique(frame["document"])
-    if len(found) == 0:
+    if frame.empty:
         raise UserError(
             f"there is no labelled trace in the split {split!r}: the corpus of this pair must carry labels"
         )
-    drawn = np.random.default_rng(seed).permutation(found)[:documents]
+    drawn = np.random.default_rng(seed).permutation(np.unique(frame["document"]))[:documents]
     frame = frame[frame["document"].isin(drawn)]
-    words = {
-        label: torch.tensor(medium.opens(store, model.tokenizer, label), dtype=torch.long) for label in labels
-    }
-    total = {label: torch.zeros(store.widths["distilled"]) for label in labels}
+    openings = [
+        torch.tensor(medium.opens(store, model.tokenizer, label), dtype=torch.long) for label in labels
+    ]
+    total = torch.zeros(len(labels), store.widths["distilled"])
     for batch in batches(store, frame, batch_size=32):
-        rows, columns = batch.at
-        first = torch.full((len(batch.mask),), batch.mask.shape[1]).scatter_reduce(0, rows, columns, "amin")
-        thinking = (torch.arange(batch.mask.shape[1]) >= first[:, None]).float()[..., None]
-        inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask}
-        found = _gradients(model, layer, inputs, batch.at, thinking, list(words.values()), remote)
-        for label, gradient in zip(labels, found):
-            total[label] += gradient
-    return {label: gradient / len(frame) for label, gradient in total.items()}
+        total += _gradients(model, store.layers["distilled"], batch, openings, opened.pair.remote)
+    return dict(zip(labels, total / len(frame)))
 
 
 def _gradients(
-    model: TransformersModel,
-    layer: int,
-    inputs: dict[str, Tensor],
-    at: tuple[Tensor, Tensor],
-    thinking: Tensor,
-    openings: list[Tensor],
-    remote: bool | str,
+    model: TransformersModel, layer: int, batch: Batch, openings: list[Tensor], remote: bool | str
 ) -> Tensor:
-    """[labels, d]: the gradients of ``influence`` for one batch, taken where the model runs. ``openings``:
-    ids of first words.
-    """
-    rows, columns = at
+    """[labels, d]: the gradients of ``influence``, summed over one batch, taken where the model runs.
+    ``openings``: ids of first words."""
+    (rows, columns), length = batch.at, batch.mask.shape[1]
+    first = torch.full((len(batch.mask),), length).scatter_reduce(0, rows, columns, "amin")
+    thinking = (torch.arange(length) >= first[:, None]).float()[..., None]
+    inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask}
     with torch.enable_grad(), model.trace(inputs, remote=remote) as tracer:
         h = model.model.layers[layer].output
         push = torch.zeros(h.shape[-1], device=h.device, requires_grad=True)
@@ -183,39 +160,25 @@ def candidates(
             f"the feature table has no AUROC of {', '.join(missing)}: run notebook 03_inspect_features again"
         )
     directions = functional.normalize(crosscoder.rows("distilled", raw=True), dim=-1)[usable.index.tolist()]
-    measured = {
-        label: pd.DataFrame(
-            {
-                "auroc": usable[f"auroc_{label}_choose"],
-                "influence": norm * (directions @ gradient).numpy(),
-                "nrn": usable["nrn"],
-            }
-        )
-        for label, gradient in gradients.items()
-    }
-    rows, taken = [], set()
+    measured = {}
+    for label, gradient in gradients.items():
+        typical = norm * float(gradient.norm()) / directions.shape[1] ** 0.5
+        columns = {
+            "auroc": usable[f"auroc_{label}_choose"],
+            "influence": norm * (directions @ gradient).numpy(),
+        }
+        scores = pd.DataFrame(columns).assign(label=label, nrn=usable["nrn"])
+        measured[label] = scores.assign(times_random=scores["influence"] / (typical or np.nan))
+    chosen, taken = {label: [] for label in gradients}, set()
     for by, column, wanted in (("reads", "auroc", 1), ("writes", "influence", n)):
         for label, scores in measured.items():
-            typical = norm * float(gradients[label].norm()) / directions.shape[1] ** 0.5
-            for feature in scores.drop(index=list(taken))[column].dropna().nlargest(wanted).index:
-                taken.add(feature)
-                row = scores.loc[feature]
-                rows.append(
-                    {
-                        "label": label,
-                        "feature": int(feature),
-                        "by": by,
-                        "auroc": row["auroc"],
-                        "influence": row["influence"],
-                        "times_random": row["influence"] / typical if typical else np.nan,
-                        "nrn": row["nrn"],
-                    }
-                )
-    order = {label: i for i, label in enumerate(gradients)}
-    frame = pd.DataFrame(
-        rows, columns=["label", "feature", "by", "auroc", "influence", "times_random", "nrn"]
+            best = scores.drop(index=list(taken))[column].dropna().nlargest(wanted).index
+            chosen[label].append(scores.loc[best].assign(by=by))
+            taken |= set(best)
+    frame = (
+        pd.concat([part for parts in chosen.values() for part in parts]).rename_axis("feature").reset_index()
     )
-    return frame.sort_values("label", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+    return frame[["label", "feature", "by", "auroc", "influence", "times_random", "nrn"]]
 
 
 class Steering:
@@ -269,47 +232,40 @@ class Steering:
         conditions, frames = [(None, 0.0), *conditions], []
         for (direction, strength), words in zip(conditions, self._transcripts(name, tasks, conditions)):
             frame = self.medium.outcomes(tasks, words, self.options["max_new_tokens"])
-            frame.insert(0, "task", range(len(tasks)))
-            frame.insert(0, "strength", strength)
-            frame.insert(0, "label", direction.label if direction else NO_STEERING)
-            frame.insert(0, "direction", direction.name if direction else NO_STEERING)
+            first = [direction.name, direction.label] if direction else [NO_STEERING, NO_STEERING]
+            for i, value in enumerate((*first, strength, range(len(tasks)))):
+                frame.insert(i, ("direction", "label", "strength", "task")[i], value)
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
     def _transcripts(
         self, name: str, tasks: Sequence[Task], conditions: Sequence[tuple[Direction | None, float]]
     ) -> list[list[list[str]]]:
-        vectors, files, unsteered = [], [], []
+        vectors, files, unsteered, limit = [], [], [], self.options["max_new_tokens"]
         for direction, strength in conditions:
             strength = float(check("strength", strength, float))
-            unsteered.append(direction is None or strength == 0)
-            vectors.append(
-                torch.zeros(self.model.config.hidden_size) if unsteered[-1] else strength * direction.vector
-            )
-            label = NO_STEERING if unsteered[-1] else direction.name
-            stem = label if unsteered[-1] else f"{re.sub('[^a-z0-9]+', '-', label.lower())}_{strength:+.3f}"
-            files.append(
-                TranscriptFile(
-                    self.folder / name / f"{stem}.json",
-                    fingerprint(self.fingerprint, vectors[-1].numpy(), [repr(t) for t in tasks]),
-                    {"direction": label, "strength": strength},
-                )
-            )
+            plain = direction is None or strength == 0
+            label = stem = NO_STEERING
+            vector = torch.zeros(self.model.config.hidden_size)
+            if not plain:
+                label, vector = direction.name, strength * direction.vector
+                stem = f"{re.sub('[^a-z0-9]+', '-', label.lower())}_{strength:+.3f}"
+            key = fingerprint(self.fingerprint, vector.numpy(), [repr(t) for t in tasks])
+            info = {"direction": label, "strength": strength}
+            files.append(TranscriptFile(self.folder / name / f"{stem}.json", key, info))
+            unsteered.append(plain)
+            vectors.append(vector)
 
         def write(rows: Sequence[tuple[int, int]]) -> list[list[str]]:
-            return steered(
-                self.model, self.layer, [tasks[task] for task, _ in rows],
-                torch.stack([vectors[i] for _, i in rows]),
-                medium=self.medium, remote=self.remote, **self.options,
-            )  # fmt: skip
+            chosen, pushes = [tasks[task] for task, _ in rows], torch.stack([vectors[i] for _, i in rows])
+            how = {"medium": self.medium, "remote": self.remote, **self.options}
+            return steered(self.model, self.layer, chosen, pushes, **how)
 
         def lengths(done: Mapping[int, list]) -> np.ndarray:
             known = next((i for i in done if unsteered[i]), None)
             if known is None:
                 return np.zeros(len(tasks))
-            return self.medium.outcomes(tasks, done[known], self.options["max_new_tokens"])[
-                "length"
-            ].to_numpy()
+            return self.medium.outcomes(tasks, done[known], limit)["length"].to_numpy()
 
         found, n = kept_transcripts(
             files, len(tasks), write, lambda i: unsteered[i], lengths, self.medium.batch_rows,

@@ -22,6 +22,7 @@ import torch
 
 from ..distil.adapters import Recipe, Window, held_out, paragraphs, text_windows, token_losses, trace_windows
 from ..distil.writing import BATCH, read_lines, sample, write_lines
+from ..figures import express_bars
 from ..models.pairs import Pair, load_pair
 from ..runs import Progress, write_text
 from ..settings import ROOT, UserError
@@ -64,9 +65,8 @@ def appraise(
             losses = _held_out_windows(tokenizer, traces, text)
         model = pair.load(name)
         answers = answer(model, tokenizer, asked)
-        measured[name] = measures(asked, answers) | {
-            loss: held_out_loss(model, windows()) for loss, windows in losses.items()
-        }
+        measured[name] = measures(asked, answers)
+        measured[name] |= {loss: held_out_loss(model, windows()) for loss, windows in losses.items()}
         answers_of[name] = [
             {"question": q.text, "answer": q.answer, "said": said, "ended": ended}
             for q, (said, ended, _) in zip(asked, answers)
@@ -101,9 +101,13 @@ def held_out_loss(model, windows: Iterable[Window], limit: int = 60) -> dict:
                 sums.append((float(losses.sum()), len(losses)))
     if not sums:
         raise UserError("there is nothing to measure the loss on: no traces, or no text, are held out")
-    totals = np.array(sums)
-    mean = lambda rows: rows[:, 0].sum() / rows[:, 1].sum()  # noqa: E731
-    return {"value": mean(totals), "ci": bootstrap(totals, mean), "n": int(totals[:, 1].sum())}
+    return _ratio(np.array(sums))
+
+
+def _ratio(rows: np.ndarray, factor: float = 1.0) -> dict:
+    """{value, ci, n} of a ratio of sums, rows [n, 2] (above, below) resampled; n: the sum below."""
+    ratio = lambda rows: factor * rows[:, 0].sum() / max(rows[:, 1].sum(), 1)
+    return {"value": ratio(rows), "ci": bootstrap(rows, ratio), "n": int(rows[:, 1].sum())}
 
 
 def answer(model, tokenizer, questions: Sequence[Question], max_new_tokens: int = 768) -> list[Answer]:
@@ -131,21 +135,15 @@ def measures(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[s
         for q, (text, _, _), t, c in zip(questions, answers, thinks, closes)
         if q.answer is not None
     ]
-    waits = np.array([(len(WAIT.findall(text)), size) for text, _, size in answers], float)
-    rate = lambda rows: 1000 * rows[:, 0].sum() / max(rows[:, 1].sum(), 1)  # noqa: E731
-
-    def share(hits: Sequence[bool]) -> dict:
-        return {"value": sum(hits) / len(hits), "ci": wilson(sum(hits), len(hits)), "n": len(hits)}
-
-    sizes = waits[:, 1]
-    return {
-        "thinks": share(thinks),
-        "closes": share(closes),
-        "ends": share([ended for _, ended, _ in answers]),
-        "accuracy": share(right),
-        "waits_per_1000": {"value": rate(waits), "ci": bootstrap(waits, rate), "n": int(sizes.sum())},
-        "tokens_per_answer": {"value": float(sizes.mean()), "ci": bootstrap(sizes), "n": len(sizes)},
+    ends = [ended for _, ended, _ in answers]
+    shares = {
+        name: {"value": sum(hits) / len(hits), "ci": wilson(sum(hits), len(hits)), "n": len(hits)}
+        for name, hits in {"thinks": thinks, "closes": closes, "ends": ends, "accuracy": right}.items()
     }
+    waits = np.array([(len(WAIT.findall(text)), size) for text, _, size in answers], float)
+    sizes = waits[:, 1]
+    tokens = {"value": float(sizes.mean()), "ci": bootstrap(sizes), "n": len(sizes)}
+    return {**shares, "waits_per_1000": _ratio(waits, 1000), "tokens_per_answer": tokens}
 
 
 def asked_before(transcripts: Path, questions: Sequence[Question]) -> bool:
@@ -155,25 +153,18 @@ def asked_before(transcripts: Path, questions: Sequence[Question]) -> bool:
 
 def measures_table(measured: dict[str, dict]) -> pd.DataFrame:
     """The shares of ``MEASURES``: model, measure, share, low, high, n."""
-    rows = []
-    for model, by_name in measured.items():
-        for name, shown in MEASURES.items():
-            value, (low, high), n = (by_name[name][key] for key in ("value", "ci", "n"))
-            rows.append({"model": model, "measure": shown, "share": value, "low": low, "high": high, "n": n})
-    return pd.DataFrame(rows)
+    rows = [
+        (model, shown, by_name[name]["value"], *by_name[name]["ci"], by_name[name]["n"])
+        for model, by_name in measured.items()
+        for name, shown in MEASURES.items()
+    ]
+    return pd.DataFrame(rows, columns=["model", "measure", "share", "low", "high", "n"])
 
 
 def plot_measures(measured: dict[str, dict]) -> go.Figure:
     """Shares of answers, a bar per model, with 95% intervals."""
     table = measures_table(measured)
-    fig = px.bar(
-        table.assign(above=table["high"] - table["share"], below=table["share"] - table["low"]),
-        x="measure",
-        y="share",
-        color="model",
-        barmode="group",
-        error_y="above",
-        error_y_minus="below",
-        title="Answers to word problems",
-    )
+    bars = express_bars(table, "share", "low", "high")
+    look = dict(barmode="group", title="Answers to word problems", **bars)
+    fig = px.bar(table, x="measure", y="share", color="model", **look)
     return fig.update_yaxes(range=[0, 1.02], title_text="share of answers").update_xaxes(title_text="")

@@ -27,7 +27,7 @@ from ..crosscoder.codes import firing_frequency
 from ..crosscoder.health import health_card
 from ..crosscoder.model import CrossCoder
 from ..crosscoder.training import TrainConfig, train
-from ..figures import COLOURS
+from ..figures import COLOURS, plain_titles
 from ..results import Part
 from ..settings import UserError, check
 from ..stats import wilson
@@ -47,9 +47,6 @@ ORIGINS = {  # does the first, the second, the third model use it?: (origin, col
     (True, False, True): ("in all but style", "deduction"),
     (False, False, False): ("in none", "random"),
 }
-
-
-# --- the part "architectures" -------------------------------------------------------------------------------
 
 
 def compute_architectures(variant: Variant, boots: int = 300, dedicated: float = 0.05) -> Part:
@@ -77,54 +74,35 @@ def _architectures(variant: Variant, boots: int, dedicated: float) -> tuple[dict
     }
     # trained by other parts, and in the search for lambda
     elsewhere = {"batchtopk_null": f"null_a_seed{config.seed}", "l1_pair": f"match_l1/l1_{coefficient:.4g}"}
-
-    def trained(on: Store, own: TrainConfig, name: str) -> CrossCoder:
-        return train(on, own, variant.folder(elsewhere.get(name, name)))
-
-    rows, curves = [], []
+    rows, curves, metrics = [], [], {}
     for name, own in configs.items():
-        of_pair = variant.crosscoder if own == config else trained(store, own, f"{name}_pair")
-        of_null = trained(null, own, f"{name}_null")
-        nrns = {
-            "pair": np.sort(
-                of_pair.nrn(1, "distilled", "base").numpy()[firing_frequency(of_pair, store) > 0]
-            ),
-            "null": np.sort(of_null.nrn(1, "null_a", "base").numpy()[firing_frequency(of_null, null) > 0]),
-        }
-        for pair, nrn in nrns.items():
+        crosscoders, nrns, outside = {}, {}, {}
+        for pair, (on, model) in {"pair": (store, "distilled"), "null": (null, "null_a")}.items():
+            folder = variant.folder(elsewhere.get(f"{name}_{pair}", f"{name}_{pair}"))
+            found = variant.crosscoder if (own, pair) == (config, "pair") else train(on, own, folder)
+            nrn = np.sort(found.nrn(1, model, "base").numpy()[firing_frequency(found, on) > 0])
             curve = {"architecture": name, "pair": pair, "nrn": np.quantile(nrn, CURVE), "share": CURVE}
             curves.append(pd.DataFrame(curve))
-        outside = {pair: float(((nrn < UNDER) | (nrn > OVER)).mean()) for pair, nrn in nrns.items()}
+            crosscoders[pair], nrns[pair] = found, nrn
+            outside[pair] = float(((nrn < UNDER) | (nrn > OVER)).mean())
         limit = float(np.quantile(nrns["null"], 0.99))
         hits, n = int((nrns["pair"] > limit).sum()), len(nrns["pair"])
         low, high = wilson(hits, n)
-        rows.append(
-            {
-                "architecture": name,
-                **describe(of_pair, store, n_boot=boots, seed=config.seed),
-                "outside": outside["pair"],
-                "outside_null": outside["null"],
-                "null_limit": limit,
-                "beyond_null": hits / n,
-                "beyond_null_low": low,
-                "beyond_null_high": high,
-            }
-        )
-    metrics = {
-        f"{name}_{row['architecture']}": metric(row[name], n=row["features"])
-        for row in rows
-        for name in ("l0", "outside", "outside_null", "beyond_null")
-    }
+        row = {"architecture": name, **describe(crosscoders["pair"], store, n_boot=boots, seed=config.seed)}
+        row |= {"outside": outside["pair"], "outside_null": outside["null"], "null_limit": limit}
+        row |= {"beyond_null": hits / n, "beyond_null_low": low, "beyond_null_high": high}
+        for measure in ("l0", "outside", "outside_null", "beyond_null"):
+            metrics[f"{measure}_{name}"] = metric(row[measure], n=row["features"])
+        rows.append(row)
     curves = pd.concat(curves, ignore_index=True)
     tables = {"architectures": pd.DataFrame(rows), "nrn": curves, "match_l1": tries}
     if "style" in variant.pair.others:
         _, store = variant.harvested(*NAMES)
         crosscoder = train(store, config, variant.folder("three_models"))
-        limits = (
-            variant.needed("nulls").tables["thresholds"].set_index(["score", "side", "level"])["threshold"]
-        )
+        limits = variant.needed("nulls").tables["thresholds"].set_index(["score", "side", "level"])
         # of two models' rows, how short is one at the null's threshold of NRN? So short counts as absent
-        short = (1 - limits["nrn", "distilled", 0.01]) / limits["nrn", "distilled", 0.01]
+        limit = limits["threshold"]["nrn", "distilled", 0.01]
+        short = (1 - limit) / limit
         table = origins(crosscoder, threshold=short / (2 + short))
         tables["origins"] = table.assign(alive=firing_frequency(crosscoder, store) > 0)
     return metrics, tables
@@ -134,26 +112,14 @@ def plot_nrn(curves: pd.DataFrame) -> go.Figure:
     """Cumulative distributions of NRN by architecture, of the pair and of the null side by side."""
     fig = px.line(
         curves.replace({"pair": {"pair": "base, distilled", "null": "base, null_a"}}),
-        x="nrn",
-        y="share",
-        color="architecture",
-        facet_col="pair",
+        x="nrn", y="share", color="architecture", facet_col="pair",
         title="NRN by architecture, at equal L0: this pair, and the null",
         labels={"share": "share of alive features below", "nrn": "NRN (p = 1)"},
-    )
-    fig.update_xaxes(range=[-0.02, 1.02], dtick=0.25).update_yaxes(range=[0, 1])
-    return fig.for_each_annotation(lambda label: label.update(text=label.text.split("=")[-1]))
+    )  # fmt: skip
+    return plain_titles(fig.update_xaxes(range=[-0.02, 1.02], dtick=0.25).update_yaxes(range=[0, 1]))
 
 
-def describe(
-    crosscoder: CrossCoder,
-    store: Store,
-    model: str = "distilled",
-    reference: str = "base",
-    p: float = 1,
-    n_boot: int = 1000,
-    seed: int = 0,
-) -> dict[str, float]:
+def describe(crosscoder: CrossCoder, store: Store, n_boot: int = 1000, seed: int = 0) -> dict[str, float]:
     """The quantities by which kinds of crosscoders are compared, on the split "report".
 
     variant, features; l0, fve_<model> and dead (share of features that fire nowhere there), each with _low
@@ -165,30 +131,20 @@ def describe(
     quality = health_card(crosscoder, store, n_boot=n_boot, seed=seed)
     alive = torch.from_numpy(firing_frequency(crosscoder, store) > 0)
     row: dict = {"variant": crosscoder.variant, "features": crosscoder.n_features}
-    for name, key in {
-        "l0": "l0",
-        **{f"fve_{m}": f"fve_{m}" for m in crosscoder.names},
-        "dead": "dead_fraction",
-    }.items():
-        row |= {
-            name: quality[key]["value"],
-            f"{name}_low": quality[key]["ci"][0],
-            f"{name}_high": quality[key]["ci"][1],
-        }
-    nrn = crosscoder.nrn(p, model, reference)[alive].double().numpy()
-    nrn = nrn[~np.isnan(nrn)]  # a third model's own features are in neither
-    empty = not len(nrn)
-    row |= {
-        "nrn_mean": np.nan if empty else nrn.mean(),
-        "nrn_sd": nrn.std(ddof=1) if len(nrn) > 1 else np.nan,
-        "nrn_over_0_7": np.nan if empty else (nrn > OVER).mean(),
-        "nrn_under_0_3": np.nan if empty else (nrn < UNDER).mean(),
-    }
-    row |= {f"nrn_q{round(100 * q):02}": np.nan if empty else np.quantile(nrn, q) for q in QUANTILES}
-    one, other = crosscoder.rows(reference), crosscoder.rows(model)
+    for key in ("l0", *(f"fve_{m}" for m in crosscoder.names), "dead_fraction"):
+        name, (low, high) = key.removesuffix("_fraction"), quality[key]["ci"]
+        row |= {name: quality[key]["value"], f"{name}_low": low, f"{name}_high": high}
+    # a third model's own features are in neither
+    nrn = pd.Series(crosscoder.nrn()[alive].double().numpy()).dropna()
+    row |= {"nrn_mean": nrn.mean(), "nrn_sd": nrn.std()}
+    row |= {"nrn_over_0_7": (nrn > OVER).mean(), "nrn_under_0_3": (nrn < UNDER).mean()}
+    row |= {f"nrn_q{round(100 * q):02}": nrn.quantile(q) for q in QUANTILES}
+    one, other = crosscoder.rows("base"), crosscoder.rows("distilled")
     both = alive & (one.norm(dim=1) > 0) & (other.norm(dim=1) > 0)
     comparable = one.shape == other.shape and bool(both.any())
-    row["cosine_median"] = float(crosscoder.cosine(reference, model)[both].median()) if comparable else np.nan
+    row["cosine_median"] = (
+        float(crosscoder.cosine("base", "distilled")[both].median()) if comparable else np.nan
+    )
     for m, name in enumerate(crosscoder.names):
         own = crosscoder.owner == m
         row |= {f"dedicated_{name}": int(own.sum()), f"used_{name}": int((own & alive).sum())}
@@ -216,16 +172,10 @@ def match_l1(
     """
     check("k", k, float, low=1e-3, high=config.n_features)
     tries: dict[float, float] = {}
-    guess = config.l1 or 1.0
+    guess, tokens = config.l1 or 1.0, min(tokens or config.tokens, config.tokens)
     while True:
-        short = replace(
-            config,
-            variant="l1",
-            precision="float32",
-            l1=guess,
-            tokens=min(tokens or config.tokens, config.tokens),
-        )
-        crosscoder = train(store, short, Path(folder) / f"l1_{guess:.4g}")
+        own = replace(config, variant="l1", precision="float32", l1=guess, tokens=tokens)
+        crosscoder = train(store, own, Path(folder) / f"l1_{guess:.4g}")
         tries[guess] = float(firing_frequency(crosscoder, store, "choose").sum())
         best = min(tries, key=lambda lam: abs(np.log(max(tries[lam], 1e-6) / k)))
         if abs(tries[best] / k - 1) <= tolerance or len(tries) >= most:
@@ -237,9 +187,6 @@ def match_l1(
             low, high = max(dense), min(sparse)
             between = np.log(tries[low] / k) / np.log(tries[low] / max(tries[high], 1e-6))
             guess = float(low * (high / low) ** np.clip(between, 0.1, 0.9))
-
-
-# --- three models -------------------------------------------------------------------------------------------
 
 
 def origins(
@@ -272,10 +219,8 @@ def origins(
 
 def plot_origins(frame: pd.DataFrame, names: Sequence[str] = NAMES) -> go.Figure:
     """Features in the triangle of their shares, one corner per model, coloured by origin; those in all three
-    lie in the middle. ``frame``: rows of ``origins``.
-    """
-    fig = go.Figure()
-    axes = dict(zip("bac", names))  # the middle model on top
+    lie in the middle. ``frame``: rows of ``origins``."""
+    fig, axes = go.Figure(), dict(zip("bac", names))  # the middle model on top
     hover = "feature %{text}<br>" + "<br>".join(f"{name} %{{{axis}:.2f}}" for axis, name in axes.items())
     for origin, colour in ORIGINS.values():
         part = frame[frame["origin"] == origin]
@@ -288,12 +233,7 @@ def plot_origins(frame: pd.DataFrame, names: Sequence[str] = NAMES) -> go.Figure
                 marker=dict(size=5, color=COLOURS[colour], opacity=0.7),
                 hovertemplate=hover,
             )
-    styles = {
-        f"{axis}axis": dict(title=name, ticks="outside", tickformat=".1f", gridcolor="#E8E8E8")
-        for axis, name in axes.items()
-    }
-    return fig.update_layout(
-        title="Which model's feature is it? Shares of its decoder rows",
-        ternary=dict(sum=1, bgcolor="white", **styles),
-        height=560,
-    )
+    style = dict(ticks="outside", tickformat=".1f", gridcolor="#E8E8E8")
+    styles = {f"{axis}axis": dict(title=name, **style) for axis, name in axes.items()}
+    title = "Which model's feature is it? Shares of its decoder rows"
+    return fig.update_layout(title=title, ternary=dict(sum=1, bgcolor="white", **styles), height=560)

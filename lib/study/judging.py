@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,7 @@ def scores(crosscoder: CrossCoder, store: PlantedStore, rows: np.ndarray) -> pd.
     """Every learned feature's scores, and what it is: one row per feature and side.
 
     feature, side, alive (it fires on some of ``rows``); nrn_p1, nrn_p2 as seen from the side; nu_eps, nu_r,
-    NaN if the other side has the longer row.  nearest (number of the most similar planted feature), cosine
+    NaN if the other side has the longer row; nearest (number of the most similar planted feature), cosine
     (with it), kind (of it), hits (planted features unique to the side with a cosine above 0.7, as text),
     matched and matched_cosine (one-to-one; -1 for none).
     """
@@ -79,59 +80,46 @@ def scores(crosscoder: CrossCoder, store: PlantedStore, rows: np.ndarray) -> pd.
     similarity = (normalize(crosscoder.W_dec.detach(), dim=1) @ store.joined().T).numpy()
     similarity[~fires] = -1  # a dead feature is not similar to any
     learned, planted = linear_sum_assignment(-similarity)
-    matched = np.full(len(fires), -1)
-    matched[learned] = planted
-    matched_cosine = np.where(matched >= 0, similarity[np.arange(len(fires)), matched], -1)
-    nearest = similarity.argmax(1)
+    nearest, alike = similarity.argmax(1), similarity > 0.7
+    facts = pd.DataFrame(
+        {"nearest": nearest, "cosine": similarity.max(1), "kind": np.array(KINDS)[store.kinds[nearest]]}
+    )
+
+    matched = pd.DataFrame({"matched": -1, "matched_cosine": -1.0}, index=facts.index)
+    matched.loc[learned, "matched"], matched.loc[learned, "matched_cosine"] = (
+        planted,
+        similarity[learned, planted],
+    )
     parts = []
-    for side, other in ((MODELS[1], MODELS[0]), MODELS):
-        own = similarity[:, store.kinds == KINDS.index(f"{side}_only")] > 0.7
-        numbers = np.flatnonzero(store.kinds == KINDS.index(f"{side}_only"))
-        parts.append(
-            pd.DataFrame(
-                {
-                    "feature": table["feature"],
-                    "side": side,
-                    "alive": fires,
-                    **{f"nrn_p{p}": crosscoder.nrn(p, side, other).numpy() for p in (1, 2)},
-                    **{nu: table[nu].where(table["side"] == side) for nu in ("nu_eps", "nu_r")},
-                    "nearest": nearest,
-                    "cosine": similarity.max(1),
-                    "kind": np.array(KINDS)[store.kinds[nearest]],
-                    "hits": [" ".join(map(str, numbers[row])) for row in own],
-                    "matched": matched,
-                    "matched_cosine": matched_cosine,
-                }
-            )
-        )
+    for side, other in (MODELS[::-1], MODELS):
+        own = np.flatnonzero(store.kinds == KINDS.index(f"{side}_only"))
+        nrn = {f"nrn_p{p}": crosscoder.nrn(p, side, other).numpy() for p in (1, 2)}
+        nu = {name: table[name].where(table["side"] == side) for name in ("nu_eps", "nu_r")}
+        hits = [" ".join(map(str, own[row])) for row in alike[:, own]]
+        part = pd.DataFrame({"feature": table["feature"], "side": side, "alive": fires, **nrn, **nu})
+        parts.append(pd.concat([part, facts.assign(hits=hits), matched], axis=1))
     return pd.concat(parts, ignore_index=True)
 
 
 def null_thresholds(null: pd.DataFrame, rate: float = NULL_RATE) -> dict[tuple[str, str], float]:
     """{(side, score): threshold} that the share ``rate`` of the living features of a planted null passes. NaN
-    is never beyond it.
-    """
+    is never beyond it."""
     thresholds = {}
     for side, part in null[null["alive"]].groupby("side"):
         for score, larger in SCORES.items():
             values = part[score].fillna(-np.inf if larger else np.inf)
-            thresholds[side, score] = float(
-                np.quantile(values, 1 - rate if larger else rate, method="higher" if larger else "lower")
-            )
+            share, method = (1 - rate, "higher") if larger else (rate, "lower")
+            thresholds[side, score] = float(np.quantile(values, share, method=method))
     return thresholds
 
 
 def called(table: pd.DataFrame, method: str, thresholds: Mapping[tuple[str, str], float]) -> np.ndarray:
-    """Which rows of ``scores`` the method calls unique to their side; ``thresholds`` as from
-    ``null_thresholds``.
-    """
+    """Which rows of ``scores`` the method calls unique to their side; ``thresholds``: ``null_thresholds``."""
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: it must be one of {', '.join(METHODS)}")
     flagged = table["alive"].to_numpy(dtype=bool).copy()
     for score, fixed in METHODS[method]:
-        limit = table["side"].map(
-            lambda side, score=score, fixed=fixed: thresholds[side, score] if fixed is None else fixed
-        )
+        limit = [thresholds[side, score] if fixed is None else fixed for side in table["side"]]
         # a NaN is never beyond
         flagged &= (table[score] > limit if SCORES[score] else table[score] < limit).to_numpy()
     return flagged
@@ -142,27 +130,18 @@ def called(table: pd.DataFrame, method: str, thresholds: Mapping[tuple[str, str]
 
 def precision_recall(table: pd.DataFrame, flagged: np.ndarray, planted: Planted) -> pd.DataFrame:
     """One row per side: precision (NaN if nothing is flagged), recall, found, n_flagged, n_planted, as
-    defined at the top.
-    """
+    defined at the top."""
     rows = []
-    for side in (MODELS[1], MODELS[0]):
+    for side in MODELS[::-1]:
         kind, own = f"{side}_only", (table["side"] == side).to_numpy()
-        called_unique, n_planted = table[own & flagged], getattr(planted, kind)
-        recalled = {number for hits in called_unique["hits"] for number in hits.split()}
-        one_to_one = table[own & (table["matched_cosine"] > 0.7)]["matched"]
+        unique, n = table[own & flagged], getattr(planted, kind)
+        recalled = {number for hits in unique["hits"] for number in hits.split()}
         first = sum(getattr(planted, earlier) for earlier in KINDS[: KINDS.index(kind)])
-        found = int(one_to_one.between(first, first + n_planted - 1).sum())
-        rows.append(
-            {
-                "side": side,
-                "precision": (called_unique["kind"] == kind).mean() if len(called_unique) else np.nan,
-                "recall": len(recalled) / n_planted if n_planted else np.nan,
-                "found": found / n_planted if n_planted else np.nan,
-                "n_flagged": len(called_unique),
-                "n_planted": n_planted,
-            }
-        )
-    return pd.DataFrame(rows)
+        one_to_one = table[own & (table["matched_cosine"] > 0.7)]["matched"].between(first, first + n - 1)
+        recall, found = (len(recalled) / n, int(one_to_one.sum()) / n) if n else (np.nan, np.nan)
+        precision = (unique["kind"] == kind).mean() if len(unique) else np.nan
+        rows.append((side, precision, recall, found, len(unique), n))
+    return pd.DataFrame(rows, columns=["side", "precision", "recall", "found", "n_flagged", "n_planted"])
 
 
 @dataclass(frozen=True)
@@ -175,10 +154,6 @@ class Setting:
     planted: Mapping = field(default_factory=dict)
     config: Mapping = field(default_factory=dict)
     features: float = 1.0
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.name, self.value
 
 
 OURS = Setting("our regime", "as measured")
@@ -207,6 +182,7 @@ SETTINGS = (  # one thing at a time
 )
 SEEDS = {"choose": (0, 1, 2), "report": (10, 11, 12, 13, 14)}
 NULL_SEED = 100  # of the planted null that calibrates thresholds: it belongs to neither split
+_CELL = ("setting", "value", "architecture", "seed", "split")
 
 
 def evaluate(
@@ -226,8 +202,7 @@ def evaluate(
     ``configs`` {name of the architecture: its config, for our regime ``ours``}; the config's seed is
     replaced. ``seeds`` {split: seeds} hold for our regime (the first of ``settings``); the others are
     reported on the first ``axis_seeds`` of split "report" only, since nothing is chosen there. Each (setting,
-    architecture, seed) is kept in ``folder`` as soon as it is done, and not computed again. The time is that
-    of ``len(cells(...))`` trainings.
+    architecture, seed) is kept in ``folder`` as soon as it is done, and not computed again.
     """
     folder, tables = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,29 +219,20 @@ def evaluate(
             table = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype={"hits": str})
             tables.append(table.fillna({"hits": ""}))
             progress.update(number + 1, f"{cell.setting.name}, {cell.architecture}")
-    thresholds = {
-        (*cell.setting.key, cell.architecture): null_thresholds(table)
-        for cell, table in zip(wanted, tables)
-        if cell.split == "null"
-    }
-    rows = []
-    for cell, table in zip(wanted, tables):
-        for method in METHODS if cell.split != "null" else ():
-            flagged = called(table, method, thresholds[*cell.setting.key, cell.architecture])
-            rows.append(
-                precision_recall(table, flagged, cell.planted).assign(
-                    setting=cell.setting.name,
-                    value=cell.setting.value,
-                    architecture=cell.architecture,
-                    seed=cell.planted.seed,
-                    split=cell.split,
-                    method=method,
-                    fve=table["fve"].iloc[0],
-                )
-            )
-    first = ["setting", "value", "architecture", "seed", "split", "method", "side"]
+    thresholds, rows = {}, []
+    for cell, table in zip(wanted, tables):  # the null of a setting comes first
+        key = (cell.setting.name, cell.setting.value, cell.architecture)
+        if cell.split == "null":
+            thresholds[key] = null_thresholds(table)
+            continue
+        known = dict(zip(_CELL, (*key, cell.planted.seed, cell.split)))
+        for method in METHODS:
+            flagged = called(table, method, thresholds[key])
+            judged = precision_recall(table, flagged, cell.planted)
+            rows.append(judged.assign(**known, method=method, fve=table["fve"].iloc[0]))
     frame = pd.concat(rows, ignore_index=True)
-    return frame[[*first, *(c for c in frame.columns if c not in first)]]
+    first = [*_CELL, "method", "side"]
+    return frame[[*first, *frame.columns.drop(first)]]
 
 
 @dataclass(frozen=True)
@@ -305,38 +271,30 @@ def cells(
         own = seeds if setting == OURS else {"report": tuple(seeds["report"])[:axis_seeds]}
         counts = {kind: round(getattr(ours, kind) * setting.features) for kind in KINDS}
         changed = replace(ours, **{**counts, **setting.planted})
-        plan = [("null", replace(changed.null(), seed=NULL_SEED))]
-        plan += [(split, replace(changed, seed=seed)) for split in own for seed in own[split]]
-        for split, planted in plan:
+        data = [("null", replace(changed.null(), seed=NULL_SEED))]
+        data += [(split, replace(changed, seed=seed)) for split in own for seed in own[split]]
+        for split, planted in data:
             for name, config in configs.items():
-                factors = {
-                    key: max(1, round(getattr(config, key) * factor))
-                    for key, factor in setting.config.items()
+                fields = {
+                    f: max(1, round(getattr(config, f) * factor)) for f, factor in setting.config.items()
                 }
                 wanted.append(
-                    Cell(setting, name, split, planted, replace(config, seed=planted.seed, **factors))
+                    Cell(setting, name, split, planted, replace(config, seed=planted.seed, **fields))
                 )
     return wanted
 
 
 def _scored(store: PlantedStore, config: TrainConfig) -> pd.DataFrame:
     """``scores`` of one crosscoder, on the report split, with its FVE."""
+    quiet = SimpleNamespace(update=lambda *_: None, close=lambda: None)  # ``evaluate`` has one line for all
     with tempfile.TemporaryDirectory() as scratch:
-        crosscoder = train(store, config, Path(scratch), progress=_Quiet())
+        crosscoder = train(store, config, Path(scratch), progress=quiet)
     rows = store.rows("report")
     acts = store.activations(rows)
     with torch.no_grad():
         x = crosscoder.scaled(acts)
         error = (x - crosscoder.scaled(crosscoder.decode(crosscoder.encode(acts)))).square().sum()
     return scores(crosscoder, store, rows).assign(fve=1 - float(error / (x - x.mean(0)).square().sum()))
-
-
-class _Quiet:
-    """No progress line for a training of seconds: ``evaluate`` has one for all of them."""
-
-    def update(self, done: int, note: str = "") -> None: ...
-
-    def close(self) -> None: ...
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -346,20 +304,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     setting, value, architecture, split, method, side; precision, precision_low, precision_high, the same for
     recall; found; seeds; silent: seeds in which nothing was flagged, so that precision is not defined.
     """
-    keys = ["setting", "value", "architecture", "split", "method", "side"]
-    rows = []
+    keys, rows = ["setting", "value", "architecture", "split", "method", "side"], []
     for key, part in table.groupby(keys, sort=False):
         row = dict(zip(keys, key))
         for name in ("precision", "recall"):
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), _interval(part[name].dropna())))
-        rows.append(
-            row
-            | {
-                "found": part["found"].mean(),
-                "seeds": len(part),
-                "silent": int(part["precision"].isna().sum()),
-            }
-        )
+        silent = int(part["precision"].isna().sum())
+        rows.append({**row, "found": part["found"].mean(), "seeds": len(part), "silent": silent})
     return pd.DataFrame(rows)
 
 
@@ -383,40 +334,21 @@ def recommend(table: pd.DataFrame, architecture: str | None = None) -> dict[str,
         ours = ours[ours["architecture"] == architecture]
     if ours.empty:
         raise UserError("the table has no seeds to choose on in our regime: evaluate it with them")
-    means = (
-        ours.fillna({"precision": 0.0})
-        .groupby(["architecture", "method", "side"], sort=False)[["precision", "recall"]]
-        .mean()
-    )
-    four = means.unstack("side")
-    best = (
-        pd.DataFrame({"least": four.min(axis=1), "mean": four.mean(axis=1)})
-        .sort_values(["least", "mean"], kind="stable")
-        .index[-1]
-    )
+    by_side = ours.fillna({"precision": 0.0}).groupby(["architecture", "method", "side"], sort=False)
+    four = by_side[["precision", "recall"]].mean().unstack("side")
+    merit = pd.DataFrame({"least": four.min(axis=1), "mean": four.mean(axis=1)})
+    best = merit.sort_values(["least", "mean"], kind="stable").index[-1]
     return {"architecture": best[0], "method": best[1]}
 
 
-def judge(
-    table: pd.DataFrame,
-    rule: Mapping[str, str],
-    setting: str = OURS.name,
-    value: str = OURS.value,
-    side: str = "distilled",
-) -> dict[str, dict]:
-    """{"planted_precision", "planted_recall", "planted_found"}: {value, ci, n} of a rule on split "report", n
-    seeds.
+def judge(table: pd.DataFrame, rule: Mapping[str, str]) -> dict[str, dict]:
+    """{"planted_precision", "planted_recall", "planted_found"}: {value, ci, n} of a rule on split "report" of
+    our regime, side "distilled"; n seeds.
 
     A seed in which the rule flags nothing has no precision: it is left out there, and counts as recall 0.
     """
-    part = table[
-        (table["split"] == "report")
-        & (table["setting"] == setting)
-        & (table["value"] == value)
-        & (table["side"] == side)
-        & (table["architecture"] == rule["architecture"])
-        & (table["method"] == rule["method"])
-    ]
+    wanted = {"split": "report", "setting": OURS.name, "value": OURS.value, "side": "distilled", **rule}
+    part = table[(table[list(wanted)] == list(wanted.values())).all(axis=1)]
     metrics = {}
     for name in ("precision", "recall", "found"):
         values = part[name].dropna()
@@ -440,8 +372,7 @@ def compute_planted(
     ``small``: two architectures, two settings and two seeds, to see that everything works.
     """
     budget = {"planted_width": planted_width, "planted_tokens": planted_tokens, "small": small}
-    compute = lambda: _planted(variant, planted_width, planted_tokens, small)  # noqa: E731
-    return variant.part("planted", 2, budget, compute, VERSION)
+    return variant.part("planted", 2, budget, lambda: _planted(variant, *budget.values()), VERSION)
 
 
 def _planted(variant: Variant, width: int, tokens: int, small: bool) -> tuple[dict, dict]:
@@ -451,16 +382,12 @@ def _planted(variant: Variant, width: int, tokens: int, small: bool) -> tuple[di
     config = TrainConfig(
         n_features=256, k=max(1, round(ours.l0)), tokens=3 * tokens, batch_size=512, aux_k=16, dead_after=0.1
     )
-    configs = {
-        "batchtopk": config,
-        "l1": replace(config, variant="l1"),
-        "jumprelu": replace(config, variant="jumprelu"),
-        "dedicated": replace(config, dedicated=0.125),  # as many as there are unique features to find
-    }
-    seeds, settings = SEEDS, SETTINGS
-    if small:
-        seeds, settings = {"choose": (0,), "report": (10,)}, SETTINGS[:2]
-        configs = {name: configs[name] for name in ("batchtopk", "l1")}
+    configs = {"batchtopk": config, "l1": replace(config, variant="l1")}
+    seeds, settings = {"choose": (0,), "report": (10,)}, SETTINGS[:2]
+    if not small:
+        seeds, settings = SEEDS, SETTINGS
+        configs["jumprelu"] = replace(config, variant="jumprelu")
+        configs["dedicated"] = replace(config, dedicated=0.125)  # as many as there are unique ones to find
     folder = variant.folder("planted")
     table = evaluate(folder, configs, ours, settings[:1], seeds)
     others = evaluate(folder, {"batchtopk": config}, ours, settings, seeds)
@@ -468,9 +395,10 @@ def _planted(variant: Variant, width: int, tokens: int, small: bool) -> tuple[di
     # the best of all, and the best for the kind of crosscoder that the notebooks train
     best, own = recommend(table), recommend(table, "batchtopk")
     metrics = judge(table, best) | {f"{name}_batchtopk": m for name, m in judge(table, own).items()}
-    listed = lambda data, first: pd.DataFrame(  # noqa: E731
-        [(name, str(value)) for name, value in asdict(data).items()], columns=[first, "value"]
-    )
+
+    def listed(data, first: str) -> pd.DataFrame:
+        return pd.DataFrame([(n, str(v)) for n, v in asdict(data).items()], columns=[first, "value"])
+
     return metrics, {
         "table": table,
         "summary": summary(table),
@@ -481,41 +409,22 @@ def _planted(variant: Variant, width: int, tokens: int, small: bool) -> tuple[di
 
 
 def plot(table: pd.DataFrame, architecture: str, side: str = "distilled") -> go.Figure:
-    """Methods by settings: mean precision and recall over the seeds of
-    split "report".
-    """
-    means = summary(
-        table[
-            (table["architecture"] == architecture) & (table["side"] == side) & (table["split"] == "report")
-        ]
-    )
+    """Methods by settings: mean precision and recall over the seeds of split "report"."""
+    wanted = {"architecture": architecture, "side": side, "split": "report"}
+    means = summary(table[(table[list(wanted)] == list(wanted.values())).all(axis=1)])
     if means.empty:
         raise UserError(f"the table has nothing to report on {architecture!r}, side {side!r}")
-    means["where"] = np.where(
-        means["setting"] == OURS.name, OURS.name, means["setting"] + ": " + means["value"]
-    )
-    fig = make_subplots(
-        1, 2, shared_yaxes=True, subplot_titles=("precision", "recall"), horizontal_spacing=0.02
-    )
-    for column, name in enumerate(("precision", "recall"), start=1):
+    other = means["setting"] + ": " + means["value"]
+    means["where"] = other.where(means["setting"] != OURS.name, OURS.name)
+    names = ("precision", "recall")
+    fig = make_subplots(1, 2, shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.02)
+    for column, name in enumerate(names, start=1):
         wide = means.pivot(index="method", columns="where", values=name)
         wide = wide.loc[list(METHODS)[::-1], list(dict.fromkeys(means["where"]))]
         text = wide.map(lambda v: "none" if np.isnan(v) else f"{v:.2f}")  # none: it called no feature unique
         fig.add_heatmap(
-            z=wide.to_numpy(),
-            x=wide.columns,
-            y=wide.index,
-            text=text.to_numpy(),
-            texttemplate="%{text}",
-            zmin=0,
-            zmax=1,
-            name=name,
-            colorscale=SCALE,
-            showscale=column == 2,
-            row=1,
-            col=column,
-        )
-    fig.update_xaxes(tickangle=-45)
-    return fig.update_layout(
-        title_text=f"Calling features {side}-only on planted data, {architecture}", width=1180, height=640
-    )
+            z=wide.to_numpy(), x=wide.columns, y=wide.index, text=text.to_numpy(), texttemplate="%{text}",
+            zmin=0, zmax=1, name=name, colorscale=SCALE, showscale=column == 2, row=1, col=column,
+        )  # fmt: skip
+    title = f"Calling features {side}-only on planted data, {architecture}"
+    return fig.update_xaxes(tickangle=-45).update_layout(title_text=title, width=1180, height=640)

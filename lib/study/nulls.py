@@ -1,16 +1,15 @@
 """How often is a feature "unique" where there is nothing to find, and does it recur with another seed?
 
 **Nulls.** ``null_a`` and ``null_b`` are the base trained further on its own data, for as many tokens and on
-the same schedule as the distilled model. Between the base and such a continuation no thinking was learnt, so
-what a crosscoder calls unique there is noise of training. Base against null_a sets thresholds::
+the same schedule as the distilled model: what a crosscoder calls unique there is noise of training. Base
+against null_a sets thresholds::
 
     NRN_i > quantile_{1 - level} of NRN over the null's alive features        (side "distilled")
     NRN_i < quantile_level of the same                                        (side "base")
     nu_i  < quantile_level of nu over the null's features of that side
 
 Base against null_b, with another crosscoder seed, was not used for that: the share of its features beyond the
-thresholds is their false-positive rate. (A model against itself gives NRN 0.5 exactly: a unit test, not a
-null.)
+thresholds is their false-positive rate.
 
 **Seeds.** Features of two crosscoders are matched one to one by the cosine of their decoder rows (all models'
 rows side by side, in scaled space) such that the sum of cosines is largest (Hungarian algorithm). A feature's
@@ -24,6 +23,7 @@ same numbers of the base and null_a; and whether unique features write where act
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -80,43 +80,40 @@ def _nulls(variant: Variant, boots: int) -> tuple[dict, dict]:
     roles = {("null_a", seed): "sets the thresholds", (test, seed + 1): "false positives"}
     if test == "null_b":
         roles |= {("null_b", seed): "spread", ("null_a", seed + 1): "spread"}
-    tables, changes = {}, []
+    tables, changes, null_scores, beyond_null = {}, [], [], []
 
-    def changed(crosscoder: CrossCoder, store, model: str, s: int) -> pd.DataFrame:
+    def change_of_use(crosscoder: CrossCoder, store, model: str, s: int) -> pd.DataFrame:
         tokens = sample_rows(store, "report", variant.max_tokens)
         table = use_table(solo_codes(crosscoder, store, tokens), n_boot=10, model=model)
-        table = table[["feature", "alive", "change"]]
-        return table.assign(pair=f"base, {model}", seed=s)[["pair", "feature", "alive", "change", "seed"]]
+        columns = ["pair", "feature", "alive", "change", "seed"]
+        return table.assign(pair=f"base, {model}", seed=s)[columns]
 
     for (name, s), role in roles.items():
         _, store = variant.harvested("base", name)
         crosscoder = train(store, variant.config(s), variant.folder(f"{name}_seed{s}"))
         tables[name, s] = score_table(crosscoder, store, variant.max_tokens, name, "base", n_boot=boots)
         if role != "spread":
-            changes.append(changed(crosscoder, store, name, s))
-    changes.append(changed(variant.crosscoder, variant.store, "distilled", seed))
+            changes.append(change_of_use(crosscoder, store, name, s))
+    changes.append(change_of_use(variant.crosscoder, variant.store, "distilled", seed))
     own = score_table(variant.crosscoder, variant.store, variant.max_tokens, n_boot=boots)
     limits = thresholds(tables["null_a", seed])
-    beyond_null = [
-        rates(table, limits).assign(pair=f"base, {name}", seed=s, role=roles[name, s])
-        for (name, s), table in tables.items()
-    ]
+    for (name, s), table in tables.items():
+        which = {"pair": f"base, {name}", "seed": s}
+        null_scores.append(table.assign(**which))
+        beyond_null.append(rates(table, limits).assign(**which, role=roles[name, s]))
     beyond_null.append(rates(own, limits).assign(pair="base, distilled", seed=seed, role="the pair"))
     beyond_null = pd.concat(beyond_null, ignore_index=True)
-    tested = beyond_null.query("role == 'false positives' and side == 'distilled'").set_index(
-        ["score", "level"]
-    )
+    tested = beyond_null.query("role == 'false positives' and side == 'distilled'")
     metrics = {}
-    for score, name in RATES.items():
-        for level, suffix in ((0.01, ""), (0.05, "_at_5_percent")):
-            row = tested.loc[(score, level)]
-            metrics[name + suffix] = metric(row.rate, (row.low, row.high), row.n)
+    for row in tested.itertuples():
+        if row.score in RATES:
+            end = {0.01: "", 0.05: "_at_5_percent"}[row.level]
+            metrics[RATES[row.score] + end] = metric(row.rate, (row.low, row.high), row.n)
     limit = change_limit(changes[0])
     metrics["use_limit"] = metric(limit, n=int(changes[0].alive.sum()))
     for name, table in zip(("use_false_positive_rate", "use_reweighted_rate"), changes[1:]):
         hits, n = int(reweighted(table, limit).sum()), int(table.alive.sum())
         metrics[name] = metric(hits / n, wilson(hits, n), n)
-    null_scores = [table.assign(pair=f"base, {name}", seed=s) for (name, s), table in tables.items()]
     return metrics, {
         "thresholds": limits,
         "rates": beyond_null,
@@ -137,40 +134,25 @@ def thresholds(
     """
     check("levels", list(levels), list, low=0, high=0.5)
     rows = []
-    for score in SCORES:
-        for side in SIDES:
-            values = extremity(null, score, side).to_numpy()
-            direction = sign(score, side)
-            for level in levels:
-                at = lambda x, level=level: np.quantile(x, 1 - level) if len(x) else np.nan  # noqa: E731
-                bounds = sorted(direction * b for b in bootstrap(values, at, n_boot=n_boot, seed=seed))
-                rows.append(
-                    {
-                        "score": score,
-                        "side": side,
-                        "level": level,
-                        "threshold": direction * at(values),
-                        "low": bounds[0],
-                        "high": bounds[1],
-                        "n": len(values),
-                    }
-                )
-    return pd.DataFrame(rows)
+    for score, side, level in product(SCORES, SIDES, levels):
+        values, direction = extremity(null, score, side).to_numpy(), sign(score, side)
+        at = lambda x, level=level: np.quantile(x, 1 - level) if len(x) else np.nan  # noqa: E731
+        low, high = sorted(direction * b for b in bootstrap(values, at, n_boot=n_boot, seed=seed))
+        rows.append((score, side, level, direction * at(values), low, high, len(values)))
+    return pd.DataFrame(rows, columns=["score", "side", "level", "threshold", "low", "high", "n"])
 
 
-def rates(table: pd.DataFrame, limits: pd.DataFrame, levels: Sequence[float] = LEVELS) -> pd.DataFrame:
+def rates(table: pd.DataFrame, limits: pd.DataFrame) -> pd.DataFrame:
     """Share of the features beyond each threshold: score, side, level, rate, low, high (Wilson), hits, n.
 
     On a null that set no threshold this is the false-positive rate; on a pair, what is left of its unique
     features. ``n`` are the alive features (for nu: those of the side).
     """
     rows = []
-    for score in SCORES:
-        for side in SIDES:
-            n = len(extremity(table, score, side))
-            for level in levels:
-                hits = int(beyond(table, limits, score, side, level).sum())
-                rows.append({"score": score, "side": side, "level": level, **_share(hits, n)})
+    for score, side, level in product(SCORES, SIDES, LEVELS):
+        hits = int(beyond(table, limits, score, side, level).sum())
+        share = _share(hits, len(extremity(table, score, side)))
+        rows.append({"score": score, "side": side, "level": level, **share})
     return pd.DataFrame(rows)
 
 
@@ -179,9 +161,7 @@ def _share(hits: int, n: int) -> dict[str, float]:
     return {"rate": hits / n if n else np.nan, "low": low, "high": high, "hits": hits, "n": n}
 
 
-def centred_rates(
-    null_scores: pd.DataFrame, scores: pd.DataFrame, rates: pd.DataFrame, level: float = LEVELS[0]
-) -> pd.DataFrame:
+def centred_rates(null_scores: pd.DataFrame, scores: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
     """Share of alive features whose NRN lies further above its own crosscoder's median than the null's limit:
     role, rate, low, high, hits, n.
 
@@ -191,18 +171,16 @@ def centred_rates(
     those of the study's part "nulls", the roles those in its ``rates``.
     """
     roles = rates.drop_duplicates(["pair", "seed"]).set_index(["pair", "seed"])["role"]
-    nrns = {
-        key: part[part["alive"].astype(bool)]["nrn"] for key, part in null_scores.groupby(["pair", "seed"])
-    }
-    nrns[roles.index[roles == "the pair"][0]] = scores[scores["alive"].astype(bool)]["nrn"]
-    above = {roles[key]: nrn - nrn.median() for key, nrn in nrns.items() if roles[key] != "spread"}
-    limit = np.quantile(above["sets the thresholds"], 1 - level)
-    return pd.DataFrame(
-        [
-            {"role": role, **_share(int((distance > limit).sum()), len(distance))}
-            for role, distance in above.items()
-        ]
-    )
+    tables = dict(list(null_scores.groupby(["pair", "seed"])))
+    tables[roles.index[roles == "the pair"][0]] = scores
+    above = {}
+    for key, table in tables.items():
+        nrn = table["nrn"][table["alive"].astype(bool)]
+        above[roles[key]] = nrn - nrn.median()
+    above.pop("spread", None)
+    limit = np.quantile(above["sets the thresholds"], 1 - LEVELS[0])
+    rows = [{"role": role, **_share(int((d > limit).sum()), len(d))} for role, d in above.items()]
+    return pd.DataFrame(rows)
 
 
 def plot_nulls(part: Part) -> tuple[go.Figure, pd.DataFrame]:
@@ -216,17 +194,14 @@ def plot_nulls(part: Part) -> tuple[go.Figure, pd.DataFrame]:
         share = (np.arange(len(nrn)) + 0.5) / len(nrn)
         curves.append(pd.DataFrame({"crosscoder": name, "NRN": nrn, "share": share}))
     curves = pd.concat(curves, ignore_index=True)
-    dashes = dict(zip(kinds, ("solid", "dash", "dot", "dashdot", "longdash")))
-    colours = dict.fromkeys(kinds, COLOURS["null"]) | {"this pair": COLOURS["distilled"]}
     fig = px.line(
         *(curves, "NRN", "share", "crosscoder"),
         line_dash="crosscoder",
-        line_dash_map=dashes,
-        color_discrete_map=colours,
+        line_dash_map=dict(zip(kinds, ("solid", "dash", "dot", "dashdot", "longdash"))),
+        color_discrete_map=dict.fromkeys(kinds, COLOURS["null"]) | {"this pair": COLOURS["distilled"]},
         title="NRN of the pair and of pairs that learnt no thinking",
     )
-    limits = part.tables["thresholds"].query("score == 'nrn' and level == 0.01")
-    for row in limits.itertuples():
+    for row in part.tables["thresholds"].query("score == 'nrn' and level == 0.01").itertuples():
         fig.add_vline(row.threshold, line_dash="dot", line_color="#444444", annotation_text="the null's 1%")
     fig.update_xaxes(range=[0, 1], title_text="NRN (p = 1)")
     return fig.update_yaxes(title_text="share of alive features below", range=[0, 1]), curves
@@ -251,25 +226,17 @@ def compute_seeds(variant: Variant, seeds: int = 3) -> Part:
 
 def _seeds(variant: Variant, seeds: int) -> tuple[dict, dict]:
     limits, store, first = variant.needed("nulls").tables["thresholds"], variant.store, variant.seed
-    others = [
-        train(store, variant.config(s), variant.folder(f"seed{s}")) for s in range(first + 1, first + seeds)
-    ]
+    more = range(first + 1, first + seeds)
+    others = [train(store, variant.config(s), variant.folder(f"seed{s}")) for s in more]
     crosscoders, tables, rows, alive = [variant.crosscoder, *others], [], [], []
     for s, crosscoder in enumerate(crosscoders, start=first):
-        choose, report = (
-            codes(crosscoder, store, split, variant.max_tokens) for split in ("choose", "report")
-        )
-        table = feature_table(crosscoder, store, choose, report)
+        splits = [codes(crosscoder, store, split, variant.max_tokens) for split in ("choose", "report")]
+        table = feature_table(crosscoder, store, *splits)
         scores = score_table(crosscoder, store, variant.max_tokens, n_boot=10)
         chosen, lives = category_features(table, variant.nrn_over), table["alive"].to_numpy(bool)
-        unique = {score: beyond(scores, limits, score) for score in SCORES}
-        row = {
-            "seed": s,
-            "alive": int(lives.sum()),
-            "nrn_mean": table.loc[lives, "nrn"].mean(),
-            "nrn_sd": table.loc[lives, "nrn"].std(),
-            **{f"unique_{score}": int(hits.sum()) for score, hits in unique.items()},
-        }
+        unique, nrn = {score: beyond(scores, limits, score) for score in SCORES}, table.loc[lives, "nrn"]
+        row = {"seed": s, "alive": int(lives.sum()), "nrn_mean": nrn.mean(), "nrn_sd": nrn.std()}
+        row |= {f"unique_{score}": int(hits.sum()) for score, hits in unique.items()}
         for c in CATEGORIES:
             f = chosen.get(c)
             known = f is not None
@@ -296,11 +263,8 @@ def _seeds(variant: Variant, seeds: int) -> tuple[dict, dict]:
         # beside the mean the lowest and the highest, not an interval
         known = (cosines.mean(), (cosines.min(), cosines.max())) if len(cosines) else (np.nan, None)
         metrics[f"stable_{c}"] = metric(*known, n=len(cosines))
-    return metrics, {
-        "stability": stable,
-        "by_seed": pd.DataFrame(rows),
-        "scores": pd.concat(tables, ignore_index=True),
-    }
+    by_seed, scores = pd.DataFrame(rows), pd.concat(tables, ignore_index=True)
+    return metrics, {"stability": stable, "by_seed": by_seed, "scores": scores}
 
 
 def match(
@@ -313,16 +277,14 @@ def match(
     seed) permutes the coordinates of b's rows, the same way for all features: the chance level. Source: Kuhn
     1955; scipy's linear_sum_assignment.
     """
-    living_a, living_b = np.flatnonzero(alive_a), np.flatnonzero(alive_b)
-    rows_a, rows_b = (
-        functional.normalize(c.W_dec.detach()[i], dim=-1) for c, i in ((a, living_a), (b, living_b))
-    )
+    numbers = [np.flatnonzero(alive) for alive in (alive_a, alive_b)]
+    rows_a, rows_b = (functional.normalize(c.W_dec.detach()[i], dim=-1) for c, i in zip((a, b), numbers))
     if shuffle is not None:
         rows_b = rows_b[:, torch.randperm(rows_b.shape[1], generator=torch.Generator().manual_seed(shuffle))]
     cosines = (rows_a @ rows_b.T).numpy()
     left, right = linear_sum_assignment(cosines, maximize=True)
-    table = pd.DataFrame({"feature": living_a, "match": -1, "cosine": np.nan})
-    table.loc[left, "match"], table.loc[left, "cosine"] = living_b[right], cosines[left, right]
+    table = pd.DataFrame({"feature": numbers[0], "match": -1, "cosine": np.nan})
+    table.loc[left, "match"], table.loc[left, "cosine"] = numbers[1][right], cosines[left, right]
     return table
 
 
@@ -333,17 +295,13 @@ def stability(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], se
     and lowest of the cosines), chance (mean cosine of its matches in permuted rows).
     """
     first, *others = crosscoders
-    table = pd.DataFrame({"feature": np.flatnonzero(alive[0])})
-    cosines, chance = [], []
+    table, chance = pd.DataFrame({"feature": np.flatnonzero(alive[0])}), []
     for s, other in enumerate(others, start=1):
         matches = match(first, other, alive[0], alive[s])
         table[f"match_{s}"], table[f"cosine_{s}"] = matches["match"], matches["cosine"]
-        cosines.append(matches["cosine"])
         chance.append(match(first, other, alive[0], alive[s], shuffle=seed + s)["cosine"])
-    table["stability"], table["stability_low"] = (
-        pd.concat(cosines, axis=1).mean(axis=1),
-        pd.concat(cosines, axis=1).min(axis=1),
-    )
+    cosines = table.filter(regex=r"^cosine_")
+    table["stability"], table["stability_low"] = cosines.mean(axis=1), cosines.min(axis=1)
     table["chance"] = pd.concat(chance, axis=1).mean(axis=1)
     return table
 
@@ -351,18 +309,12 @@ def stability(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], se
 def plot_stability(stable: pd.DataFrame) -> go.Figure:
     """Distribution of ``stability`` over the features, beside the chance level."""
     names = {"stability": "other seeds", "chance": "permuted coordinates (chance)"}
-    colours = dict(zip(names.values(), (COLOURS["distilled"], COLOURS["null"])))
     rows = stable.melt(["feature"], list(names), var_name="matched with", value_name="cosine")
     fig = px.histogram(
-        rows.replace({"matched with": names}),
-        x="cosine",
-        color="matched with",
-        nbins=60,
-        barmode="overlay",
-        histnorm="percent",
-        title="Do features recur with another seed?",
-        color_discrete_map=colours,
-    )
+        rows.replace({"matched with": names}), x="cosine", color="matched with", nbins=60, barmode="overlay",
+        histnorm="percent", title="Do features recur with another seed?",
+        color_discrete_map=dict(zip(names.values(), (COLOURS["distilled"], COLOURS["null"]))),
+    )  # fmt: skip
     fig.update_xaxes(title_text="mean cosine with the matched features", range=[0, 1.02])
     return fig.update_yaxes(title_text="% of features")
 
@@ -383,8 +335,7 @@ def compute_similarity(variant: Variant, tokens: int = 8000) -> Part:
 
 
 def _similarity(variant: Variant, n_tokens: int) -> tuple[dict, dict]:
-    stores = {"distilled": variant.store, "null_a": variant.harvested("base", "null_a")[1]}
-    rows = []
+    stores, rows = {"distilled": variant.store, "null_a": variant.harvested("base", "null_a")[1]}, []
     for other, store in stores.items():
         tokens = sample_rows(store, "report", n_tokens)
         acts = [a.numpy() for a in store.activations(tokens)]
@@ -396,21 +347,13 @@ def _similarity(variant: Variant, n_tokens: int) -> tuple[dict, dict]:
     crosscoder, store, null = variant.crosscoder, variant.store, variant.needed("nulls").tables
     alive = null["scores"]["alive"].to_numpy(bool)
     unique = np.flatnonzero(beyond(null["scores"], null["thresholds"], "nrn"))
-    decoder, dims = crosscoder.rows("distilled").numpy(), store.widths["distilled"] // 4
-    angles = []
-    acts = store.activations(sample_rows(store, "report", n_tokens))
-    for name, model_acts in zip(store.models, acts):
-        basis = similarity.components(model_acts.numpy(), dims)
+    decoder, dims, angles = crosscoder.rows("distilled").numpy(), store.widths["distilled"] // 4, []
+    for name, acts in zip(store.models, store.activations(sample_rows(store, "report", n_tokens))):
+        basis = similarity.components(acts.numpy(), dims)
         overlap = similarity.feature_overlap(decoder, unique, basis, np.flatnonzero(alive), dims, 300)
         angles.append({"components_of": name, "dims": dims, **overlap})
     chosen = {c: f for c, f in variant.inspection().chosen.items() if c in CATEGORIES}
-    cka = table[(table["statistic"] == "cka") & (table["text"] == "all")].set_index("other")
-    metrics = {
-        f"cka_{other}": metric(row["value"], (row["low"], row["high"]), row["n"])
-        for other, row in cka.iterrows()
-    }
-    return metrics, {
-        "similarity": table,
-        "angles": pd.DataFrame(angles),
-        "directions": similarity.category_cosines(crosscoder, chosen, alive),
-    }
+    cka = table.query("statistic == 'cka' and text == 'all'")
+    metrics = {f"cka_{row.other}": metric(row.value, (row.low, row.high), row.n) for row in cka.itertuples()}
+    directions = similarity.category_cosines(crosscoder, chosen, alive)
+    return metrics, {"similarity": table, "angles": pd.DataFrame(angles), "directions": directions}

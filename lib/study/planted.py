@@ -104,20 +104,18 @@ class PlantedStore:
 
     def __init__(self, planted: Planted):
         self.planted, self.fingerprint = planted, fingerprint("planted", VERSION, planted)
-        rng = np.random.default_rng(planted.seed)
+        rng, n = np.random.default_rng(planted.seed), planted.tokens
         self.kinds = np.repeat(np.arange(len(KINDS)), [getattr(planted, kind) for kind in KINDS])
         rank = rng.permutation(planted.features)
         self.frequencies = frequencies(planted)[rank]
         self.codes = _codes(planted, rank, self.frequencies, rng)
-        n = planted.tokens
-        self.documents = np.arange(n) // planted.document
+        self.documents, self.kept = np.arange(n) // planted.document, np.ones(n, dtype=bool)
         borders = np.round(np.cumsum(SPLIT_SHARES) * (self.documents[-1] + 1))
-        self.split = (
-            np.searchsorted(borders, self.documents, side="right").clip(max=len(SPLITS) - 1).astype(np.int8)
-        )
-        self.kept = np.ones(n, dtype=bool)
-        self.widths = {name: planted.width for name in MODELS}
-        self._acts, self.directions = [], {}
+        split = np.searchsorted(borders, self.documents, side="right")
+        self.split = split.clip(max=len(SPLITS) - 1).astype(np.int8)
+        self.widths = dict.fromkeys(MODELS, planted.width)
+        self._acts, self.directions, self.mean_norms, self.means = [], {}, {}, {}
+        train_rows = torch.from_numpy(self.rows("train"))
         for name, rows, ratio, share in zip(
             MODELS, _rows(planted, self.kinds, rng), (1.0, planted.norm_ratio), planted.mean_share
         ):
@@ -128,13 +126,12 @@ class PlantedStore:
             noise *= np.sqrt(planted.noise / (1 - planted.noise) * variance / planted.width)
             mean = rng.standard_normal(planted.width)
             mean *= np.sqrt(share / (1 - share) * variance / (1 - planted.noise)) / np.linalg.norm(mean)
-            self._acts.append(torch.from_numpy(((x + noise + mean) * ratio).astype(np.float32)))
+            acts = torch.from_numpy(((x + noise + mean) * ratio).astype(np.float32))
+            self._acts.append(acts)
             self.directions[name] = rows * ratio
-        train_rows = torch.from_numpy(self.rows("train"))
-        mean_norms = [float(a[train_rows].norm(dim=1).double().mean()) for a in self._acts]
-        self.mean_norms = dict(zip(MODELS, mean_norms))
+            self.mean_norms[name] = float(acts[train_rows].norm(dim=1).double().mean())
+            self.means[name] = acts[train_rows].double().mean(0)
         self.scales = {name: planted.width**0.5 / norm for name, norm in self.mean_norms.items()}
-        self.means = {name: a[train_rows].double().mean(0) for name, a in zip(MODELS, self._acts)}
 
     def __len__(self) -> int:
         return self.planted.tokens
@@ -165,11 +162,8 @@ class PlantedStore:
 
     def joined(self) -> torch.Tensor:
         """Planted rows of both models side by side [F, 2d], of unit length, in scaled space: what decoder
-        rows are compared with.
-        """
-        rows = [
-            torch.as_tensor(self.directions[name] * self.scales[name], dtype=torch.float32) for name in MODELS
-        ]
+        rows are compared with."""
+        rows = [torch.as_tensor(self.directions[m] * self.scales[m], dtype=torch.float32) for m in MODELS]
         return normalize(torch.cat(rows, dim=1), dim=1)
 
 
@@ -178,15 +172,12 @@ def frequencies(planted: Planted) -> np.ndarray:
     law = np.arange(1, planted.features + 1) ** -planted.exponent
     if planted.l0 == 0:
         return np.zeros_like(law)
-    # where nothing, and where everything, is cut off
-    low, high = np.log(planted.l0 / law.sum()), np.log(MOST / law[-1])
     if planted.l0 >= MOST * planted.features:
         return np.full_like(law, MOST)
-    return np.minimum(
-        law
-        * np.exp(brentq(lambda t: np.minimum(law * np.exp(t), MOST).sum() - planted.l0, low - 1e-9, high)),
-        MOST,
-    )
+    cut = lambda t: np.minimum(law * np.exp(t), MOST)
+    # where nothing, and where everything, is cut off
+    low, high = np.log(planted.l0 / law.sum()), np.log(MOST / law[-1])
+    return cut(brentq(lambda t: cut(t).sum() - planted.l0, low - 1e-9, high))
 
 
 def _codes(
@@ -198,20 +189,15 @@ def _codes(
     group = torch.from_numpy(rank // planted.group)  # neighbours in frequency
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     own, common = (1 - planted.correlation) ** 0.5, planted.correlation**0.5
-    parts = []
+    shape, parts = 1 / planted.cv**2, []
     for start in range(0, planted.tokens, CHUNK):
         n = min(CHUNK, planted.tokens - start)
         z = torch.randn(n, planted.features, generator=generator).mul_(own)
         if common:
             z += common * torch.randn(n, int(group.max()) + 1, generator=generator)[:, group]
-        token, feature = (z > threshold).nonzero(as_tuple=True)
-        shape = 1 / planted.cv**2
-        strength = rng.gamma(shape, 1 / shape, len(feature)) * length[feature.numpy()]
-        parts.append(
-            sparse.csr_matrix(
-                (strength.astype(np.float32), (token.numpy(), feature.numpy())), shape=(n, planted.features)
-            )
-        )
+        token, feature = (x.numpy() for x in (z > threshold).nonzero(as_tuple=True))
+        strength = (rng.gamma(shape, 1 / shape, len(feature)) * length[feature]).astype(np.float32)
+        parts.append(sparse.csr_matrix((strength, (token, feature)), shape=(n, planted.features)))
     return sparse.csr_matrix(sparse.vstack(parts))
 
 
@@ -242,58 +228,52 @@ def _rows(planted: Planted, kinds: np.ndarray, rng: np.random.Generator) -> tupl
 @dataclass(frozen=True)
 class Regime:
     """What data are like, in the generator's terms. Whatever depends on a dictionary is as the crosscoder
-    sees it.
+    sees it; pairs are (``base``, ``distilled``); quantiles are those of QUANTILES.
 
-    Pairs are (``base``, ``distilled``). The crosscoder's own k decides ``l0``, and with it the frequencies:
-    of the true number of active features they say no more than that so many suffice for ``1 - unexplained``
-    of the variance.
+    The crosscoder's own k decides ``l0``, and with it the frequencies: of the true number of active features
+    they say no more than that so many suffice for ``1 - unexplained`` of the variance.
     """
 
     tokens: int
     width: int
     l0: float
-    frequency_quantiles: tuple[float, ...]  # 5, 25, 50, 75, 95% of the features that fire
+    frequency_quantiles: tuple[float, ...]  # of the features that fire
     exponent: float  # minus the slope of log frequency on log rank, over the middle 80% of the ranks
     cv: float  # median over features
     spread: float
     cofiring_mean: float  # mean phi coefficient of two features' firing, over all pairs
     cofiring_largest: float  # median over features of the largest phi with any other feature
     norm_ratio: float  # raw norms, distilled over base
-    # root of the variance after scaling, distilled over base: the imbalance that scaling leaves
-    spread_ratio: float
+    spread_ratio: float  # root of the variance after scaling, distilled over base
     mean_share: tuple[float, float]
     unexplained: tuple[float, float]  # 1 - FVE
     alive: int  # features that fire
     dead_features: float
-    # share of principal directions with less variance than the mean unexplained one
-    dead_directions: tuple[float, float]
-    # participation ratio (sum l)^2 / sum l^2 of the covariance, over the width
-    dimension: tuple[float, float]
-    # sum of the inner products of both models' centred activations over the geometric mean of their variances
-    agreement: float
-    row_cosine: tuple[float, ...]  # between a feature's rows, 5, 25, 50, 75, 95%
-    nrn_quantiles: tuple[float, ...]  # p = 2, likewise
+    dead_directions: tuple[float, float]  # principal directions with less variance than the unexplained mean
+    dimension: tuple[
+        float, float
+    ]  # participation ratio (sum l)^2 / sum l^2 of the covariance, over the width
+    agreement: float  # sum of inner products of both centred activations over the geometric mean variance
+    row_cosine: tuple[float, ...]  # between a feature's rows
+    nrn_quantiles: tuple[float, ...]  # p = 2
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @torch.no_grad()
-def regime(
-    crosscoder: CrossCoder, store, tokens: np.ndarray, model: str = "distilled", reference: str = "base"
-) -> Regime:
+def regime(crosscoder: CrossCoder, store, tokens: np.ndarray) -> Regime:
     """Measure on tokens (numbers, [n]) of a store what the generator needs to know. Models of one width."""
-    slots = [crosscoder.names.index(name) for name in (reference, model)]
-    width = crosscoder.widths[slots[0]]
+    slots = [crosscoder.names.index(name) for name in MODELS]
+    width, n = crosscoder.widths[slots[0]], len(tokens)
     if crosscoder.widths[slots[1]] != width:
-        raise UserError(f"{reference} and {model} differ in width: planted data have one width")
-    if len(tokens) < 2:
+        raise UserError(f"{' and '.join(MODELS)} differ in width: planted data have one width")
+    if n < 2:
         raise UserError("the regime is measured on at least two tokens")
-    parts, sums, products, between, errors, norms = (
-        [],
+    parts, between = [], 0.0
+    sums, products, errors, norms = (
         np.zeros((2, width)),
         np.zeros((2, width, width)),
-        0.0,
         np.zeros(2),
         np.zeros(2),
     )
@@ -308,99 +288,89 @@ def regime(
             errors[i] += float((own - x_hat[slot]).square().sum())
             norms[i] += float(acts[slot].norm(dim=1).double().sum())
         between += float((x[slots[0]].double() * x[slots[1]].double()).sum())
-    codes, n = sparse.csc_matrix(sparse.vstack(parts)), len(tokens)
-    means = sums / n
+    codes, means = sparse.csc_matrix(sparse.vstack(parts)), sums / n
     covariances = products / n - means[:, :, None] * means[:, None, :]
     variances = np.trace(covariances, axis1=1, axis2=2)
     spectra = np.linalg.eigvalsh(covariances).clip(min=0)
     fired = np.diff(codes.indptr)
     alive = np.flatnonzero(fired)
-    frequency = fired[alive] / n
+    codes, fired, frequency = codes[:, alive], fired[alive], fired[alive] / n
     ranked = np.sort(frequency)[::-1]
     middle = slice(len(ranked) // 10, len(ranked) - len(ranked) // 10)
     slope = np.polyfit(np.log(np.arange(1, len(ranked) + 1)[middle]), np.log(ranked[middle]), 1)[0]
-    mean = np.asarray(codes.sum(0)).ravel()[alive] / fired[alive]
-    square = np.asarray(codes.multiply(codes).sum(0)).ravel()[alive] / fired[alive]
+    mean = np.asarray(codes.sum(0)).ravel() / fired
+    square = np.asarray(codes.multiply(codes).sum(0)).ravel() / fired
     lengths = mean * crosscoder.strength_per_unit().numpy()[alive]
-    fires = (codes[:, alive] > 0).astype(np.float64)
+    fires = (codes > 0).astype(np.float64)
     spread = np.sqrt(frequency * (1 - frequency)).clip(1e-12)
     phi = ((fires.T @ fires).toarray() / n - np.outer(frequency, frequency)) / np.outer(spread, spread)
     apart = ~np.eye(len(alive), dtype=bool)
 
+    def rounded(values, digits: int = 4) -> tuple[float, ...]:
+        return tuple(round(float(v), digits) for v in np.asarray(values))
+
     def quantiles(values) -> tuple[float, ...]:
-        return tuple(round(float(q), 4) for q in np.nanquantile(np.asarray(values), QUANTILES))
+        return rounded(np.nanquantile(np.asarray(values), QUANTILES))
 
-    def pair(values) -> tuple[float, float]:
-        return tuple(round(float(v), 4) for v in values)
-
+    numbers = {
+        "l0": fired.sum() / n,
+        "exponent": -slope,
+        "cv": np.median(np.sqrt(np.maximum(square / mean**2 - 1, 0))),
+        "spread": np.log(lengths).std(),
+        "cofiring_largest": np.median(np.where(apart, phi, -1).max(1)),
+        "norm_ratio": norms[1] / norms[0],
+        "spread_ratio": np.sqrt(variances[1] / variances[0]),
+        "agreement": (between / n - means[0] @ means[1]) / np.sqrt(variances.prod()),
+    }
     return Regime(
         tokens=n,
         width=width,
-        l0=round(float(fired.sum() / n), 3),
         frequency_quantiles=quantiles(frequency),
-        exponent=round(float(-slope), 3),
-        cv=round(float(np.median(np.sqrt(np.maximum(square / mean**2 - 1, 0)))), 3),
-        spread=round(float(np.log(lengths).std()), 3),
         cofiring_mean=round(float(phi[apart].mean()), 4),
-        cofiring_largest=round(float(np.median(np.where(apart, phi, -1).max(1))), 3),
-        norm_ratio=round(float(norms[1] / norms[0]), 3),
-        spread_ratio=round(float(np.sqrt(variances[1] / variances[0])), 3),
-        mean_share=pair(np.square(means).sum(1) / (variances + np.square(means).sum(1))),
-        unexplained=pair(errors / n / variances),
+        mean_share=rounded(np.square(means).sum(1) / (variances + np.square(means).sum(1))),
+        unexplained=rounded(errors / n / variances),
         alive=len(alive),
         dead_features=round(1 - len(alive) / crosscoder.n_features, 4),
-        dead_directions=pair((spectra < (errors / n / width)[:, None]).mean(1)),
-        dimension=pair(spectra.sum(1) ** 2 / np.square(spectra).sum(1) / width),
-        agreement=round(float((between / n - means[0] @ means[1]) / np.sqrt(variances.prod())), 3),
-        row_cosine=quantiles(crosscoder.cosine(reference, model)[alive]),
-        nrn_quantiles=quantiles(crosscoder.nrn(2, model, reference)[alive]),
+        dead_directions=rounded((spectra < (errors / n / width)[:, None]).mean(1)),
+        dimension=rounded(spectra.sum(1) ** 2 / np.square(spectra).sum(1) / width),
+        row_cosine=quantiles(crosscoder.cosine(*MODELS)[alive]),
+        nrn_quantiles=quantiles(crosscoder.nrn(2, *MODELS[::-1])[alive]),
+        **dict(zip(numbers, rounded(list(numbers.values()), 3))),
     )
 
 
-def from_regime(
-    measured: Regime,
-    width: int = 48,
-    unique: float = 1 / 8,
-    rescaled: float = 1 / 16,
-    factor: float = 3.0,
-    **changes,
-) -> Planted:
+def from_regime(measured: Regime, width: int = 48, **changes) -> Planted:
     """The generator's parameters for a measured regime, at another width: numbers per direction of the
     residual stream stay the same.
 
-    What no measurement gives is set here: the shares of ``unique`` features (of each side) and of
-    ``rescaled`` ones. As many features are planted as the crosscoder has living ones: nobody knows the true
-    number, and a larger dictionary would have claimed more. The rest is half shared, half rotated; the angle
-    is the one that gives the measured agreement of the two models' activations, which needs no dictionary.
-    ``changes`` replace any field.
+    What no measurement gives is set here: the shares of unique features (of each side, 1/8) and of rescaled
+    ones (1/16, by a factor of 3). As many features are planted as the crosscoder has living ones: nobody
+    knows the true number, and a larger dictionary would have claimed more. The rest is half shared, half
+    rotated; the angle is the one that gives the measured agreement of the two models' activations, which
+    needs no dictionary. ``changes`` replace any field.
     """
     total = round(measured.alive * width / measured.width)
     if total == 0:
         raise UserError("no feature fires in this regime: there is nothing to plant")
-    counts = {
-        "rescaled": round(rescaled * total),
-        "base_only": round(unique * total),
-        "distilled_only": round(unique * total),
-    }
-    rest = total - sum(counts.values())
-    counts |= {"shared": rest - rest // 2, "rotated": rest // 2}
-    variance = rest + counts["base_only"] + counts["rescaled"] * (1 + factor**2) / 2
-    cosine = (measured.agreement * variance - counts["shared"] - counts["rescaled"] * factor) / max(
-        counts["rotated"], 1
-    )
+    factor, n_rescaled, n_unique = 3.0, round(total / 16), round(total / 8)
+    rest = total - n_rescaled - 2 * n_unique
+    rotated, shared = rest // 2, rest - rest // 2
+    variance = rest + n_unique + n_rescaled * (1 + factor**2) / 2
+    cosine = (measured.agreement * variance - shared - n_rescaled * factor) / max(rotated, 1)
     ours = Planted(
         width=width,
-        **counts,
+        shared=shared,
+        rotated=rotated,
+        rescaled=n_rescaled,
+        base_only=n_unique,
+        distilled_only=n_unique,
         angle=round(float(np.degrees(np.arccos(np.clip(cosine, 0, 1))))),
         factor=factor,
         l0=round(measured.l0 * width / measured.width, 2),
-        cv=measured.cv,
-        spread=measured.spread,
         correlation=_copula(measured.cofiring_largest, measured.frequency_quantiles[2]),
-        norm_ratio=measured.norm_ratio,
-        mean_share=measured.mean_share,
         noise=round(float(np.mean(measured.unexplained)), 4),
         dead_directions=round(float(np.mean(measured.dead_directions)), 3),
+        **{name: getattr(measured, name) for name in ("cv", "spread", "norm_ratio", "mean_share")},
     )
     return replace(ours, exponent=_exponent(ours, measured), **changes)
 
@@ -417,12 +387,13 @@ def _exponent(planted: Planted, measured: Regime) -> float:
 
 def _copula(phi: float, frequency: float) -> float:
     """Correlation of two normal variables whose excesses, each with this frequency, have the correlation
-    ``phi``.
-    """
+    ``phi``."""
     threshold = ndtri(1 - frequency)
 
     def excess(rho: float) -> float:
         both = stats.multivariate_normal.cdf([-threshold, -threshold], cov=[[1, rho], [rho, 1]])
         return (both - frequency**2) / (frequency * (1 - frequency)) - phi
 
-    return 0.0 if phi <= 0 else round(float(brentq(excess, 0, 0.99)), 3) if excess(0.99) > 0 else 0.99
+    if phi <= 0:
+        return 0.0
+    return round(float(brentq(excess, 0, 0.99)), 3) if excess(0.99) > 0 else 0.99

@@ -24,7 +24,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..distil import trials
-from ..figures import COLOURS
+from ..figures import COLOURS, error_bars
 from ..labels import CATEGORIES
 from ..models.pairs import Pair, load_pair
 from ..results import read_part, read_results
@@ -72,29 +72,27 @@ def collect(
     those of the part "ladder" of ``tiny``, the same measurements from before there were such notebooks for
     each pair; UserError if it is not there either. Without 04 its quantities are left out.
     """
-    runs = [Run(name, run, root) for name in pairs]
-    complete = all(read_part(each, part) for each in runs for part in PARTS)
-    rows, crosscoders, thoughts = [], [], []
-    for name, each in zip(pairs, runs):
+    runs = {name: Run(name, run, root) for name in pairs}
+    complete = all(read_part(each, part) for each in runs.values() for part in PARTS)
+    tables, crosscoders, thoughts = [], [], []
+    for name, each in runs.items():
         numbers, own = measured(each) if complete else earlier(each)
         gates, solved = ask(load_pair(name), puzzles, folder / name, seed)
-        rows += [{"pair": name, **row} for row in (*gates, *numbers)]
+        columns = ["pair", "quantity", "value", "low", "high", "n", "over"]
+        tables.append(pd.DataFrame([*gates, *numbers]).assign(pair=name)[columns])
         crosscoders.append(own.assign(pair=name))
         thoughts.append(solved.assign(pair=name))
-    columns = ["pair", "quantity", "value", "low", "high", "n", "over"]
-    return (
-        pd.DataFrame(rows, columns=columns),
-        pd.concat(crosscoders, ignore_index=True),
-        pd.concat(thoughts, ignore_index=True),
-    )
+    return tuple(pd.concat(frames, ignore_index=True) for frames in (tables, crosscoders, thoughts))
 
 
 def measured(run: Run) -> tuple[list[dict], pd.DataFrame]:
     """Rows of numbers that the notebooks of one pair wrote, and its crosscoders (``uniqueness``)."""
     nulls, seeds, similarity = (read_part(run, part).tables for part in PARTS)
     own = uniqueness(nulls, seeds["scores"])
-    rows = [*over_seeds(own), *_best(seeds["by_seed"]), *_read(run), *_similarity(similarity["similarity"])]
-    return rows, own
+    rows = over_seeds(own)
+    for c in CATEGORIES:  # AUROC of the best feature of each category
+        rows.append(_over_seeds(f"auroc_{c}", seeds["by_seed"][f"auroc_{c}"].dropna()))
+    return [*rows, *_read(run), *_similarity(similarity["similarity"])], own
 
 
 def earlier(run: Run) -> tuple[list[dict], pd.DataFrame]:
@@ -126,27 +124,26 @@ def ask(pair: Pair, n: int, folder: Path, seed: int = 0) -> tuple[list[dict], pd
     weights = fingerprint(n, seed, *(pair.fingerprint(name) for name in models))
     answers = trials.battery(models, pair.tokenizer(), tasks, conditions, folder, weights, seed)
     direct, thought = (answers[condition] for condition in conditions)
-    rows = [
-        _row("parameters", sum(p.numel() for p in models["base"].parameters())),
-        _row("width", models["base"].config.hidden_size),
-    ]
-    for name, hits in (
-        ("acc_base_direct", direct["correct"]),
-        ("acc_distilled_think", thought["chain_correct"]),
-    ):
-        rows.append(_row(name, hits.mean(), wilson(int(hits.sum()), n), n, "puzzles"))
+    base, rows = models["base"], []
+
+    def add(quantity: str, value: float, ci=None, n: int | None = None, over: str = "puzzles") -> None:
+        rows.append(_row(quantity, value, ci, n, over))
+
+    add("parameters", sum(p.numel() for p in base.parameters()), over="")
+    add("width", base.config.hidden_size, over="")
+    right = {"acc_base_direct": direct["correct"], "acc_distilled_think": thought["chain_correct"]}
+    for name, hits in right.items():
+        add(name, hits.mean(), wilson(int(hits.sum()), n), n)
     gain = thought["chain_correct"].astype(float) - direct["correct"].astype(float)
-    rows.append(_row("gain", gain.mean(), bootstrap(gain, seed=seed), n, "puzzles"))
-    steps = trials.reflection_probability(
-        models["distilled"], pair.tokenizer(), tasks[: max(1, n // 3)], seed
-    )
+    add("gain", gain.mean(), bootstrap(gain, seed=seed), n)
+    some = tasks[: max(1, n // 3)]
+    steps = trials.reflection_probability(models["distilled"], pair.tokenizer(), some, seed)
     for name, wrong in (("p_reflect_given_error", True), ("p_reflect_given_correct", False)):
         part = steps[steps["error"] == wrong]
         interval = bootstrap(part["p_reflection"], groups=part["task"], seed=seed)
-        rows.append(_row(name, part["p_reflection"].mean(), interval, len(part), "puzzles"))
+        add(name, part["p_reflection"].mean(), interval, len(part))
     values = steps[["error", "p_reflection"]].to_numpy(float)
-    interval = bootstrap(values, _auroc, steps["task"], 200, seed)
-    rows.append(_row("reflect_auc", _auroc(values), interval, len(steps), "puzzles"))
+    add("reflect_auc", _auroc(values), bootstrap(values, _auroc, steps["task"], 200, seed), len(steps))
     return rows, thought
 
 
@@ -185,25 +182,20 @@ def over_seeds(crosscoders: pd.DataFrame) -> list[dict]:
     rows = []
     for other, part in crosscoders.groupby("other", sort=False):
         end = "" if other == "distilled" else f"_{other}"
-        for column, name in names.items():
-            rows.append(_row(name + end, part[column].mean(), t_interval(part[column]), len(part), "seeds"))
+        rows += [_over_seeds(name + end, part[column]) for column, name in names.items()]
     return rows
 
 
-def _best(by_seed: pd.DataFrame) -> list[dict]:
-    """AUROC of the best feature of each category, over seeds."""
-    values = {c: by_seed[f"auroc_{c}"].dropna() for c in CATEGORIES}
-    return [_row(f"auroc_{c}", v.mean(), t_interval(v), len(v), "seeds") for c, v in values.items()]
+def _over_seeds(quantity: str, values: pd.Series) -> dict:
+    return _row(quantity, values.mean(), t_interval(values), len(values), "seeds")
 
 
 def _read(run: Run) -> list[dict]:
-    files = {number: read_results(run, number)["metrics"] for number in ("02", "05")}
-    if (run.results / "04.json").is_file():
-        files["04"] = read_results(run, "04")["metrics"]
-    rows = []
+    numbers = ["02", "05", *(["04"] if (run.results / "04.json").is_file() else [])]
+    files, rows = {number: read_results(run, number)["metrics"] for number in numbers}, []
     for quantity, (number, name, over) in READ.items():
-        if measured := files.get(number, {}).get(name):
-            rows.append(_row(quantity, measured["value"], measured["ci"], measured["n"], over))
+        if found := files.get(number, {}).get(name):
+            rows.append(_row(quantity, found["value"], found["ci"], found["n"], over))
     return rows
 
 
@@ -289,22 +281,13 @@ def plot(
             colour = COLOURS.get(kind, COLOURS["random"])
             dash = "dot" if kind in ("null", "random") else "dash" if colour in used else "solid"
             symbol = {"solid": "circle", "dash": "circle-open", "dot": "diamond-open"}[dash]
+            mode = "lines+markers" if by_size else "markers" if used else "markers+text"
             fig.add_scatter(
-                x=across[line.index],
-                y=line["value"],
-                name=name,
-                legendgroup=name,
-                showlegend=name not in legend,
-                text=line.index,
-                mode="lines+markers" if by_size else "markers" if used else "markers+text",
-                textposition="top center",
-                textfont_size=11,
-                line=dict(color=colour, dash=dash),
-                marker=dict(color=colour, size=9, symbol=symbol),
-                error_y=dict(array=line["high"] - line["value"], arrayminus=line["value"] - line["low"]),
-                row=1,
-                col=column,
-            )
+                x=across[line.index], y=line["value"], text=line.index, name=name, legendgroup=name,
+                showlegend=name not in legend, mode=mode, textposition="top center", textfont_size=11,
+                line=dict(color=colour, dash=dash), marker=dict(color=colour, size=9, symbol=symbol),
+                error_y=error_bars(line, "value", "low", "high"), row=1, col=column,
+            )  # fmt: skip
             used.add(colour)
             legend.add(name)
         if panel in (flat or {}):
@@ -315,7 +298,5 @@ def plot(
         room = 0.25 * max(float(across.max() - across.min()), 1e-3)
         fig.update_xaxes(range=[across.min() - room, across.max() + room])
     fig.update_xaxes(title_text=SHOWN.get(x, x)).update_annotations(font_size=13)
-    legend = dict(orientation="h", y=-0.22)
-    return fig.update_layout(
-        title=title, width=max(560, 420 * len(panels)), height=440, margin_t=90, legend=legend
-    )
+    fig.update_layout(title=title, width=max(560, 420 * len(panels)), height=440, margin_t=90)
+    return fig.update_layout(legend=dict(orientation="h", y=-0.22))

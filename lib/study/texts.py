@@ -1,8 +1,7 @@
 """Does it depend on how long was distilled, and on the text that was read?
 
-**Training.** A short fine-tuning moves little, so decoder rows hardly differ between the models and every
-NRN lies near one half. For adapters that were kept on the way (``lib.distil.adapters``) the same small
-harvest and crosscoder are made: does the spread of NRN grow with training, and does it outgrow the null's?
+**Training.** For adapters that were kept on the way (``lib.distil.adapters``) the same small harvest and
+crosscoder are made: does the spread of NRN grow with training, and does it outgrow the null's?
 
 **Texts.** The corpus of ``smol`` was written by its models. Here the same models read another text, and
 another crosscoder is trained on that, of the same size and on as many tokens: do NRN and the features come
@@ -20,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
@@ -34,42 +32,34 @@ from ..crosscoder.training import train
 from ..features.detectors import detectors
 from ..features.table import Inspection, category_features, feature_table
 from ..features.uniqueness import SCORES, beyond, score_table
+from ..figures import express_bars, plain_titles
 from ..labels import CATEGORIES
 from ..models.pairs import Pair
 from ..results import Part, read_part
 from ..runs import MANIFEST, fingerprint
 from ..settings import UserError, check
 from ..text.corpus import build, override
+from . import architectures
 from .nulls import match
 from .variants import HARVEST, Variant, write_part
 
-QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)  # of NRN, that are reported
+QUANTILES = ("nrn_q01", "nrn_q25", "nrn_q50", "nrn_q75", "nrn_q99")
 
 
 def describe(crosscoder: CrossCoder, store: Store) -> dict[str, float]:
-    """A crosscoder of a pair in one row: explained variance with interval, alive features, quantiles of their
-    NRN and its spread.
+    """A crosscoder of a pair in one row, out of ``architectures.describe``: explained variance with interval,
+    alive features, quantiles of their NRN and its spread.
 
     spread is q99 - q01; distance the mean of |distilled - base| / |base| over tokens of the report split, in
     the store's units.
     """
-    quality, row = health_card(crosscoder, store), {}
-    for name in crosscoder.names:
-        fve = quality[f"fve_{name}"]
-        row |= {
-            f"fve_{name}": fve["value"],
-            f"fve_{name}_low": fve["ci"][0],
-            f"fve_{name}_high": fve["ci"][1],
-        }
-    nrn = crosscoder.nrn().numpy()[firing_frequency(crosscoder, store) > 0]
-    row |= {"l0": quality["l0"]["value"], "alive": len(nrn)}
-    row |= {f"nrn_q{round(100 * q):02d}": np.quantile(nrn, q) for q in QUANTILES}
+    every = architectures.describe(crosscoder, store)
+    row = {name: value for name, value in every.items() if name.startswith("fve_")}
+    alive = int((firing_frequency(crosscoder, store) > 0).sum())
+    row |= {"l0": every["l0"], "alive": alive} | {name: every[name] for name in QUANTILES}
     base, distilled = (acts.float() for acts in store.activations(store.rows("report")))
     distance = ((distilled - base).norm(dim=1) / base.norm(dim=1)).mean().item()
     return row | {"spread": row["nrn_q99"] - row["nrn_q01"], "distance": distance}
-
-
-# --- along training -----------------------------------------------------------------------------------------
 
 
 def compute_training(
@@ -125,20 +115,10 @@ def plot_training(training: pd.DataFrame) -> go.Figure:
     names = {"spread": "spread of NRN (q99 - q01)", "distance": "distance of the activations"}
     lines = training.melt(["stage", "trained"], list(names), var_name="measure").replace({"measure": names})
     fig = px.line(
-        lines,
-        x="trained",
-        y="value",
-        color="stage",
-        facet_col="measure",
-        markers=True,
-        title="Along training",
-        labels={"trained": "tokens trained on", "value": ""},
-    )
-    fig.update_yaxes(matches=None, showticklabels=True, rangemode="tozero")
-    return fig.for_each_annotation(lambda label: label.update(text=label.text.split("=")[-1]))
-
-
-# --- on another text ----------------------------------------------------------------------------------------
+        lines, x="trained", y="value", color="stage", facet_col="measure", markers=True,
+        title="Along training", labels={"trained": "tokens trained on", "value": ""},
+    )  # fmt: skip
+    return plain_titles(fig.update_yaxes(matches=None, showticklabels=True, rangemode="tozero"))
 
 
 def compute_texts(variant: Variant, traces: str = "", general: str = "") -> Part:
@@ -178,33 +158,29 @@ def _on_another_text(variant: Variant, traces: str, general: str) -> dict[str, p
     rows, transfer, predictors, alive = [], [], [], []
     for text, crosscoder in crosscoders.items():
         scores = score_table(crosscoder, stores[text], variant.max_tokens, n_boot=10)
-        shares = {
-            f"beyond_{name}": float(beyond(scores, limits, name)[scores["alive"]].mean()) for name in SCORES
-        }
-        rows.append({"text": text, **describe(crosscoder, stores[text]), **shares})
         alive.append(scores["alive"].to_numpy(bool))
+        shares = {f"beyond_{s}": float(beyond(scores, limits, s)[alive[-1]].mean()) for s in SCORES}
+        rows.append({"text": text, **describe(crosscoder, stores[text]), **shares})
         coded = {
             on: [codes(crosscoder, store, split, variant.max_tokens) for split in ("choose", "report")]
             for on, store in stores.items()
         }
         table = feature_table(crosscoder, stores[text], *coded[text])
         chosen = category_features(table, variant.nrn_over)
+        wanted = {c: f for c, f in chosen.items() if c in CATEGORIES}
         for on, store in stores.items():
             quality, both = health_card(crosscoder, store), {"text": text, "read_on": on}
             for name in crosscoder.names:
-                fve = quality[f"fve_{name}"]
-                interval = {"low": fve["ci"][0], "high": fve["ci"][1]}
-                transfer.append({**both, "model": name, "fve": fve["value"], **interval})
+                fve, (low, high) = (quality[f"fve_{name}"][key] for key in ("value", "ci"))
+                transfer.append({**both, "model": name, "fve": fve, "low": low, "high": high})
             inspection = Inspection(table, chosen, pd.DataFrame(), *coded[on], store, crosscoder)
-            wanted = {c: f for c, f in chosen.items() if c in CATEGORIES}
             predictors.append(detectors(inspection, wanted).assign(**both))
-    matches = match(crosscoders["own"], crosscoders["other"], *alive)
-    matches["chance"] = match(crosscoders["own"], crosscoders["other"], *alive, shuffle=0)["cosine"]
+    pair_of = (*crosscoders.values(), *alive)
     return {
         "crosscoders": pd.DataFrame(rows),
         "transfer": pd.DataFrame(transfer),
         "detectors": pd.concat(predictors, ignore_index=True),
-        "matches": matches,
+        "matches": match(*pair_of).assign(chance=match(*pair_of, shuffle=0)["cosine"]),
     }
 
 
@@ -213,18 +189,10 @@ def plot_transfer(predictors: pd.DataFrame) -> go.Figure:
     that the crosscoder was trained on."""
     rows = predictors[predictors["predictor"] == "feature"]
     fig = px.bar(
-        rows.assign(above=rows["high"] - rows["auroc"], below=rows["auroc"] - rows["low"]),
-        x="category",
-        y="auroc",
-        color="read_on",
-        facet_col="text",
-        barmode="group",
-        error_y="above",
-        error_y_minus="below",
+        rows, x="category", y="auroc", color="read_on", facet_col="text", barmode="group",
         title="A feature chosen on one text, on both texts",
         labels={"auroc": "AUROC before a sentence", "read_on": "read on", "category": ""},
-    )
+        **express_bars(rows, "auroc", "low", "high"),
+    )  # fmt: skip
     fig.add_hline(y=0.5, line_dash="dot").update_yaxes(range=[0, 1])
-    return fig.for_each_annotation(
-        lambda label: label.update(text=f"trained on: {label.text.split('=')[-1]}")
-    )
+    return plain_titles(fig, "trained on: ")

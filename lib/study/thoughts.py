@@ -44,15 +44,11 @@ def compute_thoughts(
         "report_puzzles": report_puzzles,
         "max_new_tokens": max_new_tokens,
     }
-    return variant.part("causal", 2, budget, lambda: _thoughts(variant, **budget))
+    return variant.part("causal", 2, budget, lambda: _thoughts(variant, *budget.values()))
 
 
 def _thoughts(
-    variant: Variant,
-    features_per_category: int,
-    choose_puzzles: int,
-    report_puzzles: int,
-    max_new_tokens: int,
+    variant: Variant, per_category: int, choose_puzzles: int, report_puzzles: int, max_new_tokens: int
 ) -> tuple[dict, dict]:
     pair, store, crosscoder, seed = variant.pair, variant.store, variant.crosscoder, variant.seed
     if pair.corpus != "generated":
@@ -68,45 +64,38 @@ def _thoughts(
     }
     changed = reweighted(use["distilled"], use["null_a"]) & ~unique
     models, norm = {name: pair.load(name) for name in crosscoder.names}, store.mean_norms["distilled"]
-    sets = experiments.category_sets(table, features_per_category)
+    sets = experiments.category_sets(table, per_category)
     vectors, own_use = experiments.mean_differences(store), experiments.measure_use(crosscoder, store)
-    weights = fingerprint(
-        variant.crosscoder_fingerprint, *(pair.fingerprint(name) for name in crosscoder.names)
-    )
+    fingerprints = [pair.fingerprint(name) for name in crosscoder.names]
+    weights = fingerprint(variant.crosscoder_fingerprint, *fingerprints)
 
     def run(split: str, n: int, conditions: list) -> pd.DataFrame:
-        return experiments.run(
-            *(pair, models, crosscoder, store, puzzles(n, split), conditions),
-            *(variant.folder(f"causal_{split}"), weights, max_new_tokens, seed),
-        )
+        opened, folder = (pair, models, crosscoder, store), variant.folder(f"causal_{split}")
+        return experiments.run(*opened, puzzles(n, split), conditions, folder, weights, max_new_tokens, seed)
 
-    tried = run(
-        "validation", choose_puzzles, experiments.strengthenings(crosscoder, sets, vectors, norm, seed=seed)
-    )
-    strengths = experiments.matching_strengths(tried)
-    placed = experiments.strengthenings(crosscoder, sets, vectors, norm, strengths, seed=seed)
-    conditions = experiments.conditions(
-        *(crosscoder, table, sets, own_use, vectors, np.flatnonzero(unique), np.flatnonzero(changed)),
-        seed=seed,
-    )
-    rows = run("test", report_puzzles, list(dict.fromkeys([*conditions, *placed])))
+    def placed(strengths: dict | None = None) -> list:
+        return experiments.strengthenings(crosscoder, sets, vectors, norm, strengths, seed)
+
+    strengths = experiments.matching_strengths(run("validation", choose_puzzles, placed()))
+    chosen = (np.flatnonzero(unique), np.flatnonzero(changed))
+    conditions = experiments.conditions(crosscoder, table, sets, own_use, vectors, *chosen, seed)
+    rows = run("test", report_puzzles, list(dict.fromkeys([*conditions, *placed(strengths)])))
     rows = pd.concat([rows, *(effects.pooled(rows, kind) for kind in effects.CONTROLS)], ignore_index=True)
     summary, shares = effects.summarise(rows, seed=seed), effects.gap_shares(rows, seed=seed)
     metrics = effects.metrics(summary, shares)
     metrics |= {f"fve_alone_{name}": metric(value) for name, value in own_use.fve.items()}
     metrics["unique_features"] = metric(unique.sum(), n=len(table))
     metrics["reweighted_features"] = metric(changed.sum(), n=len(table))
-    columns = {"nrn": table["nrn"], "unique": unique, "reweighted": changed}
-    removed = [
-        {"category": c, "feature": f, **{name: column[f] for name, column in columns.items()}}
-        for c, features in sets.items()
-        for f in features
-    ]
+    removed = pd.DataFrame(
+        [(c, f) for c, features in sets.items() for f in features], columns=["category", "feature"]
+    )
+    for name, column in {"nrn": table["nrn"].to_numpy(), "unique": unique, "reweighted": changed}.items():
+        removed[name] = column[removed["feature"]]
     return metrics, {
         "summary": summary,
         "shares": shares,
         "placement": effects.extra_placed(rows, seed=seed),
-        "sets": pd.DataFrame(removed),
+        "sets": removed,
         "specificity": effects.specificity(summary).reset_index(),
     }
 
@@ -116,14 +105,11 @@ def verdict(metrics: dict[str, dict]) -> str:
     share of the gap lies above 0 and above that of matched features, with intervals that do not touch."""
 
     def interval(name: str) -> tuple[float, float]:
-        return tuple((metrics.get(name) or {}).get("ci") or (-np.inf, -np.inf))
+        return tuple((metrics.get(f"impose_{name}") or {}).get("ci") or (-np.inf, -np.inf))
 
-    floor = max(0.0, interval("impose_random")[1])
-    new, old = (interval(f"impose_{name}")[0] > floor for name in ("unique", "shared"))
-    if new and old:
-        return "both"
-    if new:
-        return "unique features"
-    if old:
-        return "shared features, reweighted"
-    return "neither: scaling the features that the base has does not make it think"
+    floor = max(0.0, interval("random")[1])
+    names = {"unique": "unique features", "shared": "shared features, reweighted"}
+    carriers = [words for name, words in names.items() if interval(name)[0] > floor]
+    if not carriers:
+        return "neither: scaling the features that the base has does not make it think"
+    return carriers[0] if len(carriers) == 1 else "both"

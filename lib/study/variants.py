@@ -6,10 +6,9 @@ study: long experiments on a run, each computed once.
     nulls.tables["thresholds"], nulls.metrics["null_false_positive_rate"], nulls.note
 
 A part is a folder figures/<pair>/study/<part>/: tables as CSV and a manifest with its metrics ({name: {value,
-ci, n}}), the fingerprint of all that decides them (weights of the models, parameters of notebooks 01 to 03,
-budget and version of the part) and the artefacts they were computed from. For ``tiny`` and ``smol`` they are
-committed: a part whose fingerprint is current is read, though the artefacts of the run are not there. Pieces
-that take minutes are kept in data/runs/<pair>/<run>/study/, so that an interrupted part goes on.
+ci, n}}), the fingerprint of all that decides them and the artefacts they were computed from. For ``tiny`` and
+``smol`` they are committed: a part whose fingerprint is current is read, though the artefacts of the run are
+not there. Pieces that take minutes are kept in data/runs/<pair>/<run>/study/.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from ..crosscoder.training import TrainConfig
 from ..features.table import Inspection, inspect
 from ..models.pairs import Pair, load_pair
 from ..results import Part, Results, read_part, read_results
-from ..runs import Run, fingerprint, is_current, versions, write_manifest, write_text
+from ..runs import MANIFEST, Run, fingerprint, is_current, versions, write_manifest, write_text
 from ..settings import UserError
 from ..text.corpus import build, override
 
@@ -56,11 +55,12 @@ class Variant:
         }
         # named only where they are not the pair's own: fingerprints of parts from before there was a choice
         # stay valid
-        self.parameters[HARVEST] |= {
-            name: parameters[HARVEST][name] for name in TEXTS if parameters[HARVEST].get(name)
-        }
-
-    # --- artefacts of the run -------------------------------------------------------------------------------
+        harvest, inspection = self.parameters[HARVEST], self.parameters[INSPECTION]
+        harvest |= {name: parameters[HARVEST][name] for name in TEXTS if parameters[HARVEST].get(name)}
+        self.seed = self.parameters[TRAINING]["seed"]  # of the run's crosscoder
+        self.layer = None if harvest["layer"] < 0 else harvest["layer"]  # the decoder layer; None: half depth
+        self.max_tokens = inspection["max_tokens"]  # of a split, on which features are measured
+        self.nrn_over = inspection["nrn_over"]  # above it a feature may stand for a category
 
     @cached_property
     def store(self) -> Store:
@@ -78,27 +78,6 @@ class Variant:
     def crosscoder_fingerprint(self) -> str:
         return self._opened[1]
 
-    @property
-    def layer(self) -> int | None:
-        """The decoder layer that notebook 01 was told to read; None: half depth."""
-        layer = self.parameters[HARVEST]["layer"]
-        return None if layer < 0 else layer
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of a split on which features are measured."""
-        return self.parameters[INSPECTION]["max_tokens"]
-
-    @property
-    def nrn_over(self) -> float:
-        """The NRN above which a feature may stand for a category."""
-        return self.parameters[INSPECTION]["nrn_over"]
-
-    @property
-    def seed(self) -> int:
-        """Of the run's crosscoder."""
-        return self.parameters[TRAINING]["seed"]
-
     def config(self, seed: int | None = None, **changes) -> TrainConfig:
         """The training of notebook 02, with another seed or other fields."""
         given = dict(self.parameters[TRAINING])
@@ -107,23 +86,13 @@ class Variant:
 
     def inspection(self) -> Inspection:
         """The feature table of notebook 03."""
-        p = self.parameters[INSPECTION]
-        return inspect(
-            self.crosscoder,
-            self.store,
-            self.run.path("features"),
-            self.crosscoder_fingerprint,
-            self.pair.tokenizer(),
-            p["max_tokens"],
-            p["top_contexts"],
-            p["nrn_over"],
-            p["seed"],
-        )
+        p, folder = self.parameters[INSPECTION], self.run.path("features")
+        opened = (self.crosscoder, self.store, folder, self.crosscoder_fingerprint, self.pair.tokenizer())
+        return inspect(*opened, p["max_tokens"], p["top_contexts"], p["nrn_over"], p["seed"])
 
     def harvested(self, *names: str) -> tuple[Pair, Store]:
         """A store of other checkpoints of the same family, on the corpus of notebook 01. UserError if the
-        run's store holds another text.
-        """
+        run's store holds another text."""
         p = self.parameters[HARVEST]
         family = override(self.pair, **{name: p.get(name, "") for name in TEXTS})
         pair, options = family.between(*names), {"trace_share": p["trace_share"], "seed": p["seed"]}
@@ -133,15 +102,12 @@ class Variant:
                 f"the store of the run {self.run.name!r} was harvested from another text than the results of"
                 " notebook 01 say: run notebook 01 again, and then this one"
             )
-        return pair, harvest_activations(
-            pair, documents, self.folder("store_" + "_".join(names)), layer=self.layer
-        )
+        folder = self.folder("_".join(("store", *names)))
+        return pair, harvest_activations(pair, documents, folder, layer=self.layer)
 
     def folder(self, name: str) -> Path:
         """Where a part keeps a piece that is not computed twice."""
         return self.run.path("study") / name
-
-    # --- parts ----------------------------------------------------------------------------------------------
 
     def fingerprint(self, part: str, version: int, budget: Mapping, *more) -> str:
         """Of all that decides a part: weights, parameters, budget, version, and ``more``."""
@@ -150,12 +116,13 @@ class Variant:
 
     def needed(self, part: str) -> Part:
         """A part on which another one builds. UserError if it is not there."""
-        found = read_part(
-            self.run, part, store=self.store.fingerprint, crosscoder=self.crosscoder_fingerprint
-        )
+        found = read_part(self.run, part, **self._inputs())
         if not found:
             raise UserError(f"this part builds on the part {part!r}, which comes first. {found.note}")
         return found
+
+    def _inputs(self) -> dict[str, str]:
+        return {"store": self.store.fingerprint, "crosscoder": self.crosscoder_fingerprint}
 
     def part(
         self, name: str, version: int, budget: Mapping, compute: Callable[[], tuple[dict, dict]], *more
@@ -165,18 +132,14 @@ class Variant:
         expected, began = self.fingerprint(name, version, budget, *more), time.monotonic()
         if not is_current(self.run.figures / "study" / name, expected):
             metrics, tables = compute()
-            inputs = {"store": self.store.fingerprint, "crosscoder": self.crosscoder_fingerprint}
-            seconds = round(time.monotonic() - began, 1)
-            write_part(
-                self.run, name, expected, metrics, tables, inputs, budget=dict(budget), seconds=seconds
-            )
+            info = {"budget": dict(budget), "seconds": round(time.monotonic() - began, 1)}
+            write_part(self.run, name, expected, metrics, tables, self._inputs(), **info)
         return read_part(self.run, name)
 
 
 def open_variant(here: Results | Run) -> Variant:
     """The run of a notebook, with the parameters that its notebooks 01 to 03 wrote into their results.
-    UserError if one of these has not run.
-    """
+    UserError if one of these has not run."""
     run = here.run if isinstance(here, Results) else here
     return Variant(run, {notebook: read_results(run, notebook[:2])["parameters"] for notebook in USED})
 
@@ -193,21 +156,13 @@ def write_part(
     """Tables as CSV, the manifest last: an interrupted part leaves nothing that could be read."""
     folder = run.figures / "study" / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
-    for old in folder.glob("*.csv"):
-        old.unlink()
+    for old in (folder / MANIFEST, *folder.glob("*.csv")):
+        old.unlink(missing_ok=True)
     for table, frame in tables.items():
         text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
         write_text(folder / f"{table}.csv", text)
-    write_manifest(
-        *(folder, fingerprint),
-        part=name,
-        inputs=inputs,
-        metrics=metrics,
-        tables=sorted(tables),
-        versions=versions(),
-        **info,
-    )
+    content = {"part": name, "inputs": inputs, "metrics": metrics, "tables": sorted(tables)}
+    write_manifest(folder, fingerprint, **content, versions=versions(), **info)
 
 
 def metric(value: float | None, ci: Sequence[float] | None = None, n: int | None = None) -> dict:

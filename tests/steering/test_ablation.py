@@ -99,7 +99,7 @@ def test_remote_execution_path_gives_the_same(world):
     torch.testing.assert_close(ablation.logits_at(*arguments, remote="local"), here)
     of = torch.tensor([3, 77])
     expected = torch.stack([here[[0, 1], of], here.log_softmax(-1)[[0, 1], of]], dim=1)
-    torch.testing.assert_close(ablation.logits_at(*arguments, remote="local", of=of), expected)
+    torch.testing.assert_close(ablation.logits_at(*arguments, remote="local", targets=of), expected)
 
 
 def test_a_remote_pair_gives_the_same_effects(world):

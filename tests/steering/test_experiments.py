@@ -280,8 +280,8 @@ def test_shares_of_a_gap_and_gaps_that_are_none():
         "value"
     ] == pytest.approx(0.5)
     assert {trace.name for trace in effects.plot_gap_shares(shares, "swap").data} == {
-        "base speaks",
-        "distilled speaks",
+        "base writes",
+        "distilled writes",
     }
 
 

@@ -36,14 +36,15 @@ def opened(plain, tokenizer, medium, **changes):
     )
     models = {name: reader.wrap(plain, tokenizer) for name in ("base", "distilled")}
     crosscoder = CrossCoder((WIDTH, WIDTH), 6, k=2)
-    return Playground(
-        models,
-        store,
-        crosscoder,
-        {"reflection": 4, "deduction": 1},
-        medium,
-        **{"max_new_tokens": STEPS} | changes,
+    run = SimpleNamespace(
+        models=models,
+        store=store,
+        crosscoder=crosscoder,
+        chosen={"reflection": 4, "deduction": 1},
+        medium=medium,
+        pair=SimpleNamespace(remote=False),
     )
+    return Playground(run, **{"max_new_tokens": STEPS} | changes)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from lib.models import decode as decode_module
 from lib.models import decode as decoding
 from lib.models import reader
 from lib.settings import UserError
-from lib.steering import generate
+from lib.steering import generate, tasks
 from lib.steering import steer as steering
 from lib.text.puzzles import Question, first_words
 
@@ -41,6 +42,12 @@ def model(plain):
 @pytest.fixture(scope="module")
 def pushes():
     return 3.0 * torch.randn(len(TASKS), WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def opened(store, model, remote=False):
+    """What ``influence`` needs of an open run."""
+    pair = SimpleNamespace(remote=remote)
+    return SimpleNamespace(store=store, models={"distilled": model}, medium=tasks.PUZZLES, pair=pair)
 
 
 def by_hand(plain, task, push, end_of_thinking="", only_at=""):
@@ -202,7 +209,7 @@ def test_a_remote_pair_steers_and_is_probed_alike(tmp_path):
     ]
     pd.testing.assert_frame_equal(*made)
     slopes = [
-        steering.influence(store, m, layer, ("reflection",), split="train", documents=3, remote=remote)[
+        steering.influence(opened(store, m, remote), ("reflection",), split="train", documents=3)[
             "reflection"
         ]
         for m, remote in ((here, False), (away, "local"))
@@ -249,9 +256,8 @@ def test_influence_is_the_slope_of_a_sentences_probability(tmp_path):
     store, pair = toy_store(tmp_path), toy_pair(tmp_path)
     plain, tokenizer = pair.load("distilled"), pair.tokenizer()
     layer, labels = store.layers["distilled"], ("reflection", "verification")
-    found = steering.influence(
-        store, reader.wrap(plain, tokenizer), layer, labels, split="train", documents=3
-    )
+    run = opened(store, reader.wrap(plain, tokenizer))
+    found = steering.influence(run, labels, split="train", documents=3)
     rows = np.flatnonzero((store.labels["kind"] == 1) & (store.split == 0))
     documents = np.random.default_rng(0).permutation(np.unique(store.documents[rows]))[:3]
     step, slopes, n = 0.05, dict.fromkeys(labels, 0.0), 0
