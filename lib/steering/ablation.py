@@ -1,7 +1,7 @@
-"""Ablation: take features out of the residual stream, and see which tokens lose their support.
+"""Ablation (E4): take features out of the residual stream, and see which tokens lose their support.
 
-The experiment of the paper (E4). All features with NRN above 0.5 whose firing frequency is among the top k%
-of the alive features are removed at once, in the forward pass, at the layer that the crosscoder reads::
+All features with NRN above 0.5 whose firing frequency is among the top k% of the alive features are removed
+at once, in the forward pass, at the layer that the crosscoder reads::
 
     h_m  ->  h_m - sum_i f_i d_i^m            for every kept position, in each model m on its own
 
@@ -11,11 +11,10 @@ is the code of the intact activations of all models; d_i^m are decoder rows in t
 stream. What is measured is the logit, and the log-probability, of the first token of a sentence of each
 category, at the position before it, in documents that were used neither for training nor for choosing.
 
-The experiment is partly circular: with NRN > 0.5 the vector removed from the distilled model is the longer
-one *by construction*, and removing more does more. Hence three controls at the same positions: ``matched``,
-as many features of the same firing frequency whose NRN is near 0.5; ``random``, a random direction of exactly
-the norm that the features' removal takes away there; and the effect per unit of removed norm (unit: the
-model's mean residual norm).
+With NRN > 0.5 the vector removed from the distilled model is the longer one *by construction*. Hence three
+controls at the same positions: ``matched``, as many features of the same frequency whose NRN is near 0.5;
+``random``, a direction of exactly the norm that is removed there; and the effect per unit of removed norm
+(unit: the model's mean residual norm).
 
 Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on faithfulness; the controls are ours.
 """

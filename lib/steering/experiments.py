@@ -1,8 +1,5 @@
 """Are the features causes? Whole thoughts with features removed, exchanged between the models, or used as the
-other model uses them (notebook 13).
-
-Both models run at once (``lib.steering.generate``); the writer's residual stream is changed at the layer that
-the crosscoder reads::
+other model uses them (notebook 13), by ``lib.steering.generate``::
 
     ablate    h  ->  h - sum_{i in S_c} f_i d_i            f: joint; S_c: the features that predict category c
     swap      h  ->  h + sum_i (f_i^other - f_i^own) d_i   what the other model alone gives
@@ -17,10 +14,9 @@ or "answer :", the share of puzzles on which the model opens with "think :" *and
 calculation (``opens``: the first half alone). A model that is merely broken thinks less too: so ``answers``,
 the share that opens with "answer :" as the base does, is reported beside it.
 
-Use is encoded from each model alone (the other model at its mean), which is *not* what the crosscoder was
-trained on; ``Use.fve`` says how much of its own model such a code still explains, and ``Reconstruct("own")``
-what it costs by itself. Source: Baek & Tegmark 2025 (arXiv 2503.03730) asks for faithfulness by logits;
-experiments on whole thoughts and their controls are ours.
+Use is encoded from each model alone (the other at its mean), which is *not* what the crosscoder was trained
+on; ``Use.fve`` says how much of its own model such a code still explains, and ``Reconstruct("own")`` what it
+costs by itself. The paper (arXiv 2503.03730) asks for faithfulness by logits; these experiments are ours.
 """
 
 from __future__ import annotations

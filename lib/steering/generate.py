@@ -1,20 +1,14 @@
 """Make models write, with an intervention: the one engine of steering and of whole thoughts.
 
-A ``Treatment`` says who writes, from which prompt, what is done to its residual stream, and where. At every
-position t, at the layer that the crosscoder reads::
-
-    h_t  ->  h_t + change(state)          (``lib.steering.interventions``)
-
-Where the change depends on the other model as well, both run on the same ids, each with its own cache: the
-other model is read up to its layer, then the writer runs with the edit, and its next token goes to both.
-Nothing below the layer is ever changed, so what is read depends on the ids alone.
+A ``Treatment`` says who writes, from which prompt, what is done to its residual stream, and where. Where the
+change depends on the other model as well, both run on the same ids, each with its own cache: the other model
+is read up to its layer, then the writer runs with the edit, and its next token goes to both. Nothing below
+the layer is ever changed, so what is read depends on the ids alone. Plain forward hooks rather than nnsight:
+within one token the other model has to be read first. A model on a remote server is steered through nnsight.
 
 A row of a batch is a task under one treatment and depends on no other row; rows of one task use the same
-random numbers (``models.decode.TaskNoise``). Plain forward hooks rather than nnsight: within one token the
-other model has to be read before the writer runs. A model on a remote server is steered through nnsight.
-
-``transcripts`` makes them in any number, ``steered`` adds one vector to each row, ``steered_stream`` does so
-while somebody watches, and ``kept_transcripts`` keeps them on disk.
+random numbers (``models.decode.TaskNoise``). ``transcripts`` makes them in any number, ``steered`` adds one
+vector to each row, ``steered_stream`` is watched, and ``kept_transcripts`` keeps them on disk.
 """
 
 from __future__ import annotations

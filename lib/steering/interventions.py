@@ -1,17 +1,11 @@
 """What can be done to a residual stream while a model writes. ``lib.steering.generate`` applies it.
 
-An intervention has ``change(state)``, which gives what is added to the writer's residual stream, [rows,
-positions, d], at the layer that the crosscoder reads, and ``reads_other``: whether the other model has to be
-run too. With x_m the intact residual stream of model m, three vectors of features can be used::
-
-    f        = encode(x_base, x_distilled)      "joint"
-    f^writer = encode_from(writer, x_writer)    "own"        from the writer alone
-    f^other  = encode_from(other, x_other)      "other"      from the other model alone
-
-To encode from one model alone, the other's slot is filled with its mean (``fill`` "mean") or, for models of
-one width, with the same scaled activation ("slots"). Neither is what the crosscoder was trained on: compare
-swaps with ``Reconstruct("own")``. All interventions but ``Reconstruct`` and ``Transplant`` keep the
-crosscoder's error: what it does not explain stays where it is.
+An intervention has ``change(state)``, what is added to the writer's residual stream, [rows, positions, d], at
+the layer that the crosscoder reads, and ``reads_other``: whether the other model has to be run too. Features
+are "joint" (encoded from both models), "own" (from the writer alone) or "other" (from the other alone). To
+encode from one model alone, the other's slot is filled with its mean (``fill`` "mean") or, for models of one
+width, with the same scaled activation ("slots"). Neither is what the crosscoder was trained on: compare swaps
+with ``Reconstruct("own")``. All but ``Reconstruct`` and ``Transplant`` keep the crosscoder's error.
 
 The names of the classes and their fields stand in fingerprints of transcripts that are kept on disk.
 """

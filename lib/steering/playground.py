@@ -4,16 +4,10 @@
     playground.compare("what is 5 - 1 ?", "reflection", 0.5)     # two transcripts, a table, HTML
     playground.widget()                                          # the same by hand, while it is generated
 
-It steers by ``lib.steering.generate``, in the same unit (mean residual norms) and with the same random
-numbers as the experiments of notebook 04, so it shows what they generated: the unsteered and the steered
-thought are two rows of one batch. **One thought is an anecdote**: it shows what a vector does, not how often.
-"random" is a random direction of the same norm: what any vector of this size does.
-
-*Where.* "thinking": from the prompt's last position until the thought is closed, as in all experiments.
-"prompt": the positions before it. "all": every position, the answer's too.
-
-*The widget* is a task of the kernel's event loop that yields every few tokens, so that the text grows and
-Stop works; a headless run, which presses no button, waits for nothing.
+It steers by ``lib.steering.generate``, in the same unit and with the same random numbers as the experiments
+of notebook 04. **One thought is an anecdote**: it shows what a vector does, not how often. "random" is a
+random direction of the same norm. *Where*: "thinking", from the prompt's last position until the thought is
+closed, as in all experiments; "prompt", the positions before it; "all", every position, the answer's too.
 """
 
 from __future__ import annotations

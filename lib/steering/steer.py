@@ -1,24 +1,17 @@
-"""Steering: add a feature's decoder row to the residual stream while the model thinks, and read what becomes
-of the thought.
+"""Steering (E5): add a feature's decoder row to the residual stream of the distilled model while it thinks,
+and read what becomes of the thought.
 
-The experiment of the paper (E5), on a model that can be marked. A direction is added to the output of one
-decoder layer of the distilled model, at the last position of the prompt ("think :") and at every token it
-generates after it, until it closes its thinking::
+From the last position of the prompt ("think :") until the thinking is closed, at one decoder layer::
 
     h_t  ->  h_t + strength * (mean residual norm) * d_i / ||d_i||
 
-Strengths are in units of the mean residual norm, so that features, random directions and models can be
-compared; the sign says whether a feature is added or taken away. Thoughts are sampled at temperature 1, with
-noise that belongs to the task and the step, the same for unsteered and steered thoughts. Greedy decoding
-would hide what steering is to change: a check that follows one step in three is never the likeliest next
-sentence.
+so that features, random directions and models can be compared; the sign says whether a feature is added or
+taken away. Thoughts are sampled at temperature 1, with the same noise for unsteered and steered thoughts:
+greedy decoding never says what is never the likeliest sentence. *Over-thinking*: the thought grows and the
+answer does not get better. *Incisive thinking*: it shrinks and the answer does not get worse. What is
+steered, and how strongly, is chosen on validation puzzles and reported on test puzzles.
 
-*Over-thinking*: the thought grows and the answer does not get better. *Incisive thinking*: it shrinks and the
-answer does not get worse. A thought that never ends counts with the longest length allowed, and is reported
-apart. What is steered, and how strongly, is chosen on validation puzzles and reported on test puzzles.
-
-Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on steering; units, splits, controls and marks are
-ours.
+Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on steering; units, splits and controls are ours.
 """
 
 from __future__ import annotations

@@ -28,10 +28,9 @@ from ..crosscoder.health import health_card
 from ..crosscoder.model import CrossCoder
 from ..crosscoder.training import TrainConfig, train
 from ..figures import COLOURS, plain_titles
-from ..results import Part
 from ..settings import UserError, check
 from ..stats import wilson
-from .variants import Variant, metric
+from .variants import Variant, metric, part_of_study
 
 OVER, UNDER = 0.7, 0.3  # NRN beyond which a feature counts as leaning to one model
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -49,7 +48,8 @@ ORIGINS = {  # does the first, the second, the third model use it?: (origin, col
 }
 
 
-def compute_architectures(variant: Variant, boots: int = 300, dedicated: float = 0.05) -> Part:
+@part_of_study("architectures", 2)
+def compute_architectures(variant: Variant, boots: int = 300, dedicated: float = 0.05) -> tuple[dict, dict]:
     """The part "architectures": other kinds of crosscoders at the sparsity of the run's, on the pair and on
     base against null_a; and base, style, distilled in one.
 
@@ -57,11 +57,6 @@ def compute_architectures(variant: Variant, boots: int = 300, dedicated: float =
     own null? ``boots``: resamples of documents; ``dedicated``: share of the dictionary that the dedicated
     crosscoder reserves for each model.
     """
-    budget = {"boots": boots, "dedicated": dedicated}
-    return variant.part("architectures", 2, budget, lambda: _architectures(variant, boots, dedicated))
-
-
-def _architectures(variant: Variant, boots: int, dedicated: float) -> tuple[dict, dict]:
     config, store = variant.config(), variant.store
     _, null = variant.harvested("base", "null_a")
     coefficient, tries = match_l1(store, config.k, config, variant.folder("match_l1"), tolerance=0.1, most=5)

@@ -1,16 +1,10 @@
 """Verdicts on planted truth: which rule for calling a feature unique may be believed, and when.
 
-    part = compute_planted(variant)                                 # the part of the study; or by hand:
-    table = evaluate(folder, {"batchtopk": TrainConfig(...)}, ours) # one row per rule, side and seed
-    rule = recommend(table)                                         # chosen on some seeds,
-    judge(table, rule)                                              # judged on fresh ones
-
-**Methods.** A learned feature is called unique to one side by its row lengths (NRN, p = 1 or 2), by latent
-scaling (nu_eps, nu_r), or by two of them at once. Thresholds are fixed conventional ones, the same in every
-setting, or the 1% quantile in a *planted null*: the same regime without any unique feature.
-
-**Judgement.** Learned and planted features (``lib.study.planted``) are compared by the cosine of their joined
-decoder rows, in scaled space::
+A learned feature is called unique to one side by its row lengths (NRN, p = 1 or 2), by latent scaling
+(nu_eps, nu_r), or by two of them at once. Thresholds are fixed conventional ones, the same in every setting,
+or the 1% quantile in a *planted null*: the same regime without any unique feature. A rule is chosen on some
+seeds (``recommend``) and judged on fresh ones (``judge``). Learned and planted features
+(``lib.study.planted``) are compared by the cosine of their joined decoder rows, in scaled space::
 
     precision   share of the features called unique whose most similar planted feature is unique to that side
     recall      share of the planted unique features with which a feature that is called unique has a cosine
@@ -40,12 +34,11 @@ from ..crosscoder.model import CrossCoder
 from ..crosscoder.training import TrainConfig, train
 from ..features.latent_scaling import latent_scaling
 from ..figures import SCALE
-from ..results import Part
 from ..runs import Progress, fingerprint, write_text
 from ..settings import UserError, check
 from ..stats import t_interval
 from .planted import KINDS, MODELS, VERSION, Planted, PlantedStore, from_regime, regime
-from .variants import Variant, metric
+from .variants import Variant, metric, part_of_study
 
 # --- the methods --------------------------------------------------------------------------------------------
 
@@ -360,9 +353,10 @@ def judge(table: pd.DataFrame, rule: Mapping[str, str]) -> dict[str, dict]:
 # --- the part "planted" -------------------------------------------------------------------------------------
 
 
+@part_of_study("planted", 2, VERSION)
 def compute_planted(
     variant: Variant, planted_width: int = 24, planted_tokens: int = 200_000, small: bool = False
-) -> Part:
+) -> tuple[dict, dict]:
     """The part "planted": which method may be believed when, on activations with known features, in the
     regime of the run and with one thing at a time changed.
 
@@ -371,16 +365,16 @@ def compute_planted(
     a rule, five fresh ones to judge it); BatchTopK, which the notebooks train, in every other setting too.
     ``small``: two architectures, two settings and two seeds, to see that everything works.
     """
-    budget = {"planted_width": planted_width, "planted_tokens": planted_tokens, "small": small}
-    return variant.part("planted", 2, budget, lambda: _planted(variant, *budget.values()), VERSION)
-
-
-def _planted(variant: Variant, width: int, tokens: int, small: bool) -> tuple[dict, dict]:
     report = sample_rows(variant.store, "report", variant.max_tokens)
     measured = regime(variant.crosscoder, variant.store, report)
-    ours = from_regime(measured, width=width, tokens=tokens)
+    ours = from_regime(measured, width=planted_width, tokens=planted_tokens)
     config = TrainConfig(
-        n_features=256, k=max(1, round(ours.l0)), tokens=3 * tokens, batch_size=512, aux_k=16, dead_after=0.1
+        n_features=256,
+        k=max(1, round(ours.l0)),
+        tokens=3 * planted_tokens,
+        batch_size=512,
+        aux_k=16,
+        dead_after=0.1,
     )
     configs = {"batchtopk": config, "l1": replace(config, variant="l1")}
     seeds, settings = {"choose": (0,), "report": (10,)}, SETTINGS[:2]

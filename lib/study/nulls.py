@@ -1,15 +1,9 @@
 """How often is a feature "unique" where there is nothing to find, and does it recur with another seed?
 
-**Nulls.** ``null_a`` and ``null_b`` are the base trained further on its own data, for as many tokens and on
-the same schedule as the distilled model: what a crosscoder calls unique there is noise of training. Base
-against null_a sets thresholds::
-
-    NRN_i > quantile_{1 - level} of NRN over the null's alive features        (side "distilled")
-    NRN_i < quantile_level of the same                                        (side "base")
-    nu_i  < quantile_level of nu over the null's features of that side
-
-Base against null_b, with another crosscoder seed, was not used for that: the share of its features beyond the
-thresholds is their false-positive rate.
+**Nulls.** ``null_a`` and ``null_b`` are the base trained further on its own data, on the same schedule as the
+distilled model: what a crosscoder calls unique there is noise of training. Base against null_a sets
+thresholds, quantiles of a score over the null's alive features; base against null_b, with another crosscoder
+seed, was not used for that: the share of its features beyond them is their false-positive rate.
 
 **Seeds.** Features of two crosscoders are matched one to one by the cosine of their decoder rows (all models'
 rows side by side, in scaled space) such that the sum of cosines is largest (Hungarian algorithm). A feature's
@@ -46,7 +40,7 @@ from ..labels import CATEGORIES
 from ..results import Part
 from ..settings import UserError, check
 from ..stats import bootstrap, jackknife, wilson
-from .variants import Variant, metric
+from .variants import Variant, metric, part_of_study
 
 # --- the part "nulls" ---------------------------------------------------------------------------------------
 
@@ -58,7 +52,8 @@ RATES = {  # score: the name of its false-positive rate among the metrics
 }
 
 
-def compute_nulls(variant: Variant, boots: int = 300) -> Part:
+@part_of_study("nulls", 1)
+def compute_nulls(variant: Variant, boots: int = 300) -> tuple[dict, dict]:
     """The part "nulls": thresholds, rates beyond them, scores of the pair and of the nulls, changes of use.
 
     ``boots``: resamples of documents behind an interval of nu. Base against null_a sets the thresholds, base
@@ -67,10 +62,6 @@ def compute_nulls(variant: Variant, boots: int = 300) -> Part:
     nothing was distilled. A pair without a null_b has null_a in its place: then the false-positive rate
     covers the crosscoder's seed, but not another training of the null.
     """
-    return variant.part("nulls", 1, {"boots": boots}, lambda: _nulls(variant, boots))
-
-
-def _nulls(variant: Variant, boots: int) -> tuple[dict, dict]:
     if "null_a" not in variant.pair.others:
         raise UserError(
             f"the pair {variant.pair.name!r} has no null_a among its others: nothing says how unique features"
@@ -217,14 +208,11 @@ def plot_scaling(part: Part) -> tuple[go.Figure, pd.DataFrame]:
 # --- the part "seeds" ---------------------------------------------------------------------------------------
 
 
-def compute_seeds(variant: Variant, seeds: int = 3) -> Part:
+@part_of_study("seeds", 1)
+def compute_seeds(variant: Variant, seeds: int = 3) -> tuple[dict, dict]:
     """The part "seeds": the run's crosscoder and others that differ in their seed alone, ``seeds`` in all.
     Matches of their features, and what each of them alone would have said of the categories.
     """
-    return variant.part("seeds", 1, {"seeds": seeds}, lambda: _seeds(variant, seeds))
-
-
-def _seeds(variant: Variant, seeds: int) -> tuple[dict, dict]:
     limits, store, first = variant.needed("nulls").tables["thresholds"], variant.store, variant.seed
     more = range(first + 1, first + seeds)
     others = [train(store, variant.config(s), variant.folder(f"seed{s}")) for s in more]
@@ -322,7 +310,8 @@ def plot_stability(stable: pd.DataFrame) -> go.Figure:
 # --- the part "similarity" ----------------------------------------------------------------------------------
 
 
-def compute_similarity(variant: Variant, tokens: int = 8000) -> Part:
+@part_of_study("similarity", 1)
+def compute_similarity(variant: Variant, tokens: int = 8000) -> tuple[dict, dict]:
     """The part "similarity", on ``tokens`` of the report split.
 
     similarity   ``geometry.similarity.compare`` of the base with the distilled model and with null_a, on all
@@ -331,15 +320,11 @@ def compute_similarity(variant: Variant, tokens: int = 8000) -> Part:
     model with the leading quarter of each model's principal components, against random sets of alive features
     directions   cosines between the rows of the categories' features
     """
-    return variant.part("similarity", 1, {"tokens": tokens}, lambda: _similarity(variant, tokens))
-
-
-def _similarity(variant: Variant, n_tokens: int) -> tuple[dict, dict]:
     stores, rows = {"distilled": variant.store, "null_a": variant.harvested("base", "null_a")[1]}, []
     for other, store in stores.items():
-        tokens = sample_rows(store, "report", n_tokens)
-        acts = [a.numpy() for a in store.activations(tokens)]
-        kind, documents = store.labels["kind"][tokens], store.documents[tokens]
+        numbers = sample_rows(store, "report", tokens)
+        acts = [a.numpy() for a in store.activations(numbers)]
+        kind, documents = store.labels["kind"][numbers], store.documents[numbers]
         for text, wanted in (("all", kind >= 0), ("trace", kind == 1), ("general", kind == 0)):
             found = jackknife(similarity.compare, [a[wanted] for a in acts], documents[wanted])
             rows.append(found.assign(other=other, text=text))
@@ -348,7 +333,7 @@ def _similarity(variant: Variant, n_tokens: int) -> tuple[dict, dict]:
     alive = null["scores"]["alive"].to_numpy(bool)
     unique = np.flatnonzero(beyond(null["scores"], null["thresholds"], "nrn"))
     decoder, dims, angles = crosscoder.rows("distilled").numpy(), store.widths["distilled"] // 4, []
-    for name, acts in zip(store.models, store.activations(sample_rows(store, "report", n_tokens))):
+    for name, acts in zip(store.models, store.activations(sample_rows(store, "report", tokens))):
         basis = similarity.components(acts.numpy(), dims)
         overlap = similarity.feature_overlap(decoder, unique, basis, np.flatnonzero(alive), dims, 300)
         angles.append({"components_of": name, "dims": dims, **overlap})

@@ -13,7 +13,6 @@ import pandas as pd
 from ..distil.trials import puzzles
 from ..features.uniqueness import SIDES, beyond
 from ..features.use import reweighted
-from ..results import Part
 from ..runs import fingerprint
 from ..settings import UserError
 from ..steering import effects, experiments
@@ -21,16 +20,17 @@ from ..steering.effects import plot_ablations as plot_ablations
 from ..steering.effects import plot_gap_shares as plot_gap_shares
 from ..steering.effects import plot_placement as plot_placement
 from ..steering.effects import plot_specificity as plot_specificity
-from .variants import Variant, metric
+from .variants import Variant, metric, part_of_study
 
 
+@part_of_study("causal", 2)
 def compute_thoughts(
     variant: Variant,
     features_per_category: int = 5,
     choose_puzzles: int = 60,
     report_puzzles: int = 200,
     max_new_tokens: int = 250,
-) -> Part:
+) -> tuple[dict, dict]:
     """The part "causal": ``features_per_category`` are removed together. Strengths are chosen on validation
     puzzles, everything is reported on test puzzles.
 
@@ -38,18 +38,6 @@ def compute_thoughts(
     others whose use changes more than that of 99% of the null's features. UserError for a pair that was not
     made for puzzles.
     """
-    budget = {
-        "features_per_category": features_per_category,
-        "choose_puzzles": choose_puzzles,
-        "report_puzzles": report_puzzles,
-        "max_new_tokens": max_new_tokens,
-    }
-    return variant.part("causal", 2, budget, lambda: _thoughts(variant, *budget.values()))
-
-
-def _thoughts(
-    variant: Variant, per_category: int, choose_puzzles: int, report_puzzles: int, max_new_tokens: int
-) -> tuple[dict, dict]:
     pair, store, crosscoder, seed = variant.pair, variant.store, variant.crosscoder, variant.seed
     if pair.corpus != "generated":
         raise UserError(
@@ -64,7 +52,7 @@ def _thoughts(
     }
     changed = reweighted(use["distilled"], use["null_a"]) & ~unique
     models, norm = {name: pair.load(name) for name in crosscoder.names}, store.mean_norms["distilled"]
-    sets = experiments.category_sets(table, per_category)
+    sets = experiments.category_sets(table, features_per_category)
     vectors, own_use = experiments.mean_differences(store), experiments.measure_use(crosscoder, store)
     fingerprints = [pair.fingerprint(name) for name in crosscoder.names]
     weights = fingerprint(variant.crosscoder_fingerprint, *fingerprints)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, wraps
+from inspect import signature
 from pathlib import Path
 
 import pandas as pd
@@ -135,6 +136,24 @@ class Variant:
             info = {"budget": dict(budget), "seconds": round(time.monotonic() - began, 1)}
             write_part(self.run, name, expected, metrics, tables, self._inputs(), **info)
         return read_part(self.run, name)
+
+
+def part_of_study(name: str, version: int, *more) -> Callable:
+    """A decorator: ``compute(variant, **budget) -> (metrics, tables)`` becomes the part ``name`` of the
+    study, computed only if it is not current (``Variant.part``). All parameters but the variant are its
+    budget."""
+
+    def decorate(compute: Callable[..., tuple[dict, dict]]) -> Callable[..., Part]:
+        @wraps(compute)
+        def read_or_compute(*args, **kwargs) -> Part:
+            given = signature(compute).bind(*args, **kwargs)
+            given.apply_defaults()
+            (_, variant), *budget = given.arguments.items()
+            return variant.part(name, version, dict(budget), lambda: compute(*given.args), *more)
+
+        return read_or_compute
+
+    return decorate
 
 
 def open_variant(here: Results | Run) -> Variant:

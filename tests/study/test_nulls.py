@@ -210,7 +210,7 @@ def test_who_sets_the_thresholds_of_a_null_does_not_test_them(monkeypatch, names
     monkeypatch.setattr(nulls, "use_table", use_table)
     monkeypatch.setattr(nulls, "solo_codes", lambda *args: None)
     monkeypatch.setattr(nulls, "sample_rows", lambda *args: None)
-    metrics, tables = nulls._nulls(Fake(), 10)
+    metrics, tables = nulls.compute_nulls.__wrapped__(Fake(), 10)
     assert trained == runs
     roles = tables["rates"].drop_duplicates(["pair", "seed"]).set_index(["pair", "seed"]).role
     assert (
@@ -235,7 +235,7 @@ def test_a_pair_without_a_null_is_told_so():
         seed = 0
 
     with pytest.raises(UserError, match="'toy' has no null_a"):
-        nulls._nulls(Fake(), 10)
+        nulls.compute_nulls.__wrapped__(Fake(), 10)
 
 
 # --- the part "similarity" ----------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_null_that_is_the_pair_is_as_alike_as_the_pair(tmp_path):
         )
 
     Fake.store, Fake.crosscoder = store, crosscoder
-    metrics, tables = nulls._similarity(Fake(), 200)
+    metrics, tables = nulls.compute_similarity.__wrapped__(Fake(), 200)
     assert metrics["cka_distilled"] == metrics["cka_null_a"] and metrics["cka_distilled"]["value"] < 1
     alike = tables["similarity"].pivot_table(index=["statistic", "text"], columns="other", values="value")
     assert alike["distilled"].equals(alike["null_a"].rename("distilled"))

@@ -32,4 +32,4 @@ def test_a_pair_without_puzzles_is_told_so():
         seed = 0
 
     with pytest.raises(UserError, match="leave notebook 13 out"):
-        thoughts._thoughts(Fake(), 5, 2, 2, 10)
+        thoughts.compute_thoughts.__wrapped__(Fake(), 5, 2, 2, 10)

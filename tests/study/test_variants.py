@@ -60,7 +60,7 @@ def test_what_took_hours_is_read_and_needs_no_artefact(pair, part, monkeypatch):
 
 
 def test_another_budget_is_another_part(monkeypatch):
-    monkeypatch.setattr(nulls, "_nulls", lambda *args: (_ for _ in ()).throw(RuntimeError("computed")))
+    monkeypatch.setattr(Variant, "harvested", lambda *args: (_ for _ in ()).throw(RuntimeError("computed")))
     with pytest.raises(RuntimeError, match="computed"):
         nulls.compute_nulls(open_variant(COMMITTED), boots=301)
 
