@@ -334,21 +334,18 @@ def summarise(effects: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Da
 
 
 def difference(
-    effects: pd.DataFrame,
-    k: float,
-    a: tuple[str, str],
-    b: tuple[str, str],
-    value: str = "logit",
-    n_boot: int = 1000,
-    seed: int = 0,
+    effects: pd.DataFrame, k: float, a: tuple[str, str], b: tuple[str, str], n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Mean of ``value`` under a minus that under b, at the same positions, with 95% intervals over documents.
+    """Mean change of the logit under a minus that under b, at the same positions, with 95% intervals over
+    documents.
 
     ``a`` and ``b``: (model, removed). One row per category: difference, low, high, n. An interval below 0
     says that the removal a costs more than the removal b.
     """
     by_kind = effects[effects["k"] == k].groupby(["model", "removed"])
-    one, other = (by_kind.get_group(key).set_index(["category", "document", "row"])[value] for key in (a, b))
+    one, other = (
+        by_kind.get_group(key).set_index(["category", "document", "row"])["logit"] for key in (a, b)
+    )
     rows = []
     for category, group in (one - other).groupby("category", sort=False):
         documents = group.index.get_level_values("document")

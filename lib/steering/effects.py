@@ -1,10 +1,5 @@
-"""What interventions on whole thoughts did (``experiments.run``): changes, shares of a gap, places, each with
-an interval; and their figures.
-
-    summary = summarise(rows)      # every measure of every condition, and its change against untouched
-    shares = gap_shares(rows)      # how far the writer goes towards the other model
-    placed = extra_placed(rows)    # do additional sentences of a category stand where they belong?
-    metrics(summary, shares)       # the numbers that README and the notebooks read
+"""What interventions on whole thoughts did (``experiments.run``): changes against untouched (``summarise``),
+shares of a gap (``gap_shares``), places (``extra_placed``), and their figures.
 
 All intervals are 95%, of a bootstrap over puzzles with the same resamples for all conditions, so that
 differences are paired; a rate is a ratio of sums over puzzles. What has no denominator (P(reflection | error)

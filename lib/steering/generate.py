@@ -236,16 +236,12 @@ class _Batch:
         }
         self.caches = {name: roomy_cache(models[name].config) for name in others}
         self.cached = torch.arange(len(tasks))  # the rows that the other models' caches hold
-        self.start = (
-            self.leg,
-            models[self.writer].config,
-            self.batch["input_ids"],
-            self.batch["attention_mask"],
-        )
+        ids, mask = self.batch["input_ids"], self.batch["attention_mask"]
+        self.start = (self.leg, models[self.writer].config, ids, mask)
 
     def decode(self, max_new_tokens: int) -> list[list[str]]:
         leg = max_new_tokens if self.remote else 0  # a server keeps no cache between two requests
-        return [self.text(row) for row in decode(*self.start, max_new_tokens, self.eos, leg)]
+        return [self.text(row) for row in decode(*self.start, max_new_tokens, self.eos, leg=leg)]
 
     def legs(self, max_new_tokens: int, leg: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return legs(*self.start, max_new_tokens, self.eos, max_new_tokens if self.remote else leg)

@@ -5,10 +5,8 @@ tasks untouched.
     table = compare(rows of several conditions)            # one row per condition, with 95% intervals
     best = choose(table, "shorter", {"deduction": 1})      # on the split for choosing; report on another
 
-Differences are paired: each task is compared with itself, and the bootstrap resamples tasks. A ratio is one
-of mean lengths, so that long thoughts count by their length. Over-thinking is length without better answers,
-incisive thinking brevity without worse ones; so length is never reported without accuracy, the share of
-thoughts that never end, and what kinds of sentences were gained or lost.
+Differences are paired: the bootstrap resamples tasks. A ratio is one of mean lengths. Over-thinking is length
+without better answers, incisive thinking brevity without worse ones; so length is never reported alone.
 """
 
 from __future__ import annotations

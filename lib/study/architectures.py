@@ -1,13 +1,9 @@
 """Crosscoders of several kinds on one store, and one crosscoder of three models.
 
-Kinds of crosscoders may only be compared where they are equally sparse: a denser code reconstructs more, and
-has other features. BatchTopK and TopK have the L0 that they are given, JumpReLU is trained to it, and for L1
-lambda is searched (``match_l1``).
-
-``origins`` reads a crosscoder of three models, each made from the one before it: base -> style -> distilled
-(``style``: an earlier checkpoint of the distillation). With share_i^m = ||d_i^m|| / sum_n ||d_i^n|| and
-"model m uses feature i" for a share above a threshold, the models that use it say when it came and when it
-went.
+Kinds of crosscoders may only be compared where they are equally sparse: BatchTopK and TopK have the L0 that
+they are given, JumpReLU is trained to it, and for L1 lambda is searched (``match_l1``). ``origins`` reads a
+crosscoder of three models, base -> style -> distilled (``style``: an earlier checkpoint of the distillation):
+which models use a feature, by its share ||d_i^m|| / sum_n ||d_i^n||, says when it came and when it went.
 """
 
 from __future__ import annotations

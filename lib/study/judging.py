@@ -368,14 +368,8 @@ def compute_planted(
     report = sample_rows(variant.store, "report", variant.max_tokens)
     measured = regime(variant.crosscoder, variant.store, report)
     ours = from_regime(measured, width=planted_width, tokens=planted_tokens)
-    config = TrainConfig(
-        n_features=256,
-        k=max(1, round(ours.l0)),
-        tokens=3 * planted_tokens,
-        batch_size=512,
-        aux_k=16,
-        dead_after=0.1,
-    )
+    size = {"n_features": 256, "k": max(1, round(ours.l0)), "tokens": 3 * planted_tokens}
+    config = TrainConfig(**size, batch_size=512, aux_k=16, dead_after=0.1)
     configs = {"batchtopk": config, "l1": replace(config, variant="l1")}
     seeds, settings = {"choose": (0,), "report": (10,)}, SETTINGS[:2]
     if not small:

@@ -3,16 +3,13 @@
     ours = from_regime(regime(crosscoder, store, tokens))   # what our data are like, before a rule is chosen
     store = PlantedStore(ours)    # read like a store of harvested activations; store.kinds is the truth
 
-**Generator.** Token n, model m: features i are active together in both models, and write a direction of their
-own in each::
+Token n, model m: features i are active together in both models, and write a direction of their own in each::
 
     x_n^m = scale^m * ( mean^m + sum_i a_ni s_i^m d_i^m + noise ),    a_ni >= 0, mostly 0
 
     shared          d^base = d^distilled                       base_only       s^distilled = 0
     rotated         angle(d^base, d^distilled) = angle         distilled_only  s^base = 0
     rescaled        d^base = d^distilled, s^distilled / s^base = factor or 1 / factor
-
-``lib.study.judging`` trains crosscoders on such data and says which method finds the planted features.
 """
 
 from __future__ import annotations
@@ -270,13 +267,8 @@ def regime(crosscoder: CrossCoder, store, tokens: np.ndarray) -> Regime:
         raise UserError(f"{' and '.join(MODELS)} differ in width: planted data have one width")
     if n < 2:
         raise UserError("the regime is measured on at least two tokens")
-    parts, between = [], 0.0
-    sums, products, errors, norms = (
-        np.zeros((2, width)),
-        np.zeros((2, width, width)),
-        np.zeros(2),
-        np.zeros(2),
-    )
+    parts, between, errors, norms = [], 0.0, np.zeros(2), np.zeros(2)
+    sums, products = np.zeros((2, width)), np.zeros((2, width, width))
     for _, acts, f in encoded(crosscoder, store, tokens, "tokens measured", CHUNK):
         parts.append(sparse.csr_matrix(f.numpy()))
         x = crosscoder.split(crosscoder.scaled(acts))

@@ -3,14 +3,10 @@
     table, crosscoders, thoughts = collect(pairs, "default", puzzles=300)
     line = series(table, "nrn_mean")    # one row per pair, by size: parameters, value, low, high, n, over
     order(line)                         # ("rises", "falls" or "mixed", are steps larger than intervals?)
-    plot(table, {"mean NRN": {"distilled": "nrn_mean"}})
 
-``collect`` reads what notebooks 02, 04, 05 and 10 wrote for each pair, and asks the models some puzzles, to
-know how well distillation worked at each size.
-
-Three sizes have six orders, all equally likely where size does not matter: one of them is "rises". So three
-points in rising order are weak evidence, before anything else differs between the pairs; and something always
-does. No interval here is over training a pair again: every size is one pair.
+Three sizes have six orders, all equally likely where size does not matter: so three points in rising order
+are weak evidence, before anything else differs between the pairs; and something always does. No interval here
+is over training a pair again: every size is one pair.
 """
 
 from __future__ import annotations

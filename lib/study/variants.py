@@ -3,12 +3,10 @@ study: long experiments on a run, each computed once.
 
     variant = open_variant(here)                # of a notebook's run: what notebooks 01 to 03 made in it
     nulls = compute_nulls(variant, boots=300)   # a Part: read where it is current, else computed and kept
-    nulls.tables["thresholds"], nulls.metrics["null_false_positive_rate"], nulls.note
 
-A part is a folder figures/<pair>/study/<part>/: tables as CSV and a manifest with its metrics ({name: {value,
-ci, n}}), the fingerprint of all that decides them and the artefacts they were computed from. For ``tiny`` and
-``smol`` they are committed: a part whose fingerprint is current is read, though the artefacts of the run are
-not there. Pieces that take minutes are kept in data/runs/<pair>/<run>/study/.
+A part is a folder figures/<pair>/study/<part>/: tables as CSV and a manifest with its metrics, the
+fingerprint of all that decides them and the artefacts they were computed from. For ``tiny`` and ``smol`` they
+are committed. Pieces that take minutes are kept in data/runs/<pair>/<run>/study/.
 """
 
 from __future__ import annotations
