@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numba
 import numpy as np
@@ -417,9 +418,20 @@ def _on_cpu(tensor: Tensor) -> bool:
     return COMPILED and tensor.device.type == "cpu"
 
 
+@cache
+def _start_threads() -> None:
+    """Start numba's threads. That sets OpenMP's number of threads to all cores, which is torch's number too:
+    it is put back, or a run told to take one thread would take them all, and end with other bits.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(1)
+    torch.set_num_threads(threads)
+
+
 @contextmanager
 def _threads(work: int) -> Iterator[None]:
     """At most torch's threads in the compiled loops, and none for less than THREAD_WORK multiplications."""
+    _start_threads()
     most = numba.config.NUMBA_NUM_THREADS
     numba.set_num_threads(max(1, min(torch.get_num_threads(), most, work // THREAD_WORK)))
     try:

@@ -1,5 +1,8 @@
 """Sparse products against dense ones of torch, compiled and not; selection against sorting."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from lib.crosscoder.sparse import (
     select_positive,
     select_rows,
 )
+from lib.settings import ROOT
 
 B, D, F = 37, 24, 130
 
@@ -197,3 +201,18 @@ def test_a_code():
     some = code.where(torch.tensor([False, True, True]), torch.tensor(2.0))
     assert some.dense().tolist() == [[0, 0, 0, 2], [0, 0, 0, 0], [0, 5, 0, 0]] and some.floor == 2
     assert code.above(some).dense().tolist() == code.dense().tolist() + some.dense().tolist()
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_compiled_loops_leave_torch_its_number_of_threads(threads):
+    """In a process of its own: numba starts its threads once, and would set OpenMP's number to all cores."""
+    script = (
+        "import torch; from lib.crosscoder import sparse\n"
+        f"torch.set_num_threads({threads})\n"
+        "encoded = sparse.encode(torch.ones(8, 4), torch.ones(6, 4), torch.zeros(6))\n"
+        "code = sparse.select_batch(encoded, torch.ones(6), 16)\n"
+        "sparse.reconstruct(torch.ones(6, 4), torch.zeros(6), torch.ones(6, 4), torch.ones(8, 4), code)\n"
+        "print(torch.get_num_threads())"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(threads)]
