@@ -103,6 +103,27 @@ def t_interval(values, level: float = 0.95) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
+def pooled(values, resampled=None, level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high) of a number that was measured with several crosscoders: values [S], without NaN.
+
+    The interval covers the crosscoders, by Student's t over their values, and the documents on which all were
+    measured: ``resampled`` [S, n_boot], each column one resample of the documents, the same for all. Both are
+    independent of each other; their distances from the mean add up as squares (MOVER: Zou & Donner 2008,
+    "Construction of confidence limits about effect measures"). NaN with fewer than two crosscoders.
+    """
+    values = np.asarray(values, dtype=float)
+    known = ~np.isnan(values)
+    if not known.any():
+        return math.nan, *NO_INTERVAL
+    mean = float(values[known].mean())
+    low, high = t_interval(values[known], level)
+    if resampled is not None:
+        by_documents = interval(np.asarray(resampled, dtype=float)[known].mean(axis=0), level)
+        low = mean - math.hypot(mean - low, max(mean - by_documents[0], 0.0))
+        high = mean + math.hypot(high - mean, max(by_documents[1] - mean, 0.0))
+    return mean, low, high
+
+
 def jackknife(
     statistic: Callable[..., Mapping[str, float]],
     arrays: Sequence[np.ndarray],

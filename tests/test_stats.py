@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lib.stats import bootstrap, group_weights, interval, percentiles, t_interval, wilson
+from lib.stats import bootstrap, group_weights, interval, percentiles, pooled, t_interval, wilson
 
 
 def test_wilson_against_values_worked_out_by_hand():
@@ -84,3 +84,34 @@ def test_students_interval_by_hand():
     # mean 2, standard deviation 1, t of 2 degrees of freedom: 4.302653
     assert t_interval([1, 2, 3, np.nan]) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
     assert all(map(math.isnan, (*t_interval([0.5]), *t_interval([]))))
+
+
+def test_pooled_by_hand():
+    # t(0.975, 4) = 2.776; standard deviation of 1..5 is 1.5811: half a width of 1.9632
+    assert pooled([1, 2, 3, 4, 5]) == pytest.approx((3, 3 - 1.96324, 3 + 1.96324), abs=1e-4)
+    # documents that move the mean by -3 to +4: sqrt(1.9632² + 3²) below, sqrt(1.9632² + 4²) above
+    draws = np.tile(np.r_[np.full(500, 0.0), np.full(500, 7.0)], (5, 1))
+    assert pooled([1, 2, 3, 4, 5], draws) == pytest.approx((3, 3 - 3.58527, 3 + 4.45583), abs=1e-4)
+    # one crosscoder without the number takes no part
+    assert pooled([1, 2, 3, 4, 5, math.nan], np.r_[draws, [[math.nan] * 1000]]) == pytest.approx(
+        pooled([1, 2, 3, 4, 5], draws)
+    )
+    assert pooled([2.0])[0] == 2 and all(map(math.isnan, pooled([2.0])[1:]))
+    assert all(map(math.isnan, pooled([])))
+
+
+@pytest.mark.parametrize("between, within", ((1.0, 0.1), (0.1, 1.0), (0.5, 0.5)))
+def test_pooled_covers_what_other_crosscoders_and_documents_would_say(between, within):
+    """The truth is 0; a crosscoder adds its own error, and the documents one that all crosscoders share."""
+    rng, covered, by_documents_alone = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        documents = within * rng.normal(size=60)  # in units of the standard error of 60
+        values = between * rng.normal(size=5) + documents.mean() * 60**0.5
+        weights = group_weights(60, 200, rng)
+        draws = values[:, None] + (weights @ documents / 60 - documents.mean()) * 60**0.5
+        _, low, high = pooled(values, draws)
+        covered += low <= 0 <= high
+        low, high = interval(draws[0])
+        by_documents_alone += low <= 0 <= high
+    assert covered >= 180  # 190 expected
+    assert between < within or by_documents_alone < 170

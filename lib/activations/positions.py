@@ -11,18 +11,27 @@ from ..settings import check
 from .store import Store
 
 PHASES = ("general", "prompt", "thinking", "answer")
+# place: (its boundary, whose label, tokens from the place to the boundary)
+PLACES = {
+    "before": ("ends", "next_label", 0),
+    "value": ("ends", "next_label", 1),
+    "marker": ("starts", "label", 0),
+}
 
 
 def positions(store: Store, rows: np.ndarray, place: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sentence ends ("before") or first tokens ("marker") in traces among ``rows``: (index into rows [n],
-    label index [n]).
+    """Places of sentences in traces among ``rows``: (index into rows [n], label index [n]).
 
-    The label is that of the *next* sentence before it (-1 at the last sentence of a text, a negative for
-    all), and that of the token's own sentence at the marker. Text without labels has no such positions.
+    ``place``: the last token of a sentence ("before", the full stop), the one before it ("value", what a step
+    ends with), or the first ("marker"). The label is that of the *next* sentence for the first two (-1 at the
+    last sentence of a text, a negative for all), and of the token's own at the marker. Text without labels
+    has no such positions.
     """
-    boundary, label = {"before": ("ends", "next_label"), "marker": ("starts", "label")}[place]
-    index = np.flatnonzero((store.labels[boundary][rows] == 1) & (store.labels["kind"][rows] == 1))
-    return index, store.labels[label][rows[index]]
+    boundary, label, ahead = PLACES[place]
+    at = np.minimum(rows + ahead, len(store.documents) - 1)
+    here = (store.labels[boundary][at] == 1) & (store.labels["kind"][at] == 1) & (at == rows + ahead)
+    index = np.flatnonzero(here & (store.documents[at] == store.documents[rows]))
+    return index, store.labels[label][at[index]]
 
 
 def is_category(labels: np.ndarray, categories: Sequence[str] = DETECTED) -> np.ndarray:

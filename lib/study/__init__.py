@@ -1,4 +1,4 @@
-"""The study: long experiments on a run, each computed once (notebooks 10 to 15), and pairs of several sizes
+"""The study: long experiments on a run, each computed once (notebooks 10 to 16), and pairs of several sizes
 (notebook 06). Open ``variants.py`` first.
 
 variants        a run and its variants; how a part of the study is computed once and read
@@ -9,6 +9,7 @@ judging         which rule finds the planted features
 thoughts        whole thoughts with features removed, exchanged and placed
 texts           longer training, and another text
 appraisal       what a distilled language model learnt
+verdicts        the predictions of notebooks 02 to 04, crosscoder by crosscoder
 sizes           the results of several pairs against their size
 """
 
@@ -16,6 +17,6 @@ import lazy_loader as lazy
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
-    submodules=["nulls", "architectures", "judging", "thoughts", "texts", "appraisal", "sizes"],
+    submodules=["nulls", "architectures", "judging", "thoughts", "texts", "appraisal", "verdicts", "sizes"],
     submod_attrs={"variants": ["open_variant"]},
 )

@@ -108,6 +108,9 @@ def test_positions_by_hand():
     index, labels = positions_module.positions(store, store.rows("report"), "before")
     assert index.tolist() == [2, 4, 6, 12, 14, 16], "ends of sentences in traces, the last one of a text too"
     assert labels.tolist() == [REFLECTION, CONTRAST, -1] * 2
+    index, labels = positions_module.positions(store, store.rows("report"), "value")
+    assert index.tolist() == [1, 3, 5, 11, 13, 15], "one token earlier, whatever it is"
+    assert labels.tolist() == [REFLECTION, CONTRAST, -1] * 2
     index, labels = positions_module.positions(store, store.rows("report"), "marker")
     assert (
         index.tolist() == [0, 3, 5, 10, 13, 15] and labels.tolist() == [DEDUCTION, REFLECTION, CONTRAST] * 2
