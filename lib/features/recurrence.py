@@ -38,16 +38,32 @@ def match(
     Features of ``a`` that are left over, if ``b`` has fewer, get match -1 and cosine NaN. ``shuffle`` (a
     seed) permutes the coordinates of b's rows, the same way for all features: the chance level.
     """
-    living_a, living_b = np.flatnonzero(alive_a), np.flatnonzero(alive_b)
-    rows_a, rows_b = (
-        functional.normalize(c.W_dec.detach()[i], dim=-1) for c, i in ((a, living_a), (b, living_b))
-    )
+    numbers = [np.flatnonzero(alive) for alive in (alive_a, alive_b)]
+    rows_a, rows_b = (functional.normalize(c.W_dec.detach()[i], dim=-1) for c, i in zip((a, b), numbers))
     if shuffle is not None:
         rows_b = rows_b[:, torch.randperm(rows_b.shape[1], generator=torch.Generator().manual_seed(shuffle))]
     cosines = (rows_a @ rows_b.T).numpy()
     left, right = linear_sum_assignment(cosines, maximize=True)
-    table = pd.DataFrame({"feature": living_a, "match": -1, "cosine": np.nan})
-    table.loc[left, "match"], table.loc[left, "cosine"] = living_b[right], cosines[left, right]
+    table = pd.DataFrame({"feature": numbers[0], "match": -1, "cosine": np.nan})
+    table.loc[left, "match"], table.loc[left, "cosine"] = numbers[1][right], cosines[left, right]
+    return table
+
+
+def stability(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], seed: int = 0) -> pd.DataFrame:
+    """Stability of the features of the first crosscoder over the others: one row per alive feature.
+
+    feature, match_<s> and cosine_<s> for the other crosscoders s = 1, 2, ...; stability, stability_low (mean
+    and lowest of the cosines), chance (mean cosine of its matches in permuted rows).
+    """
+    first, *others = crosscoders
+    table, chance = pd.DataFrame({"feature": np.flatnonzero(alive[0])}), []
+    for s, other in enumerate(others, start=1):
+        matches = match(first, other, alive[0], alive[s])
+        table[f"match_{s}"], table[f"cosine_{s}"] = matches["match"], matches["cosine"]
+        chance.append(match(first, other, alive[0], alive[s], shuffle=seed + s)["cosine"])
+    cosines = table.filter(regex=r"^cosine_")
+    table["stability"], table["stability_low"] = cosines.mean(axis=1), cosines.min(axis=1)
+    table["chance"] = pd.concat(chance, axis=1).mean(axis=1)
     return table
 
 

@@ -23,14 +23,12 @@ import numpy as np
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
-import torch
-from scipy.optimize import linear_sum_assignment
-from torch.nn import functional
 
 from ..crosscoder.codes import codes, sample_rows
 from ..crosscoder.model import CrossCoder
 from ..crosscoder.training import train
 from ..features import plots
+from ..features.recurrence import stability
 from ..features.table import category_features, feature_table
 from ..features.uniqueness import LEVELS, SCORES, SIDES, beyond, extremity, score_table, sign
 from ..features.use import change_limit, reweighted, solo_codes, use_table
@@ -253,45 +251,6 @@ def compute_seeds(variant: Variant, seeds: int = 3) -> tuple[dict, dict]:
         metrics[f"stable_{c}"] = metric(*known, n=len(cosines))
     by_seed, scores = pd.DataFrame(rows), pd.concat(tables, ignore_index=True)
     return metrics, {"stability": stable, "by_seed": by_seed, "scores": scores}
-
-
-def match(
-    a: CrossCoder, b: CrossCoder, alive_a: np.ndarray, alive_b: np.ndarray, shuffle: int | None = None
-) -> pd.DataFrame:
-    """One-to-one matches between the alive features of two crosscoders: feature, match, cosine; one row per
-    alive feature of ``a``.
-
-    Features of ``a`` that are left over, if ``b`` has fewer, get match -1 and cosine NaN. ``shuffle`` (a
-    seed) permutes the coordinates of b's rows, the same way for all features: the chance level. Source: Kuhn
-    1955; scipy's linear_sum_assignment.
-    """
-    numbers = [np.flatnonzero(alive) for alive in (alive_a, alive_b)]
-    rows_a, rows_b = (functional.normalize(c.W_dec.detach()[i], dim=-1) for c, i in zip((a, b), numbers))
-    if shuffle is not None:
-        rows_b = rows_b[:, torch.randperm(rows_b.shape[1], generator=torch.Generator().manual_seed(shuffle))]
-    cosines = (rows_a @ rows_b.T).numpy()
-    left, right = linear_sum_assignment(cosines, maximize=True)
-    table = pd.DataFrame({"feature": numbers[0], "match": -1, "cosine": np.nan})
-    table.loc[left, "match"], table.loc[left, "cosine"] = numbers[1][right], cosines[left, right]
-    return table
-
-
-def stability(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], seed: int = 0) -> pd.DataFrame:
-    """Stability of the features of the first crosscoder over the others: one row per alive feature.
-
-    feature, match_<s> and cosine_<s> for the other crosscoders s = 1, 2, ...; stability, stability_low (mean
-    and lowest of the cosines), chance (mean cosine of its matches in permuted rows).
-    """
-    first, *others = crosscoders
-    table, chance = pd.DataFrame({"feature": np.flatnonzero(alive[0])}), []
-    for s, other in enumerate(others, start=1):
-        matches = match(first, other, alive[0], alive[s])
-        table[f"match_{s}"], table[f"cosine_{s}"] = matches["match"], matches["cosine"]
-        chance.append(match(first, other, alive[0], alive[s], shuffle=seed + s)["cosine"])
-    cosines = table.filter(regex=r"^cosine_")
-    table["stability"], table["stability_low"] = cosines.mean(axis=1), cosines.min(axis=1)
-    table["chance"] = pd.concat(chance, axis=1).mean(axis=1)
-    return table
 
 
 def plot_stability(stable: pd.DataFrame) -> go.Figure:

@@ -30,6 +30,7 @@ from ..crosscoder.health import health_card
 from ..crosscoder.model import CrossCoder
 from ..crosscoder.training import train
 from ..features.detectors import detectors
+from ..features.recurrence import match
 from ..features.table import Inspection, category_features, feature_table
 from ..features.uniqueness import SCORES, beyond, score_table
 from ..figures import express_bars, plain_titles
@@ -40,7 +41,6 @@ from ..runs import MANIFEST, fingerprint
 from ..settings import UserError, check
 from ..text.corpus import build, override
 from . import architectures
-from .nulls import match
 from .variants import HARVEST, Variant, write_part
 
 QUANTILES = ("nrn_q01", "nrn_q25", "nrn_q50", "nrn_q75", "nrn_q99")

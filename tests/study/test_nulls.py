@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from toys import toy_store
 
 from lib.crosscoder.model import CrossCoder
@@ -80,48 +79,6 @@ def test_a_second_draw_of_the_same_null_is_beyond_about_as_often_as_the_level_sa
 def test_levels_must_be_shares():
     with pytest.raises(UserError, match="levels"):
         nulls.thresholds(scored([0.5, 0.6]), levels=(0.7,))
-
-
-def small(seed, n=6):
-    crosscoder = CrossCoder((4, 4), n, k=2, seed=seed)
-    with torch.no_grad():
-        crosscoder.W_dec.copy_(torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)))
-    return crosscoder
-
-
-def test_matching_finds_a_permuted_and_rescaled_copy():
-    ours, order = small(0), [3, 1, 5, 0, 2, 4]
-    theirs = small(1)
-    with torch.no_grad():
-        theirs.W_dec.copy_(ours.W_dec[order] * torch.linspace(0.5, 3, 6)[:, None])
-    found = nulls.match(ours, theirs, np.ones(6, bool), np.ones(6, bool))
-    assert [order[m] for m in found.match] == list(range(6))
-    assert found.cosine.to_numpy() == pytest.approx(1, abs=1e-6)
-
-
-def test_matching_is_the_best_of_all_permutations():
-    a, b = small(2, 5), small(3, 5)
-    found = nulls.match(a, b, np.ones(5, bool), np.ones(5, bool))
-    rows = [torch.nn.functional.normalize(c.W_dec.detach(), dim=-1).numpy() for c in (a, b)]
-    best = max(sum(rows[0][i] @ rows[1][p[i]] for i in range(5)) for p in itertools.permutations(range(5)))
-    assert found.cosine.sum() == pytest.approx(best, abs=1e-5)
-
-
-def test_dead_features_are_not_matched_and_leftovers_say_so():
-    a, b = small(2), small(3)
-    alive_b = np.array([True, False, True, False, False, True])
-    found = nulls.match(a, b, np.arange(6) != 4, alive_b)
-    assert found.feature.tolist() == [0, 1, 2, 3, 5]
-    assert set(found.match) - {-1} == {0, 2, 5} and (found.match == -1).sum() == 2
-    assert found.cosine.isna().equals(found.match == -1)
-
-
-def test_stability_averages_over_the_other_crosscoders():
-    ours, copy, other = small(0), small(0), small(7)
-    table = nulls.stability([ours, copy, other], [np.ones(6, bool)] * 3)
-    assert table.cosine_1.to_numpy() == pytest.approx(1, abs=1e-6)
-    assert table.stability.to_numpy() == pytest.approx(((table.cosine_1 + table.cosine_2) / 2).to_numpy())
-    assert (table.stability_low <= table.stability + 1e-9).all() and table.chance.mean() < 0.9
 
 
 def test_a_shift_of_the_whole_null_is_not_uniqueness_of_every_feature():
