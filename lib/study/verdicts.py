@@ -39,7 +39,7 @@ from ..features import auroc
 from ..features.recurrence import SHARE, chance, recurrent
 from ..features.table import category_features, feature_table
 from ..features.uniqueness import beyond, score_table
-from ..figures import COLOURS
+from ..figures import COLOURS, plain_titles
 from ..labels import CATEGORIES, LABELS
 from ..models.reader import open_models
 from ..results import Part
@@ -386,32 +386,35 @@ def plot_answers(part: Part) -> tuple[go.Figure, pd.DataFrame]:
     return fig, shown.rename_axis("prediction").reset_index()
 
 
-def plot_values(part: Part, quantities: Sequence[str], title: str) -> tuple[go.Figure, pd.DataFrame]:
-    """(figure, its data): some quantities of PREDICTIONS, a panel each; one small point per crosscoder, and
+def plot_values(part: Part, kind: str, title: str, y: str) -> tuple[go.Figure, pd.DataFrame]:
+    """(figure, its data): the quantities <kind>_<category>, a panel each; one small point per crosscoder, and
     the mean with its interval over crosscoders and documents."""
     judged, by_seed = (
-        part.tables[name][part.tables[name]["quantity"].isin(quantities)] for name in ("verdicts", "by_seed")
+        part.tables[name][part.tables[name]["quantity"].str.startswith(f"{kind}_")].assign(
+            category=lambda t: t["quantity"].str.removeprefix(f"{kind}_")
+        )
+        for name in ("verdicts", "by_seed")
     )
+    by_seed = by_seed[by_seed["category"].isin(CATEGORIES)]
+    names, categories = list(judged["dictionary"].unique()), list(judged["category"].unique())
     fig = px.strip(
         *(by_seed, "dictionary", "value"),
         color="dictionary",
-        facet_col="quantity",
-        category_orders={"quantity": list(quantities)},
+        facet_col="category",
+        category_orders={"category": categories, "dictionary": names},
         color_discrete_sequence=PAIR,
         title=title,
     )
-    for i, quantity in enumerate(quantities, start=1):
-        row = judged[judged["quantity"] == quantity]
+    for i, category in enumerate(categories, start=1):
+        row = judged[judged["category"] == category].set_index("dictionary").loc[names]
         error = {"array": row["high"] - row["value"], "arrayminus": row["value"] - row["low"]}
-        mean = go.Scatter(
-            x=row["dictionary"], y=row["value"], error_y=error, mode="markers",
-            marker={"symbol": "diamond", "size": 10, "color": "#444444"}, showlegend=False,
-        )  # fmt: skip
-        fig.add_trace(mean, row=1, col=i)
+        mark = {"symbol": "diamond", "size": 10, "color": "#444444"}
+        mean = go.Scatter(x=names, y=row["value"], error_y=error, mode="markers", marker=mark)
+        fig.add_trace(mean.update(showlegend=False), row=1, col=i)
         fig.add_hline(row["limit"].iloc[0], line_dash="dot", line_color="#444444", row=1, col=i)
-    fig.for_each_annotation(lambda a: a.update(text=a.text.split("=")[-1]))
-    fig.update_xaxes(title_text="", tickangle=30)
-    return fig.update_layout(showlegend=False), judged
+    fig.update_xaxes(title_text="", showticklabels=False)
+    fig.update_yaxes(title_text=y, col=1)
+    return plain_titles(fig), judged
 
 
 def plot_recurrence(part: Part) -> go.Figure:

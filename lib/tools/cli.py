@@ -125,7 +125,7 @@ def study(
     timeout: Timeout = None,
     notebooks: _Notebooks = ROOT / "notebooks",
 ):
-    """Run the long experiments, notebooks 10 to 13. Hours; an interrupted run goes on.
+    """Run the long experiments, notebooks 10 to 13 and 16. Hours; an interrupted run goes on.
 
     Notebooks 14 and 15 are about the pair smol and read files of your own: --pair smol --only 15
     """

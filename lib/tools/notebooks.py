@@ -35,7 +35,7 @@ from .profiles import checked, known_pairs, read_profile, read_value
 CELL_TIMEOUT = 3600
 NOTEBOOKS = ROOT / "notebooks"
 # numbers of the notebooks that a command runs when none is named: the walk, and the long experiments
-WALK, STUDY = "0[0-9]_", "1[0-3]_"
+WALK, STUDY = "0[0-9]_", "1[0-36]_"
 INJECTED = "injected-parameters"
 _DROPPED_MIMES = ("application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json")
 
