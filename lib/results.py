@@ -219,7 +219,14 @@ def scoreboard(rows: Sequence[Mapping]) -> pd.DataFrame:
 
 PARTS = {  # part of the study: the notebook that computes it
     **dict.fromkeys(("nulls", "seeds", "similarity"), "10"),
-    **{"architectures": "11", "planted": "12", "causal": "13", "training": "14", "texts": "14"},
+    **{
+        "architectures": "11",
+        "planted": "12",
+        "causal": "13",
+        "training": "14",
+        "texts": "14",
+        "verdicts": "16",
+    },
 }
 
 

@@ -12,6 +12,7 @@ is about all of them:
     holds                       the interval over crosscoders and documents (``stats.pooled``) lies on the
                                 side of the prediction, and so do at least 4 of 5 crosscoders
     does not hold               the same on the other side
+    undecided                   no single crosscoder has an answer, by its interval over documents
     depends on the crosscoder   anything else
 
 Thresholds of uniqueness are those of the null's crosscoder of the same seed, so that their scatter is in the
@@ -54,7 +55,7 @@ BOOTS = 1000  # resamples of documents
 TARGETS, TOP, MATCH_WIDTH = 200, 20.0, 0.1  # of the ablation, as in notebook 04: positions, percent, NRN
 PLACES = ("before", "value")  # the full stop of a sentence, and the value before it
 PAIR = [COLOURS["base"], COLOURS["distilled"]]  # colours of the two dictionaries
-HOLDS, FAILS, DEPENDS = "holds", "does not hold", "depends on the crosscoder"
+HOLDS, FAILS, DEPENDS, UNDECIDED = "holds", "does not hold", "depends on the crosscoder", "undecided"
 PREDICTIONS = {  # name: (meaning, quantity, side of the limit, limit)
     "shared": ("median NRN within 0.4 to 0.6", "nrn_from_half", "below", 0.1),
     "tails": ("under 5% of the features have an NRN above 0.9", "nrn_over_0_9", "below", 0.05),
@@ -343,10 +344,13 @@ def judge(measured: Sequence[Measured]) -> pd.DataFrame:
         value, low, high = pooled(values, draws if len(draws) == len(values) else None)
         agree = float(((values > limit) == (value > limit)).mean())
         true = (value > limit) == (side == "above")
-        verdict = DEPENDS if agree < SHARE or low <= limit <= high else HOLDS if true else FAILS
+        holds, fails = int((alone.loc[name] > 0).sum()), int((alone.loc[name] < 0).sum())
+        verdict = HOLDS if true else FAILS
+        if agree < SHARE or low <= limit <= high:
+            verdict = DEPENDS if holds or fails else UNDECIDED
         row = {"prediction": name, "meaning": meaning, "quantity": quantity, "value": value}
         row |= {"low": low, "high": high, "side": side, "limit": limit, "agree": agree}
-        row |= {"holds": int((alone.loc[name] > 0).sum()), "fails": int((alone.loc[name] < 0).sum())}
+        row |= {"holds": holds, "fails": fails}
         rows.append(row | {"verdict": verdict})
     return pd.DataFrame(rows)
 
@@ -356,34 +360,29 @@ def judge(measured: Sequence[Measured]) -> pd.DataFrame:
 
 def plot_answers(part: Part) -> tuple[go.Figure, pd.DataFrame]:
     """(figure, its data): what each crosscoder alone says of each prediction, and the verdict of all."""
-    judged, names = part.tables["verdicts"], {1: HOLDS, 0: "undecided", -1: FAILS}
-    columns, verdicts = {}, {HOLDS: 1, FAILS: -1, DEPENDS: 0}
+    judged, columns = part.tables["verdicts"], {}
+    words, colours = [FAILS, UNDECIDED, DEPENDS, HOLDS], [PAIR[1], "#dddddd", "#F0E442", PAIR[0]]
     for dictionary, by_seed in part.tables["by_seed"].groupby("dictionary", sort=False):
         alone = answers(by_seed)
-        columns |= {(dictionary, f"seed {seed}"): alone[seed] for seed in alone}
-        own = judged[judged["dictionary"] == dictionary].set_index("prediction")["verdict"]
-        columns[dictionary, "all"] = own.map(verdicts)
-    table = pd.DataFrame(columns).iloc[::-1]
-    colours = [PAIR[1], "#dddddd", PAIR[0]]
-    scale = [[x, colours[i]] for i in range(3) for x in (i / 3, (i + 1) / 3)]
-    bar = {"tickvals": [-1, 0, 1], "ticktext": ["does not hold", "undecided", "holds"]}
-    fig = go.Figure(
-        go.Heatmap(
-            z=table.to_numpy(),
-            x=[list(x) for x in zip(*table.columns)],
-            y=table.index,
-            colorscale=scale,
-            zmin=-1,
-            zmax=1,
-            xgap=2,
-            ygap=2,
-            colorbar=bar,
-        )  # fmt: skip
+        for seed in alone:
+            columns[dictionary, f"{seed}"] = alone[seed].map({1: HOLDS, 0: UNDECIDED, -1: FAILS})
+        own = judged[judged["dictionary"] == dictionary].set_index("prediction")
+        columns[dictionary, "all"] = own["verdict"]
+    table = pd.DataFrame(columns)
+    steps = np.arange(5) / 4
+    scale = [[x, colour] for i, colour in enumerate(colours) for x in steps[i : i + 2]]
+    bar = {"tickvals": np.arange(4) * 0.75 + 0.375, "ticktext": words, "ticks": ""}
+    heat = go.Heatmap(
+        z=table.map(words.index).iloc[::-1].to_numpy(),
+        x=[list(level) for level in zip(*table.columns)],
+        y=table.index[::-1],
+        **{"colorscale": scale, "zmin": 0, "zmax": 3, "xgap": 2, "ygap": 2, "colorbar": bar},
     )
+    fig = go.Figure(heat)
+    fig.update_xaxes(title_text="crosscoder (its seed), and all of them", tickangle=0)
     fig.update_layout(title="The same predictions, asked of one crosscoder at a time", height=620)
-    shown = table.map(names.get)
-    shown.columns = [f"{dictionary}, {seed}" for dictionary, seed in shown.columns]
-    return fig, shown.rename_axis("prediction").reset_index()
+    table.columns = [f"{dictionary}, seed {seed}" for dictionary, seed in table.columns]
+    return fig, table.rename_axis("prediction").reset_index()
 
 
 def plot_values(part: Part, kind: str, title: str, y: str) -> tuple[go.Figure, pd.DataFrame]:
@@ -412,7 +411,7 @@ def plot_values(part: Part, kind: str, title: str, y: str) -> tuple[go.Figure, p
         mean = go.Scatter(x=names, y=row["value"], error_y=error, mode="markers", marker=mark)
         fig.add_trace(mean.update(showlegend=False), row=1, col=i)
         fig.add_hline(row["limit"].iloc[0], line_dash="dot", line_color="#444444", row=1, col=i)
-    fig.update_xaxes(title_text="", showticklabels=False)
+    fig.update_xaxes(title_text="", showticklabels=False, ticks="")
     fig.update_yaxes(title_text=y, col=1)
     return plain_titles(fig), judged
 

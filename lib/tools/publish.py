@@ -23,6 +23,7 @@ from ..runs import Progress, made_folder, write_text
 from ..settings import ROOT, UserError
 
 TEMPLATES = ROOT / "docs" / "templates"
+NUMBERS = ("value", "percent", "count", "lowered", "over_crosscoders", "speed", "json", "csv")  # in templates
 PAIRS = ("tiny", "smol")  # whose results are committed: the embedded pair, and the real one
 # page -> template
 PAGES = {
@@ -111,6 +112,23 @@ class Sources:
         share = 100 * self.metrics(pair, notebook)[name]["value"]
         return f"{share:.1f}%" if share < 10 else f"{share:.0f}%"
 
+    def count(self, pair: str, notebook: str, name: str, part: str = "value") -> str:
+        """A whole number, or how many it is out of (part "n")."""
+        return f"{self.metrics(pair, notebook)[name][part]:.0f}"
+
+    def by_crosscoder(self) -> dict[str, list[dict]]:
+        """The verdicts of notebook 16: {dictionary: rows}."""
+        rows, dictionaries = _rows(self.json("figures/tiny/results/16.json")["tables"]["verdicts"]), {}
+        for row in rows:
+            dictionaries.setdefault(row["dictionary"], []).append(row)
+        return dictionaries
+
+    def over_crosscoders(self, test: str) -> str:
+        """The categories for which a prediction holds over the crosscoders of the study's dictionary."""
+        rows = next(iter(self.by_crosscoder().values()))
+        held = {row["prediction"] for row in rows if row["verdict"] == "holds"}
+        return " and ".join(c for c in CATEGORIES if f"{c}, {test}" in held) or "no category"
+
     def lowered(self, pair: str, notebook: str, pattern: str) -> int:
         """Of how many categories the interval of a change lies below 0; {} in ``pattern`` is the category."""
         metrics = self.metrics(pair, notebook)
@@ -184,7 +202,7 @@ def render(template: str, root: Path = ROOT, **values) -> str:
         "same_feature": SAME_FEATURE,
         "sources": sources,
         **{pair: functools.partial(sources.metric, pair) for pair in PAIRS},
-        **{name: getattr(sources, name) for name in ("value", "percent", "lowered", "speed", "json", "csv")},
+        **{name: getattr(sources, name) for name in NUMBERS},
     }
     return environment.get_template(template).render(**values)
 

@@ -11,6 +11,7 @@ from lib.study.verdicts import (
     FAILS,
     HOLDS,
     PREDICTIONS,
+    UNDECIDED,
     Measured,
     answers,
     best_of_places,
@@ -56,9 +57,9 @@ def test_four_of_five_are_not_enough_if_the_fifth_is_far_off():
     assert row["agree"] == 0.8 and row["low"] < 0 < row["high"] and row["verdict"] == DEPENDS
 
 
-def test_documents_alone_may_leave_it_open():
+def test_without_an_answer_of_any_crosscoder_it_is_undecided():
     row = verdict_of([(0.01, 0.03)] * 5)
-    assert row["agree"] == 1 and row["verdict"] == DEPENDS and row["holds"] == 0
+    assert row["agree"] == 1 and row["verdict"] == UNDECIDED and row["holds"] == 0
 
 
 def test_a_limit_from_below_turns_the_side_round():
