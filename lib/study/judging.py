@@ -23,19 +23,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
-from ..crosscoder.codes import encoded, sample_rows
+from ..crosscoder.codes import encoded, firing_frequency, sample_rows
 from ..crosscoder.model import CrossCoder
+from ..crosscoder.sharing import fve
 from ..crosscoder.training import TrainConfig, train
 from ..features.latent_scaling import latent_scaling
+from ..features.recurrence import stability
 from ..figures import SCALE
 from ..runs import Progress, fingerprint, write_text
-from ..settings import UserError, check
+from ..settings import UserError
 from ..stats import t_interval
 from .planted import KINDS, MODELS, VERSION, Planted, PlantedStore, from_regime, regime
 from .variants import Variant, metric, part_of_study
@@ -140,41 +143,51 @@ def precision_recall(table: pd.DataFrame, flagged: np.ndarray, planted: Planted)
 @dataclass(frozen=True)
 class Setting:
     """One point of one axis: fields of ``Planted`` that differ from our regime, factors of fields of
-    ``TrainConfig``, and a factor of the number of features of every kind."""
+    ``TrainConfig``, and factors of the number of features of every kind and of those active per token."""
 
     name: str
     value: str
     planted: Mapping = field(default_factory=dict)
     config: Mapping = field(default_factory=dict)
     features: float = 1.0
+    active: float = 1.0
+
+    def of(self, ours: Planted) -> Planted:
+        """Our regime, changed to this setting."""
+        counts = {kind: round(getattr(ours, kind) * self.features) for kind in KINDS}
+        return replace(ours, **{**counts, "l0": ours.l0 * self.active, **self.planted})
 
 
 OURS = Setting("our regime", "as measured")
+QUARTER = {"setting": "budget", "value": "a quarter of the tokens"}  # what the others are compared with
+# the warning: data of our regime, in a dictionary of four times the features that there are
+OVERCOMPLETE = Setting("over-complete", "4 x the features, k x 3", {}, {"n_features": 8 / 3, "k": 3})
+# where a dictionary of 1,024 features and k 24 puts the same data: its own numbers of features
+CROWDED = Setting("crowding", "4 x the features, 3 x active", {}, {"n_features": 4, "k": 3}, 4, 3)
 SETTINGS = (  # one thing at a time
     OURS,
-    Setting("sparsity", "a third as many active", {"l0": 4.0}, {"k": 1 / 3}),
+    OVERCOMPLETE,
+    CROWDED,
+    Setting("dictionary", "as many as planted", {}, {"n_features": 2 / 3}),
+    Setting("sparsity", "3 x active", {}, {"k": 3}, active=3),
+    # the positive control: where features can be learned, does the judgement say so? Everything that makes it
+    # hard is taken away at once
+    Setting(
+        *("easy", "few, sparse, independent", {"correlation": 0.0, "exponent": 0.5}),
+        *({"n_features": 1 / 2, "k": 1 / 2}, 1 / 2, 1 / 2),
+    ),
     Setting("correlation", "none", {"correlation": 0.0}),
-    Setting("norm imbalance", "raw norms x 3", {"norm_ratio": 3.0}),
     Setting("norm imbalance", "mean is 3/4 of distilled", {"mean_share": (0.14, 0.75)}),
     Setting("rescaling", "factor 10", {"factor": 10.0}),
     Setting("rotation", "0 degrees", {"angle": 0.0}),
     Setting("rotation", "90 degrees", {"angle": 90.0}),
     Setting("dead directions", "half", {"dead_directions": 0.5}),
-    Setting("budget", "a quarter of the tokens", {}, {"tokens": 1 / 4}),
-    Setting("budget", "half the dictionary", {}, {"n_features": 1 / 2}),
-    Setting("crowding", "a fifth of the features", {}, {"n_features": 1 / 5}, features=1 / 5),
-    # the positive control: where features can be learned, does the judgement say so? Everything that makes it
-    # hard is taken away at once
-    Setting(
-        "easy",
-        "few, sparse, independent",
-        {"l0": 2.0, "correlation": 0.0, "exponent": 0.5},
-        {"n_features": 1 / 5, "k": 1 / 3},
-        1 / 5,
-    ),
 )
+FIRST = 6  # so many of them are always evaluated
 SEEDS = {"choose": (0, 1, 2), "report": (10, 11, 12, 13, 14)}
 NULL_SEED = 100  # of the planted null that calibrates thresholds: it belongs to neither split
+RECURRENCE_SEED = 101  # of the data on which recurrence is compared
+_QUIET = SimpleNamespace(update=lambda *_: None, close=lambda: None)  # one line of progress for all trainings
 _CELL = ("setting", "value", "architecture", "seed", "split")
 
 
@@ -262,8 +275,7 @@ def cells(
     wanted = []
     for setting in settings:
         own = seeds if setting == OURS else {"report": tuple(seeds["report"])[:axis_seeds]}
-        counts = {kind: round(getattr(ours, kind) * setting.features) for kind in KINDS}
-        changed = replace(ours, **{**counts, **setting.planted})
+        changed = setting.of(ours)
         data = [("null", replace(changed.null(), seed=NULL_SEED))]
         data += [(split, replace(changed, seed=seed)) for split in own for seed in own[split]]
         for split, planted in data:
@@ -279,9 +291,8 @@ def cells(
 
 def _scored(store: PlantedStore, config: TrainConfig) -> pd.DataFrame:
     """``scores`` of one crosscoder, on the report split, with its FVE."""
-    quiet = SimpleNamespace(update=lambda *_: None, close=lambda: None)  # ``evaluate`` has one line for all
     with tempfile.TemporaryDirectory() as scratch:
-        crosscoder = train(store, config, Path(scratch), progress=quiet)
+        crosscoder = train(store, config, Path(scratch), progress=_QUIET)
     rows = store.rows("report")
     acts = store.activations(rows)
     with torch.no_grad():
@@ -313,18 +324,14 @@ def _interval(values: pd.Series) -> tuple[float, float, float]:
     return float(values.mean()), float(low), float(high)
 
 
-def recommend(table: pd.DataFrame, architecture: str | None = None) -> dict[str, str]:
-    """{"architecture", "method"}: chosen on split "choose", in our regime, of all architectures or of the one
-    that is given.
+def recommend(table: pd.DataFrame) -> dict[str, str]:
+    """{"architecture", "method"}: chosen on split "choose", in our regime.
 
     The pair whose weaker side is best: both models' unique features, precision and recall, averaged over the
     seeds; the smallest of these four counts, their mean decides ties. A method that flags nothing has
     precision 0 here.
     """
     ours = table[(table["split"] == "choose") & (table["setting"] == OURS.name)]
-    if architecture is not None:
-        check("architecture", architecture, choices=sorted(ours["architecture"].unique()))
-        ours = ours[ours["architecture"] == architecture]
     if ours.empty:
         raise UserError("the table has no seeds to choose on in our regime: evaluate it with them")
     by_side = ours.fillna({"precision": 0.0}).groupby(["architecture", "method", "side"], sort=False)
@@ -334,63 +341,136 @@ def recommend(table: pd.DataFrame, architecture: str | None = None) -> dict[str,
     return {"architecture": best[0], "method": best[1]}
 
 
-def judge(table: pd.DataFrame, rule: Mapping[str, str]) -> dict[str, dict]:
-    """{"planted_precision", "planted_recall", "planted_found"}: {value, ci, n} of a rule on split "report" of
-    our regime, side "distilled"; n seeds.
+def judge(
+    table: pd.DataFrame, rule: Mapping[str, str], setting: Setting = OURS, side: str = "distilled"
+) -> dict[str, dict]:
+    """{"precision", "recall", "found"}: {value, ci, n} of a rule on split "report" of a setting; n seeds.
 
     A seed in which the rule flags nothing has no precision: it is left out there, and counts as recall 0.
     """
-    wanted = {"split": "report", "setting": OURS.name, "value": OURS.value, "side": "distilled", **rule}
+    wanted = {"split": "report", "setting": setting.name, "value": setting.value, "side": side, **rule}
     part = table[(table[list(wanted)] == list(wanted.values())).all(axis=1)]
     metrics = {}
     for name in ("precision", "recall", "found"):
         values = part[name].dropna()
         mean, low, high = _interval(values)
-        metrics[f"planted_{name}"] = metric(mean, None if np.isnan(low) else (low, high), len(values))
+        metrics[name] = metric(mean, None if np.isnan(low) else (low, high), len(values))
     return metrics
+
+
+# --- the regime without its circle --------------------------------------------------------------------------
+
+KS = (4, 8, 16, 24)  # of the dictionaries whose recurrence is compared
+MEASURED = 8  # k of the one through which the regime is measured
+
+
+def recurrence(
+    store, config: TrainConfig, folder: Path, ks: Sequence[int] = KS
+) -> tuple[pd.DataFrame, list[CrossCoder]]:
+    """How far features come back with another seed, by k: (one row per k, the first seed's crosscoders).
+
+    k, n_features, alive (on the report split), fve (mean of the models), recurrence and its chance level
+    (medians of ``stability`` over the living features). Each crosscoder is kept in ``folder``.
+
+    Living features, L0 and FVE do not tell how many features there are: an over-complete dictionary has its
+    own. But what it splits, it splits otherwise with another seed.
+    """
+    rows, first = [], []
+    acts = store.activations(sample_rows(store, "report", 20_000))
+    for k in ks:
+        configs = (replace(config, k=k, seed=config.seed + s) for s in (0, 1))
+        pair = [train(store, c, Path(folder) / f"k{k}_seed{c.seed}", progress=_QUIET) for c in configs]
+        alive = [firing_frequency(crosscoder, store) > 0 for crosscoder in pair]
+        row = {"k": k, "n_features": config.n_features, "alive": int(alive[0].sum())}
+        row["fve"] = np.mean([*fve(pair[0], acts).values()])
+        medians = stability(pair, alive)[["stability", "chance"]].median()
+        rows.append(row | {"recurrence": medians["stability"], "chance": medians["chance"]})
+        first.append(pair[0])
+    return pd.DataFrame(rows), first
+
+
+def plot_recurrence(table: pd.DataFrame) -> go.Figure:
+    """Median recurrence by k: the run's store, and planted data (their k is shown at the store's width)."""
+    title = "Do features recur with another seed, as in data of known truth?"
+    fig = px.line(table, "k", "recurrence", color="data", markers=True, title=title)
+    fig.update_xaxes(title_text="features active per token (k, at the store's width)", tickvals=KS)
+    return fig.update_yaxes(title_text="median cosine with the matched feature", range=[0, 1.02])
 
 
 # --- the part "planted" -------------------------------------------------------------------------------------
 
 
-@part_of_study("planted", 2, VERSION)
+@part_of_study("planted", 3, VERSION)
 def compute_planted(
-    variant: Variant, planted_width: int = 24, planted_tokens: int = 200_000, small: bool = False
+    variant: Variant,
+    planted_width: int = 24,
+    planted_tokens: int = 800_000,
+    dictionary_tokens: int = 1_500_000,
+    everything: bool = False,
+    small: bool = False,
 ) -> tuple[dict, dict]:
     """The part "planted": which method may be believed when, on activations with known features, in the
     regime of the run and with one thing at a time changed.
 
-    The regime is measured first, on the run's store through its crosscoder; numbers of features go with
-    ``planted_width``, the width of both models. Every architecture is evaluated in it (three seeds to choose
-    a rule, five fresh ones to judge it); BatchTopK, which the notebooks train, in every other setting too.
-    ``small``: two architectures, two settings and two seeds, to see that everything works.
+    The regime is measured first, on the run's store, through a dictionary of 256 features and k 8 that is
+    trained for this on ``dictionary_tokens``: the run's own may be over-complete, and gives back its own
+    numbers. Table ``recurrence``: the store, what is planted, and what is planted if 1,024 features and k 24
+    are believed, each through the same dictionaries (at the width of the planted data, with numbers in
+    proportion). Numbers of features go with ``planted_width``, the width of both models. BatchTopK, which the
+    notebooks train, is evaluated with 1.5 times the planted features and three epochs of ``planted_tokens``
+    (three seeds to choose a rule, five fresh ones to judge it). With a quarter of the tokens, stored and
+    shown, follow the over-complete dictionary and other settings, one seed each: the FIRST of SETTINGS.
+    ``everything``: all of them, and other architectures. ``small``: two architectures, two settings and two
+    seeds, to see that everything works.
     """
-    report = sample_rows(variant.store, "report", variant.max_tokens)
-    measured = regime(variant.crosscoder, variant.store, report)
-    ours = from_regime(measured, width=planted_width, tokens=planted_tokens)
-    size = {"n_features": 256, "k": max(1, round(ours.l0)), "tokens": 3 * planted_tokens}
-    config = TrainConfig(**size, batch_size=512, aux_k=16, dead_after=0.1)
-    configs = {"batchtopk": config, "l1": replace(config, variant="l1")}
-    seeds, settings = {"choose": (0,), "report": (10,)}, SETTINGS[:2]
-    if not small:
-        seeds, settings = SEEDS, SETTINGS
-        configs["jumprelu"] = replace(config, variant="jumprelu")
-        configs["dedicated"] = replace(config, dedicated=0.125)  # as many as there are unique ones to find
-    folder = variant.folder("planted")
-    table = evaluate(folder, configs, ours, settings[:1], seeds)
-    others = evaluate(folder, {"batchtopk": config}, ours, settings, seeds)
-    table = pd.concat([table, others[others["setting"] != OURS.name]], ignore_index=True)
-    # the best of all, and the best for the kind of crosscoder that the notebooks train
-    best, own = recommend(table), recommend(table, "batchtopk")
-    metrics = judge(table, best) | {f"{name}_batchtopk": m for name, m in judge(table, own).items()}
+    folder, size = variant.folder("planted"), {"batch_size": 512, "aux_k": 16, "dead_after": 0.1}
+    dictionary = TrainConfig(n_features=256, tokens=dictionary_tokens, seed=variant.seed)
+    curve, crosscoders = recurrence(variant.store, dictionary, variant.folder("dictionaries"))
+    report, curves = sample_rows(variant.store, "report", variant.max_tokens), [curve.assign(data="this run")]
+    quarter = planted_tokens // 4
+    measured = regime(crosscoders[KS.index(MEASURED)], variant.store, report)
+    ours, share = from_regime(measured, planted_width, tokens=planted_tokens), planted_width / measured.width
+    ks = [max(1, round(k * share)) for k in KS]
+    dictionary = TrainConfig(n_features=round(256 * share), tokens=3 * quarter, **size)
+    for setting in (OURS, CROWDED):
+        planted = replace(setting.of(ours), tokens=quarter, seed=RECURRENCE_SEED)
+        place = variant.folder("dictionaries") / f"planted_{planted.features}"
+        curve, _ = recurrence(PlantedStore(planted), dictionary, place, ks)
+        name = f"planted, {setting.name}: {planted.features} features, L0 {planted.l0:.1f}"
+        curves.append(curve.assign(k=KS, data=name))
+    n_features, k = round(1.5 * ours.features), max(1, round(ours.l0))
+    config = TrainConfig(n_features=n_features, k=k, tokens=3 * planted_tokens, **size)
+    quick = replace(config, tokens=3 * quarter)
+    seeds, settings, others = SEEDS, SETTINGS[: None if everything else FIRST], {}
+    if small or everything:
+        others["l1"] = replace(quick, variant="l1")
+    if small:
+        seeds, settings = {"choose": (0,), "report": (10,)}, SETTINGS[:2]
+    elif everything:
+        others["jumprelu"] = replace(quick, variant="jumprelu")
+        others["dedicated"] = replace(quick, dedicated=0.125)  # as many as there are unique ones to find
+    table = evaluate(folder, {"batchtopk": config}, ours, settings[:1], seeds)
+    rule, ours_quick = recommend(table), replace(ours, tokens=quarter)
+    one = {"choose": (), "report": seeds["report"][:1]}
+    axes = [evaluate(folder, {"batchtopk": quick}, ours_quick, settings, one)]
+    if others:
+        axes.append(evaluate(folder, others, ours_quick, settings[:1], one))
+    axes = pd.concat(axes, ignore_index=True)
+    axes.loc[axes["setting"] == OURS.name, list(QUARTER)] = list(QUARTER.values())
+    table = pd.concat([table, axes], ignore_index=True)
+    judged = {"": judge(table, rule), "_base": judge(table, rule, side="base")}
+    judged["_overcomplete"] = judge(table, rule, OVERCOMPLETE)
+    metrics = {f"planted_{name}{end}": m for end, ms in judged.items() for name, m in ms.items()}
 
     def listed(data, first: str) -> pd.DataFrame:
         return pd.DataFrame([(n, str(v)) for n, v in asdict(data).items()], columns=[first, "value"])
 
+    chosen = rule | {f"{'chosen' if s == 'choose' else 'judged'} on seeds": str(seeds[s]) for s in seeds}
     return metrics, {
         "table": table,
         "summary": summary(table),
-        "rules": pd.DataFrame([{"for": "any architecture", **best}, {"for": "batchtopk", **own}]),
+        "recurrence": pd.concat(curves, ignore_index=True),
+        "rules": pd.DataFrame([chosen]),
         "regime": listed(measured, "quantity"),
         "generator": listed(ours, "parameter"),
     }

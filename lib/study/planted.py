@@ -1,6 +1,6 @@
 """Planted truth: paired activations whose features are known, and the regime that they imitate.
 
-    ours = from_regime(regime(crosscoder, store, tokens))   # what our data are like, before a rule is chosen
+    ours = from_regime(regime(small, store, tokens))   # what our data are like, as a small crosscoder sees it
     store = PlantedStore(ours)    # read like a store of harvested activations; store.kinds is the truth
 
 Token n, model m: features i are active together in both models, and write a direction of their own in each::
@@ -43,8 +43,8 @@ SPLIT_SHARES = (0.8, 0.1, 0.1)
 
 @parameters
 class Planted:
-    """What decides a planted data set. The defaults are the regime of the embedded pair (``from_regime``), at
-    half its width.
+    """What decides a planted data set. The defaults are the embedded pair at half its width, as a crosscoder
+    of 1,024 features and k 24 sees it (``from_regime``).
 
     The mean activation has no field of its own: a common factor disappears when a store's scales are applied.
     """
@@ -336,10 +336,10 @@ def from_regime(measured: Regime, width: int = 48, **changes) -> Planted:
     residual stream stay the same.
 
     What no measurement gives is set here: the shares of unique features (of each side, 1/8) and of rescaled
-    ones (1/16, by a factor of 3). As many features are planted as the crosscoder has living ones: nobody
-    knows the true number, and a larger dictionary would have claimed more. The rest is half shared, half
-    rotated; the angle is the one that gives the measured agreement of the two models' activations, which
-    needs no dictionary. ``changes`` replace any field.
+    ones (1/16, by a factor of 3). As many features are planted, and as many active, as the crosscoder has: a
+    larger one would have claimed more, so measure through one whose features recur (``judging.recurrence``).
+    The rest is half shared, half rotated; the angle is the one that gives the measured agreement of the two
+    models' activations, which needs no dictionary. ``changes`` replace any field.
     """
     total = round(measured.alive * width / measured.width)
     if total == 0:

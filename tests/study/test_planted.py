@@ -25,6 +25,7 @@ from lib.study.judging import (
     plot,
     precision_recall,
     recommend,
+    recurrence,
     scores,
     summary,
 )
@@ -433,7 +434,7 @@ def test_a_study_resumes_and_gives_one_row_per_method_and_side(tmp_path, monkeyp
         len(METHODS),
         3,
     )
-    assert judge(whole, recommend(whole, "batch"))["planted_recall"]["n"] == 2
+    assert judge(whole, recommend(whole))["recall"]["n"] == 2
 
 
 def test_the_rule_is_chosen_on_choose_and_judged_on_report():
@@ -467,15 +468,13 @@ def test_the_rule_is_chosen_on_choose_and_judged_on_report():
     table = pd.DataFrame(rows)
     assert recommend(table) == {"architecture": "a", "method": "good"}  # though another does better on report
     judged = judge(table, recommend(table))
-    assert judged["planted_precision"]["value"] == pytest.approx(0.6) and judged["planted_recall"][
-        "value"
-    ] == pytest.approx(0.5)
+    assert (judged["precision"]["value"], judged["recall"]["value"]) == pytest.approx((0.6, 0.5))
     # Student's t with one degree of freedom: 0.6 ± 1.27
-    assert judged["planted_precision"]["ci"] == pytest.approx((0.0, 1.0))
+    assert judged["precision"]["ci"] == pytest.approx((0.0, 1.0))
     means = summary(table)
     assert means.set_index(["method", "split", "side"]).loc[("silent", "choose", "base"), "silent"] == 1
-    with pytest.raises(UserError, match="architecture"):
-        recommend(table, "b")
+    with pytest.raises(UserError, match="no seeds to choose on"):
+        recommend(table[table["split"] == "report"])
     with pytest.raises(UserError, match="without a seed in both"):
         cells(CONFIGS, TINY, AXES, {"choose": (0,), "report": (0,)})
 
@@ -490,8 +489,26 @@ def test_every_setting_can_be_planted_and_changes_our_regime():
     assert [c.setting for c in reports] == list(SETTINGS)
     changed = [(c.planted, c.config) for c in reports]
     assert changed.count(changed[0]) == 1 and reports[0].planted == replace(ours, seed=10)
-    crowding = next(c for c in reports if c.setting.name == "crowding")
-    assert (
-        crowding.planted.base_only == 13 and crowding.planted.shared == 35 and crowding.config.n_features == 3
-    )
+    crowding, easy = (next(c for c in reports if c.setting.name == name) for name in ("crowding", "easy"))
+    assert crowding.planted.base_only == 4 * ours.base_only and crowding.planted.l0 == 3 * ours.l0
+    assert (crowding.config.n_features, crowding.config.k) == (64, 6)
+    assert (easy.planted.shared, easy.planted.l0, easy.config.n_features, easy.config.k) == (88, 6, 8, 1)
     assert Planted(**asdict(ours)) == ours  # plain data: it can be written down and read back
+
+
+def test_features_recur_with_the_planted_k_and_not_with_one_that_is_too_large(tmp_path):
+    """What tells a regime from its over-complete reading: eight features are planted, one is active."""
+    easy = replace(
+        SMALL, shared=8, rotated=0, rescaled=0, base_only=0, distilled_only=0, l0=1.0, exponent=0.0
+    )
+    store = PlantedStore(replace(easy, noise=0.05, spread=0.0))
+    config = TrainConfig(n_features=24, tokens=60_000, batch_size=256, aux_k=4, rate=1e-2)
+    table, first = recurrence(store, config, tmp_path, ks=(1, 6))
+    assert table["k"].tolist() == [1, 6] and [c.k for c in first] == [1, 6]
+    true, large = table["recurrence"]
+    assert true > 0.9 > large + 0.1 and table["fve"][1] > table["fve"][0] > 0.7
+    assert (table["chance"] < table["recurrence"]).all() and table["alive"][1] > table["alive"][0] >= 8
+    # kept: nothing is trained a second time
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
+    pd.testing.assert_frame_equal(recurrence(store, config, tmp_path, ks=(1, 6))[0], table)
+    assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
