@@ -283,7 +283,7 @@ def test_positions_before_and_at_a_sentence():
         (0, 0),
     ]
     arrays = lexicon.label_arrays(text, offsets, "trace")
-    store = SimpleNamespace(labels=arrays)
+    store = SimpleNamespace(labels=arrays, documents=np.zeros(len(offsets), int))
     index, found = positions(store, np.arange(len(offsets)), "before")
     assert index.tolist() == [2, 4, 6, 8, 10]
     assert [LABELS[x] if x >= 0 else None for x in found] == [
