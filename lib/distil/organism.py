@@ -70,7 +70,7 @@ class Recipe:
         return cls(width=width, mlp=mlp, **rates)
 
 
-# The ladder of sizes (0.18, 0.66 and 2.07 million parameters) on which notebook 06 asks what grows with the
+# Three sizes (0.18, 0.66 and 2.07 million parameters) on which notebook 06 asks what grows with the
 # model.
 RECIPES = {"tiny_small": Recipe.of_width(48, 128), "tiny": Recipe(), "tiny_large": Recipe.of_width(176, 448)}
 

@@ -64,15 +64,12 @@ def collect(
     quantity, value, low, high, n, over), ``crosscoders`` one per crosscoder (``uniqueness``), ``thoughts``
     one per puzzle of a distilled model (``trials.transcript_table``).
 
-    ``folder`` keeps transcripts. Where notebooks 02, 05 and 10 have not run for every pair, the numbers are
-    those of the part "ladder" of ``tiny``, the same measurements from before there were such notebooks for
-    each pair; UserError if it is not there either. Without 04 its quantities are left out.
+    ``folder`` keeps transcripts. UserError names a pair for which notebooks 02, 05 and 10 have not run;
+    without 04 its quantities are left out.
     """
-    runs = {name: Run(name, run, root) for name in pairs}
-    complete = all(read_part(each, part) for each in runs.values() for part in PARTS)
     tables, crosscoders, thoughts = [], [], []
-    for name, each in runs.items():
-        numbers, own = measured(each) if complete else earlier(each)
+    for name in pairs:
+        numbers, own = measured(Run(name, run, root))
         gates, solved = ask(load_pair(name), puzzles, folder / name, seed)
         columns = ["pair", "quantity", "value", "low", "high", "n", "over"]
         tables.append(pd.DataFrame([*gates, *numbers]).assign(pair=name)[columns])
@@ -83,30 +80,18 @@ def collect(
 
 def measured(run: Run) -> tuple[list[dict], pd.DataFrame]:
     """Rows of numbers that the notebooks of one pair wrote, and its crosscoders (``uniqueness``)."""
-    nulls, seeds, similarity = (read_part(run, part).tables for part in PARTS)
+    parts = [read_part(run, part) for part in PARTS]
+    if not all(parts):
+        raise UserError(
+            f"{run.pair} has no results to compare: run make figures PAIR={run.pair}, then make study"
+            f" PAIR={run.pair} ONLY=10"
+        )
+    nulls, seeds, similarity = (part.tables for part in parts)
     own = uniqueness(nulls, seeds["scores"])
     rows = over_seeds(own)
     for c in CATEGORIES:  # AUROC of the best feature of each category
         rows.append(_over_seeds(f"auroc_{c}", seeds["by_seed"][f"auroc_{c}"].dropna()))
     return [*rows, *_read(run), *_similarity(similarity["similarity"])], own
-
-
-def earlier(run: Run) -> tuple[list[dict], pd.DataFrame]:
-    """The same from the part "ladder". Its thresholds come from two seeds of null_a, not from one."""
-    part = read_part(Run("tiny", run.name, run.root), "ladder")
-    if not part or run.pair not in set(part.tables["rungs"]["pair"]):
-        raise UserError(
-            f"{run.pair} has no results to compare: run make figures PAIR={run.pair}, then make study"
-            f" PAIR={run.pair}"
-        )
-    table, own, quantiles = (
-        frame[frame["pair"] == run.pair].drop(columns="pair")
-        for frame in (part.tables[name] for name in ("rungs", "uniqueness", "quantiles"))
-    )
-    wide = quantiles.pivot(index=["other", "seed"], columns="quantile", values="nrn")[list(QUANTILES)]
-    wide.columns = [f"nrn_q{round(100 * q):02d}" for q in QUANTILES]
-    table = table[(table["over"] != "puzzles") | table["quantity"].isin(READ)]
-    return table.to_dict("records"), own.merge(wide.reset_index(), on=["other", "seed"])
 
 
 def ask(pair: Pair, n: int, folder: Path, seed: int = 0) -> tuple[list[dict], pd.DataFrame]:

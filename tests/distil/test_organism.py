@@ -134,7 +134,7 @@ def test_a_small_run_ships_models_that_plain_transformers_loads(tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "pair" / "tokenizer")) == len(prose.vocabulary())
 
 
-def test_the_rungs_of_the_ladder_differ_in_width_and_what_follows_from_it():
+def test_the_three_sizes_differ_in_width_and_what_follows_from_it():
     small, tiny, large = (distill.RECIPES[name] for name in ("tiny_small", "tiny", "tiny_large"))
     changes = {"width", "mlp", "base_rate", "tune_rate"}
     for recipe in (small, large):
@@ -149,13 +149,15 @@ def test_the_rungs_of_the_ladder_differ_in_width_and_what_follows_from_it():
         for r in (small, tiny, large)
     ]
     assert counts[1] / counts[0] > 3 and counts[2] / counts[1] > 3, (
-        "each rung is at least three times the one below"
+        "each size is at least three times the one below"
     )
     # bfloat16: two bytes a parameter; base, distilled and two nulls, and for tiny control and style
-    assert 2 * (4 * counts[0] + 6 * counts[1] + 4 * counts[2]) < 40e6, "the ladder is too large to be shipped"
+    assert 2 * (4 * counts[0] + 6 * counts[1] + 4 * counts[2]) < 40e6, (
+        "the three sizes are too large to be shipped"
+    )
 
 
-def test_a_rung_without_a_control_ships_neither_style_nor_tokenizer(tmp_path):
+def test_a_size_without_a_control_ships_neither_style_nor_tokenizer(tmp_path):
     assert "control" in distill.stages_of("tiny")
     stages = distill.stages_of("tiny_small")
     assert set(distill.STAGES) - set(stages) == {"control"} and list(stages) == [
