@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ from ..runs import fingerprint, kept
 from ..stats import group_weights, interval, pooled
 from ..steering import ablation
 from .nulls import thresholds
-from .variants import Variant, metric
+from .variants import Variant, metric, part_of_study
 
 DICTIONARIES = {"1,024 features, k 24": (1024, 24), "256 features, k 8": (256, 8)}
 BOOTS = 1000  # resamples of documents
@@ -72,17 +73,14 @@ PREDICTIONS = {  # name: (meaning, quantity, side of the limit, limit)
 }
 
 
-def compute_verdicts(variant: Variant, seeds: int = 5) -> Part:
+@part_of_study("verdicts", 1)
+def compute_verdicts(variant: Variant, seeds: int = 5) -> tuple[dict, dict]:
     """The part "verdicts", of ``seeds`` crosscoders for each of DICTIONARIES. Tables:
 
     verdicts   ``judge``, and dictionary
     by_seed    ``single``, and dictionary
     features   ``features.recurrence.recurrent`` of the five crosscoders, and dictionary
     """
-    return variant.part("verdicts", 1, {"seeds": seeds, "boots": BOOTS}, lambda: _verdicts(variant, seeds))
-
-
-def _verdicts(variant: Variant, seeds: int) -> tuple[dict, dict]:
     models = open_models(variant.pair, variant.store.models, variant.pair.tokenizer())
     tables, metrics = {"verdicts": [], "by_seed": [], "features": []}, {}
     for name, (n_features, k) in DICTIONARIES.items():
@@ -111,20 +109,24 @@ def _members(
 ) -> tuple[list[CrossCoder], list[Measured]]:
     """The crosscoders of one dictionary, and what each of them says."""
     place, null_store = variant.folder(f"{n_features}_k{k}"), variant.harvested("base", "null_a")[1]
-    crosscoders, nulls, measured = [], [], []
-    for seed in range(seeds):
-        config = variant.config(seed, n_features=n_features, k=k)
-        crosscoders.append(train(variant.store, config, place / f"pair_{seed}"))
-        null = train(null_store, config, place / f"null_{seed}")
-        nulls.append(score_table(null, null_store, variant.max_tokens, "null_a", n_boot=0))
-    for seed, crosscoder in enumerate(crosscoders):
-        limits = nulls[seed], nulls[(seed + 1) % seeds]
+    configs = [variant.config(seed, n_features=n_features, k=k) for seed in range(seeds)]
 
-        def compute(folder: Path, crosscoder=crosscoder, limits=limits) -> None:
-            measure(crosscoder, variant, models, *limits).write(folder)
+    @cache
+    def null_scores(seed: int) -> pd.DataFrame:
+        null = train(null_store, configs[seed], place / f"null_{seed}")
+        return score_table(null, null_store, variant.max_tokens, "null_a", n_boot=0)
 
-        key = fingerprint("verdicts", 1, variant.config(seed, n_features=n_features, k=k), variant.parameters)
+    crosscoders, measured = [], []
+    for seed, config in enumerate(configs):
+        crosscoder = train(variant.store, config, place / f"pair_{seed}")
+
+        def compute(folder: Path, seed=seed, crosscoder=crosscoder) -> None:
+            nulls = null_scores(seed), null_scores((seed + 1) % seeds)
+            measure(crosscoder, variant, models, *nulls).write(folder)
+
+        key = fingerprint("verdicts", 1, config, variant.parameters)
         measured.append(kept(place / f"measured_{seed}", key, compute, Measured.read))
+        crosscoders.append(crosscoder)
     return crosscoders, measured
 
 
@@ -187,22 +189,16 @@ def measure(
 
 
 class Places:
-    """Positions of a split at one place of its sentences: ``index`` into the split's codes [n], ``tokens``
-    [n] of the store, ``following`` [n]: label of the next sentence."""
+    """Positions of a split at one place of its sentences, or of those of one kind: ``tokens`` [n] of the
+    store, ``codes`` [n, F], ``following`` [n] (label of the next sentence), ``documents`` [n]."""
 
-    def __init__(self, store: Store, coded: SplitCodes, place: str):
-        self.index, self.following = positions(store, coded.rows, place)
-        self.tokens, self.codes = coded.rows[self.index], coded.codes[self.index]
+    def __init__(self, store: Store, coded: SplitCodes, place: str, kind: str | None = None):
+        index, following = positions(store, coded.rows, place)
+        if kind is not None:
+            wanted = store.labels["label"][coded.rows[index]] == LABELS.index(kind)
+            index, following = index[wanted], following[wanted]
+        self.following, self.tokens, self.codes = following, coded.rows[index], coded.codes[index]
         self.documents = store.documents[self.tokens]
-
-    def keep(self, wanted: np.ndarray) -> None:
-        """Only those of a mask [n]."""
-        self.index, self.following, self.tokens = (
-            self.index[wanted],
-            self.following[wanted],
-            self.tokens[wanted],
-        )
-        self.codes, self.documents = self.codes[wanted], self.documents[wanted]
 
     def before(self, category: str) -> np.ndarray:
         """Which are followed by a sentence of the category, [n]."""
@@ -245,13 +241,14 @@ def predictors(
 
 
 def best_of_places(
-    coded: Mapping[str, object], positive: Mapping[str, np.ndarray], usable: np.ndarray
+    coded: Mapping[str, object], positive: Mapping[str, np.ndarray], usable: np.ndarray, silent: bool = True
 ) -> tuple[int, str, int]:
     """(feature, place, sign) with the AUROC farthest from one half: ``coded`` {place: codes [n, F]},
-    ``positive`` {place: [n]}, ``usable`` [F]; sign -1: it falls silent."""
+    ``positive`` {place: [n]}, ``usable`` [F]; sign -1: it falls silent, which counts if ``silent``."""
     values = {p: np.where(usable, auroc.auroc(coded[p], positive[p]) - 0.5, 0.0) for p in coded}
-    place = max(values, key=lambda p: np.abs(values[p]).max())
-    best = int(np.abs(values[place]).argmax())
+    merit = {p: np.abs(v) if silent else v for p, v in values.items()}
+    place = max(merit, key=lambda p: merit[p].max())
+    best = int(merit[place].argmax())
     return best, place, 1 if values[place][best] >= 0 else -1
 
 
@@ -261,19 +258,12 @@ def error_detector(
     """(feature, values, draws): which feature tells wrong steps from right ones, at the value or the full
     stop; error_auroc on the split "report". It fires at errors: a feature that falls silent is not taken."""
     usable = (table["alive"] & (table["frequency_choose"] > 0)).to_numpy()
-
-    def steps(split: str) -> dict[str, Places]:
-        places = {p: Places(store, coded[split], p) for p in PLACES}
-        for x in places.values():
-            x.keep(store.labels["label"][x.tokens] == LABELS.index("deduction"))
-        return places
-
-    fit, report = steps("choose"), steps("report")
-    wrong = {p: store.labels["error"][fit[p].tokens] == 1 for p in PLACES}
-    aurocs = {p: np.where(usable, auroc.auroc(fit[p].codes, wrong[p]), 0.0) for p in PLACES}
-    place = max(aurocs, key=lambda p: aurocs[p].max())
-    feature, at = int(aurocs[place].argmax()), report[place]
-    positive, f = store.labels["error"][at.tokens] == 1, at.activation(feature)
+    wrong = lambda x: store.labels["error"][x.tokens] == 1
+    fit = {p: Places(store, coded["choose"], p, "deduction") for p in PLACES}
+    fit_codes, fit_wrong = {p: fit[p].codes for p in PLACES}, {p: wrong(fit[p]) for p in PLACES}
+    feature, place, _ = best_of_places(fit_codes, fit_wrong, usable, silent=False)
+    at = Places(store, coded["report"], place, "deduction")
+    positive, f = wrong(at), at.activation(feature)
     values = {"error_auroc": auroc.auroc_of(f, positive), "error_at_value": float(place == "value")}
     return feature, values, {"error_auroc": at.resampled(f, positive)}
 
@@ -284,12 +274,11 @@ def removals(
     """(values, draws) of the paper's ablation (``steering.ablation``) at its largest k: loss_<c>, the change
     of the logit in the distilled model; loss_base_<c>; excess_<c>, the change minus that without matched
     features."""
-    store, removed = (
-        variant.store,
-        ablation.plan(table, [TOP], variant.nrn_over, MATCH_WIDTH, "frequency_choose"),
+    removed = ablation.plan(table, [TOP], variant.nrn_over, MATCH_WIDTH, "frequency_choose")
+    targets = ablation.sample_targets(variant.store, TARGETS)
+    effects = ablation.measure(
+        variant.store, crosscoder, models, targets, removed, 1, remote=variant.pair.remote
     )
-    targets = ablation.sample_targets(store, TARGETS)
-    effects = ablation.measure(store, crosscoder, models, targets, removed, 1, remote=variant.pair.remote)
     values, draws = {}, {}
     for c, group in effects.groupby("category", sort=False):
         change = group.pivot_table("logit", ["document", "row"], ["model", "removed"])
