@@ -27,6 +27,7 @@ from .settings import (
     number,
     path_shown,
 )
+from .stats import pooled
 
 __all__ = [
     "Results",
@@ -95,6 +96,27 @@ class Results:
         self.metrics[name] = {"value": _number(value), "ci": ci, "n": None if n is None else int(n)}
         return value
 
+    def apart(self) -> Results:
+        """Results of one crosscoder of several, which ``pool`` puts together; they are not written."""
+        return Results(self.notebook, self.run, self.parameters)
+
+    def pool(self, each: Sequence[Results]) -> None:
+        """Record every metric that was measured ``apart`` with several crosscoders: the mean, an interval
+        over crosscoders and documents (``stats.pooled``), the mean n, and what each of them says under
+        "seeds": [value, low, high], all None where it has no such number. Of one crosscoder: its own metric.
+        """
+        for name in dict.fromkeys(name for results in each for name in results.metrics):
+            found = [dict(results.metrics).get(name, _NOTHING) for results in each]
+            if len(found) == 1:
+                self.metrics[name] = found[0]
+                continue
+            own = [[m["value"], *(m["ci"] or (m["value"],) * 2)] for m in found]
+            numbers = pd.DataFrame(own, dtype=float).to_numpy()
+            value, *ci = pooled(numbers[:, 0], numbers[:, 1:])
+            sizes = [m["n"] for m in found if m["n"] is not None]
+            self.add(name, value, ci, round(sum(sizes) / len(sizes)) if sizes else None)
+            self.metrics[name]["seeds"] = own
+
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """Record a small DataFrame as {columns, rows}; a named index becomes columns. Returns the frame."""
         plain = frame.reset_index() if any(level is not None for level in frame.index.names) else frame
@@ -155,6 +177,9 @@ class Results:
 
     def _repr_html_(self) -> str:
         return self.frame().to_html(na_rep="")
+
+
+_NOTHING = {"value": None, "ci": None, "n": None}
 
 
 class _Measured(dict):

@@ -103,13 +103,15 @@ def t_interval(values, level: float = 0.95) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def pooled(values, resampled=None, level: float = 0.95) -> tuple[float, float, float]:
+def pooled(values, intervals=None, level: float = 0.95) -> tuple[float, float, float]:
     """(mean, low, high) of a number that was measured with several crosscoders: values [S], without NaN.
 
-    The interval covers the crosscoders, by Student's t over their values, and the documents on which all were
-    measured: ``resampled`` [S, n_boot], each column one resample of the documents, the same for all. Both are
-    independent of each other; their distances from the mean add up as squares (MOVER: Zou & Donner 2008,
-    "Construction of confidence limits about effect measures"). NaN with fewer than two crosscoders.
+    The interval covers the crosscoders, by Student's t over their values, and the documents (or puzzles) on
+    which all were measured: ``intervals`` [S, 2], each crosscoder's own over documents. All saw the same
+    documents, so that their errors are taken to be the same, which is the widest they can be: the mean's is
+    the mean of theirs. Both kinds are independent; their distances from the mean add up as squares (MOVER:
+    Zou & Donner 2008, "Construction of confidence limits about effect measures"). NaN with fewer than two
+    crosscoders.
     """
     values = np.asarray(values, dtype=float)
     known = ~np.isnan(values)
@@ -117,10 +119,10 @@ def pooled(values, resampled=None, level: float = 0.95) -> tuple[float, float, f
         return math.nan, *NO_INTERVAL
     mean = float(values[known].mean())
     low, high = t_interval(values[known], level)
-    if resampled is not None:
-        by_documents = interval(np.asarray(resampled, dtype=float)[known].mean(axis=0), level)
-        low = mean - math.hypot(mean - low, max(mean - by_documents[0], 0.0))
-        high = mean + math.hypot(high - mean, max(by_documents[1] - mean, 0.0))
+    if intervals is not None:
+        distances = np.abs(np.asarray(intervals, dtype=float)[known] - values[known, None])
+        below, above = np.nan_to_num(distances).mean(axis=0)
+        low, high = mean - math.hypot(mean - low, below), mean + math.hypot(high - mean, above)
     return mean, low, high
 
 

@@ -330,7 +330,7 @@ def judge(measured: Sequence[Measured]) -> pd.DataFrame:
     for name, (meaning, quantity, side, limit) in PREDICTIONS.items():
         values = np.array([m.values.get(quantity, np.nan) for m in measured])
         draws = [m.draws[quantity] for m in measured if quantity in m.draws]
-        value, low, high = pooled(values, draws if len(draws) == len(values) else None)
+        value, low, high = pooled(values, [interval(d) for d in draws] if len(draws) == len(values) else None)
         agree = float(((values > limit) == (value > limit)).mean())
         true = (value > limit) == (side == "above")
         holds, fails = int((alone.loc[name] > 0).sum()), int((alone.loc[name] < 0).sum())
