@@ -27,8 +27,7 @@ from ..stats import bootstrap, wilson
 from ..text.puzzles import PARAPHRASES
 from .store import Store
 
-LARGEST_GROUP = 65_536  # tokens whose activations are held at a time; of a larger group, random documents
-CHUNK = 4_096  # tokens of which cosines are computed at a time
+LARGEST_GROUP = 65_536  # tokens whose activations are compared at a time; of a larger group, random documents
 GREYS = {"general": "#999999", "other": "#CCCCCC"}  # of tokens without a category
 KIND_COLOURS = {"general": "#777777", "trace": COLOURS["distilled"]}
 
@@ -258,41 +257,23 @@ def similarity(store: Store, array: str = "label", split: str = "report", seed: 
         group = _some_documents(store, rows[values == value], [seed, int(value)])
         if len(group) < 3:
             continue
-        a, b = (acts.sub_(acts.mean(0)) for acts in store.activations(group)[:2])  # in place: they are large
-        same = _cosines(a, b).numpy()
+        a, b = (acts - acts.mean(0) for acts in store.activations(group)[:2])
+        same = torch.cosine_similarity(a, b, dim=1).numpy()
         mixed = rng.permutation(len(group))  # a rotation of a random order: no token meets itself
-        other = _cosines(a, b, mixed, np.roll(mixed, 1)).mean().item()
+        other = torch.cosine_similarity(a[mixed], b[np.roll(mixed, 1)], dim=1).mean().item()
         low, high = bootstrap(same, groups=store.documents[group], seed=seed)
         table.append((names[value], len(group), float(same.mean()), low, high, other))
     return pd.DataFrame(table, columns=["group", "n", "cosine", "low", "high", "other_token"])
 
 
 def _some_documents(store: Store, rows: np.ndarray, seed: list[int]) -> np.ndarray:
-    """At most ``LARGEST_GROUP`` of ``rows``, of random documents; all, if there are no more."""
+    """About ``LARGEST_GROUP`` of ``rows``, of random documents; all, if there are no more."""
     if len(rows) <= LARGEST_GROUP:
         return rows
-    documents = np.unique(store.documents[rows])
-    return _rows_of(np.random.default_rng(seed).permutation(documents), store, rows)
-
-
-def _rows_of(documents: np.ndarray, store: Store, rows: np.ndarray) -> np.ndarray:
-    """Those of ``rows`` that belong to the first of ``documents``, at most ``LARGEST_GROUP`` together."""
-    numbers, place, counts = np.unique(store.documents[rows], return_inverse=True, return_counts=True)
-    chosen = np.searchsorted(numbers, documents)
-    within = np.cumsum(counts[chosen]) <= LARGEST_GROUP
-    within[:1] = True  # one document may be longer than that
-    return rows[np.isin(place, chosen[within])][:LARGEST_GROUP]
-
-
-def _cosines(a: torch.Tensor, b: torch.Tensor, first=None, second=None) -> torch.Tensor:
-    """Cosines [n] of the rows of two tensors [n, d]; of the rows ``first`` of a and ``second`` of b, if they
-    are given. Nothing of the tensors' size is made."""
-    every = np.arange(len(a))
-    first, second = (every if order is None else order for order in (first, second))
-    parts = range(0, max(len(first), 1), CHUNK)
-    return torch.cat(
-        [torch.cosine_similarity(a[first[i : i + CHUNK]], b[second[i : i + CHUNK]], dim=1) for i in parts]
-    )
+    documents, number, counts = np.unique(store.documents[rows], return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(documents))
+    chosen = order[np.cumsum(counts[order]) <= LARGEST_GROUP]
+    return rows[np.isin(number, chosen)]
 
 
 def similarity_figure(table: pd.DataFrame, title: str, axis: str = "") -> go.Figure:
@@ -322,13 +303,11 @@ def drift(
     """How far checkpoints of the pair have moved from ``reference``: mean centred cosine at the same tokens,
     by kind of text.
 
-    Runs the models on ``documents`` random documents of the report split (fewer, if these have more than
-    ``LARGEST_GROUP`` tokens): only the pair's own two are in the store. Columns: model, kind, n, cosine, low,
-    high (bootstrap over documents). Position 0 is left out.
+    Runs the models on ``documents`` random documents of the report split: only the pair's own two are in the
+    store. Columns: model, kind, n, cosine, low, high (bootstrap over documents). Position 0 is left out.
     """
     chosen = np.random.default_rng(seed).permutation(np.unique(store.documents[store.rows("report")]))
     rows = np.flatnonzero(np.isin(store.documents, chosen[:documents]))
-    rows = _rows_of(chosen[:documents], store, rows)
     bounds = np.flatnonzero(np.diff(store.documents[rows]))
     token_lists = [part.tolist() for part in np.split(store.tokens[rows], bounds + 1)]
     tokenizer, keep = pair.tokenizer(), store.kept[rows]
@@ -336,12 +315,12 @@ def drift(
     def centred(name: str) -> torch.Tensor:
         layer = store.layers.get(name, store.layers[store.models[0]])
         acts = capture(pair.load(name), tokenizer, token_lists, layer)[keep]
-        return acts.sub_(acts.mean(0))
+        return acts - acts.mean(0)
 
     start, table = centred(reference), []
     tokens = pd.DataFrame({"kind": store.labels["kind"][rows], "document": store.documents[rows]})[keep]
     for name in names:
-        tokens["cosine"] = _cosines(start, centred(name)).numpy()
+        tokens["cosine"] = torch.cosine_similarity(start, centred(name), dim=1).numpy()
         for kind, part in tokens.groupby("kind"):
             values = part.cosine.to_numpy()
             low, high = bootstrap(values, groups=part.document, seed=seed)

@@ -9,6 +9,8 @@ norms      whose the features are: the census of all decoder rows
 plots      the figures of notebook 02
 processes  what several processes share out in training
 launch     starting these processes
+seeds      the crosscoders of a run, which differ in their seed
+recurrence which features come back with another seed
 sharing    opening a crosscoder from anywhere, checking it on data, the hub
 exchange   the formats of others
 """
@@ -17,11 +19,11 @@ import lazy_loader as lazy
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
-    submodules=["codes", "norms", "plots"],
+    submodules=["norms", "plots", "recurrence", "seeds"],
     submod_attrs={
         "model": ["CrossCoder"],
         "training": ["TrainConfig", "train", "read_log"],
         "health": ["health_card"],
-        "sharing": ["load_pair", "open_store", "open_crosscoder", "open_for_run"],
+        "sharing": ["load_pair", "open_store", "open_crosscoder"],
     },
 )

@@ -27,8 +27,9 @@ from ..activations.store import Store
 from ..activations.store import open_store as open_store
 from ..models import sources
 from ..models.pairs import load_pair as load_pair
-from ..runs import Progress, Run, fingerprint, read_manifest, write_json, write_text
+from ..runs import Progress, Run, fingerprint, write_json, write_text
 from ..settings import ROOT, UserError, check
+from . import seeds
 from .codes import sample_rows
 from .exchange import ORIGIN, WEIGHTS, Foreign, read_foreign
 from .model import CrossCoder
@@ -47,34 +48,37 @@ NAMED, FACTOR = 0.9, 0.5
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w./-]+)?")
 
 
-def open_for_run(
+def open_all(
     run: Run, store: Store, source: str = "", facts: Mapping | None = None
-) -> tuple[CrossCoder, str]:
-    """The run's crosscoder and its fingerprint; or one that was trained elsewhere, if there is a ``source``.
+) -> list[tuple[CrossCoder, str]]:
+    """The run's crosscoders (``seeds.open_all``), each with the fingerprint of its weights; or the one that
+    was trained elsewhere, if there is a ``source``.
 
     ``source``: as ``open_crosscoder`` takes it (paths from the repository's root); it is checked on the
-    store. ``facts``: what its file does not say, by name: order, scales, layer, least. UserError if the run's
-    is missing or was trained on another store than this one, or if the other does not fit the store.
+    store. ``facts``: what its file does not say, by name: order, scales, layer, least. UserError if the run
+    has none or they were trained on another store than this one, or if the other does not fit the store.
     """
     facts = dict(facts or {})
     if unknown := sorted(facts.keys() - set(FACTS)):
         raise UserError(f"unknown fact {unknown[0]!r} about the crosscoder: there are {', '.join(FACTS)}")
     if source:
         path = ROOT / source
-        crosscoder = open_crosscoder(path if path.exists() else source, store.models, store, **facts)
-        return crosscoder, fingerprint_of(crosscoder)
-    if facts:
+        opened = [open_crosscoder(path if path.exists() else source, store.models, store, **facts)]
+    elif facts:
         raise UserError(
             f"facts ({', '.join(facts)}) are given about a crosscoder from elsewhere, but not where it is:"
             " give crosscoder_source"
         )
-    manifest = read_manifest(run.path("crosscoder"), "02_train_crosscoder")
-    if manifest.get("store") != store.fingerprint:
-        raise UserError(
-            "the crosscoder was trained on another store than there is now: run notebook 02_train_crosscoder"
-            " again (make figures ONLY=02)"
-        )
-    return CrossCoder.load(run.path("crosscoder")), manifest["fingerprint"]
+    else:
+        opened = seeds.open_all(run, store)
+    return [(crosscoder, fingerprint_of(crosscoder)) for crosscoder in opened]
+
+
+def open_for_run(
+    run: Run, store: Store, source: str = "", facts: Mapping | None = None
+) -> tuple[CrossCoder, str]:
+    """The first of ``open_all``."""
+    return open_all(run, store, source, facts)[0]
 
 
 def open_crosscoder(

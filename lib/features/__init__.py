@@ -4,7 +4,7 @@ table            one row of statistics per feature; labels from ground truth; th
 auroc            AUROC, precision and recall of all features at once; predictors that see the token alone
 detectors        E3: the feature of each category against its controls
 uniqueness       NRN and latent scaling beyond a null; other seeds
-recurrence       which features come back with another crosscoder
+recurrence       moved to lib.crosscoder
 latent_scaling   how much of a feature the other model's activations hold
 token_tests      word or function: on new puzzles, and on real text
 use              what each model alone activates: how often, how strongly, in which phase

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toys import toy_pair, toy_store
 
-from lib.activations import harvest_activations, survey
+from lib.activations import harvest_activations
 from lib.activations.survey import (
     contents,
     drift,
@@ -24,7 +24,6 @@ from lib.activations.survey import (
 )
 from lib.labels import CATEGORIES, LABELS, SPLITS
 from lib.models.pairs import Pair
-from lib.models.reader import capture
 from lib.settings import UserError
 from lib.text.corpus import build
 
@@ -108,53 +107,6 @@ def test_unrelated_models_are_not_alike_and_groups_are_named(store):
 def test_unlike_widths_have_no_cosine(tmp_path):
     with pytest.raises(UserError, match="cosines need one width"):
         similarity(toy_store(tmp_path, 500))
-
-
-def test_of_a_large_group_no_more_is_held_than_the_cap_whole_documents_by_seed(store, monkeypatch):
-    held, read = [], store.activations
-    monkeypatch.setattr(store, "activations", lambda rows: held.append(rows) or read(rows))
-    everything = similarity(store, "kind", "train").set_index("group")
-    sizes = store.documents[store.rows("train")]
-    cap = 2 * np.bincount(sizes).max()
-    assert everything.n.min() > 2 * cap, "the test needs groups above the cap"
-    held.clear()
-    monkeypatch.setattr(survey, "LARGEST_GROUP", cap)
-    capped = [similarity(store, "kind", "train", seed=seed).set_index("group") for seed in (0, 0, 1)]
-    assert all(cap / 2 <= len(rows) <= cap for rows in held)
-    assert all(list(table.n) == [len(rows) for rows in held[:2]] for table in capped[:2])
-    for rows in held:  # whole documents: the interval resamples them
-        assert all((store.documents[rows] == d).sum() == (sizes == d).sum() for d in store.documents[rows])
-    assert capped[0].equals(capped[1]) and not capped[0].equals(capped[2])
-    monkeypatch.setattr(survey, "LARGEST_GROUP", 5)  # shorter than a document: its first tokens
-    assert similarity(store, "kind", "train").n.tolist() == [5, 5]
-
-
-def test_drift_reads_no_more_tokens_than_the_cap(store, pair, monkeypatch):
-    read = []
-    captured = lambda model, tokenizer, lists, layer: (
-        read.append(lists) or capture(model, tokenizer, lists, layer)
-    )
-    monkeypatch.setattr(survey, "capture", captured)
-    whole = drift(pair, store, ["distilled"], documents=40)
-    tokens, cap = sum(map(len, read[0])), sum(map(len, read[0])) // 2
-    read.clear()
-    monkeypatch.setattr(survey, "LARGEST_GROUP", tokens)
-    assert drift(pair, store, ["distilled"], documents=40).equals(whole)  # does not bind
-    monkeypatch.setattr(survey, "LARGEST_GROUP", cap)
-    read.clear()
-    assert drift(pair, store, ["distilled"], documents=40).n.sum() < whole.n.sum()
-    assert all(cap / 2 < sum(map(len, lists)) <= cap for lists in read)
-    known = [store.tokens[store.documents == d].tolist() for d in np.unique(store.documents)]
-    assert all(tokens in known for tokens in read[0]), "documents are read whole"
-
-
-def test_cosines_by_the_chunk_are_those_of_all_at_once(monkeypatch):
-    a, b = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
-    order = np.random.default_rng(0).permutation(50)
-    monkeypatch.setattr(survey, "CHUNK", 7)
-    assert torch.allclose(survey._cosines(a, b), torch.cosine_similarity(a, b, dim=1), atol=1e-6)
-    expected = torch.cosine_similarity(a[order], b[order[::-1].copy()], dim=1)
-    assert torch.allclose(survey._cosines(a, b, order, order[::-1].copy()), expected, atol=1e-6)
 
 
 def test_drift_reads_checkpoints_anew(store, pair):

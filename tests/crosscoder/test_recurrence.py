@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from lib.crosscoder import recurrence
 from lib.crosscoder.model import CrossCoder
-from lib.features import recurrence
-from lib.features.recurrence import match, recurrent
+from lib.crosscoder.recurrence import match, recurrent
 
 F, WIDTH = 12, 16
 
