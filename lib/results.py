@@ -6,13 +6,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 
-from .runs import Run, jsonable, make_command, read_manifest, read_table, versions, write_text
+from .runs import Progress, Run, jsonable, make_command, read_manifest, read_table, versions, write_text
 from .settings import (
     Count,
     Flag,
@@ -47,6 +48,7 @@ __all__ = [
     "integer",
     "number",
 ]
+Kind = TypeVar("Kind")
 # ends of the names of metrics that say how fast a machine was: no results, so not compared
 TIMES = ("_per_second", "_seconds")
 
@@ -101,21 +103,24 @@ class Results:
         return Results(self.notebook, self.run, self.parameters)
 
     def pool(self, each: Sequence[Results]) -> None:
-        """Record every metric that was measured ``apart`` with several crosscoders: the mean, an interval
-        over crosscoders and documents (``stats.pooled``), the mean n, and what each of them says under
-        "seeds": [value, low, high], all None where it has no such number. Of one crosscoder: its own metric.
-        """
+        """Record every metric that was measured ``apart`` with several crosscoders (``pooled_metric``)."""
         for name in dict.fromkeys(name for results in each for name in results.metrics):
-            found = [dict(results.metrics).get(name, _NOTHING) for results in each]
-            if len(found) == 1:
-                self.metrics[name] = found[0]
-                continue
-            own = [[m["value"], *(m["ci"] or (m["value"],) * 2)] for m in found]
-            numbers = pd.DataFrame(own, dtype=float).to_numpy()
-            value, *ci = pooled(numbers[:, 0], numbers[:, 1:])
-            sizes = [m["n"] for m in found if m["n"] is not None]
-            self.add(name, value, ci, round(sum(sizes) / len(sizes)) if sizes else None)
-            self.metrics[name]["seeds"] = own
+            self.metrics[name] = pooled_metric([dict(results.metrics).get(name) for results in each])
+
+    def over(self, crosscoders: Sequence[Kind]) -> Iterator[tuple[Results, Kind]]:
+        """(results ``apart``, crosscoder) of each; what is put into them is pooled when all are done."""
+        each = []
+        with Progress("crosscoders", len(crosscoders)) as progress:
+            for crosscoder in crosscoders:
+                each.append(self.apart())
+                yield each[-1], crosscoder
+                progress.update(len(each))
+        self.pool(each)
+
+    def take(self, part: Part) -> Part:
+        """Record the metrics of a part of the study; returns it."""
+        self.metrics.update(part.metrics)
+        return part
 
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """Record a small DataFrame as {columns, rows}; a named index becomes columns. Returns the frame."""
@@ -179,7 +184,20 @@ class Results:
         return self.frame().to_html(na_rep="")
 
 
-_NOTHING = {"value": None, "ci": None, "n": None}
+def pooled_metric(each: Sequence[Mapping | None]) -> dict:
+    """One metric of several crosscoders {value, ci, n}, None for one that has no such number: the mean, an
+    interval over crosscoders and documents (``stats.pooled``), the mean n, and what each of them says under
+    "seeds": [value, low, high]. Of one crosscoder: its own metric.
+    """
+    if len(each) == 1:
+        return dict(each[0])
+    each = [m or {"value": None, "ci": None, "n": None} for m in each]
+    own = [[m["value"], *(m["ci"] or (m["value"],) * 2)] for m in each]
+    numbers = pd.DataFrame(own, dtype=float).to_numpy()
+    value, *ci = pooled(numbers[:, 0], numbers[:, 1:])
+    sizes = [m["n"] for m in each if m["n"] is not None]
+    n = round(sum(sizes) / len(sizes)) if sizes else None
+    return {"value": _number(value), "ci": [_number(bound) for bound in ci], "n": n, "seeds": own}
 
 
 class _Measured(dict):

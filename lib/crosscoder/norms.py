@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pandas as pd
 from torch.nn.functional import cosine_similarity
@@ -45,20 +47,31 @@ def tails(nrn: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["measure", "cut-off", "features", "share", "low", "high"])
 
 
+def over_crosscoders(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """``tails`` of several crosscoders: their mean share, the lowest and the highest."""
+    shares = pd.concat(tables).groupby(["measure", "cut-off"], sort=False)["share"]
+    return shares.agg(share="mean", lowest="min", highest="max").reset_index()
+
+
 def summary(alive: pd.DataFrame, seed: int = 0) -> dict[str, dict]:
-    """{metric: {value, ci, n}} of the alive features of a ``census``: medians of NRN and of shared features'
-    cosines, the share of features that are not shared, and how alike p = 1 and p = 2 order them.
+    """{metric: {value, ci, n}} of the alive features of a ``census``: the median of NRN and the shares beyond
+    0.1 and 0.9; medians of shared features' cosines; the share of features that are not shared; how alike p =
+    1 and p = 2 order them. Intervals are over features.
     """
-    within = alive.nrn_p1.between(*SHARED)
-    shared = alive[within]
-    metrics = {}
-    for name in ("cosine", "cosine_shuffled"):
-        ci = bootstrap(shared[name], np.median, seed=seed)
-        metrics[f"{name}_shared_median"] = {"value": shared[name].median(), "ci": ci, "n": len(shared)}
-    ci = bootstrap(alive.nrn_p1, np.median, seed=seed)
-    metrics["nrn_median"] = {"value": alive.nrn_p1.median(), "ci": ci, "n": len(alive)}
-    share = 1 - len(shared) / len(alive)
-    metrics["nrn_outside_0_3_0_7"] = {"value": share, "ci": bootstrap(~within, seed=seed), "n": len(alive)}
+    within, metrics = alive.nrn_p1.between(*SHARED), {}
+    shared = alive[within].assign(cosine_gain=lambda t: t.cosine - t.cosine_shuffled)
+
+    def add(name: str, values: pd.Series, statistic: Callable = np.median) -> None:
+        ci = bootstrap(values, statistic, seed=seed)
+        metrics[name] = {"value": float(statistic(values)), "ci": ci, "n": len(values)}
+
+    for name in ("cosine", "cosine_shuffled", "cosine_gain"):
+        add(f"{name}_shared_median", shared[name])
+    add("nrn_median", alive.nrn_p1)
+    add("nrn_outside_0_3_0_7", ~within, np.mean)
+    for name, hits in (("over_0_9", alive.nrn_p1 > 0.9), ("under_0_1", alive.nrn_p1 < 0.1)):
+        ci = wilson(int(hits.sum()), len(hits))
+        metrics[f"nrn_{name}"] = {"value": hits.mean(), "ci": ci, "n": len(hits)}
     spearman = alive.nrn_p1.corr(alive.nrn_p2, method="spearman")
     metrics["nrn_p1_p2_spearman"] = {"value": spearman, "ci": None, "n": len(alive)}
     return metrics

@@ -8,6 +8,7 @@ import plotly.express as px
 import plotly.graph_objects as go
 
 from ..figures import COLOURS
+from ..results import Part
 
 GREYS = ("#8A8A8A", "#B4B4B4", "#5E5E5E", "#CFCFCF")
 
@@ -79,31 +80,63 @@ def row_cosines(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
     return fig.update_xaxes(range=[0, 1], title_text="NRN (p = 1)"), alive.drop(columns="alive")
 
 
-def nrn_beside_null(alive: pd.DataFrame, null) -> tuple[go.Figure, pd.DataFrame]:
-    """Share of alive features below every NRN, of the pair and of the null's crosscoders, with the null's 1%
-    thresholds. ``null``: the study's part "nulls" (empty: the pair's curve only).
+def nrn_beside_null(own: pd.DataFrame, null: Part) -> tuple[go.Figure, pd.DataFrame]:
+    """Share of alive features below every NRN, a curve per crosscoder of the pair and of its nulls, with the
+    nulls' 1% thresholds. ``own``: seed, alive, nrn of the pair's features; ``null``: the study's part "nulls"
+    (empty: the pair's curves only).
     """
-    values = {"this pair": alive.nrn_p1}
+    tables = [own.assign(pair="this pair")]
     if null:
-        scores = null.tables["null_scores"].query("alive")
-        values |= {f"{pair}, seed {s}": part.nrn for (pair, s), part in scores.groupby(["pair", "seed"])}
-    curves = pd.concat(
-        pd.DataFrame({"crosscoder": name, "NRN": np.sort(x), "share": (np.arange(len(x)) + 0.5) / len(x)})
-        for name, x in values.items()
-    )
+        tables.append(null.tables["null_scores"])
+    every, curves = pd.concat(tables).query("alive"), []
+    for (pair, seed), part in every.groupby(["pair", "seed"], sort=False):
+        share = (np.arange(len(part)) + 0.5) / len(part)
+        curves.append(pd.DataFrame({"pair": pair, "seed": seed, "NRN": np.sort(part["nrn"]), "share": share}))
+    curves = pd.concat(curves, ignore_index=True)
     fig = px.line(
         curves,
         x="NRN",
         y="share",
-        color="crosscoder",
-        color_discrete_map=dict(zip(values, (COLOURS["distilled"], *GREYS))),
+        color="pair",
+        line_group="seed",
+        color_discrete_map=dict(zip(curves["pair"].unique(), (COLOURS["distilled"], *GREYS))),
         title="NRN of this pair and of pairs between which nothing was learnt",
     )
+    fig.update_traces(line_width=1.5)
     if null:
         for limit in null.tables["thresholds"].query("score == 'nrn' and level == 0.01").threshold:
-            fig.add_vline(x=limit, line_dash="dot", line_color="#444444")
+            fig.add_vline(x=limit, line_dash="dot", line_width=1, line_color="#444444")
     fig.update_xaxes(range=[0, 1], title_text="NRN (p = 1)")
     return fig.update_yaxes(title_text="share of alive features below", range=[0, 1]), curves
+
+
+def by_k(table: pd.DataFrame) -> go.Figure:
+    """Recurrence, and how well the crosscoders describe the models, over k: the table by_k of the study's
+    part "seeds"."""
+    names = {"stability": "median cosine with matches", "chance": "the same by chance"}
+    names |= {
+        "recurrent": "recurrent features",
+        "fve_distilled": "FVE",
+        "ce_recovered_distilled": "CE recovered",
+    }
+    rows = []
+    for column, name in names.items():
+        low, high = (table.get(f"{column}_{end}", table[column]) for end in ("low", "high"))
+        rows.append(
+            pd.DataFrame({"k": table["k"], "of 1": table[column], "low": low, "high": high, "curve": name})
+        )
+    lines = pd.concat(rows, ignore_index=True)
+    lines = lines.assign(up=lines["high"] - lines["of 1"], down=lines["of 1"] - lines["low"])
+    fig = px.line(
+        *(lines, "k", "of 1", "curve"),
+        error_y="up",
+        error_y_minus="down",
+        markers=True,
+        log_x=True,
+        title="More features per token describe more, and recur less",
+    )
+    fig.update_xaxes(title_text="k, features per token", tickvals=table["k"].tolist())
+    return fig.update_yaxes(range=[0, 1.02], title_text="")
 
 
 def _value_only(label) -> None:

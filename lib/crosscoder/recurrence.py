@@ -23,6 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 from torch.nn import functional
 
+from ..results import pooled_metric
 from .model import CrossCoder
 
 LIMIT = 0.7  # cosine; matches in permuted rows have .15 to .25
@@ -106,3 +107,24 @@ def chance(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], seed:
     """Median cosine of the matches between the first two crosscoders when the coordinates of one are
     permuted."""
     return float(match(*crosscoders[:2], *alive[:2], shuffle=seed)["cosine"].median())
+
+
+def metrics(
+    clusters: pd.DataFrame, crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray]
+) -> dict[str, dict]:
+    """{metric: {value, ci, n}}, over the crosscoders of ``recurrent``: stability_median, recurrent_share, and
+    stability_chance; None where there is one crosscoder, which cannot recur."""
+    if len(crosscoders) == 1:
+        nothing = {"value": None, "ci": None, "n": len(clusters)}
+        return dict.fromkeys(("stability_median", "recurrent_share", "stability_chance"), nothing)
+    by_crosscoder = clusters.groupby("crosscoder")
+    values = {
+        "stability_median": by_crosscoder["stability"].median(),
+        "recurrent_share": by_crosscoder["recurrent"].mean(),
+    }
+    found = {
+        name: pooled_metric([{"value": value, "ci": None, "n": len(clusters)} for value in each])
+        for name, each in values.items()
+    }
+    level = {"value": chance(crosscoders, alive), "ci": None, "n": len(clusters)}
+    return found | {"stability_chance": level}

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..activations.store import Store
-from ..runs import MANIFEST, Run, is_current, read_manifest, whole_files
+from ..runs import MANIFEST, Run, fingerprint, is_current, read_manifest, whole_files
 from ..settings import ROOT, UserError
 from .codes import firing_frequency
 from .model import CrossCoder
@@ -38,6 +38,13 @@ def folder(run: Run, number: int, name: str = "crosscoder") -> Path:
 def shipped(pair: str, config: TrainConfig, name: str = "crosscoder") -> Path:
     """Where the crosscoder of this seed lies, if it came with the repository."""
     return ROOT / "data" / "pairs" / pair / f"{name}s" / str(config.seed)
+
+
+def content(crosscoder: CrossCoder) -> str:
+    """Fingerprint of all that decides what a crosscoder does."""
+    state = {name: t.cpu().numpy() for name, t in crosscoder.state_dict().items()}
+    shape = crosscoder.names, crosscoder.widths, crosscoder.variant, crosscoder.k
+    return fingerprint("crosscoder", *shape, state)
 
 
 def train_all(

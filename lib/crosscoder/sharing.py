@@ -27,7 +27,7 @@ from ..activations.store import Store
 from ..activations.store import open_store as open_store
 from ..models import sources
 from ..models.pairs import load_pair as load_pair
-from ..runs import Progress, Run, fingerprint, write_json, write_text
+from ..runs import Progress, Run, write_json, write_text
 from ..settings import ROOT, UserError, check
 from . import seeds
 from .codes import sample_rows
@@ -71,7 +71,7 @@ def open_all(
         )
     else:
         opened = seeds.open_all(run, store)
-    return [(crosscoder, fingerprint_of(crosscoder)) for crosscoder in opened]
+    return [(crosscoder, seeds.content(crosscoder)) for crosscoder in opened]
 
 
 def open_for_run(
@@ -153,13 +153,6 @@ def _read(path: Path, names: Sequence[str], order, scales, layer) -> Foreign:
         )
     layers = {n: int(layers[n] if isinstance(layers, Mapping) else layers) for n in names}
     return Foreign(crosscoder, layers, has_means=True, fve=origin.get("fve"))
-
-
-def fingerprint_of(crosscoder: CrossCoder) -> str:
-    """Fingerprint of all that decides what a crosscoder does."""
-    state = {name: t.cpu().numpy() for name, t in crosscoder.state_dict().items()}
-    shape = crosscoder.names, crosscoder.widths, crosscoder.variant, crosscoder.k
-    return fingerprint("crosscoder", *shape, state)
 
 
 # --- does it fit? -------------------------------------------------------------------------------------------

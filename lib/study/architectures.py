@@ -90,7 +90,7 @@ def compute_architectures(variant: Variant, boots: int = 300, dedicated: float =
     if "style" in variant.pair.others:
         _, store = variant.harvested(*NAMES)
         crosscoder = train(store, config, variant.folder("three_models"))
-        limits = variant.needed("nulls").tables["thresholds"].set_index(["score", "side", "level"])
+        limits = variant.null_limits().set_index(["score", "side", "level"])
         # of two models' rows, how short is one at the null's threshold of NRN? So short counts as absent
         limit = limits["threshold"]["nrn", "distilled", 0.01]
         short = (1 - limit) / limit

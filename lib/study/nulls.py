@@ -2,13 +2,13 @@
 
 **Nulls.** ``null_a`` and ``null_b`` are the base trained further on its own data, on the same schedule as the
 distilled model: what a crosscoder calls unique there is noise of training. Base against null_a sets
-thresholds, quantiles of a score over the null's alive features; base against null_b, with another crosscoder
-seed, was not used for that: the share of its features beyond them is their false-positive rate.
+thresholds, quantiles of a score over the null's alive features, one for each of the run's crosscoders, from
+the null's crosscoder of the same seed: so the scatter of a threshold is in whatever is said with it. Base
+against null_b was not used for that: the share of its features beyond them is their false-positive rate, and
+its ratio to the pair's share the *false-discovery rate*.
 
-**Seeds.** Features of two crosscoders are matched one to one by the cosine of their decoder rows (all models'
-rows side by side, in scaled space) such that the sum of cosines is largest (Hungarian algorithm). A feature's
-*stability* is its mean cosine with its matches in crosscoders of other seeds; the chance level is what the
-same matching finds in rows whose coordinates were permuted.
+**Seeds.** Features of several crosscoders are matched and followed (``crosscoder.recurrence``), for several
+k; the chance level is what the same matching finds in rows whose coordinates were permuted.
 
 **Likeness.** How alike the activations of base and distilled model are (CKA, Procrustes, ranks), beside the
 same numbers of the base and null_a; and whether unique features write where activations vary.
@@ -17,6 +17,7 @@ same numbers of the base and null_a; and whether unique features write where act
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -24,18 +25,20 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 
-from ..crosscoder.codes import codes, sample_rows
+from ..crosscoder.codes import codes, firing_frequency, sample_rows
+from ..crosscoder.health import health_card
 from ..crosscoder.model import CrossCoder
+from ..crosscoder.recurrence import metrics as metrics_of_recurrence
+from ..crosscoder.recurrence import recurrent
 from ..crosscoder.training import train
 from ..features import plots
-from ..features.recurrence import stability
 from ..features.table import category_features, feature_table
 from ..features.uniqueness import LEVELS, SCORES, SIDES, beyond, extremity, score_table, sign
 from ..features.use import change_limit, reweighted, solo_codes, use_table
 from ..figures import COLOURS
 from ..geometry import similarity
 from ..labels import CATEGORIES
-from ..results import Part
+from ..results import Part, pooled_metric
 from ..settings import UserError, check
 from ..stats import bootstrap, jackknife, wilson
 from .variants import Variant, metric, part_of_study
@@ -50,66 +53,93 @@ RATES = {  # score: the name of its false-positive rate among the metrics
 }
 
 
-@part_of_study("nulls", 1)
+@part_of_study("nulls", 2)
 def compute_nulls(variant: Variant, boots: int = 300) -> tuple[dict, dict]:
-    """The part "nulls": thresholds, rates beyond them, scores of the pair and of the nulls, changes of use.
+    """The part "nulls": thresholds, rates beyond them, scores of the pair and of the nulls, changes of use;
+    all tables have a column seed, that of the crosscoder.
 
-    ``boots``: resamples of documents behind an interval of nu. Base against null_a sets the thresholds, base
-    against null_b with another crosscoder seed tests them; both orders of models and seeds are computed, the
-    second for the spread alone. The same two crosscoders say how much the *use* of features changes where
-    nothing was distilled. A pair without a null_b has null_a in its place: then the false-positive rate
-    covers the crosscoder's seed, but not another training of the null.
+    ``boots``: resamples of documents behind an interval of nu. For each of the run's crosscoders one on base
+    against null_a sets thresholds, and one on base against null_b tests them. The same crosscoders say how
+    much the *use* of features changes where nothing was distilled. A pair without a null_b has null_a's next
+    crosscoder in its place: then the false-positive rate does not cover another training of the null.
     """
     if "null_a" not in variant.pair.others:
         raise UserError(
             f"the pair {variant.pair.name!r} has no null_a among its others: nothing says how unique features"
             " look by chance"
         )
-    seed, test = variant.seed, "null_b" if "null_b" in variant.pair.others else "null_a"
-    roles = {("null_a", seed): "sets the thresholds", (test, seed + 1): "false positives"}
-    if test == "null_b":
-        roles |= {("null_b", seed): "spread", ("null_a", seed + 1): "spread"}
-    tables, changes, null_scores, beyond_null = {}, [], [], []
+    test, tables = "null_b" if "null_b" in variant.pair.others else "null_a", []
+    stores = {name: variant.harvested("base", name)[1] for name in dict.fromkeys(("null_a", test))}
+    stores["distilled"] = variant.store
 
-    def change_of_use(crosscoder: CrossCoder, store, model: str, s: int) -> pd.DataFrame:
-        tokens = sample_rows(store, "report", variant.max_tokens)
-        table = use_table(solo_codes(crosscoder, store, tokens), n_boot=10, model=model)
-        columns = ["pair", "feature", "alive", "change", "seed"]
-        return table.assign(pair=f"base, {model}", seed=s)[columns]
+    @cache  # the null's crosscoders of a pair without null_b set thresholds and test them
+    def measured(name: str, s: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """(scores, changes of use) of the crosscoder of seed ``s`` on the base and another model."""
+        own = name == "distilled"
+        crosscoder = variant.crosscoders[s - variant.seed] if own else null_crosscoder(variant, name, s)
+        scores = score_table(crosscoder, stores[name], variant.max_tokens, name, "base", n_boot=boots)
+        tokens = sample_rows(stores[name], "report", variant.max_tokens)
+        use = use_table(solo_codes(crosscoder, stores[name], tokens), n_boot=10, model=name)
+        return scores, use[["feature", "alive", "change"]]
 
-    for (name, s), role in roles.items():
-        _, store = variant.harvested("base", name)
-        crosscoder = train(store, variant.config(s), variant.folder(f"{name}_seed{s}"))
-        tables[name, s] = score_table(crosscoder, store, variant.max_tokens, name, "base", n_boot=boots)
-        if role != "spread":
-            changes.append(change_of_use(crosscoder, store, name, s))
-    changes.append(change_of_use(variant.crosscoder, variant.store, "distilled", seed))
-    own = score_table(variant.crosscoder, variant.store, variant.max_tokens, n_boot=boots)
-    limits = thresholds(tables["null_a", seed])
-    for (name, s), table in tables.items():
-        which = {"pair": f"base, {name}", "seed": s}
-        null_scores.append(table.assign(**which))
-        beyond_null.append(rates(table, limits).assign(**which, role=roles[name, s]))
-    beyond_null.append(rates(own, limits).assign(pair="base, distilled", seed=seed, role="the pair"))
-    beyond_null = pd.concat(beyond_null, ignore_index=True)
-    tested = beyond_null.query("role == 'false positives' and side == 'distilled'")
+    each = []
+    for s in variant.seeds:
+        tested_by = test, s if test == "null_b" else s + 1
+        which = {
+            "null_a": ("null_a", s),
+            f"{test}, testing" if test == "null_a" else test: tested_by,
+            "distilled": ("distilled", s),
+        }
+        (null, use_null), (tester, use_test), (own, use_own) = (
+            tuple(table.assign(pair=f"base, {name}") for table in measured(*key))
+            for name, key in which.items()
+        )
+        limits, limit = thresholds(null), change_limit(use_null)
+        roles = {"sets the thresholds": null, "false positives": tester, "the pair": own}
+        beyond_null = [
+            rates(table, limits).assign(pair=table["pair"].iloc[0], seed=s, role=role)
+            for role, table in roles.items()
+        ]
+        changes = [use_null, use_test, use_own]
+        tables.append(
+            {
+                "thresholds": limits.assign(seed=s),
+                "rates": pd.concat(beyond_null),
+                "scores": own,
+                "null_scores": pd.concat([null, tester]).assign(seed=s),
+                "use": pd.concat(changes).assign(seed=s),
+            }
+        )
+        each.append(_null_metrics(tables[-1]["rates"], limit, changes))
+    metrics = {name: pooled_metric([m[name] for m in each]) for name in each[0]}
+    return metrics, {name: pd.concat([t[name] for t in tables], ignore_index=True) for name in tables[0]}
+
+
+def null_crosscoder(variant: Variant, name: str, seed: int) -> CrossCoder:
+    """The crosscoder of the base and another checkpoint with the run's configuration."""
+    return train(
+        variant.harvested("base", name)[1], variant.config(seed), variant.folder(f"{name}_seed{seed}")
+    )
+
+
+def _null_metrics(
+    beyond_null: pd.DataFrame, limit: float, changes: Sequence[pd.DataFrame]
+) -> dict[str, dict]:
+    """What one crosscoder and its nulls say: the metrics of the part."""
+    table = beyond_null.query("side == 'distilled'").set_index(["role", "score", "level"])
     metrics = {}
-    for row in tested.itertuples():
-        if row.score in RATES:
-            end = {0.01: "", 0.05: "_at_5_percent"}[row.level]
-            metrics[RATES[row.score] + end] = metric(row.rate, (row.low, row.high), row.n)
-    limit = change_limit(changes[0])
+    for score, name in RATES.items():
+        for level, end in ((0.01, ""), (0.05, "_at_5_percent")):
+            row, own = (table.loc[role, score, level] for role in ("false positives", "the pair"))
+            metrics[name + end] = metric(row.rate, (row.low, row.high), row.n)
+            metrics[f"beyond_null_{score}_distilled{end}"] = metric(own.rate, (own.low, own.high), own.n)
+            found = row.rate / own.rate if own.rate else np.nan
+            metrics[f"false_discovery_{score}{end}"] = metric(min(found, 1.0), n=own.hits)
     metrics["use_limit"] = metric(limit, n=int(changes[0].alive.sum()))
-    for name, table in zip(("use_false_positive_rate", "use_reweighted_rate"), changes[1:]):
-        hits, n = int(reweighted(table, limit).sum()), int(table.alive.sum())
+    for name, use in zip(("use_false_positive_rate", "use_reweighted_rate"), changes[1:]):
+        hits, n = int(reweighted(use, limit).sum()), int(use.alive.sum())
         metrics[name] = metric(hits / n, wilson(hits, n), n)
-    return metrics, {
-        "thresholds": limits,
-        "rates": beyond_null,
-        "scores": own,
-        "null_scores": pd.concat(null_scores, ignore_index=True),
-        "use": pd.concat(changes, ignore_index=True),
-    }
+    return metrics
 
 
 def thresholds(
@@ -152,53 +182,30 @@ def _share(hits: int, n: int) -> dict[str, float]:
 
 def centred_rates(null_scores: pd.DataFrame, scores: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
     """Share of alive features whose NRN lies further above its own crosscoder's median than the null's limit:
-    role, rate, low, high, hits, n.
+    role, seed, rate, low, high, hits, n.
 
     NRN compares rows after each model was brought to the same mean norm. If one model's variance is then
     larger, all of its rows are longer, and the whole distribution moves: a matter of scale, which ``rates``
     counts as uniqueness of every feature. Here only what stands out from its own pair counts. The tables are
     those of the study's part "nulls", the roles those in its ``rates``.
     """
-    roles = rates.drop_duplicates(["pair", "seed"]).set_index(["pair", "seed"])["role"]
-    tables = dict(list(null_scores.groupby(["pair", "seed"])))
-    tables[roles.index[roles == "the pair"][0]] = scores
-    above = {}
-    for key, table in tables.items():
-        nrn = table["nrn"][table["alive"].astype(bool)]
-        above[roles[key]] = nrn - nrn.median()
-    above.pop("spread", None)
-    limit = np.quantile(above["sets the thresholds"], 1 - LEVELS[0])
-    rows = [{"role": role, **_share(int((d > limit).sum()), len(d))} for role, d in above.items()]
+    roles = rates.drop_duplicates(["pair", "seed", "role"]).set_index("pair")["role"].to_dict()
+    rows = []
+    for seed, tables in pd.concat([null_scores, scores]).groupby("seed"):
+        above = {}
+        for pair, table in tables[tables["alive"].astype(bool)].groupby("pair", sort=False):
+            above[roles[pair]] = table["nrn"] - table["nrn"].median()
+        limit = np.quantile(above["sets the thresholds"], 1 - LEVELS[0])
+        shares = {role: _share(int((d > limit).sum()), len(d)) for role, d in above.items()}
+        rows += [{"role": role, "seed": seed, **share} for role, share in shares.items()]
     return pd.DataFrame(rows)
 
 
-def plot_nulls(part: Part) -> tuple[go.Figure, pd.DataFrame]:
-    """(figure, its data): distributions of NRN of the pair and of its nulls, and the thresholds."""
-    kinds = {"this pair": part.tables["scores"]}
-    for (pair, seed), table in part.tables["null_scores"].groupby(["pair", "seed"]):
-        kinds[f"{pair}, seed {seed}"] = table
-    curves = []
-    for name, table in kinds.items():
-        nrn = np.sort(table[table["alive"].astype(bool)]["nrn"])
-        share = (np.arange(len(nrn)) + 0.5) / len(nrn)
-        curves.append(pd.DataFrame({"crosscoder": name, "NRN": nrn, "share": share}))
-    curves = pd.concat(curves, ignore_index=True)
-    fig = px.line(
-        *(curves, "NRN", "share", "crosscoder"),
-        line_dash="crosscoder",
-        line_dash_map=dict(zip(kinds, ("solid", "dash", "dot", "dashdot", "longdash"))),
-        color_discrete_map=dict.fromkeys(kinds, COLOURS["null"]) | {"this pair": COLOURS["distilled"]},
-        title="NRN of the pair and of pairs that learnt no thinking",
-    )
-    for row in part.tables["thresholds"].query("score == 'nrn' and level == 0.01").itertuples():
-        fig.add_vline(row.threshold, line_dash="dot", line_color="#444444", annotation_text="the null's 1%")
-    fig.update_xaxes(range=[0, 1], title_text="NRN (p = 1)")
-    return fig.update_yaxes(title_text="share of alive features below", range=[0, 1]), curves
-
-
 def plot_scaling(part: Part) -> tuple[go.Figure, pd.DataFrame]:
-    """(figure, its data): NRN against nu of every alive feature of the pair; a unique one is low in nu."""
-    table, limits = part.tables["scores"].assign(label=""), part.tables["thresholds"]
+    """(figure, its data): NRN against nu of every alive feature of the first crosscoder of the pair; a unique
+    one is low in nu."""
+    first = lambda name: part.tables[name].query("seed == seed.min()").reset_index(drop=True)
+    table, limits = first("scores").assign(label=""), first("thresholds")
     limit = limits.query("score == 'nrn' and side == 'distilled' and level == 0.01")["threshold"].item()
     return plots.scaling(table, beyond(table, limits, "nrn"), limit)
 
@@ -206,22 +213,51 @@ def plot_scaling(part: Part) -> tuple[go.Figure, pd.DataFrame]:
 # --- the part "seeds" ---------------------------------------------------------------------------------------
 
 
-@part_of_study("seeds", 1)
-def compute_seeds(variant: Variant, seeds: int = 3) -> tuple[dict, dict]:
-    """The part "seeds": the run's crosscoder and others that differ in their seed alone, ``seeds`` in all.
-    Matches of their features, and what each of them alone would have said of the categories.
+@part_of_study("seeds", 2)
+def compute_seeds(variant: Variant, ks: Sequence[int] = (), ce_tokens: int = 10_000) -> tuple[dict, dict]:
+    """The part "seeds": do the features of the run's crosscoders recur, and how does that depend on k?
+
+    ``ks``: numbers of features per token for which as many crosscoders are trained, beside the run's own;
+    ``ce_tokens``: tokens on which each model is run on its reconstruction. Tables: clusters
+    (``crosscoder.recurrence.recurrent``), by_seed (what each crosscoder alone says of the categories), by_k
+    (a row per k: recurrence, and how well the crosscoders describe the models, means and 95% over them).
     """
-    limits, store, first = variant.needed("nulls").tables["thresholds"], variant.store, variant.seed
-    more = range(first + 1, first + seeds)
-    others = [train(store, variant.config(s), variant.folder(f"seed{s}")) for s in more]
-    crosscoders, tables, rows, alive = [variant.crosscoder, *others], [], [], []
-    for s, crosscoder in enumerate(crosscoders, start=first):
+    store, limits = variant.store, variant.needed("nulls").tables["thresholds"]
+    models = {name: variant.pair.load(name) for name in store.models}
+    rows, clusters, by_k, own_k = [], None, [], variant.config().k
+    for k in sorted({*ks, own_k}):
+        trained = (
+            variant.crosscoders
+            if k == own_k
+            else [
+                train(store, variant.config(s, k=k), variant.folder(f"k{k}_seed{s}")) for s in variant.seeds
+            ]
+        )
+        alive = [firing_frequency(c, store) > 0 for c in trained]
+        found = recurrent(trained, alive)
+        cards = [health_card(c, store, models, ce_tokens, n_boot=1) for c in trained]
+        quality = {
+            name: pooled_metric([metric(card[name]["value"]) for card in cards])
+            for name in cards[0]
+            if name.startswith(("fve_", "ce_recovered_", "dead_"))
+        }
+        again = metrics_of_recurrence(found, trained, alive)
+        quality |= {"stability": again["stability_median"], "recurrent": again["recurrent_share"]}
+        row = {"k": k, "chance": again["stability_chance"]["value"]}
+        for name, m in quality.items():
+            low, high = m["ci"] or (None, None)
+            row |= {name: m["value"], f"{name}_low": low, f"{name}_high": high}
+        by_k.append(row)
+        if k == own_k:
+            clusters, metrics = found, again
+    for s, crosscoder in zip(variant.seeds, variant.crosscoders):
         splits = [codes(crosscoder, store, split, variant.max_tokens) for split in ("choose", "report")]
         table = feature_table(crosscoder, store, *splits)
         scores = score_table(crosscoder, store, variant.max_tokens, n_boot=10)
         chosen, lives = category_features(table, variant.nrn_over), table["alive"].to_numpy(bool)
-        unique, nrn = {score: beyond(scores, limits, score) for score in SCORES}, table.loc[lives, "nrn"]
-        row = {"seed": s, "alive": int(lives.sum()), "nrn_mean": nrn.mean(), "nrn_sd": nrn.std()}
+        unique = {score: beyond(scores, limits.query("seed == @s"), score) for score in SCORES}
+        nrn, row = table.loc[lives, "nrn"], {"seed": s, "alive": int(lives.sum())}
+        row |= {"nrn_mean": nrn.mean(), "nrn_sd": nrn.std()}
         row |= {f"unique_{score}": int(hits.sum()) for score, hits in unique.items()}
         for c in CATEGORIES:
             f = chosen.get(c)
@@ -233,34 +269,35 @@ def compute_seeds(variant: Variant, seeds: int = 3) -> tuple[dict, dict]:
                 f"above_null_{c}": known and bool(unique["nrn"][f]),
             }
         rows.append(row)
-        alive.append(lives)
-        columns = ["seed", "feature", "alive", "frequency", "nrn", "nrn_p2", "side", "nu_eps", "nu_r"]
-        tables.append(scores.assign(seed=s)[columns])
-    stable = stability(crosscoders, alive)
-    unique = stable["feature"].isin(np.flatnonzero(beyond(tables[0].reset_index(drop=True), limits, "nrn")))
-    metrics = {
-        "stability_median": metric(stable["stability"].median(), n=len(stable)),
-        "stability_chance": metric(stable["chance"].median(), n=len(stable)),
-        "stability_unique_median": metric(stable.loc[unique, "stability"].median(), n=int(unique.sum())),
-    }
+        number = clusters["crosscoder"] == s - variant.seed
+        clusters.loc[number, "unique"] = unique["nu_eps"][clusters.loc[number, "feature"]]
+    unique = clusters["unique"].astype(bool)
+    medians = clusters[unique].groupby("crosscoder")["stability"].median()
+    if len(medians):
+        metrics["stability_unique_median"] = pooled_metric([metric(v, n=unique.sum()) for v in medians])
+    metrics |= {f"stability_median_k{row['k']}": metric(row["stability"], _bounds(row)) for row in by_k}
+    by_seed = pd.DataFrame(rows)
     for c in CATEGORIES:
-        row = stable[stable["feature"] == rows[0][f"feature_{c}"]]
-        cosines = row.filter(regex=r"^cosine_").to_numpy().ravel()
-        # beside the mean the lowest and the highest, not an interval
-        known = (cosines.mean(), (cosines.min(), cosines.max())) if len(cosines) else (np.nan, None)
-        metrics[f"stable_{c}"] = metric(*known, n=len(cosines))
-    by_seed, scores = pd.DataFrame(rows), pd.concat(tables, ignore_index=True)
-    return metrics, {"stability": stable, "by_seed": by_seed, "scores": scores}
+        chosen = by_seed.set_index(by_seed["seed"] - variant.seed)[f"feature_{c}"].dropna()
+        stable = (
+            clusters.set_index(["crosscoder", "feature"])["stability"].reindex(list(chosen.items())).dropna()
+        )
+        if len(stable):
+            metrics[f"stable_{c}"] = pooled_metric([metric(value) for value in stable])
+    return metrics, {"clusters": clusters, "by_seed": by_seed, "by_k": pd.DataFrame(by_k)}
 
 
-def plot_stability(stable: pd.DataFrame) -> go.Figure:
-    """Distribution of ``stability`` over the features, beside the chance level."""
-    names = {"stability": "other seeds", "chance": "permuted coordinates (chance)"}
-    rows = stable.melt(["feature"], list(names), var_name="matched with", value_name="cosine")
+def _bounds(row: dict) -> tuple | None:
+    ends = row["stability_low"], row["stability_high"]
+    return None if None in ends else ends
+
+
+def plot_stability(clusters: pd.DataFrame) -> go.Figure:
+    """Distribution of the features' mean cosine with their matches in the other crosscoders."""
     fig = px.histogram(
-        rows.replace({"matched with": names}), x="cosine", color="matched with", nbins=60, barmode="overlay",
-        histnorm="percent", title="Do features recur with another seed?",
-        color_discrete_map=dict(zip(names.values(), (COLOURS["distilled"], COLOURS["null"]))),
+        clusters, x="stability", color="recurrent", nbins=50, histnorm="percent", barmode="stack",
+        title="Do features recur with another seed?",
+        color_discrete_map={True: COLOURS["distilled"], False: COLOURS["null"]},
     )  # fmt: skip
     fig.update_xaxes(title_text="mean cosine with the matched features", range=[0, 1.02])
     return fig.update_yaxes(title_text="% of features")
@@ -269,7 +306,7 @@ def plot_stability(stable: pd.DataFrame) -> go.Figure:
 # --- the part "similarity" ----------------------------------------------------------------------------------
 
 
-@part_of_study("similarity", 1)
+@part_of_study("similarity", 2)
 def compute_similarity(variant: Variant, tokens: int = 8000) -> tuple[dict, dict]:
     """The part "similarity", on ``tokens`` of the report split.
 
@@ -289,8 +326,9 @@ def compute_similarity(variant: Variant, tokens: int = 8000) -> tuple[dict, dict
             rows.append(found.assign(other=other, text=text))
     table = pd.concat(rows, ignore_index=True)
     crosscoder, store, null = variant.crosscoder, variant.store, variant.needed("nulls").tables
-    alive = null["scores"]["alive"].to_numpy(bool)
-    unique = np.flatnonzero(beyond(null["scores"], null["thresholds"], "nrn"))
+    scores = null["scores"].query("seed == @variant.seed").reset_index(drop=True)
+    alive = scores["alive"].to_numpy(bool)
+    unique = np.flatnonzero(beyond(scores, variant.null_limits(), "nrn"))
     decoder, dims, angles = crosscoder.rows("distilled").numpy(), store.widths["distilled"] // 4, []
     for name, acts in zip(store.models, store.activations(sample_rows(store, "report", tokens))):
         basis = similarity.components(acts.numpy(), dims)

@@ -87,7 +87,7 @@ def measured(run: Run) -> tuple[list[dict], pd.DataFrame]:
             f" PAIR={run.pair} ONLY=10"
         )
     nulls, seeds, similarity = (part.tables for part in parts)
-    own = uniqueness(nulls, seeds["scores"])
+    own = uniqueness(nulls)
     rows = over_seeds(own)
     for c in CATEGORIES:  # AUROC of the best feature of each category
         rows.append(_over_seeds(f"auroc_{c}", seeds["by_seed"][f"auroc_{c}"].dropna()))
@@ -135,19 +135,19 @@ def _auroc(rows: np.ndarray) -> float:
     return float(roc_auc_score(rows[:, 0], rows[:, 1])) if 0 < rows[:, 0].sum() < len(rows) else float("nan")
 
 
-def uniqueness(nulls: Mapping[str, pd.DataFrame], seeds: pd.DataFrame) -> pd.DataFrame:
-    """One row per crosscoder of a pair and of its nulls, from the tables of the parts "nulls" and "seeds":
-    other (the model beside the base), seed, alive; for p = 1 and (``_p2``) p = 2 nrn_mean and nrn_sd over
-    alive features, threshold (the null's 1%), unique (features above it) and share (of the alive ones);
-    nrn_q01, nrn_q50, nrn_q99."""
-    limits = nulls["thresholds"].set_index(["score", "side", "level"])["threshold"]
-    every = pd.concat([seeds.assign(pair="base, distilled"), nulls["null_scores"]], ignore_index=True)
+def uniqueness(nulls: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row per crosscoder of a pair and of its nulls, from the tables of the part "nulls": other (the
+    model beside the base), seed, alive; for p = 1 and (``_p2``) p = 2 nrn_mean and nrn_sd over alive
+    features, threshold (the 1% of the null of that seed), unique (features above it) and share (of the alive
+    ones); nrn_q01, nrn_q50, nrn_q99."""
+    limits = nulls["thresholds"].set_index(["seed", "score", "side", "level"])["threshold"]
     rows = []
+    every = pd.concat([nulls["scores"], nulls["null_scores"]], ignore_index=True)
     for (pair, seed), frame in every.groupby(["pair", "seed"], sort=False):
         alive = frame[frame["alive"].astype(bool)]
         row = {"other": pair.removeprefix("base, "), "seed": seed, "alive": len(alive)}
         for score, end in (("nrn", ""), ("nrn_p2", "_p2")):
-            limit = limits[score, "distilled", 0.01]
+            limit = limits[seed, score, "distilled", 0.01]
             unique = int((alive[score] > limit).sum())
             row |= {f"nrn_mean{end}": alive[score].mean(), f"nrn_sd{end}": alive[score].std()}
             row |= {f"threshold{end}": limit, f"unique{end}": unique, f"share{end}": unique / len(alive)}

@@ -154,7 +154,7 @@ def _on_another_text(variant: Variant, traces: str, general: str) -> dict[str, p
     other = harvest_activations(pair, corpus, folder / "store", layer=variant.layer)
     stores = {"own": variant.store, "other": other}
     crosscoders = {"own": variant.crosscoder, "other": train(other, variant.config(), folder / "crosscoder")}
-    limits = variant.needed("nulls").tables["thresholds"]
+    limits = variant.null_limits()
     rows, transfer, predictors, alive = [], [], [], []
     for text, crosscoder in crosscoders.items():
         scores = score_table(crosscoder, stores[text], variant.max_tokens, n_boot=10)

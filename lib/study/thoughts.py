@@ -44,7 +44,11 @@ def compute_thoughts(
             f"whole thoughts are followed on puzzles, which the pair {pair.name!r} was not made for: leave"
             " notebook 13 out"
         )
-    table, null = variant.inspection().table, variant.needed("nulls").tables
+    table = variant.inspection().table
+    null = {
+        name: part.query("seed == @seed").reset_index(drop=True)
+        for name, part in variant.needed("nulls").tables.items()
+    }
     unique = np.any([beyond(null["scores"], null["thresholds"], "nrn", side) for side in SIDES], axis=0)
     use = {
         name: null["use"][null["use"]["pair"] == f"base, {name}"].reset_index(drop=True)

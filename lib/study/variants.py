@@ -17,17 +17,18 @@ from functools import cached_property, wraps
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..activations.harvest import harvest_activations
 from ..activations.store import Store, open_store
 from ..crosscoder.model import CrossCoder
-from ..crosscoder.sharing import open_for_run
+from ..crosscoder.sharing import open_all
 from ..crosscoder.training import TrainConfig
 from ..features.table import Inspection, inspect
 from ..models.pairs import Pair, load_pair
 from ..results import Part, Results, read_part, read_results
-from ..runs import MANIFEST, Run, fingerprint, is_current, versions, write_manifest, write_text
+from ..runs import MANIFEST, Run, fingerprint, is_current, read_manifest, versions, write_manifest, write_text
 from ..settings import UserError
 from ..text.corpus import build, override
 
@@ -36,7 +37,7 @@ USED = {  # parameters of the notebooks on which every part depends
     HARVEST: ("seed", "tokens", "trace_share", "layer"),
     TRAINING: (
         *("seed", "variant", "n_features", "k", "tokens", "batch_size"),
-        *("learning_rate", "precision", "l1_coefficient"),
+        *("learning_rate", "precision", "l1_coefficient", "crosscoders"),
     ),
     INSPECTION: ("seed", "max_tokens", "nrn_over", "top_contexts"),
 }
@@ -50,13 +51,14 @@ class Variant:
         """``parameters`` of notebooks 01 to 03 by file name: {"01_harvest_activations": {"tokens": ...}}."""
         self.run, self.pair = run, load_pair(run.pair)
         self.parameters = {
-            notebook: {name: parameters[notebook][name] for name in names} for notebook, names in USED.items()
-        }
+            notebook: {name: parameters[notebook].get(name, 1) for name in names}
+            for notebook, names in USED.items()
+        }  # results from before a run had several crosscoders have one
         # named only where they are not the pair's own: fingerprints of parts from before there was a choice
         # stay valid
         harvest, inspection = self.parameters[HARVEST], self.parameters[INSPECTION]
         harvest |= {name: parameters[HARVEST][name] for name in TEXTS if parameters[HARVEST].get(name)}
-        self.seed = self.parameters[TRAINING]["seed"]  # of the run's crosscoder
+        self.seed = self.parameters[TRAINING]["seed"]  # of the run's first crosscoder
         self.layer = None if harvest["layer"] < 0 else harvest["layer"]  # the decoder layer; None: half depth
         self.max_tokens = inspection["max_tokens"]  # of a split, on which features are measured
         self.nrn_over = inspection["nrn_over"]  # above it a feature may stand for a category
@@ -66,20 +68,32 @@ class Variant:
         return open_store(self.run, self.pair)
 
     @cached_property
-    def _opened(self) -> tuple[CrossCoder, str]:
-        return open_for_run(self.run, self.store)
+    def _opened(self) -> list[tuple[CrossCoder, str]]:
+        return open_all(self.run, self.store)
+
+    @property
+    def crosscoders(self) -> list[CrossCoder]:
+        """All of the run; they differ in their seed alone (``seeds``)."""
+        return [crosscoder for crosscoder, _ in self._opened]
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the run's crosscoders."""
+        return range(self.seed, self.seed + len(self._opened))
 
     @property
     def crosscoder(self) -> CrossCoder:
-        return self._opened[0]
+        """The first one."""
+        return self._opened[0][0]
 
     @property
     def crosscoder_fingerprint(self) -> str:
-        return self._opened[1]
+        return self._opened[0][1]
 
     def config(self, seed: int | None = None, **changes) -> TrainConfig:
         """The training of notebook 02, with another seed or other fields."""
         given = dict(self.parameters[TRAINING])
+        del given["crosscoders"]
         given |= {"rate": given.pop("learning_rate"), "l1": given.pop("l1_coefficient")}
         return TrainConfig(**given | ({} if seed is None else {"seed": seed}) | changes)
 
@@ -120,8 +134,14 @@ class Variant:
             raise UserError(f"this part builds on the part {part!r}, which comes first. {found.note}")
         return found
 
-    def _inputs(self) -> dict[str, str]:
-        return {"store": self.store.fingerprint, "crosscoder": self.crosscoder_fingerprint}
+    def null_limits(self) -> pd.DataFrame:
+        """The null's thresholds for the first crosscoder, of the part "nulls"."""
+        return self.needed("nulls").tables["thresholds"].query("seed == @self.seed")
+
+    def _inputs(self) -> dict:
+        """Fingerprints of the store, of the first crosscoder's weights, and of all crosscoders'."""
+        every = [fingerprint for _, fingerprint in self._opened]
+        return {"store": self.store.fingerprint, "crosscoder": every[0], "crosscoders": every}
 
     def part(
         self, name: str, version: int, budget: Mapping, compute: Callable[[], tuple[dict, dict]], *more
@@ -129,7 +149,13 @@ class Variant:
         """The part ``name``, read if its fingerprint is current, else computed: ``compute() -> (metrics,
         tables)``. ``version`` is raised when the meaning of a number changes."""
         expected, began = self.fingerprint(name, version, budget, *more), time.monotonic()
-        if not is_current(self.run.figures / "study" / name, expected):
+        folder = self.run.figures / "study" / name
+        # a part that is committed can be read where nothing was trained; beside other crosscoders than those
+        # it was made from it says nothing
+        if not is_current(folder, expected) or (
+            self.run.path("crosscoder").is_dir()
+            and read_manifest(folder, name)["inputs"].get("crosscoders") != self._inputs()["crosscoders"]
+        ):
             metrics, tables = compute()
             info = {"budget": dict(budget), "seconds": round(time.monotonic() - began, 1)}
             write_part(self.run, name, expected, metrics, tables, self._inputs(), **info)
@@ -185,7 +211,7 @@ def write_part(
 def metric(value: float | None, ci: Sequence[float] | None = None, n: int | None = None) -> dict:
     """One number as results keep it: {value, ci, n}."""
     return {
-        "value": None if value is None else float(value),
+        "value": None if value is None or np.isnan(value) else float(value),
         "ci": None if ci is None else [float(b) for b in ci],
         "n": None if n is None else int(n),
     }

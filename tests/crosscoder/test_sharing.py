@@ -11,7 +11,8 @@ import torch
 from lib.crosscoder import sharing
 from lib.crosscoder.exchange import export_dictionary_learning, export_replication
 from lib.crosscoder.model import CrossCoder
-from lib.crosscoder.sharing import check_on_data, fingerprint_of, fve, model_card, open_crosscoder, pull, push
+from lib.crosscoder.seeds import content
+from lib.crosscoder.sharing import check_on_data, fve, model_card, open_crosscoder, pull, push
 from lib.models import sources
 from lib.settings import UserError
 
@@ -312,11 +313,9 @@ def test_the_order_wanted_is_the_order_given_out(store, tmp_path):
 
 def test_a_mark_is_that_of_the_weights(store):
     one, other = store.crosscoder(), store.crosscoder()
-    assert fingerprint_of(one) == fingerprint_of(other)
+    assert content(one) == content(other)
     other.W_dec[3, 5] += 1e-3
-    assert fingerprint_of(one) != fingerprint_of(other) and fingerprint_of(one) != fingerprint_of(
-        store.crosscoder(base=0.21)
-    )
+    assert content(one) != content(other) and content(one) != content(store.crosscoder(base=0.21))
 
 
 # --- the hub ------------------------------------------------------------------------------------------------

@@ -348,7 +348,7 @@ def test_a_crosscoder_of_another_store_is_refused(toy, run):
     crosscoder.save(run.path("crosscoder"))
     write_manifest(run.path("crosscoder"), "mark", store=store.fingerprint)
     loaded, mark = sharing.open_for_run(run, store)
-    assert mark == sharing.fingerprint_of(crosscoder) and torch.equal(loaded.W_dec, crosscoder.W_dec)
+    assert mark == sharing.seeds.content(crosscoder) and torch.equal(loaded.W_dec, crosscoder.W_dec)
     write_manifest(run.path("crosscoder"), "mark", store="another")
     with pytest.raises(UserError, match="another store.*02_train_crosscoder again"):
         sharing.open_for_run(run, store)
@@ -384,7 +384,7 @@ def test_a_crosscoder_from_elsewhere_gives_the_table_of_the_own_one(run):
     pair, facts = toy_pair(run.folder, (16, 16)), {"ours": {"layer": layer, "least": 0.99}}
     for name in ("ours", "replication", "dictionary_learning"):
         found, mark = sharing.open_for_run(run, store, str(folder / name), facts.get(name))
-        assert mark == sharing.fingerprint_of(found) and (mark == own_mark) == (name == "ours")
+        assert mark == sharing.seeds.content(found) and (mark == own_mark) == (name == "ours")
         made = features.inspect(found, store, run.path("features"), mark, build_tokenizer())
         pd.testing.assert_frame_equal(made.table, expected.table, rtol=1e-4, atol=1e-4, check_exact=False)
         assert table_module.open_artefacts(run, pair, str(folder / name), facts.get(name))[4] == mark
