@@ -124,7 +124,7 @@ def imported(node):
 
 @each
 def test_a_notebook_imports_from_its_own_package_the_results_and_the_figures_only(stem):
-    allowed = {f"lib.{PACKAGE_OF.get(stem[:2], 'study')}", "lib.results", "lib.figures"}
+    allowed = {f"lib.{PACKAGE_OF.get(stem[:2], 'study')}", "lib.results", "lib.figures", "lib.verdicts"}
     found, importing = set(), set()
     for number, cell in enumerate(cells(stem, "code")[0]):
         for node in ast.walk(ast.parse(cell.source)):
