@@ -105,7 +105,7 @@ def compute_nulls(variant: Variant, boots: int = 300) -> tuple[dict, dict]:
             {
                 "thresholds": limits.assign(seed=s),
                 "rates": pd.concat(beyond_null),
-                "scores": own,
+                "scores": own.assign(seed=s),
                 "null_scores": pd.concat([null, tester]).assign(seed=s),
                 "use": pd.concat(changes).assign(seed=s),
             }
