@@ -2,7 +2,7 @@
 said in a sentence.
 
     python -m lib figures --profile smoke   # leaves the artefacts that the notebooks then only read
-    python -m pytest -m slow tests/house/test_out_of_order.py
+    python -m pytest -m slow --numprocesses 2 --dist load tests/house/test_out_of_order.py
 """
 
 import json
@@ -11,30 +11,26 @@ import random
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from opened import STEMS, copied, copied_runs
 
 from lib.runs import Run
 from lib.settings import ROOT
-from lib.tools.notebooks import own_kernel, prepared
-from lib.tools.profiles import read_profile
+from lib.tools.notebooks import environment, own_kernel, parameters_of
 
 pytestmark = pytest.mark.slow
 
-STEMS = sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 MISSING = "Run > Run All Above Selected Cell"  # what Results says of a number whose cell has not been run
 
 
+@pytest.fixture(scope="session")
+def own():
+    yield from copied_runs("again")
+
+
 @pytest.mark.parametrize("stem", STEMS)
-def test_after_a_whole_run_every_cell_can_be_run_again_in_any_order(stem):
-    run = Run("tiny", "smoke")
-    if not run.path("crosscoder").is_dir():
-        pytest.skip("the notebooks' artefacts are not there: make figures PROFILE=smoke")
-    given = {"pair": "tiny", "run": "smoke"} | read_profile(
-        ROOT / "notebooks" / "profiles", "smoke", STEMS
-    ).get(stem, {})
-    notebook = nbformat.read(
-        prepared(ROOT / "notebooks" / f"{stem}.ipynb", run.folder / "again" / f"{stem}.ipynb", given),
-        as_version=4,
-    )
+def test_after_a_whole_run_every_cell_can_be_run_again_in_any_order(own, stem):
+    file = copied(stem, own)
+    notebook = nbformat.read(file, as_version=4)
     client = NotebookClient(
         notebook,
         timeout=600,
@@ -43,6 +39,8 @@ def test_after_a_whole_run_every_cell_can_be_run_again_in_any_order(stem):
         resources={"metadata": {"path": str(ROOT / "notebooks")}},
     )
     numbers = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    results = Run(parameters_of(file)["pair"], own).results / f"{stem[:2]}.json"
+    results.unlink(missing_ok=True)
 
     def errors(order):
         for i in order:
@@ -55,14 +53,11 @@ def test_after_a_whole_run_every_cell_can_be_run_again_in_any_order(stem):
             )
 
     def written():
-        return {
-            file.name: sorted(json.loads(file.read_text())["metrics"]) for file in run.results.glob("*.json")
-        }
+        return sorted(json.loads(results.read_text())["metrics"])
 
-    with own_kernel(), client.setup_kernel():
+    with own_kernel(), environment(BROWSER_PATH="none"), client.setup_kernel():  # no PNGs
         assert list(errors(numbers)) == []
         whole = written()
-        assert whole, "no results were written"
         said = list(errors(random.Random(0).sample(numbers, len(numbers))))
         assert [line for line in said if "UserError" not in line or MISSING not in line] == []
         assert list(errors(numbers)) == []
