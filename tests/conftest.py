@@ -22,6 +22,12 @@ def pytest_configure(config):
     )
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if mark := item.get_closest_marker("fault"):
+            item.user_properties.append(("fault", [mark.args[0], mark.kwargs.get("n", 1)]))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     import torch

@@ -1,8 +1,9 @@
 """``python -m tests.faults``: all kills, faults and bad inputs, and one line that counts them.
 
 Cases are marked ``@pytest.mark.fault("kill")``, ``("fault")`` or ``("bad input")``, with ``n=`` where one
-test has several. Every test of these passes only if nothing was lost and what was said is clear, so what
-fails counts as one that lost something or was unclear.
+test has several; conftest.py writes the mark into the report of the test, which may come from another
+process. Every test of these passes only if nothing was lost and what was said is clear, so what fails counts
+as one that lost something or was unclear.
 """
 
 from __future__ import annotations
@@ -20,20 +21,16 @@ class Count:
     """A plugin that counts marked cases by what became of them."""
 
     def __init__(self):
-        self.marks, self.passed, self.failed, self.done = {}, Counter(), Counter(), set()
-
-    def pytest_collection_modifyitems(self, items):
-        for item in items:
-            if mark := item.get_closest_marker("fault"):
-                self.marks[item.nodeid] = mark.args[0], mark.kwargs.get("n", 1)
+        self.passed, self.failed, self.done = Counter(), Counter(), set()
 
     def pytest_runtest_logreport(self, report):
+        mark = dict(report.user_properties).get("fault")
         if (
-            report.nodeid in self.marks
+            mark
             and report.nodeid not in self.done
             and (report.failed or (report.when == "call" and report.passed))
         ):
-            kind, n = self.marks[report.nodeid]
+            kind, n = mark
             (self.failed if report.failed else self.passed)[kind] += n
             self.done.add(report.nodeid)
 

@@ -10,7 +10,8 @@ import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lib.settings import ROOT, UserError
+from lib.models.pairs import load_pair
+from lib.settings import UserError
 from lib.tools import notebooks as driver
 from lib.tools import profiles
 from lib.tools.cli import main
@@ -103,25 +104,26 @@ def test_notebooks_load_pairs_from_a_registry_of_ones_own(house, tmp_path, monke
     (tmp_path / "own.yaml").write_text(
         "tiny: {base: a/b, distilled: a/c, dictionary: 77}\nmine: {like: tiny, dictionary: 78}\n"
     )
-    write(
-        house,
-        "01_second",
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})",
-        "from lib.models.pairs import load_pair\nprint(load_pair(pair).dictionary)",
-    )
-    monkeypatch.chdir(tmp_path)
+    write(house, "01_second", "import os\nprint(pair, os.environ['PAIRS_REGISTRY'])")
+    monkeypatch.chdir(tmp_path)  # not where the notebooks run
     before = (house / "01_second.ipynb").read_bytes()
+
+    def dictionary_of(pair):
+        """The pair as a notebook loads it: in its folder, with what it has in its environment."""
+        executed = tmp_path / "data" / "runs" / pair / "default" / "notebooks" / "01_second.ipynb"
+        name, registry = text_of(executed).split()
+        with monkeypatch.context() as there:
+            there.chdir(house)  # not where the registry is
+            there.setenv("PAIRS_REGISTRY", registry)
+            return load_pair(name).dictionary
+
     assert call(house, "--pair", "mine", "--registry", "own.yaml", "--only", "01") == 0
-    assert (
-        text_of(tmp_path / "data" / "runs" / "mine" / "default" / "notebooks" / "01_second.ipynb") == "78\n"
-    )
+    assert dictionary_of("mine") == 78
     assert "PAIRS_REGISTRY" not in os.environ
     monkeypatch.setenv("PAIRS_REGISTRY", "own.yaml")
     # this tiny is not the embedded pair: the canonical notebook is left alone
     assert call(house, "--only", "01") == 0
-    assert (
-        text_of(tmp_path / "data" / "runs" / "tiny" / "default" / "notebooks" / "01_second.ipynb") == "77\n"
-    )
+    assert dictionary_of("tiny") == 77
     assert (house / "01_second.ipynb").read_bytes() == before
     assert call(house, "--pair", "other", "--only", "01") == 2
 
