@@ -2,7 +2,7 @@
 #   PAIR     entry of data/pairs.yaml          PROFILE  smoke, default or paper (notebooks/profiles)
 #   PEERS=1  make bench: compare with eai-sparsify too, installed into an environment of its own
 #   ONLY     notebooks by number: ONLY="03 04" ARGS     passed on: ARGS="-p feature 17" with one notebook
-#   WORKERS  make test: processes that share out the tests; 0 is none
+#   WORKERS  make test and make browser: processes that share out the tests; 0 is none
 PYTHON ?= python3
 PAIR ?= tiny
 PROFILE ?= default
@@ -57,10 +57,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 browser: $(STAMP)
-	$(BIN)/python -m pytest -m browser $(ARGS)
+	$(BIN)/python -m pytest -m browser --numprocesses $(WORKERS) --dist load --maxschedchunk 1 tests/house/test_browser.py $(ARGS)
 
 faults: $(STAMP)
-	@$(BIN)/python -m tests.faults $(ARGS)
+	@$(BIN)/python -m tests.faults --numprocesses $(WORKERS) --dist load $(ARGS)
 
 # An environment of its own with the newest releases of what changes most; everything else as pinned.
 test-latest:

@@ -2,15 +2,15 @@
 moved.
 
     python -m lib figures --profile smoke   # leaves the artefacts that the notebooks then only read
-    python -m pytest -m browser                # make browser
+    python -m pytest -m browser                # make browser; two at a time
 
-The notebooks are opened as copies below data/runs/tiny/smoke/browser, with the parameters of the profile
-``smoke``. Screenshots are left there.
+The notebooks are opened as copies with the parameters of the profile ``smoke``, each process of the tests in
+its own copy of the run, with its own JupyterLab. Screenshots are left in data/runs/tiny/smoke/browser.
 """
 
 import json
 import os
-import shutil
+import re
 import socket
 import subprocess
 import sys
@@ -19,17 +19,14 @@ import urllib.request
 
 import nbformat
 import pytest
+from opened import PROFILE, STEMS, copied, copied_runs
 
-from lib.runs import Run
+from lib.runs import Run, made_folder
 from lib.settings import ROOT
-from lib.tools.notebooks import prepared
-from lib.tools.profiles import read_profile
 
 pytestmark = pytest.mark.browser
 
-PROFILE = "smoke"
-STEMS = sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-FOLDER = Run("tiny", PROFILE).folder / "browser"
+STEERING = "04_ablate_and_steer"
 SETTINGS = {  # every cell is drawn, seen or not; nothing is asked at the start
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension/notification": {
@@ -116,21 +113,23 @@ def page(chromium):
     page = chromium.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(60_000)
     yield page
+    # or the kernels of all notebooks stay in memory until the last one is done
+    page.evaluate("globalThis.jupyterapp?.shell.currentWidget?.sessionContext?.shutdown()")
     page.close()
 
 
-def copied(stem: str) -> str:
-    """A copy of a notebook with the profile's parameters; its path from the repository's root."""
-    given = {"run": PROFILE} | read_profile(ROOT / "notebooks" / "profiles", PROFILE, STEMS).get(stem, {})
-    return (
-        prepared(ROOT / "notebooks" / f"{stem}.ipynb", FOLDER / f"{stem}.ipynb", given)
-        .relative_to(ROOT)
-        .as_posix()
-    )
+@pytest.fixture(scope="session")
+def own():
+    yield from copied_runs("browser")
 
 
-def opened(page, lab, path):
-    page.goto(f"{lab}/lab/tree/{path}?reset")
+@pytest.fixture(scope="session")
+def screenshots():
+    return made_folder(Run("tiny", PROFILE).folder / "browser")
+
+
+def opened(page, lab, notebook):
+    page.goto(f"{lab}/lab/tree/{notebook.relative_to(ROOT).as_posix()}?reset")
     page.wait_for_function(
         f"() => {{ const s = ({STATE})(); return s && s.cells > 0 && s.kernel === 'idle'; }}"
     )
@@ -164,31 +163,27 @@ def drawn(page) -> int:
     return page.locator(".jp-RenderedPlotly:has(.main-svg)").count()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def artefacts():
-    if not (Run("tiny", PROFILE).folder / "steering" / "manifest.json").is_file():
-        pytest.skip("the notebooks' artefacts are not there: make figures PROFILE=smoke")
-    shutil.rmtree(FOLDER, ignore_errors=True)
-
-
-@pytest.mark.parametrize("stem", STEMS)
-def test_every_cell_runs_and_figures_are_drawn(page, lab, stem):
-    opened(page, lab, copied(stem))
+def check_all(page, lab, notebook):
+    """Every cell runs without an error, and every figure is drawn by plotly."""
+    opened(page, lab, notebook)
     state = run_all(page)
     assert state["errors"] == [] and state["run"] == state["cells"]
     shown = page.locator(".jp-RenderedPlotly")
     assert drawn(page) == shown.count()
-    expected = sum(
-        "figures.save(" in c.source
-        for c in nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4).cells
-    )
+    cells = nbformat.read(notebook, as_version=4).cells
+    expected = sum(bool(re.search(r"\bsave\(", c.source)) for c in cells if c.cell_type == "code")
     assert shown.count() >= 0.5 * expected  # some are drawn only where a part of the study was computed
     shown.last.scroll_into_view_if_needed()
-    page.screenshot(path=FOLDER / f"{stem}.png")
 
 
-def test_the_explorer_follows_the_keyboard_and_a_typed_number(page, lab):
-    opened(page, lab, copied("explore"))
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if stem != STEERING])
+def test_every_cell_runs_and_figures_are_drawn(page, lab, own, screenshots, stem):
+    check_all(page, lab, copied(stem, own))
+    page.screenshot(path=screenshots / f"{stem}.png")
+
+
+def test_the_explorer_follows_the_keyboard_and_a_typed_number(page, lab, own, screenshots):
+    opened(page, lab, copied("explore", own))
     assert run_all(page)["errors"] == []
     title = lambda: page.locator(".jp-RenderedPlotly .gtitle").first.text_content()  # noqa: E731
     drawn(page)
@@ -209,7 +204,7 @@ def test_the_explorer_follows_the_keyboard_and_a_typed_number(page, lab):
         float(text.split("%")[0].split()[-1]) for text in table.locator("option").all_text_contents()[:5]
     ]
     assert shares == sorted(shares, reverse=True)
-    page.screenshot(path=FOLDER / "explore.png")
+    page.screenshot(path=screenshots / "explore.png")
 
 
 def _changed(page, title, before: str, seconds: float = 30) -> str:
@@ -223,13 +218,13 @@ def _changed(page, title, before: str, seconds: float = 30) -> str:
     return before
 
 
-def test_the_steering_bench_generates(page, lab):
-    opened(page, lab, copied("04_ablate_and_steer"))
-    assert run_all(page)["errors"] == []
+def test_the_steering_notebook_runs_and_its_playground_generates(page, lab, own, screenshots):
+    check_all(page, lab, copied(STEERING, own))
+    page.screenshot(path=screenshots / f"{STEERING}.png")
     page.get_by_role("button", name="Generate").click()
     status = page.locator(".jupyter-widgets [role=status]")
     status.filter(has_text="Done:").wait_for()
     texts = page.locator(".jupyter-widgets section").all_text_contents()
     assert len(texts) >= 2 and all(len(text.split()) > 5 for text in texts[:2])
     page.locator(".jupyter-widgets section").first.scroll_into_view_if_needed()
-    page.screenshot(path=FOLDER / "bench.png")
+    page.screenshot(path=screenshots / "playground.png")
