@@ -37,7 +37,7 @@ USED = {  # parameters of the notebooks on which every part depends
     HARVEST: ("seed", "tokens", "trace_share", "layer"),
     TRAINING: (
         *("seed", "variant", "n_features", "k", "tokens", "batch_size"),
-        *("learning_rate", "precision", "l1_coefficient", "crosscoders"),
+        *("learning_rate", "precision", "l1_coefficient"),
     ),
     INSPECTION: ("seed", "max_tokens", "nrn_over", "top_contexts"),
 }
@@ -51,13 +51,13 @@ class Variant:
         """``parameters`` of notebooks 01 to 03 by file name: {"01_harvest_activations": {"tokens": ...}}."""
         self.run, self.pair = run, load_pair(run.pair)
         self.parameters = {
-            notebook: {name: parameters[notebook].get(name, 1) for name in names}
-            for notebook, names in USED.items()
-        }  # results from before a run had several crosscoders have one
-        # named only where they are not the pair's own: fingerprints of parts from before there was a choice
-        # stay valid
+            notebook: {name: parameters[notebook][name] for name in names} for notebook, names in USED.items()
+        }
+        # named only where there was a choice: so fingerprints of parts from before it stay valid
         harvest, inspection = self.parameters[HARVEST], self.parameters[INSPECTION]
         harvest |= {name: parameters[HARVEST][name] for name in TEXTS if parameters[HARVEST].get(name)}
+        if "crosscoders" in parameters[TRAINING]:  # else the results are from before a run had several
+            self.parameters[TRAINING]["crosscoders"] = parameters[TRAINING]["crosscoders"]
         self.seed = self.parameters[TRAINING]["seed"]  # of the run's first crosscoder
         self.layer = None if harvest["layer"] < 0 else harvest["layer"]  # the decoder layer; None: half depth
         self.max_tokens = inspection["max_tokens"]  # of a split, on which features are measured
@@ -93,7 +93,7 @@ class Variant:
     def config(self, seed: int | None = None, **changes) -> TrainConfig:
         """The training of notebook 02, with another seed or other fields."""
         given = dict(self.parameters[TRAINING])
-        del given["crosscoders"]
+        given.pop("crosscoders", None)
         given |= {"rate": given.pop("learning_rate"), "l1": given.pop("l1_coefficient")}
         return TrainConfig(**given | ({} if seed is None else {"seed": seed}) | changes)
 
