@@ -2,10 +2,10 @@
 
 **Nulls.** ``null_a`` and ``null_b`` are the base trained further on its own data, on the same schedule as the
 distilled model: what a crosscoder calls unique there is noise of training. Base against null_a sets
-thresholds, quantiles of a score over the null's alive features, one for each of the run's crosscoders, from
-the null's crosscoder of the same seed: so the scatter of a threshold is in whatever is said with it. Base
-against null_b was not used for that: the share of its features beyond them is their false-positive rate, and
-its ratio to the pair's share the *false-discovery rate*.
+thresholds, quantiles of a score over the alive features of as many crosscoders as the run has; their scatter
+is in the threshold's interval, and in whatever is said with it. Base against null_b was not used for that:
+the share of its features beyond them is their false-positive rate, and its ratio to the pair's share the
+*false-discovery rate*.
 
 **Seeds.** Features of several crosscoders are matched and followed (``crosscoder.recurrence``), for several
 k; the chance level is what the same matching finds in rows whose coordinates were permuted.
@@ -16,8 +16,7 @@ same numbers of the base and null_a; and whether unique features write where act
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import numpy as np
@@ -56,63 +55,60 @@ RATES = {  # score: the name of its false-positive rate among the metrics
 @part_of_study("nulls", 2)
 def compute_nulls(variant: Variant, boots: int = 300) -> tuple[dict, dict]:
     """The part "nulls": thresholds, rates beyond them, scores of the pair and of the nulls, changes of use;
-    all tables have a column seed, that of the crosscoder.
+    tables have a column seed, that of the crosscoder.
 
-    ``boots``: resamples of documents behind an interval of nu. For each of the run's crosscoders one on base
-    against null_a sets thresholds, and one on base against null_b tests them. The same crosscoders say how
-    much the *use* of features changes where nothing was distilled. A pair without a null_b has null_a's next
-    crosscoder in its place: then the false-positive rate does not cover another training of the null.
+    ``boots``: resamples of documents behind an interval of nu. As many crosscoders as the run has, on base
+    against null_a, set thresholds together; as many on base against null_b test them. The same crosscoders
+    say how much the *use* of features changes where nothing was distilled. A pair without a null_b has
+    null_a's next crosscoders in its place: then the false-positive rate does not cover another training of
+    the null.
     """
     if "null_a" not in variant.pair.others:
         raise UserError(
             f"the pair {variant.pair.name!r} has no null_a among its others: nothing says how unique features"
             " look by chance"
         )
-    test, tables = "null_b" if "null_b" in variant.pair.others else "null_a", []
+    test = "null_b" if "null_b" in variant.pair.others else "null_a"
+    later = 0 if test == "null_b" else len(variant.seeds)
     stores = {name: variant.harvested("base", name)[1] for name in dict.fromkeys(("null_a", test))}
     stores["distilled"] = variant.store
-
-    @cache  # the null's crosscoders of a pair without null_b set thresholds and test them
-    def measured(name: str, s: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """(scores, changes of use) of the crosscoder of seed ``s`` on the base and another model."""
-        own = name == "distilled"
-        crosscoder = variant.crosscoders[s - variant.seed] if own else null_crosscoder(variant, name, s)
-        scores = score_table(crosscoder, stores[name], variant.max_tokens, name, "base", n_boot=boots)
-        tokens = sample_rows(stores[name], "report", variant.max_tokens)
-        use = use_table(solo_codes(crosscoder, stores[name], tokens), n_boot=10, model=name)
-        return scores, use[["feature", "alive", "change"]]
-
-    each = []
+    roles = {
+        "sets the thresholds": ("null_a", 0),
+        "false positives": (test, later),
+        "the pair": ("distilled", 0),
+    }
+    scored, used = {}, {}
+    for role, (name, after) in roles.items():
+        for s in variant.seeds:
+            crosscoder = (
+                variant.crosscoders[s - variant.seed]
+                if name == "distilled"
+                else null_crosscoder(variant, name, s + after)
+            )
+            store = stores[name]
+            which = {"pair": f"base, {name}" + (", other seeds" if after else ""), "seed": s}
+            scores = score_table(crosscoder, store, variant.max_tokens, name, "base", n_boot=boots)
+            tokens = sample_rows(store, "report", variant.max_tokens)
+            use = use_table(solo_codes(crosscoder, store, tokens), n_boot=10, model=name)
+            scored[role, s] = scores.assign(**which)
+            used[role, s] = use[["feature", "alive", "change"]].assign(**which)
+    null = pd.concat([scored["sets the thresholds", s] for s in variant.seeds], ignore_index=True)
+    limits = thresholds(null)
+    limit = change_limit(pd.concat([used["sets the thresholds", s] for s in variant.seeds]))
+    beyond_null, each = [], []
     for s in variant.seeds:
-        tested_by = test, s if test == "null_b" else s + 1
-        which = {
-            "null_a": ("null_a", s),
-            f"{test}, testing" if test == "null_a" else test: tested_by,
-            "distilled": ("distilled", s),
-        }
-        (null, use_null), (tester, use_test), (own, use_own) = (
-            tuple(table.assign(pair=f"base, {name}") for table in measured(*key))
-            for name, key in which.items()
-        )
-        limits, limit = thresholds(null), change_limit(use_null)
-        roles = {"sets the thresholds": null, "false positives": tester, "the pair": own}
-        beyond_null = [
-            rates(table, limits).assign(pair=table["pair"].iloc[0], seed=s, role=role)
-            for role, table in roles.items()
-        ]
-        changes = [use_null, use_test, use_own]
-        tables.append(
-            {
-                "thresholds": limits.assign(seed=s),
-                "rates": pd.concat(beyond_null),
-                "scores": own.assign(seed=s),
-                "null_scores": pd.concat([null, tester]).assign(seed=s),
-                "use": pd.concat(changes).assign(seed=s),
-            }
-        )
-        each.append(_null_metrics(tables[-1]["rates"], limit, changes))
+        own = {role: rates(scored[role, s], limits).assign(pair=scored[role, s]["pair"][0]) for role in roles}
+        beyond_null += [table.assign(seed=s, role=role) for role, table in own.items()]
+        each.append(_null_metrics(own, limit, [used[role, s] for role in roles]))
+    tables = {
+        "thresholds": pd.concat([limits.assign(seed=s) for s in variant.seeds]),
+        "rates": pd.concat(beyond_null),
+        "scores": pd.concat([scored["the pair", s] for s in variant.seeds]),
+        "null_scores": pd.concat([table for (role, _), table in scored.items() if role != "the pair"]),
+        "use": pd.concat(used.values()),
+    }
     metrics = {name: pooled_metric([m[name] for m in each]) for name in each[0]}
-    return metrics, {name: pd.concat([t[name] for t in tables], ignore_index=True) for name in tables[0]}
+    return metrics, {name: table.reset_index(drop=True) for name, table in tables.items()}
 
 
 def null_crosscoder(variant: Variant, name: str, seed: int) -> CrossCoder:
@@ -123,18 +119,22 @@ def null_crosscoder(variant: Variant, name: str, seed: int) -> CrossCoder:
 
 
 def _null_metrics(
-    beyond_null: pd.DataFrame, limit: float, changes: Sequence[pd.DataFrame]
+    beyond_null: Mapping[str, pd.DataFrame], limit: float, changes: Sequence[pd.DataFrame]
 ) -> dict[str, dict]:
-    """What one crosscoder and its nulls say: the metrics of the part."""
-    table = beyond_null.query("side == 'distilled'").set_index(["role", "score", "level"])
+    """What one crosscoder of the pair and its nulls say: the metrics of the part. ``beyond_null`` {role:
+    ``rates``}."""
+    rows = {
+        role: table.query("side == 'distilled'").set_index(["score", "level"])
+        for role, table in beyond_null.items()
+    }
     metrics = {}
     for score, name in RATES.items():
         for level, end in ((0.01, ""), (0.05, "_at_5_percent")):
-            row, own = (table.loc[role, score, level] for role in ("false positives", "the pair"))
-            metrics[name + end] = metric(row.rate, (row.low, row.high), row.n)
+            test, own = (rows[role].loc[(score, level)] for role in ("false positives", "the pair"))
+            metrics[name + end] = metric(test.rate, (test.low, test.high), test.n)
             metrics[f"beyond_null_{score}_distilled{end}"] = metric(own.rate, (own.low, own.high), own.n)
-            found = row.rate / own.rate if own.rate else np.nan
-            metrics[f"false_discovery_{score}{end}"] = metric(min(found, 1.0), n=own.hits)
+            ratio = min(test.rate / own.rate, 1.0) if own.rate else np.nan
+            metrics[f"false_discovery_{score}{end}"] = metric(ratio, n=own.hits)
     metrics["use_limit"] = metric(limit, n=int(changes[0].alive.sum()))
     for name, use in zip(("use_false_positive_rate", "use_reweighted_rate"), changes[1:]):
         hits, n = int(reweighted(use, limit).sum()), int(use.alive.sum())
@@ -146,32 +146,41 @@ def thresholds(
     null: pd.DataFrame, levels: Sequence[float] = LEVELS, n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """Thresholds that a share ``level`` of the null's features exceed: score, side, level, threshold, low,
-    high (95%, over features), n.
+    high (95%), n.
 
-    ``null`` is a ``score_table``. A threshold is in the units of its score: NRN above it (side base: below
-    it), nu below it.
+    ``null`` is a ``score_table``; with a column seed it is those of several crosscoders, which set one
+    threshold together, and whose scatter is in the interval: whole crosscoders are resampled. Else the
+    interval is over features. A threshold is in the units of its score: NRN above it (side base: below it),
+    nu below it.
     """
     check("levels", list(levels), list, low=0, high=0.5)
-    rows = []
+    rows, groups = [], null["seed"].to_numpy() if "seed" in null else None
     for score, side, level in product(SCORES, SIDES, levels):
-        values, direction = extremity(null, score, side).to_numpy(), sign(score, side)
+        usable, direction = extremity(null, score, side), sign(score, side)
+        values, which = usable.to_numpy(), None if groups is None else groups[usable.index]
         at = lambda x, level=level: np.quantile(x, 1 - level) if len(x) else np.nan  # noqa: E731
-        low, high = sorted(direction * b for b in bootstrap(values, at, n_boot=n_boot, seed=seed))
+        low, high = sorted(direction * b for b in bootstrap(values, at, which, n_boot, seed))
         rows.append((score, side, level, direction * at(values), low, high, len(values)))
     return pd.DataFrame(rows, columns=["score", "side", "level", "threshold", "low", "high", "n"])
 
 
 def rates(table: pd.DataFrame, limits: pd.DataFrame) -> pd.DataFrame:
-    """Share of the features beyond each threshold: score, side, level, rate, low, high (Wilson), hits, n.
+    """Share of the features of one crosscoder beyond each threshold: score, side, level, rate, low, high,
+    hits, n. The interval is that of the threshold: the shares beyond its two ends.
 
     On a null that set no threshold this is the false-positive rate; on a pair, what is left of its unique
     features. ``n`` are the alive features (for nu: those of the side).
     """
     rows = []
     for score, side, level in product(SCORES, SIDES, LEVELS):
-        hits = int(beyond(table, limits, score, side, level).sum())
-        share = _share(hits, len(extremity(table, score, side)))
-        rows.append({"score": score, "side": side, "level": level, **share})
+        n = len(extremity(table, score, side))
+        hits, *ends = (
+            int(beyond(table, limits.assign(threshold=limits[at]), score, side, level).sum())
+            for at in ("threshold", "low", "high")
+        )
+        low, high = (end / n if n else np.nan for end in (min(*ends, hits), max(*ends, hits)))
+        row = {"rate": hits / n if n else np.nan, "low": low, "high": high, "hits": hits, "n": n}
+        rows.append({"score": score, "side": side, "level": level, **row})
     return pd.DataFrame(rows)
 
 
@@ -189,15 +198,15 @@ def centred_rates(null_scores: pd.DataFrame, scores: pd.DataFrame, rates: pd.Dat
     counts as uniqueness of every feature. Here only what stands out from its own pair counts. The tables are
     those of the study's part "nulls", the roles those in its ``rates``.
     """
-    roles = rates.drop_duplicates(["pair", "seed", "role"]).set_index("pair")["role"].to_dict()
-    rows = []
-    for seed, tables in pd.concat([null_scores, scores]).groupby("seed"):
-        above = {}
-        for pair, table in tables[tables["alive"].astype(bool)].groupby("pair", sort=False):
-            above[roles[pair]] = table["nrn"] - table["nrn"].median()
-        limit = np.quantile(above["sets the thresholds"], 1 - LEVELS[0])
-        shares = {role: _share(int((d > limit).sum()), len(d)) for role, d in above.items()}
-        rows += [{"role": role, "seed": seed, **share} for role, share in shares.items()]
+    roles, above = rates.drop_duplicates("pair").set_index("pair")["role"], {}
+    for (pair, seed), table in (
+        pd.concat([null_scores, scores]).query("alive").groupby(["pair", "seed"], sort=False)
+    ):
+        above[roles[pair], seed] = table["nrn"] - table["nrn"].median()
+    limit = np.quantile(
+        pd.concat([d for (role, _), d in above.items() if role.startswith("sets")]), 1 - LEVELS[0]
+    )
+    rows = [{"role": r, "seed": s, **_share(int((d > limit).sum()), len(d))} for (r, s), d in above.items()]
     return pd.DataFrame(rows)
 
 
@@ -255,7 +264,7 @@ def compute_seeds(variant: Variant, ks: Sequence[int] = (), ce_tokens: int = 10_
         table = feature_table(crosscoder, store, *splits)
         scores = score_table(crosscoder, store, variant.max_tokens, n_boot=10)
         chosen, lives = category_features(table, variant.nrn_over), table["alive"].to_numpy(bool)
-        unique = {score: beyond(scores, limits.query("seed == @s"), score) for score in SCORES}
+        unique = {score: beyond(scores, limits[limits["seed"] == s], score) for score in SCORES}
         nrn, row = table.loc[lives, "nrn"], {"seed": s, "alive": int(lives.sum())}
         row |= {"nrn_mean": nrn.mean(), "nrn_sd": nrn.std()}
         row |= {f"unique_{score}": int(hits.sum()) for score, hits in unique.items()}
