@@ -60,10 +60,12 @@ def sign(score: str, side: str) -> float:
 def extremity(table: pd.DataFrame, score: str, side: str) -> pd.Series:
     """The score of the alive features that a side has, with the sign for which larger is more unique; indexed
     like ``table``."""
-    usable = table["alive"].astype(bool) & table[score].notna()
-    if score.startswith("nu"):  # of a side only the features whose longer row is there
-        usable &= table["side"] == side
-    return table.loc[usable, score] * sign(score, side)
+    usable, values = table["alive"].astype(bool) & table[score].notna(), table[score]
+    if score.startswith("nu"):
+        # Of a side only the features whose longer row is there. What the other model does not have has nu = 0;
+        # below it, the other model uses the opposite of the direction, which is no absence.
+        usable, values = usable & (table["side"] == side), values.abs()
+    return values[usable] * sign(score, side)
 
 
 def beyond(

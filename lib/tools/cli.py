@@ -152,11 +152,15 @@ def canonical(files: _argument(list[Path], "FILE ...", "notebooks")):
 
 
 @app.command()
-def check(here: _option(bool, None, "compare what the last runs left; run nothing", "--here") = False):
-    """Compare a fresh run with the committed results. Exit code 1 if a number is out of its tolerance."""
+def check(
+    here: _option(bool, None, "compare what the last runs left; run nothing", "--here") = False,
+    verdicts: _option(bool, None, "only verdicts decide the exit code", "--verdicts") = False,
+):
+    """Compare a fresh run with the committed results. Exit code 1 if a verdict turned, or a number is out of
+    its tolerance."""
     from .compare import report
 
-    return report(here)
+    return report(here, verdicts)
 
 
 @app.command()

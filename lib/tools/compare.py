@@ -5,9 +5,11 @@ same     equal to 1 part in 1,000: one machine and the pinned versions give the 
          differently
 moved    further, but within the committed 95% interval, or within 5% (0.01 near zero) where there is none:
          training amplifies rounding
-outside  beyond that, missing, or new; and every prediction of a scoreboard that has another verdict
+outside  beyond that, missing, or new
+turned   the verdict on a prediction
 
-Exit code 1 if anything is outside. That a notebook's canonical form differs is said, not judged.
+Exit code 1 if anything is outside or turned; with ``--verdicts`` only if a verdict is: on another processor
+numbers move, and no verdict may. That a notebook's canonical form differs is said, not judged.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ CLONE = ROOT / "data" / "runs" / "check"
 
 @dataclass(frozen=True)
 class Difference:
-    """One number that is not the same. ``kind`` is "moved" or "outside"."""
+    """One number that is not the same. ``kind`` is "moved" or "outside", of a verdict "turned"."""
 
     notebook: str
     name: str
@@ -68,7 +70,7 @@ def compare(notebook: str, before: Mapping, after: Mapping) -> list[Difference]:
     for prediction in sorted(set(verdicts[0]) | set(verdicts[1])):
         was, now = (v.get(prediction, "missing") for v in verdicts)
         if was != now:
-            differ(f"prediction {prediction!r}", was, now)
+            differ(f"prediction {prediction!r}", was, now, "turned")
     return differences
 
 
@@ -152,19 +154,22 @@ def fresh_run(clone: Path = CLONE) -> Path:
     return clone
 
 
-def report(here: bool = False) -> int:
-    """Print what moved in a fresh run, or in what the last runs left ``here``; 1 if anything is outside."""
+def report(here: bool = False, verdicts: bool = False) -> int:
+    """Print what moved in a fresh run, or in what the last runs left ``here``; 1 if a verdict turned or,
+    unless only ``verdicts`` count, anything is outside."""
     differences, notebooks, count = check_folder(ROOT if here else fresh_run())
     for line in [*map(str, differences), *notebooks]:
         print(line)
     kinds = [d.kind for d in differences]
     print(
         f"{count} numbers: {kinds.count('moved')} moved within their tolerance, {kinds.count('outside')} are"
-        f" outside, the others are the same; {len(notebooks)} notebooks differ"
+        f" outside, the others are the same; {kinds.count('turned')} verdicts turned; {len(notebooks)}"
+        " notebooks differ"
     )
-    if "outside" in kinds:
+    failed = "turned" in kinds or (not verdicts and "outside" in kinds)
+    if failed:
         then = json.loads(committed("figures/tiny/results/02.json") or "{}").get("versions", {})
         now = versions()
         other = [f"{name} {then[name]} -> {now.get(name)}" for name in then if then[name] != now.get(name)]
         print("versions that differ: " + (", ".join(other) or "none"))
-    return 1 if "outside" in kinds else 0
+    return int(failed)

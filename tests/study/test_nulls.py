@@ -58,6 +58,14 @@ def test_nu_is_judged_among_the_features_of_its_side_and_low_is_unique():
     assert nulls.beyond(pair, limits, "nu_eps", "base").tolist() == [False, False, True]
 
 
+def test_a_negative_nu_is_no_absence():
+    null = scored([0.6] * 100, nu_eps=np.r_[-0.9, np.arange(1, 100) / 100])
+    limits = nulls.thresholds(null, n_boot=20)
+    assert limit(limits, "nu_eps", "distilled", 0.01) == pytest.approx(0.0199)
+    pair = scored([0.7] * 3, nu_eps=[-0.8, -0.01, 0.01])
+    assert nulls.beyond(pair, limits, "nu_eps").tolist() == [False, True, True]
+
+
 def test_dead_features_and_nan_are_never_beyond():
     null = scored(np.linspace(0, 1, 101))
     pair = scored([0.999, 0.999, np.nan], alive=[True, False, True])

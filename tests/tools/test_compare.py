@@ -52,7 +52,7 @@ def test_a_number_is_the_same_moved_or_outside(name, value, kind):
     assert [(d.name, d.kind) for d in found] == ([(name, kind)] if kind else [])
 
 
-def test_missing_and_new_numbers_and_other_verdicts_are_outside():
+def test_missing_and_new_numbers_are_outside_and_other_verdicts_turned():
     after = changed()
     after["metrics"]["new"] = after["metrics"].pop("l0")
     after["tables"]["scoreboard"]["rows"][0][2] = "no"
@@ -60,7 +60,7 @@ def test_missing_and_new_numbers_and_other_verdicts_are_outside():
     assert [(d.name, d.kind) for d in found] == [
         ("l0", "outside"),
         ("new", "outside"),
-        ("prediction 'it grows'", "outside"),
+        ("prediction 'it grows'", "turned"),
     ]
     assert str(found[2]).endswith("02  prediction 'it grows': yes -> no")
     assert check.compare("02", BEFORE, copy.deepcopy(BEFORE)) == []
@@ -111,6 +111,15 @@ def test_the_command_says_what_moved_and_exits_1_if_anything_is_outside(
     assert main(["check", "--here"]) == code
     out = capsys.readouterr().out
     assert words in out and (("versions that differ" in out) == (code == 1))
+
+
+def test_where_verdicts_decide_numbers_may_move(tmp_path, monkeypatch, capsys):
+    after = changed(fve=0.99)
+    repository(tmp_path, monkeypatch, BEFORE, after)
+    assert main(["check", "--here", "--verdicts"]) == 0 and "1 are outside" in capsys.readouterr().out
+    after["tables"]["scoreboard"]["rows"][0][2] = "no"
+    (tmp_path / "figures" / "tiny" / "results" / "02.json").write_text(json.dumps(after))
+    assert main(["check", "--here", "--verdicts"]) == 1 and "1 verdicts turned" in capsys.readouterr().out
 
 
 def test_nothing_to_compare_is_an_error(tmp_path, monkeypatch):
