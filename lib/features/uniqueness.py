@@ -62,8 +62,8 @@ def extremity(table: pd.DataFrame, score: str, side: str) -> pd.Series:
     like ``table``."""
     usable, values = table["alive"].astype(bool) & table[score].notna(), table[score]
     if score.startswith("nu"):
-        # Of a side only the features whose longer row is there. What the other model does not have has nu = 0;
-        # below it, the other model uses the opposite of the direction, which is no absence.
+        # Of a side only the features whose longer row is there. What the other model does not have has a nu
+        # of 0; below 0 it uses the opposite of the direction, which is no absence.
         usable, values = usable & (table["side"] == side), values.abs()
     return values[usable] * sign(score, side)
 

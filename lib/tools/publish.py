@@ -126,7 +126,7 @@ class Sources:
     def over_crosscoders(self, test: str) -> str:
         """The categories for which a prediction holds over the crosscoders of the study's dictionary."""
         rows = next(iter(self.by_crosscoder().values()))
-        held = {row["prediction"] for row in rows if row["verdict"] == "holds"}
+        held = {row["prediction"] for row in rows if row["verdict"] == "yes"}
         return " and ".join(c for c in CATEGORIES if f"{c}, {test}" in held) or "no category"
 
     def lowered(self, pair: str, notebook: str, pattern: str) -> int:
