@@ -176,46 +176,38 @@ def check_all(page, lab, notebook):
     shown.last.scroll_into_view_if_needed()
 
 
-@pytest.mark.parametrize("stem", [stem for stem in STEMS if stem != STEERING])
-def test_every_cell_runs_and_figures_are_drawn(page, lab, own, screenshots, stem):
-    check_all(page, lab, copied(stem, own))
-    page.screenshot(path=screenshots / f"{stem}.png")
-
-
 def test_the_explorer_follows_the_keyboard_and_a_typed_number(page, lab, own, screenshots):
     opened(page, lab, copied("explore", own))
     assert run_all(page)["errors"] == []
     title = lambda: page.locator(".jp-RenderedPlotly .gtitle").first.text_content()  # noqa: E731
     drawn(page)
-    first, table = title(), page.locator(".feature-table select")
-    assert first.startswith("Feature ") and table.locator("option").count() > 10
+    options = page.locator(".feature-table select option")
+    assert title().startswith("Feature ") and options.count() > 10
+    second = options.nth(1).text_content().split()[0]
     page.get_by_role("spinbutton", name="Row").focus()
     page.keyboard.press("ArrowUp")  # a field that counts: row 2
-    assert _changed(page, title, first).startswith(
-        f"Feature {table.locator('option').nth(1).text_content().split()[0]}:"
-    )
+    _until(page, lambda: title().startswith(f"Feature {second}:"))
     number = page.get_by_role("spinbutton", name="Feature number")
     number.fill("7")
     number.press("Enter")
-    assert _changed(page, title, title()).startswith("Feature 7:") or title().startswith("Feature 7:")
+    _until(page, lambda: title().startswith("Feature 7:"))
+    before = options.all_text_contents()
     page.get_by_role("combobox", name="Sort by").select_option("frequency")
-    _changed(page, title, title())
-    shares = [
-        float(text.split("%")[0].split()[-1]) for text in table.locator("option").all_text_contents()[:5]
-    ]
+    _until(page, lambda: options.all_text_contents() != before)
+    shares = [float(text.split("%")[0].split()[-1]) for text in options.all_text_contents()[:5]]
     assert shares == sorted(shares, reverse=True)
     page.screenshot(path=screenshots / "explore.png")
 
 
-def _changed(page, title, before: str, seconds: float = 30) -> str:
-    """The figure's title once it is another than ``before``; figures come to life again after a change."""
+def _until(page, condition, seconds: float = 60):
+    """Wait for what a change of the explorer brings; figures come to life again after it."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while True:
         drawn(page)
-        if (now := title()) != before:
-            return now
+        if condition():
+            return
+        assert time.monotonic() < end, "the explorer did not follow"
         time.sleep(0.2)
-    return before
 
 
 def test_the_steering_notebook_runs_and_its_playground_generates(page, lab, own, screenshots):
@@ -228,3 +220,9 @@ def test_the_steering_notebook_runs_and_its_playground_generates(page, lab, own,
     assert len(texts) >= 2 and all(len(text.split()) > 5 for text in texts[:2])
     page.locator(".jupyter-widgets section").first.scroll_into_view_if_needed()
     page.screenshot(path=screenshots / "playground.png")
+
+
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if stem != STEERING])
+def test_every_cell_runs_and_figures_are_drawn(page, lab, own, screenshots, stem):
+    check_all(page, lab, copied(stem, own))
+    page.screenshot(path=screenshots / f"{stem}.png")
