@@ -46,7 +46,7 @@ def compute_thoughts(
         )
     table = variant.inspection().table
     null = {
-        name: part.query("seed == @seed").reset_index(drop=True)
+        name: part[part["seed"] == seed].reset_index(drop=True)
         for name, part in variant.needed("nulls").tables.items()
     }
     unique = np.any([beyond(null["scores"], null["thresholds"], "nrn", side) for side in SIDES], axis=0)

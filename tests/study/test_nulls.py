@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from toys import toy_store
 
 from lib.crosscoder.model import CrossCoder
@@ -90,108 +91,162 @@ def test_levels_must_be_shares():
 
 
 def test_a_shift_of_the_whole_null_is_not_uniqueness_of_every_feature():
+    """Each crosscoder about its own median, against what all of the null's are about theirs."""
     spread = np.linspace(-0.05, 0.05, 201)
-    # the second is wider by a tenth, wherever it lies
-    null, again = scored(0.53 + spread), scored(0.60 + 1.1 * spread)
-    pair = scored(np.r_[0.4 + spread, 0.9, 0.9], alive=np.r_[np.ones(202, bool), False])
-    tables = [
-        null.assign(pair="base, null_a", seed=0),
-        again.assign(pair="base, null_a", seed=1),
-        again.assign(pair="base, null_b", seed=0),
-    ]
-    roles = {
-        ("base, null_a", 0): "sets the thresholds",
-        ("base, null_a", 1): "false positives",
-        ("base, null_b", 0): "spread",
-        ("base, distilled", 0): "the pair",
-    }
-    rates = pd.DataFrame([{"pair": name, "seed": s, "role": role} for (name, s), role in roles.items()])
-    found = nulls.centred_rates(pd.concat(tables), pair, rates).set_index("role")
-    assert list(found.index) == [
-        "sets the thresholds",
-        "false positives",
-        "the pair",
-    ] and found.n.tolist() == [201, 201, 202]
-    limit = np.quantile(spread, 0.99)
-    assert found.hits.tolist() == [
-        (spread > limit + 1e-9).sum(),
-        (1.1 * spread > limit).sum(),
-        1 + (spread > limit + 0.0003).sum(),
-    ]
-    assert (found.low < found.rate).all() and (found.rate < found.high).all()
+    scores, null_scores, roles, widths = [], [], [], {3: 1, 4: 2}
+    for seed, width in widths.items():  # the second null lies elsewhere and is twice as wide
+        null = scored(0.5 + seed / 100 + width * spread)
+        again = scored(0.6 + 1.1 * width * spread)  # wider by a tenth, wherever it lies
+        own = scored(np.r_[0.1 * seed + spread, 0.9, 0.9], alive=np.r_[np.ones(202, bool), False])
+        tables = {"base, null_a": null, "base, null_b": again, "base, distilled": own}
+        for role, (pair, table) in zip(
+            ("sets the thresholds", "false positives", "the pair"), tables.items()
+        ):
+            (scores if role == "the pair" else null_scores).append(table.assign(pair=pair, seed=seed))
+            roles += [{"pair": pair, "seed": seed, "role": role}] * 2  # one per score, side and level
+    found = nulls.centred_rates(pd.concat(null_scores), pd.concat(scores), pd.DataFrame(roles))
+    found = found.set_index(["role", "seed"])
+    limit = np.quantile(np.r_[spread, 2 * spread], 0.99)
+    for seed, width in widths.items():
+        hits = {
+            role: found.hits[role, seed] for role in ("sets the thresholds", "false positives", "the pair")
+        }
+        assert hits == {
+            "sets the thresholds": (width * spread > limit).sum(),
+            "false positives": (1.1 * width * spread > limit).sum(),
+            "the pair": 1,  # the one at 0.9; all others are no wider than a null
+        }
+        assert found.n["the pair", seed] == 202
+    assert len(found) == 6 and found.hits["sets the thresholds"].tolist() == [0, 5]
+    assert (found.low <= found.rate).all() and (found.rate < found.high).all()
 
 
 # --- the part "nulls" ---------------------------------------------------------------------------------------
 
+SEEDS = range(7, 12)  # of five crosscoders
+MEANS = {"null_a": 0.5, "null_b": 0.55, "distilled": 0.7}
 
-@pytest.mark.parametrize(
-    "names, runs",
-    [
-        (("null_a", "null_b"), [("null_a", 0), ("null_b", 1), ("null_b", 0), ("null_a", 1)]),
-        (("null_a",), [("null_a", 0), ("null_a", 1)]),  # one null: only the crosscoder's seed is another
-    ],
-)
-def test_who_sets_the_thresholds_of_a_null_does_not_test_them(monkeypatch, names, runs):
-    trained, rng = [], np.random.default_rng(0)
 
-    def scores(crosscoder, store, *args, **options):
-        mean = {("null_a", 0): 0.5, "own": 0.9}.get(crosscoder, 0.55)
-        nrn = rng.normal(mean, 0.05, 400)
-        return pd.DataFrame(
-            {
-                "feature": range(400),
-                "alive": True,
-                "frequency": 0.1,
-                "nrn": nrn,
-                "nrn_p2": nrn,
-                "nu_eps": 1 - nrn,
-                "nu_r": 1 - nrn,
-                "side": np.where(nrn > 0.5, "distilled", "base"),
-            }
-        )
+@pytest.fixture
+def computed(monkeypatch):
+    """``computed(others)``: the part "nulls" of five crosscoders over made-up scores, (metrics, tables,
+    trained null crosscoders, scores by (model, seed))."""
 
-    def use_table(solo, n_boot, model):
-        change = rng.normal(0, 1 if model != "distilled" else 5, 400)
-        return pd.DataFrame({"feature": range(400), "alive": True, "change": change})
+    def make(names):
+        trained, made, rng = [], {}, np.random.default_rng(0)
 
-    class Fake:
-        pair, crosscoder, store, max_tokens = (
-            SimpleNamespace(name="toy", others=dict.fromkeys(names)),
-            "own",
-            None,
-            10,
-        )
-        seed = 0
-        config = staticmethod(lambda seed=None: SimpleNamespace(seed=0 if seed is None else seed))
-        harvested = staticmethod(lambda base, name: (None, name))
-        folder = staticmethod(lambda name: name)
+        def score_table(crosscoder, store, max_tokens, name, base, n_boot):
+            assert crosscoder[0] == store == name and base == "base", "a crosscoder on another's activations"
+            nrn = rng.normal(MEANS[name] + 0.01 * (crosscoder[1] - 7), 0.05, 400)
+            made[crosscoder] = scored(nrn, nu_eps=1 - nrn).assign(frequency=0.1)
+            return made[crosscoder]
 
-    def train(store, config, folder):
-        trained.append((store, config.seed))
-        return store, config.seed
+        def use_table(solo, n_boot, model):
+            change = rng.normal(0, 5 if model == "distilled" else 1, 400)
+            return pd.DataFrame({"feature": range(400), "alive": True, "change": change})
 
-    monkeypatch.setattr(nulls, "train", train)
-    monkeypatch.setattr(nulls, "score_table", scores)
-    monkeypatch.setattr(nulls, "use_table", use_table)
-    monkeypatch.setattr(nulls, "solo_codes", lambda *args: None)
-    monkeypatch.setattr(nulls, "sample_rows", lambda *args: None)
-    metrics, tables = nulls.compute_nulls.__wrapped__(Fake(), 10)
-    assert trained == runs
-    roles = tables["rates"].drop_duplicates(["pair", "seed"]).set_index(["pair", "seed"]).role
-    assert (
-        roles["base, null_a", 0] == "sets the thresholds"
-        and roles[f"base, {names[-1]}", 1] == "false positives"
+        def train(store, config, folder):
+            assert folder == f"{store}_seed{config.seed}", "another crosscoder lies in this folder"
+            trained.append((store, config.seed))
+            return trained[-1]
+
+        class Fake:
+            pair = SimpleNamespace(name="toy", others=dict.fromkeys(names))
+            crosscoders, seed, seeds = [("distilled", s) for s in SEEDS], SEEDS[0], SEEDS
+            store, max_tokens = "distilled", 10
+            config = staticmethod(lambda seed: SimpleNamespace(seed=seed))
+            harvested = staticmethod(lambda base, name: (None, name))
+            folder = staticmethod(lambda name: name)
+
+        for name, fake in {"train": train, "score_table": score_table, "use_table": use_table}.items():
+            monkeypatch.setattr(nulls, name, fake)
+        monkeypatch.setattr(nulls, "solo_codes", lambda *args: None)
+        monkeypatch.setattr(nulls, "sample_rows", lambda *args: None)
+        return *nulls.compute_nulls.__wrapped__(Fake(), 10), trained, made
+
+    return make
+
+
+@pytest.mark.parametrize("names", [("null_a", "null_b"), ("null_a",)])
+def test_who_sets_the_thresholds_does_not_test_them(computed, names):
+    metrics, tables, trained, made = computed(names)
+    later = 0 if "null_b" in names else 5  # one null: another five of its crosscoders test
+    testers = [(names[-1], s + later) for s in SEEDS]
+    assert trained == [("null_a", s) for s in SEEDS] + testers
+    every = pd.concat([tables["null_scores"], tables["scores"]])
+    pair_of = tables["rates"].drop_duplicates(["seed", "role"]).set_index(["seed", "role"])["pair"]
+    limits = tables["thresholds"].query("score == 'nrn' and side == 'distilled' and level == 0.01")
+    limit = np.quantile(np.concatenate([made["null_a", s]["nrn"] for s in SEEDS]), 0.99)
+    assert limits["seed"].tolist() == list(SEEDS) and limits["threshold"].tolist() == pytest.approx(
+        [limit] * 5
     )
-    # the other's NRN is shifted by one deviation: 9% beyond 1%
-    assert 0.02 < metrics["null_false_positive_rate"]["value"] < 0.3
-    of = (
-        tables["rates"]
-        .query("score == 'nrn' and side == 'distilled' and level == 0.01")
-        .set_index(["pair", "seed"])
-        .rate
-    )
-    assert of["base, null_a", 0] == 0.01 and of["base, distilled", 0] == 1
+    assert (limits["n"] == 2000).all() and limits["low"].nunique() == limits["high"].nunique() == 1
+    rates = tables["rates"].query("score == 'nrn' and side == 'distilled' and level == 0.01")
+    rates = rates.set_index(["seed", "role"])
+    for s, tester in zip(SEEDS, testers):
+        who = {"sets the thresholds": ("null_a", s), "false positives": tester, "the pair": ("distilled", s)}
+        for role, key in who.items():
+            nrn, row = made[key]["nrn"], rates.loc[(s, role)]
+            found = every[(every["seed"] == s) & (every["pair"] == pair_of[s, role])]["nrn"]
+            assert found.tolist() == nrn.tolist(), f"{role}: not the scores of {key}"
+            assert row["rate"] == pytest.approx((nrn > limit).mean())
+            # at the ends of the threshold's interval
+            ends = [(nrn > limits[end].iloc[0]).mean() for end in ("high", "low")]
+            assert [row["low"], row["high"]] == pytest.approx(ends)
+    assert rates["rate"][:, "sets the thresholds"].mean() == pytest.approx(0.01)
+    assert rates["rate"][:, "the pair"].min() > 0.8
+    use = tables["use"].groupby(["seed", "pair"]).size()
+    assert len(use) == 15 and (use == 400).all()
     assert metrics["use_reweighted_rate"]["value"] > 0.3 > metrics["use_false_positive_rate"]["value"]
+
+
+def test_rates_are_means_over_the_crosscoders_with_what_each_of_them_says(computed):
+    metrics, tables, *_ = computed(("null_a", "null_b"))
+    rates = tables["rates"].query("side == 'distilled' and level == 0.01").set_index(["score", "role"])
+    names = {"null_false_positive_rate": "false positives", "beyond_null_nrn_distilled": "the pair"}
+    for name, role in names.items():
+        found, each = metrics[name], rates.loc[("nrn", role)].sort_values("seed")["rate"]
+        assert found["value"] == pytest.approx(each.mean()) and found["n"] == 400
+        assert [value for value, _, _ in found["seeds"]] == pytest.approx(each.tolist())
+        assert found["ci"][0] < found["value"] < found["ci"][1]
+    assert {len(m["seeds"]) for m in metrics.values()} == {5}
+
+
+def test_the_scatter_of_the_nulls_crosscoders_is_in_the_interval_of_their_threshold():
+    rng = np.random.default_rng(0)
+    each = [scored(rng.normal(0.5 + shift, 0.01, 100)) for shift in (-0.1, 0.0, 0.1)]
+    together = pd.concat([t.assign(seed=s) for s, t in enumerate(each)], ignore_index=True)
+    pooled, plain = (
+        nulls.thresholds(t, n_boot=200).set_index(["score", "side", "level"]).loc[("nrn", "distilled", 0.01)]
+        for t in (together, together.drop(columns="seed"))
+    )
+    assert pooled.threshold == plain.threshold and pooled.n == 300
+    # without the third crosscoder it would lie at that of the second, a tenth lower
+    assert pooled.low < 0.55 < plain.low < pooled.threshold
+
+
+def test_the_false_discovery_rate_by_hand():
+    """2 of 100 features of a null beyond the threshold, and 10 of 50 of the pair: a tenth of these is
+    chance."""
+    change = pd.DataFrame({"alive": True, "change": [0.0, 1.0]})
+
+    def table(hits, n):
+        share = {"rate": hits / n, "low": 0.0, "high": 1.0, "hits": hits, "n": n}
+        rows = itertools.product(nulls.SCORES, nulls.SIDES, nulls.LEVELS)
+        return pd.DataFrame(rows, columns=["score", "side", "level"]).assign(**share)
+
+    def found(test_hits, own_hits):
+        tables = {"false positives": table(test_hits, 100), "the pair": table(own_hits, 50)}
+        return nulls._null_metrics(tables, 2.0, [change] * 3)
+
+    usual = found(2, 10)
+    assert usual["null_false_positive_rate_nu_eps"]["value"] == 0.02
+    assert usual["beyond_null_nu_eps_distilled"]["value"] == 0.2
+    for score, end in itertools.product(nulls.SCORES, ("", "_at_5_percent")):
+        assert usual[f"false_discovery_{score}{end}"]["value"] == pytest.approx(0.1)
+    assert found(0, 10)["false_discovery_nrn"]["value"] == 0
+    assert found(100, 10)["false_discovery_nrn"]["value"] == 1, "more than all cannot be false"
+    assert found(2, 0)["false_discovery_nrn"]["value"] is None, "nothing was discovered"
 
 
 def test_a_pair_without_a_null_is_told_so():
@@ -203,6 +258,65 @@ def test_a_pair_without_a_null_is_told_so():
         nulls.compute_nulls.__wrapped__(Fake(), 10)
 
 
+# --- the part "seeds" ---------------------------------------------------------------------------------------
+
+
+def test_planted_copies_recur_and_crosscoders_of_another_k_are_asked_too(tmp_path, monkeypatch):
+    """Two crosscoders at k = 4 that are one, its features in another order; at k = 2 two unlike ones. The
+    null of the first seed calls every feature of the distilled side unique, that of the second none."""
+    store, trained = toy_store(tmp_path, widths=(16, 16)), []
+    make = lambda k, seed: CrossCoder([16, 16], 32, names=list(store.models), k=k, seed=seed)  # noqa: E731
+    made = {(k, s): make(k, s) for k in (2, 4) for s in (5, 6)}
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        made[4, 5].W_dec[:, :16] *= 0.5  # all features are on the distilled model's side
+    state = made[4, 5].state_dict()
+    for name in ("W_enc", "b_enc", "W_dec"):
+        axis = list(state[name].shape).index(32)
+        state[name] = state[name].index_select(axis, order)
+    made[4, 6].load_state_dict(state)
+    rows = itertools.product(nulls.SCORES, nulls.SIDES, nulls.LEVELS)
+    limits = pd.DataFrame(rows, columns=["score", "side", "level"])
+    limits = pd.concat([limits.assign(seed=5, threshold=100.0), limits.assign(seed=6, threshold=-100.0)])
+    limits.loc[limits["score"].str.startswith("nrn"), "threshold"] *= -1
+
+    def train(store, config, folder):
+        assert folder == f"k{config.k}_seed{config.seed}"
+        trained.append((config.k, config.seed))
+        return made[trained[-1]]
+
+    class Fake:
+        pair, max_tokens, nrn_over = SimpleNamespace(load=lambda name: name), None, 0.0
+        seed, seeds, crosscoders = 5, range(5, 7), [made[4, 5], made[4, 6]]
+        config = staticmethod(lambda seed=5, k=4: SimpleNamespace(seed=seed, k=k))
+        folder = staticmethod(lambda name: name)
+        needed = staticmethod(lambda part: SimpleNamespace(tables={"thresholds": limits}))
+
+    Fake.store = store
+    card = lambda crosscoder, *args, **options: {  # noqa: E731
+        "fve_base": {"value": crosscoder.k / 10}, "l0": {"value": 99.0}
+    }  # fmt: skip
+    monkeypatch.setattr(nulls, "train", train)
+    monkeypatch.setattr(nulls, "health_card", card)
+    metrics, tables = nulls.compute_seeds.__wrapped__(Fake(), [2])
+    assert trained == [(2, 5), (2, 6)], "those of the run are there already"
+    by_k = tables["by_k"].set_index("k")
+    assert by_k["fve_base"].to_dict() == {2: 0.2, 4: 0.4} and "l0" not in by_k
+    assert by_k["stability"][4] == pytest.approx(1, abs=1e-5) and by_k["recurrent"][4] == 1
+    assert by_k["stability"][2] < 0.7 and by_k["chance"].between(0, 0.7).all()
+    for k in (2, 4):
+        assert metrics[f"stability_median_k{k}"]["value"] == by_k["stability"][k]
+    assert metrics["recurrent_share"]["value"] == 1 and len(metrics["recurrent_share"]["seeds"]) == 2
+    clusters, by_seed = tables["clusters"], tables["by_seed"].set_index("seed")
+    assert clusters["crosscoder"].unique().tolist() == [0, 1] and by_seed.index.tolist() == [5, 6]
+    unique = clusters[clusters["unique"].astype(bool)]
+    assert set(unique["crosscoder"]) == {0} and len(unique) == by_seed["unique_nu_eps"][5] > 0
+    assert by_seed["unique_nu_eps"][6] == 0 and by_seed["unique_nrn"].tolist() == [by_seed["alive"][5], 0]
+    for c in CATEGORIES:  # both crosscoders choose the same feature, by its number in each
+        one, other = by_seed[f"feature_{c}"].dropna().astype(int).reindex([5, 6])
+        assert int(order[other]) == one and metrics[f"stable_{c}"]["value"] == pytest.approx(1, abs=1e-5)
+
+
 # --- the part "similarity" ----------------------------------------------------------------------------------
 
 
@@ -211,13 +325,18 @@ def test_a_null_that_is_the_pair_is_as_alike_as_the_pair(tmp_path):
     crosscoder = CrossCoder([16, 16], 32, names=list(store.models), k=4, seed=0)
     chosen = dict(zip(CATEGORIES, range(4)))
     table = scored(np.linspace(0, 1, 32))
+    # another crosscoder's scores and thresholds, which do not count here
+    other = scored(np.full(32, 0.5)).assign(seed=1)
+    limits = nulls.thresholds(table).assign(seed=0)
 
     class Fake:
+        seed = 0
         harvested = staticmethod(lambda *names: (None, store))
         inspection = staticmethod(lambda: SimpleNamespace(chosen=chosen))
         needed = staticmethod(
-            lambda part: SimpleNamespace(tables={"scores": table, "thresholds": nulls.thresholds(table)})
+            lambda part: SimpleNamespace(tables={"scores": pd.concat([other, table.assign(seed=0)])})
         )
+        null_limits = staticmethod(lambda: limits)
 
     Fake.store, Fake.crosscoder = store, crosscoder
     metrics, tables = nulls.compute_similarity.__wrapped__(Fake(), 200)
@@ -225,4 +344,5 @@ def test_a_null_that_is_the_pair_is_as_alike_as_the_pair(tmp_path):
     alike = tables["similarity"].pivot_table(index=["statistic", "text"], columns="other", values="value")
     assert alike["distilled"].equals(alike["null_a"].rename("distilled"))
     assert tables["angles"]["components_of"].tolist() == list(store.models)
+    assert set(tables["angles"]["features"]) == {1}, "the one above the threshold of its own null"
     assert set(tables["directions"]["a"]) <= set(CATEGORIES)
