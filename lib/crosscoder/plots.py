@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from ..figures import COLOURS
 from ..results import Part
 
+BY_K = tuple(COLOURS[name] for name in ("distilled", "null", "contrast", "base", "deduction"))
 GREYS = ("#8A8A8A", "#B4B4B4", "#5E5E5E", "#CFCFCF")
 
 
@@ -128,7 +129,11 @@ def by_k(table: pd.DataFrame) -> go.Figure:
     lines = pd.concat(rows, ignore_index=True)
     lines = lines.assign(up=lines["high"] - lines["of 1"], down=lines["of 1"] - lines["low"])
     fig = px.line(
-        *(lines, "k", "of 1", "curve"),
+        lines,
+        x="k",
+        y="of 1",
+        color="curve",
+        color_discrete_map=dict(zip(names.values(), BY_K)),
         error_y="up",
         error_y_minus="down",
         markers=True,
