@@ -27,6 +27,8 @@ import plotly.graph_objects as go
 from ..crosscoder.codes import codes, firing_frequency, sample_rows
 from ..crosscoder.health import health_card
 from ..crosscoder.model import CrossCoder
+from ..crosscoder.plots import by_k as by_k
+from ..crosscoder.plots import nrn_beside_null as nrn_beside_null
 from ..crosscoder.recurrence import metrics as metrics_of_recurrence
 from ..crosscoder.recurrence import recurrent
 from ..crosscoder.training import train
@@ -37,7 +39,7 @@ from ..features.use import change_limit, reweighted, solo_codes, use_table
 from ..figures import COLOURS
 from ..geometry import similarity
 from ..labels import CATEGORIES
-from ..results import Part, pooled_metric
+from ..results import Part, Results, pooled_metric
 from ..settings import UserError, check
 from ..stats import bootstrap, jackknife, wilson
 from .variants import Variant, metric, part_of_study
@@ -50,6 +52,7 @@ RATES = {  # score: the name of its false-positive rate among the metrics
     "nu_eps": "null_false_positive_rate_nu_eps",
     "nu_r": "null_false_positive_rate_nu_r",
 }
+NEAR = 0.2  # a nu so near to zero says that the other model has next to nothing of the feature
 
 
 @part_of_study("nulls", 2)
@@ -210,6 +213,28 @@ def centred_rates(null_scores: pd.DataFrame, scores: pd.DataFrame, rates: pd.Dat
     return pd.DataFrame(rows)
 
 
+def record(results: Results, part: Part) -> None:
+    """Put into ``results`` what else the tables of the part "nulls" say, pooled over the crosscoders:
+    beyond_null_nrn_base, beyond_null_nu_eps_base; about each crosscoder's own median (``centred_rates``)
+    null_false_positive_rate_centred, beyond_null_nrn_centred_distilled; and unique_nu_eps_low, of the
+    features above the threshold of NRN the share whose interval of nu lies within NEAR of zero."""
+    scores, rates, limits = (part.tables[name] for name in ("scores", "rates", "thresholds"))
+    base = rates.query("role == 'the pair' and side == 'base' and level == 0.01")
+    base = base.set_index(["score", "seed"])
+    centred = centred_rates(part.tables["null_scores"], scores, rates).set_index(["role", "seed"])
+    wanted = {f"beyond_null_{score}_base": (base, score) for score in ("nrn", "nu_eps")}
+    wanted["null_false_positive_rate_centred"] = centred, "false positives"
+    wanted["beyond_null_nrn_centred_distilled"] = centred, "the pair"
+    for own, seed in results.over(sorted(scores["seed"].unique())):
+        for name, (table, key) in wanted.items():
+            row = table.loc[(key, seed)]
+            own.add(name, row["rate"], (row["low"], row["high"]), row["n"])
+        table = scores[scores["seed"] == seed].reset_index(drop=True)
+        above = table[beyond(table, limits[limits["seed"] == seed], "nrn") & table["nu_eps"].notna()]
+        share = _share(int(above[["nu_eps_low", "nu_eps_high"]].abs().lt(NEAR).all(axis=1).sum()), len(above))
+        own.add("unique_nu_eps_low", share["rate"], (share["low"], share["high"]), share["n"])
+
+
 def plot_scaling(part: Part) -> tuple[go.Figure, pd.DataFrame]:
     """(figure, its data): NRN against nu of every alive feature of the first crosscoder of the pair; a unique
     one is low in nu."""
@@ -223,7 +248,9 @@ def plot_scaling(part: Part) -> tuple[go.Figure, pd.DataFrame]:
 
 
 @part_of_study("seeds", 2)
-def compute_seeds(variant: Variant, ks: Sequence[int] = (), ce_tokens: int = 10_000) -> tuple[dict, dict]:
+def compute_seeds(
+    variant: Variant, ks: Sequence[int] = (4, 8, 16, 24), ce_tokens: int = 10_000
+) -> tuple[dict, dict]:
     """The part "seeds": do the features of the run's crosscoders recur, and how does that depend on k?
 
     ``ks``: numbers of features per token for which as many crosscoders are trained, beside the run's own;
@@ -233,7 +260,7 @@ def compute_seeds(variant: Variant, ks: Sequence[int] = (), ce_tokens: int = 10_
     """
     store, limits = variant.store, variant.needed("nulls").tables["thresholds"]
     models = {name: variant.pair.load(name) for name in store.models}
-    rows, clusters, by_k, own_k = [], None, [], variant.config().k
+    rows, clusters, rows_of_k, own_k = [], None, [], variant.config().k
     for k in sorted({*ks, own_k}):
         trained = (
             variant.crosscoders
@@ -256,7 +283,7 @@ def compute_seeds(variant: Variant, ks: Sequence[int] = (), ce_tokens: int = 10_
         for name, m in quality.items():
             low, high = m["ci"] or (None, None)
             row |= {name: m["value"], f"{name}_low": low, f"{name}_high": high}
-        by_k.append(row)
+        rows_of_k.append(row)
         if k == own_k:
             clusters, metrics = found, again
     for s, crosscoder in zip(variant.seeds, variant.crosscoders):
@@ -284,7 +311,7 @@ def compute_seeds(variant: Variant, ks: Sequence[int] = (), ce_tokens: int = 10_
     medians = clusters[unique].groupby("crosscoder")["stability"].median()
     if len(medians):
         metrics["stability_unique_median"] = pooled_metric([metric(v, n=unique.sum()) for v in medians])
-    metrics |= {f"stability_median_k{row['k']}": metric(row["stability"], _bounds(row)) for row in by_k}
+    metrics |= {f"stability_median_k{row['k']}": metric(row["stability"], _bounds(row)) for row in rows_of_k}
     by_seed = pd.DataFrame(rows)
     for c in CATEGORIES:
         chosen = by_seed.set_index(by_seed["seed"] - variant.seed)[f"feature_{c}"].dropna()
@@ -293,7 +320,7 @@ def compute_seeds(variant: Variant, ks: Sequence[int] = (), ce_tokens: int = 10_
         )
         if len(stable):
             metrics[f"stable_{c}"] = pooled_metric([metric(value) for value in stable])
-    return metrics, {"clusters": clusters, "by_seed": by_seed, "by_k": pd.DataFrame(by_k)}
+    return metrics, {"clusters": clusters, "by_seed": by_seed, "by_k": pd.DataFrame(rows_of_k)}
 
 
 def _bounds(row: dict) -> tuple | None:

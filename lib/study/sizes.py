@@ -64,8 +64,8 @@ def collect(
     quantity, value, low, high, n, over), ``crosscoders`` one per crosscoder (``uniqueness``), ``thoughts``
     one per puzzle of a distilled model (``trials.transcript_table``).
 
-    ``folder`` keeps transcripts. UserError names a pair for which notebooks 02, 05 and 10 have not run;
-    without 04 its quantities are left out.
+    ``folder`` keeps transcripts. UserError names a pair for which notebooks 02, 05 and 10 have not run, or
+    ran before a run had several crosscoders; without 04 its quantities are left out.
     """
     tables, crosscoders, thoughts = [], [], []
     for name in pairs:
@@ -87,6 +87,12 @@ def measured(run: Run) -> tuple[list[dict], pd.DataFrame]:
             f" PAIR={run.pair} ONLY=10"
         )
     nulls, seeds, similarity = (part.tables for part in parts)
+    if "seed" not in nulls["thresholds"]:
+        raise UserError(
+            f"what was computed of {run.pair} is from before a run had several crosscoders, and cannot be"
+            f" compared with other pairs: run make figures PAIR={run.pair}, then make study PAIR={run.pair}"
+            " ONLY=10"
+        )
     own = uniqueness(nulls)
     rows = over_seeds(own)
     for c in CATEGORIES:  # AUROC of the best feature of each category
@@ -176,6 +182,7 @@ def _read(run: Run) -> list[dict]:
     files, rows = {number: read_results(run, number)["metrics"] for number in numbers}, []
     for quantity, (number, name, over) in READ.items():
         if found := files.get(number, {}).get(name):
+            over = f"crosscoders and {over}" if "seeds" in found else over
             rows.append(_row(quantity, found["value"], found["ci"], found["n"], over))
     return rows
 

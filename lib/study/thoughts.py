@@ -45,16 +45,13 @@ def compute_thoughts(
             " notebook 13 out"
         )
     table = variant.inspection().table
+    nulls = variant.needed("nulls")
     null = {
-        name: part[part["seed"] == seed].reset_index(drop=True)
-        for name, part in variant.needed("nulls").tables.items()
-    }
+        name: part[part["seed"] == seed].reset_index(drop=True) for name, part in nulls.tables.items()
+    }  # what it says of the first crosscoder
     unique = np.any([beyond(null["scores"], null["thresholds"], "nrn", side) for side in SIDES], axis=0)
-    use = {
-        name: null["use"][null["use"]["pair"] == f"base, {name}"].reset_index(drop=True)
-        for name in ("distilled", "null_a")
-    }
-    changed = reweighted(use["distilled"], use["null_a"]) & ~unique
+    use = null["use"][null["use"]["pair"] == "base, distilled"].reset_index(drop=True)
+    changed = reweighted(use, nulls.metrics["use_limit"]["value"]) & ~unique
     models, norm = {name: pair.load(name) for name in crosscoder.names}, store.mean_norms["distilled"]
     sets = experiments.category_sets(table, features_per_category)
     vectors, own_use = experiments.mean_differences(store), experiments.measure_use(crosscoder, store)

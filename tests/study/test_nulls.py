@@ -11,6 +11,8 @@ from toys import toy_store
 
 from lib.crosscoder.model import CrossCoder
 from lib.labels import CATEGORIES
+from lib.results import Part, Results
+from lib.runs import Run
 from lib.settings import UserError
 from lib.study import nulls
 
@@ -247,6 +249,44 @@ def test_the_false_discovery_rate_by_hand():
     assert found(0, 10)["false_discovery_nrn"]["value"] == 0
     assert found(100, 10)["false_discovery_nrn"]["value"] == 1, "more than all cannot be false"
     assert found(2, 0)["false_discovery_nrn"]["value"] is None, "nothing was discovered"
+
+
+def test_what_else_the_tables_say_by_hand():
+    """Two crosscoders: above the threshold of NRN, 0.6, the first has three features, of which two have an
+    interval of nu within 0.2 of zero; the second has none above it."""
+    null = scored([0.5] * 5 + [0.4] * 5, nu_eps=np.full(10, 0.5))
+    null = pd.concat([null.assign(seed=s) for s in (0, 1)])
+    limits = nulls.thresholds(null.reset_index(drop=True), n_boot=20)
+    limits.loc[(limits["score"] == "nrn") & (limits["side"] == "distilled"), "threshold"] = 0.6
+    first = scored([0.7, 0.7, 0.8, 0.9, 0.4, 0.3], nu_eps=[0.0, 0.1, -0.5, 0.0, 0.3, 0.9])
+    first["alive"] = [True, True, True, False, True, True]
+    first["nu_eps_low"], first["nu_eps_high"] = first["nu_eps"] - 0.05, first["nu_eps"] + 0.05
+    own = [first.assign(seed=0), first.assign(seed=1, nrn=0.5)]
+    roles = {"sets the thresholds": null.query("seed == 0"), "false positives": null, "the pair": None}
+    rates = pd.concat(
+        nulls.rates((table if role == "the pair" else roles[role]).reset_index(drop=True), limits).assign(
+            pair=f"base, {role}", role=role, seed=s
+        )
+        for role in roles
+        for s, table in enumerate(own)
+    )
+    part = Part("nulls", "")
+    part.tables = {
+        "scores": pd.concat(own).assign(pair="base, the pair"),
+        "null_scores": pd.concat(null.assign(pair=f"base, {role}") for role in list(roles)[:2]),
+        "rates": rates,
+        "thresholds": pd.concat([limits.assign(seed=s) for s in (0, 1)]),
+    }
+    results = Results("10", Run("toy"), {})
+    nulls.record(results, part)
+    each = {name: [value for value, _, _ in m["seeds"]] for name, m in results.metrics.items()}
+    assert each["unique_nu_eps_low"] == [pytest.approx(2 / 3), None]
+    assert each["null_false_positive_rate_centred"] == [0, 0]
+    # only 0.8 lies further above 0.7, the median of those alive, than 0.5 above 0.45, the null's
+    assert each["beyond_null_nrn_centred_distilled"] == [1 / 5, 0]
+    assert each["beyond_null_nrn_base"] == [1 / 5, 0]  # 0.3 lies below 0.4
+    # of 0.3 and 0.9 on the base's side one lies nearer to zero than the null's 0.5
+    assert each["beyond_null_nu_eps_base"][0] == 1 / 2
 
 
 def test_a_pair_without_a_null_is_told_so():

@@ -17,9 +17,9 @@ PARAMETERS = open_variant(COMMITTED).parameters
 
 @pytest.fixture
 def variant(tmp_path, monkeypatch):
-    """The embedded pair below ``tmp_path``, with a store and a crosscoder that are names only."""
+    """The embedded pair below ``tmp_path``, with a store and two crosscoders that are names only."""
     monkeypatch.setattr(Variant, "store", type("S", (), {"fingerprint": "store-1"})())
-    monkeypatch.setattr(Variant, "_opened", (None, "crosscoder-1"))
+    monkeypatch.setattr(Variant, "_opened", [("first", "weights-1"), ("second", "weights-2")])
     return Variant(Run("tiny", "default", tmp_path), json.loads(json.dumps(PARAMETERS)))
 
 
@@ -46,16 +46,15 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "pair, part", [*(("tiny", part) for part in PARTS), ("smol", "nulls"), ("smol", "seeds")]
-)
-def test_what_took_hours_is_read_and_needs_no_artefact(pair, part, monkeypatch):
+@pytest.mark.parametrize("part", PARTS)
+def test_what_took_hours_is_read_and_needs_no_artefact(part, monkeypatch):
     """The fingerprint of every committed part comes out of the committed results of notebooks 01 to 03."""
     nothing = property(lambda self: pytest.fail("an artefact was opened"))
     for name in ("store", "_opened"):
         monkeypatch.setattr(Variant, name, nothing)
-    kept = json.loads((ROOT / "figures" / pair / "study" / part / "manifest.json").read_text())
-    found = PARTS[part](open_variant(Run(pair)))
+    kept = json.loads((ROOT / "figures" / "tiny" / "study" / part / "manifest.json").read_text())
+    monkeypatch.setattr(Run, "path", lambda self, name: ROOT / "nothing" / name)  # as in a fresh clone
+    found = PARTS[part](open_variant(COMMITTED))
     assert found.metrics == kept["metrics"] and sorted(found.tables) == kept["tables"]
 
 
@@ -84,7 +83,11 @@ def test_a_part_is_computed_once_and_read_back_with_its_words_and_gaps(variant):
     assert calls == [1] and part.metrics["share"] == {"value": 0.25, "ci": [0.1, 0.4], "n": 8}
     assert part.tables["rows"].word[0] == "null" and pd.isna(part.tables["rows"].x[1])
     manifest = json.loads((variant.run.figures / "study" / "easy" / "manifest.json").read_text())
-    assert manifest["inputs"] == {"store": "store-1", "crosscoder": "crosscoder-1"}
+    assert manifest["inputs"] == {
+        "store": "store-1",
+        "crosscoder": "weights-1",
+        "crosscoders": ["weights-1", "weights-2"],
+    }
 
 
 def test_a_part_of_other_code_or_another_budget_is_made_again(variant):
@@ -95,11 +98,61 @@ def test_a_part_of_other_code_or_another_budget_is_made_again(variant):
     assert calls == [1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    "others",
+    [[(None, "weights-1"), (None, "weights-3")], [(None, "weights-1")]],
+    ids=["another", "one fewer"],
+)
+def test_a_part_of_other_crosscoders_than_the_run_has_is_made_again(variant, monkeypatch, others):
+    calls = []
+    easy(variant, calls=calls)
+    monkeypatch.setattr(Variant, "_opened", others)
+    easy(variant, calls=calls)
+    assert calls == [1], "the run has none: what is committed is read"
+    variant.run.path("crosscoder").mkdir(parents=True)
+    for _ in range(2):
+        easy(variant, calls=calls)
+    assert calls == [1, 1], "made again, once"
+    assert read_part(variant.run, "easy", crosscoders=[weights for _, weights in others])
+
+
+def test_a_run_has_crosscoders_of_seeds_that_count_on(variant):
+    assert variant.crosscoder == "first" and variant.crosscoders == ["first", "second"]
+    assert variant.crosscoder_fingerprint == "weights-1"
+    seed = variant.parameters[TRAINING]["seed"]
+    assert list(variant.seeds) == [seed, seed + 1]
+    assert (
+        variant.config().seed == seed and variant.config(9, k=3).seed == 9 and variant.config(9, k=3).k == 3
+    )
+
+
+def test_results_from_before_there_were_several_crosscoders_keep_their_fingerprint(variant):
+    """The number of crosscoders is in the fingerprint only where the results of notebook 02 name it."""
+    given = json.loads(json.dumps(PARAMETERS))
+    n = given[TRAINING].pop("crosscoders")
+    before = Variant(variant.run, given)
+    assert (
+        "crosscoders" not in before.parameters[TRAINING] and variant.parameters[TRAINING]["crosscoders"] == n
+    )
+    assert before.config() == variant.config()
+    marks = [before.fingerprint("easy", 1, {}), variant.fingerprint("easy", 1, {})]
+    variant.parameters[TRAINING]["crosscoders"] = n + 1
+    assert len({*marks, variant.fingerprint("easy", 1, {})}) == 3
+    del variant.parameters[TRAINING]["crosscoders"]
+    assert variant.fingerprint("easy", 1, {}) == marks[0]
+
+
+def test_the_thresholds_of_the_first_crosscoder_are_its_own(variant):
+    limits = pd.DataFrame({"threshold": [0.7, 0.8], "seed": [variant.seed, variant.seed + 1]})
+    variants.write_part(variant.run, "nulls", "mark", {}, {"thresholds": limits}, variant._inputs())
+    assert variant.null_limits()["threshold"].tolist() == [0.7]
+
+
 def test_what_is_missing_or_of_other_artefacts_is_empty_and_says_why(variant):
     part = read_part(variant.run, "nulls")
     assert not part and part.metrics == {} and "make study ONLY=10" in part.note
     easy(variant)
-    refused = read_part(variant.run, "easy", crosscoder="crosscoder-2")
+    refused = read_part(variant.run, "easy", crosscoder="weights-3")
     assert not refused and "another crosscoder than this notebook has" in refused.note
     with pytest.raises(UserError, match="builds on the part 'nulls', which comes first"):
         variant.needed("nulls")
