@@ -260,7 +260,7 @@ def compute_seeds(
     """
     store, limits = variant.store, variant.needed("nulls").tables["thresholds"]
     models = {name: variant.pair.load(name) for name in store.models}
-    rows, clusters, rows_of_k, own_k = [], None, [], variant.config().k
+    rows, clusters, rows_of_k, own_k, over_k = [], None, [], variant.config().k, {}
     for k in sorted({*ks, own_k}):
         trained = (
             variant.crosscoders
@@ -279,6 +279,7 @@ def compute_seeds(
         }
         again = metrics_of_recurrence(found, trained, alive)
         quality |= {"stability": again["stability_median"], "recurrent": again["recurrent_share"]}
+        over_k[f"stability_median_k{k}"] = again["stability_median"]
         row = {"k": k, "chance": again["stability_chance"]["value"]}
         for name, m in quality.items():
             low, high = m["ci"] or (None, None)
@@ -311,7 +312,7 @@ def compute_seeds(
     medians = clusters[unique].groupby("crosscoder")["stability"].median()
     if len(medians):
         metrics["stability_unique_median"] = pooled_metric([metric(v, n=unique.sum()) for v in medians])
-    metrics |= {f"stability_median_k{row['k']}": metric(row["stability"], _bounds(row)) for row in rows_of_k}
+    metrics |= over_k
     by_seed = pd.DataFrame(rows)
     for c in CATEGORIES:
         chosen = by_seed.set_index(by_seed["seed"] - variant.seed)[f"feature_{c}"].dropna()
@@ -321,11 +322,6 @@ def compute_seeds(
         if len(stable):
             metrics[f"stable_{c}"] = pooled_metric([metric(value) for value in stable])
     return metrics, {"clusters": clusters, "by_seed": by_seed, "by_k": pd.DataFrame(rows_of_k)}
-
-
-def _bounds(row: dict) -> tuple | None:
-    ends = row["stability_low"], row["stability_high"]
-    return None if None in ends else ends
 
 
 def plot_stability(clusters: pd.DataFrame) -> go.Figure:

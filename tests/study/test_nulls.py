@@ -345,7 +345,8 @@ def test_planted_copies_recur_and_crosscoders_of_another_k_are_asked_too(tmp_pat
     assert by_k["stability"][4] == pytest.approx(1, abs=1e-5) and by_k["recurrent"][4] == 1
     assert by_k["stability"][2] < 0.7 and by_k["chance"].between(0, 0.7).all()
     for k in (2, 4):
-        assert metrics[f"stability_median_k{k}"]["value"] == by_k["stability"][k]
+        found = metrics[f"stability_median_k{k}"]
+        assert found["value"] == by_k["stability"][k] and len(found["seeds"]) == 2
     assert metrics["recurrent_share"]["value"] == 1 and len(metrics["recurrent_share"]["seeds"]) == 2
     clusters, by_seed = tables["clusters"], tables["by_seed"].set_index("seed")
     assert clusters["crosscoder"].unique().tolist() == [0, 1] and by_seed.index.tolist() == [5, 6]
