@@ -16,9 +16,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=["positions", "survey"],
     submod_attrs={
-        "harvest": ["harvest_activations", "harvest_part", "merge_parts", "open_text"],
+        "harvest": ["harvest_activations", "harvest_run", "harvest_part", "merge_parts", "open_text"],
         "positions": ["LABELS"],
-        "shuffle": ["Prefetched"],
         "store": ["Store", "open_store"],
         "stream": ["Stream"],
         "survey": ["capture"],

@@ -38,6 +38,7 @@ from ..models.reader import BATCH_TOKENS, CHUNK, NORM_FACTOR, LayerReader, masks
 from ..runs import (
     MANIFEST,
     Progress,
+    Run,
     exclusive,
     fingerprint,
     is_current,
@@ -81,17 +82,66 @@ def harvest_activations(
     full disk (finished shards stay), for activations that are not finite, and for token ids that a model does
     not have.
     """
-    job = job_of(pair, documents, path, layer, **sizes)
-    if is_current(job.path, job.fingerprint):
-        with contextlib.suppress(UserError):  # damaged: whole shards are kept below, the others made anew
-            return Store.open(job.path)
-    if isinstance(job.corpus, Corpus):
-        job.corpus.check_budget()
-    job.path.mkdir(parents=True, exist_ok=True)
-    with exclusive(job.path, "harvesting"):
-        _check_room(job)
-        _claim(job, anew=True)
-        return _finish(job, _make(job, range(sys.maxsize), models, device))
+    return harvest_layers(pair, documents, {path: layer}, models, device, **sizes)[0]
+
+
+def harvest_layers(
+    pair: Pair,
+    documents: Corpus | Iterable[Document],
+    paths: Mapping[str | Path, int | None],
+    models: Mapping[str, PreTrainedModel] | None = None,
+    device: str | None = None,
+    **sizes: int,
+) -> list[Store]:
+    """``harvest_activations`` of several layers {path of the store: layer}: the models run once for all. The
+    stores are those of single harvests."""
+    documents = documents if isinstance(documents, Corpus) else list(documents)
+    jobs = [job_of(pair, documents, path, layer, **sizes) for path, layer in paths.items()]
+    stores = {}
+    for job in jobs:
+        if is_current(job.path, job.fingerprint):
+            with contextlib.suppress(UserError):  # damaged: whole shards are kept below, the others made anew
+                stores[job.path] = Store.open(job.path)
+    if left := [job for job in jobs if job.path not in stores]:
+        if isinstance(documents, Corpus):
+            documents.check_budget()
+        with contextlib.ExitStack() as locks:
+            for job in left:
+                job.path.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(exclusive(job.path, "harvesting"))
+                _check_room(job)
+                _claim(job, anew=True)
+            for job, shards in zip(left, _make(left, range(sys.maxsize), models, device)):
+                stores[job.path] = _finish(job, shards)
+    return [stores[job.path] for job in jobs]
+
+
+def harvest_run(
+    run: Run,
+    pair: Pair,
+    documents: Corpus,
+    layer: int | None = None,
+    upper: bool = False,
+    models: Mapping[str, PreTrainedModel] | None = None,
+) -> Store:
+    """The run's store (``harvest_activations``); with ``upper`` also that of the layer before the last block,
+    in the run's folder ``store_upper``, where models have one (``upper_layer``). Otherwise there is none."""
+    paths = {run.path("store"): layer}
+    if upper and (above := upper_layer(pair, layer)) is not None:
+        paths[run.path("store_upper")] = above
+    else:
+        shutil.rmtree(run.path("store_upper"), ignore_errors=True)
+    return harvest_layers(pair, documents, paths, models)[0]
+
+
+def upper_layer(pair: Pair, layer: int | None = None) -> int | None:
+    """Index of the decoder layer before the last block, where what comes next is nearly decided; None if the
+    models differ in depth, or ``layer`` (None: the pair's own) is not below it."""
+    depths = {pair.config(name).get_text_config().num_hidden_layers for name in pair.models}
+    depth = depths.pop()
+    layer = pair.layer if layer is None else layer
+    read = max(depth // 2 - 1, 0) if layer is None else layer
+    return depth - 2 if not depths and read < depth - 2 else None
 
 
 def harvest_part(
@@ -115,7 +165,7 @@ def harvest_part(
     numbers = _part(job, *part)
     _claim(job)
     _check_room(job)
-    return len(_make(job, numbers, models, device))
+    return len(_make([job], numbers, models, device)[0])
 
 
 def merge_parts(
@@ -277,34 +327,40 @@ def _check_room(job: Job) -> None:
 
 
 def _make(
-    job: Job, numbers: range, models: Mapping[str, PreTrainedModel] | None, device: str | None
-) -> dict[str, dict]:
-    """Make those shards of these numbers that are not there and whole; {shard: its line of the log}. While
-    one is written, the next is computed."""
+    jobs: Sequence[Job], numbers: range, models: Mapping[str, PreTrainedModel] | None, device: str | None
+) -> list[dict[str, dict]]:
+    """Make those shards of these numbers that are not there and whole, for each job (they differ in their
+    layer and folder alone) {shard: its line of the log}. While one is written, the next is computed."""
     readers: dict[str, LayerReader] = {}  # models are loaded when the first shard needs them
     writing: Future | None = None
-    log, shards, done = _logged(job.path), {}, 0
-    with Progress("tokens harvested", job.tokens) as progress, ThreadPoolExecutor(1) as writer:
+    logs, shards, done = [_logged(job.path) for job in jobs], [{} for _ in jobs], 0
+    with Progress("tokens harvested", jobs[0].tokens) as progress, ThreadPoolExecutor(1) as writer:
         began = time.monotonic()
-        for number, name, tokens, first, group in shards_of(job):
+        for number, name, tokens, first, group in shards_of(jobs[0]):
             if number >= numbers.stop:
                 break
             if number < numbers.start:
                 continue
-            if _problem(job.path / name, log.get(name), tokens) is None:
-                shards[name] = log[name]
-            else:
-                readers = readers or readers_of(job, models, device)
-                tensors, padding = _shard(job, group, first, readers)
-                facts = {"tokens": tokens, "documents": len(group), "padding": padding}
+            raw = None
+            for job, log, own in zip(jobs, logs, shards):
+                if _problem(job.path / name, log.get(name), tokens) is None:
+                    own[name] = log[name]
+                    continue
+                readers = readers or readers_of(jobs, models, device)
+                raw = raw or _read(job, readers, [d.tokens for d in group])
+                tensors = _shard(job, group, first, readers, raw[0])
+                facts = {"tokens": tokens, "documents": len(group), "padding": raw[1]}
                 facts["seconds"] = round(time.monotonic() - began, 3)
                 if writing:  # one shard at most, or memory would fill up
                     writing.result()
-                writing = shards[name] = writer.submit(_write_shard, job.path, name, tensors, facts)
-            began = time.monotonic()
+                writing = own[name] = writer.submit(_write_shard, job.path, name, tensors, facts)
+                began = time.monotonic()
             done += tokens
-            progress.update(min(done, job.tokens), f"{number - numbers.start + 1} shards")
-    return {name: line.result() if isinstance(line, Future) else line for name, line in shards.items()}
+            progress.update(min(done, jobs[0].tokens), f"{number - numbers.start + 1} shards")
+    return [
+        {name: line.result() if isinstance(line, Future) else line for name, line in own.items()}
+        for own in shards
+    ]
 
 
 def shards_of(job: Job) -> Iterator[tuple[int, str, int, int, list[Document]]]:
@@ -329,18 +385,26 @@ def groups(corpus: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int,
 
 
 def readers_of(
-    job: Job, models: Mapping[str, PreTrainedModel] | None, device: str | None
+    jobs: Sequence[Job], models: Mapping[str, PreTrainedModel] | None, device: str | None
 ) -> dict[str, LayerReader]:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """A reader for each model, of the layers of all jobs."""
+    device, job = device or ("cuda" if torch.cuda.is_available() else "cpu"), jobs[0]
     loaded = {name: (models[name] if models else job.pair.load(name)).to(device) for name in job.pair.models}
-    layers = {name: job.content["models"][name]["layer"] for name in loaded}
-    return {name: LayerReader(model, job.tokenizer, layers[name]) for name, model in loaded.items()}
+    layers = {name: [job.content["models"][name]["layer"] for job in jobs] for name in loaded}
+    return {
+        name: LayerReader(model, job.tokenizer, layers[name][0], layers[name][1:])
+        for name, model in loaded.items()
+    }
 
 
 def _shard(
-    job: Job, group: list[Document], first: int, readers: Mapping[str, LayerReader]
-) -> tuple[dict[str, torch.Tensor], int]:
-    """All that a shard holds, by name; and how many positions were padding."""
+    job: Job,
+    group: list[Document],
+    first: int,
+    readers: Mapping[str, LayerReader],
+    raw: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """All that a shard holds, by name."""
     lengths = np.array([len(d.tokens) for d in group])
     numbers, splits = np.arange(first, first + len(group)), [SPLITS.index(d.split) for d in group]
     arrays = {
@@ -351,9 +415,8 @@ def _shard(
         **{label: np.concatenate([d.labels[label] for d in group]) for label in LABEL_ARRAYS},
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    acts, norms, padding = read_models(job, readers, [d.tokens for d in group], first)
-    tensors |= {f"acts_{m}": a for m, a in acts.items()} | {f"norm_{m}": n for m, n in norms.items()}
-    return tensors, padding
+    acts, norms = _stored(job, readers, raw, first)
+    return tensors | {f"acts_{m}": a for m, a in acts.items()} | {f"norm_{m}": n for m, n in norms.items()}
 
 
 def read_models(
@@ -364,7 +427,15 @@ def read_models(
     UserError for token ids that a model does not have, and for activations that are not finite in documents
     from number ``first`` on.
     """
-    acts, norms, highest, store_dtype = {}, {}, max(map(max, token_lists)), job.pair.store_dtype
+    raw, padding = _read(job, readers, token_lists)
+    return *_stored(job, readers, raw, first), padding
+
+
+def _read(
+    job: Job, readers: Mapping[str, LayerReader], token_lists: Sequence[Sequence[int]]
+) -> tuple[dict[str, torch.Tensor], int]:
+    """({model: what its reader gives, [tokens, layers x d]}, padded positions)."""
+    highest, raw, padding = max(map(max, token_lists)), {}, 0
     for model, reader in readers.items():
         vocabulary = reader.model.get_input_embeddings().num_embeddings
         if highest >= vocabulary:
@@ -372,13 +443,24 @@ def read_models(
                 f"the corpus has token id {highest}, model {model!r} has {vocabulary} ids: the tokenizer must"
                 " fit every model"
             )
-        raw, padding = read_all(reader, token_lists, batch_tokens=job.content["batch_tokens"])
+        raw[model], padding = read_all(reader, token_lists, batch_tokens=job.content["batch_tokens"])
+    return raw, padding
+
+
+def _stored(
+    job: Job, readers: Mapping[str, LayerReader], read: Mapping[str, torch.Tensor], first: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(activations at the job's layer in the dtype of a store, their norms) by model."""
+    acts, norms, store_dtype = {}, {}, job.pair.store_dtype
+    for model, reader in readers.items():
+        layer = job.content["models"][model]["layer"]
+        raw = read[model].tensor_split(len(reader.layers), dim=1)[reader.layers.index(layer)]
         acts[model] = raw.to(DTYPES[store_dtype])
         norms[model] = row_norms(acts[model])
         if not torch.isfinite(acts[model]).all():
             if share := 1 - torch.isfinite(raw).all(dim=1).double().mean().item():
                 raise UserError(
-                    f"activations of {model!r} at layer {reader.layer} are not finite in {share:.2%} of the"
+                    f"activations of {model!r} at layer {layer} are not finite in {share:.2%} of the"
                     f" tokens from document {first} on: check the weights, or load the models in float32 or"
                     " bfloat16 (dtype of the pair)"
                 )
@@ -386,7 +468,7 @@ def read_models(
                 f"activations of {model!r} reach {raw.abs().max().item():.0f}, which {store_dtype} cannot"
                 " hold: set store_dtype of the pair to bfloat16"
             )
-    return acts, norms, padding
+    return acts, norms
 
 
 def _write_shard(path: Path, name: str, tensors: dict[str, torch.Tensor], facts: dict) -> dict:

@@ -69,7 +69,7 @@ class Stream:
         self.models = tuple(pair.models)
         self.widths = {m: job.content["models"][m]["width"] for m in self.models}
         self.layers = {m: job.content["models"][m]["layer"] for m in self.models}
-        self._job, self._readers = job, readers_of(job, models, device)
+        self._job, self._readers = job, readers_of([job], models, device)
         sample, lengths, splits, sampled = [], [], [], 0
         for document in job.corpus:
             lengths.append(len(document.tokens))

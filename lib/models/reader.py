@@ -29,14 +29,24 @@ CHUNK = 8_192  # tokens that are held in float64 at a time
 
 
 class LayerReader:
-    """A model and one of its decoder layers, whose output is read through nnsight."""
+    """A model and one of its decoder layers, whose output is read through nnsight. With ``more`` layers that
+    are read in the same pass, outputs stand side by side, [length, layers x d], in the order of
+    ``layers``."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layer: int | None = None,
+        more: Sequence[int] = (),
+    ):
         self.model, self.layer = model, check_layer(model, layer)
+        self.layers = sorted({self.layer, *(check_layer(model, other) for other in more)})
         self.width = model.config.get_text_config().hidden_size
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.nnsight = wrap(model, tokenizer)
-        self.envoy = functools.reduce(getattr, decoder_path(model).split("."), self.nnsight)[self.layer]
+        decoder = functools.reduce(getattr, decoder_path(model).split("."), self.nnsight)
+        self.envoys = [decoder[i] for i in self.layers]
 
     def read(self, token_lists: Sequence[Sequence[int]], side: str = "right") -> list[torch.Tensor]:
         """The residual stream [length, d] of each list of one padded batch, in the model's dtype,
@@ -56,10 +66,12 @@ class LayerReader:
         if side == "left":  # padding on the right needs no mask: no token sees what comes after it
             mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
             inputs["attention_mask"] = mask.long().to(device)
+        outputs = []
         with torch.no_grad(), self.nnsight.trace(inputs) as tracer:
-            acts_bsd = self.envoy.output.save()
+            for envoy in self.envoys:
+                outputs.append(envoy.output.save())
             tracer.stop()
-        acts_bsd = acts_bsd.cpu()
+        acts_bsd = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).cpu()
         return [acts_bsd[i, span] for i, span in enumerate(spans)]
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,6 +131,42 @@ def test_the_store_holds_what_the_models_computed(tmp_path):
         plain = capture(pair.load(name), pair.tokenizer(), [d.tokens for d in documents])
         torch.testing.assert_close(store.activations(range(len(store)))[m], plain, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(store.norms[name], plain.norm(dim=1).numpy(), rtol=1e-4)
+
+
+def test_two_layers_in_one_pass_are_the_stores_of_two_passes(tmp_path, monkeypatch):
+    pair = toy_pair(tmp_path)
+    corpus = build(pair, 2000)
+    paths = {tmp_path / "low": 0, tmp_path / "high": 1}
+    passes, read_all = [], harvest_module.read_all
+    monkeypatch.setattr(harvest_module, "read_all", lambda *a, **k: passes.append(1) or read_all(*a, **k))
+    stores = harvest_module.harvest_layers(pair, corpus, paths, shard_tokens=700)
+    once = len(passes)
+    for store, (path, layer) in zip(stores, paths.items()):
+        alone = harvest_activations(pair, corpus, tmp_path / f"{path.name}_alone", layer, shard_tokens=700)
+        assert content(store.path) == content(alone.path)
+        assert set(store.layers.values()) == {layer}
+    assert len(passes) == 3 * once
+    # what is there is not read again; what is missing is read alone
+    assert harvest_module.harvest_layers(pair, corpus, paths, shard_tokens=700)[1].path == tmp_path / "high"
+    assert len(passes) == 3 * once
+    (tmp_path / "high" / "manifest.json").unlink()
+    (tmp_path / "high" / "shard_00001.safetensors").unlink()
+    stores = harvest_module.harvest_layers(pair, corpus, paths, shard_tokens=700)
+    assert content(stores[1].path) == content(tmp_path / "high_alone")
+    assert len(passes) == 3 * once + len(pair.models)
+
+
+def test_the_layer_before_the_last_block(tmp_path):
+    def of(layer=None, **depths):
+        def config(name):
+            return SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=depths[name]))
+
+        return harvest_module.upper_layer(SimpleNamespace(models=depths, layer=None, config=config), layer)
+
+    assert of(base=6, distilled=6) == 4
+    assert of(4, base=6, distilled=6) is None  # it is read already
+    assert of(base=2, distilled=2) is None and of(base=6, distilled=8) is None
+    assert harvest_module.upper_layer(toy_pair(tmp_path), 0) == 2  # of four layers
 
 
 @pytest.mark.parametrize("widths", [(16,), (16, 24, 16)])
