@@ -28,6 +28,7 @@ from .model import CrossCoder
 
 LIMIT = 0.7  # cosine; matches in permuted rows have .15 to .25
 SHARE = 0.8  # of the crosscoders in which a recurrent feature has a member
+MEMBERS = ["feature", "crosscoder", "match", "cosine"]  # of ``members_of``
 
 
 def match(
@@ -128,3 +129,17 @@ def metrics(
     }
     level = {"value": chance(crosscoders, alive), "ci": None, "n": len(clusters)}
     return found | {"stability_chance": level}
+
+
+def members_of(crosscoders: Sequence[CrossCoder], clusters: pd.DataFrame, number: int = 0) -> pd.DataFrame:
+    """Where the features of one crosscoder are in the others, from the clusters of ``recurrent``: a row per
+    feature and other member of its cluster: feature, crosscoder, match (its number there), cosine."""
+    own, others = (
+        clusters[side] for side in (clusters["crosscoder"] == number, clusters["crosscoder"] != number)
+    )
+    pairs = own[["feature", "cluster"]].merge(
+        others[["crosscoder", "feature", "cluster"]].rename(columns={"feature": "match"}), on="cluster"
+    )
+    rows = [functional.normalize(c.W_dec.detach(), dim=-1) for c in crosscoders]
+    cosines = [float(rows[number][p.feature] @ rows[p.crosscoder][p.match]) for p in pairs.itertuples()]
+    return pairs.assign(cosine=cosines)[MEMBERS].sort_values(MEMBERS[:2], ignore_index=True)

@@ -2,8 +2,9 @@
 
 table            one row of statistics per feature; labels from ground truth; the feature of each category
 auroc            AUROC, precision and recall of all features at once; predictors that see the token alone
-detectors        E3: the feature of each category against its controls
-uniqueness       NRN and latent scaling beyond a null; other seeds
+detectors        E3: the feature of each category against its controls; the feature of errors
+uniqueness       latent scaling and NRN beyond a null
+subspaces        what a category's best detectors span together, over crosscoders
 recurrence       moved to lib.crosscoder
 latent_scaling   how much of a feature the other model's activations hold
 token_tests      word or function: on new puzzles, and on real text
@@ -27,10 +28,10 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "naming",
         "plots",
         "scores",
+        "subspaces",
         "table",
         "token_tests",
         "uniqueness",
         "use",
     ],
-    submod_attrs={"table": ["inspect_run"]},
 )

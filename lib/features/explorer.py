@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerBase
 from ..activations.store import Store
 from ..crosscoder.codes import SplitCodes, encoder_share
 from ..crosscoder.model import CrossCoder, check_feature
+from ..crosscoder.recurrence import MEMBERS
 from ..figures import COLOURS, PLOTLY_MIME, faded, shaded_tokens, summary
 from ..labels import CATEGORIES
-from ..results import read_part
 from ..runs import Run, fingerprint, kept, kept_table
 from ..settings import UserError, check
 from .contexts import activations_at, headline, map_of_features, strongest, window
@@ -92,8 +92,9 @@ class Columns:
 
 class Explorer:
     """See the module. ``table``: one row per feature (``table.feature_table``); ``columns``: activations of
-    the report split. Shown if they are there: ``places``, feature, x, y of a map; ``stability``, feature,
-    stability of the study's part "seeds"; ``named``, feature and label, from a language model."""
+    the report split. Shown if they are there: the table's column stability; ``places``, feature, x, y of a
+    map; ``named``, feature and label, from a language model; ``members``, the same features in other
+    crosscoders (``crosscoder.recurrence.members_of``)."""
 
     def __init__(
         self,
@@ -103,15 +104,14 @@ class Explorer:
         columns: Columns,
         tokenizer: PreTrainedTokenizerBase,
         places: pd.DataFrame | None = None,
-        stability: pd.DataFrame | None = None,
         named: pd.DataFrame | None = None,
+        members: pd.DataFrame | None = None,
     ):
         self.crosscoder, self.store, self.columns, self.tokenizer = crosscoder, store, columns, tokenizer
         self.places, self.table = places, table.reset_index(drop=True)
-        by_feature = (
-            pd.Series(dtype=float) if stability is None else stability.set_index("feature")["stability"]
-        )
-        self.table = self.table.assign(stability=self.table["feature"].map(by_feature))
+        if "stability" not in self.table:
+            self.table["stability"] = np.nan
+        self.members = pd.DataFrame(columns=MEMBERS) if members is None else members
         self.named = {} if named is None else {int(row["feature"]): row for row in named.to_dict("records")}
         self.labels = sorted({str(x) for x in self.table["label"] if isinstance(x, str) and x})
         self._model, self._reference = crosscoder.names[-1], crosscoder.names[0]
@@ -246,7 +246,7 @@ class Explorer:
             "fires on": number("frequency", ".2%"),
             "explained by the token alone (R²)": number("token_r2", ".2f"),
             "ν_ε": number("nu_eps", ".2f"),
-            "comes back with other seeds (cosine)": number("stability", ".2f"),
+            "comes back in other crosscoders (cosine)": number("stability", ".2f"),
             **{f"AUROC before {c}": number(f"auroc_{c}", ".2f") for c in CATEGORIES},
         }
         shown = "; ".join(f"{name} <b>{value}</b>" for name, value in facts.items() if value is not None)
@@ -255,6 +255,14 @@ class Explorer:
             text += f" ({share} of its activation, {number('enrichment', '.1f')} times its share of tokens)"
         if name := self.named.get(feature):
             text += f". By a language model: <b>{html.escape(str(name.get('label', '')))}</b>"
+        same = self.members[self.members["feature"] == feature]
+        if len(same):
+            listed = "; ".join(
+                f"crosscoder {m.crosscoder}: {m.match} ({m.cosine:.2f})" for m in same.itertuples()
+            )
+            text += f". The same in other crosscoders (its number there, cosine): {listed}"
+        elif len(self.members):
+            text += ". No feature of another crosscoder is the same"
         near = ", ".join(f"{f} ({c:.2f})" for f, c in self.nearest(feature, 5))
         return text + f". Nearest by decoder rows (cosine): {near}.</p>"
 
@@ -397,7 +405,7 @@ def explorer_of(
     inspection: Inspection, map_features: int = 3000, seed: int = 0, named: pd.DataFrame | None = None
 ) -> Explorer:
     """The explorer of a run that was inspected. The map (of at most ``map_features`` features) is computed
-    once; stability over seeds is read where the study has it; ``named``: ``naming.label_features``."""
+    once; ``named``: ``naming.label_features``."""
     crosscoder, store, table = inspection.crosscoder, inspection.store, inspection.table
     folder = inspection.run.path("features")
     source = fingerprint(inspection.fingerprint, store.fingerprint, len(inspection.report.rows))
@@ -407,6 +415,5 @@ def explorer_of(
         fingerprint("map", source, map_features, seed),
         lambda: map_of_features(crosscoder, table, map_features, seed),
     )
-    seeds = read_part(inspection.run, "seeds", crosscoder=inspection.fingerprint)
-    stability = seeds.tables.get("stability")
-    return Explorer(crosscoder, store, table, columns, inspection.tokenizer, places, stability, named)
+    tokenizer, members = inspection.tokenizer, inspection.members
+    return Explorer(crosscoder, store, table, columns, tokenizer, places, named, members)

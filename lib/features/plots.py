@@ -3,7 +3,7 @@ table and returns a plotly figure; ``figures.save`` shows and keeps it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from ..figures import COLOURS
 from ..labels import DETECTED
+from .table import PLACES, Inspection
 
 DOTTED = dict(line_dash="dot", line_color="#444444")
 GROUPS = {"highest": COLOURS["distilled"], "middle": COLOURS["random"], "lowest": COLOURS["base"]}
@@ -22,10 +23,35 @@ def _plain_titles(fig: go.Figure) -> go.Figure:
     return fig.for_each_annotation(lambda a: a.update(text=a.text.split("=")[-1]))
 
 
-def labels(groups: Mapping[str, pd.DataFrame]) -> tuple[go.Figure, pd.DataFrame]:
-    """E2: what the features of ``table.extremes`` are about: (a bar per group with a segment per label, the
-    shares)."""
-    labelled = pd.concat([part.assign(group=name) for name, part in groups.items()])
+def errors(by_place: pd.DataFrame) -> go.Figure:
+    """How well wrong steps are known at the value and at the full stop (``detectors.errors_by_place``): small
+    points are single crosscoders."""
+    names = {"value": "at the value", "before": "at the full stop"}
+    shown = by_place.assign(place=by_place["place"].map(names))
+    colours = {"best feature": COLOURS["deduction"]}
+    colours |= {f"probe of {m}": COLOURS[m] for m in ("base", "distilled")}
+    fig = px.strip(
+        shown,
+        x="auroc",
+        y="predictor",
+        facet_col="place",
+        color="predictor",
+        color_discrete_map=colours,
+        hover_data=["crosscoder"],
+        title="Which steps are wrong? Known at the value",
+        labels={"auroc": "AUROC, wrong against right steps", "predictor": ""},
+        width=1000,
+        height=300,
+    )
+    fig.add_vline(0.5, line_dash="dot", line_color=COLOURS["null"])
+    fig.update_traces(marker_size=8).update_xaxes(range=[0.4, 1.02])
+    return _plain_titles(fig).update_layout(showlegend=False)
+
+
+def labels(groups: Sequence[Mapping[str, pd.DataFrame]]) -> tuple[go.Figure, pd.DataFrame]:
+    """E2: what the features of ``table.extremes`` of all crosscoders are about: (a bar per group with a
+    segment per label, the shares)."""
+    labelled = pd.concat([part.assign(group=name) for own in groups for name, part in own.items()])
     labelled = labelled.replace({"label": {"": "no label"}})
     shares = labelled.groupby("group", sort=False)["label"].value_counts(normalize=True)
     shares = shares.rename("share").reset_index()
@@ -42,8 +68,8 @@ def labels(groups: Mapping[str, pd.DataFrame]) -> tuple[go.Figure, pd.DataFrame]
         pattern_shape="label",
         pattern_shape_map={x: "/" if x.startswith("before") else "" for x in order},
         color_discrete_map=colours,
-        category_orders={"group": list(groups), "label": order},
-        title=f"What {len(groups['highest'])} features of each kind are about",
+        category_orders={"group": list(groups[0]), "label": order},
+        title=f"What {len(groups[0]['highest'])} features of each kind, in each crosscoder, are about",
         labels={"group": "NRN", "label": "most of its activation is"},
         width=1000,
     )
@@ -69,8 +95,8 @@ def token_share(labelled: pd.DataFrame) -> go.Figure:
 
 
 def detectors(tests: pd.DataFrame) -> go.Figure:
-    """E3: the AUROC of each category's feature and of its controls before the sentence
-    (``detectors.detectors``)."""
+    """E3: the AUROC of each category's feature and of its controls before the sentence, pooled over
+    crosscoders (``detectors.record_all``); small points are single ones."""
     fig = _with_intervals(
         tests,
         x="auroc",
@@ -78,15 +104,16 @@ def detectors(tests: pd.DataFrame) -> go.Figure:
         color="category",
         height=400,
         color_discrete_map=COLOURS,
-        title="Predicting the next sentence: the chosen feature and its controls",
+        title="Predicting the next sentence: the chosen features and their controls",
         labels={"auroc": "AUROC", "predictor": ""},
     )
     fig.add_vline(x=0.5, line_dash="dot", line_color=COLOURS["null"]).update_traces(marker_size=9)
-    return fig.update_layout(showlegend=False)
+    return _with_single_ones(fig, tests, "auroc", "predictor").update_layout(showlegend=False)
 
 
 def token_tests(tests: pd.DataFrame) -> go.Figure:
-    """How often each category's features fire in each test (``token_tests.token_tests``)."""
+    """How often each category's features fire in each test, pooled over crosscoders (``detectors.pooled``);
+    small points are single ones."""
     names = {"before": "before the sentence", "marker": "at its first token"}
     fig = _with_intervals(
         tests.assign(chosen=tests["where"].map(names)),
@@ -96,12 +123,12 @@ def token_tests(tests: pd.DataFrame) -> go.Figure:
         symbol="chosen",
         height=440,
         color_discrete_sequence=[COLOURS["distilled"], COLOURS["base"]],
-        title="Does the feature follow the word or its function?",
+        title="Do the features follow the word or its function?",
         labels={"rate": "fires", "test": "", "chosen": "chosen"},
     )
     fig.update_xaxes(range=[-0.05, 1.05], tickformat=".0%", dtick=0.5)
     fig.update_yaxes(range=[-0.5, tests["test"].nunique() - 0.5])
-    return fig.update_layout(legend=dict(orientation="h", y=-0.2))
+    return _with_single_ones(fig, tests, "rate", "test").update_layout(legend=dict(orientation="h", y=-0.2))
 
 
 def _with_intervals(tests: pd.DataFrame, x: str, y: str, **options) -> go.Figure:
@@ -109,17 +136,32 @@ def _with_intervals(tests: pd.DataFrame, x: str, y: str, **options) -> go.Figure
     tests = tests.assign(up=tests["high"] - tests[x], down=tests[x] - tests["low"])
     bars, order = dict(error_x="up", error_x_minus="down"), {y: list(tests[y].unique())}
     options |= dict(facet_col="category", width=1100, category_orders=order)
-    return _plain_titles(px.scatter(tests, x=x, y=y, **bars, **options))
+    return _plain_titles(px.scatter(tests.drop(columns="each"), x=x, y=y, **bars, **options))
+
+
+def _with_single_ones(fig: go.Figure, tests: pd.DataFrame, x: str, y: str) -> go.Figure:
+    """Small grey points for the values of single crosscoders (column ``each``), if there are several."""
+    for column, (_, part) in enumerate(tests.groupby("category", sort=False), start=1):
+        single = part.explode("each")
+        if len(single) > len(part):
+            points = dict(x=single["each"], y=single[y], mode="markers", hoverinfo="x", showlegend=False)
+            fig.add_scatter(**points, marker=dict(size=4, color="#777777"), row=1, col=column)
+    return fig
 
 
 def all_detectors(
-    alive: pd.DataFrame, chosen: Mapping[str, int], sentence_only: Mapping[str, float], threshold: float
+    inspections: Sequence[Inspection], sentence_only: Mapping[str, float], threshold: float
 ) -> tuple[go.Figure, pd.DataFrame]:
-    """The AUROC of every alive feature along NRN: (figure, points). A circle is the chosen feature, the
-    dotted horizontal line the sentence-only predictor, the vertical one the null's threshold of NRN."""
-    columns = {f"auroc_{c}": c for c in DETECTED}
-    points = alive.melt(["feature", "nrn", "frequency"], list(columns), "category", "auroc")
-    points = points.replace({"category": columns}).dropna()
+    """The AUROC of every alive feature of all crosscoders along NRN, at the better place and direction:
+    (figure, points). Circles are the chosen features, the dotted horizontal line the sentence-only predictor
+    {category: AUROC}, the vertical one the null's threshold of NRN."""
+    parts = []
+    for i in inspections:
+        for c in DETECTED:
+            sides = [i.alive[f"{name}_{c}"].sub(0.5).abs() for name in PLACES.values()]
+            part = i.alive[["feature", "nrn", "frequency"]].assign(category=c, auroc=0.5 + np.maximum(*sides))
+            parts.append(part.assign(crosscoder=i.number, chosen=part["feature"] == i.chosen.get(c)))
+    points = pd.concat(parts, ignore_index=True).dropna()
     fig = px.scatter(
         points,
         x="nrn",
@@ -127,23 +169,22 @@ def all_detectors(
         facet_col="category",
         color="category",
         color_discrete_map=COLOURS,
-        hover_data=["feature"],
-        opacity=0.5,
+        hover_data=["feature", "crosscoder"],
+        opacity=0.35,
         width=1100,
         height=360,
-        title="Every feature as a detector",
+        title="Every feature of every crosscoder as a detector",
         labels={"nrn": "NRN", "auroc": "AUROC before a sentence"},
     )
-    _plain_titles(fig.update_traces(marker_size=4).update_layout(showlegend=False))
+    _plain_titles(fig.update_traces(marker_size=3).update_layout(showlegend=False))
     if np.isfinite(threshold):
         fig.add_vline(threshold, line_dash="dot", line_color="#BBBBBB")
-    by_feature = alive.set_index("feature")
     for column, c in enumerate(points["category"].unique(), start=1):
-        if c in chosen:
+        if c in sentence_only:
             fig.add_hline(y=sentence_only[c], col=column, **DOTTED)
-            x, y = by_feature.loc[chosen[c], ["nrn", f"auroc_{c}"]]
-            marker = dict(symbol="circle-open", size=14, color="black")
-            fig.add_scatter(x=[x], y=[y], mode="markers", marker=marker, row=1, col=column)
+        ours = points[points["chosen"] & (points["category"] == c)]
+        marker = dict(symbol="circle-open", size=12, color="black")
+        fig.add_scatter(x=ours["nrn"], y=ours["auroc"], mode="markers", marker=marker, row=1, col=column)
     return fig, points
 
 

@@ -1,112 +1,117 @@
-"""Notebook 03's predictions, and what was observed: one row each, from the numbers in its results.
+"""Notebook 03's predictions as conditions on its metrics (``lib.verdicts``): one row each.
 
-The predictions were written before the run and stay as they were."""
+The predictions were written before the run and stay as they were; those on errors, and on what recurs, were
+added after a trial run, and say so. One is called "held" only where it could have failed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
-from ..activations.positions import PHASES
 from ..results import Results
-from ..results import scoreboard as as_table
 from ..text.tables import table
+from ..verdicts import Condition, above, below, judge
 from .table import Inspection
 from .uniqueness import Uniqueness
 
 PREDICTIONS = table("predictions")
+AT_LEAST_HALF = 0.49  # shares are of four categories at most, so that a half lies above it
 
 
 def scoreboard(
-    results: Results,
-    inspection: Inspection,
-    uniqueness: Uniqueness,
-    tests: pd.DataFrame,
-    shuffled: Mapping[str, float],
-    judged: pd.DataFrame,
+    results: Results, inspections: Sequence[Inspection], uniqueness: Sequence[Uniqueness]
 ) -> pd.DataFrame:
-    """The scoreboard, also put into ``results`` as table scoreboard. ``tests`` and
-    ``shuffled``: ``detectors.record``; ``judged``: ``token_tests.record``. A prediction about categories is
-    undecided where no category could be tested."""
-    value, text, categories = results.values, results.text, inspection.categories
-    row = {(r.category, r.predictor): r for r in tests.itertuples()}
-    verdict = {(r.where, r.category): r.verdict for r in judged.itertuples()}
-    at_first_token = [v for (where, c), v in verdict.items() if where == "marker" and c in categories]
-    token_features = at_first_token.count("token feature")
-    low, high = (results.metrics[f"token_detectors_{group}"] for group in ("lowest", "highest"))
-    overlap = low["ci"][0] <= high["ci"][1] and high["ci"][0] <= low["ci"][1]
-    sizes = {phase: value[f"use_size_{phase}"] for phase in PHASES if f"use_size_{phase}" in value}
-    above = {c: bool(uniqueness.above[inspection.chosen[c]]) for c in categories}
-    stability = {c: uniqueness.stability.get(inspection.chosen[c], np.nan) for c in categories}
-    excess = {c: value[f"any_nrn_auroc_{c}"] - value[f"auroc_{c}"] for c in categories}
-    by_model = {c: [row[c, f"{m} alone"].auroc for m in ("base", "distilled")] for c in categories}
-    marker = {c: (value[f"marker_feature_auroc_{c}"], row[c, "token only, marker"].auroc) for c in categories}
-
-    def each(describe: Callable[[str], str]) -> str:
-        return "; ".join(f"{c} {describe(c)}" for c in categories) or "no labels"
-
-    def every(holds: Callable[[str], bool]) -> bool | None:
-        return all(map(holds, categories)) if categories else None
-
-    def gain(control: str) -> tuple[str, bool | None]:
-        return each(lambda c: f"{row[c, control].gain:+.2f}"), every(lambda c: row[c, control].gain_low > 0)
-
-    outcomes = {
-        "aim": (each(lambda c: text(f"auroc_{c}")), every(lambda c: value[f"auroc_{c}"] >= 0.9)),
-        "token (control)": gain("token only"),
-        "sentence (control)": gain("sentence only"),
-        "null": (each(lambda c: f"{shuffled[c]:.2f}"), every(lambda c: abs(shuffled[c] - 0.5) <= 0.05)),
-        "unique": (
-            each(lambda c: f"{excess[c]:+.2f} at NRN {value[f'any_nrn_{c}']:.2f}"),
-            every(lambda c: excess[c] <= 0.02),
-        ),
-        "alone": (
-            each(lambda c: "{:.2f} base, {:.2f} distilled".format(*by_model[c])),
-            every(lambda c: by_model[c][0] < by_model[c][1]),
-        ),
-        "words": (
-            f"{text('token_detectors_lowest')} lowest, {text('token_detectors_highest')} highest",
-            None if overlap else low["value"] > high["value"],
-        ),
-        "marker": (
-            each(lambda c: "{:.2f}, token {:.2f}".format(*marker[c])),
-            every(lambda c: marker[c][0] <= marker[c][1]),
-        ),
-        "use": (
-            f"{text('use_reweighted')} used differently, {text('use_unique')} unique",
-            value["use_reweighted"] > value["use_unique"] if uniqueness.null and categories else None,
-        ),
-        "use, where": (
-            "; ".join(f"{phase} {text(f'use_size_{phase}')}" for phase in sizes),
-            max(sizes, key=sizes.get) == "thinking" if "thinking" in sizes and categories else None,
-        ),
-        "injection": (
-            each(lambda c: text(f"injection_rate_{c}")),
-            every(lambda c: results.metrics[f"injection_rate_{c}"]["ci"][1] < 0.5),
-        ),
-        "verdict": (
-            each(lambda c: verdict.get(("before", c), "not tested")),
-            every(lambda c: verdict.get(("before", c)) == "more than a token"),
-        ),
-        "verdict, marker": (
-            f"{token_features} of {len(at_first_token)}",
-            2 * token_features >= len(at_first_token) if at_first_token and categories else None,
-        ),
-        "above": (each(lambda c: str(above[c])), every(above.get) if uniqueness.null else None),
-        "stable": (
-            each(lambda c: f"{stability[c]:.2f}"),
-            every(lambda c: stability[c] >= 0.7) if uniqueness.seeds else None,
-        ),
-        "planted": ("not computed", None),
+    """The scoreboard, also put into ``results`` as table scoreboard. A prediction about categories is about
+    those that every crosscoder has a feature for (``Inspection.categories``)."""
+    categories = [c for c in inspections[0].categories if all(c in i.categories for i in inspections)]
+    conditions = _conditions(results, inspections, uniqueness[0], categories)
+    observed = {
+        name: _words(results, conditions[name], categories)
+        for name in PREDICTIONS
+        if not isinstance(conditions[name], str)
     }
-    if uniqueness.planted:
-        worst = min(value["planted_precision"] or 0, value["planted_recall"])
-        observed = f"{text('planted_precision')}, {text('planted_recall')}"
-        outcomes["planted"] = observed, worst >= 0.9 if categories else None
-    rows = [
-        {"prediction": PREDICTIONS[key], "observed": observed, "held": held}
-        for key, (observed, held) in outcomes.items()
-    ]
-    return results.table("scoreboard", as_table(rows))
+    return judge(results, PREDICTIONS, conditions, observed)
+
+
+def _conditions(
+    results: Results, inspections: Sequence[Inspection], unique: Uniqueness, categories: Sequence[str]
+) -> dict[str, list[Condition] | str]:
+    def each(condition: Callable[..., Condition], name: str, limit: float = 0.0) -> list[Condition] | str:
+        if not categories:
+            return "no category has a feature in every crosscoder that could be tested"
+        return [condition(f"{name}_{c}", limit) for c in categories]
+
+    def with_null(conditions: list[Condition] | str) -> list[Condition] | str:
+        return conditions if unique.null else "the null has not been computed"
+
+    def known(name: str, conditions: list[Condition], why: str) -> list[Condition] | str:
+        return conditions if _value(results, name) is not None else why
+
+    several = len(inspections) > 1
+    one = "there is only one crosscoder"
+    planted = [above("planted_precision", 0.9), above("planted_recall", 0.9)]
+    no_errors = "the text does not say which steps are wrong"
+    lasting = [c for c in categories if _value(results, f"stable_{c}") is not None]
+    recurs = known("error_auroc", [above("error_recurrence", 0.79)], no_errors)
+    spans = all(_value(results, f"subspace_gain_{c}") is not None for c in categories)
+    conditions = {
+        "aim": each(above, "auroc", 0.9),
+        "token (control)": each(above, "gain_token"),
+        "sentence (control)": each(above, "gain"),
+        "null": _both(each(above, "null_auroc", 0.45), each(below, "null_auroc", 0.55)),
+        "unique": each(below, "any_nrn_gain", 0.02),
+        "alone": each(above, "alone_gain"),
+        "words": known("token_detectors_gap", [above("token_detectors_gap")], "too few features are alive"),
+        "marker": each(below, "marker_gain"),
+        "use": with_null([above("use_gap")]),
+        "use, where": known("use_thinking_gap", [above("use_thinking_gap")], "the text has no phases"),
+        "injection": _injection(results, categories, each(below, "injection_rate", 0.5)),
+        "verdict": each(above, "more_than_token", 0.5),
+        "verdict, marker": known(
+            "marker_token_features",
+            [above("marker_token_features", AT_LEAST_HALF)],
+            "no category has a feature at its first tokens",
+        ),
+        "above": with_null(each(above, "above_null", 0.5)),
+        "stable": [above(f"stable_{c}", 0.7) for c in lasting] if several and lasting else one,
+        "planted": planted if unique.planted else "the planted truth has not been computed",
+        "error": known("error_auroc", [above("error_auroc", 0.9), above("error_gain")], no_errors),
+        "error, unique": with_null(known("error_nu_eps", [above("error_beyond_null", 0.5)], no_errors)),
+        "error, recurs": recurs if several else one,
+        "subspace": each(above, "subspace_gain") if several and spans else one,
+    }
+    return {name: conditions[name] for name in PREDICTIONS}
+
+
+def _value(results: Results, name: str) -> float | None:
+    value = dict(results.metrics).get(name, {}).get("value")
+    return None if value is None or np.isnan(value) else value
+
+
+def _both(a: list[Condition] | str, b: list[Condition] | str) -> list[Condition] | str:
+    return a if isinstance(a, str) else [*a, *b]
+
+
+def _injection(results: Results, categories: Sequence[str], conditions: list[Condition] | str):
+    """A feature that fires before fewer than half of its own sentences would do so less at words put in."""
+    if isinstance(conditions, str):
+        return conditions
+    rates = {c: _value(results, f"in_context_rate_{c}") for c in categories}
+    rare = [c for c, rate in rates.items() if rate is None or rate < 0.5]
+    tested = [x for x in conditions if not any(x.metric.endswith(f"_{c}") for c in rare)]
+    failed = any(x.verdict(results.metrics[x.metric])[0] == "no" for x in tested)
+    if failed or not rare:
+        return tested
+    return f"the features of {', '.join(rare)} fire before fewer than half of their own sentences"
+
+
+def _words(results: Results, conditions: Sequence[Condition], categories: Sequence[str]) -> str:
+    """The metrics of some conditions, with a category's name in place of the metric's where each has one."""
+    parts = []
+    for metric in dict.fromkeys(c.metric for c in conditions):
+        name = next((c for c in categories if metric.endswith(f"_{c}")), metric)
+        parts.append(f"{name} {results.text(metric)}")
+    return "; ".join(parts)

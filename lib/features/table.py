@@ -1,14 +1,19 @@
 """What the features mean: one row of statistics per feature, labels from ground truth, and the feature that
 predicts each category best.
 
-    inspection = inspect_run(run)        # the run's store and crosscoder, and all that follows
-    inspection.table                     # one row per feature (``feature_table``)
-    inspection.chosen                    # {category: feature}, chosen on choose (``category_features``)
+    inspections = inspect_all(run)       # the run's store, each of its crosscoders, and all that follows
+    inspections[0].table                 # one row per feature (``feature_table``)
+    inspections[0].detectors             # {category: Detector}, chosen on choose (``category_detectors``)
 
-**Two positions.** A sentence of category c is *predicted* at the position before it: the end of the sentence
-that precedes it, where the model decides what comes next, against all other sentence ends in traces. And it
-is *marked* at its first token ("wait"), against the first tokens of all other sentences in traces; there the
-token itself gives the answer away, so a high AUROC means little.
+**Positions.** A sentence of category c is *predicted* at the end of the sentence that precedes it, against
+the ends of all other sentences in traces: at its last token (place "before", the full stop), or at the one
+before that (place "value", with which a step ends). And it is *marked* at its first token ("wait"), against
+the first tokens of all other sentences in traces; there the token itself gives the answer away, so a high
+AUROC means little.
+
+**Several crosscoders.** A feature of one is the same as features of others if they are in one cluster
+(``crosscoder.recurrence``). The categories' features are chosen among *recurrent* ones, which have a member
+in at least 4 of 5 crosscoders.
 
 **Two splits.** Features and thresholds are chosen on the split "choose" (columns ``..._choose``) and reported
 on "report"; the crosscoder was trained on neither.
@@ -19,10 +24,10 @@ here the labels are known.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,11 +38,13 @@ from ..activations.positions import is_category, missing_labels, positions
 from ..activations.store import Store, open_store
 from ..crosscoder.codes import SplitCodes, codes, sample_rows
 from ..crosscoder.model import CrossCoder, check_feature
-from ..crosscoder.sharing import open_for_run
+from ..crosscoder.recurrence import MEMBERS, members_of, recurrent
+from ..crosscoder.seeds import folder as numbered
+from ..crosscoder.sharing import open_all
 from ..labels import CATEGORIES, DETECTED, LABELS
 from ..models.pairs import Pair, load_pair
 from ..results import Results
-from ..runs import Run, fingerprint, kept, read_manifest, write_text
+from ..runs import Run, fingerprint, kept, read_manifest
 from ..settings import UserError, check
 from ..stats import bootstrap, wilson
 from . import auroc
@@ -45,20 +52,35 @@ from .contexts import top_contexts
 from .latent_scaling import latent_scaling
 
 MADE_BY = "03_inspect_features"
-VERSION = 2  # of the statistics: raised when their definition changes, so that older tables count as stale
+VERSION = 3  # of the statistics: raised when their definition changes, so that older tables count as stale
 # of the tables e2_highest and e2_lowest
 E2_COLUMNS = ["feature", "nrn", "frequency", "label", "label_share", "enrichment"]
 E2_COLUMNS += ["top_token", "top_token_share", "token_r2"]
+PLACES = {"value": "auroc_value", "before": "auroc"}  # ends of sentences: the columns of their AUROC
+
+
+class Detector(NamedTuple):
+    """A feature that predicts a category at a ``place`` (one of PLACES) of the sentence before: ``sign`` 1
+    where it fires, -1 where it falls silent."""
+
+    feature: int
+    place: str = "before"
+    sign: int = 1
+
+    def __str__(self) -> str:
+        how = "" if self.sign > 0 else ", by falling silent"
+        return f"feature {self.feature} at the {'value' if self.place == 'value' else 'full stop'}{how}"
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The feature table, the features that were chosen for the categories {category: feature}, the strongest
-    contexts of every feature, the features of the tokens of both splits; and what they were computed from.
-    ``fingerprint`` is the crosscoder's; ``run`` and ``pair`` are set by ``inspect_run``."""
+    """The feature table, the features that were chosen for the categories, the strongest contexts of every
+    feature, the features of the tokens of both splits; and what they were computed from. ``fingerprint`` is
+    the crosscoder's content. ``inspect_all`` sets ``run``, ``pair`` and ``number`` (of the crosscoder), and
+    ``members``: the same features in the other crosscoders (``crosscoder.recurrence.members_of``)."""
 
     table: pd.DataFrame
-    chosen: dict[str, int]
+    detectors: dict[str, Detector]
     contexts: pd.DataFrame
     choose: SplitCodes
     report: SplitCodes
@@ -68,16 +90,23 @@ class Inspection:
     tokenizer: PreTrainedTokenizerBase | None = None
     run: Run | None = None
     pair: Pair | None = None
+    number: int = 0
+    members: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=MEMBERS))
+
+    @property
+    def chosen(self) -> dict[str, int]:
+        """{category: feature}"""
+        return {c: detector.feature for c, detector in self.detectors.items()}
 
     @property
     def alive(self) -> pd.DataFrame:
         """The rows of the features that fire on the report split."""
         return self.table[self.table["alive"]]
 
-    def sentence_ends(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Sentence ends in traces of "choose" or "report": (their rows in the split's codes [n], the category
-        of the sentence that follows [n], "" where none does)."""
-        index, labels = positions(self.store, getattr(self, split).rows, "before")
+    def sentence_ends(self, split: str, place: str = "before") -> tuple[np.ndarray, np.ndarray]:
+        """Sentence ends in traces of "choose" or "report", the full stop or the "value" before it: (their
+        rows in the split's codes [n], the category of the sentence that follows [n], "" where none does)."""
+        index, labels = positions(self.store, getattr(self, split).rows, place)
         return index, np.array([*LABELS, ""])[labels]
 
     @property
@@ -120,8 +149,9 @@ def feature_table(
     mean_activation, max_activation   over the tokens on which it fires
     token_r2              share of its variance that the current token explains (``auroc.token_r2``)
     label ...             what it is about, from ground truth (``describe``)
-    auroc_<c>, threshold_<c>, precision_<c>, recall_<c>   position before a sentence of c; the threshold is
+    auroc_<c>, threshold_<c>, precision_<c>, recall_<c>   full stop before a sentence of c; the threshold is
                           chosen on choose
+    auroc_value_<c>       token before that full stop
     auroc_marker_<c>      first token of a sentence of c
     ..._choose            the same on the choose split
     """
@@ -150,7 +180,7 @@ def feature_table(
         detection.update({f"{name}_{c}{suffix}": values[:, i] for i, c in enumerate(DETECTED)})
 
     detection: dict[str, np.ndarray] = {}
-    for where, name in (("before", "auroc"), ("marker", "auroc_marker")):
+    for where, name in (("before", "auroc"), ("value", "auroc_value"), ("marker", "auroc_marker")):
         for suffix, coded in (("_choose", choose), ("", report)):
             index, labels = positions(store, coded.rows, where)
             active, positive = coded.codes[index], is_category(labels)
@@ -237,17 +267,46 @@ def describe(
     )
 
 
+def usable(table: pd.DataFrame, nrn_over: float = 0.5) -> pd.Series:
+    """Which features may stand for a category, bool [F]: alive on both splits, NRN above ``nrn_over``, and
+    recurrent, where several crosscoders were compared (column "recurrent")."""
+    alive = table["alive"].astype(bool) & (table["frequency_choose"] > 0) & (table["nrn"] > nrn_over)
+    return alive & table["recurrent"] if "recurrent" in table else alive
+
+
 def category_features(table: pd.DataFrame, nrn_over: float = 0.5, where: str = "before") -> dict[str, int]:
-    """{category: the feature that predicts it best on the choose split}, among alive features with NRN above
-    ``nrn_over``.
+    """{category: the feature that predicts it best at the full stop on the choose split}, among ``usable``
+    ones.
 
     ``where`` "marker": that is best at its first tokens. ``nrn_over`` -1 admits every NRN. A category for
     which nothing can be chosen is left out.
     """
     infix = {"before": "", "marker": "marker_"}[where]
-    usable = table[table["alive"].astype(bool) & (table["frequency_choose"] > 0) & (table["nrn"] > nrn_over)]
-    aurocs = {c: usable.set_index("feature")[f"auroc_{infix}{c}_choose"].dropna() for c in DETECTED}
+    rows = table[usable(table, nrn_over)].set_index("feature")
+    aurocs = {c: rows[f"auroc_{infix}{c}_choose"].dropna() for c in DETECTED}
     return {c: int(values.idxmax()) for c, values in aurocs.items() if len(values)}
+
+
+def category_detectors(table: pd.DataFrame, nrn_over: float = 0.5) -> dict[str, Detector]:
+    """{category: the feature that predicts it best on the choose split}, among ``usable`` ones: at the better
+    of both PLACES, by firing or by falling silent (AUROC farthest from one half)."""
+    rows, chosen = table[usable(table, nrn_over)].set_index("feature"), {}
+    for c in DETECTED:
+        values = {place: rows[f"{name}_{c}_choose"].dropna() - 0.5 for place, name in PLACES.items()}
+        if best := best_of_places({place: v for place, v in values.items() if len(v)}):
+            chosen[c] = best
+    return chosen
+
+
+def best_of_places(values: Mapping[str, pd.Series], silent: bool = True) -> Detector | None:
+    """The detector with the AUROC farthest from one half. ``values`` {place: AUROC - 0.5, by feature}; one
+    below 0, of a feature that falls silent, counts if ``silent``. None if there is none."""
+    merit = {place: v.abs() if silent else v for place, v in values.items()}
+    if not merit:
+        return None
+    place = max(merit, key=lambda p: merit[p].max())
+    feature = int(merit[place].idxmax())
+    return Detector(feature, place, 1 if values[place][feature] >= 0 else -1)
 
 
 def extremes(table: pd.DataFrame, n: int = 100) -> dict[str, pd.DataFrame]:
@@ -277,7 +336,8 @@ def record_extremes(
     results: Results, inspection: Inspection, groups: Mapping[str, pd.DataFrame]
 ) -> pd.DataFrame:
     """Put into ``results`` what the features of ``extremes`` are about: tables e2_highest, e2_lowest and
-    e2_token, metrics token_detectors_<group> (the token explains over half of the variance).
+    e2_token, metrics token_detectors_<group> (the token explains over half of the variance), token_detectors_
+    gap (lowest minus highest), reasoning_<group> (the label names one of the four categories).
 
     Returns the features of all groups, with the columns group, fires_from_token (the AUROC with which the
     current token alone predicts *that* a feature fires) and reasoning (its label names one of the four
@@ -293,6 +353,8 @@ def record_extremes(
         results.table(f"e2_{name}", groups[name][E2_COLUMNS].round(4))
     for name, part in groups.items():
         record_share(results, f"token_detectors_{name}", part["token_r2"] > 0.5)
+        record_share(results, f"reasoning_{name}", labelled.loc[labelled["group"] == name, "reasoning"])
+    record_difference(results, "token_detectors_gap", "token_detectors_lowest", "token_detectors_highest")
     by_group = labelled.groupby("group", sort=False).agg(
         features=("feature", "size"),
         median_token_r2=("token_r2", "median"),
@@ -308,7 +370,48 @@ def record_share(results: Results, name: str, hits: pd.Series) -> None:
     results.add(name, hits.mean() if n else np.nan, ci=wilson(int(hits.sum()), n), n=n)
 
 
-def inspect_run(
+def record_difference(results: Results, name: str, a: str, b: str) -> None:
+    """Metric ``a`` minus metric ``b`` of ``results``, with an interval from both of theirs."""
+    one, other = ((m["value"], m["ci"]) for m in (results.metrics[a], results.metrics[b]))
+    value, ci = difference(one, other)
+    results.add(name, value, ci, results.metrics[a]["n"])
+
+
+def difference(a: tuple, b: tuple) -> tuple[float, tuple[float, float] | None]:
+    """a - b of two numbers (value, (low, high) or None) with an interval from both of theirs (MOVER: Zou &
+    Donner 2008)."""
+    (x, one), (y, other) = a, b
+    if x is None or y is None:
+        return np.nan, None
+    if one is None or other is None or None in (*one, *other):
+        return x - y, None
+    (low, high), (other_low, other_high) = np.abs(np.subtract(one, x)), np.abs(np.subtract(other, y))
+    return x - y, (x - y - np.hypot(low, other_high), x - y + np.hypot(high, other_low))
+
+
+def over_crosscoders(results: Results, record: Callable, items: Iterable, *args, **options) -> list:
+    """``record(own, item, *args)`` for the ``items`` of every crosscoder, in results of its own, which are
+    pooled into ``results`` (``Results.pool``); what it returned for each of them. An item that is a tuple is
+    several arguments. Tables are joined, with a column "crosscoder" if there are several."""
+    each, returned = [], []
+    for own, item in results.over(list(items)):
+        each.append(own)
+        returned.append(record(own, *(item if isinstance(item, tuple) else (item,)), *args, **options))
+    for name in dict.fromkeys(name for own in each for name in own.tables):
+        frames = [pd.DataFrame(own.tables[name]["rows"], columns=own.tables[name]["columns"]) for own in each]
+        results.table(name, joined(frames))
+    return returned
+
+
+def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of several crosscoders below each other, numbered in a column "crosscoder"; a single one as it
+    is."""
+    if len(frames) == 1:
+        return frames[0]
+    return pd.concat(dict(enumerate(frames)), names=["crosscoder"]).reset_index(0).reset_index(drop=True)
+
+
+def inspect_all(
     run: Run,
     source: str = "",
     facts: Mapping | None = None,
@@ -316,15 +419,60 @@ def inspect_run(
     n_contexts: int = 8,
     nrn_over: float = 0.5,
     seed: int = 0,
-) -> Inspection:
-    """``inspect`` what notebooks 01 and 02 left in a run. ``source`` and ``facts``: of a crosscoder that was
-    trained elsewhere (``crosscoder.sharing.open_for_run``). UserError says which notebook is missing."""
+) -> list[Inspection]:
+    """``inspect`` what notebooks 01 and 02 left in a run, crosscoder by crosscoder, in its folders
+    ``features``, ``features_1`` and so on. ``source`` and ``facts``: of one that was trained elsewhere
+    (``crosscoder.sharing.open_all``). UserError says which notebook is missing.
+
+    If there are several, their tables have the columns of ``follow``, and categories' features are chosen
+    among recurrent ones.
+    """
     pair = load_pair(run.pair)
     store, tokenizer = open_store(run, pair), pair.tokenizer()
-    crosscoder, made_from = open_for_run(run, store, source, facts)
-    options = max_tokens, n_contexts, nrn_over, seed
-    inspection = inspect(crosscoder, store, run.path("features"), made_from, tokenizer, *options)
-    return replace(inspection, run=run, pair=pair)
+    options, inspections = (max_tokens, n_contexts, nrn_over, seed), []
+    for number, (crosscoder, made_from) in enumerate(open_all(run, store, source, facts)):
+        folder = numbered(run, number, "features")
+        inspections.append(inspect(crosscoder, store, folder, made_from, tokenizer, *options))
+    crosscoders = [i.crosscoder for i in inspections]
+    tables, members = follow(crosscoders, [i.table for i in inspections])
+    return [
+        replace(
+            i,
+            table=t,
+            detectors=category_detectors(t, nrn_over),
+            members=m,
+            run=run,
+            pair=pair,
+            number=number,
+        )
+        for number, (i, t, m) in enumerate(zip(inspections, tables, members))
+    ]
+
+
+def inspect_run(run: Run, *args, **options) -> Inspection:
+    """The first of ``inspect_all``, which has the same parameters."""
+    return inspect_all(run, *args, **options)[0]
+
+
+def follow(
+    crosscoders: Sequence[CrossCoder], tables: Sequence[pd.DataFrame]
+) -> tuple[list[pd.DataFrame], list[pd.DataFrame]]:
+    """(feature tables, members): the features of several crosscoders, followed through all of them.
+
+    The tables get the columns stability, cluster, members, recurrent of ``crosscoder.recurrence.recurrent``
+    (dead features are in no cluster: -1); members: ``members_of`` each crosscoder. Of a single crosscoder the
+    table stays as it is, and it has no members.
+    """
+    if len(crosscoders) == 1:
+        return list(tables), [pd.DataFrame(columns=MEMBERS)]
+    clusters = recurrent(crosscoders, [t["alive"].to_numpy(bool) for t in tables])
+    followed = []
+    for number, table in enumerate(tables):
+        own = clusters[clusters["crosscoder"] == number].drop(columns="crosscoder")
+        merged = table.merge(own, on="feature", how="left", validate="1:1")
+        merged = merged.fillna({"cluster": -1, "members": 0}).astype({"cluster": int, "members": int})
+        followed.append(merged.assign(recurrent=merged["recurrent"].eq(True)))
+    return followed, [members_of(crosscoders, clusters, number) for number in range(len(tables))]
 
 
 def inspect(
@@ -342,9 +490,8 @@ def inspect(
     store and parameters.
 
     ``crosscoder_fingerprint`` is that in the crosscoder's manifest; ``max_tokens`` bounds the tokens of each
-    split; ``nrn_over`` is where the distilled side begins, for ``chosen``. Beside ``feature_table`` the table
-    has the columns of ``latent_scaling``, and frequency_<model>_alone: how often the feature fires when only
-    this model is given.
+    split; ``nrn_over`` is where the distilled side begins, for ``detectors``. Beside ``feature_table`` the
+    table has the columns of ``latent_scaling``.
     """
     check("n_contexts", n_contexts, int, low=1)
     check("nrn_over", nrn_over, float, low=-1, high=1)
@@ -357,17 +504,12 @@ def inspect(
         if {"base", "distilled"} <= set(crosscoder.names):
             scaling = latent_scaling(crosscoder, store, report.rows, seed=seed)
             table = table.merge(scaling, on="feature", validate="1:1")
-        for name in crosscoder.names:
-            alone = codes(crosscoder, store, "report", max_tokens, seed, name)
-            table[f"frequency_{name}_alone"] = frequency(alone)
         contexts = top_contexts(store, report, tokenizer, np.flatnonzero(table["alive"]), n_contexts)
         for split, part in coded.items():
             sparse.save_npz(folder / f"codes_{split}.npz", part.codes, compressed=False)
             np.save(folder / f"rows_{split}.npy", part.rows, allow_pickle=False)
         table.to_csv(folder / "table.csv", index=False, float_format="%.7g", lineterminator="\n")
         contexts.to_csv(folder / "contexts.csv", index=False, float_format="%.5g", lineterminator="\n")
-        chosen = category_features(table, nrn_over)
-        write_text(folder / "chosen.json", json.dumps(chosen, indent=2) + "\n")
 
     def read(folder: Path) -> Inspection:
         contexts, parts = pd.read_csv(folder / "contexts.csv", keep_default_na=False), []
@@ -379,13 +521,13 @@ def inspect(
 
     parameters = max_tokens, n_contexts, nrn_over, seed
     key = fingerprint("features", VERSION, crosscoder_fingerprint, store.fingerprint, *parameters)
-    info = dict(crosscoder=crosscoder_fingerprint, store=store.fingerprint, tokens=tokens)
+    info = dict(crosscoder=crosscoder_fingerprint, store=store.fingerprint, tokens=tokens, nrn_over=nrn_over)
     return kept(Path(folder), key, compute, read, **info)
 
 
-def load(folder: Path, crosscoder_fingerprint: str | None = None) -> tuple[pd.DataFrame, dict[str, int]]:
-    """(feature table, {category: feature}). UserError if they are missing, or were computed from another
-    crosscoder than the one whose fingerprint is given."""
+def load(folder: Path, crosscoder_fingerprint: str | None = None) -> tuple[pd.DataFrame, dict[str, Detector]]:
+    """(feature table, {category: detector}) of one crosscoder, chosen without looking at others. UserError if
+    they are missing, or were computed from another crosscoder than the one whose fingerprint is given."""
     folder = Path(folder)
     manifest = read_manifest(folder, MADE_BY)
     if crosscoder_fingerprint is not None and manifest.get("crosscoder") != crosscoder_fingerprint:
@@ -397,23 +539,49 @@ def load(folder: Path, crosscoder_fingerprint: str | None = None) -> tuple[pd.Da
         # "null" is a word here
         table = pd.read_csv(folder / "table.csv", keep_default_na=False, na_values=[""])
         text = {name: table[name].astype(object).fillna("") for name in ("label", "top_token")}
-        chosen = json.loads((folder / "chosen.json").read_text(encoding="utf-8"))
-        return table.assign(**text).astype({"alive": bool}), {str(c): int(f) for c, f in chosen.items()}
-    except (OSError, ValueError) as error:
+        table = table.assign(**text).astype({"alive": bool})
+        return table, category_detectors(table, manifest["nrn_over"])
+    except (OSError, ValueError, KeyError) as error:
         problem = f"the feature table is damaged ({type(error).__name__})"
         raise UserError(f"{problem}: remove its folder and run notebook {MADE_BY} again") from None
 
 
-def open_artefacts(
+class Artefacts(NamedTuple):
+    """One crosscoder of a run, and what notebook 03 left of it."""
+
+    crosscoder: CrossCoder
+    table: pd.DataFrame
+    detectors: dict[str, Detector]
+    fingerprint: str
+
+    @property
+    def chosen(self) -> dict[str, int]:
+        """{category: feature}"""
+        return {c: detector.feature for c, detector in self.detectors.items()}
+
+
+def open_artefacts_of_all(
     run: Run, pair: Pair, source: str = "", facts: Mapping | None = None
-) -> tuple[Store, CrossCoder, pd.DataFrame, dict[str, int], str]:
-    """(store, crosscoder, feature table, chosen features, fingerprint of the crosscoder) of a run; ``source``
-    and ``facts`` as in ``inspect_run``.
+) -> tuple[Store, list[Artefacts]]:
+    """The store of a run, and all its crosscoders with their feature tables (columns of ``follow`` included);
+    ``source`` and ``facts`` as in ``inspect_all``.
 
     UserError, naming the notebook that makes it, for what is missing or was computed from something else
     than there is now.
     """
     store = open_store(run, pair)
-    crosscoder, crosscoder_fingerprint = open_for_run(run, store, source, facts)
-    table, chosen = load(run.path("features"), crosscoder_fingerprint)
-    return store, crosscoder, table, chosen, crosscoder_fingerprint
+    crosscoders, contents = zip(*open_all(run, store, source, facts))
+    folders = [numbered(run, number, "features") for number in range(len(crosscoders))]
+    tables, _ = follow(crosscoders, [load(f, content)[0] for f, content in zip(folders, contents)])
+    nrn_over = read_manifest(folders[0], MADE_BY)["nrn_over"]
+    chosen = [category_detectors(table, nrn_over) for table in tables]
+    return store, [Artefacts(*parts) for parts in zip(crosscoders, tables, chosen, contents)]
+
+
+def open_artefacts(
+    run: Run, pair: Pair, source: str = "", facts: Mapping | None = None
+) -> tuple[Store, CrossCoder, pd.DataFrame, dict[str, int], str]:
+    """(store, crosscoder, feature table, chosen features, fingerprint of the crosscoder): the first of
+    ``open_artefacts_of_all``."""
+    store, (first, *_) = open_artefacts_of_all(run, pair, source, facts)
+    return store, first.crosscoder, first.table, first.chosen, first.fingerprint

@@ -5,7 +5,7 @@ A "reasoning feature" may fire on a word and nothing else (arXiv 2601.05679: tha
 found by contrast). So words and function are taken apart, in texts of which each gives one place: texts are
 independent, and Wilson's intervals hold. A feature *fires* if its joint code is above 0. It is tested where
 it was chosen to fire: ``marker``, the first three tokens of a sentence of c ("wait , 9"), or ``before``, the
-last token before the sentence, where the next category is decided.
+last token before the sentence, where the next category is decided, or the value before that token.
 
 =================  ===========================================================================================
 in context         new traces of the teacher: a sentence of c, chosen at random
@@ -59,7 +59,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..activations.store import SPLITS, Store
 from ..crosscoder.model import CrossCoder, check_feature
-from ..labels import DETECTED, LABELS
+from ..labels import CATEGORIES, DETECTED, LABELS
 from ..models.pairs import Pair
 from ..models.reader import capture
 from ..results import Results
@@ -68,7 +68,8 @@ from ..stats import wilson
 from ..text.corpus import encode
 from ..text.curriculum import prose
 from ..text.puzzles import FRAME, NUMBERS, OPERATIONS, PARAPHRASES, Sentence, Teacher, sample_puzzle, words_of
-from ..text.tables import table
+from ..text.tables import table as text_table
+from .table import Detector, Inspection, joined, over_crosscoders
 
 WINDOW = 3  # tokens: a marker and the next two
 NEAREST_WORDS, NEAREST_TOKENS = 5, 20  # of like frequency, of which one is drawn: on puzzles, in real text
@@ -83,11 +84,14 @@ PLAIN_OPENINGS = {  # of the teacher's paraphrases that do without the category'
     "contrast": ("this",),
     "verification": (),
 }
-NEW_WORDINGS = dict(table("puzzles")["new_wordings"])  # in the vocabulary, and in nothing that was trained on
+NEW_WORDINGS = dict(
+    text_table("puzzles")["new_wordings"]
+)  # in the vocabulary, and in nothing that was trained on
 NEW_WORDINGS["start"] = NEW_WORDINGS["deduction"]
 TESTS = ("in context", "other sentences", "telltale wording", "other wording", "new wording")
 TESTS += ("injected", "neutral", "unrelated text", "full stops", "decoys")
 POSITIONS = ("before", "marker")
+AT_ENDS = ("in context", "other sentences", "telltale wording", "other wording", "new wording", "full stops")
 COLUMNS = ["category", "where", "feature", "test", "rate", "low", "high", "n"]
 # metric: (where, test)
 METRICS = {
@@ -362,85 +366,95 @@ def _neutral_tokens(
     return result
 
 
-@torch.no_grad()
-def fire(
-    pair: Pair,
-    crosscoder: CrossCoder,
-    store: Store,
-    tokenizer: PreTrainedTokenizerBase,
-    trials: Sequence[Trial],
-    features: Sequence[int],
-) -> np.ndarray:
-    """For each trial whether each of ``features`` fires at one of its places, bool [trials, features]. Both
-    models are run on the texts. UserError for words that are not single tokens of the tokenizer."""
-    texts = {words: i for i, words in enumerate(dict.fromkeys(t.words for t in trials))}
-    ids = tokenizer.get_vocab()
-    real = [isinstance(words[0], int) for words in texts]
-    tokens = [
-        list(words) if is_real else encode([Sentence(words, "")], tokenizer, ids)
-        for is_real, words in zip(real, texts)
-    ]
-    starts = np.cumsum([0, *map(len, tokens)])
-    # 1: BOS, before words
-    at = [starts[texts[t.words]] + (not real[texts[t.words]]) + np.array(t.places) for t in trials]
-    used, place = np.unique(np.concatenate(at), return_inverse=True)
-    acts = []
-    for name in crosscoder.names:  # one model at a time in memory
-        acts.append(capture(pair.load(name), tokenizer, tokens, store.layers[name])[used])
-    fires = crosscoder.encode(acts)[:, list(features)].numpy() > 0
-    firsts = np.cumsum([0, *(len(t.places) for t in trials)])[:-1]
-    return np.logical_or.reduceat(fires[place.ravel()], firsts, axis=0)
+class Texts:
+    """The texts of some trials, and both models' activations on them, which all crosscoders share. UserError
+    for words that are not single tokens of the tokenizer."""
+
+    def __init__(self, pair: Pair, store: Store, tokenizer: PreTrainedTokenizerBase, trials: Sequence[Trial]):
+        texts = {words: i for i, words in enumerate(dict.fromkeys(t.words for t in trials))}
+        ids = tokenizer.get_vocab()
+        real = [isinstance(words[0], int) for words in texts]
+        tokens = [
+            list(words) if is_real else encode([Sentence(words, "")], tokenizer, ids)
+            for is_real, words in zip(real, texts)
+        ]
+        starts = np.cumsum([0, *map(len, tokens)])
+        self.trials = trials
+        # 1: BOS, before words
+        first = [starts[texts[t.words]] + (not real[texts[t.words]]) for t in trials]
+        places = [np.array(t.places) for t in trials]
+        # an end of a sentence has two places, the full stop and the value before it
+        self._at = [
+            [f + p, f + np.maximum(p - (t.test in AT_ENDS), 0)] for f, p, t in zip(first, places, trials)
+        ]
+        used = np.unique(np.concatenate([at for both in self._at for at in both]))
+        self._at = [[np.searchsorted(used, at) for at in both] for both in self._at]
+        self._acts = {}
+        for name in store.models:  # one model at a time in memory
+            self._acts[name] = capture(pair.load(name), tokenizer, tokens, store.layers[name])[used]
+
+    @torch.no_grad()
+    def fire(self, crosscoder: CrossCoder, features: Sequence[int], place: str = "before") -> np.ndarray:
+        """For each trial whether each of ``features`` fires at one of its places, bool [trials, features];
+        ``place`` "value": at the token before, where the trial is about an end of a sentence."""
+        fires = crosscoder.encode([self._acts[name] for name in crosscoder.names])[:, list(features)] > 0
+        at = [both[place == "value" and t.where == "before"] for both, t in zip(self._at, self.trials)]
+        firsts = np.cumsum([0, *map(len, at)])[:-1]
+        return np.logical_or.reduceat(fires.numpy()[np.concatenate(at)], firsts, axis=0)
 
 
-def token_tests(
+def make_trials(
     pair: Pair,
-    crosscoder: CrossCoder,
     store: Store,
-    chosen: Mapping[str, int],
     tokenizer: PreTrainedTokenizerBase,
-    markers: Mapping[str, int] | None = None,
+    categories: Sequence[str],
     n: int = 100,
     seed: int = 0,
-) -> pd.DataFrame:
-    """All tests of the features ``chosen`` {category: feature} before, and of ``markers`` at, the sentences
-    of their categories, in at most ``n`` texts each.
-
-    A row per category, position ("before": chosen, "marker": markers) and test: feature, rate, low, high
-    (95%, Wilson), n. Empty where no category was chosen (text without labels).
-    """
+) -> list[Trial]:
+    """All trials of some categories, in at most ``n`` texts each. UserError for a category that has no
+    texts."""
     check("n", n, int, low=1)
-    features = {("before", c): check_feature(crosscoder, f) for c, f in chosen.items()}
-    features |= {("marker", c): check_feature(crosscoder, f) for c, f in (markers or {}).items()}
-    if not features:
-        return pd.DataFrame(columns=COLUMNS)
-    categories = list(dict.fromkeys(c for _, c in features))
     if unknown := set(categories) - set(PARAPHRASES):
         raise UserError(
             f"there are no texts for the category {sorted(unknown)[0]!r}: it must be one of"
             f" {', '.join(PARAPHRASES)}"
         )
     rng = random.Random(f"markers/{seed}")
-    if pair.corpus == "generated":
-        words = {word for c in categories for opening in openings(c) for word in opening}
-        trials = [
-            *trace_trials(categories, n, rng),
-            *prose_trials(categories, n, rng, neutral_words(store, tokenizer, sorted(words))),
-            *decoy_trials(categories, n, rng),
-        ]
-    else:
-        trials = text_trials(store, tokenizer, categories, n, rng)
-    trials = [t for t in trials if (t.where, t.category) in features]
-    numbers = sorted(set(features.values()))
-    fired = fire(pair, crosscoder, store, tokenizer, trials, numbers)
-    outcomes = defaultdict(list)
-    for t, row in zip(trials, fired):
-        outcomes[t.where, t.category, t.test].append(row[numbers.index(features[t.where, t.category])])
-    rows = [
-        (c, where, feature, test, np.mean(hits), *wilson(sum(hits), len(hits)), len(hits))
-        for (where, c), feature in features.items()
-        for test in TESTS
-        if (hits := outcomes.get((where, c, test)))
+    if pair.corpus != "generated":
+        return text_trials(store, tokenizer, categories, n, rng)
+    words = {word for c in categories for opening in openings(c) for word in opening}
+    return [
+        *trace_trials(categories, n, rng),
+        *prose_trials(categories, n, rng, neutral_words(store, tokenizer, sorted(words))),
+        *decoy_trials(categories, n, rng),
     ]
+
+
+def token_tests(
+    texts: Texts,
+    crosscoder: CrossCoder,
+    chosen: Mapping[str, Detector | int],
+    markers: Mapping[str, int] | None = None,
+) -> pd.DataFrame:
+    """All tests of the features ``chosen`` {category: detector, or feature at the full stop} before, and of
+    ``markers`` {category: feature} at, the sentences of their categories.
+
+    A row per category, position ("before": chosen, "marker": markers) and test: feature, rate, low, high
+    (95%, Wilson), n. A detector is asked at its own place; one that falls silent "fires" where it is silent.
+    """
+    features = {("before", c): d if isinstance(d, Detector) else Detector(d) for c, d in chosen.items()}
+    features |= {("marker", c): Detector(f) for c, f in (markers or {}).items()}
+    rows = []
+    for (where, c), (feature, place, sign) in features.items():
+        fired = texts.fire(crosscoder, [check_feature(crosscoder, feature)], place)[:, 0]
+        outcomes = defaultdict(list)
+        for trial, hit in zip(texts.trials, fired):
+            if (trial.where, trial.category) == (where, c):
+                outcomes[trial.test].append(hit == (sign > 0))
+        for test in TESTS:
+            if hits := outcomes.get(test):
+                rate = np.mean(hits), *wilson(sum(hits), len(hits)), len(hits)
+                rows.append((c, where, feature, test, *rate))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -476,11 +490,23 @@ def verdicts(tests: pd.DataFrame) -> pd.DataFrame:
 
 
 def record(
-    results: Results, tests: pd.DataFrame, table: pd.DataFrame, detectors: pd.DataFrame
-) -> pd.DataFrame:
-    """Put ``tests`` into ``results``: the rates ``METRICS`` of every category, tables token_tests and
-    token_verdicts. Returns the verdicts, with the AUROC of the feature and of the token alone beside them
-    (from the feature table, and from ``detectors.detectors``)."""
+    results: Results,
+    inspection: Inspection,
+    markers: Mapping[str, int],
+    detectors: pd.DataFrame,
+    texts: Texts | None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``token_tests`` of one crosscoder, put into ``results``: (tests, verdicts). ``markers``: its features
+    at first tokens; ``detectors``: ``detectors.detectors`` of its other ones; ``texts``: None if there is no
+    category.
+
+    Metrics: the rates ``METRICS`` of every category; more_than_token_<c>: 1 if that is the verdict, else 0;
+    marker_token_features: share of the paper's categories whose feature at first tokens is a token feature.
+    Tables token_tests, token_verdicts, the latter with the AUROC of the feature and of the token alone.
+    """
+    table, tests = inspection.table, pd.DataFrame(columns=COLUMNS)
+    if texts is not None:
+        tests = token_tests(texts, inspection.crosscoder, inspection.detectors, markers)
     rates = {(r.category, r.where, r.test): (r.rate, (r.low, r.high), r.n) for r in tests.itertuples()}
     for c in DETECTED:
         for name, (where, test) in METRICS.items():
@@ -496,6 +522,29 @@ def record(
         token.append(aurocs[row.category, "token only" + suffix])
     judged.insert(3, "AUROC, token only", token)
     judged.insert(3, "AUROC", feature)
+    before, at_first = (judged[judged["where"] == where] for where in ("before", "marker"))
+    for row in before.itertuples():
+        results.add(f"more_than_token_{row.category}", float(row.verdict == "more than a token"))
+    of_paper = at_first[at_first["category"].isin(CATEGORIES)]["verdict"] == "token feature"
+    results.add("marker_token_features", of_paper.mean() if len(of_paper) else np.nan, n=len(of_paper))
     results.table("token_tests", tests.round(4))
     results.table("token_verdicts", judged.round(4))
-    return judged
+    return tests, judged
+
+
+def record_all(
+    results: Results,
+    inspections: Sequence[Inspection],
+    markers: Sequence[Mapping[str, int]],
+    detectors: Sequence[pd.DataFrame],
+    n: int = 100,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``record`` of all crosscoders on the same texts, pooled into ``results``: (tests, verdicts), of all."""
+    first, texts = inspections[0], None
+    categories = [c for c in DETECTED if any(c in i.chosen or c in m for i, m in zip(inspections, markers))]
+    if categories:
+        trials = make_trials(first.pair, first.store, first.tokenizer, categories, n, seed)
+        texts = Texts(first.pair, first.store, first.tokenizer, trials)
+    parts = over_crosscoders(results, record, list(zip(inspections, markers, detectors)), texts)
+    return tuple(joined(frames) for frames in zip(*parts))

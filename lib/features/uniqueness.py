@@ -2,14 +2,18 @@
 
 The scores of one feature are NRN (p = 1 and 2) and latent scaling's nu (``latent_scaling``). A threshold is
 a quantile of a score among the features of a *null* pair: the base, and a continuation of it that learnt no
-thinking. ``lib.study.nulls`` computes it, and ``beyond`` applies it. ``record`` gathers what the study says
-of the features of one run: which lie beyond the null, which recur with other seeds of the crosscoder, and how
-often the rule is right on planted data.
+thinking. ``lib.study.nulls`` computes it, and ``beyond`` applies it. ``record_all`` gathers what is known of
+the features of a run's crosscoders: which lie beyond the null (nu_eps first, NRN beside it), which of them
+recur, and how often the rule is right on planted data.
+
+How many features lie beyond a limit by chance is said twice: level x features, and the share of another null's
+crosscoder of the same seed beyond the same limit, which also has the limit's error in it. The false-discovery
+rate is that share over the share of the pair's features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +22,12 @@ import pandas as pd
 from ..activations.store import Store
 from ..crosscoder.codes import codes
 from ..crosscoder.model import CrossCoder
+from ..crosscoder.recurrence import SHARE, chance
+from ..labels import DETECTED
 from ..results import Part, Results, read_part
 from ..stats import wilson
 from .latent_scaling import latent_scaling
-from .table import frequency, record_share
+from .table import Inspection, category_detectors, frequency, over_crosscoders, record_share
 
 LEVELS = (0.01, 0.05)
 # score: does a unique feature of the distilled side have a high or a low one?
@@ -86,29 +92,31 @@ def threshold(limits: pd.DataFrame, score: str, side: str = "distilled", level: 
 
 @dataclass(frozen=True)
 class Uniqueness:
-    """``above``, ``below`` [F]: NRN beyond the null's 1% threshold on the distilled model's, on the base's
-    side (False everywhere without a null); ``threshold``: the former's (NaN); ``status``: one row per chosen
-    feature; ``null``, ``seeds``, ``planted``: parts of the study, empty where they were not computed."""
+    """``unique`` [F]: nu_eps beyond the null's 1% threshold on the distilled model's side; ``above``,
+    ``below`` [F]: NRN beyond it on the distilled model's, on the base's side (all False without a null);
+    ``threshold`` of NRN and ``nu_threshold`` (NaN); ``status``: one row per chosen feature; ``null``,
+    ``planted``: parts of the study, empty where they were not computed."""
 
+    unique: np.ndarray
     above: np.ndarray
     below: np.ndarray
     threshold: float
+    nu_threshold: float
     status: pd.DataFrame
-    stability: pd.Series
     null: Part
-    seeds: Part
     planted: Part
 
     @property
     def outside(self) -> np.ndarray:
-        """Beyond the null on either side, [F]."""
+        """NRN beyond the null on either side, [F]."""
         return self.above | self.below
 
     def words(self, feature: int) -> str:
-        """Whether a feature lies above the null, in words."""
+        """Whether a feature lies beyond the null, in words."""
         if not self.null:
             return "no null to compare with"
-        return "above the null" if self.above[feature] else "not above the null"
+        sides = [name for name, hits in (("nu", self.unique), ("NRN", self.above)) if hits[feature]]
+        return f"beyond the null by {' and '.join(sides)}" if sides else "not beyond the null"
 
     @property
     def use_limit(self) -> float:
@@ -116,49 +124,153 @@ class Uniqueness:
         return self.null.metrics["use_limit"]["value"] if self.null.metrics else np.nan
 
 
-def record(results: Results, table: pd.DataFrame, chosen: Mapping[str, int], crosscoder: str) -> Uniqueness:
-    """Put into ``results`` what the study's parts "nulls", "seeds" and "planted" say of the features of
-    ``table``, and of those ``chosen`` {category: feature}. ``crosscoder`` is its fingerprint: parts that were
-    made from another one are refused.
+def of_seed(table: pd.DataFrame, number: int) -> pd.DataFrame:
+    """The rows of a null's table that belong to the crosscoder ``number``: column "seed", counted from the
+    lowest and from the beginning again; the whole table, if it has no such column."""
+    if "seed" not in table:
+        return table
+    seeds = sorted(table["seed"].unique())
+    return table[table["seed"] == seeds[number % len(seeds)]].reset_index(drop=True)
 
-    Metrics: nrn_threshold; unique_above_null and its share of the alive features; of those above it the
-    shares whose nu says unique (nu_eps_under_0_2), shrunk, decoupled; and those of "seeds" and "planted".
-    Table status: a row per chosen feature.
+
+def record_all(results: Results, inspections: Sequence[Inspection]) -> list[Uniqueness]:
+    """What the study's parts "nulls" and "planted" say of the features of a run's crosscoders, put into
+    ``results``; parts that were made from other crosscoders are refused.
+
+    Metrics of ``record``, pooled; stability_median, stability_chance; recurrent_clusters; unique_recurrent:
+    clusters of features that lie beyond the null by nu_eps in at least 4 of 5 crosscoders (n: of so many
+    recurrent clusters), unique_recurrent_nrn the same by NRN; and those of "planted".
     """
-    parts = (read_part(results.run, name, crosscoder=crosscoder) for name in ("nulls", "seeds", "planted"))
-    null, seeds, planted = parts
-    limits, alive, limit = null.tables.get("thresholds"), int(table["alive"].sum()), np.nan
-    above, below = (
-        beyond(table, limits, "nrn", side) if null else np.zeros(len(table), dtype=bool) for side in SIDES
-    )
-    results.add("unique_above_null", above.sum() if null else np.nan, n=alive)
+    every = [i.fingerprint for i in inspections]
+    made_from = {"crosscoder": every[0]} | ({"crosscoders": every} if len(every) > 1 else {})
+    null, planted = (read_part(results.run, name, **made_from) for name in ("nulls", "planted"))
+    unique = over_crosscoders(results, record, inspections, null, planted)
+    results.take(planted)
+    _record_used_rule(results, planted)
+    if len(inspections) == 1:
+        return unique
+    tables = [i.table for i in inspections]
+    median, alive = results.metrics["stability_median"], [t["alive"].to_numpy(bool) for t in tables]
+    results.add("stability_chance", chance([i.crosscoder for i in inspections], alive), n=median["n"])
+    clusters = pd.concat(
+        [t.assign(unique=u.unique, above=u.above)[t["recurrent"]] for t, u in zip(tables, unique)]
+    ).groupby("cluster")
+    n, least = len(clusters), np.ceil(SHARE * len(tables))
+    results.add("recurrent_clusters", n)
+    for name, column in (("unique_recurrent", "unique"), ("unique_recurrent_nrn", "above")):
+        hits = int((clusters[column].sum() >= least).sum()) if null else np.nan
+        results.add(name, hits, n=n)
+    return unique
+
+
+def record(results: Results, inspection: Inspection, null: Part, planted: Part) -> Uniqueness:
+    """Put into ``results`` which features of one crosscoder lie beyond the ``null``.
+
+    Metrics: nu_eps_threshold, nrn_threshold; unique_by_nu and its share of the alive features, unique_above_
+    null (by NRN) and its share; for both ("nu", "nrn") <score>_chance, the count that level x features gives,
+    <score>_false, the share of another null crosscoder beyond the same limit, with <score>_false_discovery,
+    how much of the count that explains; of those above the null's NRN the shares whose nu says unique
+    (unique_nu_eps_under_0_2), shrunk, decoupled. nu_median: of the alive features of the distilled side, nu_
+    median_null of the null's. unique_<c>, above_null_<c>: 1 if the chosen feature lies beyond. stability_
+    median; stable_<c>: of the feature that would be chosen if it need not recur. Table status: a row per
+    chosen feature.
+    """
+    table, number, nowhere = inspection.table, inspection.number, np.zeros(len(inspection.table), dtype=bool)
+    alive, limits = int(table["alive"].sum()), None
+    scored = "nu_eps" in table and table["nu_eps"].notna().any()
+    above, below, unique = nowhere, nowhere, nowhere
+    nu = extremity(table, "nu_eps", "distilled") if scored else pd.Series(dtype=float)
+    results.add("nu_median", -nu.median() if len(nu) else np.nan, n=len(nu))
     if null:
-        limit = threshold(limits, "nrn")
+        limits = of_seed(null.tables["thresholds"], number)
+        above, below = (beyond(table, limits, "nrn", side) for side in SIDES)
+        unique = beyond(table, limits, "nu_eps") if scored and _has(limits, "nu_eps") else nowhere
+        results.add("nrn_threshold", threshold(limits, "nrn"))
+    results.add("unique_above_null", above.sum() if null else np.nan, n=alive)
+    results.add("unique_by_nu", unique.sum() if null else np.nan, n=alive)
+    if null:
         results.add("unique_above_null_share", above.mean(), wilson(int(above.sum()), alive), alive)
-        results.add("nrn_threshold", limit)
-        with_nu = table[above & table["nu_eps"].notna()]
-        record_share(results, "unique_nu_eps_under_0_2", with_nu["nu_eps_high"] < 0.2)
-        record_share(results, "unique_shrunk", with_nu["nu_eps_low"] > 0.2)
-        record_share(results, "unique_decoupled", with_nu["nu_r_low"] > 0.5)
-    for name, m in (seeds.metrics | planted.metrics).items():
-        results.add(name, m["value"], m["ci"], m["n"])
-    if planted:
-        rule = planted.tables["summary"].query(
-            "setting == @REGIME and split == 'report' and side == 'distilled'"
-            " and architecture == 'batchtopk' and method == 'nrn_p1 beyond null'"
-        )
-        rule = rule.iloc[0]
-        for name in ("precision", "recall"):
-            interval = rule[f"{name}_low"], rule[f"{name}_high"]
-            results.add(f"planted_{name}_used", rule[name], interval, rule["seeds"])
-    stability = (
-        seeds.tables["stability"].set_index("feature")["stability"] if seeds else pd.Series(dtype=float)
-    )
+        results.add("unique_by_nu_share", unique.mean(), wilson(int(unique.sum()), alive), alive)
+        for score, short, hits in (("nu_eps", "nu", unique), ("nrn", "nrn", above)):
+            if _has(limits, score):
+                _record_chance(
+                    results, short, score, hits, extremity(table, score, "distilled"), limits, null, number
+                )
+        if scored:
+            with_nu = table[above & table["nu_eps"].notna()]
+            record_share(results, "unique_nu_eps_under_0_2", with_nu["nu_eps_high"] < 0.2)
+            record_share(results, "unique_shrunk", with_nu["nu_eps_low"] > 0.2)
+            record_share(results, "unique_decoupled", with_nu["nu_r_low"] > 0.5)
+    chosen = inspection.chosen
     features = list(chosen.values())
-    status = {"category": list(chosen), "feature": features, "NRN": table["nrn"][features].to_numpy()}
-    status["above the null"] = above[features]
+    for c in DETECTED:
+        known = null and c in chosen
+        results.add(f"unique_{c}", float(unique[chosen[c]]) if known else np.nan)
+        results.add(f"above_null_{c}", float(above[chosen[c]]) if known else np.nan)
+    stability = table.get("stability", pd.Series(np.nan, table.index))
+    if "stability" in table:
+        results.add("stability_median", stability[table["alive"]].median(), n=alive)
+        free = category_detectors(table.drop(columns="recurrent"))
+        for c in DETECTED:
+            results.add(f"stable_{c}", stability[free[c].feature] if c in free else np.nan)
+        lasting = stability[unique]
+        results.add("stability_unique_median", lasting.median(), n=len(lasting))
+    status = {"category": list(chosen), "feature": features}
     for name, column in (("nu (error)", "nu_eps"), ("nu (reconstruction)", "nu_r")):
         status[name] = table.get(column, pd.Series(np.nan, table.index))[features].to_numpy()
-    status["stability over seeds"] = stability.reindex(features).to_numpy()
+    status |= {"beyond the null by nu": unique[features], "NRN": table["nrn"][features].to_numpy()}
+    status |= {"above the null": above[features], "stability over seeds": stability[features].to_numpy()}
     status = results.table("status", pd.DataFrame(status))
-    return Uniqueness(above, below, limit, status, stability, null, seeds, planted)
+    by_nrn, by_nu = (
+        threshold(limits, score) if null and _has(limits, score) else np.nan for score in ("nrn", "nu_eps")
+    )
+    return Uniqueness(unique, above, below, by_nrn, by_nu, status, null, planted)
+
+
+def _has(limits: pd.DataFrame, score: str) -> bool:
+    return (limits["score"] == score).any()
+
+
+def _record_chance(
+    results: Results,
+    short: str,
+    score: str,
+    hits: np.ndarray,
+    values: pd.Series,
+    limits: pd.DataFrame,
+    null: Part,
+    number: int,
+) -> None:
+    """How many of the features with a score (``values``) lie beyond the limit by chance, and how many of the
+    ``hits`` that explains; see ``record``."""
+    n = len(values)
+    results.add({"nu": "nu_eps_threshold", "nrn": "nrn_threshold"}[short], threshold(limits, score))
+    results.add(f"{short}_chance", LEVELS[0] * n, n=n)
+    others = null.tables.get("null_scores")
+    if others is None:
+        return
+    pairs = others["pair"].unique()  # the last one tests the limits; if there is one, another seed of it does
+    other = of_seed(others[others["pair"] == pairs[-1]], number + (len(pairs) == 1))
+    hit, of = int(beyond(other, limits, score).sum()), len(extremity(other, score, "distilled"))
+    false = hit / of if of else np.nan
+    results.add(f"{short}_false", false, wilson(hit, of) if of else None, of)
+    discovered = hits.sum() / n if n else 0
+    results.add(
+        f"{short}_false_discovery", min(1.0, false / discovered) if discovered else np.nan, n=int(hits.sum())
+    )
+    if short == "nu":
+        results.add("nu_median_null", -extremity(other, score, "distilled").median(), n=of)
+
+
+def _record_used_rule(results: Results, planted: Part) -> None:
+    """Precision and recall on planted data of the rule that is used, if the part has it."""
+    if "summary" not in planted.tables:
+        return
+    rule = planted.tables["summary"].query(
+        "setting == @REGIME and split == 'report' and side == 'distilled'"
+        " and architecture == 'batchtopk' and method == 'nrn_p1 beyond null'"
+    )
+    for name in ("precision", "recall") if len(rule) else ():
+        row = rule.iloc[0]
+        interval = row[f"{name}_low"], row[f"{name}_high"]
+        results.add(f"planted_{name}_used", row[name], interval, row["seeds"])

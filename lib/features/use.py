@@ -40,7 +40,7 @@ import torch
 from scipy import sparse
 from scipy.stats import false_discovery_control, ttest_1samp
 
-from ..activations.positions import groups_of
+from ..activations.positions import PHASES, groups_of
 from ..activations.store import Store
 from ..crosscoder.codes import check_models, encoded, sample_rows
 from ..crosscoder.model import CrossCoder
@@ -48,7 +48,7 @@ from ..results import Results
 from ..settings import UserError, check
 from ..stats import bootstrap, group_weights, percentiles, ratio, wilson
 from .auroc import sum_by
-from .table import Inspection
+from .table import Inspection, record_difference
 from .uniqueness import Uniqueness
 
 SOLO = ("slots", "alone")
@@ -203,8 +203,9 @@ def record(
 
     Metrics fve_solo_<model>, l0_solo_<model>; use_significant, use_unique, use_reweighted (of all alive
     features), the last also with the median change taken away (_centred), use_change_median, use_limit;
-    use_change_<c> of the chosen features; use_size_<phase>, the median |change| there. Tables use_readings,
-    use_chosen, use_by_group.
+    use_change_<c> of the chosen features; use_size_<phase>, the median |change| there; use_gap, reweighted
+    minus unique; use_thinking_gap, the size while thinking minus the largest of the other phases. Tables use_
+    readings, use_chosen, use_by_group.
     """
     crosscoder, store, nrn = inspection.crosscoder, inspection.store, inspection.table["nrn"]
     rows = sample_rows(store, "report", max_tokens, seed)
@@ -254,4 +255,10 @@ def record(
     for phase, part in by_group[by_group["by"] == "phase"].groupby("group", sort=False):
         interval = bootstrap(part["size"], np.median, n_boot=n_boot, seed=seed)
         results.add(f"use_size_{phase}", part["size"].median(), interval, len(part))
+    record_difference(results, "use_gap", "use_reweighted", "use_unique")
+    sizes = {phase: results.values.get(f"use_size_{phase}") for phase in PHASES}
+    rest = {phase: size for phase, size in sizes.items() if phase != "thinking" and size is not None}
+    if sizes["thinking"] is not None and rest:
+        largest = max(rest, key=rest.get)
+        record_difference(results, "use_thinking_gap", "use_size_thinking", f"use_size_{largest}")
     return table

@@ -19,7 +19,9 @@ from lib.features import auroc, contexts
 from lib.features import detectors as categories
 from lib.features import table as features
 from lib.features import table as table_module
+from lib.features.table import Detector
 from lib.labels import DETECTED, LABEL_ARRAYS, LABELS, SPLITS
+from lib.results import Results
 from lib.runs import write_manifest
 from lib.settings import UserError
 
@@ -172,6 +174,79 @@ def test_choosing_uses_the_choose_split_and_the_side(table):
     )
 
 
+def test_places_and_directions_by_hand(table):
+    assert table["auroc_value_reflection"].tolist() == [0.5] * 5, "nothing fires at the values"
+    found = features.category_detectors(table)
+    assert found["reflection"] == Detector(0, "before", 1) and set(found) == {"reflection", "contrast"}
+    # NRN 0.75, 1: features 0 and 1 may be chosen; 3 would be the best for contrast, but is the base's
+    at_value = table.assign(auroc_value_contrast_choose=[0.9, 0.6, 0, 0, 0], auroc_contrast_choose=[0.5, 0.2, 1, 1, 1])
+    assert features.category_detectors(at_value)["contrast"] == Detector(0, "value", 1)
+    silent = at_value.assign(auroc_contrast_choose=[0.5, 0.05, 1, 1, 1])
+    assert features.category_detectors(silent)["contrast"] == Detector(1, "before", -1)
+    assert str(Detector(1, "value", -1)) == "feature 1 at the value, by falling silent"
+    assert features.category_detectors(silent, nrn_over=-1)["contrast"].feature == 3
+    values = {"value": pd.Series([-0.4, 0.1]), "before": pd.Series([0.2, 0.3])}
+    assert features.best_of_places(values) == Detector(0, "value", -1)
+    assert features.best_of_places(values, silent=False) == Detector(1, "before", 1)
+    assert features.best_of_places({}) is None
+
+
+def test_only_recurrent_features_are_chosen_where_crosscoders_were_compared(table):
+    compared = table.assign(recurrent=[False, True, True, True, True])
+    assert features.category_detectors(compared)["reflection"].feature == 1
+    assert features.category_features(compared)["reflection"] == 1
+    assert features.category_detectors(table.assign(recurrent=False)) == {}
+
+
+def test_features_are_followed_through_crosscoders():
+    draw = torch.Generator().manual_seed(0)
+    truth = torch.randn(6, 32, generator=draw)
+    crosscoders, orders = [], [torch.randperm(6, generator=draw) for _ in range(3)]
+    for number, order in enumerate(orders):
+        crosscoder = CrossCoder((16, 16), 6, k=2)
+        own = truth + 0.05 * torch.randn(6, 32, generator=draw)
+        own[5] = torch.randn(32, generator=draw)  # one that no other has
+        crosscoder.W_dec.data = own[order]
+        crosscoders.append(crosscoder.requires_grad_(False))
+    tables = [pd.DataFrame({"feature": range(6), "alive": True}) for _ in orders]
+    tables[0].loc[orders[0].tolist().index(4), "alive"] = False
+    followed, members = features.follow(crosscoders, tables)
+    for number, (table, order) in enumerate(zip(followed, orders)):
+        planted = order.numpy()
+        assert table["recurrent"].tolist() == (planted < 4).tolist()
+        assert (table["cluster"][~table["alive"]] == -1).all()
+        for row in members[number].itertuples():
+            assert orders[row.crosscoder][row.match] == planted[row.feature] and row.cosine > 0.9
+        assert set(members[number]["crosscoder"]) == {0, 1, 2} - {number}
+    # the dead feature is in the other two only
+    assert (members[1]["feature"] == orders[1].tolist().index(4)).sum() == 1
+    same, none = features.follow(crosscoders[:1], tables[:1])
+    assert same[0] is tables[0] and none[0].empty
+
+
+def test_measurements_of_crosscoders_are_pooled_and_their_tables_joined(run):
+    def record(results, value, low, shift):
+        results.add("a", value + shift, (low + shift, value + shift + 1), 10)
+        results.table("t", pd.DataFrame({"x": [value]}))
+        return value
+
+    results = Results("03", run, {})
+    assert features.over_crosscoders(results, record, [(1.0, 0.0), (3.0, 2.0)], 1) == [1.0, 3.0]
+    assert results.values["a"] == 3 and results.metrics["a"]["seeds"] == [[2, 1, 3], [4, 3, 5]]
+    assert results.tables["t"] == {"columns": ["crosscoder", "x"], "rows": [[0, 1.0], [1, 3.0]]}
+    one = Results("03", run, {})
+    features.over_crosscoders(one, record, [(1.0, 0.0)], 1)
+    assert one.metrics["a"] == {"value": 2.0, "ci": [1.0, 3.0], "n": 10} and one.tables["t"]["columns"] == ["x"]
+
+
+def test_a_difference_by_hand():
+    # half widths 0.3 down and 0.4 up; the distances add up as squares
+    value, (low, high) = features.difference((0.9, (0.6, 0.9)), (0.5, (0.5, 0.9)))
+    assert value == pytest.approx(0.4) and low == pytest.approx(0.4 - 0.5) and high == pytest.approx(0.4)
+    assert features.difference((0.9, None), (0.5, (0, 1))) == (pytest.approx(0.4), None)
+    assert np.isnan(features.difference((None, None), (0.5, None))[0])
+
+
 def test_extremes_do_not_overlap():
     frame = pd.DataFrame(
         {
@@ -258,12 +333,12 @@ def test_inspect_keeps_what_it_made_and_load_reads_it(toy, tmp_path, monkeypatch
     (tmp_path / "features" / "table.csv").write_text("\n".join(text) + "\n")
     table, chosen = features.load(tmp_path / "features", "mark")
     assert (table.at[0, "label"], table.at[0, "top_token"]) == ("", "null"), "text stays text"
-    assert chosen == made.chosen == features.category_features(table)
+    assert chosen == made.detectors == features.category_detectors(table)
     with pytest.raises(UserError, match="another crosscoder.*03_inspect_features"):
         features.load(tmp_path / "features", "other mark")
     with pytest.raises(UserError, match="run notebook 03_inspect_features first"):
         features.load(tmp_path / "nothing")
-    (tmp_path / "features" / "chosen.json").write_text("{")
+    (tmp_path / "features" / "table.csv").write_text("feature,nrn\n0,1\n")
     with pytest.raises(UserError, match="damaged"):
         features.load(tmp_path / "features")
 
@@ -273,7 +348,7 @@ def test_detectors_report_what_sklearn_finds(toy, tmp_path):
 
     store, crosscoder = toy
     made = features.inspect(crosscoder, store, tmp_path / "features", "mark", build_tokenizer())
-    c, feature = "deduction", made.chosen["deduction"]
+    c, feature = "deduction", features.category_features(made.table)["deduction"]
     found = categories.detectors(made, {c: feature}, n_boot=50).set_index("predictor")
     rows = made.report.rows[
         (store.labels["ends"][made.report.rows] == 1) & (store.labels["kind"][made.report.rows] == 1)

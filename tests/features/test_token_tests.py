@@ -15,6 +15,7 @@ from toys import toy_model, toy_store
 from lib.crosscoder.model import CrossCoder
 from lib.distil.organism import build_tokenizer
 from lib.features import token_tests
+from lib.features.table import Detector
 from lib.labels import CATEGORIES, DETECTED
 from lib.models.reader import capture
 from lib.settings import UserError
@@ -198,6 +199,14 @@ def planted(words):
     return acts
 
 
+def tested(pair, store, crosscoder, chosen, tokenizer, markers, n, seed=0):
+    """All tests of one crosscoder's features on texts of its own."""
+    categories = list(dict.fromkeys([*chosen, *markers]))
+    trials = token_tests.make_trials(pair, store, tokenizer, categories, n, seed)
+    texts = token_tests.Texts(pair, store, tokenizer, trials)
+    return token_tests.token_tests(texts, crosscoder, chosen, markers)
+
+
 def test_planted_features_get_their_verdicts(frequencies, tokenizer, monkeypatch):
     def read(model, tokenizer, token_lists, layer):
         return torch.from_numpy(
@@ -210,9 +219,7 @@ def test_planted_features_get_their_verdicts(frequencies, tokenizer, monkeypatch
     models = {"base": None, "distilled": None}
     chosen = {"alternative": 1, "reflection": 4, "contrast": 5}
     opening = {"deduction": 0, "contrast": 2, "verification": 3}
-    tests = token_tests.token_tests(
-        pair_of(models), crosscoder, frequencies, chosen, tokenizer, opening, 25, 0
-    )
+    tests = tested(pair_of(models), frequencies, crosscoder, chosen, tokenizer, opening, 25)
     rates = token_tests.verdicts(tests).set_index(["where", "category"])
     assert rates.loc["before"]["verdict"].to_dict() == {
         "alternative": "more than a token",
@@ -285,14 +292,19 @@ def toy(tmp_path_factory):
 def test_firing_against_one_text_at_a_time(toy, tokenizer):
     store, crosscoder, models = toy
     trials = token_tests.trace_trials(("deduction", "reflection"), 2, random.Random(0))[::4]
-    found = token_tests.fire(pair_of(models), crosscoder, store, tokenizer, trials, [3, 11, 0])
-    for trial, fires in zip(trials, found):
+    texts = token_tests.Texts(pair_of(models), store, tokenizer, trials)
+    found, at_value = (texts.fire(crosscoder, [3, 11, 0], place) for place in ("before", "value"))
+    for trial, fires, value in zip(trials, found, at_value):
         ids = tokenizer.convert_tokens_to_ids(["<bos>", *trial.words])
         f = crosscoder.encode(
             [capture(models[m], tokenizer, [ids], store.layers[m]) for m in store.models]
         ).numpy()
         assert fires.tolist() == [any(f[p + 1, feature] > 0 for p in trial.places) for feature in (3, 11, 0)]
-    assert 0 < found.mean() < 1
+        # an end of a sentence is read one token earlier, first tokens where they are
+        back = trial.where == "before"
+        earlier = [any(f[p + 1 - back, feature] > 0 for p in trial.places) for feature in (3, 11, 0)]
+        assert value.tolist() == earlier
+    assert 0 < found.mean() < 1 and (found != at_value).any()
 
 
 def test_words_do_not_act_backwards(toy, tokenizer):
@@ -304,16 +316,15 @@ def test_words_do_not_act_backwards(toy, tokenizer):
         for p in range(1, cut)
         for text in (words, [*words[:cut], "wait", ",", *words[cut:]])
     ]
-    found = token_tests.fire(pair_of(models), crosscoder, store, tokenizer, trials, range(20))
+    found = token_tests.Texts(pair_of(models), store, tokenizer, trials).fire(crosscoder, range(20))
     assert np.array_equal(found[::2], found[1::2]) and found.any()
 
 
 def test_end_to_end_on_a_toy_pair(toy, tokenizer):
     store, crosscoder, models = toy
     chosen = dict(zip(CATEGORIES, (1, 2, 3, 3)))
-    tests = token_tests.token_tests(
-        pair_of(models), crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0
-    )
+    how = pair_of(models), store, crosscoder, chosen, tokenizer, {"reflection": 7}, 6
+    tests = tested(*how)
     assert (
         (tests["n"] <= 6).all()
         and tests["rate"].between(0, 1).all()
@@ -322,10 +333,12 @@ def test_end_to_end_on_a_toy_pair(toy, tokenizer):
     assert set(tests["test"]) <= set(token_tests.TESTS) and len(
         tests.drop_duplicates(["category", "where", "test"])
     ) == len(tests)
-    again = token_tests.token_tests(
-        pair_of(models), crosscoder, store, chosen, tokenizer, {"reflection": 7}, 6, 0
-    )
-    pd.testing.assert_frame_equal(tests, again)
+    pd.testing.assert_frame_equal(tests, tested(*how))
+    # a detector that falls silent "fires" where it is silent
+    silent = tested(*how[:3], {"contrast": Detector(3, "before", -1)}, *how[4:])
+    both = silent.merge(tests, on=["category", "where", "test"])
+    both = both[both["where"] == "before"]
+    assert len(both) and np.allclose(both["rate_x"] + both["rate_y"], 1)
     wide = token_tests.verdicts(tests)
     assert wide[["category", "where"]].values.tolist() == [
         *([c, "before"] for c in CATEGORIES),
@@ -336,14 +349,15 @@ def test_end_to_end_on_a_toy_pair(toy, tokenizer):
 
 def test_nothing_chosen_and_nonsense(toy, tokenizer):
     store, crosscoder, models = toy
-    empty = token_tests.token_tests(pair_of(models), crosscoder, store, {}, tokenizer)
+    pair = pair_of(models)
+    empty = token_tests.token_tests(None, crosscoder, {})
     assert empty.empty and token_tests.verdicts(empty).empty and "verdict" in token_tests.verdicts(empty)
     with pytest.raises(UserError, match="no texts for the category 'joy'"):
-        token_tests.token_tests(pair_of(models), crosscoder, store, {"joy": 1}, tokenizer)
+        tested(pair, store, crosscoder, {"joy": 1}, tokenizer, {}, 5)
     with pytest.raises(UserError, match="feature 99 does not exist"):
-        token_tests.token_tests(pair_of(models), crosscoder, store, {"contrast": 99}, tokenizer)
+        tested(pair, store, crosscoder, {"contrast": 99}, tokenizer, {}, 5)
     with pytest.raises(UserError, match="n is 0"):
-        token_tests.token_tests(pair_of(models), crosscoder, store, {"contrast": 1}, tokenizer, n=0)
+        tested(pair, store, crosscoder, {"contrast": 1}, tokenizer, {}, 0)
     with pytest.raises(UserError, match="not single tokens"):
         unknown = token_tests.Trial("contrast", "marker", "", ("xylophone",), (0,))
-        token_tests.fire(pair_of(models), crosscoder, store, tokenizer, [unknown], [0])
+        token_tests.Texts(pair, store, tokenizer, [unknown])
