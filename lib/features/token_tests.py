@@ -390,7 +390,7 @@ class Texts:
         used = np.unique(np.concatenate([at for both in self._at for at in both]))
         self._at = [[np.searchsorted(used, at) for at in both] for both in self._at]
         self._acts = {}
-        for name in store.models:  # one model at a time in memory
+        for name in store.layers:  # one model at a time in memory
             self._acts[name] = capture(pair.load(name), tokenizer, tokens, store.layers[name])[used]
 
     @torch.no_grad()

@@ -6,9 +6,9 @@ thinking. ``lib.study.nulls`` computes it, and ``beyond`` applies it. ``record_a
 the features of a run's crosscoders: which lie beyond the null (nu_eps first, NRN beside it), which of them
 recur, and how often the rule is right on planted data.
 
-How many features lie beyond a limit by chance is said twice: level x features, and the share of another null's
-crosscoder of the same seed beyond the same limit, which also has the limit's error in it. The false-discovery
-rate is that share over the share of the pair's features.
+How many features lie beyond a limit by chance is said twice: level x features, and the share of another
+null's crosscoder beyond the same limit, which also has the limit's error in it. The false-discovery rate is
+that share over the share of the pair's features.
 """
 
 from __future__ import annotations

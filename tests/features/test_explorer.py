@@ -9,6 +9,7 @@ from toys import toy_store
 
 from lib.crosscoder.codes import SplitCodes, codes
 from lib.crosscoder.model import CrossCoder
+from lib.crosscoder.recurrence import MEMBERS
 from lib.distil.organism import build_tokenizer
 from lib.features import explorer
 from lib.features.contexts import top_contexts
@@ -49,11 +50,16 @@ def table_of(crosscoder, coded) -> pd.DataFrame:
 @pytest.fixture
 def explore(parts):
     store, crosscoder, coded, columns = parts
-    stability = pd.DataFrame({"feature": range(F), "stability": np.linspace(0, 1, F)})
+    table = table_of(crosscoder, coded).assign(stability=np.linspace(0, 1, F))
+    members = pd.DataFrame([(3, 1, 17, 0.93), (3, 4, 8, 0.75)], columns=MEMBERS)
     places = pd.DataFrame({"feature": range(F), "x": np.arange(F), "y": 0.0})
-    return Explorer(
-        crosscoder, store, table_of(crosscoder, coded), columns, build_tokenizer(), places, stability
-    )
+    return Explorer(crosscoder, store, table, columns, build_tokenizer(), places, members=members)
+
+
+def test_the_same_feature_in_other_crosscoders_is_named(explore):
+    text = explore.view(3)[1].data
+    assert "crosscoder 1: 17 (0.93); crosscoder 4: 8 (0.75)" in text
+    assert "No feature of another crosscoder is the same" in explore.view(2)[1].data
 
 
 def test_activations_on_disk_are_those_in_memory(parts):

@@ -175,13 +175,19 @@ def test_choosing_uses_the_choose_split_and_the_side(table):
 
 
 def test_places_and_directions_by_hand(table):
-    assert table["auroc_value_reflection"].tolist() == [0.5] * 5, "nothing fires at the values"
-    found = features.category_detectors(table)
-    assert found["reflection"] == Detector(0, "before", 1) and set(found) == {"reflection", "contrast"}
+    # the values are "9", "wait", "but": "wait" stands before the contrast, so the other two are silent there
+    assert table["auroc_value_reflection"].tolist() == [0.5, 0.25, 0.25, 0.5, 0.5]
+    assert table["auroc_value_contrast"].tolist() == [0.5, 1, 1, 0.5, 0.5]
+    assert features.category_detectors(table) == {
+        "reflection": Detector(0, "before", 1),
+        "contrast": Detector(1, "value", 1),
+    }
     # NRN 0.75, 1: features 0 and 1 may be chosen; 3 would be the best for contrast, but is the base's
-    at_value = table.assign(auroc_value_contrast_choose=[0.9, 0.6, 0, 0, 0], auroc_contrast_choose=[0.5, 0.2, 1, 1, 1])
+    at_value = table.assign(
+        auroc_value_contrast_choose=[0.9, 0.6, 0.5, 0.5, 0.5], auroc_contrast_choose=[0.5, 0.2, 0.5, 1, 0.5]
+    )
     assert features.category_detectors(at_value)["contrast"] == Detector(0, "value", 1)
-    silent = at_value.assign(auroc_contrast_choose=[0.5, 0.05, 1, 1, 1])
+    silent = at_value.assign(auroc_contrast_choose=[0.5, 0.05, 0.5, 1, 0.5])
     assert features.category_detectors(silent)["contrast"] == Detector(1, "before", -1)
     assert str(Detector(1, "value", -1)) == "feature 1 at the value, by falling silent"
     assert features.category_detectors(silent, nrn_over=-1)["contrast"].feature == 3
@@ -202,7 +208,7 @@ def test_features_are_followed_through_crosscoders():
     draw = torch.Generator().manual_seed(0)
     truth = torch.randn(6, 32, generator=draw)
     crosscoders, orders = [], [torch.randperm(6, generator=draw) for _ in range(3)]
-    for number, order in enumerate(orders):
+    for order in orders:
         crosscoder = CrossCoder((16, 16), 6, k=2)
         own = truth + 0.05 * torch.randn(6, 32, generator=draw)
         own[5] = torch.randn(32, generator=draw)  # one that no other has
@@ -236,7 +242,9 @@ def test_measurements_of_crosscoders_are_pooled_and_their_tables_joined(run):
     assert results.tables["t"] == {"columns": ["crosscoder", "x"], "rows": [[0, 1.0], [1, 3.0]]}
     one = Results("03", run, {})
     features.over_crosscoders(one, record, [(1.0, 0.0)], 1)
-    assert one.metrics["a"] == {"value": 2.0, "ci": [1.0, 3.0], "n": 10} and one.tables["t"]["columns"] == ["x"]
+    assert one.metrics["a"] == {"value": 2.0, "ci": [1.0, 3.0], "n": 10} and one.tables["t"]["columns"] == [
+        "x"
+    ]
 
 
 def test_a_difference_by_hand():

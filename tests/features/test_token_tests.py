@@ -199,7 +199,7 @@ def planted(words):
     return acts
 
 
-def tested(pair, store, crosscoder, chosen, tokenizer, markers, n, seed=0):
+def rates_of(pair, store, crosscoder, chosen, tokenizer, markers, n, seed=0):
     """All tests of one crosscoder's features on texts of its own."""
     categories = list(dict.fromkeys([*chosen, *markers]))
     trials = token_tests.make_trials(pair, store, tokenizer, categories, n, seed)
@@ -219,7 +219,7 @@ def test_planted_features_get_their_verdicts(frequencies, tokenizer, monkeypatch
     models = {"base": None, "distilled": None}
     chosen = {"alternative": 1, "reflection": 4, "contrast": 5}
     opening = {"deduction": 0, "contrast": 2, "verification": 3}
-    tests = tested(pair_of(models), frequencies, crosscoder, chosen, tokenizer, opening, 25)
+    tests = rates_of(pair_of(models), frequencies, crosscoder, chosen, tokenizer, opening, 25)
     rates = token_tests.verdicts(tests).set_index(["where", "category"])
     assert rates.loc["before"]["verdict"].to_dict() == {
         "alternative": "more than a token",
@@ -324,7 +324,7 @@ def test_end_to_end_on_a_toy_pair(toy, tokenizer):
     store, crosscoder, models = toy
     chosen = dict(zip(CATEGORIES, (1, 2, 3, 3)))
     how = pair_of(models), store, crosscoder, chosen, tokenizer, {"reflection": 7}, 6
-    tests = tested(*how)
+    tests = rates_of(*how)
     assert (
         (tests["n"] <= 6).all()
         and tests["rate"].between(0, 1).all()
@@ -333,11 +333,15 @@ def test_end_to_end_on_a_toy_pair(toy, tokenizer):
     assert set(tests["test"]) <= set(token_tests.TESTS) and len(
         tests.drop_duplicates(["category", "where", "test"])
     ) == len(tests)
-    pd.testing.assert_frame_equal(tests, tested(*how))
+    pd.testing.assert_frame_equal(tests, rates_of(*how))
     # a detector that falls silent "fires" where it is silent
-    silent = tested(*how[:3], {"contrast": Detector(3, "before", -1)}, *how[4:])
-    both = silent.merge(tests, on=["category", "where", "test"])
-    both = both[both["where"] == "before"]
+    trials = token_tests.make_trials(how[0], store, tokenizer, ["contrast"], 6)
+    texts = token_tests.Texts(how[0], store, tokenizer, trials)
+    loud, silent = (
+        token_tests.token_tests(texts, crosscoder, {"contrast": Detector(3, "before", sign)})
+        for sign in (1, -1)
+    )
+    both = silent.merge(loud, on=["category", "where", "test"])
     assert len(both) and np.allclose(both["rate_x"] + both["rate_y"], 1)
     wide = token_tests.verdicts(tests)
     assert wide[["category", "where"]].values.tolist() == [
@@ -353,11 +357,11 @@ def test_nothing_chosen_and_nonsense(toy, tokenizer):
     empty = token_tests.token_tests(None, crosscoder, {})
     assert empty.empty and token_tests.verdicts(empty).empty and "verdict" in token_tests.verdicts(empty)
     with pytest.raises(UserError, match="no texts for the category 'joy'"):
-        tested(pair, store, crosscoder, {"joy": 1}, tokenizer, {}, 5)
+        rates_of(pair, store, crosscoder, {"joy": 1}, tokenizer, {}, 5)
     with pytest.raises(UserError, match="feature 99 does not exist"):
-        tested(pair, store, crosscoder, {"contrast": 99}, tokenizer, {}, 5)
+        rates_of(pair, store, crosscoder, {"contrast": 99}, tokenizer, {}, 5)
     with pytest.raises(UserError, match="n is 0"):
-        tested(pair, store, crosscoder, {"contrast": 1}, tokenizer, {}, 0)
+        rates_of(pair, store, crosscoder, {"contrast": 1}, tokenizer, {}, 0)
     with pytest.raises(UserError, match="not single tokens"):
         unknown = token_tests.Trial("contrast", "marker", "", ("xylophone",), (0,))
         token_tests.Texts(pair, store, tokenizer, [unknown])
