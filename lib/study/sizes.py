@@ -23,13 +23,18 @@ from ..distil import trials
 from ..figures import COLOURS, error_bars
 from ..labels import CATEGORIES
 from ..models.pairs import Pair, load_pair
-from ..results import read_part, read_results
+from ..results import Results, read_part, read_results
 from ..runs import Run, fingerprint
 from ..settings import ROOT, UserError
 from ..stats import bootstrap, t_interval, wilson
 
 PARTS = ("nulls", "seeds", "similarity")  # of the study, that are read
 QUANTILES = (0.01, 0.5, 0.99)  # of NRN
+OF_CROSSCODERS = {  # quantity: (model beside the base, column of ``uniqueness``)
+    "nrn_mean": ("distilled", "nrn_mean"),
+    "unique_above_null": ("distilled", "unique"),
+    "unique_above_null_null_b": ("null_b", "unique"),
+}
 CHANGES = {  # of the geometry of words: quantity, metric of notebook 05
     "parallelogram_difference": "parallelogram_change",
     "parallelogram_relative_difference": "parallelogram_relative_change",
@@ -230,6 +235,33 @@ def order(line: pd.DataFrame) -> tuple[str, bool]:
     low, high = line["low"].to_numpy(float), line["high"].to_numpy(float)
     apart = (low[1:] > high[:-1]) | (high[1:] < low[:-1])  # False where an interval is not known
     return ("mixed" if np.isnan(values).any() else name), bool(apart.all())
+
+
+def compare(
+    results: Results,
+    name: str,
+    table: pd.DataFrame,
+    crosscoders: pd.DataFrame,
+    one: tuple[str, str],
+    other: tuple[str, str],
+) -> None:
+    """Put into ``results``, as ``name``, the difference between two numbers of ``collect``, ``one`` minus
+    ``other``: (quantity, pair) each. The interval takes both for independent (MOVER: Zou & Donner 2008). If
+    both are means over crosscoders, the difference of every seed is in it too ("seeds")."""
+    a, b = (series(table, quantity).loc[pair] for quantity, pair in (one, other))
+    value = a["value"] - b["value"]
+    low = value - np.hypot(a["value"] - a["low"], b["high"] - b["value"])
+    high = value + np.hypot(a["high"] - a["value"], b["value"] - b["low"])
+    n = min(a["n"], b["n"])
+    results.add(name, value, None if np.isnan([low, high]).any() else (low, high), None if pd.isna(n) else n)
+    if {one[0], other[0]} <= OF_CROSSCODERS.keys():
+        by_seed = []
+        for quantity, pair in (one, other):
+            model, column = OF_CROSSCODERS[quantity]
+            rows = crosscoders[(crosscoders["pair"] == pair) & (crosscoders["other"] == model)]
+            by_seed.append(rows.set_index("seed")[column])
+        each = (by_seed[0] - by_seed[1]).dropna()
+        results.metrics[name]["seeds"] = [[float(v)] * 3 for v in each]
 
 
 def ranks(table: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:

@@ -113,24 +113,27 @@ def scores(nrn, **columns):
     return pd.DataFrame(frame | columns)
 
 
-LIMITS = pd.DataFrame(
-    {"score": ["nrn", "nrn_p2"], "side": "distilled", "level": 0.01, "threshold": [0.7, 0.4]}
-)
+def limits(**thresholds):
+    """Thresholds of NRN (p = 1) by seed: seed_0=0.7; of p = 2 they are 0.3 lower."""
+    rows = []
+    for seed, value in thresholds.items():
+        for score, limit in (("nrn", value), ("nrn_p2", value - 0.3)):
+            rows.append((score, "distilled", 0.01, limit, int(seed.removeprefix("seed_"))))
+    return pd.DataFrame(rows, columns=["score", "side", "level", "threshold", "seed"])
 
 
 def test_unique_means_above_the_threshold_of_the_own_null_and_what_is_dead_has_no_say():
-    seeds = scores([0.3, 0.75, 0.9, 1.0, 1.0], seed=0)
-    seeds.loc[4, "alive"] = False
-    null = pd.concat(
-        [scores([0.5, 0.71], pair="base, null_a", seed=0), scores([0.2, 0.3], pair="base, null_b", seed=1)]
-    )
-    own = sizes.uniqueness({"thresholds": LIMITS, "null_scores": null}, seeds).set_index(["other", "seed"])
-    row = own.loc[("distilled", 0)]
+    own = scores([0.3, 0.75, 0.9, 1.0, 1.0], pair="base, distilled", seed=0)
+    own.loc[4, "alive"] = False
+    null = [scores([0.5, 0.71], pair="base, null_a", seed=0), scores([0.2, 0.8], pair="base, null_b", seed=1)]
+    tables = {"scores": own, "null_scores": pd.concat(null), "thresholds": limits(seed_0=0.7, seed_1=0.9)}
+    found = sizes.uniqueness(tables).set_index(["other", "seed"])
+    row = found.loc[("distilled", 0)]
     assert (row["alive"], row["unique"], row["share"], row["unique_p2"]) == (4, 3, 0.75, 2)
     assert row["nrn_mean"] == pytest.approx((0.3 + 0.75 + 0.9 + 1) / 4) and row["nrn_q50"] == pytest.approx(
         0.825
     )
-    assert own["unique"].tolist() == [3, 1, 0] and (own["threshold"] == 0.7).all()
+    assert found["unique"].tolist() == [3, 1, 0] and found["threshold"].tolist() == [0.7, 0.7, 0.9]
 
 
 def test_means_over_seeds_have_students_interval():
@@ -144,8 +147,9 @@ def test_means_over_seeds_have_students_interval():
     assert np.isnan(alone["low"]), "one seed tells nothing of the next"
 
 
-def a_run(root, name, shift):
-    """A run of a pair with all that ``collect`` reads, in numbers by hand."""
+def a_run(root, name, shift, old=False):
+    """A run of a pair with all that ``collect`` reads, in numbers by hand; ``old``: of one crosscoder, as
+    they were before there were several."""
     run = Run(name, "default", root)
     for number, metrics in {
         "02": {"l0": 24 + shift},
@@ -154,15 +158,24 @@ def a_run(root, name, shift):
         results = Results(number, run, {})
         for metric, value in metrics.items():
             results.add(metric, value, (value - 1, value + 1), 5)
+        if number == "02" and not old:
+            results.metrics["l0"]["seeds"] = [[24.0, 23.0, 25.0]] * 2
         results.write()
-    null = pd.concat([scores([0.5], pair="base, null_a", seed=0), scores([0.5], pair="base, null_b", seed=1)])
+    null = [scores([0.5], pair=f"base, {other}", seed=s) for other in ("null_a", "null_b") for s in (0, 1)]
+    own = pd.concat([scores([0.6 + shift + s / 100], pair="base, distilled", seed=s) for s in (0, 1)])
     by_seed = pd.DataFrame({"seed": [0, 1], **{f"auroc_{c}": [0.8, 0.9] for c in CATEGORIES}})
     alike = {"statistic": ["cka", "effective_rank_x"], "value": [0.5 + shift, 3.0], "low": 0.0, "high": 1.0}
     tables = {
-        "nulls": {"thresholds": LIMITS, "null_scores": null},
-        "seeds": {"scores": pd.concat([scores([0.6 + shift], seed=s) for s in (0, 1)]), "by_seed": by_seed},
+        "nulls": {
+            "thresholds": limits(seed_0=0.7, seed_1=0.7),
+            "null_scores": pd.concat(null),
+            "scores": own,
+        },
+        "seeds": {"by_seed": by_seed},
         "similarity": {"similarity": pd.DataFrame(alike | {"n": 9, "other": "distilled", "text": "trace"})},
     }
+    if old:
+        tables["nulls"] = {name: t.drop(columns="seed") for name, t in tables["nulls"].items()}
     for part, frames in tables.items():
         write_part(run, part, "mark", {}, frames, {})
 
@@ -180,12 +193,14 @@ def test_the_results_of_every_pair_come_into_one_table(tmp_path, monkeypatch):
         ["tiny_small", "tiny"], "default", 3, tmp_path, root=tmp_path
     )
     value = lambda quantity: sizes.series(table, quantity)["value"].tolist()  # noqa: E731
-    assert value("nrn_mean") == pytest.approx([0.6, 0.8]) and value("unique_above_null") == [0, 1]
+    assert value("nrn_mean") == pytest.approx([0.605, 0.805]) and value("unique_above_null") == [0, 1]
     assert value("l0") == [24, 24.2] and value("parallelogram_difference") == pytest.approx([0, -0.2])
     assert value("cka_trace") == pytest.approx([0.5, 0.7]) and value("effective_rank_base_trace") == [3, 3]
     assert value("auroc_contrast") == pytest.approx([0.85, 0.85])
-    assert sizes.series(table, "nrn_mean_null_a")["n"].tolist() == [1, 1]
-    assert len(thoughts) == 6 and crosscoders.groupby("pair").size().tolist() == [4, 4]
+    over = lambda quantity: set(sizes.series(table, quantity)["over"])  # noqa: E731
+    assert over("l0") == {"crosscoders and documents"} and over("parallelogram_difference") == {"words"}
+    assert sizes.series(table, "nrn_mean_null_a")["n"].tolist() == [2, 2]
+    assert len(thoughts) == 6 and crosscoders.groupby("pair").size().tolist() == [6, 6]
     assert "length_ratio" not in set(table["quantity"]), "notebook 04 has not run"
 
 
@@ -194,6 +209,36 @@ def test_pairs_without_results_are_named(tmp_path, monkeypatch):
     a_run(tmp_path, "tiny", 0.0)
     with pytest.raises(UserError, match="tiny_small has no results"):
         sizes.collect(["tiny_small", "tiny"], "default", 3, tmp_path, root=tmp_path)
+
+
+def test_results_of_one_crosscoder_are_named_and_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "ask", asked)
+    a_run(tmp_path, "tiny_small", 0.0, old=True)
+    a_run(tmp_path, "tiny", 0.0)
+    with pytest.raises(UserError, match="of tiny_small is from before a run had several crosscoders"):
+        sizes.collect(["tiny_small", "tiny"], "default", 3, tmp_path, root=tmp_path)
+
+
+def test_a_difference_between_pairs_by_hand():
+    frame = table(nrn_mean=[(0.6, 0.57, 0.64), (0.5, 0.46, 0.53), 0.7])
+    frame = pd.concat([frame, frame[frame.quantity == "nrn_mean"].assign(quantity="cka")])
+    crosscoders = pd.DataFrame(
+        [("b", "distilled", s, v) for s, v in ((0, 0.59), (1, 0.61))]
+        + [("a", "distilled", s, v) for s, v in ((0, 0.52), (1, 0.48))]
+        + [("b", "null_b", 0, 0.9)],
+        columns=["pair", "other", "seed", "nrn_mean"],
+    )
+    results = Results("06", Run("toy"), {})
+    sizes.compare(results, "step", frame, crosscoders, ("nrn_mean", "b"), ("nrn_mean", "a"))
+    step = results.metrics["step"]
+    # 0.03 and 0.03 below, 0.04 and 0.04 above, at right angles
+    assert step["value"] == pytest.approx(0.1) and step["n"] == 3
+    assert step["ci"] == pytest.approx([0.1 - 0.03 * 2**0.5, 0.1 + 0.04 * 2**0.5])
+    assert [value for value, _, _ in step["seeds"]] == pytest.approx([0.07, 0.13])
+    sizes.compare(results, "likeness", frame, crosscoders, ("cka", "b"), ("cka", "a"))
+    assert "seeds" not in results.metrics["likeness"], "no crosscoder is in it"
+    sizes.compare(results, "unknown", frame, crosscoders, ("cka", "c"), ("cka", "a"))
+    assert results.metrics["unknown"]["ci"] is None, "an interval is not known"
 
 
 def test_how_well_distillation_worked_is_asked_of_the_models(tmp_path):
