@@ -26,7 +26,7 @@ from ..models.pairs import Pair, load_pair
 from ..results import Results, read_part, read_results
 from ..runs import Run, fingerprint
 from ..settings import ROOT, UserError
-from ..stats import bootstrap, t_interval, wilson
+from ..stats import bootstrap, pooled, wilson
 
 PARTS = ("nulls", "seeds", "similarity")  # of the study, that are read
 QUANTILES = (0.01, 0.5, 0.99)  # of NRN
@@ -149,37 +149,45 @@ def _auroc(rows: np.ndarray) -> float:
 def uniqueness(nulls: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One row per crosscoder of a pair and of its nulls, from the tables of the part "nulls": other (the
     model beside the base), seed, alive; for p = 1 and (``_p2``) p = 2 nrn_mean and nrn_sd over alive
-    features, threshold (the 1% of the null of that seed), unique (features above it) and share (of the alive
-    ones); nrn_q01, nrn_q50, nrn_q99."""
-    limits = nulls["thresholds"].set_index(["seed", "score", "side", "level"])["threshold"]
+    features, threshold (the null's 1%), unique (features above it; _low and _high: above the ends of its
+    interval) and share (of the alive ones); nrn_q01, nrn_q50, nrn_q99."""
+    limits = nulls["thresholds"].set_index(["seed", "score", "side", "level"])
     rows = []
     every = pd.concat([nulls["scores"], nulls["null_scores"]], ignore_index=True)
     for (pair, seed), frame in every.groupby(["pair", "seed"], sort=False):
         alive = frame[frame["alive"].astype(bool)]
         row = {"other": pair.removeprefix("base, "), "seed": seed, "alive": len(alive)}
         for score, end in (("nrn", ""), ("nrn_p2", "_p2")):
-            limit = limits[seed, score, "distilled", 0.01]
-            unique = int((alive[score] > limit).sum())
+            limit = limits.loc[(seed, score, "distilled", 0.01)]
+            unique, fewest, most = (
+                int((alive[score] > limit[at]).sum()) for at in ("threshold", "high", "low")
+            )
             row |= {f"nrn_mean{end}": alive[score].mean(), f"nrn_sd{end}": alive[score].std()}
-            row |= {f"threshold{end}": limit, f"unique{end}": unique, f"share{end}": unique / len(alive)}
+            row[f"threshold{end}"] = limit["threshold"]
+            for at, count in (("", unique), ("_low", fewest), ("_high", most)):
+                row |= {f"unique{end}{at}": count, f"share{end}{at}": count / len(alive)}
         row |= {f"nrn_q{round(100 * q):02d}": alive["nrn"].quantile(q) for q in QUANTILES}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def over_seeds(crosscoders: pd.DataFrame) -> list[dict]:
-    """Rows of numbers: means over the seeds of each model beside the base, with Student's intervals."""
+    """Rows of numbers: means over the seeds of each model beside the base, with Student's intervals; those of
+    features above the threshold hold the threshold's interval too (``stats.pooled``)."""
     names = {"unique": "unique_above_null", "unique_p2": "unique_above_null_p2", "share": "unique_share"}
     names |= {name: name for name in ("nrn_mean", "nrn_mean_p2", "nrn_sd", "alive")}
     rows = []
     for other, part in crosscoders.groupby("other", sort=False):
         end = "" if other == "distilled" else f"_{other}"
-        rows += [_over_seeds(name + end, part[column]) for column, name in names.items()]
+        for column, name in names.items():
+            ends = [part[f"{column}_low"], part[f"{column}_high"]] if f"{column}_low" in part else None
+            rows.append(_over_seeds(name + end, part[column], ends))
     return rows
 
 
-def _over_seeds(quantity: str, values: pd.Series) -> dict:
-    return _row(quantity, values.mean(), t_interval(values), len(values), "seeds")
+def _over_seeds(quantity: str, values: pd.Series, ends: Sequence[pd.Series] | None = None) -> dict:
+    value, *ci = pooled(values, None if ends is None else np.stack(ends, axis=1))
+    return _row(quantity, value, ci, len(values), "seeds" if ends is None else "seeds and thresholds")
 
 
 def _read(run: Run) -> list[dict]:

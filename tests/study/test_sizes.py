@@ -114,12 +114,13 @@ def scores(nrn, **columns):
 
 
 def limits(**thresholds):
-    """Thresholds of NRN (p = 1) by seed: seed_0=0.7; of p = 2 they are 0.3 lower."""
+    """Thresholds of NRN (p = 1) by seed, seed_0=0.7, and 0.25 to either side; of p = 2 they are 0.3 lower."""
     rows = []
     for seed, value in thresholds.items():
         for score, limit in (("nrn", value), ("nrn_p2", value - 0.3)):
-            rows.append((score, "distilled", 0.01, limit, int(seed.removeprefix("seed_"))))
-    return pd.DataFrame(rows, columns=["score", "side", "level", "threshold", "seed"])
+            ends = limit - 0.25, limit + 0.25
+            rows.append((score, "distilled", 0.01, limit, *ends, int(seed.removeprefix("seed_"))))
+    return pd.DataFrame(rows, columns=["score", "side", "level", "threshold", "low", "high", "seed"])
 
 
 def test_unique_means_above_the_threshold_of_the_own_null_and_what_is_dead_has_no_say():
@@ -130,6 +131,7 @@ def test_unique_means_above_the_threshold_of_the_own_null_and_what_is_dead_has_n
     found = sizes.uniqueness(tables).set_index(["other", "seed"])
     row = found.loc[("distilled", 0)]
     assert (row["alive"], row["unique"], row["share"], row["unique_p2"]) == (4, 3, 0.75, 2)
+    assert (row["unique_low"], row["unique_high"]) == (1, 3), "above 0.95 and above 0.45"
     assert row["nrn_mean"] == pytest.approx((0.3 + 0.75 + 0.9 + 1) / 4) and row["nrn_q50"] == pytest.approx(
         0.825
     )
@@ -145,6 +147,12 @@ def test_means_over_seeds_have_students_interval():
     assert (row["value"], row["n"]) == (2.0, 3) and row["high"] - 2 == pytest.approx(4.3026527 / 3**0.5)
     alone = next(r for r in sizes.over_seeds(own[:1]) if r["quantity"] == "unique_above_null")
     assert np.isnan(alone["low"]), "one seed tells nothing of the next"
+    # the threshold's interval is as wide again: both at right angles
+    wide = own.assign(unique_low=own["unique"] - 4.3026527 / 3**0.5, unique_high=own["unique"] + 7)
+    row = next(r for r in sizes.over_seeds(wide) if r["quantity"] == "unique_above_null")
+    assert (
+        row["low"] == pytest.approx(2 - 4.3026527 * (2 / 3) ** 0.5) and row["over"] == "seeds and thresholds"
+    )
 
 
 def a_run(root, name, shift, old=False):
