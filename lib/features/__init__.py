@@ -5,7 +5,6 @@ auroc            AUROC, precision and recall of all features at once; predictors
 detectors        E3: the feature of each category against its controls; the feature of errors
 uniqueness       latent scaling and NRN beyond a null
 subspaces        what a category's best detectors span together, over crosscoders
-recurrence       moved to lib.crosscoder
 latent_scaling   how much of a feature the other model's activations hold
 token_tests      word or function: on new puzzles, and on real text
 use              what each model alone activates: how often, how strongly, in which phase

@@ -32,10 +32,10 @@ from torch.nn.functional import normalize
 
 from ..crosscoder.codes import encoded, firing_frequency, sample_rows
 from ..crosscoder.model import CrossCoder
+from ..crosscoder.recurrence import stability
 from ..crosscoder.sharing import fve
 from ..crosscoder.training import TrainConfig, train
 from ..features.latent_scaling import latent_scaling
-from ..features.recurrence import stability
 from ..figures import SCALE
 from ..runs import Progress, fingerprint, write_text
 from ..settings import UserError

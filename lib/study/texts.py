@@ -28,9 +28,9 @@ from ..activations.store import Store
 from ..crosscoder.codes import codes, firing_frequency
 from ..crosscoder.health import health_card
 from ..crosscoder.model import CrossCoder
+from ..crosscoder.recurrence import match
 from ..crosscoder.training import train
 from ..features.detectors import detectors
-from ..features.recurrence import match
 from ..features.table import Inspection, category_features, feature_table
 from ..features.uniqueness import SCORES, beyond, score_table
 from ..figures import express_bars, plain_titles
