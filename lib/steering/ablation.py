@@ -16,6 +16,13 @@ controls at the same positions: ``matched``, as many features of the same freque
 ``random``, a direction of exactly the norm that is removed there; and the effect per unit of removed norm
 (unit: the model's mean residual norm).
 
+That rule cuts through a crowd of features at 0.5. Two other sets mean something; their matched features have
+the same frequency and are *outside the set*, whatever their NRN:
+
+    unique       features that recur in other crosscoders and lie beyond the null's limit
+    attributed   for each category the features whose removal is predicted to cost it most (``attribution``),
+                 chosen on the split "choose"
+
 Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on faithfulness; the controls are ours.
 """
 
@@ -37,9 +44,10 @@ from ..crosscoder.model import CrossCoder, check_feature
 from ..labels import CATEGORIES, LABELS
 from ..runs import Progress
 from ..settings import UserError, check
-from ..stats import bootstrap, group_weights, interval
+from ..stats import group_weights, interval, pooled
 
 REMOVED = ("features", "matched", "random")
+RULES = ("frequent", "unique", "attributed")
 
 
 # --- which features, which positions ------------------------------------------------------------------------
@@ -47,11 +55,15 @@ REMOVED = ("features", "matched", "random")
 
 @dataclass(frozen=True)
 class Removal:
-    """Features to be removed together. ``k``: percent of the alive features; ``kind``: one of REMOVED."""
+    """Features to be removed together. ``k``: percent of the alive features; ``kind``: one of REMOVED;
+    ``rule``: how they were chosen, one of RULES; ``category``: at the targets of this one only ("": at
+    all)."""
 
     k: float
     kind: str
     features: tuple[int, ...]
+    rule: str = "frequent"
+    category: str = ""
 
 
 def frequent_features(
@@ -74,13 +86,23 @@ def matched_features(
 ) -> np.ndarray:
     """For each removed feature another one of the nearest firing frequency (on a log scale), with |NRN - 0.5|
     <= ``width``, without replacement, the most frequent first. UserError if there are too few."""
-    near = table["alive"].astype(bool) & ((table["nrn"] - 0.5).abs() <= width)
-    pool = table[near & ~table["feature"].isin(list(removed))]
-    if len(pool) < len(removed):
+    near = (table["nrn"] - 0.5).abs() <= width
+    if (n := int((near & table["alive"] & ~table["feature"].isin(list(removed))).sum())) < len(removed):
         raise UserError(
-            f"{len(removed)} features are removed but only {len(pool)} others have an NRN within {width} of"
-            " 0.5: widen match_width, or take smaller k"
+            f"{len(removed)} features are removed but only {n} others have an NRN within {width} of 0.5:"
+            " widen match_width, or take smaller k"
         )
+    return matched_outside(table[near | table["feature"].isin(list(removed))], removed, frequency)
+
+
+def matched_outside(
+    table: pd.DataFrame, removed: Sequence[int], frequency: str = "frequency_choose"
+) -> np.ndarray:
+    """For each removed feature another alive one of the nearest firing frequency (on a log scale) that is not
+    removed, without replacement, the most frequent first. UserError if there are too few."""
+    pool = table[table["alive"].astype(bool) & ~table["feature"].isin(list(removed))]
+    if len(pool) < len(removed):
+        raise UserError(f"{len(removed)} features are removed, and only {len(pool)} others are alive")
     log = np.log(table.set_index("feature")[frequency].clip(lower=1e-9))
     free = log[sorted(pool["feature"])]
     chosen = []
@@ -105,6 +127,20 @@ def plan(
         matched = matched_features(table, features, match_width, frequency)
         removals.append(Removal(k, "features", tuple(features.tolist())))
         removals.append(Removal(k, "matched", tuple(matched.tolist())))
+    return removals
+
+
+def plan_sets(
+    table: pd.DataFrame, unique: Sequence[int] | None, attributed: Mapping[str, Sequence[int]]
+) -> list[Removal]:
+    """The two sets that mean something, each with matched features outside it: ``unique`` (None or empty: not
+    tested), and the features ``attributed`` {category: features}, at targets of that category alone."""
+    sets = [("unique", "", unique)] if unique is not None and len(unique) else []
+    sets += [("attributed", category, features) for category, features in attributed.items()]
+    removals = []
+    for rule, category, features in sets:
+        for kind, chosen in (("features", features), ("matched", matched_outside(table, features))):
+            removals.append(Removal(0.0, kind, tuple(sorted(int(f) for f in chosen)), rule, category))
     return removals
 
 
@@ -191,6 +227,77 @@ def random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:
     return noise * (vectors.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
 
 
+def gradients(
+    model: TransformersModel,
+    layer: int,
+    targets: pd.DataFrame,
+    store: Store,
+    batch_size: int = 32,
+    remote: bool | str = False,
+) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    """For each batch of documents and each category with targets in it: the gradient of the sum of its
+    targets' log-probabilities with respect to the residual stream at the kept positions, [kept tokens, d]."""
+    for batch in batches(store, targets, batch_size):
+        rows, columns = batch.at
+        token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
+        names = list(dict.fromkeys(batch.targets["category"]))
+        chosen = [
+            torch.from_numpy(np.flatnonzero(batch.targets["category"].to_numpy() == name)) for name in names
+        ]
+        inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask}
+        with torch.enable_grad(), model.trace(inputs, remote=remote) as tracer:
+            h = model.model.layers[layer].output
+            push = torch.zeros(h.shape, device=h.device, requires_grad=True)
+            model.model.layers[layer].output = h + push.to(h.dtype)
+            hidden = model.model.norm.output[rows, columns]
+            logits = functional.linear(hidden, model.lm_head.weight, model.lm_head.bias).float()
+            target = logits.log_softmax(-1).gather(1, token.to(h.device)[:, None])[:, 0]
+            sums = [target[some.to(h.device)].sum() for some in chosen]
+            found = torch.stack(
+                [torch.autograd.grad(total, push, retain_graph=True)[0] for total in sums]
+            ).save()
+            tracer.stop()
+        yield batch, {name: g[batch.kept_at].cpu() for name, g in zip(names, found)}
+
+
+@torch.no_grad()
+def attribution(
+    store: Store,
+    crosscoders: Sequence[CrossCoder],
+    model: TransformersModel,
+    targets: pd.DataFrame,
+    name: str = "distilled",
+    batch_size: int = 32,
+    remote: bool | str = False,
+) -> list[dict[str, np.ndarray]]:
+    """What the removal of each feature is predicted to do to the log-probability of a category's targets, to
+    first order: - sum over positions of f_i (d_i . gradient), mean over targets. For each crosscoder
+    {category: [F]}; negative: the targets lose. All positions that a target can see count.
+
+    Source: attribution patching (Nanda 2023); for features, Marks et al. 2024 (arXiv 2403.19647).
+    """
+    sizes = targets.groupby("category", sort=False).size()
+    totals = [{c: torch.zeros(crosscoder.n_features) for c in sizes.index} for crosscoder in crosscoders]
+    rows = [crosscoder.rows(name, raw=True).detach() for crosscoder in crosscoders]
+    with Progress("attribution, documents", targets["document"].nunique()) as progress:
+        for batch, by_category in gradients(model, store.layers[name], targets, store, batch_size, remote):
+            acts = dict(zip(store.models, store.activations(batch.kept_rows)))
+            for crosscoder, decoder, total in zip(crosscoders, rows, totals):
+                codes = crosscoder.encode([acts[m] for m in crosscoder.names])
+                for category, gradient in by_category.items():
+                    total[category] -= (codes * (gradient @ decoder.T)).sum(0)
+            progress.update(progress.done + len(batch.mask))
+    return [{c: (values / sizes[c]).numpy() for c, values in total.items()} for total in totals]
+
+
+def attributed_features(attributions: Mapping[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
+    """{category: the ``n`` features whose removal is predicted to cost its targets most}, sorted by number;
+    fewer, where fewer are predicted to cost anything."""
+    check("n", n, int, low=1)
+    best = {c: np.argsort(values, kind="stable")[:n] for c, values in attributions.items()}
+    return {c: np.sort(f[attributions[c][f] < 0]) for c, f in best.items()}
+
+
 def measure(
     store: Store,
     crosscoder: CrossCoder,
@@ -201,17 +308,20 @@ def measure(
     seed: int = 0,
     batch_size: int = 32,
     remote: bool | str = False,
+    intact: dict | None = None,
 ) -> pd.DataFrame:
     """Run every removal in every model (where ``remote`` says). One row per target, model, k and kind of
     removal.
 
-    Columns: category, document, row, model, k, removed (REMOVED), ``logit`` and ``log_probability`` (change
-    against the intact model, of the true next token; negative means that it lost support) and ``norm``: the
-    mean norm that was removed over the kept positions that the target can see, in units of the model's mean
-    residual norm. ``random`` is the mean over ``random_draws`` draws, with the norms of the ``features``
-    removal of the same k.
+    Columns: category, document, row, model, rule (RULES), k, removed (REMOVED), ``logit`` and
+    ``log_probability`` (change against the intact model, of the true next token; negative means that it lost
+    support) and ``norm``: the mean norm that was removed over the kept positions that the target can see, in
+    units of the model's mean residual norm. ``random`` is the mean over ``random_draws`` draws, with the
+    norms of the ``features`` removal of the same rule and k. Removals by other rules than "frequent" are made
+    in the distilled model alone. ``intact``: where the intact model's scores are kept for another crosscoder.
     """
     records, generator = [], torch.Generator().manual_seed(seed)
+    intact, categories = {} if intact is None else intact, dict.fromkeys(r.category for r in removals)
 
     def scores(name: str, batch: Batch, removed: Tensor | None = None) -> np.ndarray:
         """Logit and log-probability of the true next tokens, [targets, 2]."""
@@ -222,26 +332,36 @@ def measure(
             raise UserError("a logit is not finite: the model or the crosscoder is damaged")
         return found.double().numpy()
 
-    with Progress("ablation, documents", targets["document"].nunique()) as progress:
-        for batch in batches(store, targets, batch_size):
+    def known(name: str, batch: Batch) -> np.ndarray:
+        key = name, tuple(batch.targets["row"]), tuple(batch.targets["category"])
+        if key not in intact:
+            intact[key] = scores(name, batch)
+        return intact[key]
+
+    parts = {c: targets if c == "" else targets[targets["category"] == c] for c in categories}
+    documents = sum(part["document"].nunique() for part in parts.values())
+    with Progress("ablation, documents", documents) as progress:
+        for category, batch in ((c, b) for c in parts for b in batches(store, parts[c], batch_size)):
             acts = dict(zip(store.models, store.activations(batch.kept_rows)))
             with torch.no_grad():
                 codes = crosscoder.encode([acts[name] for name in crosscoder.names])
-            intact = {name: scores(name, batch) for name in crosscoder.names}
-            for removal in removals:
+            for removal in (r for r in removals if r.category == category):
                 kinds = ("features", "random") if removal.kind == "features" else (removal.kind,)
                 by_model = zip(crosscoder.names, removed_vectors(crosscoder, codes, removal.features))
                 for name, vectors in by_model:
+                    if removal.rule != "frequent" and name != "distilled":
+                        continue
                     norm = batch.visible_mean(vectors.norm(dim=-1)) / store.mean_norms[name]
+                    before = known(name, batch)
                     for kind in kinds:
-                        draws, change = [vectors], np.zeros_like(intact[name])
+                        draws, change = [vectors], np.zeros_like(before)
                         if kind == "random":
                             draws = [random_like(vectors, generator) for _ in range(random_draws)]
                         if removal.features:
-                            change = np.mean([scores(name, batch, d) for d in draws], axis=0) - intact[name]
+                            change = np.mean([scores(name, batch, d) for d in draws], axis=0) - before
                         records.append(
                             batch.targets[["category", "document", "row"]].assign(
-                                model=name, k=removal.k, removed=kind, logit=change[:, 0],
+                                model=name, rule=removal.rule, k=removal.k, removed=kind, logit=change[:, 0],
                                 log_probability=change[:, 1], norm=norm,
                             )
                         )  # fmt: skip
@@ -254,14 +374,22 @@ def removal_table(table: pd.DataFrame, removals: Sequence[Removal]) -> pd.DataFr
     columns = table.set_index("feature")[["frequency_choose", "nrn"]]
     means = pd.DataFrame([columns.loc[list(r.features)].mean() for r in removals])
     means.columns = ["mean firing frequency", "mean NRN"]
-    first = [{"k (%)": r.k, "removed": r.kind, "features": len(r.features)} for r in removals]
+    first = [
+        {
+            "rule": f"{r.rule} {r.category}".strip(),
+            "k (%)": r.k,
+            "removed": r.kind,
+            "features": len(r.features),
+        }
+        for r in removals
+    ]
     return pd.concat([pd.DataFrame(first), means], axis=1).round(3)
 
 
 @dataclass
 class Batch:
-    """Whole documents, padded on the right. ``kept_at``: (rows, columns) of the kept tokens, in the order of
-    ``kept_rows``; ``at``: of the targets."""
+    """Documents up to their last target, padded on the right. ``kept_at``: (rows, columns) of the kept
+    tokens, in the order of ``kept_rows``; ``at``: of the targets."""
 
     tokens: Tensor
     mask: Tensor
@@ -284,11 +412,13 @@ class Batch:
 
 
 def batches(store: Store, targets: pd.DataFrame, batch_size: int) -> Iterator[Batch]:
-    """The documents of ``targets`` (columns document and row, at least), those of like length together."""
+    """The documents of ``targets`` (columns document and row, at least), each up to its last target: no model
+    sees what comes after it. Those of like length together."""
     edges = np.flatnonzero(np.diff(store.documents)) + 1  # the tokens of a document are consecutive rows
-    starts, ends = [0, *edges.tolist()], [*edges.tolist(), len(store.documents)]
-    rows_of = {int(store.documents[start]): range(start, end) for start, end in zip(starts, ends)}
-    documents = sorted(np.unique(targets["document"]).tolist(), key=lambda d: len(rows_of[d]))
+    first = {int(store.documents[start]): int(start) for start in [0, *edges]}
+    last = targets.groupby("document")["row"].max()
+    rows_of = {int(d): range(first[d], int(row) + 1) for d, row in last.items()}
+    documents = sorted(rows_of, key=lambda d: (len(rows_of[d]), d))
     for i in range(0, len(documents), batch_size):
         chosen = documents[i : i + batch_size]
         texts = [
@@ -307,48 +437,58 @@ def batches(store: Store, targets: pd.DataFrame, batch_size: int) -> Iterator[Ba
 
 # --- summary ------------------------------------------------------------------------------------------------
 
+VALUES = ("logit", "log_probability", "norm", "per_norm")
+
+
+def estimates(
+    effects: pd.DataFrame, other: pd.DataFrame | None = None, n_boot: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float, float]]:
+    """{value: (mean, low, high)} of some rows of ``measure``, or of their difference from ``other`` rows at
+    the same positions; intervals over documents.
+
+    ``per_norm`` is the sum of logit changes over the sum of removed norms: a ratio of means, stable where
+    single norms are near 0; NaN if nothing is removed.
+    """
+    drawn = []
+    for rows in (effects, other):
+        if rows is not None:
+            by_document = rows.groupby("document")[list(VALUES[:3])]
+            sums = by_document.sum().assign(n=by_document.size()).to_numpy()
+            weights = group_weights(len(sums), n_boot, seed)  # the same for both
+            total = np.concatenate([sums.sum(0)[None], weights @ sums])
+            means = {name: total[:, i] / total[:, 3] for i, name in enumerate(VALUES[:3])}
+            per_norm = np.full(len(total), np.nan)
+            np.divide(total[:, 0], total[:, 2], out=per_norm, where=total[:, 2] > 0)
+            drawn.append(means | {"per_norm": per_norm})
+    if other is not None:
+        drawn = [{name: drawn[0][name] - drawn[1][name] for name in VALUES}]
+    return {name: (float(draws[0]), *interval(draws[1:])) for name, draws in drawn[0].items()}
+
 
 def summarise(effects: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Means of ``measure`` with 95% intervals over documents: one row per category, model, k and kind of
-    removal.
-
-    Columns ``logit``, ``log_probability``, ``norm`` and ``per_norm`` (sum of logit changes / sum of removed
-    norms: a ratio of means, stable where single norms are near 0; NaN if nothing is removed), each with
-    ``_low`` and ``_high``; n and documents.
-    """
-    rng, rows = np.random.default_rng(seed), []
-    keys, values = ["category", "model", "k", "removed"], ["logit", "log_probability", "norm"]
+    """Means of ``measure`` with 95% intervals over documents (``estimates``): one row per category, model,
+    rule, k and kind of removal, with columns <value>, <value>_low and <value>_high for VALUES; n and
+    documents."""
+    rows, keys = [], ["category", "model", "rule", "k", "removed"]
     for key, group in effects.groupby(keys, sort=False):
-        by_document = group.groupby("document")[values]
-        sums = by_document.sum().assign(n=by_document.size()).to_numpy()
-        resampled = group_weights(len(sums), n_boot, rng) @ sums  # whole documents are drawn
-        drawn = np.concatenate([sums.sum(0)[None], resampled])
-        columns = {name: drawn[:, i] / drawn[:, 3] for i, name in enumerate(values)}
-        nothing = np.full(len(drawn), np.nan)
-        columns["per_norm"] = np.divide(drawn[:, 0], drawn[:, 2], out=nothing, where=drawn[:, 2] > 0)
-        row = dict(zip(keys, key)) | {name: float(draws[0]) for name, draws in columns.items()}
-        for name, draws in columns.items():
-            row[f"{name}_low"], row[f"{name}_high"] = interval(draws[1:])
-        rows.append({**row, "n": len(group), "documents": len(sums)})
+        row = dict(zip(keys, key))
+        for name, numbers in estimates(group, None, n_boot, seed).items():
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), numbers))
+        rows.append({**row, "n": len(group), "documents": group["document"].nunique()})
     return pd.DataFrame(rows)
 
 
-def difference(
-    effects: pd.DataFrame, k: float, a: tuple[str, str], b: tuple[str, str], n_boot: int = 1000, seed: int = 0
-) -> pd.DataFrame:
-    """Mean change of the logit under a minus that under b, at the same positions, with 95% intervals over
-    documents.
-
-    ``a`` and ``b``: (model, removed). One row per category: difference, low, high, n. An interval below 0
-    says that the removal a costs more than the removal b.
-    """
-    by_kind = effects[effects["k"] == k].groupby(["model", "removed"])
-    one, other = (
-        by_kind.get_group(key).set_index(["category", "document", "row"])["logit"] for key in (a, b)
-    )
-    rows = []
-    for category, group in (one - other).groupby("category", sort=False):
-        documents = group.index.get_level_values("document")
-        low, high = bootstrap(group, groups=documents, n_boot=n_boot, seed=seed)
-        rows.append((category, group.mean(), low, high, len(group)))
-    return pd.DataFrame(rows, columns=["category", "difference", "low", "high", "n"])
+def pool(summaries: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """``summarise`` of several crosscoders: the mean over them of each value, with an interval over
+    crosscoders and documents (``stats.pooled``). Of one: its own. A rule that cannot be applied to a
+    crosscoder is pooled over the others."""
+    if len(summaries) == 1:
+        return summaries[0]
+    keys, rows = ["category", "model", "rule", "k", "removed"], []
+    for key, group in pd.concat(summaries, ignore_index=True).groupby(keys, sort=False):
+        row = dict(zip(keys, key))
+        for name in VALUES:
+            ends = group[[f"{name}_low", f"{name}_high"]].to_numpy()
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), pooled(group[name], ends)))
+        rows.append({**row, "n": round(group["n"].mean()), "documents": round(group["documents"].mean())})
+    return pd.DataFrame(rows)

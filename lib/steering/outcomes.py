@@ -24,6 +24,7 @@ from ..text.puzzles import sentences_of
 
 RATES = (*CATEGORIES, REDUNDANT)
 NO_STEERING = "none"
+STEERED = ("length_ratio", "accuracy_change", "chain_change", "runaway", "redundant_ratio", "needed_ratio")
 
 
 def outcomes(
@@ -142,18 +143,24 @@ def choose(
     return row
 
 
-def rivals(comparison: pd.DataFrame, longer: Mapping, shorter: Mapping, accuracy_loss: float = 0.05) -> int:
-    """How many random directions, at the chosen strengths, do as well as what was chosen: lengthen thinking
-    as much as ``longer`` (rows of ``comparison`` or of ``choose``), or shorten it as much as ``shorter``
-    without losing more accuracy than ``accuracy_loss``."""
-    found, conditions = set(), comparison.set_index(["direction", "strength"])
-    for row, sign in ((longer, 1), (shorter, -1)):
-        length = conditions.loc[[(row["direction"], row["strength"])], "length_ratio"].iloc[0]
-        noise = comparison[
-            (comparison["label"] == "random") & (comparison["strength"] == abs(row["strength"]))
-        ]
-        as_good = sign * noise["length_ratio"] >= sign * length
-        if sign < 0:
-            as_good &= noise["accuracy_change"] >= -accuracy_loss
-        found |= set(noise.loc[as_good, "direction"])
-    return len(found)
+def at(comparison: pd.DataFrame, condition: Mapping) -> pd.Series:
+    """The row of ``comparison`` with the direction and strength of ``condition``."""
+    keys = ["direction", "strength"]
+    return comparison[(comparison[keys] == [condition[key] for key in keys]).all(axis=1)].iloc[0]
+
+
+def estimate(row: Mapping, value: str) -> tuple[float, tuple[float, float]]:
+    """(value, interval) of a row of ``compare``."""
+    return row[value], (row[f"{value}_low"], row[f"{value}_high"])
+
+
+def rivals(comparison: pd.DataFrame, chosen: Mapping, way: str, accuracy_loss: float = 0.05) -> int:
+    """How many random directions of ``comparison``, at the chosen strength, do as well as what was chosen:
+    lengthen thinking as much (``way`` "longer"), or shorten it as much without losing more accuracy than
+    ``accuracy_loss`` ("shorter")."""
+    noise = comparison[comparison["label"] == "random"]
+    noise = noise[noise["strength"] == abs(chosen["strength"])]
+    length = at(comparison, chosen)["length_ratio"]
+    if way == "longer":
+        return int((noise["length_ratio"] >= length).sum())
+    return int(((noise["length_ratio"] <= length) & (noise["accuracy_change"] >= -accuracy_loss)).sum())

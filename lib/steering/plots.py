@@ -1,4 +1,8 @@
-"""The figures of notebook 04. Each function takes a table and returns a plotly figure."""
+"""The figures of notebook 04. Each function takes tables and returns a plotly figure.
+
+Single crosscoders are small points; lines and diamonds are their means, with intervals over crosscoders and
+documents (or puzzles).
+"""
 
 from __future__ import annotations
 
@@ -8,99 +12,135 @@ import numpy as np
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from ..figures import COLOURS, error_bars, express_bars, plain_titles
+from ..figures import COLOURS, express_bars, plain_titles
+from ..labels import CATEGORIES
 from .ablation import REMOVED
-from .outcomes import NO_STEERING, RATES
+from .outcomes import RATES
+from .search import REFERENCE
 
-DASHES = ("solid", "dash", "dot", "dashdot")
-THINKING = {
-    "length_ratio": "length of thought (1 = unsteered)",
-    "accuracy": "accuracy",
-    "chain": "accuracy, every step right",
-    "runaway": "thoughts that never end",
-}
+KINDS = {"features": "#222222", "matched": COLOURS["null"], "random": COLOURS["random"]}
+WHO = {"features": COLOURS["distilled"], "gradient": COLOURS["base"], "random": COLOURS["random"]}
 SENTENCES = {f"rate_{c}": f"{c} per 100 tokens" for c in RATES}
+SMALL = {"size": 5, "opacity": 0.45}
 
 
-def ablation(summary: pd.DataFrame, value: str = "logit") -> go.Figure:
-    """``ablation.summarise``: what the first token of a sentence loses, by k; a panel per category."""
-    shares = sorted(summary["k"].unique())
+def ablation(pooled: pd.DataFrame, singles: pd.DataFrame, value: str = "log_probability") -> go.Figure:
+    """What the first token of a sentence loses without the frequent features, by k; a panel per category.
+    ``pooled``: ``ablation.pool``; ``singles``: ``summarise`` of each crosscoder."""
+    pooled, singles = (t[t["rule"] == "frequent"] for t in (pooled, singles))
+    shares = sorted(pooled["k"].unique())
+    how = {
+        "x": "k", "y": value, "color": "model", "facet_col": "category", "log_x": True, "width": 1100,
+        "color_discrete_map": COLOURS, "category_orders": {"removed": list(REMOVED), "category": CATEGORIES},
+        "labels": {"k": "top k % of features", value: f"change of its {value.replace('_', '-')}"},
+    }  # fmt: skip
+    dashes = dict(zip(REMOVED, ("solid", "dash", "dot")))
     fig = px.line(
-        summary, x="k", y=value, color="model", line_dash="removed", facet_col="category", log_x=True,
-        markers=True, color_discrete_map=COLOURS, category_orders={"removed": list(REMOVED)},
-        line_dash_map=dict(zip(REMOVED, ("solid", "dash", "dot"))), width=1100,
-        title="What the first token of a sentence loses",
-        labels={"k": "top k % of features", value: f"change of its {value.replace('_', '-')}"},
-        **express_bars(summary, value),
+        pooled, line_dash="removed", line_dash_map=dashes, markers=True, **how,
+        title="What the first token of a sentence loses", **express_bars(pooled, value),
     )  # fmt: skip
+    points = px.scatter(singles[singles["removed"] == "features"], **how).update_traces(
+        marker=SMALL, showlegend=False
+    )
+    fig.add_traces(points.data)
     return plain_titles(fig.update_xaxes(tickvals=shares, ticktext=[f"{k:g}" for k in shares]))
 
 
-def ablation_per_norm(largest: pd.DataFrame) -> go.Figure:
-    """``report.at_largest_k``: the same per unit of removed norm; a panel per model."""
-    fig = px.bar(
-        largest, x="category", y="per_norm", color="removed", facet_col="model", barmode="group",
-        color_discrete_map={"features": "#222222", "matched": COLOURS["null"], "random": COLOURS["random"]},
-        pattern_shape="removed", width=1000,
-        title=f"The same per unit of removed norm (k = {largest['k'].iloc[0]:g} %)",
-        labels={"per_norm": "change of the logit per mean residual norm", "category": ""},
-        **express_bars(largest, "per_norm"),
-    )  # fmt: skip
-    return plain_titles(fig)
-
-
-def dose_response(
-    comparison: pd.DataFrame, measures: Mapping[str, str] = THINKING, title: str = ""
+def points(
+    singles: pd.DataFrame, pooled: pd.DataFrame, x: str, y: str, colour: str, colours: Mapping, **how
 ) -> go.Figure:
-    """One panel per measure ({column of ``outcomes.compare``: title}) against strength: a line with 95%
-    intervals for each direction.
+    """Small points of single crosscoders beside the mean (a diamond) with its interval, ``y``_low to
+    ``y``_high. ``how``: of plotly.express."""
+    fig = px.strip(singles, x=x, y=y, color=colour, color_discrete_map=dict(colours), **how)
+    fig.update_traces(marker=SMALL, jitter=0.6).update_layout(boxmode="overlay")
+    means = px.scatter(
+        pooled, x=x, y=y, color=colour, color_discrete_map=dict(colours), **how, **express_bars(pooled, y)
+    )
+    means.update_traces(marker={"symbol": "diamond", "size": 9}, showlegend=False)
+    fig.add_traces(means.data)
+    return plain_titles(fig.update_xaxes(title_text=""))
 
-    Directions of one label share its colour and differ in their dashes. Random directions are one grey band,
-    from the lowest to the highest of them, mirrored at 0: their sign means nothing.
+
+def ablation_per_norm(pooled: pd.DataFrame, singles: pd.DataFrame) -> go.Figure:
+    """The effect of the largest k per unit of removed norm; a row of panels per model. Both tables:
+    ``report.at_largest_k``."""
+    fig = points(
+        singles, pooled, "removed", "per_norm", "removed", KINDS, facet_col="category", facet_row="model",
+        category_orders={"category": CATEGORIES, "removed": list(REMOVED)}, width=1000, height=560,
+        title=f"Per unit of removed norm (k = {pooled['k'].iloc[0]:g} %)",
+    )  # fmt: skip
+    return fig.update_yaxes(title_text="logit per mean norm", col=1)
+
+
+def sets(pooled: pd.DataFrame, singles: pd.DataFrame, value: str = "log_probability") -> go.Figure:
+    """What the sets that mean something cost, beside their controls; a panel per category."""
+    pooled, singles = (
+        t[t["rule"] != "frequent"].assign(what=lambda t: t["rule"] + ": " + t["removed"])
+        for t in (pooled, singles)
+    )
+    order = {"category": CATEGORIES, "what": sorted(pooled["what"].unique()), "removed": list(REMOVED)}
+    fig = points(
+        singles, pooled, "what", value, "removed", KINDS, facet_col="category", category_orders=order,
+        width=1100, title="Without features attributed to a category, and without equally frequent others",
+    )  # fmt: skip
+    return fig.update_yaxes(title_text=f"change of the {value.replace('_', '-')}", col=1)
+
+
+def search(table: pd.DataFrame) -> go.Figure:
+    """Every condition that was tried on the puzzles for choosing (``search.Found.table``): length of thought
+    against accuracy; a panel per layer."""
+    who = np.where(table["crosscoder"] == REFERENCE, "gradient", "feature")
+    fig = px.scatter(
+        table.assign(direction_of=who), x="length_ratio", y="accuracy_change", color="label",
+        symbol="direction_of", facet_col="layer", color_discrete_map=COLOURS, opacity=0.6, width=1000,
+        symbol_map={"gradient": "x", "feature": "circle"}, hover_data=["direction", "strength", "place"],
+        title="The search on validation puzzles: each point is one direction at one strength",
+        labels={"length_ratio": "length of thought (1 = unsteered)", "accuracy_change": "change of accuracy"},
+    )  # fmt: skip
+    return plain_titles(fig.add_vline(1, line_dash="dot").add_hline(0, line_dash="dot"))
+
+
+def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go.Figure, pd.DataFrame]:
+    """(figure, its data): length of thought and accuracy on the puzzles for reporting, a column of panels per
+    aim {metric: name}; features of all crosscoders, the gradient's direction, random directions.
+
+    ``curves``: table "dose_response"; ``metrics``: of ``report.record_steering``.
     """
-    # free text has no verified chain
-    measures = {name: label for name, label in measures.items() if comparison[name].notna().any()}
-    base = comparison[comparison["direction"] == NO_STEERING]
-    noise = comparison[comparison["label"] == "random"]
-    steered = comparison[~comparison["label"].isin((NO_STEERING, "random"))]
-    rows, spacing = -(-len(measures) // 2), dict(horizontal_spacing=0.08, vertical_spacing=0.12)
-    fig = make_subplots(rows, 2, subplot_titles=list(measures.values()), **spacing)
-    for i, measure in enumerate(measures):
-        panel = {"row": i // 2 + 1, "col": i % 2 + 1, "showlegend": i == 0}
-        if len(noise):
-            band = noise.groupby("strength")[measure].agg(["min", "max"])
-            band.loc[0.0] = float(base[measure].iloc[0])
-            band = pd.concat([band, band.drop(0.0).rename(index=lambda s: -s)]).sort_index()
-            grey = dict(x=band.index, mode="lines", line_color=COLOURS["random"], line_width=0, **panel)
-            fig.add_scatter(y=band["max"], hoverinfo="skip", name="", **grey | {"showlegend": False})
-            fig.add_scatter(y=band["min"], fill="tonexty", name="random directions (mirrored)", **grey)
-        for label, directions in steered.groupby("label", sort=False):
-            for dash, (name, group) in enumerate(directions.groupby("direction", sort=False)):
-                line = pd.concat([group, base]).sort_values("strength")
-                fig.add_scatter(
-                    x=line["strength"],
-                    y=line[measure],
-                    name=name,
-                    legendgroup=name,
-                    mode="lines+markers",
-                    line_color=COLOURS.get(label, COLOURS["distilled"]),
-                    line_dash=DASHES[dash % len(DASHES)],
-                    error_y=error_bars(line, measure),
-                    **panel,
-                )
-    fig.update_xaxes(title_text="strength (mean residual norms)")
-    return fig.update_layout(title=title, width=1000, height=360 * rows)
+    rows, single = [], []
+    measures = {"length_ratio": "length ratio", "accuracy_change": "change of accuracy"}
+    for aim, label in names.items():
+        prefixes = {"features": aim, "gradient": f"gradient_{aim}"}
+        prefixes["random"] = "random" if aim == "overthink" else f"random_{aim}"
+        for layer in curves["layer"].unique():
+            for value, measure in measures.items():
+                for who, prefix in prefixes.items():
+                    metric = metrics[f"{prefix}_{value}_{layer}"]
+                    key = {"aim": label, "measure": measure, "what": f"{layer}: {who}", "who": who}
+                    rows.append(
+                        {
+                            **key,
+                            "value": metric["value"],
+                            **dict(zip(("value_low", "value_high"), metric["ci"])),
+                        }
+                    )
+                    single += [{**key, "value": own[0]} for own in metric.get("seeds", ())]
+    data = pd.DataFrame(rows)
+    fig = points(
+        pd.DataFrame(single, columns=[*key, "value"]), data, "what", "value", "who", WHO, facet_col="aim",
+        facet_row="measure", category_orders={"what": list(dict.fromkeys(data["what"]))}, width=1000,
+        height=640, title="On test puzzles, crosscoder by crosscoder",
+    )  # fmt: skip
+    return fig.update_yaxes(matches=None, title_text=""), data
 
 
 def needed_and_redundant(table: pd.DataFrame) -> go.Figure:
     """``report.needed_and_redundant``: tokens of needed and of redundant sentences, as ratios."""
     fig = px.bar(
-        table, x="aim", y="ratio", color="tokens", barmode="group", error_y="up", error_y_minus="down",
+        table, x="aim", y="ratio", color="tokens", barmode="group",
         color_discrete_map={"needed": COLOURS["deduction"], "redundant": COLOURS["verification"]},
         title="Tokens against the unsteered model",
-        labels={"aim": "", "ratio": "ratio (1 = unsteered)"},
+        labels={"aim": "", "ratio": "ratio (1 = unsteered)"}, **express_bars(table, "ratio"),
     )  # fmt: skip
     return fig.add_hline(1, line_dash="dot")
 

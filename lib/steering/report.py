@@ -1,15 +1,18 @@
-"""What notebook 04 reports: its numbers by name, sentences that say what the tables show, its scoreboard."""
+"""What notebook 04 reports: its numbers by name, sentences that say what they show, its predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from ..labels import CATEGORIES
 from ..results import Part, Results
+from ..verdicts import Condition, above, below
 from . import outcomes
-from .ablation import Removal, difference
+from .ablation import RULES, VALUES, estimates, pool, summarise
+from .search import AIMS, PLACES, Found, best_layer, record, record_reference
 
 ABLATED = {
     "distilled": ("distilled", "features"),
@@ -17,153 +20,221 @@ ABLATED = {
     "random": ("distilled", "random"),
     "matched": ("distilled", "matched"),
 }
-STEERED = ("length_ratio", "accuracy_change", "chain_change", "runaway", "redundant_ratio", "needed_ratio")
 SHOWS = "**What this run shows.** "
+AIM_NAMES = {"overthink": "over-thinking", "incisive": "incisive thinking"}
+LAYER_NAMES = {"half": "half depth", "upper": "the layer before the last block"}
 
 
 def _and(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _add(results: Results, name: str, row: Mapping, value: str) -> None:
-    results.add(name, row[value], (row[f"{value}_low"], row[f"{value}_high"]), row["n"])
+# --- ablation -----------------------------------------------------------------------------------------------
 
 
-def add_ablation(results: Results, summary: pd.DataFrame) -> None:
-    """Metrics ablate_<category>_<ABLATED>, ..._log_probability and ..._per_norm at the largest k, and the
-    table ``ablation``."""
-    largest = at_largest_k(summary).set_index(["category", "model", "removed"])
-    for c in CATEGORIES:
-        for key, where in ABLATED.items():
-            for value in ("logit", "log_probability", "per_norm"):
+def record_ablation(results: Results, effects: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """What the removals of one crosscoder do, put into ``results``; returns ``ablation.summarise``.
+
+    Of the rule "frequent", at the largest k: ablate_<category>_<key> for the keys of ABLATED, and
+    ablate_<category>_over_<key>, the cost in the distilled model minus that under the key (base, random,
+    matched). Of the others ablate_<category>_<rule>, ..._<rule>_<kind> and ..._<rule>_over_<kind> (kinds
+    random, matched). Each in logits, and with the endings _log_probability and _per_norm.
+    """
+
+    def add(name: str, rows: pd.DataFrame, other: pd.DataFrame | None = None) -> None:
+        for value, (mean, *ends) in estimates(rows, other, seed=seed).items():
+            if value != "norm":
                 end = "" if value == "logit" else f"_{value}"
-                _add(results, f"ablate_{c}_{key}{end}", largest.loc[(c, *where)], value)
-    results.table("ablation", summary.round(5))
+                results.add(f"ablate_{name}{end}", mean, ends, len(rows))
+
+    frequent = effects[effects["rule"] == "frequent"]
+    for c in CATEGORIES:
+        rows = frequent[(frequent["category"] == c) & (frequent["k"] == frequent["k"].max())]
+        cells = {
+            key: rows[(rows["model"] == m) & (rows["removed"] == kind)] for key, (m, kind) in ABLATED.items()
+        }
+        for key, cell in cells.items():
+            add(f"{c}_{key}", cell)
+            if key != "distilled":
+                add(f"{c}_over_{key}", cells["distilled"], cell)
+        for rule in RULES[1:]:
+            rows = effects[(effects["category"] == c) & (effects["rule"] == rule)]
+            if rows.empty:
+                continue
+            features = rows[rows["removed"] == "features"]
+            add(f"{c}_{rule}", features)
+            for kind in ("random", "matched"):
+                cell = rows[rows["removed"] == kind]
+                add(f"{c}_{rule}_{kind}", cell)
+                add(f"{c}_{rule}_over_{kind}", features, cell)
+    return summarise(effects, seed=seed)
+
+
+def record_all_ablations(
+    results: Results, effects: Sequence[pd.DataFrame], seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``record_ablation`` for every crosscoder, pooled into ``results``; (table "ablation": the pooled
+    summary, table "ablation_by_crosscoder": each one's)."""
+    summaries = [record_ablation(own, frame, seed) for own, frame in results.over(effects)]
+    singles = pd.concat(dict(enumerate(summaries)), names=["crosscoder"]).reset_index(0)
+    singles = singles.reset_index(drop=True)
+    pooled = results.table("ablation", pool(summaries).round(5))
+    short = singles[["crosscoder", "category", "model", "rule", "k", "removed", *VALUES]]
+    results.table("ablation_by_crosscoder", short.round(5))
+    return pooled, singles
 
 
 def at_largest_k(summary: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the largest k, with the lengths of the error bars of per_norm: up, down."""
-    largest = summary[summary["k"] == summary["k"].max()]
-    up, down = largest["per_norm_high"] - largest["per_norm"], largest["per_norm"] - largest["per_norm_low"]
-    return largest.assign(up=up, down=down)
+    """The rows of the rule "frequent" with the largest k."""
+    frequent = summary[summary["rule"] == "frequent"]
+    return frequent[frequent["k"] == frequent["k"].max()]
 
 
-def ablation_shows(summary: pd.DataFrame, removals: Sequence[Removal], chosen: Mapping[str, int]) -> str:
-    """Which categories lose support, by logit and by log-probability, and whose features were removed."""
-    k, largest = summary["k"].max(), at_largest_k(summary).set_index(["model", "removed"])
-    removed = next(r.features for r in removals if r.k == k and r.kind == "features")
-    inside = [f"{c} ({f})" for c, f in chosen.items() if c in CATEGORIES and f in removed]
-    lines = [
-        f"{SHOWS}At k = {k:g} % ({len(removed)} features), the interval lies below 0 for these categories:"
-    ]
-    for name, where in ABLATED.items():
-        rows = largest.loc[[where]]
-        logit, log_probability = (
-            _and(rows.loc[rows[f"{value}_high"] < 0, "category"]) for value in ("logit", "log_probability")
-        )
-        lines.append(f"- {name}: {logit} by logit; {log_probability} by log-probability")
+def _lowered(results: Results, names: str, end: str = "") -> list[str]:
+    """Categories whose metric ablate_<name><end> has its interval below 0; {} in ``names`` is the
+    category."""
+    found = []
+    for c in CATEGORIES:
+        metric = results.metrics[f"ablate_{names.format(c)}{end}"]
+        if metric["ci"] and metric["ci"][1] is not None and metric["ci"][1] < 0:
+            found.append(c)
+    return found
+
+
+def ablation_shows(results: Results) -> str:
+    """Which categories lose support, by logit and by log-probability."""
+    table = results.tables["ablation"]
+    k = max(row[table["columns"].index("k")] for row in table["rows"])
+    lines = [f"{SHOWS}At k = {k:g} %, the interval lies below 0 for these categories:"]
+    for key in ABLATED:
+        logit, log_probability = (_and(_lowered(results, f"{{}}_{key}", e)) for e in ("", "_log_probability"))
+        lines.append(f"- {key}: {logit} by logit; {log_probability} by log-probability")
+    more = _and(_lowered(results, "{}_over_matched", "_per_norm"))
     lines.append(
-        "\nThe rule removes *frequent* features. Of the features chosen for the categories it removes:"
-        f" {_and(inside)}. A logit has no zero: where the two disagree, believe the log-probability."
+        f"\nPer unit of removed norm the features cost the distilled model more than matched ones for:"
+        f" {more}. A logit has no zero: where the two disagree, believe the log-probability."
     )
     return "\n".join(lines)
 
 
-def per_norm_shows(summary: pd.DataFrame) -> str:
-    more = {model: _and(_more_per_norm(summary, model)) for model in ("distilled", "base")}
-    return (
-        f"{SHOWS}Per unit of removed norm the features cost more than equally frequent shared ones, with"
-        f" intervals that do not touch, for: {more['distilled']} (distilled); {more['base']} (base)."
-    )
-
-
-def _more_per_norm(summary: pd.DataFrame, model: str) -> list[str]:
-    """Categories in which the features cost more than matched ones, with intervals that do not touch."""
-    largest = at_largest_k(summary).set_index(["model", "removed", "category"])
-    features, matched = (largest.loc[model, kind] for kind in ("features", "matched"))
-    return [c for c in CATEGORIES if features.per_norm_high[c] < matched.per_norm_low[c]]
-
-
-def at(comparison: pd.DataFrame, condition: Mapping) -> pd.Series:
-    """The row of ``comparison`` with the direction and strength of ``condition``."""
-    keys = ["direction", "strength"]
-    return comparison[(comparison[keys] == [condition[key] for key in keys]).all(axis=1)].iloc[0]
-
-
-def choice_shows(search: pd.DataFrame, picked: pd.DataFrame) -> str:
-    lines = [f"{SHOWS}{len(search) - 1} conditions were tried."]
-    limits = {
-        True: "within the limits",
-        False: "**outside the limits, which no condition kept to: the one that exceeds them least**",
-    }
-    lines += [
-        f"- {aim}: {row['direction']} at strength {row['strength']:g}: {row['length_ratio']:.2f} times as"
-        f" long, accuracy {row['accuracy_change']:+.2f}, {limits[bool(row['within_limits'])]}"
-        for aim, row in picked.iterrows()
-    ]
+def sets_show(results: Results, why_not: str) -> str:
+    """What the sets that mean something cost, beside their controls, in log-probability."""
+    lines, end = [f"{SHOWS}Change of the log-probability, mean over crosscoders:"], "_log_probability"
+    for rule in RULES[1:]:
+        if f"ablate_{CATEGORIES[0]}_{rule}" not in results.metrics:
+            lines.append(f"- {rule}: not testable, because {why_not}")
+            continue
+        for c in CATEGORIES:
+            own, matched, noise = (
+                results.text(f"ablate_{c}_{rule}{kind}{end}") for kind in ("", "_matched", "_random")
+            )
+            lines.append(f"- {rule}, {c}: **{own}**; matched {matched}; random {noise}")
     return "\n".join(lines)
 
 
-def add_steering(results: Results, curves: pd.DataFrame, over: Mapping, incisive: Mapping) -> None:
-    """Metrics overthink_... and incisive_... (STEERED) of the chosen conditions, and random_... and
-    random_incisive_...: the mean over random directions of the same strength, its interval from the lowest
-    lower end to the highest upper end."""
-    for name, condition in (("overthink", over), ("incisive", incisive)):
-        row, prefix = at(curves, condition), "random" if name == "overthink" else "random_incisive"
-        for value in STEERED:
-            _add(results, f"{name}_{value}", row, value)
-        noise = curves[(curves["label"] == "random") & (curves["strength"] == abs(condition["strength"]))]
-        for value in STEERED[:2]:
-            ends = noise[f"{value}_low"].min(), noise[f"{value}_high"].max()
-            results.add(f"{prefix}_{value}", noise[value].mean(), ends, row["n"] * len(noise))
+# --- steering -----------------------------------------------------------------------------------------------
 
 
-def add_easy(results: Results, comparison: pd.DataFrame, over: Mapping, incisive: Mapping) -> None:
-    for name, condition in (("overthink", over), ("incisive", incisive)):
-        for value in STEERED[:2]:
-            _add(results, f"{name}_{value}_easy", at(comparison, condition), value)
+def choice_shows(found: Mapping[str, Found]) -> str:
+    """How much was tried, and how often something within the limits was found."""
+    lines = [f"{SHOWS}On the puzzles for choosing, {sum(len(f.table) for f in found.values())} conditions:"]
+    for name, f in found.items():
+        for aim, label in AIM_NAMES.items():
+            own = f.chosen[(f.chosen["crosscoder"] >= 0) & (f.chosen["aim"] == aim)]
+            lines.append(
+                f"- {LAYER_NAMES[name]}, {label}, steered at {PLACES[f.place[aim]]}:"
+                f" {own['length_ratio'].min():.2f} to {own['length_ratio'].max():.2f} times as long;"
+                f" {int(own['within_limits'].sum())} of {len(own)} crosscoders within the limits"
+            )
+    layers = ", ".join(f"{AIM_NAMES[aim]} at {LAYER_NAMES[best_layer(found, aim)]}" for aim in AIMS)
+    return "\n".join([*lines, f"\nThe better layer there, which the test is about: {layers}."])
 
 
-def steering_shows(results: Results) -> str:
-    def said(name: str) -> str:
-        return (
-            f"{results.text(f'{name}_length_ratio')} times as long, accuracy"
-            f" {results.text(f'{name}_accuracy_change')}"
-        )
-
-    names = {"over-thinking": ("overthink", "random"), "incisive thinking": ("incisive", "random_incisive")}
-    lines = [
-        f"- {aim}: {said(name)}, {results.text(f'{name}_runaway')} never end;"
-        f" random directions: {said(noise)}"
-        for aim, (name, noise) in names.items()
-    ]
-    return "\n".join([f"{SHOWS}On test puzzles:", *lines])
-
-
-def needed_and_redundant(curves: pd.DataFrame, over: Mapping, incisive: Mapping) -> pd.DataFrame:
-    """Tokens of needed and of redundant sentences under the chosen conditions, as ratios: aim, tokens, ratio,
-    up, down."""
-    rows = []
-    for aim, condition in (("over-thinking", over), ("incisive thinking", incisive)):
-        row = at(curves, condition)
-        for tokens in ("needed", "redundant"):
-            ratio, low, high = (row[f"{tokens}_ratio{end}"] for end in ("", "_low", "_high"))
-            rows.append((aim, tokens, ratio, high - ratio, ratio - low))
-    return pd.DataFrame(rows, columns=["aim", "tokens", "ratio", "up", "down"])
+def record_steering(
+    results: Results,
+    found: Mapping[str, Found],
+    reported: Mapping[tuple[str, str], tuple[pd.DataFrame, pd.DataFrame]],
+    seed: int = 0,
+) -> pd.DataFrame:
+    """``search.record`` for every crosscoder, pooled: at each layer with the ending _<layer>, and at the
+    better one (``best_layer``) without; gradient_<aim>_... likewise. Returns table "dose_response": all
+    conditions on the puzzles for reporting."""
+    where = [(aim, layer, f"_{layer}") for aim in AIMS for layer in found]
+    where += [(aim, best_layer(found, aim), "") for aim in AIMS]
+    for aim, layer, suffix in where:
+        record_reference(results, found[layer], reported[layer, aim][1], aim, suffix)
+    for own, number in results.over(range(1 + len(next(iter(found.values())).opened.others))):
+        for aim, layer, suffix in where:
+            record(own, found[layer], *reported[layer, aim], number, aim, suffix, seed)
+    curves = pd.concat([curves for _, curves in reported.values()], ignore_index=True)
+    return results.table("dose_response", curves.round(4))
 
 
-def rates_grid(specific: pd.DataFrame, unsteered: Mapping) -> pd.DataFrame:
-    """Rates of sentences with a category's feature added (rows) over the unsteered ones; columns that
-    occur."""
-    rows = specific[specific["direction"] != outcomes.NO_STEERING].set_index("label")
-    present = {c: unsteered[f"rate_{c}"] for c in outcomes.RATES if unsteered[f"rate_{c}"] > 0}
-    grid = rows[[f"rate_{c}" for c in present]].set_axis(list(present), axis=1)
-    return (grid / list(present.values())).rename_axis("feature")
+def record_easy(results: Results, found: Mapping[str, Found], tasks: Sequence, seed: int = 0) -> None:
+    """<aim>_length_ratio_easy and <aim>_accuracy_change_easy, pooled: the chosen conditions of the better
+    layer on ``tasks``."""
+    curves = {}
+    for aim in AIMS:
+        f = found[best_layer(found, aim)]
+        conditions = f.conditions(aim, [one.number for one in f.opened.each])
+        thoughts = f.steering(aim).run(f.folder(aim, "easy"), tasks, conditions)
+        curves[aim] = outcomes.compare(thoughts, seed=seed)
+    for own, one in results.over(f.opened.each):
+        for aim in AIMS:
+            row = outcomes.at(curves[aim], found[best_layer(found, aim)].choice(one.number, aim))
+            for value in outcomes.STEERED[:2]:
+                own.add(f"{aim}_{value}_easy", *outcomes.estimate(row, value), row["n"])
+
+
+def record_specificity(results: Results, grids: Sequence[pd.DataFrame]) -> None:
+    """specific_share: share of the categories whose feature raises the rate of its own sentences most."""
+    for own, grid in results.over(grids):
+        best = raises_most(grid)
+        own.add("specific_share", np.mean([c == x for c, x in best.items()]) if best else np.nan, n=len(best))
+
+
+def specificity_shows(results: Results, grids: Sequence[pd.DataFrame]) -> str:
+    """How often a category's feature raises its own sentences most, and of which categories."""
+    best = [raises_most(grid) for grid in grids]
+    counts = {c: sum(own.get(c) == c for own in best) for c in CATEGORIES}
+    each = "; ".join(f"{c} {n} of {len(grids)}" for c, n in counts.items())
+    share = results.text("specific_share")
+    return f"{SHOWS}Share of the categories whose feature raises its own sentences most: {share}. ({each})"
 
 
 def raises_most(grid: pd.DataFrame) -> dict[str, str]:
     """{category: the kind of sentence whose rate its feature raises most}."""
     return {c: grid.loc[c].idxmax() for c in grid.index if c in CATEGORIES and len(grid.columns)}
+
+
+def steering_shows(results: Results, found: Mapping[str, Found]) -> str:
+    def said(name: str, suffix: str) -> str:
+        return (
+            f"{results.text(f'{name}_length_ratio{suffix}')} times as long, accuracy"
+            f" {results.text(f'{name}_accuracy_change{suffix}')}"
+        )
+
+    lines = [f"{SHOWS}On puzzles that were not used for choosing, mean over crosscoders:"]
+    for layer in found:
+        for aim, label in AIM_NAMES.items():
+            noise = "random" if aim == "overthink" else "random_incisive"
+            lines.append(
+                f"- {LAYER_NAMES[layer]}, {label}: **{said(aim, f'_{layer}')}**; the gradient's direction:"
+                f" {said(f'gradient_{aim}', f'_{layer}')}; random directions: {said(noise, f'_{layer}')}"
+            )
+    return "\n".join(lines)
+
+
+def needed_and_redundant(results: Results) -> pd.DataFrame:
+    """Tokens of needed and of redundant sentences under the chosen conditions, as ratios: aim, tokens, ratio,
+    ratio_low, ratio_high."""
+    rows = []
+    for aim, label in AIM_NAMES.items():
+        for tokens in ("needed", "redundant"):
+            metric = results.metrics[f"{aim}_{tokens}_ratio"]
+            rows.append((label, tokens, metric["value"], *(metric["ci"] or (None, None))))
+    columns = ["aim", "tokens", "ratio", "ratio_low", "ratio_high"]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[2:], float))
 
 
 def thoughts_show(part: Part) -> str:
@@ -180,34 +251,85 @@ def thoughts_show(part: Part) -> str:
     )
 
 
-def scores(
-    results: Results,
-    effects: pd.DataFrame,
-    summary: pd.DataFrame,
-    curves: pd.DataFrame,
-    over: Mapping,
-    incisive: Mapping,
-    grid: pd.DataFrame,
-    seed: int = 0,
-) -> dict[str, tuple[str, bool]]:
-    """{prediction: (what was observed, whether it held)} for the predictions of notebook 04."""
-    k, largest = summary["k"].max(), at_largest_k(summary).set_index(["model", "removed"])
-    counts = {"distilled": (largest.loc[[ABLATED["distilled"]], "logit_high"] < 0).sum()}
-    for prediction, name in (("base", "base"), ("random (control)", "random")):
-        cost = difference(effects, k, ABLATED["distilled"], ABLATED[name], seed=seed)
-        counts[prediction] = (cost["high"] < 0).sum()
-    counts["per norm"] = len(_more_per_norm(summary, "distilled"))
-    every = len(CATEGORIES)
-    held = {name: (f"{n} of {every} categories", bool(n == every)) for name, n in counts.items()}
-    text, value, best = results.text, results.values, raises_most(grid)
-    rivals = outcomes.rivals(curves, over, incisive)
-    directions = curves.loc[curves["label"] == "random", "direction"].nunique()
-    long, length = (f"{text(f'{name}_length_ratio')} times as long" for name in ("overthink", "incisive"))
-    brief = value["incisive_length_ratio"] <= 0.85 and value["incisive_accuracy_change"] >= -0.05
-    seen = "; ".join(f"{c}: {column}" for c, column in best.items()) or "nothing of the kind is ever said"
-    return held | {
-        "over-thinking": (long, value["overthink_length_ratio"] >= 1.5),
-        "incisive thinking": (f"{length}, accuracy {text('incisive_accuracy_change')}", brief),
-        "random (control, steering)": (f"{rivals} of {directions} directions do", rivals == 0),
-        "specific": (seen, bool(best) and all(c == column for c, column in best.items())),
+# --- predictions --------------------------------------------------------------------------------------------
+
+PREDICTIONS = {
+    "distilled": "without the frequent features, the first tokens of all four categories lose support in the "
+    "distilled model",
+    "base": "in the base model they lose less",
+    "random": "random vectors of the same norm cost the distilled model less",
+    "per norm": "per unit of removed norm, these features matter more than equally frequent shared ones",
+    "unique": "recurrent features beyond the null: without them all four lose log-probability, and more than "
+    "without matched features or random vectors",
+    **{
+        f"attributed, {c}": f"{c}: without the features attributed to it, it loses log-probability, and more "
+        "than without matched features or random vectors"
+        for c in CATEGORIES
+    },
+    "over-thinking": "added, a feature makes thoughts at least 1.5 times as long",
+    "incisive thinking": "added or taken away, a feature makes thoughts at most 0.85 times as long, and "
+    "accuracy falls by at most 5 points",
+    "random, steering": "no random direction of the same norm makes thoughts as long, or as short, without "
+    "loss",
+    **{
+        f"{label}, {layer}": f"the same of {label} at {LAYER_NAMES[layer]}"
+        for layer in LAYER_NAMES
+        for label in AIM_NAMES.values()
+    },
+    "gradient": "a feature shortens thoughts more than the gradient's direction, which needs no crosscoder",
+    "specific": "each category's feature, added, raises the rate of its own sentences most",
+}
+
+
+def conditions(found: Mapping[str, Found], no_unique: str, no_upper: str) -> dict[str, list[Condition] | str]:
+    """What PREDICTIONS mean in metrics. ``no_unique``, ``no_upper``: why these cannot be tested; "" if they
+    can."""
+    lose = "ablate_{}_{}{}_log_probability"
+    kinds = ("", "_over_matched", "_over_random")
+    every = {
+        rule: {c: [below(lose.format(c, rule, kind)) for kind in kinds] for c in CATEGORIES} for rule in RULES
     }
+    made = {
+        "distilled": [below(f"ablate_{c}_distilled") for c in CATEGORIES],
+        "base": [below(f"ablate_{c}_over_base") for c in CATEGORIES],
+        "random": [below(f"ablate_{c}_over_random") for c in CATEGORIES],
+        "per norm": [below(f"ablate_{c}_over_matched_per_norm") for c in CATEGORIES],
+        "unique": no_unique or [condition for own in every["unique"].values() for condition in own],
+        **{f"attributed, {c}": own for c, own in every["attributed"].items()},
+        "random, steering": [below(f"{aim}_rivals", 0.5) for aim in AIMS],
+        "gradient": [below("incisive_over_gradient")],
+        "specific": [above("specific_share", 0.99)],
+    }
+    for layer in ("", *LAYER_NAMES):
+        end, name = (f"_{layer}", f", {layer}") if layer else ("", "")
+        longer = [above(f"overthink_length_ratio{end}", 1.5)]
+        shorter = [below(f"incisive_length_ratio{end}", 0.85), above(f"incisive_accuracy_change{end}", -0.05)]
+        untested = no_upper if layer == "upper" and layer not in found else ""
+        made |= {f"over-thinking{name}": untested or longer, f"incisive thinking{name}": untested or shorter}
+    return made
+
+
+def observed(results: Results) -> dict[str, str]:
+    """What the scoreboard shows in place of long lists of metrics."""
+
+    def shown(names: str, end: str = "", digits: int = 2) -> str:
+        return "; ".join(
+            f"{c} {results.text(f'ablate_{names.format(c)}{end}', digits)}"
+            for c in CATEGORIES
+            if f"ablate_{names.format(c)}{end}" in results.metrics
+        )
+
+    end = "_log_probability"
+    seen = {
+        "distilled": shown("{}_distilled"),
+        "base": f"difference: {shown('{}_over_base')}",
+        "random": f"difference: {shown('{}_over_random')}",
+        "per norm": f"difference: {shown('{}_over_matched', '_per_norm')}",
+        "unique": f"{shown('{}_unique', end)}; minus matched: {shown('{}_unique_over_matched', end)}",
+    }
+    for c in CATEGORIES:
+        own, matched, noise = (
+            results.text(f"ablate_{c}_attributed{kind}{end}") for kind in ("", "_matched", "_random")
+        )
+        seen[f"attributed, {c}"] = f"{own}; matched {matched}; random {noise}"
+    return seen

@@ -177,9 +177,10 @@ def candidates(
 class Steering:
     """A model under steering. The transcripts of every condition are kept in ``folder`` and made only once.
 
-    ``remote`` says where the model runs. ``weights`` is the fingerprint of its weights; directions,
-    strengths, tasks and limits are added to it, so a transcript is used again only if all that decides it is
-    the same.
+    ``remote`` says where the model runs, ``place`` where the vector is added (``generate.steered``).
+    ``weights`` is the fingerprint of its weights; directions, strengths, tasks and limits are added to it, so
+    a transcript is used again only if all that decides it is the same. The unsteered ones are those of every
+    layer and place.
     """
 
     def __init__(
@@ -194,6 +195,7 @@ class Steering:
         end_of_thinking: str | None = None,
         medium: Medium = PUZZLES,
         remote: bool | str = False,
+        place: str = "thinking",
     ):
         check("max_new_tokens", max_new_tokens, int, low=1)
         check("temperature", temperature, float, low=0)
@@ -205,13 +207,16 @@ class Steering:
             "seed": seed,
             "end_of_thinking": end_of_thinking or medium.end_of_thinking,
         }
+        self.unsteered = fingerprint(weights, self.options)  # the same at every layer and place
+        self.options["place"] = place
         self.fingerprint = fingerprint(weights, layer, self.options)
         self.generated = 0  # conditions that were not on disk
 
     def transcripts(
         self, name: str, tasks: Sequence[Task], direction: Direction | None = None, strength: float = 0.0
     ) -> list[list[str]]:
-        """Transcripts of one condition; ``name`` is the folder they are kept in ("choose", "report")."""
+        """Transcripts of one condition; ``name`` is the folder they are kept in ("half/choose"), unsteered
+        ones in that of its last part ("choose")."""
         return self._transcripts(name, tasks, [(direction, strength)])[0]
 
     def run(
@@ -243,9 +248,12 @@ class Steering:
             if not plain:
                 label, vector = direction.name, strength * direction.vector
                 stem = f"{re.sub('[^a-z0-9]+', '-', label.lower())}_{strength:+.3f}"
-            key = fingerprint(self.fingerprint, vector.numpy(), [repr(t) for t in tasks])
+            made_from, folder = self.fingerprint, self.folder / name
+            if plain:
+                made_from, folder = self.unsteered, self.folder / Path(name).name
+            key = fingerprint(made_from, vector.numpy(), [repr(t) for t in tasks])
             info = {"direction": label, "strength": strength}
-            files.append(TranscriptFile(self.folder / name / f"{stem}.json", key, info))
+            files.append(TranscriptFile(folder / f"{stem}.json", key, info))
             unsteered.append(plain)
             vectors.append(vector)
 

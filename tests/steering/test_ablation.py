@@ -1,5 +1,6 @@
 """Ablation: against hooks written by hand, on random models of unlike widths."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,10 +17,12 @@ from lib.crosscoder.model import CrossCoder
 from lib.features import table
 from lib.labels import CATEGORIES
 from lib.models import reader
+from lib.results import Results
 from lib.runs import Run, write_manifest
 from lib.settings import UserError
-from lib.steering import ablation
+from lib.steering import ablation, report
 from lib.text.puzzles import first_words
+from lib.verdicts import judge
 
 SPLIT = "train"  # of the toy store, whose other splits are too small
 
@@ -177,6 +180,95 @@ def test_matched_features_by_hand():
         ablation.matched_features(TABLE, [0, 2, 3])
 
 
+def test_matched_outside_by_hand():
+    assert ablation.matched_outside(TABLE, [0, 2], "frequency").tolist() == [1, 5]
+    assert ablation.matched_outside(TABLE, [1], "frequency").tolist() == [0]  # whatever its NRN
+    assert ablation.matched_outside(TABLE, [4, 0], "frequency").tolist() == [1, 2]
+    with pytest.raises(UserError, match="7 features are removed, and only 0 others"):
+        ablation.matched_outside(TABLE, [0, 1, 2, 3, 4, 5, 7], "frequency")
+
+
+def test_sets_are_planned_with_features_outside_them():
+    table = TABLE.rename(columns={"frequency": "frequency_choose"})
+    planned = ablation.plan_sets(table, [2], {"reflection": np.array([1])})
+    assert [(r.rule, r.category, r.kind, r.features) for r in planned] == [
+        ("unique", "", "features", (2,)),
+        ("unique", "", "matched", (5,)),
+        ("attributed", "reflection", "features", (1,)),
+        ("attributed", "reflection", "matched", (0,)),
+    ]
+    assert ablation.plan_sets(table, [], {}) == ablation.plan_sets(table, None, {}) == []
+
+
+def planted(world, size: float, seed: int = 0):
+    """A store that says that the last layer is read, and a crosscoder whose feature 7 writes the first token
+    of the first reflection there, at every token."""
+    store, crosscoder = copy.copy(world.store), copy.deepcopy(world.crosscoder)
+    store.layers = dict.fromkeys(store.models, len(world.plain["distilled"].model.layers) - 1)
+    targets = ablation.sample_targets(store, n=12, split=SPLIT, seed=seed)
+    word = int(targets.query("category == 'reflection'")["token"].mode()[0])
+    row = world.plain["distilled"].lm_head.weight[word].detach()
+    crosscoder.W_enc[7], crosscoder.b_enc[7] = 0, 1.0
+    i = crosscoder.names.index("distilled")
+    start = sum(crosscoder.widths[:i])
+    crosscoder.W_dec *= 1e-3
+    crosscoder.W_dec[7, start : start + len(row)] = size * row / row.norm()
+    return store, crosscoder, targets, word
+
+
+def test_attribution_finds_a_feature_that_writes_the_token(world):
+    store, crosscoder, targets, word = planted(world, 1.0)
+    targets = targets[(targets["category"] != "reflection") | (targets["token"] == word)]
+    found = ablation.attribution(store, [crosscoder, world.crosscoder], world.models["distilled"], targets)
+    assert ablation.attributed_features(found[0], 1)["reflection"].tolist() == [7]
+    assert found[0]["reflection"][7] < 0
+    assert set(found[0]) == set(CATEGORIES) and len(found[1]["reflection"]) == 40
+    few = ablation.attributed_features({"a": np.array([0.1, -0.2, -0.3, 0.0])}, 3)
+    assert few["a"].tolist() == [1, 2]  # only those whose removal costs something
+
+
+def test_attribution_is_the_slope_of_what_is_measured(world):
+    """Over the whole context, at half depth: a thousandth of a feature is removed."""
+    targets = ablation.sample_targets(world.store, n=6, split=SPLIT)
+    small = copy.deepcopy(world.crosscoder)
+    small.W_dec *= 1e-2
+    predicted = ablation.attribution(world.store, [small], world.models["distilled"], targets)[0]
+    for feature in (3, 20):
+        removal = [ablation.Removal(0, "features", (feature,))]
+        effects = ablation.measure(world.store, small, world.models, targets, removal)
+        measured = effects.query("model == 'distilled' and removed == 'features'")
+        for category, group in measured.groupby("category"):
+            slope = predicted[category][feature]
+            assert group["log_probability"].mean() == pytest.approx(slope, rel=0.05, abs=2e-6)
+
+
+def test_a_set_is_removed_at_its_category_and_in_the_distilled_model_alone(world):
+    targets = ablation.sample_targets(world.store, n=6, split=SPLIT)
+    removals = [
+        ablation.Removal(5, "features", (1, 2)),
+        ablation.Removal(0, "features", (3, 4), "attributed", "contrast"),
+        ablation.Removal(0, "matched", (5, 6), "attributed", "contrast"),
+    ]
+    intact = {}
+    effects = ablation.measure(
+        world.store, world.crosscoder, world.models, targets, removals, 1, intact=intact
+    )
+    own = effects[effects["rule"] == "attributed"]
+    assert set(own["category"]) == {"contrast"} and set(own["model"]) == {"distilled"}
+    assert set(own["removed"]) == {"features", "random", "matched"}
+    assert set(effects.loc[effects["rule"] == "frequent", "category"]) == set(CATEGORIES)
+    # alone, at all targets, it does the same there
+    alone = ablation.measure(
+        world.store, world.crosscoder, world.models, targets, [ablation.Removal(0, "features", (3, 4))], 1
+    ).query("model == 'distilled' and removed == 'features' and category == 'contrast'")
+    both = own.query("removed == 'features'").merge(alone, on=["document", "row"])
+    np.testing.assert_allclose(both["logit_x"], both["logit_y"], atol=1e-4)
+    # what the intact model says serves another crosscoder
+    before = dict(intact)
+    ablation.measure(world.store, world.crosscoder, world.models, targets, removals, 1, intact=intact)
+    assert intact.keys() == before.keys() and len(before) > 0
+
+
 def test_targets_are_first_words_of_their_category(world):
     targets = ablation.sample_targets(world.store, n=10, split=SPLIT)
     words = world.tokenizer.convert_ids_to_tokens(targets["token"].tolist())
@@ -261,6 +353,7 @@ def test_summary_by_hand():
             "document": [1, 1, 2],
             "row": [0, 1, 2],
             "model": "base",
+            "rule": "frequent",
             "k": 1.0,
             "removed": "features",
             "logit": [-1.0, -3.0, -2.0],
@@ -276,16 +369,64 @@ def test_summary_by_hand():
 
 
 def test_difference_is_paired():
-    always = {"category": "reflection", "k": 20.0, "removed": "features"}
-    rows = [
-        {**always, "document": d, "row": d, "model": model, "logit": -1.0 * d - extra}
-        for d in range(6)
-        for model, extra in (("base", 0), ("distilled", 1))
+    rows = pd.DataFrame({"document": range(6), "log_probability": -1.0, "norm": 0.5})
+    one, other = (rows.assign(logit=-1.0 * rows["document"] - extra) for extra in (1, 0))
+    assert ablation.estimates(one, other)["logit"] == pytest.approx((-1, -1, -1))
+    assert ablation.estimates(one, other)["per_norm"] == pytest.approx((-2, -2, -2))
+    assert ablation.estimates(one)["logit"][0] == -3.5
+
+
+def summary_row(**values):
+    row = {"category": "contrast", "model": "base", "rule": "frequent", "k": 5.0, "removed": "random"}
+    for name in ablation.VALUES:
+        value, half = values.get(name, (0.0, 0.0))
+        row |= {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
+    return pd.DataFrame([{**row, "n": 10, "documents": 4}])
+
+
+def test_pooled_summary_by_hand():
+    first, second = summary_row(logit=(-1.0, 0.3)), summary_row(logit=(-3.0, 0.5))
+    pooled = ablation.pool([first, second]).iloc[0]
+    # Student's t of two: 12.706 x 1.4142 / 1.4142; documents: the mean half, 0.4
+    half = np.hypot(12.7062, 0.4)
+    assert pooled["logit"] == -2 and pooled["n"] == 10
+    assert (pooled["logit_low"], pooled["logit_high"]) == pytest.approx((-2 - half, -2 + half), abs=1e-3)
+    pd.testing.assert_frame_equal(ablation.pool([first]), first)
+
+
+def test_recorded_ablation_has_the_names_that_predictions_ask_for():
+    rng, rows = np.random.default_rng(0), []
+    kinds = [("base", "frequent", 20.0, k) for k in ablation.REMOVED]
+    kinds += [("distilled", "frequent", 20.0, k) for k in ablation.REMOVED]
+    kinds += [("distilled", "attributed", 0.0, k) for k in ablation.REMOVED]
+    for category in CATEGORIES:
+        for model, rule, k, removed in kinds:
+            for d in range(5):
+                cost = -3.0 if rule == "attributed" and removed == "features" else -1.0
+                effect = {"logit": cost + 0.1 * rng.random(), "log_probability": cost, "norm": 0.5}
+                rows.append(
+                    {"category": category, "document": d, "row": d, "model": model, "rule": rule, "k": k}
+                    | {"removed": removed, **effect}
+                )
+    results = Results("04", Run("toy", "test"), {})
+    pooled, singles = report.record_all_ablations(results, [pd.DataFrame(rows)] * 2)
+    assert len(singles) == 2 * len(pooled)
+    assert results.metrics["ablate_contrast_attributed_over_matched_log_probability"]["value"] == -2
+    asked = report.conditions({}, "no null", "no layer")
+    for name in ("distilled", "base", "random", "per norm", *(f"attributed, {c}" for c in CATEGORIES)):
+        assert all(condition.metric in results.metrics for condition in asked[name]), name
+    board = judge(
+        results,
+        {name: name for name in ("attributed, contrast", "unique", "over-thinking, upper")},
+        asked,
+        report.observed(results),
+    )
+    assert board["held"].tolist() == [
+        "yes",
+        "not testable, because no null",
+        "not testable, because no layer",
     ]
-    found = ablation.difference(
-        pd.DataFrame(rows), 20.0, ("distilled", "features"), ("base", "features")
-    ).iloc[0]
-    assert (found["difference"], found["low"], found["high"], found["n"]) == (-1, -1, -1, 6)
+    assert set(report.PREDICTIONS) == set(asked)
 
 
 def test_effects_are_measured_once(tmp_path):
