@@ -327,12 +327,12 @@ def compute_seeds(
 def plot_stability(clusters: pd.DataFrame) -> go.Figure:
     """Distribution of the features' mean cosine with their matches in the other crosscoders."""
     fig = px.histogram(
-        clusters, x="stability", color="recurrent", nbins=50, histnorm="percent", barmode="stack",
+        clusters, x="stability", color="recurrent", nbins=50, barmode="stack",
         title="Do features recur with another seed?",
         color_discrete_map={True: COLOURS["distilled"], False: COLOURS["null"]},
     )  # fmt: skip
     fig.update_xaxes(title_text="mean cosine with the matched features", range=[0, 1.02])
-    return fig.update_yaxes(title_text="% of features")
+    return fig.update_yaxes(title_text="features of all crosscoders")
 
 
 # --- the part "similarity" ----------------------------------------------------------------------------------
