@@ -39,11 +39,13 @@ from .table import (
     PLACES,
     Detector,
     Inspection,
+    as_shares,
     best_of_places,
     category_detectors,
     difference,
     joined,
     over_crosscoders,
+    share_of_crosscoders,
     usable,
 )
 
@@ -352,6 +354,7 @@ def record_all(
     """``record`` of all crosscoders, pooled into ``results``: (``pooled`` predictors, ``detectors`` of each
     crosscoder, a row per crosscoder and chosen feature)."""
     parts = over_crosscoders(results, record, inspections, controls, nrn_over)
+    as_shares(results, "at_value", "silent")
     tests, by_category, _ = zip(*parts)
     return pooled(joined(tests), ["category", "predictor"]), list(tests), joined(by_category)
 
@@ -481,15 +484,6 @@ def record_errors_of_all(
         share_of_crosscoders(results, "error_recurrence", table["cluster"].isin(most), interval=False)
     results.table("errors", table.round(4))
     return table
-
-
-def share_of_crosscoders(results: Results, name: str, hits: Sequence[bool], interval: bool = True) -> None:
-    """The share of crosscoders of which something is true, and each one's 1 or 0; with Wilson's ``interval``
-    if it is about crosscoders in general, and not about these."""
-    hits = np.asarray(hits, dtype=bool)
-    ci = stats.wilson(int(hits.sum()), len(hits)) if interval else None
-    results.add(name, float(hits.mean()), ci, len(hits))
-    results.metrics[name]["seeds"] = [[float(hit)] * 3 for hit in hits]
 
 
 def errors_by_place(inspections: Sequence[Inspection], controls: Controls) -> pd.DataFrame:

@@ -38,7 +38,7 @@ def errors(by_place: pd.DataFrame) -> go.Figure:
         color="predictor",
         color_discrete_map=colours,
         hover_data=["crosscoder"],
-        title="Which steps are wrong? Known at the value",
+        title="Which steps are wrong? At the value, and at the full stop",
         labels={"auroc": "AUROC, wrong against right steps", "predictor": ""},
         width=1000,
         height=300,

@@ -403,6 +403,23 @@ def over_crosscoders(results: Results, record: Callable, items: Iterable, *args,
     return returned
 
 
+def share_of_crosscoders(results: Results, name: str, hits: Sequence[bool], interval: bool = True) -> None:
+    """The share of crosscoders of which something is true, and each one's 1 or 0; with Wilson's ``interval``
+    if it is about crosscoders in general, and not about these."""
+    hits = np.asarray(hits, dtype=bool)
+    ci = wilson(int(hits.sum()), len(hits)) if interval else None
+    results.add(name, float(hits.mean()), ci, len(hits))
+    results.metrics[name]["seeds"] = [[float(hit)] * 3 for hit in hits]
+
+
+def as_shares(results: Results, *names: str) -> None:
+    """Metrics <name>_<category> that are 1 or 0 of each crosscoder, as ``share_of_crosscoders``."""
+    for name in (f"{name}_{c}" for name in names for c in DETECTED):
+        values = [seed[0] for seed in dict(results.metrics).get(name, {}).get("seeds", [])]
+        if values and not any(value is None or np.isnan(value) for value in values):
+            share_of_crosscoders(results, name, [value == 1 for value in values])
+
+
 def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Tables of several crosscoders below each other, numbered in a column "crosscoder"; a single one as it
     is."""

@@ -69,7 +69,7 @@ from ..text.corpus import encode
 from ..text.curriculum import prose
 from ..text.puzzles import FRAME, NUMBERS, OPERATIONS, PARAPHRASES, Sentence, Teacher, sample_puzzle, words_of
 from ..text.tables import table as text_table
-from .table import Detector, Inspection, joined, over_crosscoders
+from .table import Detector, Inspection, as_shares, joined, over_crosscoders
 
 WINDOW = 3  # tokens: a marker and the next two
 NEAREST_WORDS, NEAREST_TOKENS = 5, 20  # of like frequency, of which one is drawn: on puzzles, in real text
@@ -547,4 +547,5 @@ def record_all(
         trials = make_trials(first.pair, first.store, first.tokenizer, categories, n, seed)
         texts = Texts(first.pair, first.store, first.tokenizer, trials)
     parts = over_crosscoders(results, record, list(zip(inspections, markers, detectors)), texts)
+    as_shares(results, "more_than_token")
     return tuple(joined(frames) for frames in zip(*parts))

@@ -27,7 +27,7 @@ from ..labels import DETECTED
 from ..results import Part, Results, read_part
 from ..stats import wilson
 from .latent_scaling import latent_scaling
-from .table import Inspection, category_detectors, frequency, over_crosscoders, record_share
+from .table import Inspection, as_shares, category_detectors, frequency, over_crosscoders, record_share
 
 LEVELS = (0.01, 0.05)
 # score: does a unique feature of the distilled side have a high or a low one?
@@ -145,6 +145,7 @@ def record_all(results: Results, inspections: Sequence[Inspection]) -> list[Uniq
     made_from = {"crosscoder": every[0]} | ({"crosscoders": every} if len(every) > 1 else {})
     null, planted = (read_part(results.run, name, **made_from) for name in ("nulls", "planted"))
     unique = over_crosscoders(results, record, inspections, null, planted)
+    as_shares(results, "unique", "above_null")
     results.take(planted)
     _record_used_rule(results, planted)
     if len(inspections) == 1:
