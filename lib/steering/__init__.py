@@ -3,6 +3,7 @@
 artefacts       what a run holds: models, store, crosscoder, feature table
 ablation        E4: features taken out of the forward pass, and what the next token loses
 steer           E5: directions, which features are worth trying, a model under steering
+search          E5 over several crosscoders and layers: what is tried, chosen and reported
 outcomes        what an intervention did: lengths, answers, kinds of sentences; the choice of a condition
 tasks           two ways to ask: puzzles, and chat
 generate        the engine: who writes, what is changed, where; one model or both

@@ -57,7 +57,9 @@ def points(
     means = px.scatter(
         pooled, x=x, y=y, color=colour, color_discrete_map=dict(colours), **how, **express_bars(pooled, y)
     )
-    means.update_traces(marker={"symbol": "diamond", "size": 9}, showlegend=False)
+    means.update_traces(marker={"symbol": "diamond", "size": 9})
+    known = set(singles[colour])
+    means.for_each_trace(lambda t: t.update(showlegend=bool(t.showlegend) and t.name not in known))
     fig.add_traces(means.data)
     return plain_titles(fig.update_xaxes(title_text=""))
 
@@ -82,7 +84,7 @@ def sets(pooled: pd.DataFrame, singles: pd.DataFrame, value: str = "log_probabil
     order = {"category": CATEGORIES, "what": sorted(pooled["what"].unique()), "removed": list(REMOVED)}
     fig = points(
         singles, pooled, "what", value, "removed", KINDS, facet_col="category", category_orders=order,
-        width=1100, title="Without features attributed to a category, and without equally frequent others",
+        width=1100, title="Without a set of features, equally frequent others, or random vectors",
     )  # fmt: skip
     return fig.update_yaxes(title_text=f"change of the {value.replace('_', '-')}", col=1)
 
@@ -131,7 +133,9 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
         facet_row="measure", category_orders={"what": list(dict.fromkeys(data["what"]))}, width=1000,
         height=640, title="On test puzzles, crosscoder by crosscoder",
     )  # fmt: skip
-    return fig.update_yaxes(matches=None, title_text=""), data
+    for row, axis in ((1, "y"), (2, "y3")):  # one scale for each measure
+        fig.update_yaxes(matches=axis, row=row)
+    return fig.update_yaxes(title_text=""), data
 
 
 def needed_and_redundant(table: pd.DataFrame) -> go.Figure:
