@@ -21,6 +21,7 @@ import jinja2
 from ..labels import CATEGORIES
 from ..runs import Progress, made_folder, write_text
 from ..settings import ROOT, UserError
+from ..verdicts import SHARE
 
 TEMPLATES = ROOT / "docs" / "templates"
 NUMBERS = ("value", "percent", "count", "lowered", "over_crosscoders", "speed", "json", "csv")  # in templates
@@ -36,6 +37,8 @@ PAGES = {
 # mean cosine with the matches under other seeds from which a feature counts as the same; notebook 03 predicts
 # with it
 SAME_FEATURE = 0.7
+# of the crosscoders: has a category's feature nothing in the base, by nu; is it more than a token detector?
+SHARES = {"unique": "unique", "more": "more_than_token"}
 
 
 # --- numbers as text ----------------------------------------------------------------------------------------
@@ -67,6 +70,11 @@ def decimals(value: str | float, places: int = 2) -> str:
 
 def median(values: Sequence[str]) -> str:
     return decimals(statistics.median(float(value) for value in values if value))
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage."""
+    return "not measured" if value is None else f"{value:.0%}"
 
 
 def cell(text) -> str:
@@ -151,33 +159,25 @@ class Sources:
         return boards
 
     def standing(self) -> list[dict]:
-        """For each category: does its feature foretell, lie above the null, come back under other seeds, say
-        more than a token, and does removing the category's features cost accuracy, more than the controls?
-        """
-        inspected = self.json("figures/tiny/results/03.json")
-        metrics = inspected["metrics"] | self.metrics("tiny", "13")
-        status, verdicts = (_rows(inspected["tables"][name]) for name in ("status", "token_verdicts"))
-        nothing = {"value": None, "ci": None}
+        """For each category, over the crosscoders: does its feature foretell, lie beyond the null, come back
+        under other seeds, say more than a token, and does removing the category's features cost accuracy,
+        more than the controls? ``unique`` and ``more`` are shares of crosscoders."""
+        metrics, nothing = (
+            self.metrics("tiny", "03") | self.metrics("tiny", "13"),
+            {"value": None, "ci": None},
+        )
         rows = []
-        for category in CATEGORIES:
-            names = (category, "random", f"matched_in_traces_{category}")
+        for c in CATEGORIES:
+            names = (c, "random", f"matched_in_traces_{c}")
             cost, *controls = (metrics.get(f"ablate_accuracy_{name}") or nothing for name in names)
             beyond = [bool(cost["ci"] and m["ci"] and cost["ci"][1] < min(0, m["ci"][0])) for m in controls]
-            of_category = {
-                "category": category,
-                "auroc": metrics[f"auroc_{category}"],
-                "above_null": next(r["above the null"] for r in status if r["category"] == category),
-                "stability": metrics.get(f"stable_{category}") or nothing,
-                "verdict": next(
-                    r["verdict"] for r in verdicts if (r["category"], r["where"]) == (category, "before")
-                ),
-                "cost": cost,
-                "beyond_random": beyond[0],
-                "beyond_matched": beyond[1],
-            }
-            stable = (of_category["stability"]["value"] or 0) >= SAME_FEATURE
-            more = of_category["verdict"] == "more than a token"
-            rows.append(of_category | {"all": of_category["above_null"] and stable and more and all(beyond)})
+            row = {"category": c, "auroc": metrics[f"auroc_{c}"], "cost": cost}
+            row |= {"stability": metrics.get(f"stable_{c}") or nothing}
+            row |= {name: (metrics.get(f"{key}_{c}") or nothing)["value"] for name, key in SHARES.items()}
+            row |= {"beyond_random": beyond[0], "beyond_matched": beyond[1]}
+            shares = all((row[name] or 0) >= SHARE for name in SHARES)
+            stable = (row["stability"]["value"] or 0) >= SAME_FEATURE
+            rows.append(row | {"all": shares and stable and all(beyond)})
         return rows
 
 
@@ -196,7 +196,7 @@ def render(template: str, root: Path = ROOT, **values) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {f.__name__: f for f in (number, interval, figure, decimals, median, cell)}
+    environment.filters |= {f.__name__: f for f in (number, interval, figure, decimals, median, share, cell)}
     environment.globals |= {
         "categories": CATEGORIES,
         "same_feature": SAME_FEATURE,
