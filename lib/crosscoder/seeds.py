@@ -37,7 +37,7 @@ def folder(run: Run, number: int, name: str = "crosscoder") -> Path:
 
 def shipped(pair: str, config: TrainConfig, name: str = "crosscoder") -> Path:
     """Where the crosscoder of this seed lies, if it came with the repository."""
-    return ROOT / "data" / "pairs" / pair / f"{name}s" / str(config.seed)
+    return ROOT / "data" / "pairs" / pair / name.replace("crosscoder", "crosscoders") / str(config.seed)
 
 
 def content(crosscoder: CrossCoder) -> str:
