@@ -47,7 +47,7 @@ class Condition(NamedTuple):
         alone = seeds[~np.isnan(seeds[:, 0])]
         agree = float(((alone[:, 0] > limit) == (value > limit)).mean()) if "seeds" in metric else np.nan
         low, high = metric["ci"] if metric["ci"] and None not in metric["ci"] else (value, value)
-        if agree < SHARE or low <= limit <= high and low < high:
+        if agree < SHARE or low <= limit <= high:
             clear = "seeds" in metric and ((alone[:, 1] > limit) | (alone[:, 2] < limit)).any()
             return (DEPENDS if clear else UNDECIDED), agree
         return (YES if (value > limit) == (self.side > 0) else NO), agree

@@ -44,6 +44,7 @@ def test_a_crosscoder_without_the_number_is_left_out_and_one_alone_keeps_its_own
         ([1.0, 1.1, 0.9, 1.0, -0.2], 0.1, YES, 0.8),
         ([1.0, 1.1, 0.9, 1.0, -0.2], 0.5, DEPENDS, 0.8),  # 4 of 5, but the interval contains 0
         ([1.0, 1.0, 1.0, -0.01, -0.01], 0.001, DEPENDS, 0.6),
+        ([0.0] * 5, 0.0, UNDECIDED, 1.0),  # exactly at the limit, as each of them
         ([0.1, -0.1, 0.2, 0.0, 0.1], 3.0, UNDECIDED, 0.6),  # nobody alone has an answer
     ),
 )

@@ -65,7 +65,7 @@ PREDICTIONS: dict[str, tuple[str, Condition]] = {  # name: (meaning, condition)
 }
 
 
-@part_of_study("verdicts", 2)
+@part_of_study("verdicts", 3)
 def compute_verdicts(variant: Variant) -> tuple[dict, dict]:
     """The part "verdicts", for each of DICTIONARIES. Tables:
 

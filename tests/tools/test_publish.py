@@ -120,7 +120,6 @@ def test_standing_is_judged_by_intervals_and_shares_of_crosscoders(tmp_path):
     assert "\n0 of 4 pass all of these" in text
 
 
-
 def test_what_was_learnt_has_a_column_per_model(tmp_path):
     names = ("loss_traces", "thinks", "closes", "waits_per_1000", "accuracy")
     measured = {name: metric(0.25, 0.125, 0.5) for name in names}
