@@ -132,8 +132,8 @@ class Sources:
         return dictionaries
 
     def over_crosscoders(self, test: str) -> str:
-        """The categories for which a prediction holds over the crosscoders of the study's dictionary, the last
-        of notebook 16."""
+        """The categories for which a prediction holds over the crosscoders of today's dictionary, the last of
+        notebook 16."""
         *_, rows = self.by_crosscoder().values()
         held = {row["prediction"] for row in rows if row["verdict"] == "yes"}
         return " and ".join(c for c in CATEGORIES if f"{c}, {test}" in held) or "no category"
