@@ -103,7 +103,9 @@ def test_opens_with_a_question_and_has_the_parts_of_the_template(stem):
         assert part in everything, f"nothing on {part!r}"
     sources = "\n".join(c.source for c in code(read(stem)))
     assert (
-        "scoreboard(" in sources and ("Results(" in sources or "begin(" in sources) and ".write()" in sources
+        ("scoreboard(" in sources or "judge(" in sources)
+        and ("Results(" in sources or "begin(" in sources)
+        and ".write()" in sources
     )
 
 

@@ -63,7 +63,10 @@ def test_a_scoreboard_of_hand_written_results(tmp_path):
     put(tmp_path, "figures/tiny/results/05.json", {"tables": {}})
     put(tmp_path, "figures/tiny/results/06.json", {"tables": {"scoreboard": board}})
     text = publish.render("scoreboard.md.j2", tmp_path)
-    assert "(2 held, 0 did\nnot, 2 could not be decided), for the embedded pair" in text
+    assert (
+        "(2 held, 0 did\nnot, 0 depend on the crosscoder, the rest could not be decided or tested), for the"
+        " embedded pair" in text
+    )
     assert "## Notebook 02" in text and "## Notebook 06" in text and "Notebook 05" not in text
     assert "| a \\| b | 0.5 | yes |\n| null: c |  | undecided |\n" in text
 
