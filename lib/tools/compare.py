@@ -6,7 +6,7 @@ same     equal to 1 part in 1,000: one machine and the pinned versions give the 
 moved    further, but within the committed 95% interval, or within 5% (0.01 near zero) where there is none:
          training amplifies rounding
 outside  beyond that, missing, or new
-turned   the verdict on a prediction
+turned   the verdict on a prediction, from or to yes or no; between undecided and "depends" it has moved
 
 Exit code 1 if anything is outside or turned; with ``--verdicts`` only if a verdict is: on another processor
 numbers move, and no verdict may. That a notebook's canonical form differs is said, not judged.
@@ -28,6 +28,7 @@ import nbformat
 from ..results import TIMES
 from ..runs import versions
 from ..settings import ROOT, UserError, path_shown
+from ..verdicts import DEPENDS, UNDECIDED
 from .notebooks import canonical
 
 SAME = 1e-3  # relative
@@ -70,7 +71,8 @@ def compare(notebook: str, before: Mapping, after: Mapping) -> list[Difference]:
     for prediction in sorted(set(verdicts[0]) | set(verdicts[1])):
         was, now = (v.get(prediction, "missing") for v in verdicts)
         if was != now:
-            differ(f"prediction {prediction!r}", was, now, "turned")
+            kind = "moved" if {was, now} <= {DEPENDS, UNDECIDED} else "turned"
+            differ(f"prediction {prediction!r}", was, now, kind)
     return differences
 
 

@@ -113,10 +113,19 @@ def test_the_command_says_what_moved_and_exits_1_if_anything_is_outside(
     assert words in out and (("versions that differ" in out) == (code == 1))
 
 
+def test_between_two_verdicts_that_are_no_answer_nothing_turned():
+    before, after = changed(), changed()
+    for content, word in ((before, "undecided"), (after, "depends on the crosscoder")):
+        content["tables"]["scoreboard"]["rows"][0][2] = word
+    assert [d.kind for d in check.compare("02", before, after)] == ["moved"]
+    assert [d.kind for d in check.compare("02", BEFORE, after)] == ["turned"]
+
+
 def test_where_verdicts_decide_numbers_may_move(tmp_path, monkeypatch, capsys):
     after = changed(fve=0.99)
     repository(tmp_path, monkeypatch, BEFORE, after)
     assert main(["check", "--here", "--verdicts"]) == 0 and "1 are outside" in capsys.readouterr().out
+    assert check.compare("02", after, after) == []
     after["tables"]["scoreboard"]["rows"][0][2] = "no"
     (tmp_path / "figures" / "tiny" / "results" / "02.json").write_text(json.dumps(after))
     assert main(["check", "--here", "--verdicts"]) == 1 and "1 verdicts turned" in capsys.readouterr().out
