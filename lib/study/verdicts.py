@@ -85,8 +85,7 @@ def compute_verdicts(variant: Variant) -> tuple[dict, dict]:
         numbers = metrics_of_recurrence(clusters, crosscoders, alive)
         numbers["contradicted"] = metric(contradicted.sum(), n=len(verdicts))
         numbers["depends"] = metric((verdicts["verdict"] == DEPENDS).sum(), n=len(verdicts))
-        if "error_recurrence" in pooled.metrics:
-            numbers["error_recurrence"] = pooled.metrics["error_recurrence"]
+        numbers["error_recurrence"] = pooled.metrics["error_recurrence"]
         metrics |= {f"{x}_{n_features}_k{k}": number for x, number in numbers.items()}
     return metrics, {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
 
@@ -126,9 +125,9 @@ def _measured(
         feature = int(own.metrics.pop("error_feature")["value"]) if "error_feature" in own.metrics else -1
         row = tables[number].loc[feature] if feature >= 0 else {}
         errors.append(row["cluster"] if row.get("recurrent", False) else -1 - number)
-    if errors and max(errors) >= 0:
-        share = pd.Series(errors).value_counts().iloc[0] / len(errors)
-        pooled.add("error_recurrence", share, n=len(errors))
+    recurring = [cluster for cluster in errors if cluster >= 0]
+    share = max(map(recurring.count, recurring), default=0) / len(errors)
+    pooled.add("error_recurrence", share, n=len(errors))
     return crosscoders, pooled, [t["alive"].to_numpy(bool) for t in tables]
 
 
