@@ -126,6 +126,18 @@ def pooled(values, intervals=None, level: float = 0.95) -> tuple[float, float, f
     return mean, low, high
 
 
+def difference(a: tuple, b: tuple) -> tuple[float, tuple[float, float] | None]:
+    """a - b of two independent numbers (value, (low, high) or None), with an interval from both of theirs
+    (MOVER: Zou & Donner 2008); NaN and None for what is missing."""
+    (x, one), (y, other) = a, b
+    if x is None or y is None:
+        return math.nan, None
+    if one is None or other is None or None in (*one, *other):
+        return x - y, None
+    (low, high), (other_low, other_high) = np.abs(np.subtract(one, x)), np.abs(np.subtract(other, y))
+    return x - y, (x - y - np.hypot(low, other_high), x - y + np.hypot(high, other_low))
+
+
 def jackknife(
     statistic: Callable[..., Mapping[str, float]],
     arrays: Sequence[np.ndarray],

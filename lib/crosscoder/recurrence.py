@@ -24,10 +24,10 @@ from scipy.sparse.csgraph import connected_components
 from torch.nn import functional
 
 from ..results import pooled_metric
+from ..verdicts import SHARE
 from .model import CrossCoder
 
 LIMIT = 0.7  # cosine; matches in permuted rows have .15 to .25
-SHARE = 0.8  # of the crosscoders in which a recurrent feature has a member
 MEMBERS = ["feature", "crosscoder", "match", "cosine"]  # of ``members_of``
 
 
@@ -74,7 +74,7 @@ def recurrent(
 ) -> pd.DataFrame:
     """One row per alive feature of each crosscoder: crosscoder (its place in the list), feature, stability
     (mean cosine with its matches in the others), cluster, members (crosscoders with a feature in the
-    cluster), recurrent (these are at least the ``share``).
+    cluster), recurrent (these are at least the ``share``: as many as must agree on a verdict).
 
     A cluster has at most one feature of a crosscoder: of several connected ones the most stable stays, and
     the others are clusters of their own.

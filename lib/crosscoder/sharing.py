@@ -74,13 +74,6 @@ def open_all(
     return [(crosscoder, seeds.content(crosscoder)) for crosscoder in opened]
 
 
-def open_for_run(
-    run: Run, store: Store, source: str = "", facts: Mapping | None = None
-) -> tuple[CrossCoder, str]:
-    """The first of ``open_all``."""
-    return open_all(run, store, source, facts)[0]
-
-
 def open_crosscoder(
     source: str | Path,
     names: Sequence[str],

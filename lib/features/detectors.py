@@ -42,7 +42,6 @@ from .table import (
     as_shares,
     best_of_places,
     category_detectors,
-    difference,
     joined,
     over_crosscoders,
     share_of_crosscoders,
@@ -331,7 +330,7 @@ def _mover(base, distilled) -> tuple:
     """(difference, interval, n) of the AUROC of two rows; the interval from both of theirs (MOVER)."""
     if base is None:
         return np.nan, None, 0
-    return *difference(*((r.auroc, (r.low, r.high)) for r in (distilled, base))), base.n
+    return *stats.difference(*((r.auroc, (r.low, r.high)) for r in (distilled, base))), base.n
 
 
 def _at_threshold(inspection: Inspection, controls: Controls, c: str) -> tuple[float, float, float]:

@@ -46,7 +46,7 @@ from ..models.pairs import Pair, load_pair
 from ..results import Results
 from ..runs import Run, fingerprint, kept, read_manifest
 from ..settings import UserError, check
-from ..stats import bootstrap, wilson
+from ..stats import bootstrap, difference, wilson
 from . import auroc
 from .contexts import top_contexts
 from .latent_scaling import latent_scaling
@@ -375,18 +375,6 @@ def record_difference(results: Results, name: str, a: str, b: str) -> None:
     one, other = ((m["value"], m["ci"]) for m in (results.metrics[a], results.metrics[b]))
     value, ci = difference(one, other)
     results.add(name, value, ci, results.metrics[a]["n"])
-
-
-def difference(a: tuple, b: tuple) -> tuple[float, tuple[float, float] | None]:
-    """a - b of two numbers (value, (low, high) or None) with an interval from both of theirs (MOVER: Zou &
-    Donner 2008)."""
-    (x, one), (y, other) = a, b
-    if x is None or y is None:
-        return np.nan, None
-    if one is None or other is None or None in (*one, *other):
-        return x - y, None
-    (low, high), (other_low, other_high) = np.abs(np.subtract(one, x)), np.abs(np.subtract(other, y))
-    return x - y, (x - y - np.hypot(low, other_high), x - y + np.hypot(high, other_low))
 
 
 def over_crosscoders(results: Results, record: Callable, items: Iterable, *args, **options) -> list:

@@ -26,7 +26,7 @@ from ..models.pairs import Pair, load_pair
 from ..results import Results, read_part, read_results
 from ..runs import Run, fingerprint
 from ..settings import ROOT, UserError
-from ..stats import bootstrap, pooled, wilson
+from ..stats import bootstrap, difference, pooled, wilson
 
 PARTS = ("nulls", "seeds", "similarity")  # of the study, that are read
 QUANTILES = (0.01, 0.5, 0.99)  # of NRN
@@ -254,14 +254,12 @@ def compare(
     other: tuple[str, str],
 ) -> None:
     """Put into ``results``, as ``name``, the difference between two numbers of ``collect``, ``one`` minus
-    ``other``: (quantity, pair) each. The interval takes both for independent (MOVER: Zou & Donner 2008). If
-    both are means over crosscoders, the difference of every seed is in it too ("seeds")."""
+    ``other``: (quantity, pair) each, with an interval from both of theirs (``stats.difference``). If both are
+    means over crosscoders, the difference of every seed is in it too ("seeds")."""
     a, b = (series(table, quantity).loc[pair] for quantity, pair in (one, other))
-    value = a["value"] - b["value"]
-    low = value - np.hypot(a["value"] - a["low"], b["high"] - b["value"])
-    high = value + np.hypot(a["high"] - a["value"], b["value"] - b["low"])
+    value, ci = difference(*((row["value"], (row["low"], row["high"])) for row in (a, b)))
     n = min(a["n"], b["n"])
-    results.add(name, value, None if np.isnan([low, high]).any() else (low, high), None if pd.isna(n) else n)
+    results.add(name, value, None if np.isnan(ci).any() else ci, None if pd.isna(n) else n)
     if {one[0], other[0]} <= OF_CROSSCODERS.keys():
         by_seed = []
         for quantity, pair in (one, other):

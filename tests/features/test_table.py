@@ -427,14 +427,14 @@ def test_shuffled_labels_leave_chance_and_planted_ones_do_not(toy, tmp_path):
 def test_a_crosscoder_of_another_store_is_refused(toy, run):
     store, crosscoder = toy
     with pytest.raises(UserError, match="run notebook 02_train_crosscoder first"):
-        sharing.open_for_run(run, store)
+        sharing.open_all(run, store)[0]
     crosscoder.save(run.path("crosscoder"))
     write_manifest(run.path("crosscoder"), "mark", store=store.fingerprint)
-    loaded, mark = sharing.open_for_run(run, store)
+    loaded, mark = sharing.open_all(run, store)[0]
     assert mark == sharing.seeds.content(crosscoder) and torch.equal(loaded.W_dec, crosscoder.W_dec)
     write_manifest(run.path("crosscoder"), "mark", store="another")
     with pytest.raises(UserError, match="another store.*02_train_crosscoder again"):
-        sharing.open_for_run(run, store)
+        sharing.open_all(run, store)[0]
 
 
 def exact_crosscoder(store):
@@ -458,7 +458,7 @@ def test_a_crosscoder_from_elsewhere_gives_the_table_of_the_own_one(run):
     crosscoder, folder, layer = exact_crosscoder(store), run.folder / "elsewhere", store.layers["base"]
     crosscoder.save(run.path("crosscoder"))
     write_manifest(run.path("crosscoder"), "mark", store=store.fingerprint)
-    own, own_mark = sharing.open_for_run(run, store)
+    own, own_mark = sharing.open_all(run, store)[0]
     expected = features.inspect(own, store, run.folder / "own", own_mark, build_tokenizer())
     assert expected.table["nrn"].std() > 0.05 and expected.table["alive"].all()
     crosscoder.save(folder / "ours")
@@ -466,7 +466,7 @@ def test_a_crosscoder_from_elsewhere_gives_the_table_of_the_own_one(run):
     exchange.export_dictionary_learning(crosscoder, folder / "dictionary_learning", layer)
     pair, facts = toy_pair(run.folder, (16, 16)), {"ours": {"layer": layer, "least": 0.99}}
     for name in ("ours", "replication", "dictionary_learning"):
-        found, mark = sharing.open_for_run(run, store, str(folder / name), facts.get(name))
+        found, mark = sharing.open_all(run, store, str(folder / name), facts.get(name))[0]
         assert mark == sharing.seeds.content(found) and (mark == own_mark) == (name == "ours")
         made = features.inspect(found, store, run.path("features"), mark, build_tokenizer())
         pd.testing.assert_frame_equal(made.table, expected.table, rtol=1e-4, atol=1e-4, check_exact=False)
@@ -487,7 +487,7 @@ def test_what_the_file_does_not_say_is_asked_for(run):
     crosscoder.W_dec.mul_(0.1)
     exchange.export_dictionary_learning(crosscoder, folder / "poor", layer)
     facts = {"order": ["base", "distilled"], "scales": store.scales}
-    sharing.open_for_run(run, store, str(folder / "replication"), facts)
+    sharing.open_all(run, store, str(folder / "replication"), facts)[0]
     for name, given, message in (
         ("ours", {}, "give layer"),
         ("replication", {}, "give order"),
@@ -499,7 +499,7 @@ def test_what_the_file_does_not_say_is_asked_for(run):
         ("nowhere", {}, "there is no"),
     ):
         with pytest.raises(UserError, match=message):
-            sharing.open_for_run(run, store, name and str(folder / name), given)
+            sharing.open_all(run, store, name and str(folder / name), given)[0]
 
 
 def test_wrong_requests_get_one_sentence(toy):
