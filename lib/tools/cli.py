@@ -40,6 +40,7 @@ Parameter = _option(list[str], "NAME VALUE", "a parameter of the one chosen note
 Registry = _option(Path, "FILE", "a registry of your own for data/pairs.yaml (or PAIRS_REGISTRY)")
 Out = _option(Path, "FOLDER", "where to write (default: in the folder of the run)")
 Timeout = _option(float, "SECONDS", "for one cell (default: the profile's)")
+Workers = _option(int, "N", "notebooks at once (default: two on an embedded pair, if the machine allows)")
 Runs = _option(Path, "FOLDER", "of states and logs (default: below data/runs)")
 Threads = _option(int, "N", "of torch")
 PairFolder = _argument(Path, "OUT", "data/pairs/<pair>: its name is the pair's")
@@ -106,12 +107,13 @@ def figures(
     out: Out = None,
     registry: Registry = None,
     timeout: Timeout = None,
+    workers: Workers = None,
     notebooks: _Notebooks = ROOT / "notebooks",
 ):
     """Run notebooks 00 to 06, or those of --only, on a pair. They write figures, tables and numbers."""
     from .notebooks import WALK, run_all
 
-    run_all(WALK, pair, profile, only, _texts(p), solutions, out, registry, timeout, notebooks)
+    run_all(WALK, pair, profile, only, _texts(p), solutions, out, registry, timeout, workers, notebooks)
 
 
 @app.command()
@@ -123,6 +125,7 @@ def study(
     out: Out = None,
     registry: Registry = None,
     timeout: Timeout = None,
+    workers: Workers = None,
     notebooks: _Notebooks = ROOT / "notebooks",
 ):
     """Run the long experiments, notebooks 10 to 13 and 16. Hours; an interrupted run goes on.
@@ -131,7 +134,7 @@ def study(
     """
     from .notebooks import STUDY, run_all
 
-    run_all(STUDY, pair, profile, only, _texts(p), False, out, registry, timeout, notebooks)
+    run_all(STUDY, pair, profile, only, _texts(p), False, out, registry, timeout, workers, notebooks)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 Parameters come from the notebook's own cell, then from notebooks/profiles/<profile>.yaml (and
 <profile>.<pair>.yaml, if there is one), then from ``-p``; all are checked before the first notebook runs
 (papermill itself only warns of unknown names). A run with a notebook's own parameters is written to
-notebooks/ itself, once it is complete; every other one to data/runs/<pair>/<run>/notebooks/.
+notebooks/ itself, once it is complete; every other one to data/runs/<pair>/<run>/notebooks/. On an embedded
+pair two notebooks run at once, where neither needs the other (``NEEDS``).
 
 An exercise is two cells. The first, Markdown, is headed ``### Exercise 2 · medium, 10 minutes`` and holds the
 question, a folded hint and a folded solution in Python. The second begins ``answer_2 = None  # what it must
@@ -17,12 +18,15 @@ import ast
 import contextlib
 import json
 import os
+import queue
 import re
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -36,6 +40,9 @@ CELL_TIMEOUT = 3600
 NOTEBOOKS = ROOT / "notebooks"
 # numbers of the notebooks that a command runs when none is named: the walk, and the long experiments
 WALK, STUDY = "0[0-9]_", "1[0-36]_"
+# what a notebook of the walk reads of others; one that is not named here needs all that stand before it
+NEEDS = {"00": (), "01": (), "02": ("01",), "03": ("02",), "04": ("03",), "05": ("01",)}
+MEMORY = 2 << 30  # bytes that a notebook on an embedded pair may take
 INJECTED = "injected-parameters"
 _DROPPED_MIMES = ("application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json")
 
@@ -125,9 +132,9 @@ def execute(
     timeout: float = CELL_TIMEOUT,
     solutions: bool = False,
 ) -> None:
-    """Execute a notebook (``solutions``: with its exercises answered) and write its canonical form to
-    ``target``, which changes only if every cell succeeded. UserError with the reason if one fails; the
-    notebook with its full traceback is then in ``failed``.
+    """Execute a notebook (``solutions``: with its exercises answered) within ``own_kernel``, and write its
+    canonical form to ``target``, which changes only if every cell succeeded. UserError with the reason if one
+    fails; the notebook with its full traceback is then in ``failed``.
     """
     import papermill  # 1 s; not needed to refuse a wrong parameter
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -139,8 +146,7 @@ def execute(
     options = {"kernel_name": "python3", "cwd": source.parent, "progress_bar": False}
     options["execution_timeout"] = timeout
     try:
-        with own_kernel():
-            executed = papermill.execute_notebook(notebook, failed, parameters, **options)
+        executed = papermill.execute_notebook(notebook, failed, parameters, **options)
     except PapermillExecutionError as error:
         # Ctrl-C reaches the kernel as well, and it may be the first to say so
         if error.ename == "KeyboardInterrupt":
@@ -372,10 +378,12 @@ def run_all(
     out: Path | None = None,
     registry: Path | None = None,
     timeout: float | None = None,
+    workers: int | None = None,
     folder: Path = NOTEBOOKS,
 ) -> None:
     """Check everything, then execute notebooks of ``folder`` in order: those that ``only`` names, or all
-    whose number matches the pattern ``row``. UserError for wrong usage, NotebookFailed if a notebook fails.
+    whose number matches the pattern ``row``; at most ``workers`` at once (None: ``_workers``). UserError for
+    wrong usage, NotebookFailed if a notebook fails.
     """
     folder, root = folder.resolve(), folder.resolve().parent
     stems = stems_of(folder)
@@ -388,33 +396,83 @@ def run_all(
     chosen = choose(stems, only) if only else [s for s in stems if re.match(row, s)]
     if texts and len(chosen) != 1:
         raise UserError(f"-p sets a parameter of one notebook, and {len(chosen)} are chosen: add --only NN")
-    plans = []
+    tasks = {}
     for stem in chosen:
         source, values = folder / f"{stem}.ipynb", parameters_for(stem, pair, profile, texts, folder)
         defaults = parameters_of(source)
         changed = {name: value for name, value in values.items() if value != defaults[name]}
-        plans.append((source, Run(pair, values["run"], root), changed))
-    began = time.monotonic()
-    for source, run, changed in plans:
+        run = Run(pair, values["run"], root)
         place = Path(out).resolve() if out else run.folder / ("solved" if solutions else "notebooks")
         # with other values, outputs would contradict the parameters cell: such a run is kept elsewhere
         usual = not (changed or own or out or solutions)
-        target, failed = source if usual else place / source.name, place / f"{source.stem}.failed.ipynb"
-        start = time.monotonic()
-        print(f"{source.stem} ... ", end="", flush=True)
-        try:
-            with environment(**({REGISTRY: str(registry.resolve())} if own else {})):
-                execute(source, target, failed, changed, timeout or limit, solutions)
-        except UserError as error:
-            print(f"failed after {time.monotonic() - start:.0f} s", flush=True)
-            raise NotebookFailed(f"{source.stem}: {error}") from None
-        print(f"{time.monotonic() - start:.0f} s", flush=True)
-    run = plans[-1][1]
+        target, failed = source if usual else place / source.name, place / f"{stem}.failed.ipynb"
+        tasks[stem] = partial(execute, source, target, failed, changed, timeout or limit, solutions)
+    most = _workers(root / "data" / "pairs" / pair) if workers is None else max(workers, 1)
+    workers = min(most, len(tasks))
+    variables = {REGISTRY: str(registry.resolve())} if own else {}
+    if workers > 1:
+        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(_cores() // workers, 1)))
+    began = time.monotonic()
+    with environment(**variables), own_kernel():
+        _run(tasks, workers)
     print(
-        f"{len(plans)} notebook{'s' * (len(plans) != 1)} in {time.monotonic() - began:.0f} s; "
+        f"{len(tasks)} notebook{'s' * (len(tasks) != 1)} in {time.monotonic() - began:.0f} s; "
         f"figures: {path_shown(run.figures)}, numbers: {path_shown(run.results)}"
     )
     from ..figures import undrawn  # here: it loads plotly
 
     if line := undrawn(run, [stem[:2] for stem in chosen]):
         print(line)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _workers(folder: Path) -> int:
+    """Two notebooks at once, if there is this folder of an embedded pair, whose models are small, and the
+    machine has two cores and memory for both; else one."""
+    import psutil  # ipykernel needs it too
+
+    return 2 if folder.is_dir() and _cores() > 1 and psutil.virtual_memory().available > 2 * MEMORY else 1
+
+
+def _run(tasks: Mapping[str, Callable[[], None]], workers: int) -> None:
+    """Do the tasks of notebooks {stem: task}, each once those that it needs are done, ``workers`` at once.
+    When one fails no other begins: NotebookFailed, after those that run have ended.
+    """
+    waiting, running, ended, failure = dict(tasks), set(), queue.SimpleQueue(), None
+
+    def do(stem: str) -> None:
+        start, error = time.monotonic(), None
+        try:
+            tasks[stem]()
+        except BaseException as reason:  # raised below, where one can wait for it
+            error = reason
+        ended.put((stem, time.monotonic() - start, error))
+
+    while waiting or running:
+        for stem in [s for s in waiting if not _needed(s, tasks) & (waiting.keys() | running)]:
+            if len(running) < workers:
+                del waiting[stem]
+                running.add(stem)
+                print(f"{stem} ...", flush=True)
+                if workers == 1:
+                    do(stem)  # in this thread, where the notebook's client sees Ctrl-C
+                else:
+                    threading.Thread(target=do, args=(stem,), daemon=True).start()
+        stem, seconds, error = ended.get()
+        running.remove(stem)
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        print(f"{stem} {'failed after ' if error else ''}{seconds:.0f} s", flush=True)
+        if error:
+            failure = failure or NotebookFailed(f"{stem}: {error}")
+            waiting.clear()
+    if failure:
+        raise failure
+
+
+def _needed(stem: str, stems: Iterable[str]) -> set[str]:
+    """Those of ``stems`` that a notebook needs."""
+    return {other for other in stems if other < stem and other[:2] in NEEDS.get(stem[:2], (other[:2],))}

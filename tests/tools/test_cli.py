@@ -63,10 +63,11 @@ def test_what_the_driver_is_told(monkeypatch):
     given = []
     monkeypatch.setattr(notebooks, "run_all", lambda *arguments: given.append(arguments))
     words = ["--pair", "mine", "--profile", "smoke", "--only", "03", "4", "--solutions", "--timeout", "5"]
+    words += ["--workers", "3"]
     assert cli.main(["figures", *words]) == 0
-    row, pair, profile, only, texts, solutions, out, registry, timeout, _ = given[0]
+    row, pair, profile, only, texts, solutions, out, registry, timeout, workers, _ = given[0]
     assert (row, pair, profile, only, texts) == (notebooks.WALK, "mine", "smoke", ["03", "4"], [])
-    assert (solutions, out, registry, timeout) == (True, None, None, 5)
+    assert (solutions, out, registry, timeout, workers) == (True, None, None, 5, 3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ canonical form.
 
 import json
 import os
+import re
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -160,8 +162,8 @@ def test_parameters_must_be_literals(tmp_path):
 def test_default_run_is_written_in_place_and_twice_the_same(house, capsys):
     assert call(house) == 0
     out, err = capsys.readouterr()
-    assert [line.split(" ... ")[0] for line in out.splitlines()[:2]] == ["00_first", "01_second"]
-    assert out.splitlines()[2].startswith("2 notebooks")
+    lines = [re.sub(r" \d+ s.*", "", line) for line in out.splitlines()[:5]]
+    assert lines == ["00_first ...", "00_first", "01_second ...", "01_second", "2 notebooks in"]
     assert text_of(house / "00_first.ipynb") == "tiny default 0 0.001\n"  # standard error is dropped
     first = (house / "00_first.ipynb").read_bytes()
     assert call(house, "--only", "0") == 0
@@ -173,6 +175,57 @@ def test_default_run_is_written_in_place_and_twice_the_same(house, capsys):
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     assert nb.metadata == {"kernelspec": kernel, "language_info": {"name": "python"}}
     assert not list((house.parent / "data").rglob("*.ipynb"))
+
+
+WAIT = (  # until a file is there
+    "import time\nfrom pathlib import Path\nfor _ in range(600):\n"
+    "    if not Path({name!r}).is_file():\n        time.sleep(0.1)\n"
+)
+
+
+def test_notebooks_that_do_not_need_each_other_run_at_once(house, monkeypatch, capsys):
+    (house.parent / "data" / "pairs" / "tiny").mkdir(parents=True)  # an embedded pair
+    monkeypatch.setattr(driver, "_cores", lambda: 2)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=8 << 30))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    write(house, "00_first", WAIT.format(name="01") + "import os\nprint(os.environ['OMP_NUM_THREADS'])")
+    write(house, "01_second", "from pathlib import Path\n_ = Path('01').write_text('')")
+    write(house, "02_third", "from pathlib import Path\nprint(Path('01').exists())")
+    write(house, "06_last", "from pathlib import Path\nprint('OMP' in Path('00_first.ipynb').read_text())")
+    assert call(house) == 0
+    assert text_of(house / "00_first.ipynb") == "1\n"  # of two cores one each
+    assert text_of(house / "02_third.ipynb") == "True\n" and text_of(house / "06_last.ipynb") == "True\n"
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == ["00_first ...", "01_second ..."] and out[-1].startswith("4 notebooks")
+    assert "OMP_NUM_THREADS" not in os.environ
+    # one that fails: what runs goes on to its end, nothing else begins
+    (house / "01").unlink()
+    write(house, "00_first", WAIT.format(name="01") + "print('done')")
+    write(house, "01_second", "from pathlib import Path\n_ = Path('01').write_text('')\n1 / 0")
+    write(house, "02_third", "print('never reached')")
+    assert call(house) == 1
+    assert "error: 01_second: ZeroDivisionError" in capsys.readouterr().err
+    assert text_of(house / "00_first.ipynb") == "done\n" and not text_of(house / "02_third.ipynb")
+
+
+def test_one_after_another_where_the_machine_or_the_pair_is_not_for_two(tmp_path, monkeypatch):
+    for cores, gigabytes, folder, workers in (
+        (2, 8, True, 2),
+        (1, 8, True, 1),
+        (2, 3, True, 1),
+        (2, 8, False, 1),
+    ):
+        memory = SimpleNamespace(available=gigabytes << 30)
+        monkeypatch.setattr(driver, "_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
+        assert driver._workers(tmp_path if folder else tmp_path / "none") == workers
+
+
+def test_what_a_notebook_needs():
+    stems = ["00_a", "01_b", "02_c", "05_f", "06_g", "10_h", "11_i"]
+    needed = {stem[:2]: {s[:2] for s in driver._needed(stem, stems)} for stem in stems}
+    assert needed["01"] == set() and needed["02"] == needed["05"] == {"01"}
+    assert needed["06"] == {"00", "01", "02", "05"} and needed["11"] == {s[:2] for s in stems[:-1]}
 
 
 def test_another_profile_or_value_leaves_the_canonical_notebook_alone(house):
