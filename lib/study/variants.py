@@ -162,10 +162,10 @@ class Variant:
         return read_part(self.run, name)
 
 
-def part_of_study(name: str, version: int, *more) -> Callable:
+def part_of_study(name: str, version: int, *more, **fixed) -> Callable:
     """A decorator: ``compute(variant, **budget) -> (metrics, tables)`` becomes the part ``name`` of the
     study, computed only if it is not current (``Variant.part``). All parameters but the variant are its
-    budget."""
+    budget; those of ``fixed`` only if they differ from this value, which they had before one could choose."""
 
     def decorate(compute: Callable[..., tuple[dict, dict]]) -> Callable[..., Part]:
         @wraps(compute)
@@ -173,7 +173,8 @@ def part_of_study(name: str, version: int, *more) -> Callable:
             given = signature(compute).bind(*args, **kwargs)
             given.apply_defaults()
             (_, variant), *budget = given.arguments.items()
-            return variant.part(name, version, dict(budget), lambda: compute(*given.args), *more)
+            chosen = {key: value for key, value in budget if fixed.get(key) != value}
+            return variant.part(name, version, chosen, lambda: compute(*given.args), *more)
 
         return read_or_compute
 

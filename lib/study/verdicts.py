@@ -65,9 +65,10 @@ PREDICTIONS: dict[str, tuple[str, Condition]] = {  # name: (meaning, condition)
 }
 
 
-@part_of_study("verdicts", 3)
-def compute_verdicts(variant: Variant) -> tuple[dict, dict]:
-    """The part "verdicts", for each of DICTIONARIES. Tables:
+@part_of_study("verdicts", 3, targets=TARGETS)
+def compute_verdicts(variant: Variant, targets: int = TARGETS) -> tuple[dict, dict]:
+    """The part "verdicts", for each of DICTIONARIES; ``targets``: positions of each category at which
+    features are taken out. Tables:
 
     verdicts   ``judged``, and dictionary
     by_seed    ``single``, and dictionary
@@ -76,7 +77,7 @@ def compute_verdicts(variant: Variant) -> tuple[dict, dict]:
     models = open_models(variant.pair, variant.store.models, variant.pair.tokenizer())
     tables, metrics = {"verdicts": [], "by_seed": [], "features": []}, {}
     for name, (n_features, k) in DICTIONARIES.items():
-        crosscoders, pooled, alive = _measured(variant, models, n_features, k)
+        crosscoders, pooled, alive = _measured(variant, models, n_features, k, targets)
         verdicts, clusters = judged(pooled), recurrent(crosscoders, alive)
         tables["verdicts"].append(verdicts.assign(dictionary=name))
         tables["by_seed"].append(single(pooled).assign(dictionary=name))
@@ -91,7 +92,7 @@ def compute_verdicts(variant: Variant) -> tuple[dict, dict]:
 
 
 def _measured(
-    variant: Variant, models: Mapping, n_features: int, k: int
+    variant: Variant, models: Mapping, n_features: int, k: int, targets: int
 ) -> tuple[list[CrossCoder], Results, list[np.ndarray]]:
     """The crosscoders of one dictionary, what they say together, and which features are alive [F] in each."""
     place, config = variant.folder(f"{n_features}_k{k}"), variant.config(n_features=n_features, k=k)
@@ -115,10 +116,13 @@ def _measured(
     controls = detectors.Controls(inspections[0], BOOTS, variant.seed)
     pooled, errors = Results("16", variant.run, {}), []
     for number, (own, inspection) in enumerate(pooled.over(inspections)):
-        key = fingerprint("measured", VERSION, content(crosscoders[number]), [content(c) for c in nulls])
+        more = [targets] if targets != TARGETS else []
+        key = fingerprint(
+            "measured", VERSION, content(crosscoders[number]), [content(c) for c in nulls], *more
+        )
 
         def compute(folder: Path, inspection=inspection, own=own) -> None:
-            measure(own, inspection, variant, models, limits, controls)
+            measure(own, inspection, variant, models, limits, controls, targets)
             write_json(folder / "metrics.json", jsonable(own.metrics))
 
         own.metrics |= kept(place / f"measured_{number}", key, compute, _read)
@@ -147,6 +151,7 @@ def measure(
     models: Mapping,
     limits: pd.DataFrame,
     controls: detectors.Controls,
+    targets: int = TARGETS,
 ) -> None:
     """All quantities of one crosscoder, put into ``own``: those of PREDICTIONS, what ``detectors.record``,
     ``detectors.record_errors`` and ``report.record_ablation`` add, and error_feature, its number. ``limits``:
@@ -163,9 +168,9 @@ def measure(
         own.add("error_feature", known["feature"])
         own.add("error_beyond_null", float(known["beyond the null"]))
     removed = ablation.plan(table, [TOP], variant.nrn_over, MATCH_WIDTH, "frequency_choose")
-    targets = ablation.sample_targets(variant.store, TARGETS)
+    sites = ablation.sample_targets(variant.store, targets)
     how = {"remote": variant.pair.remote}
-    effects = ablation.measure(variant.store, inspection.crosscoder, models, targets, removed, 1, **how)
+    effects = ablation.measure(variant.store, inspection.crosscoder, models, sites, removed, 1, **how)
     report.record_ablation(own, effects)
 
 

@@ -62,6 +62,10 @@ def test_another_budget_is_another_part(monkeypatch):
     monkeypatch.setattr(Variant, "harvested", lambda *args: (_ for _ in ()).throw(RuntimeError("computed")))
     with pytest.raises(RuntimeError, match="computed"):
         nulls.compute_nulls(open_variant(COMMITTED), boots=301)
+    monkeypatch.setattr(Run, "path", lambda self, name: ROOT / "nothing" / name)
+    assert verdicts.compute_verdicts(open_variant(COMMITTED), targets=200)  # as many as always
+    with pytest.raises(UserError, match="nothing/store is missing"):
+        verdicts.compute_verdicts(open_variant(COMMITTED), targets=30)
 
 
 def test_longer_training_and_other_text_are_read_and_half_a_text_is_refused():
