@@ -29,7 +29,7 @@ Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on faithfulness; the con
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -195,6 +195,7 @@ def logits_at(
     removed: Tensor | None = None,
     remote: bool | str = False,
     targets: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Next-token logits [targets, vocabulary] at the positions ``at`` (rows, columns) of a padded batch.
 
@@ -202,10 +203,14 @@ def logits_at(
     subtracted from the output of decoder layer ``layer``. The vocabulary is only unembedded where it is asked
     for: at 150,000 tokens the logits of a whole batch would not fit. With ``targets`` [targets], ids of
     tokens: [targets, 2], the logit and the log-probability of these alone, which is all that then comes back
-    from where the model runs (``remote``: as nnsight has it).
+    from where the model runs (``remote``: as nnsight has it). ``hidden`` [batch, length, d] is what the layer
+    gives (``hidden_at``), where it is known: then the model begins above it.
     """
     rows, columns = at
     with model.trace({"input_ids": tokens, "attention_mask": mask}, remote=remote) as tracer:
+        if hidden is not None:
+            for block in model.model.layers[: layer + 1]:
+                block.skip(hidden)
         if removed is not None:
             h = model.model.layers[layer].output
             h[:] = h - removed.to(h.device)
@@ -219,6 +224,15 @@ def logits_at(
         found = found.save()
         tracer.stop()
     return found.cpu()
+
+
+@torch.no_grad()
+def hidden_at(model: TransformersModel, layer: int, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Output of decoder layer ``layer`` on a padded batch, [batch, length, d]."""
+    with model.trace({"input_ids": tokens, "attention_mask": mask}) as tracer:
+        hidden = model.model.layers[layer].output.save()
+        tracer.stop()
+    return hidden
 
 
 def random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:
@@ -326,8 +340,13 @@ def measure(
     def scores(name: str, batch: Batch, removed: Tensor | None = None) -> np.ndarray:
         """Logit and log-probability of the true next tokens, [targets, 2]."""
         token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
-        where = (models[name], store.layers[name], batch.tokens, batch.mask, batch.at)
-        found = logits_at(*where, None if removed is None else batch.scatter(removed), remote, token)
+        text = (models[name], store.layers[name], batch.tokens, batch.mask)
+        if not remote and name not in batch.hidden:  # the layers below are run once for all removals
+            batch.hidden[name] = hidden_at(*text)
+        hidden, removed = batch.hidden.get(name), None if removed is None else batch.scatter(removed)
+        if hidden is not None and removed is not None:
+            hidden, removed = hidden - removed.to(hidden.device), None
+        found = logits_at(*text, batch.at, removed, remote, token, hidden)
         if not torch.isfinite(found).all():
             raise UserError("a logit is not finite: the model or the crosscoder is damaged")
         return found.double().numpy()
@@ -389,7 +408,8 @@ def removal_table(table: pd.DataFrame, removals: Sequence[Removal]) -> pd.DataFr
 @dataclass
 class Batch:
     """Documents up to their last target, padded on the right. ``kept_at``: (rows, columns) of the kept
-    tokens, in the order of ``kept_rows``; ``at``: of the targets."""
+    tokens, in the order of ``kept_rows``; ``at``: of the targets. ``hidden`` {model: what its layer gives},
+    for who keeps it."""
 
     tokens: Tensor
     mask: Tensor
@@ -397,6 +417,7 @@ class Batch:
     kept_at: tuple[np.ndarray, np.ndarray]
     targets: pd.DataFrame
     at: tuple[Tensor, Tensor]
+    hidden: dict[str, Tensor] = field(default_factory=dict)
 
     def scatter(self, vectors: Tensor) -> Tensor:
         """[kept tokens, d] -> [batch, length, d], zero where nothing is kept."""

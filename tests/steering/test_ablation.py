@@ -94,6 +94,17 @@ def test_logits_equal_those_of_a_hook_for_both_paddings(world):
         torch.testing.assert_close(found, torch.stack(expected), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["base", "distilled"])
+def test_a_model_that_begins_above_the_layer_ends_the_same(world, name):
+    tokens, at = torch.randint(4, 300, (2, 8)), (torch.arange(2), torch.tensor([7, 5]))
+    text = (world.models[name], world.layer, tokens, torch.ones_like(tokens))
+    hidden = ablation.hidden_at(*text)
+    for change in (torch.zeros_like(hidden), torch.randn(hidden.shape)):
+        assert torch.equal(
+            ablation.logits_at(*text, at, hidden=hidden - change), ablation.logits_at(*text, at, change)
+        )
+
+
 def test_remote_execution_path_gives_the_same(world):
     tokens, at = torch.randint(4, 300, (2, 8)), (torch.arange(2), torch.tensor([7, 5]))
     removed = torch.randn(2, 8, 24)
