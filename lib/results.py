@@ -266,6 +266,7 @@ PARTS = {  # part of the study: the notebook that computes it
         "architectures": "11",
         "planted": "12",
         "causal": "13",
+        "transplants": "13",
         "training": "14",
         "texts": "14",
         "verdicts": "16",

@@ -126,6 +126,24 @@ def pooled(values, intervals=None, level: float = 0.95) -> tuple[float, float, f
     return mean, low, high
 
 
+def pooled_table(
+    tables: Sequence[pd.DataFrame], keys: Sequence[str], values: Mapping[str, tuple[str, str]]
+) -> pd.DataFrame:
+    """The tables of several crosscoders in one: a row per combination of ``keys``, in the order in which they
+    are met, with the columns of ``values`` {value: (its low, its high)} ``pooled``. A combination that a
+    crosscoder lacks is pooled over the others. Of one crosscoder: its own rows."""
+    columns = [*keys, *(name for value, ends in values.items() for name in (value, *ends))]
+    if len(tables) == 1:
+        return tables[0][columns].reset_index(drop=True)
+    rows = []
+    for key, group in pd.concat(tables, ignore_index=True).groupby(list(keys), sort=False, dropna=False):
+        row = dict(zip(keys, key))
+        for value, ends in values.items():
+            row |= dict(zip((value, *ends), pooled(group[value], group[list(ends)])))
+        rows.append(row)
+    return pd.DataFrame(rows, columns=columns)
+
+
 def difference(a: tuple, b: tuple) -> tuple[float, tuple[float, float] | None]:
     """a - b of two independent numbers (value, (low, high) or None), with an interval from both of theirs
     (MOVER: Zou & Donner 2008); NaN and None for what is missing."""

@@ -3,9 +3,19 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from lib.stats import bootstrap, group_weights, interval, percentiles, pooled, t_interval, wilson
+from lib.stats import (
+    bootstrap,
+    group_weights,
+    interval,
+    percentiles,
+    pooled,
+    pooled_table,
+    t_interval,
+    wilson,
+)
 
 
 def test_wilson_against_values_worked_out_by_hand():
@@ -99,6 +109,20 @@ def test_pooled_by_hand():
     )
     assert pooled([2.0])[0] == 2 and all(map(math.isnan, pooled([2.0])[1:]))
     assert all(map(math.isnan, pooled([])))
+
+
+def test_tables_of_several_crosscoders_become_one():
+    tables = [
+        pd.DataFrame({"c": ["a", "b"], "x": [1.0 + s, 5.0], "low": [0.0, 4.0], "high": [9.0, 6.0]})
+        for s in range(3)
+    ]
+    tables[2] = tables[2][:1]  # this one has no b
+    table = pooled_table(tables, ["c"], {"x": ("low", "high")})
+    assert table["c"].tolist() == ["a", "b"] and table.columns.tolist() == ["c", "x", "low", "high"]
+    for key, values, ends in (("a", [1, 2, 3], [[0, 9]] * 3), ("b", [5, 5], [[4, 6]] * 2)):
+        row = table.set_index("c").loc[key]
+        assert tuple(row) == pytest.approx(pooled(values, ends))
+    pd.testing.assert_frame_equal(pooled_table(tables[:1], ["c"], {"x": ("low", "high")}), tables[0])
 
 
 @pytest.mark.parametrize("between, within", ((1.0, 0.1), (0.1, 1.0), (0.5, 0.5)))

@@ -1,5 +1,5 @@
 """What interventions on whole thoughts did (``experiments.run``): changes against untouched (``summarise``),
-shares of a gap (``gap_shares``), places (``extra_placed``), and their figures.
+shares of a gap (``gap_shares``), places (``extra_placed``), and the numbers of notebook 13 (``metrics``).
 
 All intervals are 95%, of a bootstrap over puzzles with the same resamples for all conditions, so that
 differences are paired; a rate is a ratio of sums over puzzles. What has no denominator (P(reflection | error)
@@ -12,17 +12,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import plotly.express as px
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from ..figures import COLOURS, error_bars, express_bars
 from ..labels import CATEGORIES, REDUNDANT
 from ..stats import group_weights, interval
 
 OTHER = {"distilled": "base", "base": "distilled"}
 METHODS = ("feature", "amplify", "mean difference", "logit bias", "random")  # of adding more of a category
-CONTROLS = ("random", "matched", "matched in traces")  # of ablation; they are pooled over the categories
+CONTROLS = {"random": "features, random", "matched": "features, matched"}  # pooled over the categories
 ONE = "one"  # a denominator: per puzzle
 MEASURES = {  # name: (sum over puzzles, sum that it is divided by)
     "thinking": ("thinking", ONE),
@@ -40,7 +36,7 @@ MEASURES = {  # name: (sum over puzzles, sum that it is divided by)
     **{f"met_{c}": (f"met_{c}", f"calls_{c}") for c in CATEGORIES},
     **{f"strays_{c}": (f"strays_{c}", f"rest_{c}") for c in CATEGORIES},
 }
-HEAD = ["condition", "family", "kind", "target", "speaker", "mode", "temperature", "strength"]
+HEAD = ["condition", "family", "kind", "target", "speaker", "mode", "strength"]
 SWAPS = {  # end of a metric's name: kind and target
     "": ("swap", "all"),
     "_joint": ("joint", "all"),
@@ -62,7 +58,7 @@ def _where(table: pd.DataFrame, **wanted) -> pd.DataFrame:
 
 
 def _ratio(above: np.ndarray, below: np.ndarray, defined: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.full(len(above), np.nan), where=defined)
+    return np.divide(above, below, out=np.full(len(above), np.nan), where=defined) + 0.0  # no -0
 
 
 class _Resampled:
@@ -73,21 +69,46 @@ class _Resampled:
         self.n = rows["task"].nunique()
         weights = np.concatenate([np.ones((1, self.n)), group_weights(self.n, n_boot, seed)])
         columns = sorted({name for pair in MEASURES.values() for name in pair})
-        self.heads, self.sums = {}, {}
+        self.size, self.heads, self.sums = n_boot + 1, {}, {}
         for name, group in rows.assign(**{ONE: 1.0}).groupby("condition", sort=False):
             self.heads[name] = group.iloc[0][HEAD].to_dict()
             sums = weights @ group.sort_values("task")[columns].to_numpy(float)
             self.sums[name] = dict(zip(columns, sums.T))
 
-    def draws(self, condition: str, measure: str) -> np.ndarray:
+    def draws(self, condition: str | None, measure: str) -> np.ndarray:
+        """NaN of a condition that there is none of."""
+        if condition is None:
+            return np.full(self.size, np.nan)
         above, below = (self.sums[condition][name] for name in MEASURES[measure])
         return _ratio(above, below, below > 0)
 
+    def find(self, **wanted) -> str | None:
+        """The name of the first condition whose head has these values."""
+        return next((name for name, head in self.heads.items() if wanted.items() <= head.items()), None)
+
+    def change(self, condition: str | None, measure: str) -> np.ndarray:
+        """Against the same writer and mode, untouched."""
+        before = condition and self.untouched(self.heads[condition])
+        return self.draws(condition, measure) - self.draws(before, measure)
+
+    def gap(self, condition: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
+        """Both models untouched, in the mode of the condition: who writes in it, and the other one."""
+        head = self.heads[condition]
+        names = self.untouched(head), self.untouched(head, OTHER[head["speaker"]])
+        return self.draws(names[0], measure), self.draws(names[1], measure)
+
+    def share(self, condition: str | None, measure: str) -> np.ndarray:
+        """Of the gap between the untouched models; NaN where its interval contains 0."""
+        if condition is None:
+            return self.draws(None, measure)
+        writer, other = self.gap(condition, measure)
+        gap = _bounds(other - writer, "gap")
+        known = gap["gap_low"] > 0 or gap["gap_high"] < 0
+        return _ratio(self.draws(condition, measure) - writer, other - writer, known & (other != writer))
+
     def untouched(self, head: Mapping, writer: str | None = None) -> str | None:
-        """The name of the untouched condition beside this one, of another writer if one is given."""
-        same = {"family": "untouched", "speaker": writer or head["speaker"]}
-        same |= {name: head[name] for name in ("mode", "temperature")}
-        return next((name for name, other in self.heads.items() if same.items() <= other.items()), None)
+        """The name of the untouched condition beside this one; of another writer, if one is given."""
+        return self.find(family="untouched", speaker=writer or head["speaker"], mode=head["mode"])
 
 
 def _bounds(draws: np.ndarray, value: str, low: str = "", high: str = "") -> dict[str, float]:
@@ -104,18 +125,17 @@ def pooled(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
     that rates are pooled ("all")."""
     chosen = _where(rows, family="ablate", kind=kind)
     numbers = [c for c in chosen.columns if c not in (*HEAD, "task", "answer")]
-    keys = ["family", "kind", "speaker", "mode", "temperature", "task"]
+    keys = ["family", "kind", "speaker", "mode", "task"]
     frame = chosen.astype(dict.fromkeys(numbers, float)).groupby(keys, sort=False)[numbers].mean()
     frame = frame.reset_index()
-    name = f"ablate / {kind} / pooled / " + frame["speaker"] + " / " + frame["mode"] + " / t"
-    name += frame["temperature"].map("{:g}".format)
+    name = f"ablate / {kind} / pooled / " + frame["speaker"] + " / " + frame["mode"]
     return frame.assign(condition=name, target="pooled", strength=np.nan)
 
 
 def summarise(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """One row per condition and measure (MEASURES), with 95% intervals of a paired bootstrap over puzzles.
 
-    Columns HEAD, measure, value, low, high, change (against the same writer, mode and temperature,
+    Columns HEAD, measure, value, low, high, change (against the same writer and mode,
     untouched), change_low, change_high, n. ``met_c``: P(c follows | the sentence end calls for c);
     ``strays_c``: P(c follows | it does not); ``rate_c``: sentences per puzzle.
     """
@@ -144,17 +164,38 @@ def gap_shares(
     """
     sample, found = _Resampled(rows, n_boot, seed), []
     for name, head in sample.heads.items():
-        own, other = sample.untouched(head), sample.untouched(head, OTHER[head["speaker"]])
-        if head["family"] not in ("swap", "impose") or own is None or other is None:
+        if head["family"] not in ("swap", "impose"):
             continue
         for measure in measures:
-            after, writer, reader = (sample.draws(x, measure) for x in (name, own, other))
-            gap = _bounds(reader - writer, "gap")
-            known = gap["gap_low"] > 0 or gap["gap_high"] < 0
-            share = _ratio(after - writer, reader - writer, known & (reader != writer))
-            values = {"value": after[0], "speaker_value": writer[0], "listener_value": reader[0]}
-            values |= _bounds(share, "share", "low", "high")
+            own, other = sample.gap(name, measure)
+            values = {
+                "value": sample.draws(name, measure)[0],
+                "speaker_value": own[0],
+                "listener_value": other[0],
+            }
+            values |= _bounds(sample.share(name, measure), "share", "low", "high")
             found.append({**head, "measure": measure, **values, "n": sample.n})
+    return pd.DataFrame(found)
+
+
+def by_layers(
+    rows: pd.DataFrame,
+    measures: Sequence[str] = ("thinking", "answers", "chain"),
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Untouched thoughts of ``experiments.transplanted``, ``kind`` being the number of layers that are the
+    other model's: one row per model above, mode, number and measure.
+
+    Columns upper, mode, layers, measure, value, low, high, share (of the gap to the other model, that is
+    closed), share_low, share_high, n. NaN as in ``gap_shares``.
+    """
+    sample, found = _Resampled(rows.sort_values("kind", kind="stable"), n_boot, seed), []  # 0 layers first
+    for name, head in sample.heads.items():
+        for measure in measures:
+            row = {"upper": head["speaker"], "mode": head["mode"], "layers": head["kind"], "measure": measure}
+            row |= _bounds(sample.draws(name, measure), "value", "low", "high")
+            found.append(row | _bounds(sample.share(name, measure), "share") | {"n": sample.n})
     return pd.DataFrame(found)
 
 
@@ -187,9 +228,9 @@ def extra_placed(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Da
 
 
 def specificity(summary: pd.DataFrame) -> pd.DataFrame:
-    """Features of c removed (rows) x relative change of the rate of c' (columns), in the distilled model at
-    temperature 1: -1 is all of them gone."""
-    ablated = _where(summary, family="ablate", kind="features", speaker="distilled", temperature=1.0)
+    """Features of c removed (rows) x relative change of the rate of c' (columns), in the distilled model: -1
+    is all of them gone."""
+    ablated = _where(summary, family="ablate", kind="features", speaker="distilled")
     before = ablated["value"] - ablated["change"]
     relative = ablated.assign(relative=ablated["change"] / before.where(before != 0))
     table = relative.pivot_table("relative", "target", "measure", aggfunc="first")
@@ -197,116 +238,64 @@ def specificity(summary: pd.DataFrame) -> pd.DataFrame:
     return table.set_axis(CATEGORIES, axis=1).rename_axis(index="removed", columns="rate of")
 
 
-def metrics(summary: pd.DataFrame, shares: pd.DataFrame) -> dict[str, dict]:
-    """{name: {value, ci, n}}: ablate_accuracy_<c>, ablate_accuracy_random, ..._matched, ..._matched_in_traces
-    (pooled over categories: ``pooled``; the last for each category too), swap_forward, swap_backward,
-    impose_unique, impose_shared, impose_random (the same gains, permuted, on matched features), and others
-    beside them; at temperature 1.
+def metrics(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> dict[str, dict]:
+    """{name: {value, ci, n}} of one crosscoder; None where there is no such condition.
 
-    Forward is what the distilled model's features do to the base, backward the base's to the distilled model;
-    imposed use is forward, ``impose_back_...`` its reverse. Shares are of the thinking rate;
-    ``swap_backward_answers`` is of ``answers``: not thinking is not yet answering.
+    ablate_accuracy_<c>, ablate_accuracy_attributed_<c>: change of accuracy without the features that foretell
+    c, and without those it is attributed to; with _over_random, _over_matched: minus that of the control.
+    ablate_accuracy_random, _matched: the former's controls over all categories. worse_categories: in how many
+    the features that foretell it cost accuracy, and more than random directions, by both intervals;
+    worse_categories_attributed; diagonal_categories: in how many their own sentences disappear most.
+    placed_gain_<c>: met - strays with the feature added, minus that with a logit bias. swap_forward (the
+    distilled model's features in the base), swap_backward, impose_<set> (the distilled model's use in the
+    base), impose_back_<set>: shares of the gap in thinking rate, paired differences of them as
+    <one>_over_<other>; swap_backward_answers is of ``answers``: not thinking is not yet answering.
     """
-    found = {}
+    every = pd.concat([rows, *(pooled(rows, kind) for kind in CONTROLS.values())], ignore_index=True)
+    sample, found = _Resampled(every, n_boot, seed), {}
 
-    def add(name: str, rows: pd.DataFrame, column: str, low: str, high: str) -> None:
-        for row in rows.head(1).to_dict("records"):
-            known = np.isfinite(row[column])
-            ci = [float(row[low]), float(row[high])] if known and np.isfinite(row[low]) else None
-            found[name] = {"value": float(row[column]) if known else None, "ci": ci, "n": int(row["n"])}
+    def add(name: str, draws: np.ndarray) -> None:
+        value, low, high = _bounds(draws, "value").values()
+        ci = None if np.isnan(low) else [low, high]
+        found[name] = {"value": None if np.isnan(value) else value, "ci": ci, "n": sample.n}
 
-    cost = _where(summary, family="ablate", measure="accuracy", speaker="distilled", temperature=1.0)
-    ablated = {c: ("features", c) for c in CATEGORIES}
-    ablated |= {kind.replace(" ", "_"): (kind, "pooled") for kind in CONTROLS}
-    ablated |= {f"matched_in_traces_{c}": ("matched in traces", c) for c in CATEGORIES}
-    for name, (kind, target) in ablated.items():
-        rows = _where(cost, kind=kind, target=target)
-        add(f"ablate_accuracy_{name}", rows, "change", "change_low", "change_high")
+    def cost(kind: str, c: str) -> np.ndarray:
+        return sample.change(sample.find(family="ablate", kind=kind, target=c), "accuracy")
+
+    for kind, infix in (("features", ""), ("attributed", "attributed_")):
+        for c in CATEGORIES:
+            lost, name = cost(kind, c), f"ablate_accuracy_{infix}{c}"
+            add(name, lost)
+            for control in CONTROLS:
+                add(f"{name}_over_{control}", lost - cost(f"{kind}, {control}", c))
+        ends = ("", "_over_random")
+        intervals = [[found[f"ablate_accuracy_{infix}{c}{e}"]["ci"] for e in ends] for c in CATEGORIES]
+        worse = [all(ci is not None and ci[1] < 0 for ci in both) for both in intervals]
+        found[f"worse_categories{infix and '_attributed'}"] = {"value": sum(worse), "ci": None, "n": 4}
+    for control, kind in CONTROLS.items():
+        add(f"ablate_accuracy_{control}", cost(kind, "pooled"))
+    matrix = specificity(summarise(rows, n_boot=0)).astype(float).fillna(0)
+    own = sum(matrix.loc[c, c] < matrix.loc[c].drop(c).min() for c in CATEGORIES)
+    found["diagonal_categories"] = {"value": int(own), "ci": None, "n": 4}
+    for c in CATEGORIES:
+        names = [sample.find(family="place", kind=kind, target=c) for kind in ("feature", "logit bias")]
+        advantages = [sample.draws(n, f"met_{c}") - sample.draws(n, f"strays_{c}") for n in names]
+        add(f"placed_gain_{c}", advantages[0] - advantages[1])
     for prefix, writer, kinds in (
         ("swap_forward", "base", SWAPS),
         ("swap_backward", "distilled", SWAPS),
         ("impose", "base", USES),
         ("impose_back", "distilled", USES),
     ):
-        free = _where(shares, mode="free", speaker=writer, family=prefix.split("_")[0])
+        shares = {}
         for end, (kind, target) in kinds.items():
-            chosen = _where(free, kind=kind, target=target)
-            add(prefix + end, _where(chosen, measure="thinking"), "share", "low", "high")
+            wanted = {"family": prefix.split("_")[0], "kind": kind, "target": target}
+            name = sample.find(**wanted, speaker=writer, mode="free")
+            shares[end] = sample.share(name, "thinking")
+            add(prefix + end, shares[end])
             if prefix + end == "swap_backward":
-                add("swap_backward_answers", _where(chosen, measure="answers"), "share", "low", "high")
+                add("swap_backward_answers", sample.share(name, "answers"))
+        if "_shared" in shares:
+            for other in ("_unique", "_random"):
+                add(f"{prefix}_shared_over{other}", shares["_shared"] - shares[other])
     return found
-
-
-# --- figures ------------------------------------------------------------------------------------------------
-
-
-def plot_ablations(
-    summary: pd.DataFrame, measure: str = "accuracy", writer: str = "distilled", temperature: float = 1.0
-) -> go.Figure:
-    """Change of a measure when each category's features are removed (in the category's colour), and under
-    each control (grey)."""
-    rows = _where(summary, family="ablate", measure=measure, speaker=writer, temperature=temperature)
-    fig, patterns = go.Figure(), ("", "/", ".", "", "\\", "x", "-", "+")
-    for i, (kind, part) in enumerate(rows[rows["target"].isin(CATEGORIES)].groupby("kind", sort=False)):
-        grey = COLOURS["random"] if kind == "random" else COLOURS["null"]
-        colour = [COLOURS[c] for c in part["target"]] if kind == "features" else grey
-        look = dict(name=kind, marker_color=colour, marker_pattern_shape=patterns[i % len(patterns)])
-        fig.add_bar(x=part["target"], y=part["change"], error_y=error_bars(part, "change"), **look)
-    how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-    title = f"Features removed while the {writer} model thinks ({how})"
-    fig.update_yaxes(title_text=f"change of {measure}").update_xaxes(title_text="features of")
-    return fig.update_layout(barmode="group", title=title, width=1000)
-
-
-def plot_specificity(matrix: pd.DataFrame) -> go.Figure:
-    """Heatmap of ``specificity``; a diagonal that is darker than the rest says that each set carries its own
-    category."""
-    limit, table = max(1.0, float(np.nanmax(np.abs(matrix.to_numpy())))), matrix.astype(float)
-    fig = px.imshow(
-        table, text_auto=".2f", zmin=-limit, zmax=limit, color_continuous_scale="RdBu", aspect="auto",
-        labels={"x": "rate of", "y": "features removed of", "color": "relative<br>change"},
-        title="Which sentences go with which features?", width=620, height=480,
-    )  # fmt: skip
-    return fig
-
-
-def plot_gap_shares(shares: pd.DataFrame, family: str) -> go.Figure:
-    """Share of the gap in thinking rate that each condition of ``family`` closes, both directions side by
-    side; 1 is the whole way."""
-    rows = _where(shares, family=family, measure="thinking", mode="free")
-    rows = rows.assign(condition=rows["kind"] + ": " + rows["target"], writer=rows["speaker"] + " writes")
-    fig = px.bar(
-        rows, x="condition", y="share", color="writer", barmode="group", width=1000,
-        color_discrete_map={f"{name} writes": COLOURS[name] for name in OTHER},
-        title="How much of the gap in thinking follows?",
-        labels={"condition": "", "share": "share of the gap", "writer": ""},
-        **express_bars(rows, "share", "low", "high"),
-    )  # fmt: skip
-    return fig.add_hline(y=1, line_dash="dot", line_color=COLOURS["random"])
-
-
-def plot_placement(table: pd.DataFrame, temperature: float = 1.0) -> go.Figure:
-    """``extra_placed``: P(c | called for) against P(c | not), a panel per category, a point per method; up
-    and left is where markers belong."""
-    table = table[np.isclose(table["temperature"].astype(float), temperature)]
-    symbols = dict(zip(("untouched", *METHODS), ("star", "circle", "diamond", "square", "x", "cross")))
-    fig = make_subplots(2, 2, subplot_titles=CATEGORIES, horizontal_spacing=0.09, vertical_spacing=0.13)
-    for (c, kind), part in table.groupby(["target", "kind"], sort=False):
-        panel = CATEGORIES.index(c)
-        fig.add_scatter(
-            x=part["strays"],
-            y=part["met"],
-            name=kind,
-            legendgroup=kind,
-            showlegend=panel == 0,
-            mode="markers",
-            marker=dict(color=COLOURS[c], size=11, symbol=symbols[kind], line=dict(width=1, color="#222222")),
-            error_x=error_bars(part, "strays"),
-            error_y=error_bars(part, "met"),
-            row=panel // 2 + 1,
-            col=panel % 2 + 1,
-        )
-    fig.update_xaxes(title_text="P(c follows | not called for)", row=2)
-    fig.update_yaxes(title_text="P(c follows | called for)", col=1)
-    title = "More of a category: where it belongs, or anywhere?"
-    return fig.update_layout(title=title, width=1000, height=720)

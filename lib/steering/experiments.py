@@ -7,7 +7,8 @@ other model uses them (notebook 13), by ``lib.steering.generate``::
     place     h  ->  h + ... at full stops                 more of category c: does it come where it belongs?
 
 with the writer's decoder; ``ablate`` while thinking, ``swap`` and ``impose`` everywhere. Sets, gains, vectors
-and strengths come from the split "choose" and validation puzzles; what is reported is from test puzzles.
+and strengths come from the split "choose" and validation puzzles; what is reported is from test puzzles, all
+of it sampled at temperature 1, where errors happen and reflection has something to mend.
 
 **Thinking rate** (fixed before any intervention was looked at): given the question alone, without "think :"
 or "answer :", the share of puzzles on which the model opens with "think :" *and* takes at least one step of
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +37,14 @@ from ..activations.positions import positions
 from ..activations.store import Store
 from ..crosscoder.codes import sample_rows
 from ..crosscoder.model import CrossCoder
+from ..features.table import usable
 from ..features.use import solo_codes
 from ..labels import CATEGORIES, LABELS, REDUNDANT
-from ..models.pairs import Pair
+from ..models.pairs import Pair, decoder_layers
 from ..runs import fingerprint
 from ..settings import UserError, check
 from ..text.puzzles import Puzzle, apply, equation_of, first_words, label_of, sentences_of
-from .ablation import matched_features
+from .ablation import matched_outside
 from .effects import HEAD, METHODS, OTHER
 from .generate import TranscriptFile, Treatment, kept_transcripts, transcripts
 from .interventions import AddVector, LogitBias, RandomLike, Reconstruct, Scale, Swap, Transplant
@@ -50,6 +53,7 @@ from .tasks import PUZZLES
 
 GAIN = 10.0  # the largest factor by which the use of a feature is changed; the smallest is 0
 BIAS = 4.0  # of logits, in ablations
+TEMPERATURE = 1.0  # of all thoughts
 TRIED = (0.125, 0.25, 0.5, 1.0)  # strengths of adding more, of which one is chosen
 
 
@@ -59,17 +63,15 @@ TRIED = (0.125, 0.25, 0.5, 1.0)  # strengths of adding more, of which one is cho
 def category_sets(
     table: pd.DataFrame, n: int = 5, nrn_over: float = 0.5, categories: Sequence[str] = CATEGORIES
 ) -> dict[str, tuple[int, ...]]:
-    """{category: the ``n`` features that foretell it best on the choose split}, best first, among alive ones
-    with NRN above ``nrn_over`` and an AUROC above 0.5. UserError if a category has none."""
+    """{category: the ``n`` features that foretell it best on the choose split}, best first, among those that
+    may stand for one (``features.table.usable``) and have an AUROC above 0.5; a category without is left
+    out."""
     check("n", n, int, low=1)
-    usable = table[table["alive"].astype(bool) & (table["nrn"] > nrn_over)].set_index("feature")
-    sets = {}
+    may_stand, sets = table[usable(table, nrn_over)].set_index("feature"), {}
     for c in categories:
-        scores = usable[f"auroc_{c}_choose"].nlargest(n)
+        scores = may_stand[f"auroc_{c}_choose"].nlargest(n)
         sets[c] = tuple(scores[scores > 0.5].index.astype(int).tolist())
-        if not sets[c]:
-            raise UserError(f"no alive feature with an NRN above {nrn_over} foretells {c}: lower nrn_over")
-    return sets
+    return {c: features for c, features in sets.items() if features}
 
 
 @dataclass(frozen=True)
@@ -144,35 +146,41 @@ class Condition:
     kind: str
     target: str
     treatment: Treatment
-    temperature: float = 1.0
     strength: float = float("nan")
 
     @property
     def name(self) -> str:
         parts = (self.family, self.kind, self.target, "" if np.isnan(self.strength) else f"{self.strength:g}")
-        end = (self.treatment.writer, self.treatment.mode, f"t{self.temperature:g}")
-        return " / ".join([*filter(None, parts), *end])
+        return " / ".join([*filter(None, parts), self.treatment.writer, self.treatment.mode])
+
+    @property
+    def of_crosscoder(self) -> bool:
+        """Does it ask the crosscoder? Else it is the same with every one."""
+        what = self.treatment.intervention
+        plain = what is None or isinstance(what, LogitBias)
+        return not plain and not (isinstance(what, AddVector) and what.reference is None)
 
 
-def untouched(writer: str, mode: str = "think", temperature: float = 1.0) -> Condition:
-    return Condition("untouched", "untouched", "", Treatment(writer, mode=mode), temperature)
+def untouched(writer: str, mode: str = "think") -> Condition:
+    return Condition("untouched", "untouched", "", Treatment(writer, mode=mode))
 
 
 def conditions(
-    crosscoder: CrossCoder,
     table: pd.DataFrame,
     sets: Mapping[str, Sequence[int]],
+    attributed: Mapping[str, Sequence[int]],
     use: Use,
     vectors: Mapping[str, Sequence[float]],
     unique: Sequence[int],
     reweighted: Sequence[int],
     seed: int = 0,
 ) -> list[Condition]:
-    """All conditions of ablation, swap and imposed use. ``sets``: of the categories; ``unique`` and
-    ``reweighted``: as nulls decide."""
+    """All conditions of ablation, swap and imposed use. ``sets`` and ``attributed``: features of the
+    categories that foretell them, and that their sentences are attributed to; ``unique`` and ``reweighted``:
+    as nulls decide."""
     unique, reweighted = tuple(map(int, unique)), tuple(map(int, reweighted))
-    every = ablations(table, sets, use, vectors, seed)
-    kinds = swaps(crosscoder, table, unique, seed)
+    every = ablations(table, sets, attributed, use, vectors, seed)
+    kinds = swaps(table, unique, seed)
     every += _both_ways("swap", lambda writer: kinds)
     every += _both_ways("impose", impositions(table, use, unique, reweighted, seed))
     return list(dict.fromkeys(every))
@@ -181,47 +189,42 @@ def conditions(
 def ablations(
     table: pd.DataFrame,
     sets: Mapping[str, Sequence[int]],
+    attributed: Mapping[str, Sequence[int]],
     use: Use,
     vectors: Mapping[str, Sequence[float]],
     seed: int = 0,
 ) -> list[Condition]:
-    """In the distilled model (and, features alone, in the base) while it thinks, greedy and at temperature 1:
-    each category's features removed, and controls.
+    """In the distilled model while it thinks: each category's features removed, and controls.
 
-    Kinds: features (zero), other decoder (f_i d_i of the other model), mean (f_i set to its mean on choose),
-    matched (as many features of like frequency over all text), matched in traces (over traces alone), random,
-    mean difference (subtracted, same norm) and logit bias (``BIAS`` off the first words' logits at sentence
-    ends).
+    Kinds: features (zero) and attributed, each with "..., matched" (as many others that fire as often on
+    traces) and "..., random" (directions of the norm that is removed); of the former also mean (f_i set to
+    its mean on choose), mean difference (subtracted, same norm) and logit bias (``BIAS`` off the first words'
+    logits at sentence ends).
     """
-    in_traces = table.assign(frequency_traces=use.table["frequency_joint"].to_numpy())
-    means, every = use.table["use_joint"].to_numpy(), []
-    for t in (0.0, 1.0):
-        for writer in ("distilled", "base"):
-            every.append(untouched(writer, temperature=t))
-            for c, features in sets.items():
-                chosen = tuple(features)
-                removed = Scale(chosen)
-                kinds = {"features": removed, "other decoder": Scale(chosen, decoder=OTHER[writer])}
-                if writer == "distilled":
-                    matched = matched_features(table, chosen, frequency="frequency_choose")
-                    as_often = matched_features(in_traces, chosen, frequency="frequency_traces")
-                    kinds |= {
-                        "mean": Scale(chosen, offsets=tuple(means[list(chosen)].tolist())),
-                        "matched": Scale(tuple(matched.tolist())),
-                        "matched in traces": Scale(tuple(as_often.tolist())),
-                        "random": RandomLike(removed, seed),
-                        "mean difference": AddVector(tuple(vectors[c]), -1.0, removed),
-                        "logit bias": LogitBias(first_words(c), -BIAS),
-                    }
-                for kind, what in kinds.items():
-                    place = "ends" if kind == "logit bias" else "thinking"
-                    every.append(Condition("ablate", kind, c, Treatment(writer, what, place), t))
+    frequency = table.assign(frequency_traces=use.table["frequency_joint"].to_numpy())
+    means, every = use.table["use_joint"].to_numpy(), [untouched("distilled")]
+    for c in dict.fromkeys((*sets, *attributed)):
+        kinds = {}
+        for kind, chosen in (("features", sets.get(c, ())), ("attributed", attributed.get(c, ()))):
+            chosen = tuple(map(int, chosen))
+            if chosen:
+                matched = matched_outside(frequency, chosen, "frequency_traces")
+                kinds[kind] = Scale(chosen)
+                kinds[f"{kind}, matched"] = Scale(tuple(matched.tolist()))
+                kinds[f"{kind}, random"] = RandomLike(kinds[kind], seed)
+        if c in sets:
+            removed = kinds["features"]
+            offsets = tuple(means[list(removed.features)].tolist())
+            kinds["mean"] = Scale(removed.features, offsets=offsets)
+            kinds["mean difference"] = AddVector(tuple(vectors[c]), -1.0, removed)
+        kinds["logit bias"] = LogitBias(first_words(c), -BIAS)
+        for kind, what in kinds.items():
+            place = "ends" if kind == "logit bias" else "thinking"
+            every.append(Condition("ablate", kind, c, Treatment("distilled", what, place)))
     return every
 
 
-def swaps(
-    crosscoder: CrossCoder, table: pd.DataFrame, unique: tuple[int, ...], seed: int = 0
-) -> dict[tuple[str, str], object]:
+def swaps(table: pd.DataFrame, unique: tuple[int, ...], seed: int = 0) -> dict[tuple[str, str], object]:
     """{(kind, target): intervention}. Targets: all, unique, matched, and random directions of the norms of
     "all"; kind "joint": the joint values; "reconstruct ..." and "transplant" (the other model's own
     activation): the stream replaced, with the error. Where the latter carries nothing over, no feature can.
@@ -230,19 +233,13 @@ def swaps(
         ("swap", "all"): Swap(),
         ("joint", "all"): Swap("joint"),
         ("random", "all"): RandomLike(Swap(), seed),
-        ("reconstruct listener", "all"): Reconstruct("other"),
+        ("reconstruct other", "all"): Reconstruct("other"),
         ("reconstruct own", "all"): Reconstruct("own"),
-        ("reconstruct joint", "all"): Reconstruct("joint"),
+        ("transplant", "all"): Transplant(),
     }
-    if len(set(crosscoder.widths)) == 1:
-        kinds |= {("transplant", "all"): Transplant(), ("swap, slots", "all"): Swap(fill="slots")}
     if unique:
         matched = random_set(table[table["alive"].astype(bool)], unique, seed)
-        kinds |= {
-            ("swap", "unique"): Swap(features=unique),
-            ("joint", "unique"): Swap("joint", unique),
-            ("matched", "unique"): Swap(features=matched),
-        }
+        kinds |= {("swap", "unique"): Swap(features=unique), ("matched", "unique"): Swap(features=matched)}
     return kinds
 
 
@@ -250,8 +247,7 @@ def impositions(
     table: pd.DataFrame, use: Use, unique: tuple[int, ...], reweighted: tuple[int, ...], seed: int = 0
 ) -> Callable[[str], dict[tuple[str, str], object]]:
     """{(kind, target): intervention} for a writer, on whom the other model's use is imposed: kind "gain" (own
-    features times g_i), "joint" (the joint values in place of the own), "matched": the same gains, permuted,
-    on other features of like frequency."""
+    features times g_i), "matched": the same gains, permuted, on other features of like frequency."""
     sets = {"unique": unique, "reweighted": reweighted, "both": tuple(dict.fromkeys((*unique, *reweighted)))}
     alive, rng = table[table["alive"].astype(bool)], np.random.default_rng(seed)
     matched = {name: random_set(alive, chosen, seed) for name, chosen in sets.items()}
@@ -263,22 +259,19 @@ def impositions(
                 weights = use.gains(chosen, writer) - 1
                 permuted = tuple(rng.permutation(weights).tolist())
                 every["gain", name] = Scale(chosen, tuple(weights.tolist()), source="own")
-                every["joint", name] = Swap("joint", chosen)
                 every["matched", name] = Scale(matched[name], permuted, source="own")
-                every["random", name] = RandomLike(every["gain", name], seed)
         return every
 
     return kinds
 
 
 def _both_ways(family: str, kinds: Callable[[str], dict]) -> list[Condition]:
-    """With either model as writer, from the question alone ("free") and with "think :" given."""
+    """With either model as writer, from the question alone."""
     every = []
-    for writer in ("base", "distilled"):
-        for mode in ("free", "think"):
-            every.append(untouched(writer, mode))
-            for (kind, target), what in kinds(writer).items():
-                every.append(Condition(family, kind, target, Treatment(writer, what, "everywhere", mode)))
+    for writer in OTHER:
+        every.append(untouched(writer, "free"))
+        for (kind, target), what in kinds(writer).items():
+            every.append(Condition(family, kind, target, Treatment(writer, what, "everywhere", "free")))
     return every
 
 
@@ -388,6 +381,37 @@ def matching_strengths(rows: pd.DataFrame, factor: float = 1.5) -> dict[tuple[st
     return chosen
 
 
+# --- one model above the other ------------------------------------------------------------------------------
+
+
+def transplanted(lower: PreTrainedModel, upper: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A model whose embedding and first ``layers`` decoder layers are those of ``lower``; everything above,
+    with the final norm and the unembedding, is ``upper``'s. 0 layers: ``upper`` as it is, its embedding
+    included.
+
+    At each token it is ``upper`` with the whole residual stream of ``lower`` in place of its own: the most
+    that anything which is carried over at that layer can do. Modules are shared, not copied. UserError for
+    models of other shapes.
+    """
+    stacks = [decoder_layers(model) for model in (lower, upper)]
+    check("layers", layers, int, low=0, high=min(map(len, stacks)))
+    shapes = [(model.config.hidden_size, len(stack)) for model, stack in zip((lower, upper), stacks)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"the models have (width, layers) {shapes[0]} and {shapes[1]}: a transplant needs the same"
+        )
+    if layers == 0:
+        return upper
+    # parameters stay where they are: only the modules that hold them are new
+    shared = {id(parameter): parameter for model in (lower, upper) for parameter in model.parameters()}
+    made = deepcopy(upper, shared)
+    made.set_input_embeddings(lower.get_input_embeddings())
+    stack = decoder_layers(made)
+    for i in range(layers):
+        stack[i] = stacks[0][i]
+    return made
+
+
 # --- running ------------------------------------------------------------------------------------------------
 
 
@@ -405,7 +429,7 @@ def run(
 ) -> pd.DataFrame:
     """One row per condition and task: the columns of ``outcomes``, and
 
-    family, kind, target, speaker (who writes), mode, temperature, strength, condition (its name), task; steps
+    family, kind, target, speaker (who writes), mode, strength, condition (its name), task; steps
     (of calculation), thinking (opens with "think :" and takes a step), answers (opens with "answer :"); and
     for every category c: calls_c, met_c (sentence ends that call for c; and c follows), rest_c, strays_c (all
     other sentence ends; and c follows).
@@ -415,7 +439,7 @@ def run(
     """
     conditions, tokenizer, files = list(dict.fromkeys(conditions)), pair.tokenizer(), []
     for condition in conditions:
-        decided_by = (weights, condition.treatment, condition.temperature, [repr(t) for t in tasks])
+        decided_by = (weights, condition.treatment, TEMPERATURE, [repr(t) for t in tasks])
         key = fingerprint(*decided_by, max_new_tokens, seed)
         stem = re.sub("[^a-z0-9.]+", "-", condition.name.lower())
         files.append(TranscriptFile(Path(folder) / f"{stem}_{key}.json", key, {"condition": condition.name}))
@@ -423,12 +447,11 @@ def run(
     def write(rows: Sequence[tuple[int, int]]) -> list[list[str]]:
         return transcripts(
             models, tokenizer, store.layers, crosscoder, [tasks[task] for task, _ in rows],
-            [conditions[i].treatment for _, i in rows], max_new_tokens, conditions[rows[0][1]].temperature,
-            seed,
+            [conditions[i].treatment for _, i in rows], max_new_tokens, TEMPERATURE, seed,
         )  # fmt: skip
 
     def group(i: int) -> tuple:
-        return conditions[i].treatment.writer, conditions[i].treatment.mode, conditions[i].temperature
+        return conditions[i].treatment.writer, conditions[i].treatment.mode
 
     def lengths(done: Mapping[int, list]) -> np.ndarray:
         return np.mean([[len(words) for words in written] for written in done.values()], axis=0)

@@ -1,4 +1,4 @@
-"""The figures of notebook 04. Each function takes tables and returns a plotly figure.
+"""The figures of notebooks 04 and 13. Each function takes tables and returns a plotly figure.
 
 Single crosscoders are small points; lines and diamonds are their means, with intervals over crosscoders and
 documents (or puzzles).
@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from ..figures import COLOURS, express_bars, plain_titles
+from ..figures import COLOURS, error_bars, express_bars, plain_titles
 from ..labels import CATEGORIES
 from .ablation import REMOVED
 from .outcomes import RATES
@@ -166,3 +167,100 @@ def side_by_side(transcripts: Mapping[str, Sequence[str]], joiner: str, n: int =
         for name, words in transcripts.items()
     }
     return pd.DataFrame({"transcript": rows}).style.set_properties(**{"text-align": "left"})
+
+
+# --- whole thoughts (notebook 13); singles: the same table with a row per crosscoder ------------------------
+
+
+def removals(pooled: pd.DataFrame, singles: pd.DataFrame, measure: str = "accuracy") -> go.Figure:
+    """Change of a measure when features are removed while the distilled model thinks, and under each control;
+    a panel per category. Tables: ``effects.summarise``."""
+    pooled, singles = (
+        t[(t["family"] == "ablate") & (t["measure"] == measure)].assign(set=lambda t: t["kind"].map(_set_of))
+        for t in (pooled, singles)
+    )
+    colours = {"features": "#222222", "attributed": COLOURS["distilled"], "control": COLOURS["random"]}
+    fig = points(
+        singles, pooled, "kind", "change", "set", colours, facet_col="target", facet_col_wrap=2, width=1000,
+        category_orders={"target": CATEGORIES, "kind": list(dict.fromkeys(pooled["kind"]))}, height=640,
+        title="Features removed while the distilled model thinks",
+    )  # fmt: skip
+    return fig.update_yaxes(title_text=f"change of {measure}", col=1).update_xaxes(tickangle=35)
+
+
+def _set_of(kind: str) -> str:
+    return kind if kind in ("features", "attributed") else "control"
+
+
+def specificity_of_removal(matrix: pd.DataFrame) -> go.Figure:
+    """Heatmap of ``effects.specificity``; a diagonal that is darker than the rest says that each set carries
+    its own category."""
+    table = matrix.astype(float)
+    limit = max(1.0, float(np.nanmax(np.abs(table.to_numpy()))))
+    return px.imshow(
+        table, text_auto=".2f", zmin=-limit, zmax=limit, color_continuous_scale="RdBu", aspect="auto",
+        labels={"x": "rate of", "y": "features removed of", "color": "relative<br>change"},
+        title="Which sentences go with which features?", width=620, height=480,
+    )  # fmt: skip
+
+
+def gap_shares(pooled: pd.DataFrame, singles: pd.DataFrame, family: str) -> go.Figure:
+    """Share of the gap in thinking rate that each condition of ``family`` closes, a panel per direction; 1 is
+    the whole way. Tables: ``effects.gap_shares``."""
+    pooled, singles = (
+        t[(t["family"] == family) & (t["measure"] == "thinking")].assign(
+            condition=t["kind"] + ": " + t["target"], writer=t["speaker"] + " writes"
+        )
+        for t in (pooled, singles)
+    )
+    pooled = pooled.rename(columns={"low": "share_low", "high": "share_high"})
+    fig = points(
+        singles, pooled, "condition", "share", "speaker", COLOURS, facet_col="writer", width=1000,
+        title="How much of the gap in thinking follows?",
+    )  # fmt: skip
+    fig.update_yaxes(title_text="share of the gap", col=1).update_layout(showlegend=False)
+    return fig.add_hline(y=1, line_dash="dot", line_color=COLOURS["random"]).add_hline(y=0, line_width=1)
+
+
+def placement(table: pd.DataFrame) -> go.Figure:
+    """``effects.extra_placed``, pooled: P(c | called for) against P(c | not), a panel per category, a point
+    per method; up and left is where sentences belong."""
+    kinds = dict.fromkeys(("untouched", *table["kind"]))
+    symbols = dict(zip(kinds, ("star", "circle", "diamond", "square", "x", "cross")))
+    fig = make_subplots(2, 2, subplot_titles=CATEGORIES, horizontal_spacing=0.09, vertical_spacing=0.13)
+    for (c, kind), part in table.groupby(["target", "kind"], sort=False):
+        panel = CATEGORIES.index(c)
+        fig.add_scatter(
+            x=part["strays"],
+            y=part["met"],
+            name=kind,
+            legendgroup=kind,
+            showlegend=panel == 0,
+            mode="markers",
+            marker=dict(color=COLOURS[c], size=11, symbol=symbols[kind], line=dict(width=1, color="#222222")),
+            error_x=error_bars(part, "strays"),
+            error_y=error_bars(part, "met"),
+            row=panel // 2 + 1,
+            col=panel % 2 + 1,
+        )
+    fig.update_xaxes(title_text="P(c follows | not called for)", row=2)
+    fig.update_yaxes(title_text="P(c follows | called for)", col=1)
+    title = "More of a category: where it belongs, or anywhere?"
+    return fig.update_layout(title=title, width=1000, height=720)
+
+
+def transplants(table: pd.DataFrame) -> go.Figure:
+    """Thinking rate of one model's upper part on the other's lower part, by the number of layers that are the
+    other's: ``study.thoughts.compute_transplants``; a panel per prompt."""
+    table = table[table["measure"] == "thinking"].assign(
+        who=table["upper"].map({"base": "base above distilled", "distilled": "distilled above base"}),
+        prompt=table["mode"].map({"free": "the question alone", "think": '"think :" is given'}),
+    )
+    colours = {"base above distilled": COLOURS["base"], "distilled above base": COLOURS["distilled"]}
+    fig = px.line(
+        table, x="layers", y="value", color="who", facet_col="prompt", markers=True, width=1000,
+        color_discrete_map=colours, title="Whose thinking is it, if the lower layers are the other model's?",
+        labels={"layers": "layers of the other model, from below", "value": "share that thinks", "who": ""},
+        **express_bars(table, "value", "low", "high"),
+    )  # fmt: skip
+    return plain_titles(fig.update_yaxes(range=[-0.03, 1.03]))

@@ -243,11 +243,10 @@ def thoughts_show(part: Part) -> str:
         return part.note
     results = Results("04", None, {})
     results.metrics.update(part.metrics)
-    costs = "; ".join(f"{c} {results.text(f'ablate_accuracy_{c}')}" for c in CATEGORIES)
+    costs = "; ".join(f"{c} {results.text(f'ablate_accuracy_attributed_{c}')}" for c in CATEGORIES)
     return (
-        f"In whole thoughts, removing a category's features changes accuracy by: {costs}; random directions"
-        f" of the same norm by {results.text('ablate_accuracy_random')}, features that fire as often in"
-        f" traces by {results.text('ablate_accuracy_matched_in_traces')}. ({part.note})"
+        f"In whole thoughts, removing the features that a category is attributed to changes accuracy by:"
+        f" {costs}; random directions by {results.text('ablate_accuracy_random')}. ({part.note})"
     )
 
 

@@ -169,9 +169,9 @@ class Sources:
         )
         rows = []
         for c in CATEGORIES:
-            names = (c, "random", f"matched_in_traces_{c}")
-            cost, *controls = (metrics.get(f"ablate_accuracy_{name}") or nothing for name in names)
-            beyond = [bool(cost["ci"] and m["ci"] and cost["ci"][1] < min(0, m["ci"][0])) for m in controls]
+            names = (c, f"{c}_over_random", f"{c}_over_matched")
+            cost, *over = (metrics.get(f"ablate_accuracy_{name}") or nothing for name in names)
+            beyond = [all(m["ci"] and m["ci"][1] < 0 for m in (cost, more)) for more in over]
             row = {"category": c, "auroc": metrics[f"auroc_{c}"], "cost": cost}
             row |= {"stability": metrics.get(f"stable_{c}") or nothing}
             row |= {name: (metrics.get(f"{key}_{c}") or nothing)["value"] for name, key in SHARES.items()}

@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from toys import toy_pair, toy_store
+from toys import toy_model, toy_pair, toy_store
 
 from lib.crosscoder.model import CrossCoder
 from lib.distil import trials
 from lib.labels import CATEGORIES, LABELS
 from lib.settings import UserError
-from lib.steering import effects, generate
+from lib.steering import effects, generate, plots
 from lib.steering import experiments as causal
 from lib.steering.experiments import Condition
 from lib.steering.generate import Treatment
@@ -53,14 +53,18 @@ def test_category_sets_take_the_best_alive_features_of_the_distilled_side():
         {"feature": [3, 4, 5, 6], "alive": [True, True, False, True], "nrn": [0.6, 0.4, 0.9, 0.8]}
     )
     frame = frame.assign(
-        auroc_reflection_choose=[0.7, 0.99, 0.99, 0.8], auroc_contrast_choose=[0.4, 0.9, 0.9, 0.6]
+        frequency_choose=0.1,
+        auroc_reflection_choose=[0.7, 0.99, 0.99, 0.8],
+        auroc_contrast_choose=[0.4, 0.9, 0.9, 0.6],
     )
-    assert causal.category_sets(frame, 2, categories=("reflection", "contrast")) == {
-        "reflection": (6, 3),
-        "contrast": (6,),
-    }
-    with pytest.raises(UserError, match="no alive feature with an NRN above 0.7 foretells contrast"):
-        causal.category_sets(frame.assign(auroc_contrast_choose=0.3), 2, 0.7, ("reflection", "contrast"))
+    names = ("reflection", "contrast")
+    assert causal.category_sets(frame, 2, categories=names) == {"reflection": (6, 3), "contrast": (6,)}
+    # a category without one is left out
+    without = frame.assign(auroc_contrast_choose=0.3)
+    assert causal.category_sets(without, 2, 0.7, names) == {"reflection": (6,)}
+    # of several crosscoders, only features that other ones have too
+    followed = frame.assign(recurrent=[True, True, True, False])
+    assert causal.category_sets(followed, 2, categories=names) == {"reflection": (3,)}
 
 
 def test_use_is_read_from_each_model_alone_token_by_token(toys):
@@ -128,14 +132,11 @@ def test_conditions_have_names_of_their_own_and_the_reverse_has_the_inverse_gain
         {},
     )
     sets, vectors = causal.category_sets(frame, 2), {c: (1.0, 0, 0, 0) for c in CATEGORIES}
+    attributed = {"contrast": [0, 1, 2]}
     frame["nrn"] = 0.5
-    made = causal.conditions(crosscoder, frame, sets, use, vectors, unique=[1, 2], reweighted=[2, 4])
+    made = causal.conditions(frame, sets, attributed, use, vectors, unique=[1, 2], reweighted=[2, 4])
     assert len({c.name for c in made}) == len(made)
-    both = [
-        c
-        for c in made
-        if (c.family, c.kind, c.target, c.treatment.mode) == ("impose", "gain", "both", "free")
-    ]
+    both = [c for c in made if (c.family, c.kind, c.target) == ("impose", "gain", "both")]
     gains = {c.treatment.writer: c.treatment.intervention for c in both}
     assert (
         gains["base"].features == (1, 2, 4)
@@ -145,15 +146,22 @@ def test_conditions_have_names_of_their_own_and_the_reverse_has_the_inverse_gain
     assert gains["distilled"].weights == pytest.approx((-1 / 3,) * 3)
     ablated = [c for c in made if c.family == "ablate"]
     assert {c.treatment.place for c in ablated if c.kind != "logit bias"} == {"thinking"}
-    random_ones = [c.treatment.intervention for c in ablated if c.kind == "random"]
-    assert {r.reference for r in random_ones} == {Scale(chosen) for chosen in sets.values()}
+    references = {(c.kind, c.treatment.intervention.reference) for c in ablated if "random" in c.kind}
+    assert references == {("features, random", Scale(chosen)) for chosen in sets.values()} | {
+        ("attributed, random", Scale((0, 1, 2)))
+    }
     frequency = use.table["frequency_joint"]
     # falls with the number: the nearest are the neighbours
-    for condition in (c for c in ablated if c.kind == "matched in traces"):
+    for condition in (c for c in ablated if c.kind == "features, matched"):
         control, chosen = condition.treatment.intervention.features, sets[condition.target]
         assert len(control) == len(chosen) and not set(control) & set(chosen)
         assert abs(np.log(frequency[list(control)]).sum() - np.log(frequency[list(chosen)]).sum()) < 4
     assert {c.treatment.place for c in made if c.family in ("swap", "impose")} == {"everywhere"}
+    # what is the same with every crosscoder
+    placed = causal.strengthenings(crosscoder, sets, vectors, 1.0)
+    same = {c.kind for c in (*made, *placed) if not c.of_crosscoder}
+    assert same == {"untouched", "logit bias", "feature", "mean difference", "random"}
+    assert {c.kind for c in placed if c.of_crosscoder} == {"amplify"}
 
 
 # --- placement ----------------------------------------------------------------------------------------------
@@ -210,7 +218,6 @@ def rows_of(name, family, speaker, values, **more):
         "target": "",
         "speaker": speaker,
         "mode": "free",
-        "temperature": 1.0,
         "strength": np.nan,
         **more,
     }
@@ -266,23 +273,59 @@ def test_shares_of_a_gap_and_gaps_that_are_none():
     assert 0.3 < low < 0.5 < high < 0.7
     assert np.isnan(found.loc["half", "accuracy"]["share"])  # both models have half of them right: no gap
 
-    numbers = effects.metrics(effects.summarise(pd.concat([*plain, half]), 50), found.reset_index())
-    assert numbers == {}  # kinds and targets are none of the study's
+    numbers = effects.metrics(pd.concat([*plain, half]), 50)
+    assert numbers["swap_forward"]["value"] is None  # kinds and targets are none of the study's
     swapped = rows_of("x", "swap", "base", {"thinking": 1.0 * (np.arange(n) < 50)}, kind="swap", target="all")
     answers = rows_of(
         "y", "swap", "distilled", {"answers": 1.0 * (np.arange(n) < 50)}, kind="swap", target="all"
     )
     plain[1]["answers"] = 0.0
-    shares = effects.gap_shares(pd.concat([*plain, swapped, answers]), n_boot=100)
-    numbers = effects.metrics(effects.summarise(pd.concat([*plain, swapped]), 50), shares)
-    assert set(numbers) == {"swap_forward", "swap_backward", "swap_backward_answers"}
-    assert numbers["swap_forward"]["value"] == pytest.approx(0.5) and numbers["swap_backward_answers"][
-        "value"
-    ] == pytest.approx(0.5)
-    assert {trace.name for trace in effects.plot_gap_shares(shares, "swap").data} == {
-        "base writes",
-        "distilled writes",
-    }
+    every = pd.concat([*plain, swapped, answers])
+    numbers = effects.metrics(every, 50)
+    assert numbers["swap_forward"]["value"] == pytest.approx(0.5)
+    assert numbers["swap_backward_answers"]["value"] == pytest.approx(0.5)
+    assert numbers["impose_shared_over_unique"] == {"value": None, "ci": None, "n": n}
+    shares = effects.gap_shares(every, n_boot=100)
+    # with "think :" given nobody answers at once: no gap
+    drawn = plots.gap_shares(shares, shares, "swap")
+    assert {a.text for a in drawn.layout.annotations} == {"base writes", "distilled writes"}
+
+
+def test_categories_are_counted_by_both_intervals():
+    n = 40
+    right = np.arange(n) % 4 > 0
+    plain = rows_of("untouched", "untouched", "distilled", {"correct": 1.0 * right})
+
+    def removed(c, kind, correct):
+        return rows_of(f"{kind} {c}", "ablate", "distilled", {"correct": correct}, kind=kind, target=c)
+
+    fewer, none = 1.0 * (right & (np.arange(n) % 4 > 1)), np.zeros(n)
+    rows = [plain]
+    rows += [removed("reflection", "features", fewer), removed("reflection", "features, random", 1.0 * right)]
+    # as much as random directions do: not counted
+    rows += [removed("contrast", "features", none), removed("contrast", "features, random", none)]
+    rows += [removed("contrast", "attributed", none)]  # without a control: not counted
+    numbers = effects.metrics(pd.concat(rows), 200)
+    assert numbers["ablate_accuracy_reflection"]["value"] == pytest.approx(-0.25)
+    assert numbers["ablate_accuracy_reflection_over_random"]["value"] == pytest.approx(-0.25)
+    assert numbers["ablate_accuracy_contrast"]["value"] == pytest.approx(-0.75)
+    assert numbers["ablate_accuracy_contrast_over_random"]["ci"] == [0.0, 0.0]
+    assert numbers["worse_categories"]["value"] == 1
+    assert numbers["ablate_accuracy_random"]["value"] == pytest.approx(-0.375)  # of both categories
+    assert numbers["worse_categories_attributed"]["value"] == 0
+
+
+def test_shares_by_layers_are_of_the_gap_without_a_transplant():
+    n, rows = 50, []
+    for speaker, thinkers in {"base": (0, 10, 50), "distilled": (40, 20, 0)}.items():
+        for layers, count in enumerate(thinkers):
+            values = {"thinking": 1.0 * (np.arange(n) < count)}
+            rows.append(rows_of(f"{speaker} {layers}", "untouched", speaker, values, kind=layers))
+    rows = pd.concat(rows[::-1])  # in any order
+    table = effects.by_layers(rows, ("thinking",), 200).set_index(["upper", "layers"])
+    assert table.loc["base"]["share"].tolist() == pytest.approx([0, 0.25, 1.25])
+    assert table.loc["distilled"]["share"].tolist() == pytest.approx([0, 0.5, 1.0])
+    assert table.loc[("base", 1), "share_low"] < 0.25 < table.loc[("base", 1), "share_high"]
 
 
 def test_pooled_controls_are_means_over_the_categories():
@@ -318,7 +361,7 @@ def test_specificity_is_a_relative_change():
     assert matrix.loc["deduction", "reflection"] == pytest.approx(-0.75) and matrix.loc[
         "reflection", "contrast"
     ] == pytest.approx(0.5)
-    assert effects.plot_specificity(matrix).data[0].z.shape == (4, 4)
+    assert plots.specificity_of_removal(matrix).data[0].z.shape == (4, 4)
 
 
 def test_additional_sentences_that_stand_where_they_belong():
@@ -391,8 +434,8 @@ def test_thoughts_are_made_once_and_an_interrupted_run_goes_on(toys, tmp_path, m
     talk = LogitBias(("think",), 1e6)
     todo = [
         Condition("untouched", "untouched", "", Treatment("base", mode="free")),
-        Condition("untouched", "untouched", "", Treatment("distilled"), 0.0),
-        Condition("ablate", "features", "contrast", Treatment("distilled", Scale((1, 2))), 0.0),
+        Condition("untouched", "untouched", "", Treatment("distilled")),
+        Condition("ablate", "features", "contrast", Treatment("distilled", Scale((1, 2)))),
         Condition("swap", "words", "all", Treatment("base", talk, "everywhere", "free")),
     ]
     calls = []
@@ -422,4 +465,34 @@ def test_thoughts_are_made_once_and_an_interrupted_run_goes_on(toys, tmp_path, m
     assert not made.loc[made["kind"] == "words", "thinking"].any()
     summary = effects.summarise(made, 20)
     effects.gap_shares(made, n_boot=20)
-    assert len(effects.plot_ablations(summary, temperature=0.0).data) == 1  # one kind of ablation
+    drawn = plots.removals(summary, summary)
+    assert {trace.name for trace in drawn.data} == {"features"}
+
+
+def test_a_transplant_is_one_model_up_to_a_layer_and_the_other_above(toys):
+    _, pair, _, models = toys
+    lower, upper = models["base"], models["distilled"]
+    ids = torch.tensor([[1, 7, 9, 4]])
+    n = len(upper.model.layers)
+    before = {name: [p.clone() for p in model.parameters()] for name, model in models.items()}
+    assert causal.transplanted(lower, upper, 0) is upper
+    for layers in range(1, n):  # with all of them hidden_states has the norm in it
+        made = causal.transplanted(lower, upper, layers)
+        # by hand: the lower model's residual stream after so many layers, and the upper one's layers on it
+        h = lower(ids, output_hidden_states=True).hidden_states[layers]
+        position = torch.arange(ids.shape[1])[None]
+        rotary = upper.model.rotary_emb(h, position)
+        for layer in upper.model.layers[layers:]:
+            h = layer(h, attention_mask=causal_mask(ids.shape[1]), position_embeddings=rotary)
+        expected = upper.lm_head(upper.model.norm(h))
+        torch.testing.assert_close(made(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    # both models are as they were
+    for name, model in models.items():
+        assert all(torch.equal(a, b) for a, b in zip(before[name], model.parameters()))
+        assert pair.load(name)(ids).logits.equal(model(ids).logits)
+    with pytest.raises(UserError, match="a transplant needs the same"):
+        causal.transplanted(toy_model(24, 0), upper, 1)
+
+
+def causal_mask(n):
+    return torch.full((1, 1, n, n), -torch.inf).triu(1)

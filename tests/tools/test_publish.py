@@ -105,8 +105,9 @@ def test_standing_is_judged_by_intervals_and_shares_of_crosscoders(tmp_path):
     costs = {
         "reflection": metric(-0.3, -0.4, -0.2),
         "deduction": metric(-0.1, -0.2, 0.01),
-        "random": metric(0, -0.02, 0.02),
-        "matched_in_traces_reflection": metric(-0.2, -0.25, -0.15),
+        "reflection_over_random": metric(-0.3, -0.4, -0.2),
+        "reflection_over_matched": metric(-0.1, -0.25, 0.05),
+        "deduction_over_random": metric(-0.1, -0.2, -0.05),
     }
     removed = {f"ablate_accuracy_{name}": m for name, m in costs.items()}
     put(tmp_path, "figures/tiny/results/13.json", {"metrics": removed})
