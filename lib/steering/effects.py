@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..labels import CATEGORIES, REDUNDANT
-from ..stats import group_weights, interval
+from ..stats import group_weights, interval, wilson
 
 OTHER = {"distilled": "base", "base": "distilled"}
 METHODS = ("feature", "amplify", "mean difference", "logit bias", "random")  # of adding more of a category
@@ -178,24 +178,26 @@ def gap_shares(
     return pd.DataFrame(found)
 
 
-def by_layers(
-    rows: pd.DataFrame,
-    measures: Sequence[str] = ("thinking", "answers", "chain"),
-    n_boot: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
+def by_layers(rows: pd.DataFrame, measures: Sequence[str] = ("thinking", "answers", "chain")) -> pd.DataFrame:
     """Untouched thoughts of ``experiments.transplanted``, ``kind`` being the number of layers that are the
-    other model's: one row per model above, mode, number and measure.
+    other model's: one row per model above, mode, number and measure (a share of the puzzles).
 
-    Columns upper, mode, layers, measure, value, low, high, share (of the gap to the other model, that is
-    closed), share_low, share_high, n. NaN as in ``gap_shares``.
+    Columns upper, mode, layers, measure, value, low, high (Wilson's), share (of the gap to the other model,
+    that is closed), share_low, share_high (those of the value: the gap counts as known), n. The share is NaN
+    where the models do not differ.
     """
-    sample, found = _Resampled(rows.sort_values("kind", kind="stable"), n_boot, seed), []  # 0 layers first
-    for name, head in sample.heads.items():
+    counts = rows.groupby(["speaker", "mode", "kind"], sort=False)[[MEASURES[m][0] for m in measures]].sum()
+    n, found = rows["task"].nunique(), []
+    for (upper, mode, layers), row in counts.sort_index(level="kind", sort_remaining=False).iterrows():
         for measure in measures:
-            row = {"upper": head["speaker"], "mode": head["mode"], "layers": head["kind"], "measure": measure}
-            row |= _bounds(sample.draws(name, measure), "value", "low", "high")
-            found.append(row | _bounds(sample.share(name, measure), "share") | {"n": sample.n})
+            column = MEASURES[measure][0]
+            own, other = (counts.loc[(model, mode, 0), column] / n for model in (upper, OTHER[upper]))
+            value, ends = row[column] / n, wilson(int(row[column]), n)
+            shares = [(x - own) / (other - own) + 0.0 if other != own else np.nan for x in (value, *ends)]
+            head = {"upper": upper, "mode": mode, "layers": layers, "measure": measure}
+            head |= dict(zip(("value", "low", "high"), (value, *ends)))
+            head |= dict(zip(("share", "share_low", "share_high"), (shares[0], *sorted(shares[1:]))))
+            found.append(head | {"n": n})
     return pd.DataFrame(found)
 
 

@@ -24,6 +24,7 @@ KINDS = {"features": "#222222", "matched": COLOURS["null"], "random": COLOURS["r
 WHO = {"features": COLOURS["distilled"], "gradient": COLOURS["base"], "random": COLOURS["random"]}
 SENTENCES = {f"rate_{c}": f"{c} per 100 tokens" for c in RATES}
 SMALL = {"size": 5, "opacity": 0.45}
+SETS = {"features": 0, "attributed": 1}  # sets of features of a category, in whole thoughts
 
 
 def ablation(pooled: pd.DataFrame, singles: pd.DataFrame, value: str = "log_probability") -> go.Figure:
@@ -180,16 +181,18 @@ def removals(pooled: pd.DataFrame, singles: pd.DataFrame, measure: str = "accura
         for t in (pooled, singles)
     )
     colours = {"features": "#222222", "attributed": COLOURS["distilled"], "control": COLOURS["random"]}
+    # both sets, each followed by its controls, and the other controls
+    order = sorted(pooled["kind"].unique(), key=lambda k: (SETS.get(k.split(",")[0], len(SETS)), len(k)))
     fig = points(
         singles, pooled, "kind", "change", "set", colours, facet_col="target", facet_col_wrap=2, width=1000,
-        category_orders={"target": CATEGORIES, "kind": list(dict.fromkeys(pooled["kind"]))}, height=640,
+        category_orders={"target": CATEGORIES, "kind": order}, height=640,
         title="Features removed while the distilled model thinks",
     )  # fmt: skip
     return fig.update_yaxes(title_text=f"change of {measure}", col=1).update_xaxes(tickangle=35)
 
 
 def _set_of(kind: str) -> str:
-    return kind if kind in ("features", "attributed") else "control"
+    return kind if kind in SETS else "control"
 
 
 def specificity_of_removal(matrix: pd.DataFrame) -> go.Figure:

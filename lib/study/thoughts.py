@@ -152,7 +152,7 @@ def _sets(one: RunArtefacts, sets: dict, unique: np.ndarray, changed: np.ndarray
     return frame
 
 
-@part_of_study("transplants", 1)
+@part_of_study("transplants", 2)
 def compute_transplants(
     variant: Variant, report_puzzles: int = 100, max_new_tokens: int = 250
 ) -> tuple[dict, dict]:
@@ -182,7 +182,7 @@ def compute_transplants(
         rows = experiments.run(*opened, tasks, todo, folder, key, max_new_tokens, variant.seed)
         curve.append(rows.assign(kind=layers, condition=rows["condition"] + f" / {layers} layers"))
     rows = pd.concat(curve, ignore_index=True)
-    table = effects.by_layers(rows, n_boot=BOOTS, seed=variant.seed)
+    table = effects.by_layers(rows)
     for row in table[(table["mode"] == "free") & (table["measure"] == "thinking")].itertuples():
         ci = None if np.isnan(row.share_low) else [row.share_low, row.share_high]
         metrics[f"share_{row.upper}_{row.layers}"] = metric(row.share, ci, row.n)

@@ -19,6 +19,7 @@ from lib.steering import experiments as causal
 from lib.steering.experiments import Condition
 from lib.steering.generate import Treatment
 from lib.steering.interventions import LogitBias, Scale
+from lib.stats import wilson
 from lib.text.puzzles import Puzzle, Teacher
 
 PUZZLE = Puzzle(("+ 3", "* 4", "- 2"), (5, 11, 2), 11)  # 5: 8 13 11;  11: 14 18 16;  the target is 16
@@ -322,10 +323,18 @@ def test_shares_by_layers_are_of_the_gap_without_a_transplant():
             values = {"thinking": 1.0 * (np.arange(n) < count)}
             rows.append(rows_of(f"{speaker} {layers}", "untouched", speaker, values, kind=layers))
     rows = pd.concat(rows[::-1])  # in any order
-    table = effects.by_layers(rows, ("thinking",), 200).set_index(["upper", "layers"])
+    table = effects.by_layers(rows, ("thinking",)).set_index(["upper", "layers"])
     assert table.loc["base"]["share"].tolist() == pytest.approx([0, 0.25, 1.25])
     assert table.loc["distilled"]["share"].tolist() == pytest.approx([0, 0.5, 1.0])
-    assert table.loc[("base", 1), "share_low"] < 0.25 < table.loc[("base", 1), "share_high"]
+    low, high = wilson(10, 50)
+    assert table.loc[("base", 1), ["low", "high"]].tolist() == pytest.approx([low, high])
+    assert table.loc[("base", 1), ["share_low", "share_high"]].tolist() == pytest.approx(
+        [low / 0.8, high / 0.8]
+    )
+    low, high = wilson(20, 50)  # more thinkers is less of the gap
+    assert table.loc[("distilled", 1), ["share_low", "share_high"]].tolist() == pytest.approx(
+        [(0.8 - high) / 0.8, (0.8 - low) / 0.8]
+    )
 
 
 def test_pooled_controls_are_means_over_the_categories():
