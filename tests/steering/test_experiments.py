@@ -14,12 +14,12 @@ from lib.crosscoder.model import CrossCoder
 from lib.distil import trials
 from lib.labels import CATEGORIES, LABELS
 from lib.settings import UserError
+from lib.stats import wilson
 from lib.steering import effects, generate, plots
 from lib.steering import experiments as causal
 from lib.steering.experiments import Condition
 from lib.steering.generate import Treatment
 from lib.steering.interventions import LogitBias, Scale
-from lib.stats import wilson
 from lib.text.puzzles import Puzzle, Teacher
 
 PUZZLE = Puzzle(("+ 3", "* 4", "- 2"), (5, 11, 2), 11)  # 5: 8 13 11;  11: 14 18 16;  the target is 16
