@@ -316,7 +316,7 @@ def test_a_corpus_without_text_is_refused(pair, tmp_path):
 
 
 def test_one_line_of_two_million_characters_becomes_windows(pair, tmp_path):
-    (tmp_path / "long.txt").write_bytes((b"anna is late " * 9 + b". ") * 16_900)
+    (tmp_path / "long.txt").write_bytes((b"anna is late " + b"o" * 580 + b" . ") * 3_400)
     (tmp_path / "short.txt").write_bytes(b"anna is late . " * 2000)
     mine = override(pair, traces=str(tmp_path / "long.txt"), general=str(tmp_path / "short.txt"))
     (line,) = read_items(tmp_path / "long.txt")
