@@ -21,15 +21,18 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..labels import LABEL_ARRAYS, SPLITS
-from ..models.pairs import Pair
 from ..runs import MANIFEST, Run, read_manifest
 from ..settings import UserError, check, path_shown
 from .shuffle import Shuffle, Table, Wanted, check_reading, read_shuffled, ring_blocks, widened
+
+if TYPE_CHECKING:  # a process that trains needs no transformers, which takes seconds to import
+    from ..models.pairs import Pair
 
 MADE_BY = "01_harvest_activations"
 INDEX = "index.safetensors"

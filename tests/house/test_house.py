@@ -64,7 +64,7 @@ def test_everything_has_the_form_of_ruff():
 
 
 def test_opening_a_store_loads_no_adapters_no_statistics_and_no_notebooks():
-    heavy = {"peft", "sklearn", "papermill", "nbformat", "nnsight"}
+    heavy = {"transformers", "peft", "sklearn", "papermill", "nbformat", "nnsight"}
     script = """
 import importlib, json, sys
 face = importlib.import_module("lib.activations")
