@@ -1,7 +1,7 @@
 # The whole study, from a fresh clone: make figures. Needs Python 3.11 or newer and nothing else.
 #   PAIR     entry of data/pairs.yaml          PROFILE  smoke, default or paper (notebooks/profiles)
 #   PEERS=1  make bench: compare with eai-sparsify too, installed into an environment of its own
-#   ONLY     notebooks by number: ONLY="03 04" ARGS     passed on: ARGS="-p feature 17" with one notebook
+#   ONLY     notebooks by number: ONLY="03 04" ARGS     passed on: ARGS="-p feature 17" with one notebook, "--workers 1"
 #   WORKERS  make test and make browser: processes that share out the tests; 0 is none
 PYTHON ?= python3
 PAIR ?= tiny

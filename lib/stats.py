@@ -50,6 +50,8 @@ def bootstrap(
     if statistic is np.mean and values.ndim == 1:  # sums and counts of the groups suffice: nothing is copied
         sums = np.bincount(group, weights=values.astype(float))
         resampled = [sums[sample].sum() / counts[sample].sum() for sample in samples]
+    elif groups is None:
+        resampled = [statistic(values[sample]) for sample in samples]
     else:
         members = np.split(np.argsort(group, kind="stable"), np.cumsum(counts)[:-1])
         resampled = [statistic(values[np.concatenate([members[g] for g in sample])]) for sample in samples]
