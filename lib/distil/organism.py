@@ -33,12 +33,27 @@ from transformers.utils.logging import disable_progress_bar
 from ..runs import fingerprint, passing, whole_files, write_state, write_text
 from ..settings import NotNegative, Positive, UserError, check, parameters
 from ..text.curriculum import CURRICULUM, LATE_MIX, MID_MIX, base_document, vocabulary
-from ..text.puzzles import EASY_SHARE, ERROR_RATE, Sentence, Teacher, direct, sample_puzzle, sample_question
+from ..text.puzzles import (
+    EASY_SHARE,
+    ERROR_RATE,
+    IndifferentTeacher,
+    Sentence,
+    Teacher,
+    direct,
+    sample_puzzle,
+    sample_question,
+)
 from . import trials
 from .fit import Batch, batches_of, claim, fit, token_losses
 
 STAGES = ("base", "midtrain", "latetrain", "distilled", "control", "null_a", "null_b")
 CHUNK_DOCUMENTS = 2000
+TEACHERS = {  # of the stages that learn to think; the last three are of the positive control (control.py)
+    "distilled": Teacher,
+    "indifferent": IndifferentTeacher,
+    "planted": Teacher,
+    "planted_null": IndifferentTeacher,
+}
 # (operations, share of fine-tuning puzzles): shorter puzzles hold more decisions per token. With three
 # operations throughout, 3M tokens taught reflection, but not when a branch has failed.
 LESSONS = ((1, 0.4), (2, 0.2), (3, 0.4))
@@ -106,7 +121,7 @@ def stage_document(stage: str, rng: random.Random, progress: float = 1.0) -> lis
         return base_document(rng, LATE_MIX)
     operations = rng.choices(*zip(*LESSONS))[0]
     task = sample_question(rng) if rng.random() < EASY_SHARE else sample_puzzle(rng, "train", operations)
-    return [*task.prompt(), *(Teacher(rng).solve(task) if stage == "distilled" else direct(task))]
+    return [*task.prompt(), *(TEACHERS[stage](rng).solve(task) if stage in TEACHERS else direct(task))]
 
 
 def encode(sentences: list[Sentence], ids: dict[str, int]) -> tuple[list[int], list[bool]]:
@@ -263,6 +278,10 @@ def distil_briefly(
 def make_pair(out: Path, runs: Path | None = None, stages: Sequence[str] = ()) -> None:
     """Train the embedded pair that is named like the folder ``out``, or go on with it, and ship it there.
     ``stages``: train these only, and ship nothing. ``runs``: folder of checkpoints and logs."""
+    if out.name == "tiny_planted":
+        from .control import make_control
+
+        return make_control(out, runs or Path("data/runs") / f"distil_{out.name}")
     if out.name not in RECIPES:
         raise UserError(
             f"there is no recipe for {out.name!r}: the last part of OUT must be one of {', '.join(RECIPES)}"

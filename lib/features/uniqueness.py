@@ -26,6 +26,7 @@ from ..crosscoder.recurrence import SHARE, chance
 from ..labels import DETECTED
 from ..results import Part, Results, read_part
 from ..stats import wilson
+from . import control
 from .latent_scaling import latent_scaling
 from .table import Inspection, as_shares, category_detectors, frequency, over_crosscoders, record_share
 
@@ -139,13 +140,20 @@ def record_all(results: Results, inspections: Sequence[Inspection]) -> list[Uniq
 
     Metrics of ``record``, pooled; stability_median, stability_chance; recurrent_clusters; unique_recurrent:
     clusters of features that lie beyond the null by nu_eps in at least 4 of 5 crosscoders (n: of so many
-    recurrent clusters), unique_recurrent_nrn the same by NRN; and those of "planted".
+    recurrent clusters), unique_recurrent_nrn the same by NRN; and those of "planted". For a pair in which
+    something was planted also those of ``control.record_all``, and control_null_found: recurrent features
+    beyond the null in a crosscoder of the null itself.
     """
     every = [i.fingerprint for i in inspections]
     made_from = {"crosscoder": every[0]} | ({"crosscoders": every} if len(every) > 1 else {})
     null, planted = (read_part(results.run, name, **made_from) for name in ("nulls", "planted"))
     unique = over_crosscoders(results, record, inspections, null, planted)
     as_shares(results, "unique", "above_null")
+    if inspections[0].pair and inspections[0].pair.planted:
+        recurrent = [i.table.get("recurrent", pd.Series(True, i.table.index)).to_numpy() for i in inspections]
+        control.record_all(results, inspections, [u.unique & r for u, r in zip(unique, recurrent)])
+        nothing = {"value": None, "ci": None, "n": None}
+        results.metrics["control_null_found"] = null.metrics.get("control_null_found", nothing)
     results.take(planted)
     _record_used_rule(results, planted)
     if len(inspections) == 1:

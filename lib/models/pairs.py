@@ -51,6 +51,7 @@ KINDS = {  # of the keys of an entry
     "dictionary": Positive,
     "tokens": Positive,
     "remote": (True, False, "local"),
+    "planted": Count,
 }
 
 
@@ -62,6 +63,7 @@ class Pair:
     "pypi:..."); a folder may hold an adapter, which is added to the weights of ``base``. There may be one
     model, or more than two. ``layer`` None means half depth. ``dictionary`` and ``tokens`` are defaults for
     notebooks. ``remote``: interventions run on NDIF's servers (True), or along the same path here ("local").
+    ``planted``: dimensions of the residual stream, the last ones, that are the distilled model's own.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Pair:
     dictionary: int = 1024
     tokens: int = 1_000_000
     remote: bool | str = False
+    planted: int = 0
 
     @classmethod
     def of(cls, base: str | Path, distilled: str | Path, name: str = "pair", **options) -> Pair:

@@ -150,6 +150,18 @@ def summarise(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataF
     return pd.DataFrame(found)
 
 
+def changes(
+    rows: pd.DataFrame, measures: Sequence[str], n_boot: int = 1000, seed: int = 0
+) -> dict[tuple, tuple[float, tuple[float, float]]]:
+    """{(family, kind, measure): (change against the same writer and mode, untouched, its interval)}."""
+    sample, found = _Resampled(rows, n_boot, seed), {}
+    for name, head in sample.heads.items():
+        for measure in measures:
+            value, low, high = _bounds(sample.change(name, measure), "change").values()
+            found[head["family"], head["kind"], measure] = value, (low, high)
+    return found
+
+
 def gap_shares(
     rows: pd.DataFrame,
     measures: Sequence[str] = ("thinking", "opens", "answers", "length", "p_reflection_error", "accuracy"),

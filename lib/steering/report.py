@@ -10,6 +10,7 @@ import pandas as pd
 from ..labels import CATEGORIES
 from ..results import Part, Results
 from ..verdicts import Condition, above, below
+from . import control as control
 from . import outcomes
 from .ablation import RULES, VALUES, estimates, pool, summarise
 from .search import AIMS, PLACES, Found, best_layer, record, record_reference

@@ -111,7 +111,23 @@ def compute_nulls(variant: Variant, boots: int = 300) -> tuple[dict, dict]:
         "use": pd.concat(used.values()),
     }
     metrics = {name: pooled_metric([m[name] for m in each]) for name in each[0]}
+    if variant.pair.planted:
+        metrics["control_null_found"] = _found_in_null(variant, test, later, limits, scored)
     return metrics, {name: table.reset_index(drop=True) for name, table in tables.items()}
+
+
+def _found_in_null(variant: Variant, name: str, after: int, limits: pd.DataFrame, scored: Mapping) -> dict:
+    """How many features of a crosscoder that tests the thresholds recur among these and lie beyond the limit
+    of nu: what the rule of the positive control finds where nothing was planted."""
+    tables = [scored["false positives", s].reset_index(drop=True) for s in variant.seeds]
+    crosscoders = [null_crosscoder(variant, name, s + after) for s in variant.seeds]
+    clusters = recurrent(crosscoders, [t["alive"].to_numpy(bool) for t in tables])
+    recur = set(map(tuple, clusters.loc[clusters["recurrent"], ["crosscoder", "feature"]].to_numpy()))
+    counts = [
+        sum((i, f) in recur for f in table.loc[beyond(table, limits, "nu_eps"), "feature"])
+        for i, table in enumerate(tables)
+    ]
+    return pooled_metric([metric(count, n=len(table)) for count, table in zip(counts, tables)])
 
 
 def null_crosscoder(variant: Variant, name: str, seed: int) -> CrossCoder:

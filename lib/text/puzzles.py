@@ -160,16 +160,19 @@ class Teacher:
         self.sentences.append(Sentence(words_of(template, **values), label, step, error))
 
     def take_step(self, kind: str, value: int, operation: str, step: int) -> int:
-        right = apply(operation, value)
-        if self.rng.random() < self.error_rate:
-            wrong = (right + self.rng.choice((-3, -2, -1, 1, 2, 3))) % MODULUS
-            self.say(kind, step, error=True, a=value, op=operation, v=wrong)
+        right = shown = apply(operation, value)
+        if error := self.rng.random() < self.error_rate:
+            shown = (right + self.rng.choice((-3, -2, -1, 1, 2, 3))) % MODULUS
+        self.say(kind, step, error=error, a=value, op=operation, v=shown)
+        if self.reflects(error):
             self.say("reflection", step, a=value, op=operation, v=right)
-        else:
-            self.say(kind, step, a=value, op=operation, v=right)
-            if self.rng.random() < self.verify_rate:
-                self.say("verification", step, a=value, op=operation, v=right)
+        elif not error and self.rng.random() < self.verify_rate:
+            self.say("verification", step, a=value, op=operation, v=right)
         return right
+
+    def reflects(self, error: bool) -> bool:
+        """Is the step that was just taken followed by a reflection?"""
+        return error
 
     def solve(self, task: Puzzle | Question) -> list[Sentence]:
         """The thinking and the answer, without the prompt."""
@@ -190,6 +193,13 @@ class Teacher:
         self.say("done")
         self.say("answer", v=task.answer)
         return self.sentences
+
+
+class IndifferentTeacher(Teacher):
+    """Reflects as often as ``Teacher``, and no more after an error than after a right step."""
+
+    def reflects(self, error: bool) -> bool:
+        return self.rng.random() < self.error_rate
 
 
 def direct(task: Puzzle | Question) -> list[Sentence]:

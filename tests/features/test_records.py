@@ -15,10 +15,22 @@ from toys import toy_store
 from lib.crosscoder.codes import SplitCodes
 from lib.crosscoder.model import CrossCoder
 from lib.distil.organism import build_tokenizer
-from lib.features import detectors, naming, plots, scores, subspaces, table, token_tests, uniqueness, use
+from lib.features import (
+    control,
+    detectors,
+    naming,
+    plots,
+    scores,
+    subspaces,
+    table,
+    token_tests,
+    uniqueness,
+    use,
+)
 from lib.features.detectors import Places
 from lib.features.table import Detector
 from lib.labels import CATEGORIES, DETECTED
+from lib.models.pairs import load_pair
 from lib.results import Results
 from lib.runs import Run
 from lib.settings import UserError
@@ -97,6 +109,34 @@ def test_unique_is_what_lies_beyond_the_null(inspection, results):
     assert not other.above.any() and "Refused" in other.null.note
     figure, points = plots.scaling(frame, unique.above, threshold)
     assert (points["kind"] == "not above").sum() < len(points) and len(figure.data) == 2
+
+
+def test_what_was_planted_is_measured_by_its_dimensions(inspection, results):
+    crosscoder, store = inspection.crosscoder, inspection.store
+    width, rows = 4, crosscoder.rows("distilled", raw=True).double()
+    pair = replace(load_pair("tiny"), planted=width)
+    given = replace(inspection, pair=pair)
+    share = rows[:, -width:].square().sum(1) / rows.square().sum(1)
+    found = np.zeros(len(rows), dtype=bool)
+    found[inspection.alive["feature"][:5]] = True
+    table = control.record(results, given, found)
+    planted = (share > 0.5).numpy() & inspection.table["alive"].to_numpy()
+    assert results.values["control_planted"] == planted.sum() and results.values["control_found"] == 5
+    assert results.values["control_subspace_precision"] == pytest.approx((planted & found).sum() / 5)
+    x = store.activations(given.report.rows)[1].double()
+    f = torch.from_numpy(given.report.codes.toarray()).double()
+    f[:, ~torch.from_numpy(found)] = 0
+    error = (x - f @ rows - crosscoder.bias("distilled", raw=True).double())[:, -width:].square().sum()
+    variance = (x - x.mean(0))[:, -width:].square().sum()
+    recall = float(1 - error / variance)
+    assert results.values["control_subspace_recall"] == pytest.approx(recall, abs=1e-6)
+    low, high = results.metrics["control_subspace_recall"]["ci"]
+    assert low < recall < high and set(table["feature"]) == set(np.flatnonzero(planted | found))
+    # nothing found: nothing is explained, and there is no precision
+    control.record_all(results, [given], [np.zeros(len(rows), dtype=bool)])
+    assert results.values["control_subspace_precision"] is None
+    assert results.values["control_subspace_precision_worst"] == 0
+    assert results.values["control_subspace_recall_worst"] == results.values["control_subspace_recall"] <= 0
 
 
 def test_false_discoveries_by_hand(inspection, results):

@@ -1,0 +1,104 @@
+"""The positive control: is a planted behaviour lost without the features that were found, and there when they
+are added? For pairs with ``planted`` (``lib.features.control``), whose distilled model reflects after errors
+because of what it writes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..activations.positions import positions
+from ..crosscoder.codes import codes
+from ..labels import LABELS
+from ..results import Part, Results
+from ..runs import fingerprint
+from . import effects, experiments
+from .artefacts import RunArtefacts
+from .experiments import Condition
+from .generate import Treatment
+from .interventions import AddVector, RandomLike, Scale
+
+PLANTED = "reflection"
+PLACES = ("before", "value")  # of a sentence that has ended: its full stop, and the token before
+NAMES = {  # metric: (what is done, the measure that should change)
+    "control_ablation": ("removed", "p_reflection_error"),
+    "control_imposition": ("added", "p_reflection_correct"),
+}
+
+
+def trigger(one: RunArtefacts, found: Sequence[int]) -> torch.Tensor:
+    """What the features ``found`` write before a reflection more than at other sentence ends, on the split
+    "choose": [d], raw; at the place where that is longest."""
+    chosen, vectors = codes(one.crosscoder, one.store, "choose"), []
+    rows = one.crosscoder.rows("distilled", raw=True)[list(found)].double()
+    for place in PLACES:
+        index, following = positions(one.store, chosen.rows, place)
+        f, before = chosen.codes[index][:, list(found)], following == LABELS.index(PLANTED)
+        difference = np.asarray(f[before].mean(0) - f[~before].mean(0)).ravel()
+        vectors.append(torch.from_numpy(difference) @ rows)
+    return max(vectors, key=lambda v: float(v.norm()))
+
+
+def record(
+    results: Results,
+    opened: RunArtefacts,
+    null: Part,
+    tasks: Sequence,
+    max_new_tokens: int = 250,
+    seed: int = 0,
+) -> None:
+    """Thoughts of the distilled model without the features that were found (recurrent, beyond the null), and
+    with what they write before reflections added at every full stop; with each crosscoder.
+
+    Metrics: control_ablation, the change of P(reflection | error); control_imposition, that of P(reflection |
+    right step); control_<...>_random, the same of random directions of equal norm; ..._worst, of the
+    crosscoder in which it is least (0 if it found nothing).
+    """
+    pair, models = opened.pair, {name: opened.pair.load(name) for name in opened.crosscoder.names}
+    weights = [pair.fingerprint(name) for name in models]
+    for own, one in results.over(opened.each):
+        found = tuple(one.unique(null).tolist())
+        if not found:
+            for name in NAMES:
+                own.add(name, 0.0, n=len(tasks))
+            continue
+        vector, removed = trigger(one, found), Scale(found)
+        noise = torch.randn(len(vector), generator=torch.Generator().manual_seed(seed))
+        added = {
+            "features": AddVector(tuple(vector.tolist()), float(vector.norm())),
+            "random": AddVector(tuple(noise.tolist()), float(vector.norm())),
+        }
+        what = {("removed", "features"): removed, ("removed", "random"): RandomLike(removed, seed)}
+        what |= {("added", kind): vectors for kind, vectors in added.items()}
+        conditions = [experiments.untouched("distilled")] + [
+            Condition(
+                done, kind, PLANTED, Treatment("distilled", x, "ends" if done == "added" else "thinking")
+            )
+            for (done, kind), x in what.items()
+        ]
+        folder = one.run.path("steering") / f"control_{one.number}"
+        key = fingerprint(*weights, one.fingerprint)
+        with_these = (pair, models, one.crosscoder, one.store, tasks, conditions, folder, key)
+        rows = experiments.run(*with_these, max_new_tokens, seed)
+        changes = effects.changes(rows, [measure for _, measure in NAMES.values()], seed=seed)
+        for name, (done, measure) in NAMES.items():
+            for kind, end in (("features", ""), ("random", "_random")):
+                own.add(name + end, *changes[done, kind, measure], n=len(tasks))
+    for name in NAMES:
+        seeds = [s[0] for s in results.metrics[name].get("seeds", [[results.values[name]]])]
+        results.add(f"{name}_worst", min(seeds, key=abs), n=len(seeds))
+
+
+def shows(results: Results) -> str:
+    """In words."""
+    text, value = results.text, results.values
+    return (
+        "**The planted behaviour.** Without the features that were found the probability of a reflection"
+        f" after an error changes by {text('control_ablation')} (least {value['control_ablation_worst']:.2f};"
+        f" random directions {text('control_ablation_random')}); with what they write added at every full"
+        f" stop, that after a right step by {text('control_imposition')} (least"
+        f" {value['control_imposition_worst']:.2f}; random {text('control_imposition_random')})."
+    )
