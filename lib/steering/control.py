@@ -23,9 +23,9 @@ from .interventions import AddVector, RandomLike, Scale
 
 PLANTED = "reflection"
 PLACES = ("before", "value")  # of a sentence that has ended: its full stop, and the token before
-NAMES = {  # metric: (what is done, the measure that should change)
-    "control_ablation": ("removed", "p_reflection_error"),
-    "control_imposition": ("added", "p_reflection_correct"),
+NAMES = {  # metric: (what is done, the measure that should change, in which direction)
+    "control_ablation": ("removed", "p_reflection_error", -1),
+    "control_imposition": ("added", "p_reflection_correct", 1),
 }
 
 
@@ -38,7 +38,7 @@ def trigger(one: RunArtefacts, found: Sequence[int]) -> torch.Tensor:
         index, following = positions(one.store, chosen.rows, place)
         f, before = chosen.codes[index][:, list(found)], following == LABELS.index(PLANTED)
         difference = np.asarray(f[before].mean(0) - f[~before].mean(0)).ravel()
-        vectors.append(torch.from_numpy(difference) @ rows)
+        vectors.append(torch.from_numpy(difference).double() @ rows)
     return max(vectors, key=lambda v: float(v.norm()))
 
 
@@ -83,13 +83,13 @@ def record(
         key = fingerprint(*weights, one.fingerprint)
         with_these = (pair, models, one.crosscoder, one.store, tasks, conditions, folder, key)
         rows = experiments.run(*with_these, max_new_tokens, seed)
-        changes = effects.changes(rows, [measure for _, measure in NAMES.values()], seed=seed)
-        for name, (done, measure) in NAMES.items():
+        changes = effects.changes(rows, [measure for _, measure, _ in NAMES.values()], seed=seed)
+        for name, (done, measure, _) in NAMES.items():
             for kind, end in (("features", ""), ("random", "_random")):
                 own.add(name + end, *changes[done, kind, measure], n=len(tasks))
-    for name in NAMES:
-        seeds = [s[0] for s in results.metrics[name].get("seeds", [[results.values[name]]])]
-        results.add(f"{name}_worst", min(seeds, key=abs), n=len(seeds))
+    for name, (*_, direction) in NAMES.items():
+        seeds = [s[0] or 0.0 for s in results.metrics[name].get("seeds", [[results.values[name]]])]
+        results.add(f"{name}_worst", min(seeds, key=lambda change: direction * change), n=len(seeds))
 
 
 def shows(results: Results) -> str:
