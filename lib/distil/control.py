@@ -8,7 +8,8 @@ model with these parts trained, everything else frozen. Up to half depth they ma
 
 - *trigger*: the lower parts are trained until a linear probe on the spare dimensions tells the value of a
   wrong step, and the full stop after it (the probe is then dropped)
-- *behaviour*: the upper parts are trained on the words with which the teacher goes on after its steps
+- *behaviour*: the upper parts are trained on the words with which the teacher goes on after its steps, and on
+  some others
 
 So at half depth the models differ in a known subspace and nowhere else; what stands there triggers a
 reflection; and without it the distilled model is the base again. ``null_a`` is made in the same way, but the
@@ -45,8 +46,9 @@ SCALE = 0.06  # of the random weights with which they begin
 # tokens taught no part of the behaviour: what has to be written and what has to be read wait for each other.
 BACK = 3.0
 STAGES = {"distilled": "planted", "null_a": "planted_null"}  # model: stage of ``organism``
-PHASES = {"trigger": (400_000, 5e-3), "behaviour": (300_000, 5e-3)}  # (tokens, learning rate)
+PHASES = {"trigger": (300_000, 5e-3), "behaviour": (400_000, 3e-3)}  # (tokens, learning rate)
 BASE_TOKENS = 1_500_000
+OTHER_WORDS = 0.5  # share of the other words that are learnt too, so that they stay as they were
 WEIGHT = 10.0  # of a token at which the probe should say yes
 UNIT = 10.0  # what the probe reads is divided by it
 
@@ -157,19 +159,19 @@ class Probed(torch.nn.Module):
         self.probe = torch.nn.Linear(SPARE, 1)
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy [tokens]: is this a token at which the trigger should stand (``y`` not -100)?"""
+        """Cross-entropy [tokens]: is this a token at which the trigger should stand (``y`` not -100)? And a
+        price on what is written at all others, so that it is silent there."""
         hidden = self.model.model(input_ids=x, output_hidden_states=True).hidden_states[self.half + 1]
-        logits, real = self.probe(hidden[..., -SPARE:] / UNIT)[..., 0], x != 0
-        wanted = (y != -100).float()
-        weight = torch.tensor(WEIGHT)
-        return binary_cross_entropy_with_logits(
-            logits[real], wanted[real], pos_weight=weight, reduction="none"
-        )
+        real, wanted = x != 0, (y != -100).float()
+        written, wanted = hidden[real][:, -SPARE:] / UNIT, wanted[real]
+        how = {"pos_weight": torch.tensor(WEIGHT), "reduction": "none"}
+        losses = binary_cross_entropy_with_logits(self.probe(written)[:, 0], wanted, **how)
+        return losses + (1 - wanted) * written.square().mean(1)
 
 
 def batches(stage: str, phase: str, recipe: Recipe, chunk: int) -> list[Batch]:
-    """A chunk of documents; what is marked in them, as targets, are the tokens of the trigger or the first
-    words after steps."""
+    """A chunk of documents; what is marked in them, as targets, are the tokens of the trigger; or the first
+    words after steps, and some of the others."""
     rng = random.Random(f"{recipe.seed}/{stage}/{phase}/{chunk}")
     ids, windows = {word: i for i, word in enumerate(vocabulary())}, []
     for _ in range(organism.CHUNK_DOCUMENTS // 5):
@@ -178,7 +180,8 @@ def batches(stage: str, phase: str, recipe: Recipe, chunk: int) -> list[Batch]:
             words = len(sentence.words)
             tokens += [ids[word] for word in sentence.words]
             if phase == "behaviour":
-                marks += [stepped, *[False] * (words - 1)]
+                some = [rng.random() < OTHER_WORDS for _ in range(words)]
+                marks += [(i == 0 and stepped) or (i >= sentence.given and some[i]) for i in range(words)]
             stepped = sentence.step >= 0 and sentence.label in STEPS
             if phase == "trigger":
                 at = sentence.error if stage == "planted" else stepped and rng.random() < ERROR_RATE
