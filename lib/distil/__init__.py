@@ -3,6 +3,7 @@
 Start with organism.py.
 
     organism.py    the embedded pair: recipe, stages, training, the models that are shipped
+    control.py     the positive control: a pair whose difference is known
     adapters.py    a real model distilled by low-rank adapters
     fit.py         the training that both share: batches, schedule, loop, states, log
     trials.py      puzzles put to a model; transcripts as tables; P(reflection | error)

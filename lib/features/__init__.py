@@ -4,6 +4,7 @@ table            one row of statistics per feature; labels from ground truth; th
 auroc            AUROC, precision and recall of all features at once; predictors that see the token alone
 detectors        E3: the feature of each category against its controls; the feature of errors
 uniqueness       latent scaling and NRN beyond a null
+control          how much of what was planted is found (the pair tiny_planted)
 subspaces        what a category's best detectors span together, over crosscoders
 latent_scaling   how much of a feature the other model's activations hold
 token_tests      word or function: on new puzzles, and on real text

@@ -10,7 +10,8 @@ generate        the engine: who writes, what is changed, where; one model or bot
 interventions   what can be changed: remove, swap, reconstruct, transplant, add, bias
 experiments     whole thoughts: which features, which conditions (notebook 13)
 effects         what whole thoughts show, with intervals (notebook 13)
-plots           the figures of notebook 04
+control         a planted behaviour, removed and added (the pair tiny_planted)
+plots           the figures of notebooks 04 and 13
 report          its numbers, sentences and scoreboard
 playground      the widget
 """
