@@ -432,9 +432,17 @@ def _cores() -> int:
 def _workers(folder: Path) -> int:
     """Two notebooks at once, if there is this folder of an embedded pair, whose models are small, and the
     machine has two cores and memory for both; else one."""
-    import psutil  # ipykernel needs it too
+    return 2 if folder.is_dir() and _cores() > 1 and _memory() > 2 * MEMORY else 1
 
-    return 2 if folder.is_dir() and _cores() > 1 and psutil.virtual_memory().available > 2 * MEMORY else 1
+
+def _memory() -> int:
+    """Bytes of memory that are available, as Linux tells; elsewhere all that there are, as far as known."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1])
+    except (OSError, TypeError):
+        pages = getattr(os, "sysconf", lambda name: 0)
+        return pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE")
 
 
 def _run(tasks: Mapping[str, Callable[[], None]], workers: int) -> None:

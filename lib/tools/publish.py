@@ -24,7 +24,17 @@ from ..settings import ROOT, UserError
 from ..verdicts import SHARE
 
 TEMPLATES = ROOT / "docs" / "templates"
-NUMBERS = ("value", "percent", "count", "lowered", "over_crosscoders", "speed", "json", "csv")  # in templates
+NUMBERS = (
+    "metric",
+    "value",
+    "percent",
+    "count",
+    "lowered",
+    "over_crosscoders",
+    "speed",
+    "json",
+    "csv",
+)  # in templates
 PAIRS = ("tiny", "smol")  # whose results are committed: the embedded pair, and the real one
 # page -> template
 PAGES = {

@@ -153,7 +153,7 @@ def computed(monkeypatch):
             return trained[-1]
 
         class Fake:
-            pair = SimpleNamespace(name="toy", others=dict.fromkeys(names))
+            pair = SimpleNamespace(name="toy", others=dict.fromkeys(names), planted=0)
             crosscoders, seed, seeds = [("distilled", s) for s in SEEDS], SEEDS[0], SEEDS
             store, max_tokens = "distilled", 10
             config = staticmethod(lambda seed: SimpleNamespace(seed=seed))
@@ -167,6 +167,22 @@ def computed(monkeypatch):
         return *nulls.compute_nulls.__wrapped__(Fake(), 10), trained, made
 
     return make
+
+
+def test_what_the_rule_finds_in_the_null_recurs_and_lies_beyond_the_limit(monkeypatch):
+    table = pd.DataFrame({"feature": range(4), "alive": True, "side": "distilled"})
+    low = {5: [0.0, 0.0, 0.5, 0.5], 6: [0.0, 0.5, 0.0, 0.5]}  # nu by crosscoder: below .1 is beyond
+    scored_tables = {("false positives", s): table.assign(nu_eps=nu) for s, nu in low.items()}
+    limits = pd.DataFrame({"score": ["nu_eps"], "side": "distilled", "level": 0.01, "threshold": 0.1})
+    clusters = pd.DataFrame(
+        {"crosscoder": [0, 0, 1, 1], "feature": [0, 3, 0, 2], "recurrent": [True, True, True, False]}
+    )
+    monkeypatch.setattr(nulls, "recurrent", lambda crosscoders, alive: clusters)
+    monkeypatch.setattr(nulls, "null_crosscoder", lambda variant, name, seed: (name, seed))
+    variant = SimpleNamespace(seeds=range(5, 7))
+    metric = nulls._found_in_null(variant, "null_a", 2, limits, scored_tables)
+    # the first crosscoder has 0 (1 recurs nowhere, 3 is not beyond), the second 0 (2 does not recur)
+    assert metric["value"] == 1.0 and [s[0] for s in metric["seeds"]] == [1, 1]
 
 
 @pytest.mark.parametrize("names", [("null_a", "null_b"), ("null_a",)])

@@ -5,7 +5,6 @@ canonical form.
 import json
 import os
 import re
-from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -186,7 +185,7 @@ WAIT = (  # until a file is there
 def test_notebooks_that_do_not_need_each_other_run_at_once(house, monkeypatch, capsys):
     (house.parent / "data" / "pairs" / "tiny").mkdir(parents=True)  # an embedded pair
     monkeypatch.setattr(driver, "_cores", lambda: 2)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=8 << 30))
+    monkeypatch.setattr(driver, "_memory", lambda: 8 << 30)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     write(house, "00_first", WAIT.format(name="01") + "import os\nprint(os.environ['OMP_NUM_THREADS'])")
     write(house, "01_second", "from pathlib import Path\n_ = Path('01').write_text('')")
@@ -215,10 +214,13 @@ def test_one_after_another_where_the_machine_or_the_pair_is_not_for_two(tmp_path
         (2, 3, True, 1),
         (2, 8, False, 1),
     ):
-        memory = SimpleNamespace(available=gigabytes << 30)
         monkeypatch.setattr(driver, "_cores", lambda cores=cores: cores)
-        monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(driver, "_memory", lambda gigabytes=gigabytes: gigabytes << 30)
         assert driver._workers(tmp_path if folder else tmp_path / "none") == workers
+
+
+def test_memory_is_read_from_this_machine():
+    assert 1 << 28 < driver._memory() < 1 << 50
 
 
 def test_what_a_notebook_needs():
