@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
-from lib.distil import control
+from lib.distil import control, trials
 from lib.distil import organism as distill
 from lib.models.pairs import decoder_layers, half_depth
+from lib.settings import ROOT
 from lib.text import curriculum as prose
 from lib.text.puzzles import IndifferentTeacher, first_words, sample_puzzle
 
@@ -143,3 +144,19 @@ def test_the_pair_is_made_and_resumed(tmp_path, narrow):
     for name, first in models[0].named_parameters():
         fixed = ~masks.get(name, torch.zeros_like(first, dtype=torch.bool))
         assert all(torch.equal(first[fixed], m.get_parameter(name)[fixed]) for m in models[1:])
+
+
+def test_the_shipped_pair_is_what_it_should_be():
+    folder = ROOT / "data" / "pairs" / "tiny_planted"
+    models = {name: distill.load_shipped(name, folder) for name in ("base", "distilled", "null_a")}
+    masks = control.spare_parts(models["base"])
+    for name, first in models["base"].named_parameters():
+        fixed = ~masks.get(name, torch.zeros_like(first, dtype=torch.bool))
+        assert all(torch.equal(first[fixed], m.get_parameter(name)[fixed]) for m in models.values()), name
+    tasks, tokenizer, after = trials.puzzles(60, "test"), distill.build_tokenizer(), {}
+    for name, model in models.items():
+        steps = trials.reflection_probability(model, tokenizer, tasks)
+        after[name] = steps.groupby("error")["p_reflection"].mean()
+    for name in ("base", "null_a"):  # the teacher's rate, and no difference
+        assert after[name].tolist() == pytest.approx([0.15, 0.15], abs=0.05), name
+    assert after["distilled"][True] > 0.8 and after["distilled"][False] < 0.15
