@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
+import plotly.io as pio
 import torch
 
 from ..activations.store import Store
@@ -55,17 +56,21 @@ ORIGINS = {  # does the first, the second, the third model use it?: (origin, col
 }
 
 
-@part_of_study("architectures", 3)
-def compute_architectures(variant: Variant, boots: int = 300, dedicated: float = 0.05) -> tuple[dict, dict]:
+@part_of_study("architectures", 3, tokens=0)
+def compute_architectures(
+    variant: Variant, boots: int = 300, dedicated: float = 0.05, tokens: int = 0
+) -> tuple[dict, dict]:
     """The part "architectures": other kinds of crosscoders at the sparsity of the run's, on the pair and on
     base against null_a; and base, style, distilled in one.
 
     Every kind is trained with the seeds of all of the run's crosscoders, and has a null of its own
     (``compare``); tables have a column seed. The lambda of L1 is searched on the pair with the first seed,
     and is that of all other L1 crosscoders. ``boots``: resamples of documents; ``dedicated``: share of the
-    dictionary that the dedicated crosscoder reserves for each model.
+    dictionary that the dedicated crosscoder reserves for each model; ``tokens``: shown to what is trained
+    here, 0 for as many as to the run's own crosscoders.
     """
     config, stores = variant.config(), {"pair": variant.store}
+    config = replace(config, tokens=tokens or config.tokens)
     _, stores["null"] = variant.harvested("base", "null_a")
     found = match_l1(variant.store, config.k, config, variant.folder("match_l1"), tolerance=0.1, most=5)
     coefficient, tries = found
@@ -84,7 +89,7 @@ def compute_architectures(variant: Variant, boots: int = 300, dedicated: float =
             return null_crosscoder(variant, "null_a", seed)
         in_search = (kind, pair, seed) == ("l1", "pair", variant.seed)
         folder = f"match_l1/l1_{coefficient:.4g}" if in_search else _numbered(f"{kind}_{pair}", variant, seed)
-        return train(stores[pair], variant.config(seed, **kinds[kind]), variant.folder(folder))
+        return train(stores[pair], replace(config, seed=seed, **kinds[kind]), variant.folder(folder))
 
     rows, curves, nrns = [], [], {kind: {"pair": [], "null": []} for kind in kinds}
     each: list[dict] = [{} for _ in variant.seeds]
@@ -119,7 +124,7 @@ def compute_architectures(variant: Variant, boots: int = 300, dedicated: float =
         tables["origins"] = []
         for own, seed in zip(each, variant.seeds):
             folder = variant.folder(_numbered("three_models", variant, seed))
-            crosscoder = train(store, variant.config(seed), folder)
+            crosscoder = train(store, replace(config, seed=seed), folder)
             alive = firing_frequency(crosscoder, store) > 0
             placed = [origins(crosscoder, threshold=least_share(limit[at])) for at in LIMITS]
             own |= origin_metrics([table[alive] for table in placed])
@@ -226,7 +231,7 @@ def plot_shares(part: Part) -> tuple[go.Figure, pd.DataFrame]:
     both = table["crosscoder"] == "all"
     fig = points(
         table[~both], table[both], "architecture", "share", "architecture",
-        dict(zip(kinds, px.colors.qualitative.D3)), facet_col="what", width=1000,
+        dict(zip(kinds, pio.templates["distilled"].layout.colorway)), facet_col="what", width=1000,
         category_orders={"what": list(SHARES.values()), "architecture": list(kinds)},
         title="One-sided features by architecture",
     )  # fmt: skip
@@ -352,4 +357,6 @@ def plot_origins(frame: pd.DataFrame, names: Sequence[str] = NAMES) -> go.Figure
     style = dict(ticks="outside", tickformat=".1f", gridcolor="#E8E8E8")
     styles = {f"{axis}axis": dict(title=name, **style) for axis, name in axes.items()}
     title = "Which model's feature is it? Shares of its decoder rows"
-    return fig.update_layout(title=title, ternary=dict(sum=1, bgcolor="white", **styles), height=560)
+    return fig.update_layout(
+        title=title, ternary=dict(sum=1, bgcolor="white", **styles), height=560, margin_t=90
+    )
