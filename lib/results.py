@@ -117,6 +117,13 @@ class Results:
                 progress.update(len(each))
         self.pool(each)
 
+    def worst(self, name: str, direction: int = 1) -> float:
+        """Record <name>_worst: a metric's value for the crosscoder in which it is least, or greatest where
+        ``direction`` is -1; what could not be measured counts as 0."""
+        metric = self.metrics[name]
+        values = [own[0] or 0.0 for own in metric.get("seeds", [[metric["value"]]])]
+        return self.add(f"{name}_worst", direction * min(direction * v for v in values), n=len(values))
+
     def take(self, part: Part) -> Part:
         """Record the metrics of a part of the study; returns it."""
         self.metrics.update(part.metrics)

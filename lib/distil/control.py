@@ -31,12 +31,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import Qwen2ForCausalLM
 
 from ..models.pairs import decoder_layers, half_depth
-from ..runs import whole_files, write_state, write_text
+from ..runs import write_state, write_text
 from ..text.curriculum import vocabulary
 from ..text.puzzles import ERROR_RATE
 from . import organism
 from .fit import Batch, batches_of, claim, fit, token_losses
-from .organism import Recipe, load_shipped, train_stage
+from .organism import Recipe, load_shipped, save, train_stage
 
 STEPS = ("deduction", "other")  # labels of sentences that may be steps
 SPARE = 8  # dimensions of the residual stream, the last ones
@@ -210,9 +210,7 @@ def make_control(out: Path, runs: Path, recipe: Recipe | None = None, base: Path
             folder = runs / f"{stage}_{phase}"
             _kept(folder, model, _train, model, stage, phase, recipe, folder)
     for name, model in models.items():
-        with whole_files(out / name) as scratch:
-            model.to(torch.bfloat16).save_pretrained(scratch)
-            (scratch / "generation_config.json").unlink(missing_ok=True)
+        save(model, out / name)
     logs = [runs / "indifferent", *(runs / f"{s}_{phase}" for s in STAGES.values() for phase in PHASES)]
     write_text(out / "log.jsonl", "".join((folder / "log.jsonl").read_text() for folder in logs))
     card = {**asdict(recipe), "spare": SPARE, "parameters": sum(p.numel() for p in wide.parameters())}

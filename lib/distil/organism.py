@@ -236,14 +236,19 @@ def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES
         style = {"style_checkpoint": sources["style"].stem}
     for name, source in sources.items():
         model = _trained(source, recipe, tokenizer)
-        with whole_files(out / name) as scratch:
-            model.to(torch.bfloat16).save_pretrained(scratch)
-            (scratch / "generation_config.json").unlink(missing_ok=True)
+        save(model, out / name)
     lines = [line for stage in stages for line in (runs / stage / "log.jsonl").read_text().splitlines()]
     write_text(out / "log.jsonl", "\n".join(lines) + "\n")
     card = {**asdict(recipe), **style, "parameters": sum(p.numel() for p in model.parameters())}
     write_text(out / "recipe.json", json.dumps(card, indent=2) + "\n")
     report(f"shipped {', '.join(sources)} to {out}")
+
+
+def save(model: Qwen2ForCausalLM, folder: Path) -> None:
+    """Write a model as it is shipped: bfloat16 safetensors and its configuration."""
+    with whole_files(folder) as scratch:
+        model.to(torch.bfloat16).save_pretrained(scratch)
+        (scratch / "generation_config.json").unlink(missing_ok=True)
 
 
 def load_shipped(name: str, folder: Path) -> Qwen2ForCausalLM:

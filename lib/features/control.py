@@ -67,8 +67,7 @@ def record_all(results: Results, inspections: Sequence[Inspection], found: Seque
     control."""
     over_crosscoders(results, record, zip(inspections, found, strict=True))
     for name in ("control_subspace_recall", "control_subspace_precision"):
-        seeds = [s[0] for s in results.metrics[name].get("seeds", [[results.values[name]]])]
-        results.add(f"{name}_worst", min(0.0 if value is None else value for value in seeds), n=len(seeds))
+        results.worst(name)
 
 
 def shows(results: Results) -> str:

@@ -44,7 +44,7 @@ from ..crosscoder.model import CrossCoder, check_feature
 from ..labels import CATEGORIES, LABELS
 from ..runs import Progress
 from ..settings import UserError, check
-from ..stats import group_weights, interval, pooled
+from ..stats import group_weights, interval, pooled_table
 
 REMOVED = ("features", "matched", "random")
 RULES = ("frequent", "unique", "attributed")
@@ -505,11 +505,7 @@ def pool(summaries: Sequence[pd.DataFrame]) -> pd.DataFrame:
     crosscoder is pooled over the others."""
     if len(summaries) == 1:
         return summaries[0]
-    keys, rows = ["category", "model", "rule", "k", "removed"], []
-    for key, group in pd.concat(summaries, ignore_index=True).groupby(keys, sort=False):
-        row = dict(zip(keys, key))
-        for name in VALUES:
-            ends = group[[f"{name}_low", f"{name}_high"]].to_numpy()
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), pooled(group[name], ends)))
-        rows.append({**row, "n": round(group["n"].mean()), "documents": round(group["documents"].mean())})
-    return pd.DataFrame(rows)
+    keys, counts = ["category", "model", "rule", "k", "removed"], ["n", "documents"]
+    table = pooled_table(summaries, keys, {name: (f"{name}_low", f"{name}_high") for name in VALUES})
+    means = pd.concat(summaries).groupby(keys, sort=False)[counts].mean().round().astype(int)
+    return table.join(means, on=keys)

@@ -88,8 +88,7 @@ def record(
             for kind, end in (("features", ""), ("random", "_random")):
                 own.add(name + end, *changes[done, kind, measure], n=len(tasks))
     for name, (*_, direction) in NAMES.items():
-        seeds = [s[0] or 0.0 for s in results.metrics[name].get("seeds", [[results.values[name]]])]
-        results.add(f"{name}_worst", min(seeds, key=lambda change: direction * change), n=len(seeds))
+        results.worst(name, direction)
 
 
 def shows(results: Results) -> str:
