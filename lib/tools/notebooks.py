@@ -143,8 +143,9 @@ def execute(
     original, reason = source.read_bytes(), None
     made_folder(failed.parent)
     notebook = solved(_read(source)) if solutions else source
-    options = {"kernel_name": "python3", "cwd": source.parent, "progress_bar": False}
-    options["execution_timeout"] = timeout
+    options = {"kernel_name": "python3", "progress_bar": False, "execution_timeout": timeout}
+    # the kernel's own folder: papermill's ``cwd`` changes that of this process, which other threads share
+    options["resources"] = {"metadata": {"path": str(source.parent)}}
     try:
         executed = papermill.execute_notebook(notebook, failed, parameters, **options)
     except PapermillExecutionError as error:
@@ -382,8 +383,8 @@ def run_all(
     folder: Path = NOTEBOOKS,
 ) -> None:
     """Check everything, then execute notebooks of ``folder`` in order: those that ``only`` names, or all
-    whose number matches the pattern ``row``; at most ``workers`` at once (None: ``_workers``). UserError for
-    wrong usage, NotebookFailed if a notebook fails.
+    whose number matches the pattern ``row``; at most ``workers`` at once (None: the profile's, or
+    ``_workers``). UserError for wrong usage, NotebookFailed if a notebook fails.
     """
     folder, root = folder.resolve(), folder.resolve().parent
     stems = stems_of(folder)
@@ -392,7 +393,8 @@ def run_all(
     pairs = known_pairs(registry)
     if pair not in pairs:
         raise UserError(f"unknown pair {pair!r}: there are {', '.join(pairs)} ({path_shown(registry)})")
-    limit = read_profile(folder / "profiles", profile, stems, pair).get("timeout", CELL_TIMEOUT)
+    budget = read_profile(folder / "profiles", profile, stems, pair)
+    timeout = timeout or budget.get("timeout", CELL_TIMEOUT)
     chosen = choose(stems, only) if only else [s for s in stems if re.match(row, s)]
     if texts and len(chosen) != 1:
         raise UserError(f"-p sets a parameter of one notebook, and {len(chosen)} are chosen: add --only NN")
@@ -406,9 +408,9 @@ def run_all(
         # with other values, outputs would contradict the parameters cell: such a run is kept elsewhere
         usual = not (changed or own or out or solutions)
         target, failed = source if usual else place / source.name, place / f"{stem}.failed.ipynb"
-        tasks[stem] = partial(execute, source, target, failed, changed, timeout or limit, solutions)
-    most = _workers(root / "data" / "pairs" / pair) if workers is None else max(workers, 1)
-    workers = min(most, len(tasks))
+        tasks[stem] = partial(execute, source, target, failed, changed, timeout, solutions)
+    most = workers or budget.get("workers") or _workers(root / "data" / "pairs" / pair)
+    workers = min(max(most, 1), len(tasks))
     variables = {REGISTRY: str(registry.resolve())} if own else {}
     if workers > 1:
         variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(_cores() // workers, 1)))

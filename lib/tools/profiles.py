@@ -43,8 +43,9 @@ def read_value(text: str, default):
 
 
 def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> dict:
-    """{notebook stem: {parameter: value}} of notebooks/profiles/<name>.yaml, and ``timeout`` (seconds a
-    cell); what <name>.<pair>.yaml says is laid over it: a pair may need another budget of the same name.
+    """{notebook stem: {parameter: value}} of notebooks/profiles/<name>.yaml, ``timeout`` (seconds a cell)
+    and ``workers`` (notebooks at once); what <name>.<pair>.yaml says is laid over it: a pair may need another
+    budget of the same name.
     """
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     if name not in known:
@@ -60,7 +61,7 @@ def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> d
                 f"profile {layer!r} has {content[odd]!r} for {odd}: it must be a mapping of name: value"
                 " entries"
             )
-        if unknown := sorted(set(map(str, content)) - set(stems) - {"timeout"}):
+        if unknown := sorted(set(map(str, content)) - set(stems) - {"timeout", "workers"}):
             raise UserError(
                 f"profile {layer!r} names {', '.join(unknown)}: the notebooks are {', '.join(stems)}"
             )

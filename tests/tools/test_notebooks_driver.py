@@ -187,6 +187,7 @@ def test_notebooks_that_do_not_need_each_other_run_at_once(house, monkeypatch, c
     monkeypatch.setattr(driver, "_cores", lambda: 2)
     monkeypatch.setattr(driver, "_memory", lambda: 8 << 30)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "chdir", lambda folder: None)  # one folder for all threads: nobody changes it
     write(house, "00_first", WAIT.format(name="01") + "import os\nprint(os.environ['OMP_NUM_THREADS'])")
     write(house, "01_second", "from pathlib import Path\n_ = Path('01').write_text('')")
     write(house, "02_third", "from pathlib import Path\nprint(Path('01').exists())")
@@ -205,6 +206,12 @@ def test_notebooks_that_do_not_need_each_other_run_at_once(house, monkeypatch, c
     assert call(house) == 1
     assert "error: 01_second: ZeroDivisionError" in capsys.readouterr().err
     assert text_of(house / "00_first.ipynb") == "done\n" and not text_of(house / "02_third.ipynb")
+    # one after another, if the profile says so
+    (house / "profiles" / "default.yaml").write_text("timeout: 60\nworkers: 1\n")
+    write(house, "01_second", "print('done')")
+    assert call(house, "--only", "0", "1") == 0
+    order = [line.split()[0] for line in capsys.readouterr().out.splitlines()[:4]]
+    assert order == ["00_first", "00_first", "01_second", "01_second"]
 
 
 def test_one_after_another_where_the_machine_or_the_pair_is_not_for_two(tmp_path, monkeypatch):
