@@ -79,12 +79,14 @@ pio.templates.default = "distilled"
 def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) -> None:
     """Write <figures>/<name>.csv, .html and .png, and show the figure.
 
-    ``data`` are the numbers behind the figure (a named index is kept); without it the traces' own values are
-    written. Where no browser can draw the PNG, the one that is there is kept if its numbers are still these,
-    to the thousandth part; else it is removed, rather than left to contradict them (see ``undrawn``).
+    Its title names the pair. ``data`` are the numbers behind the figure (a named index is kept); without it
+    the traces' own values are written. Where no browser can draw the PNG, the one that is there is kept if
+    its numbers are still these, to the thousandth part; else it is removed, rather than left to contradict
+    them (see ``undrawn``).
     """
     file = run.figures / f"{name}.csv"
     frame = traces(fig) if data is None else data
+    fig = _with_pair(fig, run.pair)
     text = frame.to_csv(
         index=any(level is not None for level in frame.index.names), lineterminator="\n", float_format="%.6g"
     )
@@ -102,6 +104,11 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) 
     write_text(file, text)  # last: as long as the numbers are the old ones, the picture counts as old
     # on disk for print, in the notebook small: under 1 MB in all
     _display(fig, picture and to_png(fig, scale=_small(fig)))
+
+
+def _with_pair(fig: go.Figure, pair: str) -> go.Figure:
+    title = f'{fig.layout.title.text or ""} <span style="color:#777777">({html.escape(pair)})</span>'
+    return go.Figure(fig).update_layout(title_text=title)
 
 
 def error_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "") -> dict:

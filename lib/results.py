@@ -49,6 +49,8 @@ __all__ = [
     "number",
 ]
 Kind = TypeVar("Kind")
+FOUND = "**What this run found.** "
+NOT_YET = "*What this run found will stand here when all cells have been run.*"
 # ends of the names of metrics that say how fast a machine was: no results, so not compared
 TIMES = ("_per_second", "_seconds")
 
@@ -62,7 +64,7 @@ def begin(notebook: str, names: Mapping, **kinds) -> Results:
     ``names`` are the notebook's variables; its parameters are pair, run, and those that ``kinds`` names: a
     kind of ``lib.settings`` (``Count``, ``Share``, ``integer(10)``, ``Count | None``, ``list[int]``), or a
     tuple of choices. UserError says which parameter must be what. If ``threads`` is one of them, torch takes
-    so many.
+    so many. Leaves a place for what will be ``found``.
     """
     parameters = {name: names[name] for name in ("pair", "run", *kinds)}
     run = Run(names["pair"], names["run"])
@@ -71,6 +73,7 @@ def begin(notebook: str, names: Mapping, **kinds) -> Results:
         import torch  # here: notebooks without a model do not wait for it
 
         torch.set_num_threads(parameters["threads"])
+    _show_found(NOT_YET)
     return Results(notebook, run, parameters)
 
 
@@ -123,6 +126,17 @@ class Results:
         metric = self.metrics[name]
         values = [own[0] or 0.0 for own in metric.get("seeds", [[metric["value"]]])]
         return self.add(f"{name}_worst", direction * min(direction * v for v in values), n=len(values))
+
+    def shows(self, text: str):
+        """A sentence that was computed, below its figure: an ``IPython.display.Markdown``."""
+        from IPython.display import Markdown
+
+        return Markdown(f"**What this run shows.** {text}")
+
+    def found(self, text: str) -> None:
+        """Say what this run found, in a sentence or two: where ``begin`` left a place for it, on the first
+        screen of the notebook."""
+        _show_found(FOUND + text, update=True)
 
     def take(self, part: Part) -> Part:
         """Record the metrics of a part of the study; returns it."""
@@ -205,6 +219,13 @@ def pooled_metric(each: Sequence[Mapping | None]) -> dict:
     sizes = [m["n"] for m in each if m["n"] is not None]
     n = round(sum(sizes) / len(sizes)) if sizes else None
     return {"value": _number(value), "ci": [_number(bound) for bound in ci], "n": n, "seeds": own}
+
+
+def _show_found(text: str, update: bool = False) -> None:
+    if "IPython" in sys.modules:  # in a notebook: an output that a later cell may write anew
+        from IPython.display import Markdown, display
+
+        display(Markdown(text), display_id="found", update=update)
 
 
 class _Measured(dict):

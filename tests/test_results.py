@@ -75,3 +75,15 @@ def test_begin_takes_the_named_parameters_and_checks_them(tmp_path, monkeypatch)
         begin("02", cell | {"share": 2}, share=Share)
     with pytest.raises(UserError, match="kind is 'c': it must be one of a, b"):
         begin("02", cell | {"kind": "c"}, kind=("a", "b"))
+
+
+def test_what_was_found_stands_where_the_notebook_begins(monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", lambda text, **how: shown.append((text.data, how)))
+    here = begin("02", {"pair": "tiny", "run": "test"})
+    here.found("Half of them recur.")
+    (before, placed), (after, written) = shown
+    assert "when all cells have been run" in before and after.endswith("Half of them recur.")
+    assert placed["display_id"] == written["display_id"] and not placed["update"] and written["update"]

@@ -8,13 +8,14 @@ Start with harvest.py, then store.py.
     stream.py     the same batches without a disk: the models run while a crosscoder trains
     positions.py  where in a text a token stands: sentence ends, phases
     survey.py     a first look: counts, norms, how alike the models are (notebook 01)
+    divergence.py where the models expect something else, token by token
 """
 
 import lazy_loader as lazy
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
-    submodules=["positions", "survey"],
+    submodules=["divergence", "survey"],
     submod_attrs={
         "harvest": ["harvest_activations", "harvest_run", "harvest_part", "merge_parts", "open_text"],
         "positions": ["LABELS"],

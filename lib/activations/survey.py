@@ -226,7 +226,7 @@ def histogram_figure(histogram: pd.DataFrame, mean_norms: Mapping[str, float]) -
         histogram, x="norm", y="share", color="model", log_x=True, title=title, labels=labels, **style
     )
     for model, norm in mean_norms.items():
-        fig.add_vline(x=norm, line_dash="dash", line_color=COLOURS.get(model))
+        fig.add_vline(x=norm, line_dash="dash", line_color=COLOURS.get(model), annotation_text="mean")
     return fig
 
 
@@ -284,12 +284,20 @@ def similarity_figure(table: pd.DataFrame, title: str, axis: str = "") -> go.Fig
     for row in table.itertuples():
         error = dict(type="data", array=[row.high - row.cosine], arrayminus=[row.cosine - row.low])
         marker = dict(color=COLOURS.get(row.group, greys.get(row.group, COLOURS["distilled"])), size=10)
-        point = dict(marker=marker, mode="markers", name=row.group, showlegend=False)
+        point = dict(marker=marker, mode="markers", name="the same token", showlegend=row.Index == 0)
         fig.add_scatter(x=[row.cosine], y=[row.group], error_x=error, **point)
     cross = dict(color=COLOURS["null"], symbol="x", size=10)
     fig.add_scatter(x=table.other_token, y=table.group, mode="markers", marker=cross, name="another token")
     fig.update_xaxes(title_text="mean cosine about the group's mean (95% interval)")
     return fig.update_yaxes(title_text=axis, autorange="reversed")
+
+
+def random_documents(store: Store, n: int, seed: int = 0) -> tuple[np.ndarray, list[list[int]]]:
+    """Rows and token ids of at most ``n`` random documents of the report split."""
+    chosen = np.random.default_rng(seed).permutation(np.unique(store.documents[store.rows("report")]))
+    rows = np.flatnonzero(np.isin(store.documents, chosen[:n]))
+    bounds = np.flatnonzero(np.diff(store.documents[rows]))
+    return rows, [part.tolist() for part in np.split(store.tokens[rows], bounds + 1)]
 
 
 def drift(
@@ -306,10 +314,7 @@ def drift(
     Runs the models on ``documents`` random documents of the report split: only the pair's own two are in the
     store. Columns: model, kind, n, cosine, low, high (bootstrap over documents). Position 0 is left out.
     """
-    chosen = np.random.default_rng(seed).permutation(np.unique(store.documents[store.rows("report")]))
-    rows = np.flatnonzero(np.isin(store.documents, chosen[:documents]))
-    bounds = np.flatnonzero(np.diff(store.documents[rows]))
-    token_lists = [part.tolist() for part in np.split(store.tokens[rows], bounds + 1)]
+    rows, token_lists = random_documents(store, documents, seed)
     tokenizer, keep = pair.tokenizer(), store.kept[rows]
 
     def centred(name: str) -> torch.Tensor:

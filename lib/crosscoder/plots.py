@@ -48,14 +48,13 @@ def nrn_histogram(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
         y="root",
         facet_row="norm",
         hover_data=["features"],
-        title="Whose are the alive features?",
+        title="Which model's are the alive features?",
         height=480,
     )
-    ticks = [0, 1, 4, 16, 64, 256, 1024, 4096]
-    top = 1.05 * np.sqrt(counts.features.max())
-    fig.update_yaxes(
-        tickvals=np.sqrt(ticks), ticktext=list(map(str, ticks)), range=[0, top], title_text="features"
-    )
+    most = int(counts.features.max())
+    ticks = np.unique(np.square(np.linspace(0, most**0.5, 5)).round().astype(int))  # evenly spaced as drawn
+    fig.update_yaxes(tickvals=np.sqrt(ticks), ticktext=list(map(str, ticks)), title_text="features")
+    fig.update_yaxes(range=[0, 1.05 * most**0.5])
     fig.update_xaxes(range=[0, 1])
     fig.update_xaxes(title_text="NRN: 0 base only, 0.5 shared, 1 distilled only", row=1)
     fig.update_traces(marker_color=COLOURS["distilled"]).update_layout(bargap=0.05)
@@ -75,7 +74,7 @@ def row_cosines(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
         color="rows",
         color_discrete_map=dict(zip(kinds.values(), (COLOURS["null"], COLOURS["distilled"]))),
         opacity=0.6,
-        title="Rows in base and distilled",
+        title="How alike are a feature's rows in base and distilled?",
     )
     fig.update_traces(marker_size=4).update_yaxes(range=[-1, 1])
     return fig.update_xaxes(range=[0, 1], title_text="NRN (p = 1)"), alive.drop(columns="alive")
@@ -101,12 +100,15 @@ def nrn_beside_null(own: pd.DataFrame, null: Part) -> tuple[go.Figure, pd.DataFr
         color="pair",
         line_group="seed",
         color_discrete_map=dict(zip(curves["pair"].unique(), (COLOURS["distilled"], *GREYS))),
-        title="NRN of this pair and of pairs between which nothing was learnt",
+        title="NRN of this pair and of its nulls",
     )
     fig.update_traces(line_width=1.5)
     if null:
-        for limit in null.tables["thresholds"].query("score == 'nrn' and level == 0.01").threshold:
-            fig.add_vline(x=limit, line_dash="dot", line_width=1, line_color="#444444")
+        limits = null.tables["thresholds"].query("score == 'nrn' and level == 0.01").threshold
+        for limit in limits.unique():
+            place = "bottom right" if limit > 0.5 else "top left"  # where no curve is
+            line = dict(line_dash="dot", line_width=1, line_color="#444444")
+            fig.add_vline(x=limit, **line, annotation_text="null's 1%", annotation_position=place)
     fig.update_xaxes(range=[0, 1], title_text="NRN (p = 1)")
     return fig.update_yaxes(title_text="share of alive features below", range=[0, 1]), curves
 

@@ -9,7 +9,8 @@ subspaces        what a category's best detectors span together, over crosscoder
 latent_scaling   how much of a feature the other model's activations hold
 token_tests      word or function: on new puzzles, and on real text
 use              what each model alone activates: how often, how strongly, in which phase
-contexts         the texts in which a feature is strongest, its profile, a map
+contexts         the texts in which a feature is strongest, or fires at all; its profile, a map
+lens             the tokens that its two decoder rows promote and suppress
 explorer         the widget
 naming           names by a language model, and how good they are
 plots            the figures of notebook 03

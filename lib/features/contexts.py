@@ -56,6 +56,35 @@ def strongest(tokens: np.ndarray, values: np.ndarray, documents: np.ndarray, n: 
     return order[np.sort(first)[:n]]
 
 
+def by_strength(
+    tokens: np.ndarray, values: np.ndarray, documents: np.ndarray, bins: int = 5, each: int = 1, seed: int = 0
+) -> list[np.ndarray]:
+    """Indices of ``values`` [m] > 0 at ``tokens`` [m] of the store: ``each`` random ones of ``bins`` equally
+    many, the strongest first, one per document. The strongest alone show a feature at its best."""
+    order, rng = np.lexsort((tokens, -values)), np.random.default_rng(seed)
+    drawn = []
+    for part in np.array_split(order, bins):
+        part = rng.permutation(part)
+        first = np.unique(documents[tokens[part]], return_index=True)[1]
+        drawn.append(part[np.sort(first)[:each]])
+    return drawn
+
+
+def strengths(store: Store, coded: SplitCodes, feature: int, bins: int = 5) -> pd.DataFrame:
+    """What a feature fires at, by strength: a row for each of ``bins`` parts of its firings, equally many,
+    the strongest first: highest and lowest activation, tokens, label (of the sentence that most are in) and
+    its share."""
+    rows, values = firings(coded.rows, coded.codes.tocsc(), feature)
+    order, table = np.lexsort((rows, -values)), []
+    names = np.array([*LABELS, "(no label)"])  # the last has the index -1
+    for part in np.array_split(order, bins):
+        if len(part):
+            labels, counts = np.unique(names[store.labels["label"][rows[part]]], return_counts=True)
+            most = (labels[counts.argmax()], counts.max() / len(part))
+            table.append((values[part].max(), values[part].min(), len(part), *most))
+    return pd.DataFrame(table, columns=["highest", "lowest", "tokens", "label", "share"])
+
+
 def window(store: Store, row: int, before: int = BEFORE, after: int = AFTER) -> np.ndarray:
     """Rows of the same document around ``row``, ``before`` to the left and ``after`` to the right at most."""
     rows = np.arange(max(row - before, 0), min(row + after + 1, len(store)))
@@ -128,15 +157,16 @@ def profile_figure(store: Store, coded: SplitCodes, table: pd.DataFrame, feature
     """``profile`` as bars; the title is the feature's headline."""
     shares = profile(store, coded, feature)
     titles = list(shares["panel"].unique())
-    fig = make_subplots(1, 2, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
+    fig = make_subplots(1, 2, subplot_titles=titles, shared_xaxes="all", shared_yaxes=True)
     for column, (_, part) in enumerate(shares.groupby("panel", sort=False), 1):
         for name, colour in (("activation", COLOURS["distilled"]), ("tokens", COLOURS["null"])):
             look = dict(name=f"share of {name}", marker_color=colour, showlegend=column == 1)
-            fig.add_bar(x=part["label"], y=part[name], **look, row=1, col=column)
-    legend = dict(orientation="h", y=-0.35)
+            fig.add_bar(x=part[name], y=part["label"], orientation="h", **look, row=1, col=column)
+    legend = dict(orientation="h", y=-0.15)
     title = headline(table, feature)
     fig.update_layout(title=title, barmode="group", height=380, margin_t=90, legend=legend)
-    return fig.update_yaxes(rangemode="tozero", tickformat=".0%")
+    fig.update_yaxes(autorange="reversed")
+    return fig.update_xaxes(rangemode="tozero", tickformat=".0%")
 
 
 def map_of_features(

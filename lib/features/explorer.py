@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..activations.store import Store
@@ -31,7 +32,8 @@ from ..figures import COLOURS, PLOTLY_MIME, faded, shaded_tokens, summary
 from ..labels import CATEGORIES
 from ..runs import Run, fingerprint, kept, kept_table
 from ..settings import UserError, check
-from .contexts import activations_at, headline, map_of_features, strongest, window
+from . import lens as lens
+from .contexts import activations_at, by_strength, headline, map_of_features, strongest, window
 from .table import Inspection, inspect_run
 
 ARRAYS = ("bounds", "rows", "values")  # of ``Columns``
@@ -90,11 +92,14 @@ class Columns:
         return [(int(rows[i]), float(values[i])) for i in strongest(rows, values, documents, n)]
 
 
+HEADS = f"{'feature':>7} {'NRN':>5} {'fires on':>9} {'recurs':>7}  {'label':<24} {'token'}"
+
+
 class Explorer:
     """See the module. ``table``: one row per feature (``table.feature_table``); ``columns``: activations of
     the report split. Shown if they are there: the table's column stability; ``places``, feature, x, y of a
     map; ``named``, feature and label, from a language model; ``members``, the same features in other
-    crosscoders (``crosscoder.recurrence.members_of``)."""
+    crosscoders (``crosscoder.recurrence.members_of``); ``readouts`` of the models (``lens.readouts``)."""
 
     def __init__(
         self,
@@ -106,6 +111,7 @@ class Explorer:
         places: pd.DataFrame | None = None,
         named: pd.DataFrame | None = None,
         members: pd.DataFrame | None = None,
+        readouts: Mapping[str, Tensor] | None = None,
     ):
         self.crosscoder, self.store, self.columns, self.tokenizer = crosscoder, store, columns, tokenizer
         self.places, self.table = places, table.reset_index(drop=True)
@@ -113,6 +119,7 @@ class Explorer:
             self.table["stability"] = np.nan
         self.members = pd.DataFrame(columns=MEMBERS) if members is None else members
         self.named = {} if named is None else {int(row["feature"]): row for row in named.to_dict("records")}
+        self._lens = lens.Lens(crosscoder, readouts, tokenizer) if readouts else None
         self.labels = sorted({str(x) for x in self.table["label"] if isinstance(x, str) and x})
         self._model, self._reference = crosscoder.names[-1], crosscoder.names[0]
         alive = self.table["alive"].astype(bool)
@@ -146,9 +153,9 @@ class Explorer:
         return table[passes].sort_values([column, "feature"], **order)
 
     def lines(self, rows: pd.DataFrame) -> list[tuple[str, int]]:
-        """(text, feature) for each row, in columns of a fixed width."""
+        """(text, feature) for each row, in columns of a fixed width, below HEADS."""
         cosine = ["" if np.isnan(s) else f"{s:.2f}" for s in rows["stability"]]
-        line = "{r.feature:>6}  NRN {r.nrn:.2f}  {r.frequency:>7.2%}  {c:>4}  {label:<24} {token}"
+        line = "{r.feature:>7} {r.nrn:>5.2f} {r.frequency:>9.2%} {c:>7}  {label:<24} {token}"
         return [
             (line.format(r=r, c=c, label=str(r.label)[:24], token=str(r.top_token)[:14]), int(r.feature))
             for r, c in zip(rows.itertuples(), cosine)
@@ -160,7 +167,7 @@ class Explorer:
         from IPython.display import HTML
 
         check_feature(self.crosscoder, feature)
-        parts = [self._evidence(feature), self._contexts(feature, n)]
+        parts = [self._evidence(feature), self._writes(feature), self._contexts(feature, n)]
         style = "color:#222;background:#fff;padding:6px 10px"
         return self._figure(feature), HTML(f'<div style="{style}">{"".join(parts)}</div>')
 
@@ -266,29 +273,47 @@ class Explorer:
         near = ", ".join(f"{f} ({c:.2f})" for f, c in self.nearest(feature, 5))
         return text + f". Nearest by decoder rows (cosine): {near}.</p>"
 
+    def _writes(self, feature: int) -> str:
+        if not self._lens:
+            return ""
+        lines = []
+        for name in self.crosscoder.names:
+            more, less = (html.escape(" ".join(words)) for words in self._lens.words(name, feature, 8))
+            lines.append(f"{html.escape(name)} more <code>{more}</code>, less <code>{less}</code>")
+        alike = f"the two rows' scores correlate at <b>{self._lens.agreement(feature):.2f}</b>"
+        return f"<p>Its row makes likelier (logit lens), {'; '.join(lines)}; {alike}.</p>"
+
     def _contexts(self, feature: int, n: int) -> str:
-        contexts, lines = self.columns.strongest(feature, self.store.documents, n), []
+        contexts = self.columns.strongest(feature, self.store.documents, n)
         if not contexts:
             return "<p>It never fires on these tokens.</p>"
-        for row, value in contexts:
-            rows = window(self.store, row)
-            words = self.tokenizer.convert_ids_to_tokens(self.store.tokens[rows].tolist())
-            joint = shaded_tokens(words, self.columns.at(feature, rows), maximum=contexts[0][1]).data
-            shares = self.contributions(feature, rows)
-            gap = shares[self._model] - shares[self._reference]
-            most = max(float(np.abs(gap).max()), 1e-9)
-            by_model = " ".join(_underlined(w, g / most, f"{g:+.3g}") for w, g in zip(words, gap))
-            lines.append(
-                '<div style="display:flex;white-space:nowrap;font-family:monospace">'
-                f'<span style="min-width:4em;color:#555">{value:.2f}</span>'
-                f'<div>{joint}<div style="line-height:1.7">{by_model}</div></div></div>'
-            )
+        best = "".join(self._line(feature, *context, contexts[0][1]) for context in contexts)
+        rows, values = self.columns.of(feature)
+        drawn = np.concatenate(by_strength(rows, values, self.store.documents, seed=feature))
+        random = "".join(self._line(feature, int(rows[i]), float(values[i]), contexts[0][1]) for i in drawn)
         one, other = (_underlined(name, sign) for sign, name in ((1, self._model), (-1, self._reference)))
         explained = (
             f"Above: where it fires. Below: which model's activation adds more, {one} or {other}; hover for"
             " numbers."
         )
-        return f'<p style="color:#555">{explained}</p><div style="overflow-x:auto">{"".join(lines)}</div>'
+        note, box = '<p style="color:#555">{}</p>', '<div style="overflow-x:auto">{}</div>'
+        fifths = "One at random from each fifth of its firings, the strongest fifth first:"
+        return note.format(explained) + box.format(best) + note.format(fifths) + box.format(random)
+
+    def _line(self, feature: int, row: int, value: float, maximum: float) -> str:
+        """A context in two lines: where the feature fires, and which model's activation adds more."""
+        rows = window(self.store, row)
+        words = self.tokenizer.convert_ids_to_tokens(self.store.tokens[rows].tolist())
+        joint = shaded_tokens(words, self.columns.at(feature, rows), maximum=maximum).data
+        shares = self.contributions(feature, rows)
+        gap = shares[self._model] - shares[self._reference]
+        most = max(float(np.abs(gap).max()), 1e-9)
+        by_model = " ".join(_underlined(w, g / most, f"{g:+.3g}") for w, g in zip(words, gap))
+        return (
+            '<div style="display:flex;white-space:nowrap;font-family:monospace">'
+            f'<span style="min-width:4em;color:#555">{value:.2f}</span>'
+            f'<div>{joint}<div style="line-height:1.7">{by_model}</div></div></div>'
+        )
 
     def widget(self, first: int | None = None):
         """An ipywidgets box. Everything has a name for screen readers, and everything is reached by keys.
@@ -324,7 +349,11 @@ class Explorer:
         count, output = w.HTML(), w.Output()
         table = w.Select(rows=12, description="", layout={"width": "auto"})
         table.add_class("feature-table")
-        mono = w.HTML("<style>.feature-table select { font-family: monospace; font-size: 12px }</style>")
+        style_of_list = "font-family: monospace; font-size: 12px"
+        heads = w.HTML(
+            f"<style>.feature-table select {{ {style_of_list} }}</style>"
+            f'<pre style="{style_of_list}; margin: 0 0 0 4px">{HEADS}</pre>'
+        )
         busy = {"on": False}  # controls are being set: what they report is no wish of the user
 
         def fill(_=None) -> None:
@@ -382,7 +411,7 @@ class Explorer:
         if first is not None:
             show(check_feature(self.crosscoder, first))
         above = [sort, order, label], [nrn, frequency, stable], [page, row, count]
-        return w.VBox([mono, *map(w.HBox, above), table, w.HBox([number, near]), output])
+        return w.VBox([*map(w.HBox, above), heads, table, w.HBox([number, near]), output])
 
 
 def _underlined(word: str, share: float, title: str = "") -> str:
@@ -402,10 +431,14 @@ def open_explorer(run: Run, parameters: Mapping) -> Explorer:
 
 
 def explorer_of(
-    inspection: Inspection, map_features: int = 3000, seed: int = 0, named: pd.DataFrame | None = None
+    inspection: Inspection,
+    map_features: int = 3000,
+    seed: int = 0,
+    named: pd.DataFrame | None = None,
+    readouts: Mapping[str, Tensor] | None = None,
 ) -> Explorer:
     """The explorer of a run that was inspected. The map (of at most ``map_features`` features) is computed
-    once; ``named``: ``naming.label_features``."""
+    once; ``named``: ``naming.label_features``; ``readouts``: ``lens.readouts``, unless they are at hand."""
     crosscoder, store, table = inspection.crosscoder, inspection.store, inspection.table
     folder = inspection.run.path("features")
     source = fingerprint(inspection.fingerprint, store.fingerprint, len(inspection.report.rows))
@@ -416,4 +449,6 @@ def explorer_of(
         lambda: map_of_features(crosscoder, table, map_features, seed),
     )
     tokenizer, members = inspection.tokenizer, inspection.members
-    return Explorer(crosscoder, store, table, columns, tokenizer, places, named, members)
+    if readouts is None:
+        readouts = lens.readouts(inspection.pair, crosscoder.names)
+    return Explorer(crosscoder, store, table, columns, tokenizer, places, named, members, readouts)

@@ -28,7 +28,7 @@ def errors(by_place: pd.DataFrame) -> go.Figure:
     points are single crosscoders."""
     names = {"value": "at the value", "before": "at the full stop"}
     shown = by_place.assign(place=by_place["place"].map(names))
-    colours = {"best feature": COLOURS["deduction"]}
+    colours = {"best feature": "#222222"}
     colours |= {f"probe of {m}": COLOURS[m] for m in ("base", "distilled")}
     fig = px.strip(
         shown,
@@ -38,6 +38,7 @@ def errors(by_place: pd.DataFrame) -> go.Figure:
         color="predictor",
         color_discrete_map=colours,
         hover_data=["crosscoder"],
+        category_orders={"predictor": list(colours)},
         title="Which steps are wrong? At the value, and at the full stop",
         labels={"auroc": "AUROC, wrong against right steps", "predictor": ""},
         width=1000,
@@ -45,7 +46,7 @@ def errors(by_place: pd.DataFrame) -> go.Figure:
     )
     fig.add_vline(0.5, line_dash="dot", line_color=COLOURS["null"])
     fig.update_traces(marker_size=8).update_xaxes(range=[0.4, 1.02])
-    return _plain_titles(fig).update_layout(showlegend=False)
+    return _plain_titles(fig).update_layout(showlegend=False, boxmode="overlay")
 
 
 def labels(groups: Sequence[Mapping[str, pd.DataFrame]]) -> tuple[go.Figure, pd.DataFrame]:
@@ -74,6 +75,8 @@ def labels(groups: Sequence[Mapping[str, pd.DataFrame]]) -> tuple[go.Figure, pd.
         width=1000,
     )
     fig.update_traces(marker_line=dict(color="#444444", width=0.5))
+    for name, shape in (("in traces", "."), ("mixed", "x"), ("in other", "-")):  # greys are too alike
+        fig.update_traces(marker_pattern_shape=shape, selector=dict(name=name))
     return fig.update_xaxes(tickformat=".0%", title_text="share of the features"), shares
 
 
@@ -91,7 +94,8 @@ def token_share(labelled: pd.DataFrame) -> go.Figure:
         category_orders={"group": list(GROUPS)},
         labels={"token_r2": explained, "group": "NRN"},
     )
-    return fig.update_xaxes(range=[-0.25, 1.05]).update_layout(showlegend=False)
+    low = min(0.0, labelled["token_r2"].min()) - 0.05
+    return fig.update_xaxes(range=[low, 1.05]).update_layout(showlegend=False)
 
 
 def detectors(tests: pd.DataFrame) -> go.Figure:
@@ -121,13 +125,14 @@ def token_tests(tests: pd.DataFrame) -> go.Figure:
         y="test",
         color="chosen",
         symbol="chosen",
-        height=440,
+        height=560,
         color_discrete_sequence=[COLOURS["distilled"], COLOURS["base"]],
         title="Do the features follow the word or its function?",
         labels={"rate": "fires", "test": "", "chosen": "chosen"},
     )
     fig.update_xaxes(range=[-0.05, 1.05], tickformat=".0%", dtick=0.5)
     fig.update_yaxes(range=[-0.5, tests["test"].nunique() - 0.5])
+    fig.update_layout(scattermode="group", scattergap=0.4).update_traces(orientation="h")  # side by side
     return _with_single_ones(fig, tests, "rate", "test").update_layout(legend=dict(orientation="h", y=-0.2))
 
 
@@ -170,13 +175,13 @@ def all_detectors(
         color="category",
         color_discrete_map=COLOURS,
         hover_data=["feature", "crosscoder"],
-        opacity=0.35,
+        opacity=0.5,
         width=1100,
         height=360,
-        title="Every feature of every crosscoder as a detector",
-        labels={"nrn": "NRN", "auroc": "AUROC before a sentence"},
+        title="Every feature of every crosscoder as a detector of the next sentence",
+        labels={"nrn": "NRN", "auroc": "AUROC"},
     )
-    _plain_titles(fig.update_traces(marker_size=3).update_layout(showlegend=False))
+    _plain_titles(fig.update_traces(marker_size=4).update_layout(showlegend=False))
     if np.isfinite(threshold):
         fig.add_vline(threshold, line_dash="dot", line_color="#BBBBBB")
     for column, c in enumerate(points["category"].unique(), start=1):
@@ -215,7 +220,7 @@ def scaling(table: pd.DataFrame, above: np.ndarray, threshold: float) -> tuple[g
 def use(table: pd.DataFrame, limit: float) -> tuple[go.Figure, pd.DataFrame]:
     """Change of use along NRN (``use.record``): (figure, points). The dotted lines hold 99% of the null's
     features."""
-    kinds = {"unique": COLOURS["distilled"], "reweighted": COLOURS["base"], "unchanged": COLOURS["null"]}
+    kinds = {"unique": "#222222", "reweighted": COLOURS["verification"], "unchanged": COLOURS["null"]}
     alive = table[table["alive"]]
     fig = px.scatter(
         alive,
@@ -226,11 +231,11 @@ def use(table: pd.DataFrame, limit: float) -> tuple[go.Figure, pd.DataFrame]:
         category_orders={"kind": list(kinds)},
         opacity=0.6,
         hover_data=["feature", "q"],
-        title="Use against uniqueness",
+        title="How differently do the models use each feature?",
         labels={"nrn": "NRN", "change": "change of use, distilled against base (log)", "kind": ""},
     )
     for level in (limit, -limit) if np.isfinite(limit) else ():
-        fig.add_hline(y=level, **DOTTED)
+        fig.add_hline(y=level, annotation_text="99% of the null", annotation_position="top left", **DOTTED)
     columns = ["feature", "nrn", "kind", "change", "change_low", "change_high"]
     columns += ["change_frequency", "difference", "p", "q"]
     return fig.update_traces(marker_size=5), alive[columns]

@@ -6,7 +6,7 @@ added after a trial run, and say so. One is called "held" only where it could ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from .uniqueness import Uniqueness
 
 PREDICTIONS = table("predictions")
 AT_LEAST_HALF = 0.49  # shares are of four categories at most, so that a half lies above it
+FULL = 0.99  # AUROC of a control from which on nothing can be better than it
 
 
 def scoreboard(
@@ -52,6 +53,9 @@ def _conditions(
 
     several = len(inspections) > 1
     one = "there is only one crosscoder"
+    sentence = {c: _value(results, f"sentence_only_auroc_{c}") for c in categories}
+    first = {c: [_value(results, f"marker_{x}_{c}") for x in ("feature_auroc", "gain")] for c in categories}
+    first = {c: None if None in pair else pair[0] - pair[1] for c, pair in first.items()}
     planted = [above("planted_precision", 0.9), above("planted_recall", 0.9)]
     no_errors = "the text does not say which steps are wrong"
     lasting = [c for c in categories if _value(results, f"stable_{c}") is not None]
@@ -60,12 +64,12 @@ def _conditions(
     conditions = {
         "aim": each(above, "auroc", 0.9),
         "token (control)": each(above, "gain_token"),
-        "sentence (control)": each(above, "gain"),
+        "sentence (control)": _with_room(each(above, "gain"), sentence),
         "null": _both(each(above, "null_auroc", 0.45), each(below, "null_auroc", 0.55)),
         "unique": each(below, "any_nrn_gain", 0.02),
         "alone": each(above, "alone_gain"),
         "words": known("token_detectors_gap", [above("token_detectors_gap")], "too few features are alive"),
-        "marker": each(below, "marker_gain"),
+        "marker": _with_room(each(below, "marker_gain"), first),
         "use": with_null([above("use_gap")]),
         "use, where": known("use_thinking_gap", [above("use_thinking_gap")], "the text has no phases"),
         "injection": _injection(results, categories, each(below, "injection_rate", 0.5)),
@@ -95,6 +99,17 @@ def _both(a: list[Condition] | str, b: list[Condition] | str) -> list[Condition]
     return a if isinstance(a, str) else [*a, *b]
 
 
+def _with_room(
+    conditions: list[Condition] | str, control: Mapping[str, float | None]
+) -> list[Condition] | str:
+    """Without the categories whose control {category: AUROC} leaves nothing to be better at."""
+    if isinstance(conditions, str):
+        return conditions
+    full = [c for c, auroc in control.items() if auroc is not None and auroc >= FULL]
+    left = [x for x in conditions if not x.metric.endswith(tuple(f"_{c}" for c in full))]
+    return left or f"the control's AUROC is {FULL} or more for {', '.join(full)}: nothing can be better"
+
+
 def _injection(results: Results, categories: Sequence[str], conditions: list[Condition] | str):
     """A feature that fires before fewer than half of its own sentences would do so less at words put in."""
     if isinstance(conditions, str):
@@ -109,9 +124,11 @@ def _injection(results: Results, categories: Sequence[str], conditions: list[Con
 
 
 def _words(results: Results, conditions: Sequence[Condition], categories: Sequence[str]) -> str:
-    """The metrics of some conditions, with a category's name in place of the metric's where each has one."""
+    """The metrics of some conditions, with a category's name in place of the metric's where each has one, and
+    the categories that are left out."""
     parts = []
     for metric in dict.fromkeys(c.metric for c in conditions):
         name = next((c for c in categories if metric.endswith(f"_{c}")), metric)
         parts.append(f"{name} {results.text(metric)}")
-    return "; ".join(parts)
+    about = {c for c in categories for x in conditions if x.metric.endswith(f"_{c}")}
+    return "; ".join(parts + [f"{c} not testable" for c in categories if about and c not in about])

@@ -54,10 +54,10 @@ def arrows(
     ]
     shared = dict(shared_xaxes="all", shared_yaxes="all", horizontal_spacing=0.04)
     fig = make_subplots(1, len(models), subplot_titles=titles, **shared)
-    named = set(np.linspace(0, len(relation.pairs) - 1, min(labels, len(relation.pairs))).astype(int))
     for column, model in enumerate(models, start=1):
         part = frame[frame["model"] == model].reset_index(drop=True)
         colour, panel = COLOURS.get(model, COLOURS["random"]), dict(row=1, col=column)
+        named = _apart(part, labels)
         for i, row in part.iterrows():
             fig.add_trace(_arrow(row, colour, 1.2, named=i in named), **panel)
         middle = part[["x0", "x1", "y0", "y1"]].mean()
@@ -69,6 +69,19 @@ def arrows(
     title = f"The relation '{relation.name}': arrows from input to output"
     fig.update_layout(title_text=title, showlegend=False, width=1000, height=520, margin_t=90)
     return fig.update_annotations(font_size=13)
+
+
+def _apart(part: pd.DataFrame, most: int, room: tuple[float, float] = (0.35, 0.1)) -> set[int]:
+    """At most so many pairs (row numbers of ``part``) whose words would not be written over each other."""
+    taken, chosen = np.empty((0, 2)), set()
+    for i, row in enumerate(part.itertuples()):
+        ends = np.array([(row.x0, row.y0), (row.x1, row.y1)])
+        near = np.abs(np.concatenate([taken, ends[:1]])[:, None] - ends[None]) < room
+        near[-1, 0] = False  # a word and itself
+        if len(chosen) < most and not near.all(axis=-1).any():
+            chosen.add(i)
+            taken = np.concatenate([taken, ends])
+    return chosen
 
 
 def _arrow(row: pd.Series, colour: str, width: float, named: bool = False) -> go.Scatter:
@@ -94,7 +107,8 @@ def scores(geometry: Geometry, models: Sequence[str] | None = None) -> go.Figure
     same words."""
     fig = _by_relation(geometry.table, "score", list(models or geometry.points), 0.32, 52, null=True)
     title = "parallelogram loss (units of sigma\u00b2; 0 is a perfect parallelogram)"
-    fig.update_xaxes(title_text=title, rangemode="tozero")
+    right = 1.03 * geometry.table[["null_high", "score_high"]].max(axis=None)
+    fig.update_xaxes(title_text=title, range=[0, right])
     return fig.update_layout(title_text="Parallelogram loss, and the same words paired at random")
 
 

@@ -255,10 +255,10 @@ def specificity(summary: pd.DataFrame) -> pd.DataFrame:
 def metrics(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> dict[str, dict]:
     """{name: {value, ci, n}} of one crosscoder; None where there is no such condition.
 
-    ablate_accuracy_<c>, ablate_accuracy_attributed_<c>: change of accuracy without the features that foretell
+    ablate_accuracy_<c>, ablate_accuracy_attributed_<c>: change of accuracy without the features that predict
     c, and without those it is attributed to; with _over_random, _over_matched: minus that of the control.
     ablate_accuracy_random, _matched: the former's controls over all categories. worse_categories: in how many
-    the features that foretell it cost accuracy, and more than random directions, by both intervals;
+    the features that predict it cost accuracy, and more than random directions, by both intervals;
     worse_categories_attributed; diagonal_categories: in how many their own sentences disappear most.
     placed_gain_<c>: met - strays with the feature added, minus that with a logit bias. swap_forward (the
     distilled model's features in the base), swap_backward, impose_<set> (the distilled model's use in the

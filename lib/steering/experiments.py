@@ -63,7 +63,7 @@ TRIED = (0.125, 0.25, 0.5, 1.0)  # strengths of adding more, of which one is cho
 def category_sets(
     table: pd.DataFrame, n: int = 5, nrn_over: float = 0.5, categories: Sequence[str] = CATEGORIES
 ) -> dict[str, tuple[int, ...]]:
-    """{category: the ``n`` features that foretell it best on the choose split}, best first, among those that
+    """{category: the ``n`` features that predict it best on the choose split}, best first, among those that
     may stand for one (``features.table.usable``) and have an AUROC above 0.5; a category without is left
     out."""
     check("n", n, int, low=1)
@@ -176,7 +176,7 @@ def conditions(
     seed: int = 0,
 ) -> list[Condition]:
     """All conditions of ablation, swap and imposed use. ``sets`` and ``attributed``: features of the
-    categories that foretell them, and that their sentences are attributed to; ``unique`` and ``reweighted``:
+    categories that predict them, and that their sentences are attributed to; ``unique`` and ``reweighted``:
     as nulls decide."""
     unique, reweighted = tuple(map(int, unique)), tuple(map(int, reweighted))
     every = ablations(table, sets, attributed, use, vectors, seed)

@@ -6,6 +6,7 @@ documents (or puzzles).
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ import plotly.express as px
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..distil.trials import labelled
 from ..figures import COLOURS, error_bars, express_bars, plain_titles
 from ..labels import CATEGORIES
 from .ablation import REMOVED
@@ -28,25 +30,19 @@ SETS = {"features": 0, "attributed": 1}  # sets of features of a category, in wh
 
 
 def ablation(pooled: pd.DataFrame, singles: pd.DataFrame, value: str = "log_probability") -> go.Figure:
-    """What the first token of a sentence loses without the frequent features, by k; a panel per category.
-    ``pooled``: ``ablation.pool``; ``singles``: ``summarise`` of each crosscoder."""
-    pooled, singles = (t[t["rule"] == "frequent"] for t in (pooled, singles))
-    shares = sorted(pooled["k"].unique())
-    how = {
-        "x": "k", "y": value, "color": "model", "facet_col": "category", "log_x": True, "width": 1100,
-        "color_discrete_map": COLOURS, "category_orders": {"removed": list(REMOVED), "category": CATEGORIES},
-        "labels": {"k": "top k % of features", value: f"change of its {value.replace('_', '-')}"},
-    }  # fmt: skip
-    dashes = dict(zip(REMOVED, ("solid", "dash", "dot")))
-    fig = px.line(
-        pooled, line_dash="removed", line_dash_map=dashes, markers=True, **how,
-        title="What the first token of a sentence loses", **express_bars(pooled, value),
-    )  # fmt: skip
-    points = px.scatter(singles[singles["removed"] == "features"], **how).update_traces(
-        marker=SMALL, showlegend=False
+    """What the first token of a sentence loses without the frequent features, by k; a row of panels per
+    model. ``pooled``: ``ablation.pool``; ``singles``: ``summarise`` of each crosscoder."""
+    pooled, singles = (
+        t[t["rule"] == "frequent"].sort_values("k").assign(k=lambda t: t["k"].map("{:g} %".format))
+        for t in (pooled, singles)
     )
-    fig.add_traces(points.data)
-    return plain_titles(fig.update_xaxes(tickvals=shares, ticktext=[f"{k:g}" for k in shares]))
+    order = {"removed": list(REMOVED), "category": CATEGORIES, "k": list(pooled["k"].unique())}
+    fig = points(
+        singles, pooled, "k", value, "removed", KINDS, facet_col="category", facet_row="model", width=1100,
+        height=560, category_orders=order, title="What the first token of a sentence loses, by k",
+    )  # fmt: skip
+    fig.update_layout(boxmode="group", scattermode="group").update_xaxes(type="category")
+    return fig.update_yaxes(title_text=f"change of its {value.replace('_', '-')}", col=1)
 
 
 def points(
@@ -79,14 +75,12 @@ def ablation_per_norm(pooled: pd.DataFrame, singles: pd.DataFrame) -> go.Figure:
 
 def sets(pooled: pd.DataFrame, singles: pd.DataFrame, value: str = "log_probability") -> go.Figure:
     """What the sets that mean something cost, beside their controls; a panel per category."""
-    pooled, singles = (
-        t[t["rule"] != "frequent"].assign(what=lambda t: t["rule"] + ": " + t["removed"])
-        for t in (pooled, singles)
-    )
-    order = {"category": CATEGORIES, "what": sorted(pooled["what"].unique()), "removed": list(REMOVED)}
+    pooled, singles = (t[t["rule"] != "frequent"] for t in (pooled, singles))
+    order = {"category": CATEGORIES, "rule": sorted(pooled["rule"].unique()), "removed": list(REMOVED)}
     fig = points(
-        singles, pooled, "what", value, "removed", KINDS, facet_col="category", category_orders=order,
-        width=1100, title="Without a set of features, equally frequent others, or random vectors",
+        singles, pooled, "removed", value, "removed", KINDS, facet_col="category", facet_row="rule",
+        category_orders=order, width=1100, height=560,
+        title="Without a set of features, equally frequent others, or random vectors",
     )  # fmt: skip
     return fig.update_yaxes(title_text=f"change of the {value.replace('_', '-')}", col=1)
 
@@ -100,7 +94,10 @@ def search(table: pd.DataFrame) -> go.Figure:
         symbol="direction_of", facet_col="layer", color_discrete_map=COLOURS, opacity=0.6, width=1000,
         symbol_map={"gradient": "x", "feature": "circle"}, hover_data=["direction", "strength", "place"],
         title="The search on validation puzzles: each point is one direction at one strength",
-        labels={"length_ratio": "length of thought (1 = unsteered)", "accuracy_change": "change of accuracy"},
+        labels={
+            "length_ratio": "length of thought (1 = unsteered)", "accuracy_change": "change of accuracy",
+            "label": "raises", "direction_of": "direction of",
+        },
     )  # fmt: skip
     return plain_titles(fig.add_vline(1, line_dash="dot").add_hline(0, line_dash="dot"))
 
@@ -133,7 +130,7 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
     fig = points(
         pd.DataFrame(single, columns=[*key, "value"]), data, "what", "value", "who", WHO, facet_col="aim",
         facet_row="measure", category_orders={"what": list(dict.fromkeys(data["what"]))}, width=1000,
-        height=640, title="On test puzzles, crosscoder by crosscoder",
+        height=640, title="Steered on test puzzles, crosscoder by crosscoder",
     )  # fmt: skip
     for row, axis in ((1, "y"), (2, "y3")):  # one scale for each measure
         fig.update_yaxes(matches=axis, row=row)
@@ -144,8 +141,8 @@ def needed_and_redundant(table: pd.DataFrame) -> go.Figure:
     """``report.needed_and_redundant``: tokens of needed and of redundant sentences, as ratios."""
     fig = px.bar(
         table, x="aim", y="ratio", color="tokens", barmode="group",
-        color_discrete_map={"needed": COLOURS["deduction"], "redundant": COLOURS["verification"]},
-        title="Tokens against the unsteered model",
+        color_discrete_map={"needed": "#222222", "redundant": COLOURS["null"]},
+        title="Tokens of needed and of redundant sentences, against the unsteered model",
         labels={"aim": "", "ratio": "ratio (1 = unsteered)"}, **express_bars(table, "ratio"),
     )  # fmt: skip
     return fig.add_hline(1, line_dash="dot")
@@ -168,6 +165,32 @@ def side_by_side(transcripts: Mapping[str, Sequence[str]], joiner: str, n: int =
         for name, words in transcripts.items()
     }
     return pd.DataFrame({"transcript": rows}).style.set_properties(**{"text-align": "left"})
+
+
+def gallery(written: Mapping[str, Mapping[str, Sequence[str]]], joiner: str, n: int = 120):
+    """Thoughts side by side, {prompt: {condition: tokens}}, each cut to ``n`` tokens, as HTML. Those of
+    puzzles have a line per sentence in the colour of its label (hover for its name)."""
+    from IPython.display import HTML
+
+    def lines(words: Sequence[str]) -> str:
+        if joiner != " ":  # free text
+            return f"<div>{html.escape(joiner.join(words))}</div>"
+        bar = '<div title="{}" style="border-left:5px solid {};padding-left:6px">{}</div>'
+        return "".join(
+            bar.format(label, COLOURS.get(label, "#999999"), html.escape(" ".join(sentence)))
+            for label, sentence, _ in labelled(words)
+        )
+
+    parts = []
+    for prompt, conditions in written.items():
+        columns = "".join(
+            f'<div style="flex:1"><b>{html.escape(name)}</b> ({len(words)} tokens){lines(words[:n])}'
+            f"{' …' if len(words) > n else ''}</div>"
+            for name, words in conditions.items()
+        )
+        parts.append(f"<p>{html.escape(prompt)}</p><div style='display:flex;gap:16px'>{columns}</div>")
+    style = "font-family:monospace;font-size:12px;color:#222;background:#fff"
+    return HTML(f'<div style="{style}">{"".join(parts)}</div>')
 
 
 # --- whole thoughts (notebook 13); singles: the same table with a row per crosscoder ------------------------
@@ -196,14 +219,14 @@ def _set_of(kind: str) -> str:
 
 
 def specificity_of_removal(matrix: pd.DataFrame) -> go.Figure:
-    """Heatmap of ``effects.specificity``; a diagonal that is darker than the rest says that each set carries
-    its own category."""
+    """Heatmap of ``effects.specificity``, red for more and blue for fewer, as in ``specificity``; a blue
+    diagonal says that each set carries its own category."""
     table = matrix.astype(float)
     limit = max(1.0, float(np.nanmax(np.abs(table.to_numpy()))))
     return px.imshow(
-        table, text_auto=".2f", zmin=-limit, zmax=limit, color_continuous_scale="RdBu", aspect="auto",
+        table, text_auto=".2f", zmin=-limit, zmax=limit, color_continuous_scale="RdBu_r", aspect="auto",
         labels={"x": "rate of", "y": "features removed of", "color": "relative<br>change"},
-        title="Which sentences go with which features?", width=620, height=480,
+        title="Which sentences go with which removed features?", width=620, height=480,
     )  # fmt: skip
 
 
@@ -237,8 +260,7 @@ def placement(table: pd.DataFrame) -> go.Figure:
             x=part["strays"],
             y=part["met"],
             name=kind,
-            legendgroup=kind,
-            showlegend=panel == 0,
+            showlegend=False,
             mode="markers",
             marker=dict(color=COLOURS[c], size=11, symbol=symbols[kind], line=dict(width=1, color="#222222")),
             error_x=error_bars(part, "strays"),
@@ -246,6 +268,9 @@ def placement(table: pd.DataFrame) -> go.Figure:
             row=panel // 2 + 1,
             col=panel % 2 + 1,
         )
+    for kind, symbol in symbols.items():  # in no category's colour
+        marker = dict(color="white", size=11, symbol=symbol, line=dict(width=1, color="#222222"))
+        fig.add_scatter(x=[None], y=[None], name=kind, mode="markers", marker=marker, row=1, col=1)
     fig.update_xaxes(title_text="P(c follows | not called for)", row=2)
     fig.update_yaxes(title_text="P(c follows | called for)", col=1)
     title = "More of a category: where it belongs, or anywhere?"

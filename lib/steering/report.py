@@ -21,6 +21,7 @@ ABLATED = {
     "random": ("distilled", "random"),
     "matched": ("distilled", "matched"),
 }
+LOSS = 0.05  # of accuracy, that incisive thinking may cost by its prediction
 SHOWS = "**What this run shows.** "
 AIM_NAMES = {"overthink": "over-thinking", "incisive": "incisive thinking"}
 LAYER_NAMES = {"half": "half depth", "upper": "the layer before the last block"}
@@ -158,10 +159,12 @@ def record_steering(
     seed: int = 0,
 ) -> pd.DataFrame:
     """``search.record`` for every crosscoder, pooled: at each layer with the ending _<layer>, and at the
-    better one (``best_layer``) without; gradient_<aim>_... likewise. Returns table "dose_response": all
-    conditions on the puzzles for reporting."""
+    better one (``best_layer``) without; gradient_<aim>_... likewise; unsteered_accuracy. Returns
+    table "dose_response": all conditions on the puzzles for reporting."""
     where = [(aim, layer, f"_{layer}") for aim in AIMS for layer in found]
     where += [(aim, best_layer(found, aim), "") for aim in AIMS]
+    untouched = next(iter(reported.values()))[1].iloc[0]
+    results.add("unsteered_accuracy", *outcomes.estimate(untouched, "accuracy"), untouched["n"])
     for aim, layer, suffix in where:
         record_reference(results, found[layer], reported[layer, aim][1], aim, suffix)
     for own, number in results.over(range(1 + len(next(iter(found.values())).opened.others))):
@@ -238,6 +241,37 @@ def needed_and_redundant(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[2:], float))
 
 
+def needed_shows(results: Results) -> str:
+    """What was saved or added, in a sentence."""
+    each = "; ".join(
+        f"{label}, needed {results.text(f'{aim}_needed_ratio')} and redundant"
+        f" {results.text(f'{aim}_redundant_ratio')} times as many tokens"
+        for aim, label in AIM_NAMES.items()
+    )
+    return f"{SHOWS}{each[0].upper()}{each[1:]}."
+
+
+def finding(results: Results, part: Part) -> str:
+    """The strongest result first: which behaviours lose what they are attributed to, and what adding does.
+    ``part``: of notebook 13, "causal"."""
+    end, rule = "_log_probability", "attributed"
+    sure = [
+        c
+        for c in _lowered(results, f"{{}}_{rule}", end)
+        if all(c in _lowered(results, f"{{}}_{rule}_over_{kind}", end) for kind in ("matched", "random"))
+    ]
+    costs = "; ".join(f"{c} {results.text(f'ablate_{c}_{rule}{end}')}" for c in sure)
+    lines = [
+        f"Without the features attributed to a behaviour, {_and(sure)} lose log-probability, and more than"
+        f" without matched features or random vectors{f' ({costs})' if costs else ''}."
+    ]
+    if part:
+        lines.append(thoughts_show(part).partition(" (Read")[0])
+    steered = "; ".join(f"{label} {results.text(f'{aim}_length_ratio')}" for aim, label in AIM_NAMES.items())
+    lines.append(f"Added, single features change the length of thoughts by these factors: {steered}.")
+    return " ".join(lines)
+
+
 def thoughts_show(part: Part) -> str:
     """One line of notebook 13: what removing the features costs in whole thoughts."""
     if not part:
@@ -281,9 +315,11 @@ PREDICTIONS = {
 }
 
 
-def conditions(found: Mapping[str, Found], no_unique: str, no_upper: str) -> dict[str, list[Condition] | str]:
+def conditions(
+    found: Mapping[str, Found], no_unique: str, no_upper: str, accuracy: float = 1.0
+) -> dict[str, list[Condition] | str]:
     """What PREDICTIONS mean in metrics. ``no_unique``, ``no_upper``: why these cannot be tested; "" if they
-    can."""
+    can. ``accuracy``: of the unsteered model, which cannot fall by more."""
     lose = "ablate_{}_{}{}_log_probability"
     kinds = ("", "_over_matched", "_over_random")
     every = {
@@ -303,9 +339,11 @@ def conditions(found: Mapping[str, Found], no_unique: str, no_upper: str) -> dic
     for layer in ("", *LAYER_NAMES):
         end, name = (f"_{layer}", f", {layer}") if layer else ("", "")
         longer = [above(f"overthink_length_ratio{end}", 1.5)]
-        shorter = [below(f"incisive_length_ratio{end}", 0.85), above(f"incisive_accuracy_change{end}", -0.05)]
+        shorter = [below(f"incisive_length_ratio{end}", 0.85), above(f"incisive_accuracy_change{end}", -LOSS)]
         untested = no_upper if layer == "upper" and layer not in found else ""
-        made |= {f"over-thinking{name}": untested or longer, f"incisive thinking{name}": untested or shorter}
+        no_room = f"only {accuracy:.0%} of the unsteered answers are right" if accuracy < LOSS else ""
+        made[f"over-thinking{name}"] = untested or longer
+        made[f"incisive thinking{name}"] = untested or no_room or shorter
     return made
 
 

@@ -181,6 +181,28 @@ def report(
     return thoughts, curves
 
 
+def gallery(
+    found: Found, aim: str, tasks: Sequence, thoughts: pd.DataFrame, seed: int = 0
+) -> dict[int, dict[str, list[str]]]:
+    """{task: {condition: transcript}}: unsteered, with the first crosscoder's choice for an aim, and with a
+    random direction as long. Of ``tasks`` those whose thoughts the choice shortened most, changed by the
+    median, and lengthened most: nobody picked them. ``thoughts``: of ``report``."""
+    ((direction, strength),) = found.conditions(aim, [0])
+    lengths = thoughts.set_index([*KEYS, "task"])["length"].sort_index()
+    change = lengths.loc[direction.name, strength] - lengths.loc[outcomes.NO_STEERING, 0.0]
+    order = change.sort_values(kind="stable").index
+    (noise,) = steer.random_directions(1, len(direction.vector), float(direction.vector.norm()), seed)
+    conditions = {
+        "unsteered": (None, 0.0),
+        f"{direction.name}, strength {strength:g}": (direction, strength),
+        f"{noise.name}, strength {abs(strength):g}": (noise, abs(strength)),
+    }
+    steering, folder = found.steering(aim), found.folder(aim, "report")
+    written = {name: steering.transcripts(folder, tasks, *pair) for name, pair in conditions.items()}
+    chosen = dict.fromkeys(order[[0, len(order) // 2, -1]])
+    return {int(task): {name: texts[task] for name, texts in written.items()} for task in chosen}
+
+
 def best_layer(found: Mapping[str, Found], aim: str) -> str:
     """The layer at which an aim was reached best on the puzzles for choosing, by the mean over
     crosscoders."""

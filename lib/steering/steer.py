@@ -140,7 +140,7 @@ def candidates(
     """Features worth trying for each label of ``gradients``, among the alive ones with an NRN above
     ``nrn_over``.
 
-    ``by`` "reads": the one that foretells the label's sentences best (``auroc_<label>_choose`` of the feature
+    ``by`` "reads": the one that predicts the label's sentences best (``auroc_<label>_choose`` of the feature
     table; the paper's way). ``by`` "writes": the ``n`` whose decoder rows promote them most (``influence``).
     Columns label, feature, by, auroc, influence (first-order change of the sentence's probability at strength
     1), times_random (influence over that of a typical random direction of the same norm) and nrn. A feature

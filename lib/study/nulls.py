@@ -342,10 +342,11 @@ def compute_seeds(
 
 def plot_stability(clusters: pd.DataFrame) -> go.Figure:
     """Distribution of the features' mean cosine with their matches in the other crosscoders."""
+    names = {True: "at least 4 of 5 crosscoders", False: "fewer"}
     fig = px.histogram(
-        clusters, x="stability", color="recurrent", nbins=50, barmode="stack",
-        title="Do features recur with another seed?",
-        color_discrete_map={True: COLOURS["distilled"], False: COLOURS["null"]},
+        clusters.assign(found=clusters["recurrent"].map(names)), x="stability", color="found", nbins=50,
+        barmode="stack", title="Do features recur with another seed?", labels={"found": "found in"},
+        color_discrete_map=dict(zip(names.values(), ("#222222", COLOURS["null"]))),
     )  # fmt: skip
     fig.update_xaxes(title_text="mean cosine with the matched features", range=[0, 1.02])
     return fig.update_yaxes(title_text="features of all crosscoders")

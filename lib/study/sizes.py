@@ -310,7 +310,7 @@ def plot(
             mode = "lines+markers" if by_size else "markers" if used else "markers+text"
             fig.add_scatter(
                 x=across[line.index], y=line["value"], text=line.index, name=name, legendgroup=name,
-                showlegend=name not in legend, mode=mode, textposition="top center", textfont_size=11,
+                showlegend=name not in legend, mode=mode, textposition="middle right", textfont_size=11,
                 line=dict(color=colour, dash=dash), marker=dict(color=colour, size=9, symbol=symbol),
                 error_y=error_bars(line, "value", "low", "high"), row=1, col=column,
             )  # fmt: skip

@@ -44,6 +44,9 @@ PAGES = {
     "docs/scoreboard_smol.md": "scoreboard_smol.md.j2",
     "docs/robustness_smol.md": "robustness_smol.md.j2",
 }
+SIZES = ("tiny_small", "tiny", "tiny_large")  # of notebook 06, and what each must reach
+GATES = {"acc_distilled_think": 0.8, "reflect_auc": 0.85}
+CROSSES = 0.1  # of the gap, that the whole residual stream must carry before features are asked about
 # mean cosine with the matches under other seeds from which a feature counts as the same; notebook 03 predicts
 # with it
 SAME_FEATURE = 0.7
@@ -169,8 +172,27 @@ class Sources:
                 boards[file.stem] = _rows(table)
         return boards
 
+    def nothing_crosses(self) -> str:
+        """Why nothing can be said of crossing over at half depth, where that is so; else ""."""
+        most = self.metrics("tiny", "13").get("swap_forward_transplant", {}).get("value")
+        if most is None or most >= CROSSES:
+            return ""
+        return f"not testable at this layer, where the whole residual stream carries over {most:.2f}"
+
+    def sizes_fail(self) -> str:
+        """How many sizes do not pass their gates, so that size cannot be told from success; "" if none."""
+        metrics = self.metrics("tiny", "06")
+        failed = [
+            size
+            for size in SIZES
+            if any(
+                metrics.get(f"{name}_{size}", {"value": 1})["value"] < least for name, least in GATES.items()
+            )
+        ]
+        return f"not testable: {len(failed)} of {len(SIZES)} sizes fail their gates. " if failed else ""
+
     def standing(self) -> list[dict]:
-        """For each category, over the crosscoders: does its feature foretell, lie beyond the null, come back
+        """For each category, over the crosscoders: does its feature predict, lie beyond the null, recur
         under other seeds, say more than a token, and does removing the category's features cost accuracy,
         more than the controls? ``unique`` and ``more`` are shares of crosscoders."""
         metrics, nothing = (

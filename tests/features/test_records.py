@@ -35,7 +35,7 @@ from lib.results import Results
 from lib.runs import Run
 from lib.settings import UserError
 from lib.stats import wilson
-from lib.verdicts import below
+from lib.verdicts import above, below
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +254,20 @@ def test_what_cannot_fail_is_not_testable(inspection, results):
     assert len(scores._injection(results, CATEGORIES, conditions)) == 3, "it has failed for another category"
     results.add("in_context_rate_contrast", 0.6, None, 50)
     assert scores._injection(results, CATEGORIES, conditions) == conditions
+
+
+def test_nothing_is_better_than_a_control_that_is_always_right(results):
+    gains = [above(f"gain_{c}") for c in CATEGORIES]
+    controls = dict.fromkeys(CATEGORIES, 0.8) | {"alternative": 1.0, "contrast": None}
+    left = scores._with_room(gains, controls)
+    assert [x.metric for x in left] == ["gain_reflection", "gain_deduction", "gain_contrast"]
+    for c in CATEGORIES:
+        results.add(f"gain_{c}", 0.1, (0.05, 0.2), 50)
+    assert scores._words(results, left, CATEGORIES).endswith(
+        "contrast 0.10 [0.05, 0.20]; alternative not testable"
+    )
+    why = scores._with_room(gains, dict.fromkeys(CATEGORIES, 1.0))
+    assert why.endswith("for reflection, deduction, alternative, contrast: nothing can be better")
 
 
 # --- errors, planted ----------------------------------------------------------------------------------------

@@ -438,6 +438,9 @@ def test_recorded_ablation_has_the_names_that_predictions_ask_for():
         "not testable, because no layer",
     ]
     assert set(report.PREDICTIONS) == set(asked)
+    never_right = report.conditions(dict.fromkeys(("half", "upper")), "", "", accuracy=0.02)
+    assert never_right["incisive thinking, half"] == "only 2% of the unsteered answers are right"
+    assert not isinstance(never_right["over-thinking, upper"], str), "length can still be asked about"
 
 
 def test_effects_are_measured_once(tmp_path):

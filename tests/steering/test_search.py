@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib.steering import search
+from lib.steering import plots, search
 from lib.steering.steer import Direction
 
 
@@ -54,6 +54,43 @@ def test_length_difference_is_paired():
     value, low, high = search.length_difference(thoughts, a, b)
     assert value == pytest.approx(-1 / 15)
     assert (low, high) == pytest.approx((-1 / 10, -1 / 20))  # twice the first task, twice the second
+
+
+def test_the_gallery_shows_the_extremes_and_the_median_beside_the_unsteered_and_noise():
+    feature = Direction("feature 7", "reflection", torch.tensor([3.0, 4.0]))
+    lengths = {("none", 0.0): [10, 10, 10, 10, 10], ("feature 7", 0.2): [12, 30, 10, 4, 11]}
+    thoughts = pd.DataFrame(
+        [
+            {"direction": name, "strength": strength, "task": task, "length": float(length)}
+            for (name, strength), values in lengths.items()
+            for task, length in enumerate(values)
+        ]
+    )
+    asked = []
+
+    def transcripts(folder, tasks, direction, strength):
+        asked.append((folder, direction, strength))
+        return [[f"{direction and direction.name}", str(task)] for task in tasks]
+
+    chosen = pd.DataFrame([{"aim": "overthink", "crosscoder": 0, "direction": "feature 7", "strength": 0.2}])
+    steering = SimpleNamespace(transcripts=transcripts)
+    at = search.Found(
+        "half", None, {"stops": steering}, {"overthink": "stops"}, {"feature 7": feature}, None, chosen, None
+    )
+    written = search.gallery(at, "overthink", range(5), thoughts)
+    assert list(written) == [3, 4, 1], "the shortest, the median, the longest"
+    assert [list(texts.values()) for texts in written.values()][0] == [
+        ["None", "3"], ["feature 7", "3"], ["random 0", "3"],
+    ]  # fmt: skip
+    (_, _, noise) = asked
+    assert noise[0] == "half/stops/report" and noise[1].vector.norm() == pytest.approx(5) and noise[2] == 0.2
+    thought = "so 4 + 5 = 10 . wait , 4 + 5 = 9 ."
+    written = {"a < b": {"unsteered": thought.split(), "with <it>": ["so"] * 3}}
+    text = plots.gallery(written, " ", n=2).data
+    assert "a &lt; b" in text and "with &lt;it&gt;" in text and "(15 tokens)" in text and text.count("…") == 2
+    text = plots.gallery(written, " ").data
+    assert 'title="reflection"' in text and "wait , 4 + 5 = 9 ." in text
+    assert "so4+5=10." in plots.gallery(written, "").data, "free text is joined as it was cut"
 
 
 def test_limits_choose_by_aim():

@@ -79,6 +79,13 @@ def test_numbers_of_the_pairs_and_what_is_missing(tmp_path):
         put(tmp_path, f"figures/tiny/results/{notebook}.json", {"metrics": metrics})
     text = publish.render("tables/results.md.j2", tmp_path)
     assert "distilled, thinking **0.50** [0.25, 0.75]" in text and "not measured" not in text
+    assert "not testable" not in text
+    gates = {"acc_distilled_think_tiny_small": metric(0.78), "reflect_auc_tiny_large": metric(0.86)}
+    put(tmp_path, "figures/tiny/results/06.json", {"metrics": gates})
+    put(tmp_path, "figures/tiny/results/13.json", {"metrics": {"swap_forward_transplant": metric(0.02)}})
+    text = publish.render("tables/results.md.j2", tmp_path)
+    assert "not testable: 1 of 3 sizes fail their gates." in text
+    assert text.count("where the whole residual stream carries over 0.02") == 2
     put(tmp_path, "figures/tiny/results/00.json", {"metrics": {}})
     assert "distilled, thinking not measured" in publish.render("tables/results.md.j2", tmp_path)
     (tmp_path / "figures/tiny/results/05.json").unlink()
