@@ -125,7 +125,7 @@ def express_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "")
 
 def plain_titles(fig: go.Figure, before: str = "") -> go.Figure:
     """Panels of plotly.express titled "reflection", not "category=reflection"; ``before`` goes first."""
-    return fig.for_each_annotation(lambda a: a.update(text=before + a.text.split("=")[-1]))
+    return fig.for_each_annotation(lambda a: a.update(text=before + a.text.split("=", 1)[-1]))
 
 
 def _same_numbers(file: Path, text: str) -> bool:

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 
-from ..figures import COLOURS
+from ..figures import COLOURS, plain_titles
 from ..results import Part
 
 BY_K = tuple(COLOURS[name] for name in ("distilled", "null", "contrast", "base", "deduction"))
@@ -30,8 +30,7 @@ def training_curves(log: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
         title="Training the crosscoder",
     )
     fig.update_yaxes(matches=None, showticklabels=True, title_text="", rangemode="tozero")
-    fig.update_xaxes(title_text="tokens shown").for_each_annotation(_value_only)
-    return fig, curves
+    return plain_titles(fig.update_xaxes(title_text="tokens shown")), curves
 
 
 def nrn_histogram(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
@@ -58,7 +57,7 @@ def nrn_histogram(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
     fig.update_xaxes(range=[0, 1])
     fig.update_xaxes(title_text="NRN: 0 base only, 0.5 shared, 1 distilled only", row=1)
     fig.update_traces(marker_color=COLOURS["distilled"]).update_layout(bargap=0.05)
-    return fig.for_each_annotation(_value_only), counts
+    return plain_titles(fig), counts
 
 
 def row_cosines(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
@@ -144,8 +143,3 @@ def by_k(table: pd.DataFrame) -> go.Figure:
     )
     fig.update_xaxes(title_text="k, features per token", tickvals=table["k"].tolist())
     return fig.update_yaxes(range=[0, 1.02], title_text="")
-
-
-def _value_only(label) -> None:
-    """The label of a panel without the name of its variable."""
-    label.update(text=label.text.partition("=")[2])

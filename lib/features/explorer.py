@@ -46,7 +46,7 @@ SORTS = {
     "frequency": "frequency",
     "mean activation": "mean_activation",
     "ν_ε": "nu_eps",
-    "comes back (cosine)": "stability",
+    "recurs (cosine)": "stability",
     **{f"AUROC, {c}": f"auroc_{c}" for c in CATEGORIES},
 }
 
@@ -253,7 +253,7 @@ class Explorer:
             "fires on": number("frequency", ".2%"),
             "explained by the token alone (R²)": number("token_r2", ".2f"),
             "ν_ε": number("nu_eps", ".2f"),
-            "comes back in other crosscoders (cosine)": number("stability", ".2f"),
+            "recurs in other crosscoders (cosine)": number("stability", ".2f"),
             **{f"AUROC before {c}": number(f"auroc_{c}", ".2f") for c in CATEGORIES},
         }
         shown = "; ".join(f"{name} <b>{value}</b>" for name, value in facts.items() if value is not None)
@@ -340,7 +340,7 @@ class Explorer:
         least = {"value": 0, **zero_to_one, **field}
         frequency = w.BoundedFloatText(step=0.001, description="Fires on at least", **least)
         unknown = bool(self.table["stability"].isna().all())
-        stable = w.BoundedFloatText(step=0.1, description="Comes back at least", disabled=unknown, **least)
+        stable = w.BoundedFloatText(step=0.1, description="Recurs at least", disabled=unknown, **least)
         page = w.BoundedIntText(value=1, min=1, max=1, description="Page", **small)
         row = w.BoundedIntText(value=1, min=1, max=1, description="Row", **small, **at_once)
         last = self.crosscoder.n_features - 1

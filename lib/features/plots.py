@@ -10,17 +10,12 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 
-from ..figures import COLOURS
+from ..figures import COLOURS, plain_titles
 from ..labels import DETECTED
 from .table import PLACES, Inspection
 
 DOTTED = dict(line_dash="dot", line_color="#444444")
 GROUPS = {"highest": COLOURS["distilled"], "middle": COLOURS["random"], "lowest": COLOURS["base"]}
-
-
-def _plain_titles(fig: go.Figure) -> go.Figure:
-    """Panels titled "reflection", not "category=reflection"."""
-    return fig.for_each_annotation(lambda a: a.update(text=a.text.split("=")[-1]))
 
 
 def errors(by_place: pd.DataFrame) -> go.Figure:
@@ -46,7 +41,7 @@ def errors(by_place: pd.DataFrame) -> go.Figure:
     )
     fig.add_vline(0.5, line_dash="dot", line_color=COLOURS["null"])
     fig.update_traces(marker_size=8).update_xaxes(range=[0.4, 1.02])
-    return _plain_titles(fig).update_layout(showlegend=False, boxmode="overlay")
+    return plain_titles(fig).update_layout(showlegend=False, boxmode="overlay")
 
 
 def labels(groups: Sequence[Mapping[str, pd.DataFrame]]) -> tuple[go.Figure, pd.DataFrame]:
@@ -141,7 +136,7 @@ def _with_intervals(tests: pd.DataFrame, x: str, y: str, **options) -> go.Figure
     tests = tests.assign(up=tests["high"] - tests[x], down=tests[x] - tests["low"])
     bars, order = dict(error_x="up", error_x_minus="down"), {y: list(tests[y].unique())}
     options |= dict(facet_col="category", width=1100, category_orders=order)
-    return _plain_titles(px.scatter(tests.drop(columns="each"), x=x, y=y, **bars, **options))
+    return plain_titles(px.scatter(tests.drop(columns="each"), x=x, y=y, **bars, **options))
 
 
 def _with_single_ones(fig: go.Figure, tests: pd.DataFrame, x: str, y: str) -> go.Figure:
@@ -181,7 +176,7 @@ def all_detectors(
         title="Every feature of every crosscoder as a detector of the next sentence",
         labels={"nrn": "NRN", "auroc": "AUROC"},
     )
-    _plain_titles(fig.update_traces(marker_size=4).update_layout(showlegend=False))
+    plain_titles(fig.update_traces(marker_size=4).update_layout(showlegend=False))
     if np.isfinite(threshold):
         fig.add_vline(threshold, line_dash="dot", line_color="#BBBBBB")
     for column, c in enumerate(points["category"].unique(), start=1):

@@ -235,7 +235,7 @@ def plot_shares(part: Part) -> tuple[go.Figure, pd.DataFrame]:
         category_orders={"what": list(SHARES.values()), "architecture": list(kinds)},
         title="One-sided features by architecture",
     )  # fmt: skip
-    fig.update_yaxes(title_text="share of alive features", col=1)
+    fig.update_yaxes(title_text="share of alive features", col=1).update_xaxes(tickangle=30)
     return fig.update_layout(showlegend=False), table
 
 
