@@ -43,8 +43,8 @@ def flat_map(geometry: Geometry, relation: Relation, reference: str = "base") ->
 def arrows(
     geometry: Geometry, relation: Relation, models: Sequence[str] | None = None, labels: int = 8
 ) -> go.Figure:
-    """One panel per model: an arrow from each input to its output, and the mean arrow in black; ``labels``
-    pairs are named."""
+    """One panel per model: an arrow from each input to its output, and the mean arrow in black; at most
+    ``labels`` pairs are named, the same in all panels."""
     frame, models = flat_map(geometry, relation), list(models or geometry.points)
     table = geometry.table[geometry.table["relation"] == relation.name].set_index("model")
     titles = [
@@ -54,10 +54,10 @@ def arrows(
     ]
     shared = dict(shared_xaxes="all", shared_yaxes="all", horizontal_spacing=0.04)
     fig = make_subplots(1, len(models), subplot_titles=titles, **shared)
-    for column, model in enumerate(models, start=1):
-        part = frame[frame["model"] == model].reset_index(drop=True)
+    maps = [frame[frame["model"] == model].reset_index(drop=True) for model in models]
+    named = _apart(maps, labels)
+    for column, (model, part) in enumerate(zip(models, maps), start=1):
         colour, panel = COLOURS.get(model, COLOURS["random"]), dict(row=1, col=column)
-        named = _apart(part, labels)
         for i, row in part.iterrows():
             fig.add_trace(_arrow(row, colour, 1.2, named=i in named), **panel)
         middle = part[["x0", "x1", "y0", "y1"]].mean()
@@ -71,17 +71,18 @@ def arrows(
     return fig.update_annotations(font_size=13)
 
 
-def _apart(part: pd.DataFrame, most: int, room: tuple[float, float] = (0.35, 0.1)) -> set[int]:
-    """At most so many pairs (row numbers of ``part``) whose words would not be written over each other."""
-    taken, chosen = np.empty((0, 2)), set()
-    for i, row in enumerate(part.itertuples()):
-        ends = np.array([(row.x0, row.y0), (row.x1, row.y1)])
-        near = np.abs(np.concatenate([taken, ends[:1]])[:, None] - ends[None]) < room
-        near[-1, 0] = False  # a word and itself
-        if len(chosen) < most and not near.all(axis=-1).any():
-            chosen.add(i)
-            taken = np.concatenate([taken, ends])
-    return chosen
+def _apart(maps: Sequence[pd.DataFrame], most: int, room: tuple[float, float] = (0.35, 0.1)) -> set[int]:
+    """At most so many pairs (row numbers, the same in all maps) whose words are not written over each other
+    in any map."""
+    ends = [part[["x0", "y0", "x1", "y1"]].to_numpy(float).reshape(-1, 2, 2) for part in maps]
+    chosen: list[int] = []
+    for i in range(len(ends[0])):
+        # each map: the words of the chosen pairs and the first word of this one, against this pair's two
+        placed = [np.concatenate([own[chosen].reshape(-1, 2), own[i, :1]]) for own in ends]
+        near = [(np.abs(words[:, None] - own[i]) < room).all(axis=-1) for words, own in zip(placed, ends)]
+        if len(chosen) < most and sum(map(np.sum, near)) == len(maps):  # a first word is near itself
+            chosen.append(i)
+    return set(chosen)
 
 
 def _arrow(row: pd.Series, colour: str, width: float, named: bool = False) -> go.Scatter:

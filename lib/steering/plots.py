@@ -23,7 +23,7 @@ from .outcomes import RATES
 from .search import REFERENCE
 
 KINDS = {"features": "#222222", "matched": COLOURS["null"], "random": COLOURS["random"]}
-WHO = {"features": COLOURS["distilled"], "gradient": COLOURS["base"], "random": COLOURS["random"]}
+WHO = {"features": "#222222", "gradient": "#7570B3", "random": COLOURS["random"]}
 SENTENCES = {f"rate_{c}": f"{c} per 100 tokens" for c in RATES}
 SMALL = {"size": 5, "opacity": 0.45}
 SETS = {"features": 0, "attributed": 1}  # sets of features of a category, in whole thoughts

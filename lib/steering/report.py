@@ -262,8 +262,8 @@ def finding(results: Results, part: Part) -> str:
     ]
     costs = "; ".join(f"{c} {results.text(f'ablate_{c}_{rule}{end}')}" for c in sure)
     lines = [
-        f"Without the features attributed to a behaviour, {_and(sure)} lose log-probability, and more than"
-        f" without matched features or random vectors{f' ({costs})' if costs else ''}."
+        "Behaviours that lose log-probability without the features attributed to them, and more than without"
+        f" matched features or random vectors: {costs or 'none'}."
     ]
     if part:
         lines.append(thoughts_show(part).partition(" (Read")[0])

@@ -6,6 +6,7 @@ import itertools
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
@@ -478,3 +479,12 @@ def test_relation_files(tmp_path):
     (tmp_path / "short.json").write_text(json.dumps({"a": "b"}))
     with pytest.raises(UserError, match="short.json is not a relation"):
         load_relations(tmp_path)
+
+
+def test_words_that_would_be_written_over_each_other_are_not_named():
+    rows = [(0, 0, 1, 1), (0.1, 0.05, 2, 2), (0.5, 0, 0.5, 0.05), (-1, -1, 2, -1)]
+    one = pd.DataFrame(rows, columns=["x0", "y0", "x1", "y1"])
+    assert plots._apart([one], 8) == {0, 3}, "the second's first word hides a word, the third's two are one"
+    assert plots._apart([one], 1) == {0}
+    other = one.assign(x0=[0, 5, 6, 0.1], y0=[0, 5, 6, 0.01])
+    assert plots._apart([one, other], 8) == {0}, "apart in one map is not enough"
