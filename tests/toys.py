@@ -8,8 +8,16 @@ from pathlib import Path
 
 import peft
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from lib.activations.harvest import harvest_activations
 from lib.activations.store import Store
@@ -43,6 +51,22 @@ def _random(model, config, width: int, seed: int, layers: int, **changes):
         initializer_range=0.2,
     )
     return model(config(hidden_size=width, num_hidden_layers=layers, **(usual | changes))).eval()
+
+
+GEMMA2 = dict(head_dim=8, final_logit_softcapping=5.0, sliding_window=16)
+GRANITE = dict(logits_scaling=8.0, residual_multiplier=0.5)
+COHERE = dict(logit_scale=0.25)
+LINEAR = dict(  # Qwen3-Next: three of four layers with linear attention
+    head_dim=8, linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+    linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=16, shared_expert_intermediate_size=16,
+)  # fmt: skip
+
+
+def toy_of(name: str, seed: int = 0, width: int = 16, layers: int = 4, **changes) -> PreTrainedModel:
+    """A random model of any architecture, by the name of its class."""
+    model, config = getattr(transformers, name), name.replace("ForCausalLM", "").replace("LMHeadModel", "")
+    return _random(model, getattr(transformers, f"{config}Config"), width, seed, layers, **changes)
 
 
 # --- chat models in small -----------------------------------------------------------------------------------

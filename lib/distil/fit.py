@@ -68,9 +68,15 @@ def padded(windows: Sequence[Window]) -> Batch:
 
 def token_losses(model: PreTrainedModel, x: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy in nats [learnt tokens] of the targets ``y`` [rows, length]."""
-    hidden = model.model(input_ids=x).last_hidden_state[:, :-1]
     learnt = y[:, 1:] != -100
-    return cross_entropy(model.lm_head(hidden[learnt]).float(), y[:, 1:][learnt], reduction="none")
+    head = model.get_output_embeddings()
+    # the model's own logits, caps and scales included, but of these positions alone
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][learnt][None],))
+    try:
+        logits = model(input_ids=x, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    return cross_entropy(logits.float(), y[:, 1:][learnt], reduction="none")
 
 
 class Optimiser:

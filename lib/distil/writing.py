@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.decode import generate
+from ..models.decode import context_of, generate
 from ..models.pairs import load_pair
 from ..runs import Progress, write_text
 from ..text.chat import prompt
@@ -57,9 +57,12 @@ def sample(
     Temperature 0 is greedy. Special tokens in a prompt are read as such; no BOS is added. The same prompts in
     the same order with the same seed give the same texts.
     """
+    if context := context_of(model.config):  # a text ends where the context does
+        longest = max(map(len, tokenizer(list(prompts), add_special_tokens=False)["input_ids"]))
+        max_new_tokens = min(max_new_tokens, context - longest)
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {}
-    new = generate(model, tokenizer, prompts, max_new_tokens, add_special_tokens=False, **sampling)
+    how = {"add_special_tokens": False, "temperature": temperature, "top_k": top_k}
+    new = generate(model, tokenizer, prompts, max_new_tokens, **how)
     return [(tokenizer.decode(ids), len(ids) < max_new_tokens, len(ids)) for ids in new]
 
 
@@ -147,5 +150,5 @@ def write_for(
         if kind not in (None, each):
             continue
         file = runs / f"{stem}.jsonl"
-        write_corpus(each, pair.load(model), pair.tokenizer(), file, tokens)
+        write_corpus(each, pair.load(model), pair.tokenizer(model), file, tokens)
         pack(file, out / f"{stem}.jsonl.gz")

@@ -6,16 +6,18 @@ Texts of like length are batched and padded on the right, which causal attention
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..settings import UserError
+from .decode import context_of
 from .pairs import DTYPES, Pair, check_layer, decoder_path
 from .sources import PACKAGE, first_line, is_adapter
 
@@ -45,15 +47,13 @@ class LayerReader:
         self.width = model.config.get_text_config().hidden_size
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.nnsight = wrap(model, tokenizer)
-        decoder = functools.reduce(getattr, decoder_path(model).split("."), self.nnsight)
-        self.envoys = [decoder[i] for i in self.layers]
+        self.envoys = [layer_envoys(self.nnsight)[i] for i in self.layers]
 
     def read(self, token_lists: Sequence[Sequence[int]], side: str = "right") -> list[torch.Tensor]:
         """The residual stream [length, d] of each list of one padded batch, in the model's dtype,
         on the CPU."""
         lengths = [len(t) for t in token_lists]
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context and max(lengths) > context:
+        if (context := context_of(self.model.config)) and max(lengths) > context:
             raise UserError(
                 f"a text has {max(lengths)} tokens, and this model's context is {context}: shorten it"
             )
@@ -166,21 +166,46 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
     return TransformersModel(model, tokenizer=tokenizer, task="text-generation")
 
 
-def open_models(
-    pair: Pair, names: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, TransformersModel]:
-    """The models as nnsight sees them: loaded, or, if the pair's are run elsewhere (``pair.remote``), their
-    skeletons without weights.
+def _envoy(model: TransformersModel, module: nn.Module):
+    return attrgetter(next(name for name, m in model._module.named_modules() if m is module))(model)
+
+
+def layer_envoys(model: TransformersModel):
+    """The decoder layers as nnsight sees them, whatever the architecture calls them."""
+    return attrgetter(decoder_path(model._module))(model)
+
+
+def embedding_envoy(model: TransformersModel):
+    """The embedding of tokens as nnsight sees it."""
+    return _envoy(model, model._module.get_input_embeddings())
+
+
+def head_envoy(model: TransformersModel):
+    """The head as nnsight sees it: its input is the normed residual stream, and what the model makes of its
+    output (soft caps, scales) gives the logits. In a trace::
+
+        hidden = head.input[rows, columns].float()  # in float32: bfloat16 would round logits to a sixteenth
+        head.skip(functional.linear(hidden, head.weight.float(), bias)[None])
+        logits = model.output.logits[0].float()  # [positions, vocabulary]
+
+    so that the vocabulary is only unembedded where it is asked for.
+    """
+    return _envoy(model, model._module.get_output_embeddings())
+
+
+def open_models(pair: Pair, names: Sequence[str]) -> dict[str, TransformersModel]:
+    """The models as nnsight sees them, each with the tokenizer by which it writes: loaded, or, if the pair's
+    are run elsewhere (``pair.remote``), their skeletons without weights.
 
     NDIF (https://ndif.us) runs models of the hub at the commit that it has loaded. UserError for weights that
     no server has (folders, adapters, packages), and where there is no key for NDIF.
     """
     if pair.remote:
-        return {name: _remote(pair, name, tokenizer) for name in names}
-    return {name: wrap(pair.load(name), tokenizer) for name in names}
+        return {name: _remote(pair, name) for name in names}
+    return {name: wrap(pair.load(name), pair.tokenizer(name)) for name in names}
 
 
-def _remote(pair: Pair, name: str, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
+def _remote(pair: Pair, name: str) -> TransformersModel:
     from nnsight import CONFIG, TransformersModel
 
     source = pair.source(name)
@@ -196,10 +221,10 @@ def _remote(pair: Pair, name: str, tokenizer: PreTrainedTokenizerBase) -> Transf
             " https://login.ndif.us and set NDIF_API_KEY, or take remote out of its entry in the registry"
         )
     repo, _, revision = str(source).partition("@")
-    options = dict(tokenizer=tokenizer, task="text-generation", dtype=DTYPES[pair.dtype])
+    options = dict(tokenizer=pair.tokenizer(name), task="text-generation", dtype=DTYPES[pair.dtype])
     try:
         return TransformersModel(repo, revision=revision or None, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(
             f"the configuration of the remote model {name!r} cannot be read from {pair.shown(name)}:"
             f" {first_line(error)}"

@@ -42,6 +42,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..activations.store import SPLITS, Store
 from ..crosscoder.model import CrossCoder, check_feature
 from ..labels import CATEGORIES, LABELS
+from ..models.reader import head_envoy, layer_envoys
 from ..runs import Progress
 from ..settings import UserError, check
 from ..stats import group_weights, interval, pooled_table
@@ -200,29 +201,30 @@ def logits_at(
     """Next-token logits [targets, vocabulary] at the positions ``at`` (rows, columns) of a padded batch.
 
     ``tokens`` and ``mask`` [batch, length], padded on either side; ``removed`` [batch, length, d] is
-    subtracted from the output of decoder layer ``layer``. The vocabulary is only unembedded where it is asked
-    for: at 150,000 tokens the logits of a whole batch would not fit. With ``targets`` [targets], ids of
+    subtracted from the output of decoder layer ``layer``. The logits are the model's own, caps and scales
+    included, unembedded only where they are asked for (``reader.head_envoy``): at 150,000 tokens those of a
+    whole batch would not fit. With ``targets`` [targets], ids of
     tokens: [targets, 2], the logit and the log-probability of these alone, which is all that then comes back
     from where the model runs (``remote``: as nnsight has it). ``hidden`` [batch, length, d] is what the layer
     gives (``hidden_at``), where it is known: then the model begins above it.
     """
     rows, columns = at
-    with model.trace({"input_ids": tokens, "attention_mask": mask}, remote=remote) as tracer:
+    blocks, head = layer_envoys(model), head_envoy(model)
+    with model.trace({"input_ids": tokens, "attention_mask": mask}, remote=remote):
         if hidden is not None:
-            for block in model.model.layers[: layer + 1]:
+            for block in blocks[: layer + 1]:
                 block.skip(hidden)
         if removed is not None:
-            h = model.model.layers[layer].output
+            h = blocks[layer].output
             h[:] = h - removed.to(h.device)
-        # in float32: bfloat16 would round logits to a sixteenth
-        hidden, bias = model.model.norm.output[rows, columns].float(), model.lm_head.bias
+        hidden, bias = head.input[rows, columns].float(), head.bias
         bias = None if bias is None else bias.float()
-        found = functional.linear(hidden, model.lm_head.weight.float(), bias)
+        head.skip(functional.linear(hidden, head.weight.float(), bias)[None])
+        found = model.output.logits[0].float()
         if targets is not None:
             token = targets.to(found.device)[:, None]
             found = torch.cat([found.gather(1, token), found.log_softmax(-1).gather(1, token)], dim=1)
         found = found.save()
-        tracer.stop()
     return found.cpu()
 
 
@@ -230,7 +232,7 @@ def logits_at(
 def hidden_at(model: TransformersModel, layer: int, tokens: Tensor, mask: Tensor) -> Tensor:
     """Output of decoder layer ``layer`` on a padded batch, [batch, length, d]."""
     with model.trace({"input_ids": tokens, "attention_mask": mask}) as tracer:
-        hidden = model.model.layers[layer].output.save()
+        hidden = layer_envoys(model)[layer].output.save()
         tracer.stop()
     return hidden
 
@@ -259,18 +261,18 @@ def gradients(
             torch.from_numpy(np.flatnonzero(batch.targets["category"].to_numpy() == name)) for name in names
         ]
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask}
-        with torch.enable_grad(), model.trace(inputs, remote=remote) as tracer:
-            h = model.model.layers[layer].output
+        block, head = layer_envoys(model)[layer], head_envoy(model)
+        with torch.enable_grad(), model.trace(inputs, remote=remote):
+            h = block.output
             push = torch.zeros(h.shape, device=h.device, requires_grad=True)
-            model.model.layers[layer].output = h + push.to(h.dtype)
-            hidden = model.model.norm.output[rows, columns]
-            logits = functional.linear(hidden, model.lm_head.weight, model.lm_head.bias).float()
+            block.output = h + push.to(h.dtype)
+            head.skip(functional.linear(head.input[rows, columns], head.weight, head.bias)[None])
+            logits = model.output.logits[0].float()
             target = logits.log_softmax(-1).gather(1, token.to(h.device)[:, None])[:, 0]
             sums = [target[some.to(h.device)].sum() for some in chosen]
             found = torch.stack(
                 [torch.autograd.grad(total, push, retain_graph=True)[0] for total in sums]
             ).save()
-            tracer.stop()
         yield batch, {name: g[batch.kept_at].cpu() for name, g in zip(names, found)}
 
 

@@ -144,7 +144,7 @@ def open_run(run: Run, source: str = "", facts: Mapping | None = None) -> RunArt
     pair = load_pair(run.pair)
     store, artefacts = open_artefacts_of_all(run, pair, source, facts)
     tokenizer = pair.tokenizer()
-    models = open_models(pair, artefacts[0].crosscoder.names, tokenizer)
+    models = open_models(pair, artefacts[0].crosscoder.names)
     first, *others = (
         RunArtefacts(
             run, pair, store, one.crosscoder, one.table, one.chosen, one.fingerprint, tokenizer, models,

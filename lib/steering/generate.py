@@ -28,8 +28,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..crosscoder.model import CrossCoder
-from ..models.decode import TaskNoise, decode, legs, roomy_cache, until
+from ..models.decode import TaskNoise, continued, decode, ends_of, legs, padded, roomy_cache, until
 from ..models.pairs import decoder_layers
+from ..models.reader import embedding_envoy, layer_envoys
 from ..runs import Progress, write_text
 from ..settings import UserError, check
 from .interventions import LogitBias, RowVectors, State
@@ -118,8 +119,8 @@ def steered(
 
     ``vectors`` [tasks, d] is what is added to the output of ``layer`` (strength included; a row of zeros is
     not steered). ``how``: ``temperature`` (0, greedy, unless given; above it thoughts are sampled), ``seed``,
-    ``remote``, and ``place``: "thinking" until the row has written ``end_of_thinking`` (None: to the end),
-    "ends" likewise, where the newest token is ``sentence_end``, "prompt" or "all".
+    ``remote``, and ``place``: "thinking" until the row has written ``end_of_thinking`` (None: to the end; "":
+    the medium's), "ends" likewise, where the newest token is ``sentence_end``, "prompt" or "all".
     """
     if len(vectors) != len(tasks):
         raise ValueError(f"{len(vectors)} vectors for {len(tasks)} tasks: must be one each")
@@ -148,7 +149,7 @@ def steered_stream(
     written, ended = [[] for _ in tasks], [False] * len(tasks)
     for rows, new, over in batch.legs(max_new_tokens, leg):
         for row, ids, last in zip(rows.tolist(), new.tolist(), over.tolist()):
-            written[row], ended[row] = batch.text(until(ids, batch.eos)), last
+            written[row], ended[row] = batch.text(until(ids, batch.ends)), last
         yield list(written), list(ended)
 
 
@@ -160,7 +161,7 @@ def _steered_batch(
     medium: Medium,
     temperature: float = 0.0,
     seed: int = 0,
-    end_of_thinking: str | None = "done",
+    end_of_thinking: str | None = "",
     remote: bool | str = False,
     place: str = "thinking",
     sentence_end: str = ".",
@@ -170,7 +171,8 @@ def _steered_batch(
     batch = (_RemoteBatch if remote else _Batch)(
         {"": model}, tokenizer, {"": layer}, tasks, [treatment] * len(tasks), temperature, seed, medium
     )
-    batch.end = _token(tokenizer, "end_of_thinking", end_of_thinking)
+    if end_of_thinking not in ("", medium.end_of_thinking):
+        batch.end = _token(tokenizer, "end_of_thinking", end_of_thinking)
     batch.stop = _token(tokenizer, "sentence_end", sentence_end) if place == "ends" else None
     batch.remote = remote
     return batch
@@ -209,17 +211,14 @@ class _Batch:
     ):
         """``numbers``: of the rows, among all that are generated."""
         self.models, self.layers, self.crosscoder = models, layers, crosscoder
-        self.tokenizer, self.medium, self.eos = tokenizer, medium, tokenizer.eos_token_id
-        self.end, self.stop = tokenizer.convert_tokens_to_ids([medium.end_of_thinking, "."])
+        self.tokenizer, self.medium, self.ends = tokenizer, medium, ends_of(tokenizer)
+        self.end, self.stop = medium.end(tokenizer), tokenizer.convert_tokens_to_ids(".")
         self.writer, self.mode = treatments[0].writer, treatments[0].mode
         prompts = [medium.prompt(task) for task in tasks]
         if self.mode == "free":
             prompts = [prompt.removesuffix(" think :") for prompt in prompts]
-        self.batch = tokenizer(
-            prompts, return_tensors="pt", padding=True, padding_side="left",
-            add_special_tokens=medium.special_tokens,
-        )  # fmt: skip
-        self.prompt = self.batch["input_ids"].shape[1]
+        ids, mask = padded(tokenizer, prompts, medium.special_tokens)
+        self.prompt = ids.shape[1]
         self.key = torch.tensor([zlib.crc32(repr(task).encode()) for task in tasks])
         self.numbers = torch.tensor(list(range(len(tasks)) if numbers is None else numbers))
         self.noise = TaskNoise(tasks, temperature, seed) if temperature > 0 else None
@@ -236,15 +235,14 @@ class _Batch:
         }
         self.caches = {name: roomy_cache(models[name].config) for name in others}
         self.cached = torch.arange(len(tasks))  # the rows that the other models' caches hold
-        ids, mask = self.batch["input_ids"], self.batch["attention_mask"]
         self.start = (self.leg, models[self.writer].config, ids, mask)
 
     def decode(self, max_new_tokens: int) -> list[list[str]]:
         leg = max_new_tokens if self.remote else 0  # a server keeps no cache between two requests
-        return [self.text(row) for row in decode(*self.start, max_new_tokens, self.eos, leg=leg)]
+        return [self.text(row) for row in decode(*self.start, max_new_tokens, self.ends, leg=leg)]
 
     def legs(self, max_new_tokens: int, leg: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        return legs(*self.start, max_new_tokens, self.eos, max_new_tokens if self.remote else leg)
+        return legs(*self.start, max_new_tokens, self.ends, max_new_tokens if self.remote else leg)
 
     def text(self, ids: Sequence[int]) -> list[str]:
         words = self.medium.transcript(self.tokenizer, ids)
@@ -257,11 +255,9 @@ class _Batch:
             for other in self.caches.values():
                 other.batch_select_indices(left)
             self.cached = rows
-        for _ in range(n):
-            seen = cache.get_seq_length()
-            position = (mask.cumsum(1) - 1).clamp(min=0)
-            inputs = {"input_ids": ids[:, seen:], "attention_mask": mask, "position_ids": position[:, seen:]}
-            where = self._where(ids, mask, position, rows, seen)
+
+        def newest(ids, mask, inputs):
+            where = self._where(ids, mask, inputs["position_ids"], rows)
             read = {name: self._read(name, inputs, other) for name, other in self.caches.items()}
             logits = self._write(inputs, cache, read, where, rows)
             for i, words in self.bias_ids.items():
@@ -271,22 +267,23 @@ class _Batch:
             if self.noise is not None:
                 self.noise.rows = rows
                 logits = self.noise(ids, logits)
-            newest = logits.argmax(-1, keepdim=True)
-            ids, mask = torch.cat([ids, newest], dim=1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            tokens = logits.argmax(-1)
             if self.end is not None:
-                self.thinking[rows] &= newest[:, 0] != self.end
-            if (ids[:, self.prompt :] == self.eos).any(1).all():
-                break
-        return ids
+                self.thinking[rows] &= tokens != self.end
+            return tokens
 
-    def _where(self, ids, mask, position, rows, seen) -> dict[str, Tensor]:
-        """{place: bool [rows, new positions]}: where each kind of place is among the new positions."""
+        return continued(newest, ids, mask, cache, n, self.prompt, self.ends)
+
+    def _where(self, ids, mask, position, rows) -> dict[str, Tensor]:
+        """{place: bool [rows, new positions]}: where each kind of place is among the new positions, whose
+        numbers in each text are ``position`` [rows, new positions]."""
+        seen = ids.shape[1] - position.shape[1]
         new = torch.arange(seen, ids.shape[1])
         thinking = self.thinking[rows][:, None] & (new >= self.prompt - 1)
         return {
             "thinking": thinking,
             "ends": thinking & (ids[:, seen:] == self.stop),
-            "everywhere": (mask * position)[:, seen:] > 0,
+            "everywhere": mask[:, seen:] * position > 0,
             "prompt": (mask[:, seen:] > 0) & (new < self.prompt - 1),
             "all": mask[:, seen:] > 0,
         }
@@ -337,6 +334,15 @@ class _Batch:
         return logits.float().cpu()
 
 
+# of transformers' ``generate``: without them a checkpoint's generation_config.json would decide
+PLAIN = {
+    "do_sample": False, "num_beams": 1, "guidance_scale": 1.0, "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "penalty_alpha": 0.0, "min_new_tokens": 0, "suppress_tokens": [], "begin_suppress_tokens": [],
+    "renormalize_logits": False, "remove_invalid_values": False,
+}  # fmt: skip
+
+
 class _RemoteBatch(_Batch):
     """Steering where the model runs on a server: one request, through nnsight."""
 
@@ -347,20 +353,22 @@ class _RemoteBatch(_Batch):
         thinking = torch.full((len(rows), 1), place != "prompt")
         earlier = place in ("prompt", "all")  # read by the first step only: later ones have it in the cache
         stop = self.stop if place == "ends" else None
-        options = {"max_new_tokens": n, "do_sample": False, "remote": self.remote, "eos_token_id": self.eos}
+        options = {**PLAIN, "max_new_tokens": n, "remote": self.remote, "eos_token_id": list(self.ends)}
         options["logits_processor"] = LogitsProcessorList([self.noise] if self.noise is not None else [])
+        options["pad_token_id"] = self.tokenizer.pad_token_id or 0
+        embedding, block = embedding_envoy(model), layer_envoys(model)[layer]
         with warnings.catch_warnings():
             # how an open loop over the steps ends
             warnings.filterwarnings("ignore", message=".*was never reached.*")
-            with model.generate(**options, pad_token_id=self.tokenizer.pad_token_id) as tracer:
+            with model.generate(**options) as tracer:
                 with tracer.invoke({"input_ids": ids, "attention_mask": mask}):
                     for _ in tracer.iter[:]:
-                        newest = model.model.embed_tokens.input[:, -1:]
+                        newest = embedding.input[:, -1:]
                         thinking = thinking.to(newest.device)
                         if end is not None:
                             thinking = thinking & (newest != end)
                         where = thinking if stop is None else thinking & (newest == stop)
-                        h = model.model.layers[layer].output
+                        h = block.output
                         h[:, -1] += where.to(h.device) * added.to(h.device)
                         if earlier:
                             before = h.shape[1] - 1

@@ -25,6 +25,7 @@ import torch
 
 from ..figures import COLOURS, labelled_lines
 from ..labels import CATEGORIES, REDUNDANT
+from ..models.decode import context_of
 from ..settings import UserError, check
 from ..text import lexicon, questions
 from ..text.puzzles import (
@@ -180,7 +181,7 @@ class Playground:
         task = self._typed(prompt.strip(), tokenizer) if isinstance(prompt, str) else prompt
         asked = tokenizer(self.medium.prompt(task), add_special_tokens=self.medium.special_tokens)
         length = len(asked["input_ids"])
-        context = getattr(self.models[model].config, "max_position_embeddings", None) or np.inf
+        context = context_of(self.models[model].config) or np.inf
         if length + self.max_new_tokens > context:
             raise UserError(
                 f"the prompt has {length} tokens and the thought may take {self.max_new_tokens}, and this"

@@ -33,6 +33,7 @@ from ..activations.positions import PHASES, phase_of
 from ..activations.store import SPLITS
 from ..crosscoder.model import CrossCoder, check_feature
 from ..distil.trials import Task
+from ..models.reader import head_envoy, layer_envoys
 from ..runs import fingerprint, write_manifest
 from ..settings import UserError, check
 from .ablation import Batch, batches
@@ -116,16 +117,15 @@ def _gradients(
     first = torch.full((len(batch.mask),), length).scatter_reduce(0, rows, columns, "amin")
     thinking = (torch.arange(length) >= first[:, None]).float()[..., None]
     inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask}
-    with torch.enable_grad(), model.trace(inputs, remote=remote) as tracer:
-        h = model.model.layers[layer].output
+    block, head = layer_envoys(model)[layer], head_envoy(model)
+    with torch.enable_grad(), model.trace(inputs, remote=remote):
+        h = block.output
         push = torch.zeros(h.shape[-1], device=h.device, requires_grad=True)
-        model.model.layers[layer].output = h + (thinking.to(h.device) * push).to(h.dtype)
-        hidden = model.model.norm.output[rows, columns]
-        logits = functional.linear(hidden, model.lm_head.weight, model.lm_head.bias)
-        probability = logits.float().softmax(-1)
+        block.output = h + (thinking.to(h.device) * push).to(h.dtype)
+        head.skip(functional.linear(head.input[rows, columns], head.weight, head.bias)[None])
+        probability = model.output.logits[0].float().softmax(-1)
         sums = [probability[:, ids.to(h.device)].sum() for ids in openings]
         found = torch.stack([torch.autograd.grad(total, push, retain_graph=True)[0] for total in sums]).save()
-        tracer.stop()
     return found.cpu()
 
 
@@ -244,7 +244,7 @@ class Steering:
             strength = float(check("strength", strength, float))
             plain = direction is None or strength == 0
             label = stem = NO_STEERING
-            vector = torch.zeros(self.model.config.hidden_size)
+            vector = torch.zeros(self.model.config.get_text_config().hidden_size)
             if not plain:
                 label, vector = direction.name, strength * direction.vector
                 stem = f"{re.sub('[^a-z0-9]+', '-', label.lower())}_{strength:+.3f}"

@@ -58,6 +58,12 @@ class Medium:
     batch_rows: int
     joiner: str  # of a transcript's tokens
 
+    def end(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """The id with which thinking ends: in chat the first of the closing tag."""
+        if self.special_tokens:
+            return tokenizer.convert_tokens_to_ids(self.end_of_thinking)
+        return chat.think_tags(tokenizer)[1][0]
+
 
 def medium_of(pair: Pair) -> Medium:
     """Puzzles where the pair's corpus is the generated one, chat otherwise."""

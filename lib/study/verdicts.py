@@ -74,7 +74,7 @@ def compute_verdicts(variant: Variant, targets: int = TARGETS) -> tuple[dict, di
     by_seed    ``single``, and dictionary
     features   ``crosscoder.recurrence.recurrent`` of the crosscoders, and dictionary
     """
-    models = open_models(variant.pair, variant.store.models, variant.pair.tokenizer())
+    models = open_models(variant.pair, variant.store.models)
     tables, metrics = {"verdicts": [], "by_seed": [], "features": []}, {}
     for name, (n_features, k) in DICTIONARIES.items():
         crosscoders, pooled, alive = _measured(variant, models, n_features, k, targets)

@@ -120,15 +120,11 @@ def test_a_remote_pair_gives_the_same_effects(world):
     """Skeletons without weights, and the trace as it is sent; run here, since there is no server."""
     names, targets = world.crosscoder.names, ablation.sample_targets(world.store, n=3, split=SPLIT)
     removals = [ablation.Removal(20, "features", tuple(range(40)))]
-    away = reader.open_models(replace(world.pair, remote="local"), names, world.tokenizer)
+    away = reader.open_models(replace(world.pair, remote="local"), names)
     assert not any(model.dispatched for model in away.values())
     found = ablation.measure(world.store, world.crosscoder, away, targets, removals, remote="local")
     here = ablation.measure(
-        world.store,
-        world.crosscoder,
-        reader.open_models(world.pair, names, world.tokenizer),
-        targets,
-        removals,
+        world.store, world.crosscoder, reader.open_models(world.pair, names), targets, removals
     )
     pd.testing.assert_frame_equal(found, here, rtol=1e-5)
     assert (found["logit"].abs() > 0).any()
@@ -138,21 +134,21 @@ def test_what_ndif_cannot_run_is_refused(world, monkeypatch):
     monkeypatch.setattr(CONFIG.API, "APIKEY", None)
     hub = replace(world.pair, models={"base": "org/one", "distilled": "org/two@v1"}, remote=True)
     with pytest.raises(UserError, match="no key for NDIF: .*NDIF_API_KEY"):
-        reader.open_models(hub, hub.models, world.tokenizer)
+        reader.open_models(hub, hub.models)
     monkeypatch.setattr(CONFIG.API, "APIKEY", "mine")
     for wrong in (world.pair.base, "pypi:some==1.0@sha256:0"):
         with pytest.raises(UserError, match="'base' is .*NDIF runs models of the hub"):
-            reader.open_models(replace(hub, models={"base": wrong}), ["base"], world.tokenizer)
+            reader.open_models(replace(hub, models={"base": wrong}), ["base"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
         UserError, match="configuration of the remote model 'base' cannot be read from org/one"
     ):
-        reader.open_models(hub, hub.models, world.tokenizer)
+        reader.open_models(hub, hub.models)
     asked = []
     monkeypatch.setattr(
         "nnsight.TransformersModel", lambda name, **how: asked.append((name, how["revision"]))
     )
-    reader.open_models(hub, hub.models, world.tokenizer)
+    reader.open_models(hub, hub.models)
     assert asked == [("org/one", None), ("org/two", "v1")]
 
 

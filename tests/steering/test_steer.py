@@ -193,10 +193,9 @@ def test_remote_execution_path_gives_the_same(model, pushes, how):
 
 def test_a_remote_pair_steers_and_is_probed_alike(tmp_path):
     store, pair = toy_store(tmp_path), replace(toy_pair(tmp_path), remote="local")
-    layer, tokenizer = store.layers["distilled"], pair.tokenizer()
+    layer = store.layers["distilled"]
     here, away = (
-        reader.open_models(p, ["distilled"], tokenizer)["distilled"]
-        for p in (replace(pair, remote=False), pair)
+        reader.open_models(p, ["distilled"])["distilled"] for p in (replace(pair, remote=False), pair)
     )
     push = steering.Direction(
         "deduction 3", "deduction", 9 * torch.randn(24, generator=torch.Generator().manual_seed(0))
