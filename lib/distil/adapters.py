@@ -199,7 +199,8 @@ def make_adapters(
     runs = runs or ROOT / "data" / "runs" / f"distil_{pair.name}"
     claim(runs, recipe)
     for stage in stages:
-        seeded = replace(recipe, seed=recipe.seed + (stage == "null_b"))
+        window = min(recipe.window, pair.context or recipe.window)
+        seeded = replace(recipe, seed=recipe.seed + (stage == "null_b"), window=window)
         tokenizer, model = pair.tokenizer("base"), adapted(pair.load("base"), seeded)
         if stage == "distilled":
             windows = trace_windows(traces_of(traces, seeded), tokenizer, seeded)

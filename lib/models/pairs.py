@@ -21,20 +21,22 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from ..runs import fingerprint
 from ..settings import ROOT, Count, Positive, UserError, check, path_shown
-from . import sources
+from . import checks, sources
+from .decode import context_of
 
 REGISTRY = ROOT / "data" / "pairs.yaml"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,7 +121,7 @@ class Pair:
         if not sources.is_adapter(source):
             return source, None
         base, trained_on = self.source("base"), sources.adapter_base(source)
-        if _shown(base) != trained_on:
+        if trained_on and not _same(base, trained_on):
             raise UserError(
                 f"the adapter {model_name!r} of pair {self.name!r} belongs to {trained_on}, and the pair's"
                 f" base is {_shown(base)}: weights of another origin or precision need an adapter of their"
@@ -133,26 +135,43 @@ class Pair:
         return replace(self, models={name: self.source(name) for name in names}, others=others)
 
     def load(self, model_name: str, dtype: str | None = None) -> PreTrainedModel:
-        """The model in eval mode, without gradients, in the pair's dtype; UserError if it has no
-        safetensors."""
+        """The model in eval mode, without gradients, in the pair's dtype. UserError if it has no safetensors,
+        if these are not the weights of its configuration, and if it cannot be studied (``checks``)."""
         what, wanted = f"model {model_name!r} of pair {self.name!r}", DTYPES[dtype or self.dtype]
         source, adapter = self._with_adapter(model_name)
-        loaded = torch.float32 if adapter else wanted
-        model = _from(source, AutoModelForCausalLM, what, dtype=loaded, use_safetensors=True)
+        options = dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+        options["dtype"] = torch.float32 if adapter else wanted
+        model, info = _from(source, AutoModelForCausalLM, what, **options)
+        checks.check_weights(model, info, f"{what} ({_shown(source)})")
         if adapter:  # added in float32: bfloat16 would round every small change away
             model = sources.merged(model, adapter).to(wanted)
-        return model.eval().requires_grad_(False)
+        model = model.eval().requires_grad_(False)
+        model.generation_config = GenerationConfig()  # what the study does not set decides nothing
+        checks.check_architecture(model, decoder_layers(model), what)
+        return model
 
     def config(self, model_name: str):
         """The model's configuration alone, without its weights."""
         source, _ = self._with_adapter(model_name)
         return _from(source, AutoConfig, f"model {model_name!r} of pair {self.name!r}")
 
+    @property
+    def context(self) -> int | None:
+        """How many tokens every model can read; None if nothing limits them."""
+        return min(filter(None, (context_of(self.config(name)) for name in self.models)), default=None)
+
     def tokenizer(self, model_name: str | None = None) -> PreTrainedTokenizerBase:
         """The tokenizer of the pair (or of one model, where they have their own). The first model's stands
         for all: ``check_vocabularies`` makes sure that it may."""
         source = self.tokenizer_source or self._with_adapter(model_name or next(iter(self.models)))[0]
-        return _from(source, AutoTokenizer, f"tokenizer of pair {self.name!r}")
+        what = f"tokenizer of pair {self.name!r}"
+        try:  # as tokenizer.json says: a class that the folder names may split otherwise
+            tokenizer = _from(source, PreTrainedTokenizerFast, what)
+        except UserError:
+            tokenizer = _from(source, AutoTokenizer, what)
+        if not tokenizer.is_fast:
+            raise UserError(f"the {what} has no tokenizer.json ({_shown(source)}): save one with tokenizers")
+        return tokenizer
 
     def fingerprint(self, model_name: str) -> str:
         """Hash of a local model's configuration and weights, of a hub model's id and revision, or of a
@@ -290,13 +309,28 @@ def _from(source: str | Path, loader, what: str, **options):
         where, revision = sources.resolved(source)
         options = {**options, "revision": revision}
     disable_progress_bar()  # its bars freeze in executed notebooks
+    verbosity = get_verbosity()
+    set_verbosity_error()  # ``checks`` says what its reports say
     try:
         return loader.from_pretrained(where, trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # each library has classes of its own
+        needed = _NEEDED.get(loader, "a tokenizer.json and a tokenizer_config.json")
         raise UserError(
-            f"the {what} cannot be loaded from {_shown(source)} (config.json and safetensors are needed):"
-            f" {sources.first_line(error)}"
+            f"the {what} cannot be loaded from {_shown(source)}: {sources.first_line(error)} (needed are"
+            f" {needed} that the installed transformers and tokenizers can read)"
         ) from None
+    finally:
+        set_verbosity(verbosity)
+
+
+_NEEDED = {AutoConfig: "a config.json", AutoModelForCausalLM: "a config.json and safetensors, not quantised,"}
+
+
+def _same(base: str | Path, trained_on: str) -> bool:
+    """Whether the name in an adapter is that of a base, a folder however it is spelled."""
+    if isinstance(base, Path):
+        return (ROOT / Path(trained_on).expanduser()).resolve() == base.resolve()
+    return trained_on in (base, base.partition("@")[0])
 
 
 def _must_exist(source: Path, what: str) -> None:
@@ -364,4 +398,5 @@ def check_vocabularies(
             f"the vocabularies differ in {len(unexpected)} ids ({some}): models can only be compared on the"
             " same tokens; if these ids may be left out, list them as differing_ids of the pair"
         )
+    checks.check_round_trip(tokenizers)
     return tuple(sorted(differing))

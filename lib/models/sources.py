@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -101,8 +101,11 @@ def _hub_error(error: Exception, repo: str, kind: str, otherwise: str) -> UserEr
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, with what it announces; the class where that says more."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    unclear = isinstance(error, (LookupError, TypeError, AttributeError))
+    return f"{type(error).__name__}: {text}" if unclear else text
 
 
 def _read_record(file: Path) -> dict:
@@ -240,7 +243,10 @@ def _fetch(name: str, version: str, folder: Path) -> Path:
 def from_gguf(gguf: Path, folder: Path) -> None:
     """Write the model and the tokenizer in a GGUF file as safetensors: float32, the dequantised numbers."""
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    options = dict(gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{gguf.name} lacks {len(missing)} weights of its model, {missing[0]} among them")
     left_out = ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype")
     # what transformers read from GGUF remembers its quantisation and cannot be saved: a plain model can
     settings = {key: value for key, value in model.config.to_dict().items() if key not in left_out}
@@ -255,24 +261,72 @@ def is_adapter(source: str | Path) -> bool:
     return isinstance(source, Path) and (source / ADAPTER).is_file()
 
 
-def adapter_base(folder: Path) -> str:
-    """The name of the model that an adapter was trained on, as a registry would write it."""
-    return json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+def adapter_base(folder: Path) -> str | None:
+    """The name of the model that an adapter was trained on, as a registry would write it; None if it says
+    none."""
+    try:
+        return json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        raise UserError(f"{ADAPTER} in {folder.name}/ is not a JSON object: save the adapter again") from None
 
 
+@torch.no_grad()
 def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """``base``, float32, changed in place: the adapter of ``folder`` is added to its weights. UserError if
-    tensors are missing or unknown: peft would leave a layer without them as it is."""
+    """``base``, float32, changed in place: the adapter of ``folder`` is added to its weights, and the
+    vocabulary enlarged where it was. UserError unless every tensor of the adapter is one of the model and the
+    reverse, and the merged model gives the logits of the adapted one."""
     import peft
 
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"the adapter in {folder.name}/ has no {file.name}: other files, such as .bin, are not read"
+        )
     try:
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            names = set(file.keys())
-        model = peft.PeftModel.from_pretrained(base, str(folder))
-        if odd := names ^ set(peft.get_peft_model_state_dict(model)):
+        tensors = load_file(file)
+        grown = [len(tensors[name]) for name in tensors if name.endswith(_vocabulary_weights(base))]
+        if grown and max(grown) > base.get_input_embeddings().num_embeddings:
+            base.resize_token_embeddings(max(grown), mean_resizing=False)
+        model = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+        own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        # by the names in the file, where the adapter's own name, "default", is left out
+        state = {name.replace(".default", ""): x for name, x in model.state_dict().items()} | own
+        missing = own.keys() - tensors.keys()
+        unknown = {
+            n for n, x in tensors.items() if n not in state or not torch.equal(state[n], x.to(state[n]))
+        }
+        if odd := missing | unknown:
             raise ValueError(f"{len(odd)} tensors are missing or unknown, {min(odd)} among them")
-        return model.merge_and_unload()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        ids = torch.arange(1, 9)[None]
+        right = model(input_ids=ids).logits
+        _untie(model)
+        whole = model.merge_and_unload()
+        embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+        whole.config.tie_word_embeddings = same = torch.equal(embedding.weight, head.weight)
+        if same:
+            head.weight = embedding.weight
+        found = whole(input_ids=ids).logits
+        if not torch.allclose(found, right, atol=1e-3 * float(right.abs().max()), equal_nan=True):
+            raise ValueError("merged into the weights it gives other logits than beside them")
+        return whole
+    except Exception as error:  # each kind of adapter fails in its own way
         raise UserError(
             f"the adapter in {folder.name}/ does not fit its base model: {first_line(error)}"
         ) from None
+
+
+def _vocabulary_weights(model: PreTrainedModel) -> tuple[str, ...]:
+    """How the names of the embedding's and the head's weights end."""
+    ours = (model.get_input_embeddings(), model.get_output_embeddings())
+    return tuple(f"{name}.weight" for name, module in model.named_modules() if module in ours)
+
+
+def _untie(model: torch.nn.Module) -> None:
+    """Give every name a tensor of its own: what is added to an embedding must not be added to a head."""
+    seen = set()
+    for name, weight in list(model.named_parameters(remove_duplicate=False)):
+        if id(weight) in seen:
+            module, _, leaf = name.rpartition(".")
+            copy = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+            setattr(model.get_submodule(module), leaf, copy)
+        seen.add(id(weight))

@@ -209,9 +209,10 @@ def build(
 
     ``trace_share`` is the share of tokens in traces; ``splits`` are the shares of documents for train, choose
     and report. Texts are distinct; for the embedded pair the puzzles of the splits come from puzzles' own
-    train, validation and test. From files, documents longer than ``max_length`` are cut into windows, all of
-    which are used, and a text that occurs twice stays in one split. Raises UserError for impossible values
-    and vocabularies that differ; a budget above the corpus is found by ``check_budget`` or at the end.
+    train, validation and test. From files, documents longer than ``max_length``, or than the shortest context
+    of the models, are cut into windows, all of which are used, and a text that occurs twice stays in one
+    split. Raises UserError for impossible values and vocabularies that differ; a budget above the corpus is
+    found by ``check_budget`` or at the end.
     """
     tokens = check("tokens", pair.tokens if tokens is None else tokens, int, low=1)
     check("trace_share", trace_share, float, low=0, high=1)
@@ -223,9 +224,12 @@ def build(
             f"splits are {tuple(splits)}: they must be three shares (train, choose, report) that sum to 1,"
             " train not 0"
         )
+    if pair.corpus != "generated":
+        max_length = min(max_length, pair.context or max_length)
     shared = pair.tokenizer_source is not None
     tokenizers = {name: pair.tokenizer(name) for name in (list(pair.models)[:1] if shared else pair.models)}
     excluded = check_vocabularies(tokenizers, pair.differing_ids)
+    excluded = pair.differing_ids if shared else excluded
     tokenizer = next(iter(tokenizers.values()))
     beginnings = {t.bos_token_id for t in tokenizers.values()}
     # BOS in one of them, or another one: none for any, or the models would read different texts

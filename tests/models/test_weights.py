@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import TEXT, chat_model, toy_adapter
+from toys import TEXT, chat_model, toy_adapter, toy_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lib.models import sources
@@ -294,9 +294,95 @@ def test_merging_adds_scale_times_b_a_to_every_linear_layer_and_nothing_else(tmp
     assert sources.is_adapter(tmp_path / "adapter") and not sources.is_adapter(tmp_path)
 
 
+def adapted(folder, new=0, tied=False, **options):
+    """An adapter with random weights in ``folder``, trained on a base with ``new`` more tokens; (the logits
+    of the model that was trained, the base as it was)."""
+    torch.manual_seed(2)
+    make = lambda: toy_llama(16, 0, layers=2, vocab_size=320, intermediate_size=32, tie_word_embeddings=tied)
+    model = make()
+    model.save_pretrained(folder / "base")  # peft looks there whether the vocabulary has grown
+    if new:
+        model.resize_token_embeddings(320 + new)
+    config = peft.LoraConfig(**{"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]} | options)
+    model = peft.get_peft_model(model, config).eval()
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+        model.save_pretrained(folder)
+        return model(torch.tensor([[5, 9, 30, 319]])).logits, make()
+
+
+KINDS = {
+    "linear": {},
+    "grown": dict(new=2),
+    "grown, saved": dict(new=2, modules_to_save=["embed_tokens", "lm_head"]),
+    "grown, tied": dict(new=2, tied=True),
+    "head": dict(target_modules=["lm_head"]),
+    "head, tied": dict(target_modules=["lm_head", "q_proj"], tied=True),
+    "embedding, tied": dict(target_modules=["embed_tokens"], tied=True),
+    "both saved, tied": dict(modules_to_save=["embed_tokens", "lm_head"], tied=True),
+    "one saved, tied": dict(modules_to_save=["embed_tokens"], tied=True),
+    "some tokens, tied": dict(trainable_token_indices=[5, 30], tied=True),
+    "tied in training": dict(target_modules=["embed_tokens"], ensure_weight_tying=True, tied=True),
+    "DoRA": dict(use_dora=True),
+    "biases": dict(bias="lora_only"),
+}
+
+
+ONE = ("grown, tied", "some tokens, tied", "tied in training")  # head and embedding after it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapted_model_is_merged_right(kind, tmp_path):
+    right, base = adapted(tmp_path / "adapter", **KINDS[kind])
+    merged = sources.merged(base, tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(torch.tensor([[5, 9, 30, 319]])).logits, right, atol=1e-3, rtol=1e-3
+        )
+    one = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert merged.config.tie_word_embeddings == one == (kind in ONE)
+
+
+def test_an_adapter_that_is_not_as_others_is_taken_or_named(tmp_path):
+    pair = pair_of(tmp_path, str(tmp_path / "base"))
+    file, right = tmp_path / "distilled" / sources.ADAPTER, pair.load("distilled").state_dict()
+    content = json.loads(file.read_text())
+    del content["base_model_name_or_path"]
+    other = f"{tmp_path}/distilled/../base/"
+    for name in ({"base_model_name_or_path": other}, {"base_model_name_or_path": None}, {}):
+        file.write_text(json.dumps(content | name))
+        found = pair.load("distilled").state_dict()
+        assert all(torch.equal(found[k], x) for k, x in right.items())
+    file.write_text(json.dumps(content | {"peft_type": "TOMORROW"}))
+    with pytest.raises(UserError, match="adapter in distilled/ does not fit its base model: .*TOMORROW"):
+        pair.load("distilled")
+    file.write_text("[")
+    with pytest.raises(UserError, match="adapter_config.json in distilled/ is not a JSON object"):
+        pair.load("distilled")
+    file.write_text(json.dumps(content))
+    tensors = tmp_path / "distilled" / "adapter_model.safetensors"
+    torch.save(load_file(tensors), tensors.with_suffix(".bin"))
+    tensors.unlink()
+    with pytest.raises(
+        UserError, match="has no adapter_model.safetensors: other files, such as .bin, are not"
+    ):
+        pair.load("distilled")
+
+
+def test_prefixes_that_are_no_change_of_weights_are_refused(tmp_path):
+    peft.get_peft_model(
+        chat_model(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapter in adapter/ does not fit its base model"):
+        sources.merged(chat_model(), tmp_path / "adapter")
+
+
 def test_an_adapter_of_another_shape_is_refused(tmp_path):
     toy_adapter(tmp_path / "adapter")
-    with pytest.raises(UserError, match="adapter in adapter/ does not fit its base model"):
+    with pytest.raises(UserError, match=r"does not fit its base model: .*\[2, 16\].*\[2, 32\]"):
         sources.merged(chat_model(width=32), tmp_path / "adapter")
 
 
