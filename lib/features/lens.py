@@ -13,23 +13,42 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..activations.store import Store
 from ..crosscoder.model import CrossCoder
 from ..labels import LABELS
-from ..models.pairs import Pair
+from ..models.pairs import Pair, decoder_layers
 from ..results import Results
 from .table import Inspection
 
 USUAL = 0.05  # of a category's sentences that begin with a token: then it counts as one of its openings
 
 
+@torch.no_grad()
 def readout(model: PreTrainedModel) -> Tensor:
-    """What turns a direction of the residual stream into logits: W (g * .), [vocabulary, d] in float32."""
-    norm = model.get_decoder().norm.weight.detach().float()
-    return (model.get_output_embeddings().weight.detach().float() * norm).cpu()
+    """What turns a direction of the residual stream into logits: W (g * .), [vocabulary, d] in float32; g is
+    seen from what reaches the head, for norms differ (1 + weight in Gemma; others centre first)."""
+    layers, head = decoder_layers(model), model.get_output_embeddings()
+    signs = torch.ones(model.config.get_text_config().hidden_size)
+    signs[1::2] = -1
+    signs -= signs.mean()
+    streams, caught = 1e3 * torch.stack([signs, -signs, torch.ones_like(signs), -torch.ones_like(signs)]), []
+    hooks = [
+        layers[-1].register_forward_hook(lambda module, args, output: streams[None].to(output)),
+        head.register_forward_pre_hook(lambda module, args: caught.append(args[0][0].float().cpu())),
+    ]
+    try:
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    varied, constant = caught[0][::2] - caught[0][1::2]  # a bias cancels
+    weights = head.weight.detach().float().cpu() * (varied / (2 * signs))
+    centres = constant.norm() < 1e-3 * varied.norm()
+    return weights - weights.mean(dim=1, keepdim=True) if centres else weights
 
 
 def readouts(pair: Pair, names: Sequence[str]) -> dict[str, Tensor]:

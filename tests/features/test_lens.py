@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
-from toys import toy_model, toy_store
+from toys import COHERE, GEMMA2, toy_of, toy_store
 
 from lib.activations.survey import openers
 from lib.crosscoder.codes import SplitCodes
@@ -59,13 +59,27 @@ def test_the_table_has_a_row_per_feature_and_model(lens):
     assert table.set_index(["feature", "model"])["promoted"].to_dict()[2, "distilled"] == "so"
 
 
-def test_the_readout_gives_the_logits_of_a_direction():
-    model = toy_model(16, seed=1)
+@pytest.mark.parametrize(
+    ("name", "norm", "width", "changes"),
+    [
+        ("Qwen2ForCausalLM", "model.norm", 16, {}),
+        ("Gemma2ForCausalLM", "model.norm", 16, GEMMA2),
+        ("CohereForCausalLM", "model.norm", 20, COHERE),
+        ("GPT2LMHeadModel", "transformer.ln_f", 18, {}),
+    ],
+)
+def test_the_readout_gives_the_logits_of_a_direction(name, norm, width, changes):
+    model = toy_of(name, width=width, **changes)
+    norm, direction = (
+        model.get_submodule(norm),
+        torch.randn(width, generator=torch.Generator().manual_seed(0)),
+    )
     with torch.no_grad():
-        model.model.norm.weight.copy_(torch.linspace(0.5, 2, 16))
-    direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():  # the norm divides by one number, which is the same for all tokens
-        logits = model.lm_head(model.model.norm(direction))
+        norm.weight.copy_(torch.linspace(0.5, 2, width))
+        if getattr(norm, "bias", None) is not None:
+            norm.bias.normal_()
+        # the norm divides by one number, which is the same for all tokens
+        logits = model.lm_head(norm(direction) - norm(-direction))
     by_hand = readout(model) @ direction
     assert torch.allclose(logits / logits.norm(), by_hand / by_hand.norm(), atol=1e-5)
     assert readouts(SimpleNamespace(remote=True), ["base"]) == {}
