@@ -73,7 +73,8 @@ def begin(notebook: str, names: Mapping, **kinds) -> Results:
         import torch  # here: notebooks without a model do not wait for it
 
         torch.set_num_threads(parameters["threads"])
-    _show_found(NOT_YET)
+    if notebook.isdigit():  # not the explorer, which finds nothing by itself
+        _show_found(NOT_YET)
     return Results(notebook, run, parameters)
 
 

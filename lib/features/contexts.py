@@ -1,9 +1,8 @@
 """Features to look at: the texts in which they are most active, a profile of what they fall on, and a map of
-them all. Texts are shaded by activation, so that a reader can judge a label instead of believing it."""
+them all: so that a reader can judge a label instead of believing it."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,13 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from ..activations.store import Store
 from ..crosscoder.codes import SplitCodes
 from ..crosscoder.model import CrossCoder
-from ..figures import COLOURS, shaded_tokens
+from ..figures import COLOURS
 from ..labels import LABELS
 
 COLUMNS = ["feature", "rank", "row", "document", "position", "activation", "label", "text"]
 BEFORE, AFTER = 14, 6  # words shown on either side of the strongest token
-LINE = "display:flex;background:#fff;font-family:monospace;white-space:nowrap"
-NOTE = "display:inline-block;width:12em;color:#555"
 
 
 def top_contexts(
@@ -103,27 +100,6 @@ def activations_at(fires: np.ndarray, values: np.ndarray, rows: np.ndarray) -> n
     _, at, place = np.intersect1d(rows, fires, assume_unique=True, return_indices=True)
     activations[at] = values[place]
     return activations
-
-
-def contexts_html(
-    store: Store, coded: SplitCodes, tokenizer: PreTrainedTokenizerBase, contexts: pd.DataFrame, feature: int
-):
-    """The top contexts of a feature as HTML, one line each, tokens shaded on one scale; hover shows the
-    activation."""
-    from IPython.display import HTML
-
-    own = contexts[contexts["feature"] == feature].sort_values("rank")
-    if own.empty:
-        return HTML(f"<p>Feature {feature} never fires on these tokens: it has no contexts.</p>")
-    lines, fires = [], firings(coded.rows, coded.codes.tocsc(), feature)
-    for context in own.itertuples():
-        rows = window(store, context.row)
-        words = tokenizer.convert_ids_to_tokens(store.tokens[rows].tolist())
-        shaded = shaded_tokens(words, activations_at(*fires, rows), maximum=own["activation"].max())
-        label = html.escape(context.label if isinstance(context.label, str) else "")
-        note = f'<span style="{NOTE}">{context.activation:.2f} {label}</span>'
-        lines.append(f'<div style="{LINE}">{note}{shaded.data}</div>')
-    return HTML(f'<div style="overflow-x:auto">{"".join(lines)}</div>')
 
 
 def headline(table: pd.DataFrame, feature: int) -> str:

@@ -158,15 +158,6 @@ def specificity(grid: pd.DataFrame, strength: float) -> go.Figure:
     )  # fmt: skip
 
 
-def side_by_side(transcripts: Mapping[str, Sequence[str]], joiner: str, n: int = 60):
-    """Transcripts as a table, each cut to ``n`` tokens."""
-    rows = {
-        name: joiner.join(words[:n]) + (f" … ({len(words)} tokens)" if len(words) > n else "")
-        for name, words in transcripts.items()
-    }
-    return pd.DataFrame({"transcript": rows}).style.set_properties(**{"text-align": "left"})
-
-
 def gallery(written: Mapping[str, Mapping[str, Sequence[str]]], joiner: str, n: int = 120):
     """Thoughts side by side, {prompt: {condition: tokens}}, each cut to ``n`` tokens, as HTML. Those of
     puzzles have a line per sentence in the colour of its label (hover for its name)."""

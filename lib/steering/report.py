@@ -22,7 +22,6 @@ ABLATED = {
     "matched": ("distilled", "matched"),
 }
 LOSS = 0.05  # of accuracy, that incisive thinking may cost by its prediction
-SHOWS = "**What this run shows.** "
 AIM_NAMES = {"overthink": "over-thinking", "incisive": "incisive thinking"}
 LAYER_NAMES = {"half": "half depth", "upper": "the layer before the last block"}
 
@@ -107,7 +106,7 @@ def ablation_shows(results: Results) -> str:
     """Which categories lose support, by logit and by log-probability."""
     table = results.tables["ablation"]
     k = max(row[table["columns"].index("k")] for row in table["rows"])
-    lines = [f"{SHOWS}At k = {k:g} %, the interval lies below 0 for these categories:"]
+    lines = [f"At k = {k:g} %, the interval lies below 0 for these categories:"]
     for key in ABLATED:
         logit, log_probability = (_and(_lowered(results, f"{{}}_{key}", e)) for e in ("", "_log_probability"))
         lines.append(f"- {key}: {logit} by logit; {log_probability} by log-probability")
@@ -121,7 +120,7 @@ def ablation_shows(results: Results) -> str:
 
 def sets_show(results: Results, why_not: str) -> str:
     """What the sets that mean something cost, beside their controls, in log-probability."""
-    lines, end = [f"{SHOWS}Change of the log-probability, mean over crosscoders:"], "_log_probability"
+    lines, end = ["Change of the log-probability, mean over crosscoders:"], "_log_probability"
     for rule in RULES[1:]:
         if f"ablate_{CATEGORIES[0]}_{rule}" not in results.metrics:
             lines.append(f"- {rule}: not testable, because {why_not}")
@@ -139,7 +138,7 @@ def sets_show(results: Results, why_not: str) -> str:
 
 def choice_shows(found: Mapping[str, Found]) -> str:
     """How much was tried, and how often something within the limits was found."""
-    lines = [f"{SHOWS}On the puzzles for choosing, {sum(len(f.table) for f in found.values())} conditions:"]
+    lines = [f"On the puzzles for choosing, {sum(len(f.table) for f in found.values())} conditions:"]
     for name, f in found.items():
         for aim, label in AIM_NAMES.items():
             own = f.chosen[(f.chosen["crosscoder"] >= 0) & (f.chosen["aim"] == aim)]
@@ -203,7 +202,7 @@ def specificity_shows(results: Results, grids: Sequence[pd.DataFrame]) -> str:
     counts = {c: sum(own.get(c) == c for own in best) for c in CATEGORIES}
     each = "; ".join(f"{c} {n} of {len(grids)}" for c, n in counts.items())
     share = results.text("specific_share")
-    return f"{SHOWS}Share of the categories whose feature raises its own sentences most: {share}. ({each})"
+    return f"Share of the categories whose feature raises its own sentences most: {share}. ({each})"
 
 
 def raises_most(grid: pd.DataFrame) -> dict[str, str]:
@@ -218,7 +217,7 @@ def steering_shows(results: Results, found: Mapping[str, Found]) -> str:
             f" {results.text(f'{name}_accuracy_change{suffix}')}"
         )
 
-    lines = [f"{SHOWS}On puzzles that were not used for choosing, mean over crosscoders:"]
+    lines = ["On puzzles that were not used for choosing, mean over crosscoders:"]
     for layer in found:
         for aim, label in AIM_NAMES.items():
             noise = "random" if aim == "overthink" else "random_incisive"
@@ -248,7 +247,7 @@ def needed_shows(results: Results) -> str:
         f" {results.text(f'{aim}_redundant_ratio')} times as many tokens"
         for aim, label in AIM_NAMES.items()
     )
-    return f"{SHOWS}{each[0].upper()}{each[1:]}."
+    return f"{each[0].upper()}{each[1:]}."
 
 
 def finding(results: Results, part: Part) -> str:

@@ -167,4 +167,6 @@ def test_the_explorer_shows_heads_the_lens_and_weak_firings(store, tmp_path):
         assert end(HEADS, head) == end(line, entry), "each column stands below its head"
     text = explore.view(feature)[1].data
     assert "logit lens" in text and "each fifth of its firings" in text
+    assert "0.75)" in text, "the strongest token has the full shade"
+    assert "never fires" in explore.view(1)[1].data
     assert "logit lens" not in Explorer(crosscoder, store, table, columns, build_tokenizer()).view(0)[1].data

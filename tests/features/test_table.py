@@ -532,18 +532,6 @@ def test_activations_at_masked_tokens_are_zero():
     assert contexts.activations_at(*fires, np.array([10_000])).tolist() == [0]
 
 
-def test_html_shades_and_escapes(monkeypatch):
-    store = _sized(by_hand())
-    some = coded(store, "report", COLUMNS)
-    made = contexts.top_contexts(store, some, Words(), [1])
-    monkeypatch.setattr(Words, "convert_ids_to_tokens", lambda self, ids: ["<b>"] * len(ids))
-    text = contexts.contexts_html(store, some, Words(), made, 1).data
-    assert "&lt;b&gt;" in text and "<b><" not in text and text.count("0.75)") == 2, (
-        "the strongest token of both lines has the full shade"
-    )
-    assert "never fires" in contexts.contexts_html(store, some, Words(), made, 4).data
-
-
 def test_profile_and_headline(table):
     store = by_hand()
     shares = contexts.profile(store, coded(store, "report", COLUMNS), 0).set_index(["panel", "label"])

@@ -33,7 +33,6 @@ from lib.crosscoder.training import TrainConfig, train
 from lib.distil.organism import build_tokenizer
 from lib.features import explorer
 from lib.features import naming as labelling
-from lib.features.contexts import contexts_html
 from lib.features.explorer import Columns
 from lib.models.pairs import KINDS, Pair, check_layer, check_vocabularies, load_pair
 from lib.models.reader import LayerReader
@@ -591,10 +590,6 @@ def test_contexts_and_explorer_escape_words_and_labels(store):
     crosscoder = CrossCoder(list(store.widths.values()), 8, variant="l1", names=list(store.models))
     coded: SplitCodes = codes(crosscoder, store, "report")
     feature = int(np.asarray((coded.codes > 0).sum(axis=0)).argmax())
-    row = int(coded.rows[coded.codes[:, [feature]].toarray().ravel().argmax()])
-    contexts = pd.DataFrame(
-        [{"feature": feature, "rank": 1, "row": row, "activation": 1.0, "label": HOSTILE[0]}]
-    )
     table = pd.DataFrame(
         {
             "feature": range(8),
@@ -606,21 +601,11 @@ def test_contexts_and_explorer_escape_words_and_labels(store):
         }
     )
     columns = Columns.build(coded, store.path.parent / "columns", "bad input")
-    shown = [
-        contexts_html(store, coded, Tokenizer(), contexts, feature).data,
-        explorer.Explorer(
-            crosscoder,
-            store,
-            table,
-            columns,
-            Tokenizer(),
-            named=pd.DataFrame([{"feature": feature, "label": HOSTILE[4]}]),
-        )
-        .view(feature)[1]
-        .data,
-    ]
-    for text in shown:
-        assert "<script" not in text and "<img" not in text and "<iframe" not in text and "<svg" not in text
+    named = pd.DataFrame([{"feature": feature, "label": HOSTILE[4]}])
+    text = (
+        explorer.Explorer(crosscoder, store, table, columns, Tokenizer(), named=named).view(feature)[1].data
+    )
+    assert "<script" not in text and "<img" not in text and "<iframe" not in text and "<svg" not in text
 
 
 # --- results ------------------------------------------------------------------------------------------------
