@@ -29,7 +29,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from .runs import Run, read_table, whole_file, write_text
+from .runs import Run, read_table, table_text, whole_file, write_text
 
 # After Okabe & Ito, "Color universal design": they stay apart for the colour-blind, in hue or in lightness.
 COLOURS = {
@@ -87,9 +87,7 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) 
     file = run.figures / f"{name}.csv"
     frame = traces(fig) if data is None else data
     fig = _with_pair(fig, run.pair)
-    text = frame.to_csv(
-        index=any(level is not None for level in frame.index.names), lineterminator="\n", float_format="%.6g"
-    )
+    text = table_text(frame, "%.6g", index=any(level is not None for level in frame.index.names))
     # a fixed div id: by default it is random, and the same figure would give another file each time
     options = dict(include_plotlyjs="directory", include_mathjax=False, config={"displaylogo": False})
     if not (library := file.with_name("plotly.min.js")).is_file():

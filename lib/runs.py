@@ -14,6 +14,7 @@ the artefact does not exist, and with another fingerprint it is stale.
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import errno
 import hashlib
@@ -37,7 +38,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from .settings import ROOT, UserError, path_shown
+from .settings import REGISTRY, ROOT, UserError, path_shown
 
 Kept = TypeVar("Kept")
 MANIFEST = "manifest.json"
@@ -324,10 +325,12 @@ def _command(folder: Path, made_by: str) -> str:
 
 def make_command(goal: str, pair: str, run: str, only: str) -> str:
     """make <goal> for notebook ``only`` of a run."""
+    own = os.environ.get(REGISTRY)
     options = {
         "PAIR": pair if pair != "tiny" else "",
         "PROFILE": run if run != "default" else "",
         "ONLY": only,
+        "ARGS": f'"--registry {own}"' if own else "",
     }
     return " ".join([f"make {goal}", *(f"{name}={value}" for name, value in options.items() if value)])
 
@@ -443,11 +446,22 @@ def kept_table(
     """
 
     def make_file(scratch: Path) -> None:
-        make().to_csv(scratch / f"{name}.csv", index=False, lineterminator="\n")
+        write_text(scratch / f"{name}.csv", table_text(make()))
 
     return kept(folder, fingerprint, make_file, lambda whole: read_table(whole / f"{name}.csv"), **info)
 
 
-def read_table(file: Path | io.StringIO) -> pd.DataFrame:
-    """A table as ``kept_table`` writes it."""
-    return pd.read_csv(file, keep_default_na=False, na_values=[""], float_precision="round_trip")
+def table_text(frame: pd.DataFrame, float_format: str | None = None, index: bool = False) -> str:
+    """A table as CSV, which ``read_table`` gives back row by row: csv leaves a carriage return without quotes
+    on some versions of Python, and a reader takes it for the end of a row, so all is quoted where there is
+    one."""
+    options = dict(index=index, float_format=float_format, lineterminator="\n")
+    text = frame.to_csv(**options)
+    return frame.to_csv(**options, quoting=csv.QUOTE_ALL) if "\r" in text else text
+
+
+def read_table(file: Path | io.StringIO, **options) -> pd.DataFrame:
+    """A table as ``table_text`` writes it; ``options`` of ``pandas.read_csv``. Give text columns their type
+    (``dtype``): one that happens to hold numbers alone would be read as numbers."""
+    usual = dict(keep_default_na=False, na_values=[""], float_precision="round_trip", skip_blank_lines=False)
+    return pd.read_csv(file, **(usual | options))

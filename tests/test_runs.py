@@ -1,5 +1,7 @@
 """Folders, whole files, fingerprints, manifests, what is kept: nothing half, nothing stale."""
 
+import csv
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,8 @@ from lib.runs import (
     kept,
     kept_table,
     read_manifest,
+    read_table,
+    table_text,
     whole_files,
     write_manifest,
 )
@@ -81,6 +85,12 @@ def test_manifest_is_whole_or_absent(tmp_path, monkeypatch):
         write_manifest(folder, "0" * 16)
     assert is_current(folder, "f" * 16)  # the old one is untouched
     assert [p.name for p in folder.iterdir()] == ["manifest.json"]  # and no scratch file is left
+
+
+def test_commands_that_are_proposed_name_a_registry_of_ones_own(monkeypatch):
+    monkeypatch.setenv("PAIRS_REGISTRY", "/home/me/mine.yaml")
+    wanted = 'make study PAIR=mine ONLY=10 ARGS="--registry /home/me/mine.yaml"'
+    assert runs.make_command("study", "mine", "default", "10") == wanted
 
 
 def test_missing_damaged_and_stale_artefacts_name_the_notebook(tmp_path):
@@ -171,3 +181,27 @@ def test_a_kept_table_reads_as_it_was_made(tmp_path):
         again = kept_table(tmp_path / "t", "f", make, name="scores")
         pd.testing.assert_frame_equal(again, table)
     assert (tmp_path / "t" / "scores.csv").is_file()
+
+
+BREAKS = ["\r", "a\rb", "a\r\nb", "\n", '"', 'a "b", c', " ", ",", "\u2028", "\x85", "null", "NA"]
+
+
+@pytest.mark.parametrize("csv_of", ["now", "before 3.11.9"])
+@pytest.mark.parametrize("more", [{"nrn": [0.5] * len(BREAKS)}, {}])
+def test_a_table_has_as_many_rows_on_disk_as_in_memory(tmp_path, monkeypatch, csv_of, more):
+    """Older versions of csv do not quote a carriage return, which a reader takes for the end of a row."""
+    table = pd.DataFrame({"token": BREAKS, **more})
+    if csv_of != "now":
+        to_csv, row = pd.DataFrame.to_csv, re.compile(r'"([^"\n,]*\r[^"\n,]*)"')
+
+        def older(frame, quoting=csv.QUOTE_MINIMAL, **options):
+            text = to_csv(frame, quoting=quoting, **options)
+            return row.sub(r"\1", text) if quoting == csv.QUOTE_MINIMAL else text
+
+        monkeypatch.setattr(pd.DataFrame, "to_csv", older)
+    again = kept_table(tmp_path / "t", "f", lambda: table)
+    pd.testing.assert_frame_equal(again, table)
+    numbers = pd.DataFrame({"token": ["7", "08"]})
+    file = tmp_path / "numbers.csv"
+    file.write_text(table_text(numbers))
+    pd.testing.assert_frame_equal(read_table(file, dtype={"token": str}), numbers)

@@ -44,7 +44,7 @@ from ..crosscoder.sharing import open_all
 from ..labels import CATEGORIES, DETECTED, LABELS
 from ..models.pairs import Pair, load_pair
 from ..results import Results
-from ..runs import Run, fingerprint, kept, read_manifest
+from ..runs import Run, fingerprint, kept, read_manifest, read_table, table_text, write_text
 from ..settings import UserError, check
 from ..stats import bootstrap, difference, wilson
 from . import auroc
@@ -513,11 +513,12 @@ def inspect(
         for split, part in coded.items():
             sparse.save_npz(folder / f"codes_{split}.npz", part.codes, compressed=False)
             np.save(folder / f"rows_{split}.npy", part.rows, allow_pickle=False)
-        table.to_csv(folder / "table.csv", index=False, float_format="%.7g", lineterminator="\n")
-        contexts.to_csv(folder / "contexts.csv", index=False, float_format="%.5g", lineterminator="\n")
+        write_text(folder / "table.csv", table_text(table, "%.7g"))
+        write_text(folder / "contexts.csv", table_text(contexts, "%.5g"))
 
     def read(folder: Path) -> Inspection:
-        contexts, parts = pd.read_csv(folder / "contexts.csv", keep_default_na=False), []
+        texts, parts = dict.fromkeys(("label", "text"), str), []
+        contexts = read_table(folder / "contexts.csv", na_values=None, float_precision=None, dtype=texts)
         for split in tokens:
             rows = np.load(folder / f"rows_{split}.npy", allow_pickle=False)
             parts.append(SplitCodes(rows, sparse.csr_matrix(sparse.load_npz(folder / f"codes_{split}.npz"))))
@@ -541,9 +542,9 @@ def load(folder: Path, crosscoder_fingerprint: str | None = None) -> tuple[pd.Da
             " again (make figures ONLY=03), with the same crosscoder_source if it is from elsewhere"
         )
     try:
-        # "null" is a word here
-        table = pd.read_csv(folder / "table.csv", keep_default_na=False, na_values=[""])
-        text = {name: table[name].astype(object).fillna("") for name in ("label", "top_token")}
+        texts = dict.fromkeys(("label", "top_token"), str)  # "null" is a word here, and "7"
+        table = read_table(folder / "table.csv", float_precision=None, dtype=texts)
+        text = {name: table[name].astype(object).fillna("") for name in texts}
         table = table.assign(**text).astype({"alive": bool})
         return table, category_detectors(table, manifest["nrn_over"])
     except (OSError, ValueError, KeyError) as error:

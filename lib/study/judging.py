@@ -37,7 +37,7 @@ from ..crosscoder.sharing import fve
 from ..crosscoder.training import TrainConfig, train
 from ..features.latent_scaling import latent_scaling
 from ..figures import SCALE
-from ..runs import Progress, fingerprint, write_text
+from ..runs import Progress, fingerprint, read_table, table_text, write_text
 from ..settings import UserError
 from ..stats import t_interval
 from .planted import KINDS, MODELS, VERSION, Planted, PlantedStore, from_regime, regime
@@ -221,8 +221,8 @@ def evaluate(
                 if store is None or store.planted != cell.planted:
                     store = PlantedStore(cell.planted)
                 scored = _scored(store, cell.config)
-                write_text(file, scored.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-            table = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype={"hits": str})
+                write_text(file, table_text(scored, "%.6g"))
+            table = read_table(file, float_precision=None, dtype={"hits": str})
             tables.append(table.fillna({"hits": ""}))
             progress.update(number + 1, f"{cell.setting.name}, {cell.architecture}")
     thresholds, rows = {}, []

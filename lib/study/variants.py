@@ -28,7 +28,17 @@ from ..crosscoder.training import TrainConfig
 from ..features.table import Inspection, inspect
 from ..models.pairs import Pair, load_pair
 from ..results import Part, Results, read_part, read_results
-from ..runs import MANIFEST, Run, fingerprint, is_current, read_manifest, versions, write_manifest, write_text
+from ..runs import (
+    MANIFEST,
+    Run,
+    fingerprint,
+    is_current,
+    read_manifest,
+    table_text,
+    versions,
+    write_manifest,
+    write_text,
+)
 from ..settings import UserError
 from ..text.corpus import build, override
 
@@ -203,8 +213,7 @@ def write_part(
     for old in (folder / MANIFEST, *folder.glob("*.csv")):
         old.unlink(missing_ok=True)
     for table, frame in tables.items():
-        text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-        write_text(folder / f"{table}.csv", text)
+        write_text(folder / f"{table}.csv", table_text(frame, "%.6g"))
     content = {"part": name, "inputs": inputs, "metrics": metrics, "tables": sorted(tables)}
     write_manifest(folder, fingerprint, **content, versions=versions(), **info)
 

@@ -22,7 +22,7 @@ from lib.features import table as table_module
 from lib.features.table import Detector
 from lib.labels import DETECTED, LABEL_ARRAYS, LABELS, SPLITS
 from lib.results import Results
-from lib.runs import write_manifest
+from lib.runs import table_text, write_manifest
 from lib.settings import UserError
 
 # (word, label, starts, ends, next label) of two traces and a general text; word numbers stand for token ids
@@ -335,6 +335,13 @@ def test_inspect_keeps_what_it_made_and_load_reads_it(toy, tmp_path, monkeypatch
     assert (made.report.codes != again.report.codes).nnz == 0 and np.array_equal(
         made.report.rows, again.report.rows
     )
+    for name in ("label", "top_token"):  # all of them numbers, or breaks: text, and a row for each feature
+        for word in ("7", "\r", "a\rb"):
+            changed = made.table.assign(**{name: word})
+            (tmp_path / "features" / "table.csv").write_text(table_text(changed), newline="")
+            read = features.load(tmp_path / "features")[0]
+            assert read[name].tolist() == changed[name].tolist()
+    (tmp_path / "features" / "table.csv").write_text(table_text(made.table, "%.7g"))
     text = (tmp_path / "features" / "table.csv").read_text().splitlines()
     first = dict(zip(text[0].split(","), text[1].split(",")))
     text[1] = text[1].replace(f",{first['label']},", ",,").replace(f",{first['top_token']},", ",null,")
