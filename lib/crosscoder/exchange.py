@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..runs import write_json, write_state, write_tensors
-from ..settings import UserError
+from ..settings import UserError, read_text
 from .model import INITIAL_NORM, CrossCoder
 
 ORIGIN = "origin.json"  # {format, order, layers, scales}: what the formats themselves do not say
@@ -43,7 +43,10 @@ _OPTIONAL = {
 }
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 # keys of a configuration that speak of another rule than ReLU
-_OTHER_SPARSITY = re.compile(r"top_?k|k_sparsity|^k$", re.IGNORECASE)
+_OTHER_SPARSITY = re.compile(r"top_?k|k_sparsity|^k$|^l0$|target_l0|threshold|bandwidth|jump", re.IGNORECASE)
+# keys that name a kind of dictionary, and kinds other than ReLU
+_SPARSITY_KIND = re.compile(r"class|activation|act_fn|architecture|variant|sparsity", re.IGNORECASE)
+_OTHER_KIND = re.compile(r"top_?k|jump|gated|threshold", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,9 @@ def read_foreign(
     file = weights_file(source)
     state, config, origin = tensors(file), _configuration(file), _json(file.with_name(ORIGIN))
     form = _format_of(state, file)
+    _check_sparsity(state, config, file)
     n_models, width, n_features = (_sizes(state, _SHAPES[form], file)[letter] for letter in "Mdf")
-    order = _order(order, origin.get("order"), n_models, file, config | (config.get("trainer") or {}))
+    order = _order(order, origin.get("order"), n_models, file, config | config["trainer"])
     read = _replication if form == REPLICATION else _dictionary_learning
     weights = read(state, config, order, scales, origin.get("scales"), file)
     layers = _layers(layer, origin.get("layers") or weights["layer"], order, file)
@@ -88,7 +92,8 @@ def read_foreign(
         raise UserError(f"models {', '.join(names)} are wanted: this crosscoder has {', '.join(order)}")
     place = [order.index(name) for name in names]
     variant = "l1" if "threshold" not in state else "batchtopk" if theta is None else "jumprelu"
-    k = min(int(state["k"]), n_features) if "k" in state else 1
+    told = config["trainer"] | config | state
+    k = min(int(told["k"]), n_features) if isinstance(told.get("k"), int | Tensor) else 1
     ordered_scales = [weights["scales"][name] for name in names]
     crosscoder = CrossCoder([width] * n_models, n_features, names, variant, k, ordered_scales)
     with torch.no_grad():
@@ -108,19 +113,6 @@ def read_foreign(
 
 def _replication(state, config: Mapping, order, scales, stated_scales, file: Path) -> dict:
     """Weights [M, F, d], biases, scales and layer of the replication's format."""
-    other_rules = [
-        f"{key} = {value}"
-        for key, value in config.items()
-        if (_OTHER_SPARSITY.search(key) and value not in (None, 0, False))
-        or (key == "sparsity_type" and value not in ("l1", "relu", None))
-    ]
-    if other_rules and "threshold" not in state:
-        raise UserError(
-            f"{file.name} was not trained with ReLU alone ({', '.join(other_rules)}), but has no threshold"
-            " for single tokens: what it does at inference cannot be known from it"
-        )
-    if "threshold" in state:
-        _threshold(state, file)
     advice = (
         "its format does not hold them. They are sqrt(d) / mean norm of the activations it was trained on"
         " (store.scales, if these were like yours), or 1 for each if they were folded into the weights"
@@ -141,7 +133,7 @@ def _replication(state, config: Mapping, order, scales, stated_scales, file: Pat
 
 def _dictionary_learning(state, config: Mapping, order, scales, stated_scales, file: Path) -> dict:
     """Weights [M, F, d], biases, scales, layer, means and thresholds of the format dictionary_learning."""
-    n_models, trainer = len(order), config.get("trainer") or {}
+    n_models, trainer = len(order), config["trainer"]
     understood = {
         "encoder_layers": (None, list(range(n_models))),
         "num_decoder_layers": (None, n_models),
@@ -345,6 +337,8 @@ def _configuration(file: Path) -> dict:
     merged: dict = {}
     for name in (f"{file.stem}_cfg.json", "cfg.json", "config.json", "trainer_config.json"):
         merged = _json(file.with_name(name)) | merged
+    if not isinstance(trainer := merged.setdefault("trainer", {}), dict):
+        merged |= {"trainer": {}, "trainer_class": trainer}
     return merged
 
 
@@ -352,7 +346,7 @@ def _json(file: Path) -> dict:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except ValueError:
         content = None
     if not isinstance(content, dict):
@@ -426,6 +420,26 @@ def _threshold(state: Mapping[str, Tensor], file: Path) -> float:
     return value
 
 
+def _check_sparsity(state: Mapping[str, Tensor], config: Mapping, file: Path) -> None:
+    """UserError unless the file says what fires: with ReLU all that is positive, else what is above its
+    threshold."""
+    if "threshold" in state:
+        _threshold(state, file)
+        return
+    told = {"k": int(state["k"])} if "k" in state else {}
+    for key, value in (config | config["trainer"]).items():
+        rule = _OTHER_SPARSITY.search(key) and value not in (None, 0, False)
+        kind = _SPARSITY_KIND.search(key) and isinstance(value, str) and _OTHER_KIND.search(value)
+        if rule or kind or (key == "sparsity_type" and value not in ("l1", "relu", None)):
+            told[key] = value
+    if told:
+        rules = ", ".join(f"{key} = {value}" for key, value in told.items())
+        raise UserError(
+            f"{file.name} was not trained with ReLU alone ({rules}), but has no threshold for single tokens:"
+            " what it does at inference cannot be known from it"
+        )
+
+
 def _normaliser(state: Mapping[str, Tensor], file: Path) -> tuple[Tensor | None, Tensor | None]:
     """(mean [M, d], scale g [M]) in float64 of dictionary_learning's normalisation; None, None if none."""
     mean, std = state.get("activation_mean"), state.get("activation_std")
@@ -450,7 +464,7 @@ def _theta(threshold: float, state, W_dec: Tensor, config: Mapping, file: Path) 
     """JumpReLU's threshold on the strength [F] that says the same as f_i n_i > threshold; None if n_i is the
     strength already. W_dec [M, F, d] float64.
     """
-    trainer = config.get("trainer") or {}
+    trainer = config["trainer"]
     kind = str(config.get("code_normalization") or trainer.get("code_normalization") or "").upper()
     number = int(state["code_normalization_id"]) if "code_normalization_id" in state else None
     if kind not in ("", *CODE_NORMALIZATIONS) or number not in (
@@ -475,11 +489,6 @@ def _theta(threshold: float, state, W_dec: Tensor, config: Mapping, file: Path) 
         raise UserError(
             f"{file.name} has the code normalisation DECOUPLED: each model gets features of its own, which a"
             " crosscoder here cannot express"
-        )
-    if kind == "NONE" and (strength == 0).any():
-        raise UserError(
-            f"{file.name} has features that write nothing, and a threshold that lets them fire: their firing"
-            " cannot be expressed by strength"
         )
     n = total if kind == "SAE" else torch.ones_like(total)
     if kind == "MIXED":

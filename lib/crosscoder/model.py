@@ -170,12 +170,14 @@ class CrossCoder(nn.Module):
         return [p / s for p, s in zip(parts, self.scales.tolist())] if raw else list(parts)
 
     def gate(self, f: Tensor) -> Tensor:
-        """What inference keeps of f = ReLU(pre) [B, F]."""
+        """What inference keeps of f = ReLU(pre) [B, F]; a feature that writes nothing does not fire."""
+        per_unit = self.strength_per_unit()
         if self.variant == "l1":
-            return f
-        strength = f * self.strength_per_unit()
+            return f * (per_unit > 0)
+        strength = f * per_unit
         if self.variant == "topk":
-            return f * (strength >= strength.topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True))
+            least = strength.topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+            return f * ((strength >= least) & (per_unit > 0))
         return f * (strength > (self.log_theta.exp() if self.variant == "jumprelu" else self.threshold))
 
     def encode(self, acts: Sequence[Tensor]) -> Tensor:
@@ -265,6 +267,8 @@ class CrossCoder(nn.Module):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             state = load_file(folder / "crosscoder.safetensors")
+            if missing := {"widths", "n_features", "names", "variant", "k"} - config.keys():
+                raise ValueError(f"no {min(missing)}: its default would be a guess")
             crosscoder = cls(**config)
             crosscoder.load_state_dict(state)
         except FileNotFoundError as error:

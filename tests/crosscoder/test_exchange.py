@@ -115,6 +115,29 @@ def test_the_replications_variant_with_a_threshold(tmp_path):
     same(crosscoder, x, f, x_hat)
 
 
+@pytest.mark.parametrize("threshold", [None, 0.0, 2.5])
+def test_features_that_write_nothing_never_fire(tmp_path, threshold):
+    also = {} if threshold is None else {"threshold": torch.tensor(threshold), "k": torch.tensor(5)}
+    state, x = published(tmp_path, **also)
+    state["W_dec"][[3, 8]] = 0
+    torch.save(state, tmp_path / "cc_weights.pt")
+    f, x_hat = replication(state, x, [0.37, 2.4])
+    crosscoder = read_foreign(tmp_path, ORDER, SCALES).crosscoder
+    assert not crosscoder.encode(raw(x))[:, [3, 8]].any() and crosscoder.encode(raw(x)).any()
+    f[:, [3, 8]] = 0
+    same(crosscoder, x, f, x_hat)
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_features_that_write_nothing_never_fire_under_any_normalisation(tmp_path, kind):
+    W_dec = draw(1)[1]
+    W_dec[:, [3, 8]] = 0
+    state, x = saved(tmp_path, kind, 1.0, **{"decoder.weight": W_dec})
+    found, (f, x_hat) = read_foreign(tmp_path, ORDER, layer=2).crosscoder, dictionary_learning(state, x, kind)
+    f[:, [3, 8]] = 0  # without a normalisation they would fire there, and change nothing
+    same(found, x, f, x_hat)
+
+
 def test_what_the_file_does_not_say_is_asked_for(tmp_path):
     published(tmp_path, {"hook_point": None, "model_name_A": "org/base"})
     with pytest.raises(
@@ -152,6 +175,8 @@ def test_what_contradicts_the_file_is_refused(tmp_path, order, scales, layer, sa
             "not trained with ReLU alone.*k_sparsity = 100",
         ),
         ({"batch_topk_init": 9}, "no threshold"),
+        ({"trainer": "BatchTopKTrainer"}, "trainer_class = BatchTopKTrainer.*no threshold"),
+        ({"activation": "JumpReLU", "l0": 20}, "activation = JumpReLU, l0 = 20"),
         ({"hook_point": "blocks.3.attn.hook_z"}, "trained at blocks.3.attn.hook_z"),
         ({"hook_point": "blocks.0.hook_resid_pre"}, "output of a decoder layer"),
     ],
@@ -368,6 +393,9 @@ def test_an_old_file_without_buffers_on_activations_scaled_elsewhere(tmp_path):
         (dict(kind="DECOUPLED", threshold=1.0), "DECOUPLED"),
         (dict(threshold=[1.0, 2.0]), "2 thresholds"),
         (dict(threshold=-1.0), "never set"),
+        (dict(k=torch.tensor(7)), "not trained with ReLU alone .k = 7., but has no threshold"),
+        (dict(config={"trainer": {"dict_class": "BatchTopKCrossCoder"}}), "BatchTopKCrossCoder., but has no"),
+        (dict(config={"trainer": {"k": 50}}), "k = 50.*cannot be known from it"),
         (dict(config={"encoder_layers": [0]}), "encoder_layers = "),
         (dict(config={"latent_processor": "f"}), "latent_processor"),
         (dict(config={"num_decoder_layers": 3}), "num_decoder_layers = 3"),
