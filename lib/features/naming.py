@@ -333,6 +333,7 @@ class _Answers:
 
     def __init__(self, file: Path, endpoint: Endpoint):
         self.file, self.endpoint, self.known = file, endpoint, {}
+        self.options = {"temperature": 0, "max_tokens": endpoint.max_tokens}
         text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         for line in text.split("\n"):
             try:  # a line that an interruption cut short is passed over
@@ -356,7 +357,7 @@ class _Answers:
         conversation = json.dumps([messages, self.endpoint.max_tokens]).encode()
         name = hashlib.sha256(conversation).hexdigest()[:32], self.endpoint.model
         if name not in self.known:
-            answer = _request(self.endpoint, messages)
+            answer = _request(self.endpoint, messages, self.options)
             line = json.dumps({"prompt": name[0], "model": name[1], "answer": answer})
             try:
                 with self.file.open("a", encoding="utf-8") as file:
@@ -367,18 +368,19 @@ class _Answers:
         return self.known[name]
 
 
-def _request(endpoint: Endpoint, messages: list[dict]) -> str:
-    """The text that the endpoint answers. What passes (429, 5xx, a timeout) is tried again; all else is a
-    UserError at once. A redirect is not followed: it would carry the key to another address."""
+def _request(endpoint: Endpoint, messages: list[dict], options: dict) -> str:
+    """The text that the endpoint answers. What passes (429, 5xx, a timeout) is tried again; so is what the
+    endpoint refuses for one of the ``options``, without it (``_without_refused``); all else is a UserError at
+    once. A redirect is not followed: it would carry the key to another address."""
     url = endpoint.url.rstrip("/") + "/chat/completions"
-    body = {"model": endpoint.model, "messages": messages, "temperature": 0}
-    body |= {"max_tokens": endpoint.max_tokens, "stream": False}
     headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-    options = dict(json=body, headers=headers, timeout=endpoint.timeout, follow_redirects=False)
-    for attempt in range(TRIES):
+    post = dict(headers=headers, timeout=endpoint.timeout, follow_redirects=False)
+    attempt = 0
+    while attempt < TRIES:
         wait = WAIT * 2**attempt
         try:
-            response = httpx.post(url, **options)
+            body = {"model": endpoint.model, "messages": messages, **options, "stream": False}
+            response = httpx.post(url, json=body, **post)
         except (httpx.ConnectError, httpx.InvalidURL) as error:
             raise UserError(
                 f"nothing answers at {endpoint.url} ({error}): start the server, or correct LABEL_URL;"
@@ -398,6 +400,8 @@ def _request(endpoint: Endpoint, messages: list[dict]) -> str:
                 )
             words = " ".join(response.text[:2000].replace(endpoint.key or "\0", "***").split())[:200]
             problem = f"status {status}" + (f" ({words})" if words else "")
+            if status in (400, 422) and _without_refused(options, response.text):
+                continue
             if status not in (408, 429) and status < 500:
                 raise UserError(
                     f"{url} cannot be used, {problem}: LABEL_URL must be an OpenAI-compatible endpoint up to"
@@ -405,7 +409,8 @@ def _request(endpoint: Endpoint, messages: list[dict]) -> str:
                 )
             after = response.headers.get("Retry-After", "")
             wait = max(wait, min(float(after), 60.0)) if after.isdigit() else wait
-        if attempt + 1 < TRIES:
+        attempt += 1
+        if attempt < TRIES:
             time.sleep(wait)
     raise UserError(
         f"{endpoint.url} failed {TRIES} times, the last time with {problem}: answers so far are kept, run it"
@@ -413,10 +418,20 @@ def _request(endpoint: Endpoint, messages: list[dict]) -> str:
     )
 
 
+def _without_refused(options: dict, words: str) -> bool:
+    """Change ``options`` to what an endpoint takes, if it says that it refuses one of them: newer models know
+    max_tokens as max_completion_tokens, and no temperature but their own."""
+    if "max_tokens" in options and re.search(r"\bmax_tokens\b", words):
+        options["max_completion_tokens"] = options.pop("max_tokens")
+        return True
+    return bool(re.search(r"\btemperature\b", words) and options.pop("temperature", None) is not None)
+
+
 def _content(body: bytes, endpoint: Endpoint) -> str:
     try:
-        return json.loads(body)["choices"][0]["message"]["content"] or ""
-    except (ValueError, KeyError, IndexError, TypeError):
+        content = json.loads(body)["choices"][0]["message"]["content"] or ""
+        return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise UserError(
             f"{endpoint.url} answers, but not as an OpenAI-compatible chat endpoint does: correct LABEL_URL"
         ) from None

@@ -12,6 +12,7 @@ import urllib.request
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
@@ -93,6 +94,25 @@ def serve():
     for fake in made:
         fake.server.shutdown()
         fake.server.server_close()
+
+
+@pytest.mark.parametrize("refused", [(), ("max_tokens",), ("max_tokens", "temperature"), ("temperature",)])
+def test_what_a_newer_model_refuses_is_renamed_or_left_out_once(monkeypatch, tmp_path, refused):
+    bodies = []
+
+    def post(url, json, **_):
+        bodies.append(json)
+        if odd := [name for name in refused if name in json]:
+            told = f"Unsupported parameter: '{odd[0]}' is not supported with this model."
+            return httpx.Response(400, json={"error": {"message": told, "code": "unsupported_parameter"}})
+        return httpx.Response(200, json={"choices": [{"message": {"content": GOOD}}]})
+
+    monkeypatch.setattr(labelling.httpx, "post", post)
+    labels = label_features(contexts([1, 2, 3]), [1, 2, 3], tmp_path, Endpoint("http://here/v1", "new"))
+    assert labels["label"].tolist() == ["doubt"] * 3 and len(bodies) == 3 + len(refused)
+    wanted = {"max_completion_tokens" if "max_tokens" in refused else "max_tokens": 500}
+    wanted |= {} if "temperature" in refused else {"temperature": 0}
+    assert bodies[-1].items() >= wanted.items() and len(bodies[-1]) == 3 + len(wanted)
 
 
 def contexts(features, n=2):
