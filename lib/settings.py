@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -23,6 +24,27 @@ def path_shown(path: Path) -> str:
     """A path below the repository without the machine's part of it."""
     path = Path(path)
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user writes it: ~ is the home, $NAME a variable of the environment."""
+    return Path(os.path.expandvars(os.path.expanduser(text)))
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark. UserError if there is none."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8(file, error) from None
+    except OSError as error:
+        raise UserError(f"{path_shown(file)} cannot be read: {error.strerror}") from None
+
+
+def not_utf8(file: Path, error: UnicodeDecodeError) -> UserError:
+    return UserError(
+        f"{path_shown(file)} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+    )
 
 
 # --- parameter checks ---------------------------------------------------------------------------------------
@@ -80,7 +102,9 @@ def check(name: str, value, kind=Any, low=None, high=None, choices=None):
     try:
         adapter.validate_python(_without_numpy(value))
     except ValidationError:
-        raise UserError(f"{name} is {value!r}: it must be {_wanted(adapter.json_schema())}") from None
+        literal = isinstance(value, str) and (value[:1] in ("[", "{") or value == "None")
+        hint = " (papermill's -p makes text of it: give it with -y)" if literal else ""
+        raise UserError(f"{name} is {value!r}: it must be {_wanted(adapter.json_schema())}{hint}") from None
     return value
 
 
@@ -141,14 +165,31 @@ def parameters(cls):
 REGISTRY = "PAIRS_REGISTRY"
 
 
-def read_yaml(file: Path) -> dict:
-    """The mapping in a YAML file."""
+class _Loader(yaml.SafeLoader):
+    """Safe, and strict: of a key that stands twice in a mapping, YAML would silently lose the first."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice!r} stands there twice: keep one of them", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, {} of an empty one. UserError if a name in it is no text, or stands there
+    twice."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        content = yaml.load(read_text(file), _Loader) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date may be none
         raise UserError(f"{path_shown(file)} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(
             f"{path_shown(file)} holds a {type(content).__name__}: it must hold name: value entries"
+        )
+    if odd := [name for name in content if not isinstance(name, str)]:
+        raise UserError(
+            f'{path_shown(file)} has the name {odd[0]!r}, which is no text: put it in quotes, "7"'
         )
     return content

@@ -62,6 +62,7 @@ def open_text(
 ) -> tuple[Pair, Corpus]:
     """A pair of the registry and its text (see ``corpus.build``), or other text (see ``corpus.override``)."""
     pair = override(load_pair(name), traces, general)
+    pair.check_folders()
     return pair, build(pair, tokens, trace_share=trace_share, seed=seed)
 
 
@@ -126,12 +127,18 @@ def harvest_run(
 ) -> Store:
     """The run's store (``harvest_activations``); with ``upper`` also that of the layer before the last block,
     in the run's folder ``store_upper``, where models have one (``upper_layer``). Otherwise there is none."""
-    paths = {run.path("store"): layer}
-    if upper and (above := upper_layer(pair, layer)) is not None:
-        paths[run.path("store_upper")] = above
-    else:
+    paths = layers_of(run.path("store"), pair, layer, upper)
+    if len(paths) == 1:
         shutil.rmtree(run.path("store_upper"), ignore_errors=True)
     return harvest_layers(pair, documents, paths, models)[0]
+
+
+def layers_of(
+    path: Path, pair: Pair, layer: int | None = None, upper: bool = False
+) -> dict[Path, int | None]:
+    """{path of a store: layer} of a run: its store's, and that of the upper layer beside it, if wanted."""
+    above = upper_layer(pair, layer) if upper else None
+    return {path: layer} | ({} if above is None else {path.with_name(f"{path.name}_upper"): above})
 
 
 def upper_layer(pair: Pair, layer: int | None = None) -> int | None:
@@ -147,7 +154,7 @@ def upper_layer(pair: Pair, layer: int | None = None) -> int | None:
 def harvest_part(
     pair: Pair,
     documents: Corpus | Iterable[Document],
-    path: str | Path,
+    path: str | Path | Mapping[Path, int | None],
     part: tuple[int, int],
     layer: int | None = None,
     models: Mapping[str, PreTrainedModel] | None = None,
@@ -158,14 +165,17 @@ def harvest_part(
     the part has.
 
     Jobs for parts may run in any order or at once, wherever the folder can be seen; ``merge_parts`` makes
-    their shards a store. Whole shards are not made again. Other parameters and errors as in
-    ``harvest_activations``; UserError if the folder holds a harvest of something else.
+    their shards a store. Whole shards are not made again. ``path``: of the store, or {path: layer} of
+    several. Other parameters and errors as in ``harvest_activations``; UserError if the folder holds a
+    harvest of something else.
     """
-    job = job_of(pair, documents, path, layer, **sizes)
-    numbers = _part(job, *part)
-    _claim(job)
-    _check_room(job)
-    return len(_make([job], numbers, models, device)[0])
+    paths = path if isinstance(path, Mapping) else {path: layer}
+    jobs = [job_of(pair, documents, path, layer, **sizes) for path, layer in paths.items()]
+    numbers = _part(jobs[0], *part)
+    for job in jobs:
+        _claim(job)
+        _check_room(job)
+    return len(_make(jobs, numbers, models, device)[0])
 
 
 def merge_parts(

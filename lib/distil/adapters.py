@@ -29,8 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.pairs import load_pair
 from ..runs import whole_files, write_text
 from ..settings import ROOT, Count, NotNegative, Positive, UserError, check, parameters
-from ..text.chat import Trace, encode_trace, read_traces
-from ..text.corpus import hub_items, read_texts
+from ..text.chat import Trace, encode_trace
+from ..text.files import hub_items, read_texts, read_traces
 from .fit import Batch, Place, Window, batches_of, claim, fit, token_losses
 
 STAGES = ("distilled", "null_a", "null_b")
@@ -188,7 +188,7 @@ def make_adapters(
     ``traces``: JSONL with question, thinking and answer; by default OpenThoughts-114k from the hub. ``text``:
     paragraphs for the null. ``tokens``: for each adapter. ``runs``: folder of states and logs.
     """
-    pair, recipe = load_pair(out.name), Recipe(tokens=tokens or Recipe.tokens)
+    pair, recipe = load_pair(out.name), Recipe(tokens=Recipe.tokens if tokens is None else tokens)
     for stage in stages:
         check("stage", stage, choices=STAGES)
     if not text and set(stages) != {"distilled"}:
@@ -196,6 +196,16 @@ def make_adapters(
             "--text is needed for the null: a text file with a paragraph a line (WikiText, say); or train"
             " --stages distilled"
         )
+    for name, file, used in (
+        ("traces", traces, "distilled" in stages),
+        ("text", text, set(stages) - {"distilled"}),
+    ):
+        if file and not used:
+            raise UserError(
+                f"--{name} is not used by the stages {', '.join(stages)}: leave it out, or name others"
+            )
+        if file:
+            next(read_texts(file), None)  # now, not after hours of another stage
     runs = runs or ROOT / "data" / "runs" / f"distil_{pair.name}"
     claim(runs, recipe)
     for stage in stages:

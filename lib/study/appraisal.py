@@ -25,9 +25,10 @@ from ..distil.writing import BATCH, read_lines, sample, write_lines
 from ..figures import express_bars
 from ..models.pairs import Pair, load_pair
 from ..runs import Progress, write_text
-from ..settings import ROOT, UserError
+from ..settings import ROOT, UserError, user_path
 from ..stats import bootstrap, wilson
-from ..text.chat import prompt, read_traces
+from ..text.chat import prompt
+from ..text.files import read_traces
 from ..text.questions import Question, ask, final_number
 
 WAIT = re.compile(r"\bwait\b", re.IGNORECASE)
@@ -57,7 +58,8 @@ def appraise(
     measured, answers_of = {}, {}
     for name in (*pair.models, *pair.others):
         file = transcripts / f"{name}.jsonl"
-        if name in before and asked_before(file, asked):
+        wanted = {loss for loss, given in (("loss_traces", traces), ("loss_text", text)) if given}
+        if wanted <= before.get(name, {}).keys() and name in before and asked_before(file, asked):
             measured[name], answers_of[name] = before[name], list(read_lines(file))
             continue
         if losses is None:
@@ -81,10 +83,10 @@ def _held_out_windows(tokenizer, traces: str, text: str) -> dict:
     """{name of a loss: a function that gives its windows}: each token once."""
     once, windows = Recipe(short=0), {}
     if traces:
-        kept = [trace for trace in read_traces(Path(traces)) if held_out(trace.question)]
+        kept = [trace for trace in read_traces(user_path(traces)) if held_out(trace.question)]
         windows["loss_traces"] = lambda: trace_windows(kept, tokenizer, once, epochs=1)
     if text:
-        lines = [line for line in paragraphs(Path(text)) if held_out(line)]
+        lines = [line for line in paragraphs(user_path(text)) if held_out(line)]
         windows["loss_text"] = lambda: text_windows(lines, tokenizer, once, epochs=1)
     return windows
 

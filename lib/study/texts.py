@@ -38,7 +38,7 @@ from ..labels import CATEGORIES
 from ..models.pairs import Pair
 from ..results import Part, read_part
 from ..runs import MANIFEST, fingerprint
-from ..settings import UserError, check
+from ..settings import UserError, check, user_path
 from ..text.corpus import build, override
 from . import architectures
 from .variants import HARVEST, Variant, write_part
@@ -76,7 +76,7 @@ def compute_training(
     check("epochs", epochs, int, low=1)
     inputs = {"base": variant.pair.fingerprint("base"), "tokens": tokens}
     if states:
-        table = _along_training(variant, [Path(state) for state in states], tokens, epochs)
+        table = _along_training(variant, [user_path(state) for state in states], tokens, epochs)
         write_part(variant.run, "training", fingerprint("training", inputs), {}, {"training": table}, inputs)
     return read_part(variant.run, "training", **inputs)
 

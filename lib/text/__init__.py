@@ -2,6 +2,7 @@
 
 Start with corpus.py, then puzzles.py.
 
+    files.py               texts and traces in files and data sets
     corpus.py              documents of a pair, with splits and labels
     puzzles.py             the embedded pair's task, its teacher, and what a transcript says
     curriculum.py          general text of the embedded pair
@@ -18,8 +19,9 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=["lexicon"],
     submod_attrs={
-        "chat": ["Trace", "read_traces"],
+        "chat": ["Trace"],
         "corpus": ["Corpus", "Document", "build", "override"],
+        "files": ["read_traces"],
         "lexicon_agreement": ["agreement", "labelled_agreement"],
         "puzzles": ["Puzzle", "Teacher"],
         "questions": ["ask"],

@@ -10,17 +10,10 @@ are written out here, with the markers of the tokenizer's own vocabulary, and th
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
-
-from ..settings import UserError
 
 THINK, CLOSE = "<think>\n", "\n</think>\n\n"
 
@@ -52,6 +45,11 @@ def parts(trace: Trace) -> tuple[str, str]:
     return prompt(trace.question), trace.response + "<|im_end|>\n"
 
 
+def plain(trace: Trace) -> str:
+    """A trace as plain text, for models that have no marker of a turn in common."""
+    return f"{trace.question.strip()}\n\n{trace.response}\n"
+
+
 def encode_trace(trace: Trace, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     """Token ids of a whole trace, and for each whether it belongs to what the model writes."""
     asked, written = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts(trace))
@@ -66,49 +64,3 @@ def think_tags(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
         return [i for i, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*ids))]
 
     return beginning(THINK), beginning(CLOSE.lstrip())
-
-
-def trace_in(entry) -> Trace | None:
-    """The trace in an entry of a file, with model and source if they are given; None if it is no
-    such entry."""
-    names = ("question", "thinking", "answer")
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in names):
-        return None
-    return Trace(*(entry[name] for name in names), entry.get("model") or "", entry.get("source") or "")
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of a text file (.gz or not); UserError if it is no whole text."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            yield from enumerate(file, 1)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path.name} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
-        ) from None
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise UserError(f"{path.name} is not a whole gzip file: fetch it again") from None
-
-
-def json_of(line: str):
-    """What a line of JSON holds; None if it is damaged."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_traces(path: Path) -> Iterator[Trace]:
-    """Traces of a JSONL file with question, thinking and answer. UserError names the line that lacks one."""
-    if not path.is_file():
-        raise UserError(
-            f"the file of traces {path} does not exist: give JSONL with the fields question, thinking and"
-            " answer"
-        )
-    for number, line in numbered_lines(path):
-        if (trace := trace_in(json_of(line))) is None:
-            raise UserError(
-                f"line {number} of {path.name} is no trace: it must be JSON with question, thinking and"
-                " answer, each a text"
-            )
-        yield trace

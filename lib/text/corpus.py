@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,15 +33,15 @@ from ..labels import KINDS, LABELS, SPLITS
 from ..models import sources
 from ..models.pairs import Pair, check_vocabularies
 from ..runs import fingerprint
-from ..settings import ROOT, UserError, check
+from ..settings import ROOT, UserError, check, user_path
 from . import chat, lexicon
-from .chat import Trace, numbered_lines
+from .chat import Trace, plain
 from .curriculum import BASE_MIX, base_document
+from .files import JSON, OTHER, hub_items, read_items
 from .puzzles import EASY_SHARE, Sentence, Teacher, sample_puzzle, sample_question
 
 _PUZZLE_SPLIT = {"train": "train", "choose": "validation", "report": "test"}
 _GENERAL_MIX = {kind: share for kind, share in BASE_MIX.items() if kind != "direct"}
-LINES = 100  # so many lines at the beginning of a text file without a blank one: every line is a text
 _MAX_REPEATS = 1000  # generated documents in a row that were there before: the corpus is exhausted
 
 
@@ -97,7 +96,7 @@ class Corpus:
     def commits(self) -> dict[str, str]:
         """The commit of each data set on the hub that is read."""
         texts = [source for source, _ in self.pair.corpus if source.startswith(sources.HUB)]
-        repos = [sources.dataset(source)[0] for source in texts]
+        repos = [sources.dataset(source).repo for source in texts]
         return {repo: sources.resolved(repo, "dataset")[1] for repo in repos}
 
     @property
@@ -126,8 +125,8 @@ class Corpus:
                 possible = int(written[kind] / share[kind])
                 raise UserError(
                     f"the budget of {self.tokens:,} tokens is above the corpus: its {kind} text ends after "
-                    f"{written[kind]:,} of {round(share[kind] * self.tokens):,} tokens; "
-                    f"ask for at most {possible:,} or add text"
+                    f"{written[kind]:,} of {round(share[kind] * self.tokens):,} tokens; ask for at most"
+                    f" {possible:,}, add text, or give the other kind a larger share (trace_share)"
                 )
             written[kind] += len(document.tokens) - self._has_bos
             yield document
@@ -250,17 +249,20 @@ def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
     """The pair with other text: for each kind a file (text, JSONL, .gz or not) or a data set on the hub; ""
     keeps the registry's.
 
-    A file is looked for from here, then from the repository's root. A data set is org/name or
-    org/name@commit, or one of these with :PATTERN to be read by its files. UserError for anything else.
+    A file is looked for from here, then from the repository's root; a data set is named as
+    ``sources.dataset`` reads it. UserError for anything else.
     """
     given = {kind: text.strip() for kind, text in (("trace", traces), ("general", general)) if text.strip()}
     for kind, source in given.items():
-        name = source.endswith((".txt", ".json", ".jsonl", ".gz")) and ":" not in source
-        if file := next((path for path in (Path(source), ROOT / source) if path.is_file()), None):
+        path = user_path(source)
+        if file := next((p for p in (path, ROOT / path) if p.is_file()), None):
             given[kind] = str(file.resolve())
-        elif name or source.startswith((".", "/", "~")):
+        elif (path.suffix.lower() in (".txt", ".md", ".gz", *JSON, *OTHER) and ":" not in source) or (
+            path.is_dir() or source.startswith((".", "/", "~", "$"))
+        ):
+            there = "a folder" if path.is_dir() else "not there"
             raise UserError(
-                f"the corpus {source!r} is not there: give a file of text or JSONL, or a data set on the hub"
+                f"the corpus {source!r} is {there}: give a file of text or JSONL, or a data set on the hub"
                 " (org/name)"
             )
         else:
@@ -323,11 +325,6 @@ def _next_split(shares: Sequence[float], counts: dict[str, int]) -> str:
     return max(SPLITS, key=lambda s: shares[SPLITS.index(s)] * total - counts[s])
 
 
-_THOUGHT = re.compile(r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>(.*)", re.DOTALL)
-_SOLUTION = re.compile(r"<\|(begin|end)_of_solution\|>")
-_THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-
-
 def _from_files(corpus: Corpus, kind: str) -> Iterator[Document]:
     """Documents of one kind from the pair's sources, in their order, in windows that cover all of a text."""
     bos = [corpus.tokenizer.bos_token_id] if corpus._has_bos else []
@@ -356,87 +353,3 @@ def chat_markers(tokenizer: PreTrainedTokenizerBase, excluded: Sequence[int] = (
     """Whether the markers of ``chat`` are single tokens, the same in all models."""
     ids = [tokenizer.get_vocab().get(marker) for marker in ("<|im_start|>", "<|im_end|>")]
     return all(i is not None and i not in excluded for i in ids)
-
-
-def plain(trace: Trace) -> str:
-    """A trace as plain text, for models that have no marker of a turn in common."""
-    return f"{trace.question.strip()}\n\n{trace.response}\n"
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a file (see ``read_items``), traces as plain text."""
-    return (item if isinstance(item, str) else plain(item) for item in read_items(path))
-
-
-def read_items(path: Path) -> Iterator[str | Trace]:
-    """The texts of a file (.gz or not): of JSONL each line's "text", or its trace (question, thinking,
-    answer); of other files the stretches between blank lines.
-
-    A file that begins with ``LINES`` lines without a blank one is read line by line: some copies of WikiText
-    are like that. UserError names a line that is neither, and a file that is no text.
-    """
-    jsonl, by_line, paragraph = ".jsonl" in path.suffixes, False, []
-    for number, line in numbered_lines(path):
-        if "\0" in line:
-            raise UserError(
-                f"{path.name} is not text: line {number} holds a zero byte; give plain text or JSONL in UTF-8"
-            )
-        if jsonl and line.strip():
-            yield _item(chat.json_of(line), f"line {number} of {path.name}")
-        elif by_line and line.strip():
-            yield line.rstrip("\n")
-        elif line.strip():
-            paragraph.append(line.rstrip("\n"))
-            if by_line := len(paragraph) == number >= LINES:  # no blank line so far
-                yield from paragraph
-                paragraph = []
-        elif paragraph:
-            yield "\n".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield "\n".join(paragraph)
-
-
-def hub_items(source: str) -> Iterator[str | Trace]:
-    """The texts and traces of a data set on the hub, in its order, without those whose text is empty."""
-    jsonl = ".jsonl" in source.rpartition("/")[2]
-    for number, row in enumerate(sources.dataset_rows(source), 1):
-        where = f"row {number} of {source.removeprefix(sources.HUB)}"
-        item = _item(chat.json_of(row["text"]) if jsonl and set(row) == {"text"} else row, where)
-        if not isinstance(item, str) or item.strip():
-            yield item
-
-
-def _item(entry, where: str) -> str | Trace:
-    """The text or the trace in one entry of a corpus: {"text"}, {"question", "thinking", "answer"}, or
-    OpenThoughts' conversations."""
-    if (trace := chat.trace_in(entry)) is not None:
-        return trace
-    if isinstance(entry, dict):
-        if isinstance(entry.get("conversations"), list):
-            return _conversation(entry["conversations"], where)
-        if isinstance(entry.get("text"), str):
-            return entry["text"]
-    raise UserError(
-        f'{where} is not of the form {{"text": "..."}} or {{"question": "...", "thinking": "...", "answer":'
-        ' "..."}: every line of a corpus must be one of the two'
-    )
-
-
-def _conversation(turns: list, where: str) -> Trace:
-    """First question and first reply of a conversation, without the system prompt; the thought is what stands
-    between OpenThoughts' or R1's tags."""
-    texts = {"user": "", "assistant": ""}
-    for turn in reversed(turns):
-        kinds = [type(turn.get(key) or "") for key in ("from", "value")] if isinstance(turn, dict) else []
-        if kinds != [str, str] or not turn.get("from"):
-            raise UserError(
-                f'{where} is a conversation whose turns are not of the form {{"from": "...", "value":'
-                ' "..."}: it needs a question and an answer'
-            )
-        who = {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"])
-        texts[who] = turn.get("value") or ""
-    match = _THOUGHT.search(texts["assistant"]) or _THINK.match(texts["assistant"])
-    if not texts["user"] or not match:
-        raise UserError(f"{where} is a conversation without a question and a thought between its tags")
-    return Trace(texts["user"], match[1].strip(), _SOLUTION.sub("", match[2]).strip())

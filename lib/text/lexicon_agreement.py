@@ -41,10 +41,10 @@ import numpy as np
 import pandas as pd
 
 from ..labels import CATEGORIES
-from ..runs import Progress, write_text
+from ..runs import Progress, table_text, write_text
 from ..settings import UserError, check
 from ..stats import group_weights, interval
-from .chat import json_of, numbered_lines
+from .files import json_entries
 from .lexicon import OTHER, sentences, tag, thought
 
 LABELLED = (*CATEGORIES, OTHER)
@@ -167,7 +167,7 @@ def _rates(cells: np.ndarray, times: np.ndarray) -> dict[str, float]:
 
 def _entries(path: Path) -> Iterator[tuple[object, str, list]]:
     """(question, thinking, sections) of each line; its number stands for a question that is not given."""
-    for number, entry in _json_lines(path):
+    for place, entry in json_entries(path):
         try:
             sections = [(str(label), str(text)) for label, text in entry["sections"]]
             thinking = entry["thinking"]
@@ -175,23 +175,9 @@ def _entries(path: Path) -> Iterator[tuple[object, str, list]]:
             thinking = None
         if not isinstance(thinking, str):
             raise UserError(
-                f'line {number} of {path.name} is not of the form {{"thinking": "...", "sections": [["label",'
-                ' "text"], ...]}'
+                f'{place} is not of the form {{"thinking": "...", "sections": [["label", "text"], ...]}}'
             )
-        yield entry.get("index", f"line {number}"), thinking, sections
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    if not path.is_file():
-        raise UserError(f"the file {path} does not exist: give JSONL with one entry a line")
-    for number, line in numbered_lines(path):
-        if line.strip():
-            if (entry := json_of(line)) is None:
-                raise UserError(
-                    f"{path.name} is not whole JSONL (line {number} is damaged): every line must be one JSON"
-                    " object, in UTF-8"
-                )
-            yield number, entry
+        yield entry.get("index", place), thinking, sections
 
 
 def sample_sentences(documents: Iterable[str], n: int = 100, seed: int = 0) -> pd.DataFrame:
@@ -250,13 +236,14 @@ def labelled_sentences(folder: str | Path) -> pd.DataFrame:
     """The labelled sample: before, text, label, stratum, weight, and tag (the lexicon's, now). UserError for
     what is not labelled."""
     files = (Path(folder) / f"{name}.jsonl" for name in ("sentences", "strata"))
-    entries, strata = ([entry for _, entry in _json_lines(file)] for file in files)
+    entries, strata = ([entry for _, entry in json_entries(file)] for file in files)
     if len(entries) != len(strata):
         raise UserError(
             f"sentences.jsonl has {len(entries)} lines and strata.jsonl {len(strata)}: "
             "they must be of one sample"
         )
     for number, entry in enumerate(entries, 1):
+        entry = entry if isinstance(entry, dict) else {}
         if not isinstance(entry.get("text"), str) or entry.get("label") not in LABELLED:
             raise UserError(
                 f"line {number} of sentences.jsonl has the label {entry.get('label')!r}: "
@@ -299,5 +286,5 @@ def table_of(path: Path, file: Path | None = None) -> pd.DataFrame:
     """The agreement with annotated traces, or with a folder of labelled sentences; also written to a CSV."""
     table = labelled_agreement(path) if path.is_dir() else agreement(path)
     if file is not None:
-        write_text(file, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        write_text(file, table_text(table, "%.6g"))
     return table

@@ -6,6 +6,7 @@ or whatever one sentence can say; 130 interrupted. What was finished before an e
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..settings import ROOT, UserError
+from ..settings import REGISTRY, ROOT, UserError, user_path
 
 app = typer.Typer(
     help="What distillation changes inside a language model: every command of the study.",
@@ -25,24 +26,36 @@ app = typer.Typer(
 # --- what several commands take -----------------------------------------------------------------------------
 
 
-def _option(kind, metavar: str | None, words: str, *names: str):
-    return Annotated[kind, typer.Option(*names, metavar=metavar, help=words)]
+def _option(kind, metavar: str | None, words: str, *names: str, **more):
+    return Annotated[kind, typer.Option(*names, metavar=metavar, help=words, **_path(kind), **more)]
 
 
 def _argument(kind, metavar: str | None, words: str):
-    return Annotated[kind, typer.Argument(metavar=metavar, help=words)]
+    return Annotated[kind, typer.Argument(metavar=metavar, help=words, **_path(kind))]
+
+
+def _path(kind) -> dict:
+    return {"parser": user_path} if kind in (Path, list[Path]) else {}
+
+
+def _use_registry(file: Path | None) -> None:
+    if file:  # for this process, and the kernels that it starts
+        os.environ[REGISTRY] = str(file)
 
 
 Pair = _option(str, "NAME", "entry of data/pairs.yaml")
 Profile = _option(str, "NAME", "file of notebooks/profiles, and name of the run: smoke, default, paper")
 Only = _option(list[str], "NN ...", "notebooks by number or name")
 Parameter = _option(list[str], "NAME VALUE", "a parameter of the one chosen notebook", "-p")
-Registry = _option(Path, "FILE", "a registry of your own for data/pairs.yaml (or PAIRS_REGISTRY)")
+_registry = "a registry of your own for data/pairs.yaml (or PAIRS_REGISTRY)"
+Registry = _option(Path, "FILE", _registry, callback=_use_registry)
 Out = _option(Path, "FOLDER", "where to write (default: in the folder of the run)")
-Timeout = _option(float, "SECONDS", "for one cell (default: the profile's)")
-Workers = _option(int, "N", "notebooks at once (default: two on an embedded pair, if the machine allows)")
+Timeout = _option(int, "SECONDS", "for one cell (default: the profile's)", min=1)
+Workers = _option(
+    int, "N", "notebooks at once (default: two on an embedded pair, if the machine allows)", min=1
+)
 Runs = _option(Path, "FOLDER", "of states and logs (default: below data/runs)")
-Threads = _option(int, "N", "of torch")
+Threads = _option(int, "N", "of torch", min=1)
 PairFolder = _argument(Path, "OUT", "data/pairs/<pair>: its name is the pair's")
 _Solutions = _option(bool, None, "answer the exercises, so that their checks run", "--solutions")
 _Notebooks = Annotated[Path, typer.Option(hidden=True)]  # for the tests
@@ -80,6 +93,7 @@ def _use(threads: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; errors are one line on standard error."""
+    registry = os.environ.get(REGISTRY, "")
     try:
         words = _spelled_out(sys.argv[1:] if arguments is None else arguments)
         code = app(words, prog_name="python -m lib", standalone_mode=False) or 0
@@ -92,6 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    finally:
+        os.environ.pop(REGISTRY, None)
+        os.environ.update({REGISTRY: registry} if registry else {})
     if code == 130:
         print("\ninterrupted: what is finished is kept; the same command goes on from there", file=sys.stderr)
     return code
@@ -113,7 +130,7 @@ def figures(
     """Run notebooks 00 to 06, or those of --only, on a pair. They write figures, tables and numbers."""
     from .notebooks import WALK, run_all
 
-    run_all(WALK, pair, profile, only, _texts(p), solutions, out, registry, timeout, workers, notebooks)
+    run_all(WALK, pair, profile, only, _texts(p), solutions, out, timeout, workers, notebooks)
 
 
 @app.command()
@@ -134,11 +151,11 @@ def study(
     """
     from .notebooks import STUDY, run_all
 
-    run_all(STUDY, pair, profile, only, _texts(p), False, out, registry, timeout, workers, notebooks)
+    run_all(STUDY, pair, profile, only, _texts(p), False, out, timeout, workers, notebooks)
 
 
 @app.command()
-def explore(pair: Pair = "tiny", profile: Profile = "default"):
+def explore(pair: Pair = "tiny", profile: Profile = "default", registry: Registry = None):
     """Write a notebook that explores the features of a run. Prints where it is; make explore opens it."""
     from .notebooks import explorer_page
 
@@ -201,9 +218,10 @@ def adapters(
     out: PairFolder,
     traces: _option(Path, "FILE", "JSONL with question, thinking and answer") = None,
     text: _option(Path, "FILE", "text with a paragraph a line, for the null") = None,
-    tokens: _option(int, "N", "to train on (default: the recipe's)") = None,
+    tokens: _option(int, "N", "to train on (default: the recipe's)", min=1) = None,
     stages: _option(list[str], "NAME ...", "of distilled, null_a, null_b") = ("distilled", "null_a"),
     runs: Runs = None,
+    registry: Registry = None,
     threads: Threads = 2,
 ):
     """Distil a real model by adapters, or go on with them. Without --traces: from OpenThoughts-114k."""
@@ -217,9 +235,10 @@ def adapters(
 def writing(
     pair: _argument(str, None, "entry of data/pairs.yaml with a pretrained base"),
     out: _argument(Path, None, "folder of traces.jsonl.gz and general.jsonl.gz"),
-    tokens: _option(int, "N", "of each kind") = 300_000,
+    tokens: _option(int, "N", "of each kind", min=1) = 300_000,
     kind: _option(Literal["trace", "general"], None, "only this one") = None,
     runs: Runs = None,
+    registry: Registry = None,
     threads: Threads = 2,
 ):
     """Let a pair write the corpus that is harvested from it. An interrupted run goes on."""
@@ -251,6 +270,7 @@ def harvest(
     out: Out = None,
     part: _option(str, "I/N", "only part I of N, from 0: one of N jobs") = "",
     merge: _option(bool, None, "make the shards of N jobs a store", "--merge") = False,
+    registry: Registry = None,
 ):
     """Harvest activations as notebook 01 does. Whole, or as one of several jobs."""
     from .harvest_parts import harvest_for
@@ -263,11 +283,11 @@ def train(
     context: typer.Context,
     store: _option(Path, "FOLDER", "of the activations"),
     folder: _option(Path, "FOLDER", "of the crosscoder and its checkpoints"),
-    processes: _option(int, "N", "how many torchrun starts") = 1,
+    processes: _option(int, "N", "how many torchrun starts", min=1) = 1,
     share: _option(Literal["rows", "features"], None, "what the processes share out") = "rows",
     cpu: _option(bool, None, "even if there are GPUs", "--cpu") = False,
-    timeout: _option(float, "SECONDS", "to wait for another process") = None,
-    checkpoint_seconds: _option(float, "SECONDS", "between checkpoints") = 30,
+    timeout: _option(float, "SECONDS", "to wait for another process", min=1) = None,
+    checkpoint_seconds: _option(float, "SECONDS", "between checkpoints", min=0) = 30,
 ):
     """Train a crosscoder, on several processes under torchrun.
 

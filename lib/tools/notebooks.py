@@ -1,8 +1,9 @@
 """Run the notebooks in order with papermill, keep them in a canonical form, and try their exercises.
 
-Parameters come from the notebook's own cell, then from notebooks/profiles/<profile>.yaml (and
-<profile>.<pair>.yaml, if there is one), then from ``-p``; all are checked before the first notebook runs
-(papermill itself only warns of unknown names). A run with a notebook's own parameters is written to
+Parameters come from the notebook's own cell, then from the pair's entry in the registry (``OF_A_PAIR``), then
+from notebooks/profiles/<profile>.yaml (and <profile>.<pair>.yaml, if there is one), then from ``-p``; all are
+checked before the first notebook runs (papermill itself only warns of unknown names).
+A run with a notebook's own parameters is written to
 notebooks/ itself, once it is complete; every other one to data/runs/<pair>/<run>/notebooks/. On an embedded
 pair two notebooks run at once, where neither needs the other (``NEEDS``).
 
@@ -31,9 +32,10 @@ from pathlib import Path
 
 import nbformat
 
+from ..models.registry import read_entry, registry_file
 from ..runs import PASSING, Run, made_folder, read_manifest, write_text
 from ..settings import REGISTRY, ROOT, UserError, path_shown
-from .profiles import checked, known_pairs, read_profile, read_value
+from .profiles import checked, read_profile, read_value
 
 # seconds for one cell; a profile or --timeout can give more. There always is one: a kernel can stall.
 CELL_TIMEOUT = 3600
@@ -42,6 +44,8 @@ NOTEBOOKS = ROOT / "notebooks"
 WALK, STUDY = "0[0-9]_", "1[0-36]_"
 # what a notebook of the walk reads of others; one that is not named here needs all that stand before it
 NEEDS = {"00": (), "01": (), "02": ("01",), "03": ("02",), "04": ("03",), "05": ("01",)}
+# {number: {parameter: key of a pair's entry that it takes its default from}}
+OF_A_PAIR = {"01": {"tokens": "tokens"}, "02": {"n_features": "dictionary"}}
 MEMORY = 2 << 30  # bytes that a notebook on an embedded pair may take
 INJECTED = "injected-parameters"
 _DROPPED_MIMES = ("application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json")
@@ -361,12 +365,23 @@ def parameters_for(
     texts: Sequence[tuple[str, str]] = (),
     folder: Path = NOTEBOOKS,
 ) -> dict:
-    """All parameters of a notebook: its own, then the profile's, then (name, text) of a command line."""
+    """All parameters of a notebook: its own, then those in the pair's entry, then the profile's, then (name,
+    text) of a command line."""
     content = read_profile(folder / "profiles", profile, stems_of(folder), pair)
     defaults = parameters_of(folder / f"{stem}.ipynb")
-    given = {"pair": pair, "run": profile, **content.get(stem, {})}
-    given |= {name: read_value(text, defaults.get(name)) for name, text in texts}
+    texts = dict(texts)
+    if texts.get("pair", pair) != pair:
+        raise UserError(f"-p pair {texts['pair']} is not the pair {pair}: give --pair")
+    entry, names = read_entry(pair, _registry(folder)), OF_A_PAIR.get(stem[:2], {})
+    given = {name: entry[key] for name, key in names.items() if key in entry and name in defaults}
+    given |= {"pair": pair, "run": profile, **content.get(stem, {})}
+    given |= {name: read_value(text, defaults.get(name)) for name, text in texts.items()}
     return defaults | checked(stem, defaults, given)
+
+
+def _registry(folder: Path) -> Path:
+    """The registry of a process, or that beside a folder of notebooks."""
+    return registry_file(os.environ.get(REGISTRY) or folder.parent / "data" / "pairs.yaml")
 
 
 def run_all(
@@ -377,7 +392,6 @@ def run_all(
     texts: Sequence[tuple[str, str]] = (),
     solutions: bool = False,
     out: Path | None = None,
-    registry: Path | None = None,
     timeout: float | None = None,
     workers: int | None = None,
     folder: Path = NOTEBOOKS,
@@ -388,13 +402,10 @@ def run_all(
     """
     folder, root = folder.resolve(), folder.resolve().parent
     stems = stems_of(folder)
-    own = registry or os.environ.get(REGISTRY)
-    registry = Path(own) if own else root / "data" / "pairs.yaml"
-    pairs = known_pairs(registry)
-    if pair not in pairs:
-        raise UserError(f"unknown pair {pair!r}: there are {', '.join(pairs)} ({path_shown(registry)})")
+    own, registry = os.environ.get(REGISTRY), _registry(folder)
+    read_entry(pair, registry)
     budget = read_profile(folder / "profiles", profile, stems, pair)
-    timeout = timeout or budget.get("timeout", CELL_TIMEOUT)
+    timeout = budget.get("timeout", CELL_TIMEOUT) if timeout is None else timeout
     chosen = choose(stems, only) if only else [s for s in stems if re.match(row, s)]
     if texts and len(chosen) != 1:
         raise UserError(f"-p sets a parameter of one notebook, and {len(chosen)} are chosen: add --only NN")
@@ -411,7 +422,7 @@ def run_all(
         tasks[stem] = partial(execute, source, target, failed, changed, timeout, solutions)
     most = workers or budget.get("workers") or _workers(root / "data" / "pairs" / pair)
     workers = min(max(most, 1), len(tasks))
-    variables = {REGISTRY: str(registry.resolve())} if own else {}
+    variables = {REGISTRY: str(registry)} if own else {}
     if workers > 1:
         variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(_cores() // workers, 1)))
     began = time.monotonic()

@@ -6,7 +6,9 @@ import ast
 import contextlib
 from pathlib import Path
 
-from ..settings import UserError, read_yaml
+from ..settings import Positive, UserError, check, read_yaml
+
+LIMITS = {"timeout": "seconds of a cell", "workers": "notebooks at once"}
 
 
 def checked(notebook: str, defaults: dict, given: dict) -> dict:
@@ -61,21 +63,14 @@ def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> d
                 f"profile {layer!r} has {content[odd]!r} for {odd}: it must be a mapping of name: value"
                 " entries"
             )
-        if unknown := sorted(set(map(str, content)) - set(stems) - {"timeout", "workers"}):
+        if unknown := sorted(set(content) - set(stems) - LIMITS.keys()):
             raise UserError(
                 f"profile {layer!r} names {', '.join(unknown)}: the notebooks are {', '.join(stems)}"
             )
+        for name, words in LIMITS.items():
+            check(f"{name} of profile {layer!r} ({words})", content.get(name, 1), Positive)
         profile |= {
             key: profile.get(key, {}) | (value or {}) if isinstance(value, dict | None) else value
             for key, value in content.items()
         }
     return profile
-
-
-def known_pairs(registry: Path) -> list[str]:
-    """The names of the pairs in a registry."""
-    if not registry.is_file():
-        raise UserError(
-            f"the registry of pairs {registry} does not exist: give a YAML file like data/pairs.yaml"
-        )
-    return list(read_yaml(registry))

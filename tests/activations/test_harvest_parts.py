@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from test_harvest import content
@@ -10,6 +11,7 @@ from toys import toy_pair, toy_store
 
 from lib.activations import harvest as harvest_module
 from lib.activations.harvest import harvest_activations, harvest_part, merge_parts
+from lib.runs import Run
 from lib.settings import UserError
 from lib.text.corpus import build
 from lib.tools.cli import main
@@ -148,6 +150,43 @@ def test_the_command_line_makes_what_the_notebook_looks_for(tmp_path, capsys):
     assert "part is 'two': it must be like 0/8" in capsys.readouterr().err
     assert main([*arguments, "-p", "tonkens", "3"]) == 2
     assert "no parameter 'tonkens'" in capsys.readouterr().err
+
+
+def test_the_command_line_uses_every_parameter_that_it_takes(tmp_path, capsys):
+    """Other text, and the upper layer, in parts and whole; what it does not use it does not take."""
+    text = str(tmp_path / "t.txt")
+    Path(text).write_text("\n\n".join(f"anna is late . {i % 19} * {i % 7} = 9 ." for i in range(200)))
+    words = [
+        "harvest",
+        "--profile",
+        "smoke",
+        "-p",
+        "tokens",
+        "900",
+        "-p",
+        "traces",
+        text,
+        "-p",
+        "general",
+        text,
+    ]
+    for part in ("0/2", "1/2"):
+        assert main([*words, "--out", str(tmp_path / "parts"), "--part", part]) == 0
+    assert main([*words, "--out", str(tmp_path / "parts"), "--merge"]) == 0
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    tiny, corpus = harvest_module.open_text("tiny", 900, traces=text, general=text)
+    run = Run("tiny", "test", root=tmp_path)
+    notebook = harvest_module.harvest_run(run, tiny, corpus, upper=True)  # as notebook 01 does
+    for name in ("parts", "whole"):
+        assert content(tmp_path / name) == content(notebook.path)
+        assert content(tmp_path / f"{name}_upper") == content(run.path("store_upper"))
+    for name, value, sentence in (
+        ("traces", "nowhere.jsonl", "the corpus 'nowhere.jsonl' is not there"),
+        ("drift_documents", "3", "a harvest does not use drift_documents"),
+        ("pair", "smol", "-p pair smol is not the pair tiny: give --pair"),
+    ):
+        assert main([*words, "-p", name, value]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_shards_of_before_there_were_parts_are_kept(tmp_path):

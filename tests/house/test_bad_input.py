@@ -34,12 +34,14 @@ from lib.distil.organism import build_tokenizer
 from lib.features import explorer
 from lib.features import naming as labelling
 from lib.features.explorer import Columns
-from lib.models.pairs import KINDS, Pair, check_layer, check_vocabularies, load_pair
+from lib.models.pairs import Pair, check_layer, check_vocabularies, load_pair
 from lib.models.reader import LayerReader
+from lib.models.registry import KINDS
 from lib.runs import Run
 from lib.settings import ROOT, UserError
 from lib.text.chat import Trace
-from lib.text.corpus import build, override, read_items
+from lib.text.corpus import build, override
+from lib.text.files import read_items
 from lib.tools import compare as check
 from lib.tools.cli import main
 from lib.tools.profiles import read_profile
@@ -150,8 +152,14 @@ FINE = {
 }
 REGISTRIES = {
     "an empty file": (b"", "holds no pairs"),
-    "a list": (b"- mine\n", "holds no pairs"),
-    "a word": (b"mine", "holds no pairs"),
+    "a list": (b"- mine\n", "holds a list: it must hold name: value entries"),
+    "a word": (b"mine", "holds a str"),
+    "UTF-16, as PowerShell writes it": ("mine: {base: a/b, distilled: a/c}".encode("utf-16"), "not UTF-8"),
+    "a pair that is called 7": (b"7: {base: a/b, distilled: a/c}\n", "has the name 7, which is no text"),
+    "a pair that is called no": (
+        b"no: {base: a/b, distilled: a/c}\n",
+        "has the name False, which is no text",
+    ),
     "a tab": (b"mine:\n\tbase: x\n", "not valid YAML"),
     "a quote that is not closed": (b'mine: {base: "x}', "not valid YAML"),
     "bytes that are no text": (b"\xff\xfe\x00mine: 1", "not UTF-8"),

@@ -7,8 +7,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import settings
 from lib.distil.organism import build_tokenizer
-from lib.models.pairs import REGISTRY, check_layer, check_vocabularies, decoder_layers, half_depth, load_pair
+from lib.models.pairs import check_layer, check_vocabularies, decoder_layers, half_depth, load_pair
+from lib.models.registry import REGISTRY
 from lib.settings import ROOT, UserError
+from lib.text.corpus import override
 from lib.tools import notebooks as driver
 from lib.tools import profiles
 
@@ -66,6 +68,44 @@ def test_own_registry_resolves_folders_beside_it(tmp_path):
     assert list(pair.between("again", "base").models) == ["again", "base"]
 
 
+def test_folders_below_the_home_and_named_by_variables(tmp_path, monkeypatch):
+    toy_pair(tmp_path / "models", (16, 16))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MODELS", str(tmp_path / "models"))
+    (tmp_path / "models" / "text.txt").write_text("anna is late .")
+    (tmp_path / "own.yaml").write_text(
+        "mine: {base: ~/models/base, distilled: $MODELS/distilled, tokenizer: '${MODELS}/tokenizer',"
+        " corpus: [{path: ~/models/text.txt, kind: trace}]}"
+    )
+    pair = load_pair("mine", "~/own.yaml")
+    assert (
+        pair.base == tmp_path / "models" / "base"
+        and pair.distilled.is_dir()
+        and pair.tokenizer_source.is_dir()
+    )
+    assert pair.corpus == ((str(tmp_path / "models" / "text.txt"), "trace"),)
+    assert override(pair, general="~/models/text.txt").corpus[0] == (pair.corpus[0][0], "general")
+    monkeypatch.setenv("PAIRS_REGISTRY", "$HOME/own.yaml")
+    assert load_pair("mine") == pair
+
+
+def test_a_folder_that_is_missing_is_no_hub_id_where_its_neighbours_are(tmp_path):
+    toy_pair(tmp_path / "models", (16, 16))
+    (tmp_path / "own.yaml").write_text(
+        "mine: {base: models/base, distilled: models/distilled, tokenizer: models/tokenizer, others: {null_a:"
+        " models/nope}}\nhub: {base: models/of_the_hub@main, distilled: org/name}"
+    )
+    pair = load_pair("mine", tmp_path / "own.yaml")
+    with pytest.raises(
+        UserError, match="model 'null_a' of pair 'mine' is missing: .*models/nope does not exist"
+    ):
+        pair.check_folders()
+    assert load_pair("hub", tmp_path / "own.yaml").models == {
+        "base": "models/of_the_hub@main",
+        "distilled": "org/name",
+    }
+
+
 def test_a_registry_is_named_for_a_whole_process(tmp_path, monkeypatch):
     toy_pair(tmp_path)
     (tmp_path / "own.yaml").write_text(
@@ -74,7 +114,7 @@ def test_a_registry_is_named_for_a_whole_process(tmp_path, monkeypatch):
     monkeypatch.setenv("PAIRS_REGISTRY", str(tmp_path / "own.yaml"))
     assert load_pair("tiny").dictionary == 77 and load_pair("tiny").base == tmp_path / "base"
     assert load_pair("tiny").remote is True and load_pair("tiny", REGISTRY).remote is False
-    assert load_pair("tiny", REGISTRY).dictionary == 1024  # what is given goes before it
+    assert load_pair("tiny", REGISTRY).dictionary == 256  # what is given goes before it
     with pytest.raises(UserError, match="unknown pair 'smol': own.yaml has tiny"):
         load_pair("smol")
 
@@ -124,6 +164,9 @@ def test_vocabularies_that_differ_are_refused_unless_known():
     [
         ("{hub: org/texts, kind: trace}", None),
         ("{hub: org/texts@v1, files: '*.jsonl', kind: general}", None),
+        ("{hub: org/texts, config: small, split: test, kind: trace}", None),
+        ("{hub: org/texts, split: test, kind: trace}", None),
+        ("{hub: org/texts, config: small, files: '*.jsonl', kind: trace}", "corpus of pair 'mine' must be"),
         ("{hub: org/texts, path: some.txt, kind: trace}", "corpus of pair 'mine' must be"),
         ("{path: some.txt, files: '*.jsonl', kind: trace}", "corpus of pair 'mine' must be"),
         ("{hub: org/texts, kind: thoughts}", "corpus of pair 'mine' must be"),

@@ -3,6 +3,7 @@ leaves the machine.
 """
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -242,5 +243,42 @@ def test_what_names_no_data_set(source):
 
 
 def test_what_names_a_data_set():
-    assert sources.dataset("hub:org/na-me.v1@v1.0:*_sample.jsonl") == ("org/na-me.v1@v1.0", "*_sample.jsonl")
-    assert sources.dataset("hub:org/name") == ("org/name", None)
+    assert sources.dataset("hub:org/na-me.v1@v1.0:*_sample.jsonl") == (
+        "org/na-me.v1@v1.0",
+        "*_sample.jsonl",
+        None,
+        "train",
+    )
+    for text, config, split in (
+        ("", None, "train"),
+        ("#a", "a", "train"),
+        ("#a/b", "a", "b"),
+        ("#/b", None, "b"),
+    ):
+        assert sources.dataset(f"hub:org/name@v1{text}") == ("org/name@v1", None, config, split)
+    with pytest.raises(UserError, match="names neither"):
+        sources.dataset("hub:org/name:*.jsonl#a")
+
+
+def test_configurations_and_splits_are_named_or_listed(fake, monkeypatch, tmp_path):
+    """A real data set of two configurations, one without a split "train"; in a folder, for the hub's."""
+    monkeypatch.setattr(sources, "resolved", lambda *_: (str(tmp_path), None))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    files = {"small": "small/train.jsonl", "large": "large/test.jsonl"}
+    configs = [
+        f"- config_name: {c}\n  data_files:\n  - split: {Path(f).stem}\n    path: {f}"
+        for c, f in files.items()
+    ]
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "\n".join(configs) + "\n---\n")
+    for name, file in files.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / file).write_text(json.dumps({"text": name}) + "\n")
+    read = lambda source: [row["text"] for row in sources.dataset_rows(source)]  # noqa: E731
+    assert read("hub:org/name#small") == ["small"] and read("hub:org/name#large/test") == ["large"]
+    for source, words in (
+        ("hub:org/name", "has the configurations (small, large|large, small): name one, as"),
+        ("hub:org/name#middle", "has the configurations"),
+        ("hub:org/name#large", "has the splits test, and no train: name one, as .*#large/test"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read(source)

@@ -11,7 +11,8 @@ from lib.distil import adapters as lora
 from lib.models.pairs import Pair
 from lib.settings import UserError
 from lib.study import appraisal
-from lib.text.chat import encode_trace, read_traces
+from lib.text.chat import encode_trace
+from lib.text.files import read_traces
 from lib.text.questions import Question
 
 

@@ -1,45 +1,9 @@
-"""Files of traces, and a trace as ids whatever is in its text."""
+"""A trace as ids, whatever is in its text."""
 
-import gzip
-import json
-
-import pytest
-
-from lib.settings import UserError
 from lib.text import chat
 from lib.text.chat import Trace
 
 TRACE = Trace("How many socks?", "First, I count.\nWait, that is 12.", "The answer is 12.")
-
-
-def test_traces_are_read_packed_or_not_with_all_that_they_say(tmp_path):
-    made = [Trace("How many – exactly?", "First.\n\nWait.", "12", "teacher", "book"), Trace("q", "", "a")]
-    lines = "".join(json.dumps(vars(t), ensure_ascii=False) + "\n" for t in made)
-    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    assert (
-        list(chat.read_traces(tmp_path / "a.jsonl"))
-        == list(chat.read_traces(tmp_path / "a.jsonl.gz"))
-        == made
-    )
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"question": None, "thinking": "t", "answer": "a"},
-        {"question": "q", "thinking": ["t"], "answer": "a"},
-        {"question": "q", "thinking": "t", "answer": 12},
-        ["q", "t", "a"],
-        "q t a",
-    ],
-)
-def test_what_is_not_text_is_no_trace(tmp_path, entry):
-    (tmp_path / "a.jsonl").write_text(
-        json.dumps({"question": "q", "thinking": "t", "answer": "a"}) + "\n" + json.dumps(entry) + "\n"
-    )
-    with pytest.raises(UserError, match="line 2 of a.jsonl is no trace"):
-        list(chat.read_traces(tmp_path / "a.jsonl"))
 
 
 def test_space_around_the_parts_does_not_change_the_ids_and_space_within_them_stays(tokenizer):
@@ -84,14 +48,3 @@ def test_the_tags_of_a_thought_are_found_as_ids(tokenizer):
     assert tokenizer.decode(ids[places["open"][0] :]).startswith("<think>") and tokenizer.decode(
         ids[places["close"][0] :]
     ).startswith("</think>")
-
-
-def test_a_file_that_is_no_trace_is_named_with_its_line(tmp_path):
-    file = tmp_path / "traces.jsonl"
-    file.write_text(
-        json.dumps({"question": "q", "thinking": "t", "answer": "a", "more": 1}) + '\n{"question": "q"}\n'
-    )
-    with pytest.raises(UserError, match="line 2 of traces.jsonl is no trace"):
-        list(chat.read_traces(file))
-    with pytest.raises(UserError, match="does not exist"):
-        list(chat.read_traces(tmp_path / "none.jsonl"))

@@ -14,8 +14,9 @@ from lib.labels import LABEL_ARRAYS, LABELS
 from lib.models import sources
 from lib.settings import UserError
 from lib.text import lexicon
-from lib.text.chat import Trace
-from lib.text.corpus import build, encode, label_arrays, override, plain, read_items, read_texts
+from lib.text.chat import Trace, plain
+from lib.text.corpus import build, encode, label_arrays, override
+from lib.text.files import read_items, read_texts
 from lib.text.puzzles import Puzzle, Sentence, label_of, sentences_of
 
 
@@ -245,7 +246,7 @@ def test_lines_of_jsonl_are_texts_or_traces(tmp_path):
         == "what is 5 - 1 ?\n\n<think>\nso 5 - 1 = 4 .\n</think>\n\n4\n"
     )
     (tmp_path / "half.jsonl").write_text('{"question": "what is 5 - 1 ?", "answer": "4"}\n')
-    with pytest.raises(UserError, match="line 1 of half.jsonl is not of the form"):
+    with pytest.raises(UserError, match="line 1 of half.jsonl has no thought"):
         list(read_items(tmp_path / "half.jsonl"))
 
 
@@ -313,7 +314,7 @@ def test_conversations_from_the_hub_become_traces_and_are_read_as_far_as_needed(
 )
 def test_rows_of_another_form_are_named(pair, monkeypatch, row):
     streams(monkeypatch, {"hub:org/thoughts": [row]})
-    with pytest.raises(UserError, match="row 1 of org/thoughts is"):
+    with pytest.raises(UserError, match="row 1 of org/thoughts (has no thought|is not of a form)"):
         list(build(on_the_hub(pair), 100, trace_share=1.0))
 
 

@@ -65,9 +65,9 @@ def test_what_the_driver_is_told(monkeypatch):
     words = ["--pair", "mine", "--profile", "smoke", "--only", "03", "4", "--solutions", "--timeout", "5"]
     words += ["--workers", "3"]
     assert cli.main(["figures", *words]) == 0
-    row, pair, profile, only, texts, solutions, out, registry, timeout, workers, _ = given[0]
+    row, pair, profile, only, texts, solutions, out, timeout, workers, _ = given[0]
     assert (row, pair, profile, only, texts) == (notebooks.WALK, "mine", "smoke", ["03", "4"], [])
-    assert (solutions, out, registry, timeout, workers) == (True, None, None, 5, 3)
+    assert (solutions, out, timeout, workers) == (True, None, 5, 3)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def house(tmp_path):
     notebooks = tmp_path / "notebooks"
     (notebooks / "profiles").mkdir(parents=True)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "pairs.yaml").write_text("tiny: {}\nother: {}\n")
+    (tmp_path / "data" / "pairs.yaml").write_text("tiny: {base: a/b, distilled: a/c}\nother: {like: tiny}\n")
     (notebooks / "profiles" / "default.yaml").write_text("timeout: 60\n")
     (notebooks / "profiles" / "smoke.yaml").write_text("timeout: 60\n00_first: {seed: 5, rate: 1e-2}\n")
     write(notebooks, "00_first", "import sys\nprint(pair, run, seed, rate)\nprint('noise', file=sys.stderr)")
@@ -56,7 +56,7 @@ def text_of(notebook):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["--pair", "tinny"], "unknown pair 'tinny': there are tiny, other"),
+        (["--pair", "tinny"], "unknown pair 'tinny': pairs.yaml has tiny, other"),
         (["--profile", "big"], "unknown profile 'big': there are default, smoke"),
         (["--only", "07"], "unknown notebook '07': there are 00_first, 01_second"),
         (
@@ -101,6 +101,22 @@ def test_a_profile_of_a_pair_is_laid_over_the_profile(house):
         read("other")
 
 
+def test_what_a_pair_says_of_budgets_goes_before_notebooks_and_behind_profiles(house):
+    (house.parent / "data" / "pairs.yaml").write_text(
+        "tiny: {base: a/b, distilled: a/c, tokens: 77}\nother: {like: tiny, dictionary: 78}\n"
+    )
+    for stem, name in (("01_second", "tokens"), ("02_third", "n_features")):
+        write(house, stem, "")
+        notebook = nbformat.read(house / f"{stem}.ipynb", 4)
+        notebook.cells[1].source += f"\n{name} = 5"
+        nbformat.write(notebook, house / f"{stem}.ipynb")
+    (house / "profiles" / "smoke.yaml").write_text("01_second: {tokens: 9}\n")
+    values = lambda stem, *rest: driver.parameters_for(stem, "other", *rest, folder=house)  # noqa: E731
+    assert values("01_second")["tokens"] == 77 and values("02_third")["n_features"] == 78
+    assert values("01_second", "smoke")["tokens"] == 9
+    assert values("01_second", "smoke", [("tokens", "3")])["tokens"] == 3
+
+
 def test_notebooks_load_pairs_from_a_registry_of_ones_own(house, tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text(
         "tiny: {base: a/b, distilled: a/c, dictionary: 77}\nmine: {like: tiny, dictionary: 78}\n"
@@ -133,6 +149,11 @@ def test_a_profile_with_a_wrong_value_or_notebook_stops_before_the_first_noteboo
     for content, sentence in (
         ("01_second: {seed: x}", "seed of 01_second is 'x'"),
         ("09_none: {}", "names 09_none"),
+        ("timeout: 2h", "timeout of profile 'smoke' (seconds of a cell) is '2h': it must be an integer"),
+        ("timeout: 0.5", "(seconds of a cell) is 0.5"),
+        ("workers: two", "workers of profile 'smoke' (notebooks at once) is 'two'"),
+        ("00_first: {}\n00_first: {}", "'00_first' stands there twice"),
+        ("7: {}", "has the name 7, which is no text"),
         ("- a", "must hold name: value"),
         ("a: [", "not valid YAML"),
     ):
