@@ -58,6 +58,11 @@ class Recipe:
         (dict(width=True), "width is True: it must be an integer of at least 1"),
         (dict(variant="l2"), "variant is 'l2': it must be one of topk, l1"),
         (dict(layer=-1), "layer is -1: it must be an integer of at least 0 or None"),
+        (
+            dict(layer="None"),
+            "layer is 'None': it must be an integer of at least 0 or None (papermill's -p makes text of it:"
+            " give it with -y)",
+        ),
         (dict(width=1, rate=2), "rate is 2: it must be a number from 0 to 1"),
         (dict(width=4, rate=0.5), "rate is 0.5: it must be a number of at most 0.25"),
     ],

@@ -28,7 +28,7 @@ from ..activations.store import open_store as open_store
 from ..models import sources
 from ..models.pairs import load_pair as load_pair
 from ..runs import Progress, Run, write_json, write_text
-from ..settings import ROOT, UserError, check
+from ..settings import ROOT, UserError, check, user_path
 from . import seeds
 from .codes import sample_rows
 from .exchange import ORIGIN, WEIGHTS, Foreign, read_foreign
@@ -58,11 +58,11 @@ def open_all(
     store. ``facts``: what its file does not say, by name: order, scales, layer, least. UserError if the run
     has none or they were trained on another store than this one, or if the other does not fit the store.
     """
-    facts = dict(facts or {})
+    facts = check("crosscoder_facts", facts or {}, dict)
     if unknown := sorted(facts.keys() - set(FACTS)):
         raise UserError(f"unknown fact {unknown[0]!r} about the crosscoder: there are {', '.join(FACTS)}")
     if source:
-        path = ROOT / source
+        path = ROOT / user_path(source)
         opened = [open_crosscoder(path if path.exists() else source, store.models, store, **facts)]
     elif facts:
         raise UserError(
@@ -94,8 +94,8 @@ def open_crosscoder(
     neighbouring layer pass.
     """
     path, _, inside = str(source).partition(":")
-    if Path(source).exists():
-        path = Path(source)
+    if user_path(source).exists():
+        path = user_path(source)
     elif _REPO.fullmatch(str(source)):
         repo, _, revision = path.partition("@")
         path = pull(repo, revision, inside)[0] / inside

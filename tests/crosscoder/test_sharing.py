@@ -458,3 +458,11 @@ def test_the_hubs_errors_are_sentences(store, fake, tmp_path):
         push(tmp_path / "mine", "org/name")
     with pytest.raises(UserError, match="did not give org/name at cccccccc .no route."):
         pull("org/name")
+
+
+def test_facts_that_papermill_made_text_of_are_refused(run):
+    for source in ("", "org/name"):
+        with pytest.raises(
+            UserError, match="crosscoder_facts is .* must be a mapping .papermill's -p makes text"
+        ):
+            sharing.open_all(run, None, source, "{'layer': 1}")

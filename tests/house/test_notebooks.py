@@ -18,9 +18,20 @@ FIRST_ROW = [stem for stem in NOTEBOOKS if stem.startswith("0")]
 SETUP = """\
 import sys
 from pathlib import Path
-ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "environment.yml").is_file())
+ROOT = next((p for p in (Path.cwd(), *Path.cwd().parents) if (p / "data" / "pairs.yaml").is_file()), None)
+assert ROOT, "this notebook does not run in its repository: give papermill --cwd FOLDER"
 sys.path.insert(0, str(ROOT))"""
 each = pytest.mark.parametrize("stem", NOTEBOOKS)
+
+
+def test_a_notebook_that_is_run_elsewhere_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "environment.yml").write_text("name: of another project")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match="does not run in its repository: give papermill --cwd"):
+        exec(SETUP, {})
+    monkeypatch.chdir(ROOT / "notebooks")
+    exec(SETUP, found := {})
+    assert found["ROOT"] == ROOT
 
 
 def path(stem):
