@@ -152,7 +152,7 @@ def sample_targets(
 
     Columns: category, document, row (of the store; the position that predicts) and token (id of the
     sentence's first token, the one predicted). Whole documents are drawn until every category has enough, or
-    none is left. UserError if a category does not occur.
+    none is left. A category that does not occur has none; UserError if no category does.
     """
     check("n", n, int, low=1)
     check("split", split, str, choices=SPLITS)
@@ -165,14 +165,14 @@ def sample_targets(
     frames = []
     for category in categories:
         rows = after[label[after] == LABELS.index(category)]
-        if len(rows) == 0:
-            raise UserError(
-                f"no sentence of the category {category!r} in the split {split!r}: the corpus of this pair"
-                " must carry labels"
-            )
         rows = rows[np.argsort(order[store.documents[rows]].to_numpy(), kind="stable")][:n]
         columns = {"document": store.documents[rows], "row": rows - 1, "token": store.tokens[rows]}
         frames.append(pd.DataFrame({"category": category, **columns}))
+    if not sum(map(len, frames)):
+        raise UserError(
+            f"no sentence of the categories {', '.join(categories)} in the split {split!r}: harvest more"
+            " traces (tokens, trace_share of notebook 01)"
+        )
     return pd.concat(frames, ignore_index=True)
 
 
@@ -470,8 +470,10 @@ def estimates(
     the same positions; intervals over documents.
 
     ``per_norm`` is the sum of logit changes over the sum of removed norms: a ratio of means, stable where
-    single norms are near 0; NaN if nothing is removed.
+    single norms are near 0; NaN if nothing is removed. Without any rows all are NaN.
     """
+    if effects.empty or (other is not None and other.empty):
+        return dict.fromkeys(VALUES, (float("nan"),) * 3)
     drawn = []
     for rows in (effects, other):
         if rows is not None:

@@ -148,7 +148,7 @@ def open_run(run: Run, source: str = "", facts: Mapping | None = None) -> RunArt
     first, *others = (
         RunArtefacts(
             run, pair, store, one.crosscoder, one.table, one.chosen, one.fingerprint, tokenizer, models,
-            medium_of(pair), number,
+            medium_of(pair, tokenizer), number,
         )
         for number, one in enumerate(artefacts)
     )  # fmt: skip

@@ -60,7 +60,7 @@ def record_ablation(results: Results, effects: pd.DataFrame, seed: int = 0) -> p
                 add(f"{c}_over_{key}", cells["distilled"], cell)
         for rule in RULES[1:]:
             rows = effects[(effects["category"] == c) & (effects["rule"] == rule)]
-            if rows.empty:
+            if rule not in set(effects["rule"]):
                 continue
             features = rows[rows["removed"] == "features"]
             add(f"{c}_{rule}", features)

@@ -4,7 +4,7 @@ models.
 Steering and its statistics (``lib.steering.steer``, ``lib.steering.outcomes``) see tasks and tables with the
 same columns either way::
 
-    medium = medium_of(pair)
+    medium = medium_of(pair, tokenizer)
     tasks = medium.tasks("report", 200, seed)
 
 A transcript is a list of tokens as text. In chat, sentences are labelled by the lexicon, a check cannot be
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from ..labels import LABELS
 from ..models.pairs import Pair
 from ..settings import check
 from ..text import chat, lexicon, questions
+from ..text.corpus import chat_markers
 from ..text.puzzles import first_words
 from . import outcomes as responses
 
@@ -65,9 +66,12 @@ class Medium:
         return chat.think_tags(tokenizer)[1][0]
 
 
-def medium_of(pair: Pair) -> Medium:
-    """Puzzles where the pair's corpus is the generated one, chat otherwise."""
-    return PUZZLES if pair.corpus == "generated" else CHAT
+def medium_of(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Medium:
+    """Puzzles where the pair's corpus is the generated one; else questions in the form of its traces: a chat
+    where all models have its markers in common, plain text otherwise."""
+    if pair.corpus == "generated":
+        return PUZZLES
+    return CHAT if chat_markers(tokenizer, pair.differing_ids) else PLAIN
 
 
 def chat_outcomes(
@@ -132,6 +136,7 @@ CHAT = Medium(
     batch_rows=64,
     joiner="",
 )
+PLAIN = replace(CHAT, name="plain", prompt=lambda task: f"{task.text}\n\n{chat.THINK}")
 PUZZLES = Medium(
     "puzzles",
     tasks=lambda split, n, seed: trials.puzzles(n, _PUZZLE_SPLIT[split], seed),

@@ -15,7 +15,7 @@ from lib import runs
 from lib.activations.store import SPLITS
 from lib.crosscoder.model import CrossCoder
 from lib.features import table
-from lib.labels import CATEGORIES
+from lib.labels import CATEGORIES, LABELS
 from lib.models import reader
 from lib.results import Results
 from lib.runs import Run, write_manifest
@@ -287,10 +287,15 @@ def test_targets_are_first_words_of_their_category(world):
         assert world.tokenizer.convert_ids_to_tokens(int(world.store.tokens[row])) == "."
     assert set(targets["category"]) == set(CATEGORIES)
     assert targets.groupby("category").size().max() == 10
+    without = np.where(
+        world.store.labels["label"] == LABELS.index("contrast"), -1, world.store.labels["label"]
+    )
+    fewer = SimpleNamespace(**{**vars(world.store), "labels": {**world.store.labels, "label": without}})
+    assert set(ablation.sample_targets(fewer, split=SPLIT)["category"]) == set(CATEGORIES) - {"contrast"}
     unlabelled = SimpleNamespace(
         **{**vars(world.store), "labels": {**world.store.labels, "label": np.full(len(world.store), -1)}}
     )
-    with pytest.raises(UserError, match="must carry labels"):
+    with pytest.raises(UserError, match="harvest more traces"):
         ablation.sample_targets(unlabelled)
 
 
@@ -381,6 +386,8 @@ def test_difference_is_paired():
     assert ablation.estimates(one, other)["logit"] == pytest.approx((-1, -1, -1))
     assert ablation.estimates(one, other)["per_norm"] == pytest.approx((-2, -2, -2))
     assert ablation.estimates(one)["logit"][0] == -3.5
+    for nothing in (ablation.estimates(one.head(0)), ablation.estimates(one, other.head(0))):
+        assert np.isnan(list(nothing.values())).all() and list(nothing) == list(ablation.VALUES)
 
 
 def summary_row(**values):

@@ -7,7 +7,9 @@ import random
 import re
 
 import pytest
+from toys import chat_tokenizer
 
+from lib.distil.organism import build_tokenizer
 from lib.models.pairs import Pair
 from lib.steering import tasks as media
 from lib.text import chat, lexicon
@@ -121,8 +123,16 @@ def test_a_transcript_is_counted_by_hand():
 
 
 def test_every_pair_is_asked_in_its_own_medium():
-    assert media.medium_of(Pair("a", {}, corpus="generated")) is media.PUZZLES
-    assert media.medium_of(Pair("b", {}, corpus=(("x.txt", "trace"),))) is media.CHAT
+    files = {"corpus": (("x.txt", "trace"),)}
+    chats, plain = chat_tokenizer(), build_tokenizer()
+    markers = chats.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert media.medium_of(Pair("a", {}, corpus="generated"), plain) is media.PUZZLES
+    assert media.medium_of(Pair("b", {}, **files), chats) is media.CHAT
+    assert media.medium_of(Pair("c", {}, **files), plain) is media.PLAIN
+    # the markers are other tokens in one of the models
+    assert media.medium_of(Pair("d", {}, differing_ids=markers, **files), chats) is media.PLAIN
+    trace = chat.Trace("What is 5 - 1?", "", "")
+    assert chat.plain(trace).startswith(media.PLAIN.prompt(media.PLAIN.easy(1, 0)[0]))
     task = media.CHAT.tasks("report", 3, 0)[0]
     assert task.answer is not None and media.CHAT.prompt(task) == chat.prompt(task.text) + "<think>\n"
     easy = media.CHAT.easy(50, 0)
