@@ -266,7 +266,7 @@ _NEEDED = {AutoConfig: "a config.json", AutoModelForCausalLM: "a config.json and
 def _same(base: str | Path, trained_on: str) -> bool:
     """Whether the name in an adapter is that of a base, a folder however it is spelled."""
     if isinstance(base, Path):
-        return (ROOT / Path(trained_on).expanduser()).resolve() == base.resolve()
+        return (ROOT / user_path(trained_on)).resolve() == base.resolve()
     return trained_on in (base, base.partition("@")[0])
 
 

@@ -129,6 +129,6 @@ def test_notebooks_01_to_05_have_what_they_need(name, tokenizer, tmp_path, monke
     assert {which: v.shape[1] for which, v in words.vectors.items()} == store.widths
 
     with pytest.raises(
-        UserError, match="unknown pair 'nobody': mine.yaml has .* another registry is named by"
+        UserError, match="unknown pair 'nobody': mine.yaml has .*another registry is named by"
     ):
         open_text("nobody", 100)
