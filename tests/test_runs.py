@@ -88,8 +88,8 @@ def test_manifest_is_whole_or_absent(tmp_path, monkeypatch):
 
 
 def test_commands_that_are_proposed_name_a_registry_of_ones_own(monkeypatch):
-    monkeypatch.setenv("PAIRS_REGISTRY", "/home/me/mine.yaml")
-    wanted = 'make study PAIR=mine ONLY=10 ARGS="--registry /home/me/mine.yaml"'
+    monkeypatch.setenv("PAIRS_REGISTRY", "/elsewhere/mine.yaml")
+    wanted = 'make study PAIR=mine ONLY=10 ARGS="--registry /elsewhere/mine.yaml"'
     assert runs.make_command("study", "mine", "default", "10") == wanted
 
 
