@@ -130,7 +130,7 @@ def _differences(model: PreTrainedModel, blocks: nn.ModuleList) -> dict[str, flo
         position, cache, found = (mask.cumsum(1) - 1).clamp(min=0), roomy_cache(model.config), []
         for start, stop, rows in ((0, 5, [0, 1]), (5, 6, [0, 1]), (6, 7, [1])):
             if rows == [1]:
-                cache.batch_select_indices(torch.tensor([1], device=device))
+                cache.reorder_cache(torch.tensor([1], device=device))
             inputs = dict(input_ids=left[rows, start:stop], attention_mask=mask[rows, :stop])
             inputs |= dict(position_ids=position[rows, start:stop], past_key_values=cache)
             found.append(model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1])

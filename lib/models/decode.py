@@ -169,7 +169,7 @@ def legs(
         if ended.any():
             left = (~ended).nonzero().flatten()
             rows, ids, mask = rows[left], ids[left], mask[left]
-            cache.batch_select_indices(left)
+            cache.reorder_cache(left)  # of layers with linear attention, too
         mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
 
 
@@ -200,9 +200,9 @@ class RoomyLayer(DynamicLayer):
         self._show(after)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         shown = self.get_seq_length()
-        self.room = None if self.room is None else tuple(x[indices] for x in self.room)
+        self.room = None if self.room is None else tuple(x[beam_idx] for x in self.room)
         self._show(shown)
 
     def _show(self, positions: int) -> None:

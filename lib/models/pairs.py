@@ -13,6 +13,7 @@ Weights are safetensors; no code of a model repository is run, nothing is unpick
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,7 +148,11 @@ class Pair:
     @property
     def context(self) -> int | None:
         """How many tokens every model can read; None if nothing limits them."""
-        return min(filter(None, (context_of(self.config(name)) for name in self.models)), default=None)
+        known = []
+        for name in self.models:
+            with contextlib.suppress(UserError):  # which says so when it is loaded
+                known.append(context_of(self.config(name)))
+        return min(filter(None, known), default=None)
 
     def tokenizer(self, model_name: str | None = None) -> PreTrainedTokenizerBase:
         """The tokenizer of the pair (or of one model, where they have their own). The first model's stands

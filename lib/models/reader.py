@@ -17,8 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..settings import UserError
+from .checks import check_architecture
 from .decode import context_of
-from .pairs import DTYPES, Pair, check_layer, decoder_path
+from .pairs import DTYPES, Pair, check_layer, decoder_layers, decoder_path
 from .sources import PACKAGE, first_line, is_adapter
 
 if TYPE_CHECKING:
@@ -160,9 +161,11 @@ def row_norms(acts: torch.Tensor) -> torch.Tensor:
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
-    """The model as nnsight sees it, in which every module's output can be read and edited."""
+    """The model as nnsight sees it, in which every module's output can be read and edited. UserError if it
+    cannot be studied (``checks``)."""
     from nnsight import TransformersModel
 
+    check_architecture(model, decoder_layers(model), "model")
     return TransformersModel(model, tokenizer=tokenizer, task="text-generation")
 
 

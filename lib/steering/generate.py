@@ -253,7 +253,7 @@ class _Batch:
         if len(rows) < len(self.cached):
             left = torch.isin(self.cached, rows).nonzero().flatten()
             for other in self.caches.values():
-                other.batch_select_indices(left)
+                other.reorder_cache(left)
             self.cached = rows
 
         def newest(ids, mask, inputs):

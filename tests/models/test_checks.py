@@ -175,7 +175,7 @@ def test_what_is_read_is_what_tokenizer_json_says(pair, name, model):
 LET_IN = {
     "GPT2LMHeadModel": {}, "GPTNeoXForCausalLM": {}, "Gemma2ForCausalLM": GEMMA2,
     "GraniteForCausalLM": GRANITE, "CohereForCausalLM": COHERE, "Qwen3ForCausalLM": dict(head_dim=8),
-    "MistralForCausalLM": dict(sliding_window=4),
+    "Qwen3NextForCausalLM": LINEAR, "MistralForCausalLM": dict(sliding_window=4),
     "Phi3ForCausalLM": {}, "OPTForCausalLM": dict(ffn_dim=32, word_embed_proj_dim=16),
 }  # fmt: skip
 
@@ -188,11 +188,7 @@ def test_architectures_that_are_let_in(name):
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [
-        ("Qwen3NextForCausalLM", LINEAR),
-        ("MambaForCausalLM", dict(state_size=4)),
-        ("BloomForCausalLM", dict(n_head=2, n_layer=4)),
-    ],
+    [("MambaForCausalLM", dict(state_size=4)), ("BloomForCausalLM", dict(n_head=2, n_layer=4))],
 )
 def test_architectures_that_are_not(name, changes):
     model = toy_of(name, **changes)

@@ -4,7 +4,7 @@ layer gave, is the vector there and nothing elsewhere, for the prompt and for ea
 
 import pytest
 import torch
-from toys import GEMMA2, toy_model, toy_of
+from toys import GEMMA2, LINEAR, toy_model, toy_of
 
 from lib.distil import trials
 from lib.distil.organism import build_tokenizer
@@ -19,12 +19,13 @@ TASKS = [Question(5, "- 1"), *trials.puzzles(3, "test")]  # prompts of unlike le
 TOKENIZER = build_tokenizer()
 
 
-@pytest.fixture(scope="module", params=["Qwen2", "Gemma2", "GPT2"])
+@pytest.fixture(scope="module", params=["Qwen2", "Gemma2", "GPT2", "Qwen3Next"])
 def model(request):
     made = {
         "Qwen2": lambda: toy_model(WIDTH, 4),
         "Gemma2": lambda: toy_of("Gemma2ForCausalLM", 4, **GEMMA2 | {"sliding_window": 5}),
         "GPT2": lambda: toy_of("GPT2LMHeadModel", 4),
+        "Qwen3Next": lambda: toy_of("Qwen3NextForCausalLM", 4, **LINEAR),
     }[request.param]().requires_grad_(False)
     made.get_input_embeddings().weight[len(TOKENIZER) :] = 0
     return made
