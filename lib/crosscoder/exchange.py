@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +44,10 @@ _OPTIONAL = {
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 # keys of a configuration that speak of another rule than ReLU
 _OTHER_SPARSITY = re.compile(r"top_?k|k_sparsity|^k$|^l0$|target_l0|threshold|bandwidth|jump", re.IGNORECASE)
-# keys that name a kind of dictionary, and kinds other than ReLU
-_SPARSITY_KIND = re.compile(r"class|activation|act_fn|architecture|variant|sparsity", re.IGNORECASE)
-_OTHER_KIND = re.compile(r"top_?k|jump|gated|threshold", re.IGNORECASE)
+_OTHER_KIND = re.compile(r"top_?k|jump_?relu|gated", re.IGNORECASE)  # values that name one
+_NAMES = re.compile(
+    r"name|path|dir|model|hook|data|repo", re.IGNORECASE
+)  # keys whose values name something else
 
 
 @dataclass(frozen=True)
@@ -420,6 +421,12 @@ def _threshold(state: Mapping[str, Tensor], file: Path) -> float:
     return value
 
 
+def _entries(config: Mapping) -> Iterator[tuple[str, object]]:
+    """The entries of a configuration, and of those within it."""
+    for key, value in config.items():
+        yield from _entries(value) if isinstance(value, Mapping) else [(key, value)]
+
+
 def _check_sparsity(state: Mapping[str, Tensor], config: Mapping, file: Path) -> None:
     """UserError unless the file says what fires: with ReLU all that is positive, else what is above its
     threshold."""
@@ -427,9 +434,9 @@ def _check_sparsity(state: Mapping[str, Tensor], config: Mapping, file: Path) ->
         _threshold(state, file)
         return
     told = {"k": int(state["k"])} if "k" in state else {}
-    for key, value in (config | config["trainer"]).items():
+    for key, value in _entries(config):
         rule = _OTHER_SPARSITY.search(key) and value not in (None, 0, False)
-        kind = _SPARSITY_KIND.search(key) and isinstance(value, str) and _OTHER_KIND.search(value)
+        kind = isinstance(value, str) and _OTHER_KIND.search(value) and not _NAMES.search(key)
         if rule or kind or (key == "sparsity_type" and value not in ("l1", "relu", None)):
             told[key] = value
     if told:

@@ -44,7 +44,7 @@ OTHER = (
 QUESTION, ANSWER = ("question", "prompt", "problem"), ("answer", "response", "completion")
 THOUGHT = ("thinking", "reasoning_content", "reasoning")
 TURNS = ("conversations", "messages", "conversation")
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+ROLES = {"human": "user", "prompter": "user"} | dict.fromkeys(("gpt", "model", "bot", "chatgpt"), "assistant")
 FORMS = (
     'an entry is {"text": "..."}, or a trace: {"question", "thinking" or "reasoning_content", "answer"}, or'
     ' {"conversations" or "messages": [turns]}, a turn with from and value, or role and content; where no'
@@ -304,8 +304,9 @@ def _conversation(turns: list, place: str) -> tuple[str, str, str]:
         own = next((given[key] for key in THOUGHT if given.get(key)), "")
         if isinstance(said, list):  # in parts
             parts = [part if isinstance(part, dict) else {} for part in said]
-            said = "".join(str(part.get("text") or "") for part in parts)
-            own = own or "".join(str(part.get("thinking") or "") for part in parts)
+            thoughts = [part for part in parts if part.get("type") in ("thinking", "reasoning")]
+            own = own or "".join(str(part.get("thinking") or part.get("text") or "") for part in thoughts)
+            said = "".join(str(part.get("text") or "") for part in parts if part not in thoughts)
         if (
             not isinstance(role, str)
             or not role

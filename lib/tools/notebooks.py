@@ -42,6 +42,7 @@ CELL_TIMEOUT = 3600
 NOTEBOOKS = ROOT / "notebooks"
 # numbers of the notebooks that a command runs when none is named: the walk, and the long experiments
 WALK, STUDY = "0[0-9]_", "1[0-36]_"
+EMBEDDED = ("tiny", "0[06]_")  # the pair that these notebooks are about, and no other
 # what a notebook of the walk reads of others; one that is not named here needs all that stand before it
 NEEDS = {"00": (), "01": (), "02": ("01",), "03": ("02",), "04": ("03",), "05": ("01",)}
 # {number: {parameter: key of a pair's entry that it takes its default from}}
@@ -397,8 +398,8 @@ def run_all(
     folder: Path = NOTEBOOKS,
 ) -> None:
     """Check everything, then execute notebooks of ``folder`` in order: those that ``only`` names, or all
-    whose number matches the pattern ``row``; at most ``workers`` at once (None: the profile's, or
-    ``_workers``). UserError for wrong usage, NotebookFailed if a notebook fails.
+    whose number matches the pattern ``row``, but for those about another pair (``EMBEDDED``); at most
+    ``workers`` at once (None: the profile's, or ``_workers``). UserError for wrong usage, NotebookFailed if a notebook fails.
     """
     folder, root = folder.resolve(), folder.resolve().parent
     stems = stems_of(folder)
@@ -406,6 +407,7 @@ def run_all(
     read_entry(pair, registry)
     budget = read_profile(folder / "profiles", profile, stems, pair)
     timeout = budget.get("timeout", CELL_TIMEOUT) if timeout is None else timeout
+    row = row if pair == EMBEDDED[0] else f"(?!{EMBEDDED[1]}){row}"
     chosen = choose(stems, only) if only else [s for s in stems if re.match(row, s)]
     if texts and len(chosen) != 1:
         raise UserError(f"-p sets a parameter of one notebook, and {len(chosen)} are chosen: add --only NN")

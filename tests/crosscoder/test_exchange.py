@@ -177,6 +177,7 @@ def test_what_contradicts_the_file_is_refused(tmp_path, order, scales, layer, sa
         ({"batch_topk_init": 9}, "no threshold"),
         ({"trainer": "BatchTopKTrainer"}, "trainer_class = BatchTopKTrainer.*no threshold"),
         ({"activation": "JumpReLU", "l0": 20}, "activation = JumpReLU, l0 = 20"),
+        ({"dictionary": {"kind": "BatchTopK"}}, "kind = BatchTopK"),
         ({"hook_point": "blocks.3.attn.hook_z"}, "trained at blocks.3.attn.hook_z"),
         ({"hook_point": "blocks.0.hook_resid_pre"}, "output of a decoder layer"),
     ],

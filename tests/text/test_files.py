@@ -39,6 +39,9 @@ FORMS = {
         "messages": turns("<think>\n\n</think>\n\n7", reasoning_content=THOUGHT)
     },
     "parts": {"messages": turns([{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": "7"}])},
+    "parts of another make": {
+        "messages": turns([{"type": "reasoning", "text": THOUGHT}, {"type": "output_text", "text": "7"}])
+    },
     "a list of turns": turns(),
     "prompt and completion": {"prompt": turns()[:1], "completion": turns()[1:]},
     "a second question": {"messages": turns() + turns("<think>no</think>no")},

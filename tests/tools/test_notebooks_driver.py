@@ -117,6 +117,13 @@ def test_what_a_pair_says_of_budgets_goes_before_notebooks_and_behind_profiles(h
     assert values("01_second", "smoke", [("tokens", "3")])["tokens"] == 3
 
 
+def test_a_walk_with_another_pair_leaves_out_what_is_about_the_embedded_one(house, capsys):
+    assert call(house, "--pair", "other") == 0
+    assert "1 notebook in" in capsys.readouterr().out
+    assert "other default" not in text_of(house / "00_first.ipynb")
+    assert call(house, "--pair", "other", "--only", "00") == 0  # whoever names it gets it
+
+
 def test_notebooks_load_pairs_from_a_registry_of_ones_own(house, tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text(
         "tiny: {base: a/b, distilled: a/c, dictionary: 77}\nmine: {like: tiny, dictionary: 78}\n"
