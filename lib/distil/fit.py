@@ -71,11 +71,8 @@ def token_losses(model: PreTrainedModel, x: Tensor, y: Tensor) -> Tensor:
     learnt = y[:, 1:] != -100
     head = model.get_output_embeddings()
     # the model's own logits, caps and scales included, but of these positions alone
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][learnt][None],))
-    try:
+    with head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][learnt][None],)):
         logits = model(input_ids=x, use_cache=False).logits[0]
-    finally:
-        hook.remove()
     return cross_entropy(logits.float(), y[:, 1:][learnt], reduction="none")
 
 

@@ -36,15 +36,11 @@ def readout(model: PreTrainedModel) -> Tensor:
     signs[1::2] = -1
     signs -= signs.mean()
     streams, caught = 1e3 * torch.stack([signs, -signs, torch.ones_like(signs), -torch.ones_like(signs)]), []
-    hooks = [
+    with (
         layers[-1].register_forward_hook(lambda module, args, output: streams[None].to(output)),
         head.register_forward_pre_hook(lambda module, args: caught.append(args[0][0].float().cpu())),
-    ]
-    try:
+    ):
         model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     varied, constant = caught[0][::2] - caught[0][1::2]  # a bias cancels
     weights = head.weight.detach().float().cpu() * (varied / (2 * signs))
     centres = constant.norm() < 1e-3 * varied.norm()
@@ -88,9 +84,10 @@ class Lens:
         agreement."""
         rows = []
         for what, feature in features.items():
+            agreement = self.agreement(feature)
             for name in self.crosscoder.names:
                 promoted, suppressed = (" ".join(words) for words in self.words(name, feature, n))
-                rows.append((what, feature, name, promoted, suppressed, self.agreement(feature)))
+                rows.append((what, feature, name, promoted, suppressed, agreement))
         return pd.DataFrame(rows, columns=["what", "feature", "model", "promoted", "suppressed", "agreement"])
 
 
@@ -109,11 +106,11 @@ def record(results: Results, inspection: Inspection, readouts: Mapping[str, Tens
     if not readouts:
         return None
     lens, alive = Lens(inspection.crosscoder, readouts, inspection.tokenizer), inspection.alive["feature"]
+    every = {name: lens.scores(name, alive) for name in inspection.crosscoder.names}
     for category in inspection.categories:
         detector, ids = inspection.detectors[category], openings(inspection.store, category)
-        for name in inspection.crosscoder.names:
-            own = lens.scores(name, [detector.feature])[:, ids].mean()
-            usual = lens.scores(name, alive)[:, ids].mean()
+        for name, scores in every.items():
+            own, usual = lens.scores(name, [detector.feature])[:, ids].mean(), scores[:, ids].mean()
             results.add(f"lens_{category}_{name}", float(detector.sign * (own - usual)), n=len(ids))
         results.add(f"lens_agreement_{category}", lens.agreement(detector.feature))
     results.add("lens_agreement", float(np.median([lens.agreement(f) for f in alive])), n=len(alive))

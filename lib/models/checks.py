@@ -116,7 +116,7 @@ def _differences(model: PreTrainedModel, blocks: nn.ModuleList) -> dict[str, flo
         logits = model(input_ids=text[None], use_cache=False).logits[0]
         return caught[-1][0], logits
 
-    with _hook(blocks[at].register_forward_hook(steer)):
+    with blocks[at].register_forward_hook(steer):
         (first, a), (second, b) = map(alone, texts)
         if first.shape != (4, config.hidden_size):
             raise UserError(f"a decoder layer gives {list(first.shape)} instead of one vector a token")
@@ -143,7 +143,7 @@ def _differences(model: PreTrainedModel, blocks: nn.ModuleList) -> dict[str, flo
         for block in blocks[: at + 1]:
             stack.enter_context(_instead(block, lambda *args, **kwargs: hidden))
         pick = head.register_forward_pre_hook(lambda module, args: (args[0][rows, columns][None],))
-        stack.enter_context(_hook(pick))
+        stack.enter_context(pick)
         logits = model(input_ids=right, attention_mask=mask).logits[0]
     given = _distance(logits, torch.stack([a[-1], b[-1]]))
     return {"capture": captured, "steering with a cache": steered, "logits from a layer on": given}
@@ -153,14 +153,6 @@ def _distance(found: Tensor, right: Tensor) -> float:
     """Relative; 0 where the model's own numbers are not finite, which the harvest says."""
     found, right = found.float(), right.float()
     return float((found - right).norm() / right.norm()) if torch.isfinite(right).all() else 0.0
-
-
-@contextlib.contextmanager
-def _hook(handle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager

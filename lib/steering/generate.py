@@ -292,12 +292,9 @@ class _Batch:
         """The forward of a model, ``hook`` on the layer that is read."""
         model = self.models[name]
         model = model._module if isinstance(model, TransformersModel) else model
-        handle = decoder_layers(model)[self.layers[name]].register_forward_hook(hook)
-        try:
-            inputs = {key: x.to(model.device) for key, x in inputs.items()}
+        inputs = {key: x.to(model.device) for key, x in inputs.items()}
+        with decoder_layers(model)[self.layers[name]].register_forward_hook(hook):
             return model(**inputs, use_cache=True, past_key_values=cache, **options)
-        finally:
-            handle.remove()
 
     def _read(self, name: str, inputs: dict, cache) -> Tensor:
         found = []
