@@ -7,7 +7,7 @@ Does it reconstruct what each model holds (FVE)? Is what it loses of no importan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 
 import numpy as np
@@ -19,21 +19,26 @@ from ..stats import bootstrap, wilson
 from .codes import activations, check_models, encoded, sample_rows
 from .model import CrossCoder
 
-KINDS = ("own", "reconstruction", "mean")  # what the rest of a model reads at the layer
-# of one forward: at most so many tokens with padding, and so many logits
-BATCH_TOKENS, LOGITS = 8_192, 1 << 27
+KINDS = ("own", "mean", "reconstruction")  # what the rest of a model reads at the layer
+# of one forward, all its copies of a batch: at most so many tokens with padding, and so many logits
+BATCH_TOKENS, LOGITS = 24_576, 1 << 27
+
+
+def health_card(crosscoder: CrossCoder, store, *args, **how) -> dict[str, dict]:
+    """``health_cards`` of one crosscoder."""
+    return health_cards([crosscoder], store, *args, **how)[0]
 
 
 @torch.no_grad()
-def health_card(
-    crosscoder: CrossCoder,
+def health_cards(
+    crosscoders: Sequence[CrossCoder],
     store,
     models: Mapping | None = None,
     max_tokens: int = 60_000,
     n_boot: int = 1000,
     seed: int = 0,
-) -> dict[str, dict]:
-    """The health card: {metric: {value, ci, n}}, on documents that training did not see.
+) -> list[dict[str, dict]]:
+    """The health card of each crosscoder: {metric: {value, ci, n}}, on documents that training did not see.
 
     - ``fve_<model>``: 1 - sum of squared errors / sum of squares about the mean.
     - ``ce_recovered_<model>``: (CE_mean - CE_x̂) / (CE_mean - CE), from the model's next-token
@@ -46,7 +51,18 @@ def health_card(
 
     Intervals are bootstraps over documents: tokens of a document are not independent.
     """
-    check_models(crosscoder, store)
+    for crosscoder in crosscoders:
+        check_models(crosscoder, store)
+    entropies = {
+        name: cross_entropies(crosscoders, store, name, model, max_tokens, seed)
+        for name, model in (models or {}).items()
+    }
+    each = ({name: entropies[name][i] for name in entropies} for i in range(len(crosscoders)))
+    return [_card(c, store, ces, n_boot, seed) for c, ces in zip(crosscoders, each)]
+
+
+def _card(crosscoder: CrossCoder, store, entropies: Mapping, n_boot: int, seed: int) -> dict[str, dict]:
+    """One health card; ``entropies``: {model: ``cross_entropies``}."""
     rows = sample_rows(store, "report")
     documents, index = np.unique(np.asarray(store.documents)[rows], return_inverse=True)
     n_docs, names = len(documents), crosscoder.names
@@ -71,8 +87,7 @@ def health_card(
         return {"value": float(show(top.sum() / bottom.sum())), "ci": ci, "n": len(top)}
 
     card = {f"fve_{name}": ratio(errors[m], spreads[m], lambda r: 1 - r) for m, name in enumerate(names)}
-    for name, model in (models or {}).items():
-        ce = cross_entropies(crosscoder, store, name, model, max_tokens, seed)
+    for name, ce in entropies.items():
         lost_by_mean = ce["mean"] - ce["own"]
         card[f"ce_recovered_{name}"] = ratio(ce["mean"] - ce["reconstruction"], lost_by_mean)
         card |= {f"ce_{kind}_{name}": ratio(ce[kind], ce["tokens"]) for kind in KINDS}
@@ -88,46 +103,51 @@ def health_card(
 
 @torch.no_grad()
 def cross_entropies(
-    crosscoder: CrossCoder, store, name: str, model, max_tokens: int = 60_000, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Next-token cross-entropy of one model, summed per document (nats): {own, reconstruction, mean, tokens},
-    each [documents]. One pass holds a batch three times: as it is, and with the residual stream at the
-    store's layer replaced, where the store kept a position. Documents are drawn until ``max_tokens`` are
-    reached.
+    crosscoders: Sequence[CrossCoder], store, name: str, model, max_tokens: int = 60_000, seed: int = 0
+) -> list[dict[str, np.ndarray]]:
+    """Next-token cross-entropy of one model, summed per document (nats), for each crosscoder: {own,
+    reconstruction, mean, tokens}, each [documents]. One pass holds a batch several times: as it is, and with
+    the residual stream at the store's layer replaced, where the store kept a position, by the mean of what
+    the first crosscoder was trained on, and by each reconstruction. Documents are drawn until ``max_tokens``
+    are reached.
     """
     traced = NNsight(model)  # ids go in and logits come out: no tokenizer is needed
     envoy = attrgetter(decoder_path(model))(traced)[store.layers[name]]
     device = next(model.parameters()).device
     spans = _spans(store, max_tokens, seed)
-    totals = {kind: [] for kind in (*KINDS, "tokens")}
-    m, mean = crosscoder.names.index(name), crosscoder.mean(name, raw=True)
+    m, mean = crosscoders[0].names.index(name), crosscoders[0].mean(name, raw=True)
+    copies = 2 + len(crosscoders)
+    totals, counts = [[] for _ in range(copies)], []
     vocabulary = model.config.get_text_config().vocab_size
-    for batch in _batched(spans, min(BATCH_TOKENS, LOGITS // (3 * vocabulary))):
+    for batch in _batched(spans, min(BATCH_TOKENS, LOGITS // vocabulary) // copies):
         length = max(stop - start for start, stop in batch)
         ids = torch.zeros(len(batch), length, dtype=torch.long)
         own = torch.zeros(len(batch), length, dtype=torch.bool)
-        kept, x_hat = own.clone(), torch.zeros(len(batch), length, crosscoder.widths[m])
+        kept = own.clone()
         for i, (start, stop) in enumerate(batch):
             ids[i, : stop - start] = torch.as_tensor(np.asarray(store.tokens[start:stop]).astype(np.int64))
             own[i, : stop - start] = True
             kept[i, : stop - start] = torch.as_tensor(np.asarray(store.kept[start:stop]))
         rows = np.concatenate([np.arange(*span)[np.asarray(store.kept[slice(*span)])] for span in batch])
-        x_hat[kept] = torch.cat([crosscoder.decode(f)[m] for _, _, f in encoded(crosscoder, store, rows)])
-        replacement = torch.cat([torch.zeros_like(x_hat), x_hat, mean.expand_as(x_hat)])
-        replaced = torch.cat([torch.zeros_like(kept), kept, kept])[..., None]
-        replaced, replacement = replaced.to(device), replacement.to(device, model.dtype)
-        inputs = {"input_ids": ids.repeat(3, 1), "attention_mask": own.long().repeat(3, 1)}
+        replacement = torch.zeros(copies, *ids.shape, len(mean))
+        replacement[1] = mean
+        for x_hat, crosscoder in zip(replacement[2:], crosscoders):
+            x_hat[kept] = torch.cat([crosscoder.decode(f)[m] for _, _, f in encoded(crosscoder, store, rows)])
+        replaced = torch.cat([torch.zeros_like(kept), *[kept] * (copies - 1)])[..., None].to(device)
+        replacement = replacement.flatten(0, 1).to(device, model.dtype)
+        inputs = {"input_ids": ids.repeat(copies, 1), "attention_mask": own.long().repeat(copies, 1)}
         with traced.trace(**{name: value.to(device) for name, value in inputs.items()}):
             envoy.output = torch.where(replaced, replacement, envoy.output)
             logits = traced.output.logits.save()
-        logits = logits.cpu()
         followed = own[:, 1:]
-        for kind, part in zip(KINDS, logits.chunk(3)):
+        for total, part in zip(totals, logits.cpu().chunk(copies)):
             predicted = part[:, :-1].float().transpose(1, 2)
             losses = torch.nn.functional.cross_entropy(predicted, ids[:, 1:], reduction="none")
-            totals[kind].append((losses * followed).sum(-1))
-        totals["tokens"].append(followed.sum(-1))
-    return {kind: torch.cat(parts).double().numpy() for kind, parts in totals.items()}
+            total.append((losses * followed).sum(-1))
+        counts.append(followed.sum(-1))
+    untouched, by_mean, *each, tokens = (torch.cat(p).double().numpy() for p in (*totals, counts))
+    shared = {"own": untouched, "mean": by_mean, "tokens": tokens}
+    return [{**shared, "reconstruction": one} for one in each]
 
 
 def _spans(store, max_tokens: int, seed: int) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ import plotly.express as px
 import plotly.graph_objects as go
 
 from ..crosscoder.codes import codes, firing_frequency, sample_rows
-from ..crosscoder.health import health_card
+from ..crosscoder.health import health_cards
 from ..crosscoder.model import CrossCoder
 from ..crosscoder.plots import by_k as by_k
 from ..crosscoder.plots import nrn_beside_null as nrn_beside_null
@@ -287,7 +287,7 @@ def compute_seeds(
         )
         alive = [firing_frequency(c, store) > 0 for c in trained]
         found = recurrent(trained, alive)
-        cards = [health_card(c, store, models, ce_tokens, n_boot=1) for c in trained]
+        cards = health_cards(trained, store, models, ce_tokens, n_boot=1)
         quality = {
             name: pooled_metric([metric(card[name]["value"]) for card in cards])
             for name in cards[0]

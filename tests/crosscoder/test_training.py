@@ -374,8 +374,13 @@ def test_cross_entropy_of_an_exact_reconstruction_is_the_models_own(harvested):
     store, models = harvested
     crosscoder = Perfect([store.widths[n] for n in store.models], 40, store.models, k=1)
     crosscoder.centre([store.means[n] for n in store.models])
+    poor = CrossCoder([store.widths[n] for n in store.models], 40, store.models, k=1)
+    poor.centre([store.means[n] for n in store.models])
     for name, model in models.items():
-        ce = cross_entropies(crosscoder, store, name, model, max_tokens=2000)
+        (alone,) = cross_entropies([poor], store, name, model, max_tokens=2000)
+        other, ce = cross_entropies([poor, crosscoder], store, name, model, max_tokens=2000)
+        for kind, sums in alone.items():  # the same beside another crosscoder
+            assert sums == pytest.approx(other[kind], rel=1e-4)
         # the store keeps float16
         assert ce["reconstruction"].sum() == pytest.approx(ce["own"].sum(), rel=2e-3)
         assert abs(ce["mean"].sum() - ce["own"].sum()) > 0.01 * ce["own"].sum()
@@ -383,9 +388,9 @@ def test_cross_entropy_of_an_exact_reconstruction_is_the_models_own(harvested):
         of_it = np.flatnonzero(store.documents == document)
         ids = torch.as_tensor(store.tokens[of_it].astype(np.int64))[None]
         with torch.no_grad():
-            alone = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+            by_hand = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
         # transformers alone, without padding or nnsight
-        assert np.isclose(ce["own"], -alone.item(), rtol=1e-4).any()
+        assert np.isclose(ce["own"], -by_hand.item(), rtol=1e-4).any()
 
 
 def test_the_mean_replaces_kept_positions_only(harvested):
@@ -394,7 +399,7 @@ def test_the_mean_replaces_kept_positions_only(harvested):
     model = models["distilled"]
     crosscoder = Perfect([store.widths[n] for n in store.models], 40, store.models, k=1)
     crosscoder.centre([store.means[n] for n in store.models])
-    ce = cross_entropies(crosscoder, store, "distilled", model, max_tokens=1)  # one document
+    (ce,) = cross_entropies([crosscoder], store, "distilled", model, max_tokens=1)  # one document
     assert len(ce["own"]) == 1
     mean = store.means["distilled"].float()
     sums = []

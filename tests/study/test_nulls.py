@@ -349,11 +349,11 @@ def test_planted_copies_recur_and_crosscoders_of_another_k_are_asked_too(tmp_pat
         needed = staticmethod(lambda part: SimpleNamespace(tables={"thresholds": limits}))
 
     Fake.store = store
-    card = lambda crosscoder, *args, **options: {  # noqa: E731
-        "fve_base": {"value": crosscoder.k / 10}, "l0": {"value": 99.0}
-    }  # fmt: skip
+    cards = lambda crosscoders, *args, **options: [  # noqa: E731
+        {"fve_base": {"value": c.k / 10}, "l0": {"value": 99.0}} for c in crosscoders
+    ]
     monkeypatch.setattr(nulls, "train", train)
-    monkeypatch.setattr(nulls, "health_card", card)
+    monkeypatch.setattr(nulls, "health_cards", cards)
     metrics, tables = nulls.compute_seeds.__wrapped__(Fake(), [2])
     assert trained == [(2, 5), (2, 6)], "those of the run are there already"
     by_k = tables["by_k"].set_index("k")
