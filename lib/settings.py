@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -18,6 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 class UserError(Exception):
     """One sentence for the user: what was wrong, and what would be right."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows below a cell: the sentence, without the lines of code that noticed."""
+        return [f"UserError: {self}"]
 
 
 def path_shown(path: Path) -> str:
@@ -36,15 +41,13 @@ def read_text(file: Path) -> str:
     try:
         return Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise not_utf8(file, error) from None
+        raise not_utf8(file, f"{error.reason} at byte {error.start}") from None
     except OSError as error:
         raise UserError(f"{path_shown(file)} cannot be read: {error.strerror}") from None
 
 
-def not_utf8(file: Path, error: UnicodeDecodeError) -> UserError:
-    return UserError(
-        f"{path_shown(file)} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-    )
+def not_utf8(file: Path, reason: str) -> UserError:
+    return UserError(f"{path_shown(file)} is not UTF-8 text ({reason}): save it as UTF-8")
 
 
 # --- parameter checks ---------------------------------------------------------------------------------------
@@ -102,9 +105,11 @@ def check(name: str, value, kind=Any, low=None, high=None, choices=None):
     try:
         adapter.validate_python(_without_numpy(value))
     except ValidationError:
-        literal = isinstance(value, str) and (value[:1] in ("[", "{") or value == "None")
+        schema = adapter.json_schema()
+        literal = value == "None" or str(value)[:1] in "[{" or schema.get("type") == "object"
+        literal = literal and isinstance(value, str)
         hint = " (papermill's -p makes text of it: give it with -y)" if literal else ""
-        raise UserError(f"{name} is {value!r}: it must be {_wanted(adapter.json_schema())}{hint}") from None
+        raise UserError(f"{name} is {value!r}: it must be {_wanted(schema)}{hint}") from None
     return value
 
 
@@ -126,7 +131,8 @@ def _wanted(schema: Mapping) -> str:
     if "anyOf" in schema:
         return " or ".join(map(_wanted, schema["anyOf"]))
     words = _NOUNS.get(schema.get("type"), "a value")
-    if bounds := schema.get("items"):
+    bounds = schema.get("items") or schema.get("additionalProperties")
+    if bounds := bounds if isinstance(bounds, Mapping) else None:
         words += ", every entry"
         words += "" if {"minimum", "maximum"} & bounds.keys() else f" {_wanted(bounds)}"
     low, high = ((bounds or schema).get(key) for key in ("minimum", "maximum"))
@@ -171,10 +177,18 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice!r} stands there twice: keep one of them", node.start_mark
-            )
+            words = f"{twice!r} stands there twice: keep one of them"
+            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node):
+        if not re.fullmatch(r"[-+]?(0|[1-9][\d_]*)", node.value):  # 0100 would be 64, and 1:30 90
+            words = f"{node.value!r} is no decimal number: write it without a leading zero or colons"
+            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+        return super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -24,22 +24,23 @@ LINES = 100  # so many lines at the beginning of a text file without a blank one
 THOUGHTLESS = 10_000  # so many rows without a thought, and none with one: no others are waited for
 JSON = (".jsonl", ".ndjson", ".jl", ".json")
 OTHER = (
-    *(
-        ".csv",
-        ".tsv",
-        ".parquet",
-        ".arrow",
-        ".feather",
-        ".xls",
-        ".xlsx",
-        ".npy",
-        ".pkl",
-        ".pt",
-        ".html",
-        ".xml",
-    ),
-    *(".yaml", ".yml", ".pdf", ".docx", ".rtf", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
-)
+    ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xls", ".xlsx", ".npy", ".pkl", ".pt", ".html", ".xml",
+    ".yaml", ".yml", ".pdf", ".docx", ".rtf", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z",
+)  # fmt: skip
+BEGINNINGS = {  # of files that are something else, whatever they are called
+    "packed twice": rb"\x1f\x8b",
+    "packed with zstd, and gzip alone is read": rb"\x28\xb5\x2f\xfd",
+    "packed with bzip2, and gzip alone is read": rb"BZh\d",
+    "packed with xz, and gzip alone is read": rb"\xfd7zXZ",
+    "a zip archive": rb"PK\x03\x04",
+    "a Parquet file": rb"PAR1",
+    "an Arrow file": rb"ARROW1",
+    "a PDF file": rb"%PDF-",
+    "an RTF file": rb"\{\\rtf",
+    "a web page": rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|\?xml)",
+    "a pointer of Git LFS (git lfs pull fetches the file)": rb"version https://git-lfs",
+    "UTF-16 or UTF-32": rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff",
+}
 # keys of an entry, the first that it has
 QUESTION, ANSWER = ("question", "prompt", "problem"), ("answer", "response", "completion")
 THOUGHT = ("thinking", "reasoning_content", "reasoning")
@@ -50,8 +51,11 @@ FORMS = (
     ' {"conversations" or "messages": [turns]}, a turn with from and value, or role and content; where no'
     " field is the thought's own, it is what the reply has before </think>"
 )
+_TAG = re.compile(r"<(/?)(?:think|thinking|thoughts?|reasoning)>|\[(/?)THINK\]", re.IGNORECASE)
+_MARKER = r"<(?:\|[^|<>]*\||｜[^｜<>]*｜)>"  # of a turn, or an end, as a template writes them
+_MARKERS = re.compile(rf"^\s*(?:{_MARKER}\s*)+|(?:\s*{_MARKER})+\s*$")
 _OPENTHOUGHTS = re.compile(r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>(.*)", re.DOTALL)
-_SOLUTION = re.compile(r"<\|(begin|end)_of_solution\|>")
+_SOLUTION = re.compile(r"<\|(?:begin|end)_of_solution\|>|</?answer>")
 _said: dict[str, int] = {}  # rows of each source after which it was last said how many were left out
 
 
@@ -100,7 +104,13 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             packed = file.read(2) == b"\x1f\x8b"
         if path.suffix.lower() == ".gz" and not packed:
             raise gzip.BadGzipFile
-        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as file:
+        opened = gzip.open if packed else open
+        with opened(path, "rb") as file:
+            begin = file.read(100)
+        for kind, pattern in BEGINNINGS.items():
+            if re.match(pattern, begin, re.IGNORECASE):
+                raise UserError(f"{path.name} is {kind}: give plain text or JSONL in UTF-8")
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if "\0" in line:
                     raise UserError(
@@ -108,8 +118,10 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
                         " in UTF-8"
                     )
                 yield number, line
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from None
+    except UnicodeDecodeError as error:  # which does not know where in the file it is
+        with opened(path, "rb") as file:
+            odd = (i for i, line in enumerate(file, 1) if line.decode(errors="ignore").encode() != line)
+            raise not_utf8(path, f"{error.reason} in line {next(odd, 1)}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise UserError(f"{path.name} is not a whole gzip file: fetch it again") from None
     except FileNotFoundError:
@@ -209,7 +221,7 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
 
 def _items(entries: Iterable[tuple[str, object]], name: str) -> Iterator[tuple[str, str | Trace]]:
     """(where it stands, text or trace) of entries, but for empty texts and rows without a thought."""
-    rows, without, example = 0, 0, ""
+    rows, without, given, example = 0, 0, 0, ""
     try:
         for place, entry in entries:
             item, rows = item_of(entry, place), rows + 1
@@ -218,9 +230,12 @@ def _items(entries: Iterable[tuple[str, object]], name: str) -> Iterator[tuple[s
                 if without == rows == THOUGHTLESS:
                     break
             elif not isinstance(item, str) or item.strip():
+                given += 1
                 yield place, item
         if without and without == rows:
             raise UserError(f"{example} has no thought, nor has any other of {rows}: {FORMS}")
+        if not given:
+            raise UserError(f"{name} holds no text")
     finally:
         if 0 < without < rows > _said.get(name, 0):
             _said[name] = rows
@@ -246,24 +261,28 @@ def item_of(entry, place: str) -> str | Trace | None:
 
 
 def _trace(question: str, thought: str, reply: str, model: str = "", source: str = "") -> Trace | None:
-    """None if there is no question, or no thought, neither one of its own nor in the reply."""
-    if not thought.strip() or reply.lstrip().startswith(("<think>", "</think>")):
+    """None if there is no question, or no whole thought, neither one of its own nor in the reply."""
+    if re.search(r"</?think>", thought):
+        thought = _split(thought if "</think>" in thought else f"{thought}</think>")[0]
+    elif not thought.strip() or reply.lstrip().startswith(("<think>", "</think>")):
         inside, reply = _split(reply)
         thought = thought if thought.strip() else inside
     return Trace(question, thought, reply, model, source) if question.strip() and thought else None
 
 
 def _split(reply: str) -> tuple[str, str]:
-    """(thought, answer) of a reply, between OpenThoughts' or R1's tags; ("", reply) if it has no whole
-    thought at its beginning."""
+    """(thought, answer) of a reply, between OpenThoughts' or R1's tags, or others that mean the same; ("",
+    reply) if it has no whole thought at its beginning, or more tags than that."""
     if match := _OPENTHOUGHTS.search(reply):
         thought, answer = match.groups()
     else:
-        thought, close, answer = reply.partition("</think>")
-        thought = thought.lstrip()
-        if not close or thought.find("<think>") > 0:
+        tagged = _MARKERS.sub("", reply if "</think>" in reply else _TAG.sub(r"<\1\2think>", reply))
+        thought, close, answer = tagged.partition("</think>")
+        thought = re.sub(r"^(\s*<think>)+", "", thought)  # a template may have written one more
+        answer = re.sub(r"^(\s*</think>)+", "", answer)
+        if not close or re.search(r"</?think>", thought + answer):
             return "", reply
-    return thought.removeprefix("<think>").strip(), _SOLUTION.sub("", answer).strip()
+    return thought.strip(), _SOLUTION.sub("", answer).strip()
 
 
 def _fields(entry) -> tuple[str, str, str, str, str] | None:
@@ -303,10 +322,8 @@ def _conversation(turns: list, place: str) -> tuple[str, str, str]:
         role, said = (given.get(a) or given.get(b) for a, b in (("from", "role"), ("value", "content")))
         own = next((given[key] for key in THOUGHT if given.get(key)), "")
         if isinstance(said, list):  # in parts
-            parts = [part if isinstance(part, dict) else {} for part in said]
-            thoughts = [part for part in parts if part.get("type") in ("thinking", "reasoning")]
-            own = own or "".join(str(part.get("thinking") or part.get("text") or "") for part in thoughts)
-            said = "".join(str(part.get("text") or "") for part in parts if part not in thoughts)
+            thoughts = [p for p in said if isinstance(p, dict) and p.get("type") in ("thinking", "reasoning")]
+            own, said = own or _words(thoughts), _words([part for part in said if part not in thoughts])
         if (
             not isinstance(role, str)
             or not role
@@ -322,3 +339,13 @@ def _conversation(turns: list, place: str) -> tuple[str, str, str]:
         elif role == "assistant" and question:
             return question, own, said or ""
     return question, "", ""
+
+
+def _words(content) -> str:
+    """The text of a turn's content: parts may have parts."""
+    if isinstance(content, list):
+        return "".join(map(_words, content))
+    if isinstance(content, dict):
+        keys = ("thinking", "text", "summary", "content")
+        return _words(next((content[key] for key in keys if content.get(key)), ""))
+    return content if isinstance(content, str) else ""

@@ -1,7 +1,9 @@
 """Files of texts and traces: the forms that are read, what is left out and said, and what gets a sentence."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 
@@ -42,6 +44,21 @@ FORMS = {
     "parts of another make": {
         "messages": turns([{"type": "reasoning", "text": THOUGHT}, {"type": "output_text", "text": "7"}])
     },
+    "parts within parts": {
+        "messages": turns([{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]}, "7"])
+    },
+    "a summary": {"messages": turns([{"type": "reasoning", "summary": [{"text": THOUGHT}]}, {"text": "7"}])},
+    "thinking": {"messages": turns(f"<thinking>\n{THOUGHT}\n</thinking>\n\n7")},
+    "Thought": {"messages": turns(f"<Thought>{THOUGHT}</Thought>7")},
+    "reasoning, and tags of the answer": {
+        "messages": turns(f"<reasoning>{THOUGHT}</reasoning>\n<answer>7</answer>")
+    },
+    "[THINK]": {"messages": turns(f"[THINK]{THOUGHT}[/THINK]7")},
+    "an opening tag of the template's, too": {"messages": turns(f"<think>\n{TAGGED}")},
+    "a closing tag twice": {"messages": turns(f"<think>{THOUGHT}</think></think>7")},
+    "markers of turns": {"messages": turns(f"<｜Assistant｜>{TAGGED}<｜end▁of▁sentence｜>")},
+    "a marker at the end": {"messages": turns(f"{TAGGED}<|im_end|>\n")},
+    "tags around a thought of its own": {**FIELDS, "thinking": f"<think>{THOUGHT}</think>"},
     "a list of turns": turns(),
     "prompt and completion": {"prompt": turns()[:1], "completion": turns()[1:]},
     "a second question": {"messages": turns() + turns("<think>no</think>no")},
@@ -54,6 +71,9 @@ THOUGHTLESS = {
     "an empty field": {**FIELDS, "thinking": "", "answer": "7"},
     "no question": {"messages": turns()[1:]},
     "words before the tag": {"messages": turns(f"Sure. {TAGGED}")},
+    "a thought within a thought": {"messages": turns("<think>a <think>b</think> c</think>7")},
+    "a second thought": {"messages": turns(f"{TAGGED}<think>Or 8?</think>8")},
+    "a call of a tool": {"messages": [turns()[0], {"role": "assistant", "content": None}, turns()[1]]},
 }
 
 
@@ -135,7 +155,34 @@ def test_plain_text_stays_text(tmp_path):
 
 REFUSED = {  # name of the file: its bytes, and what is said
     "latin1.jsonl": (jsonl({"text": "café"}).encode("latin-1"), "is not UTF-8 text"),
-    "utf16.jsonl": (LINES.encode("utf-16"), "is not UTF-8 text"),
+    "latin1_further_down.jsonl": (
+        (LINES + jsonl({"text": "café"})).encode("latin-1"),
+        "invalid continuation byte in line 31",
+    ),
+    "utf16.jsonl": (LINES.encode("utf-16"), "is UTF-16 or UTF-32: give plain text or JSONL in UTF-8"),
+    "utf32.txt": ("words".encode("utf-32"), "is UTF-16 or UTF-32"),
+    "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES.encode())), "is packed twice"),
+    "packed.txt": (bz2.compress(LINES.encode()), "is packed with bzip2, and gzip alone is read"),
+    "packed_otherwise.txt": (lzma.compress(LINES.encode()), "is packed with xz"),
+    "zstd.jsonl": (b"\x28\xb5\x2f\xfd" + bytes(40), "is packed with zstd"),
+    "zip.jsonl": (b"PK\x03\x04" + bytes(40), "is a zip archive"),
+    "parquet.jsonl": (b"PAR1" + bytes(40), "is a Parquet file"),
+    "page.txt": (b"\n<!DOCTYPE html>\n<html>404</html>", "is a web page"),
+    "page.jsonl": (b"<html><body>Sign in</body></html>", "is a web page"),
+    "pdf.txt": (b"%PDF-1.4\nwords", "is a PDF file"),
+    "rich.txt": (b"{\\rtf1\\ansi words}", "is an RTF file"),
+    "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+    "garbage.jsonl.gz": (gzip.compress(LINES.encode()) + b"garbage", "is not a whole gzip file"),
+    "trailing.jsonl": (LINES.encode() + b"\0\0", "line 31 holds a zero byte"),
+    "nothing.json": (b"[]", "nothing.json holds no text"),
+    "blank.jsonl": (jsonl({"text": ""}, {"text": " "}).encode(), "blank.jsonl holds no text"),
+    "commas.jsonl": (LINES.replace("\n", ",\n").encode(), "commas.jsonl is not whole JSON"),
+    "quotes.jsonl": (str(FIELDS).encode(), "quotes.jsonl is not whole JSON"),
+    "comment.jsonl": (b"# made by\n" + LINES.encode(), "line 1 of comment.jsonl is not whole JSON"),
+    "twice_encoded.jsonl": (
+        jsonl(json.dumps(FIELDS)).encode(),
+        "line 1 of twice_encoded.jsonl is not of a form",
+    ),
     "utf16.txt": ("words".encode("utf-16-le"), "is not text: line 1 holds a zero byte"),
     "cut.jsonl.gz": (gzip.compress(LINES.encode())[:-20], "is not a whole gzip file: fetch it again"),
     "empty.jsonl.gz": (b"", "is not a whole gzip file"),
@@ -158,7 +205,7 @@ REFUSED = {  # name of the file: its bytes, and what is said
 }
 
 
-@pytest.mark.fault("bad input", n=len(REFUSED))
+@pytest.mark.fault("bad input")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_read_gets_a_sentence_from_every_reader(tmp_path, name):
     content, words = REFUSED[name]
