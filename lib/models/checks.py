@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,14 +27,17 @@ _tried: set[str] = set()  # configurations that this process has seen pass
 
 
 def check_weights(model: PreTrainedModel, info: Mapping, what: str) -> None:
-    """UserError unless every weight of the model is in its file and the reverse, and the head is the
-    embedding where the configuration says so; ``info`` as transformers' loader gives it."""
+    """UserError unless every weight of the model is in its file and the reverse, all are numbers, and the
+    head is the embedding where the configuration says so; ``info`` as transformers' loader gives it."""
     shapes = [f"{k} is {list(a)}, by config.json {list(b)}" for k, a, b in sorted(info["mismatched_keys"])]
     kinds = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),
         "of another shape": shapes,
         "not readable": list(info["error_msgs"]),
+        "not finite": [
+            k for k, w in model.named_parameters() if w.numel() and not all(map(torch.isfinite, w.aminmax()))
+        ],
     }
     if faults := [
         f"{len(keys)} weights are {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
@@ -50,6 +55,23 @@ def check_weights(model: PreTrainedModel, info: Mapping, what: str) -> None:
             f"the {what} has a head that is not its embedding, and its config.json says that they are one:"
             " set tie_word_embeddings to false there if it was trained so"
         )
+
+
+def check_files(folder: Path, model: PreTrainedModel, what: str) -> None:
+    """UserError unless the safetensors of a folder are one set of weights, as floating-point numbers of 16
+    bits or more: others are read as they are, without the scale that belongs to them."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() and index.is_file():
+        raise UserError(f"the {what} has two sets of weights, {single.name} and {index.name}: remove one")
+    names = dict(model.named_parameters())
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in names.keys() & weights.keys():
+                if (kind := weights.get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                    raise UserError(
+                        f"the {what} has {name} as {kind} in {file.name}, and no quantization_config says"
+                        " what the numbers stand for: give the checkpoint that is not quantised"
+                    )
 
 
 def check_round_trip(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:

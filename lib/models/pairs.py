@@ -111,6 +111,8 @@ class Pair:
         if not sources.is_adapter(source):
             return source, None
         base, trained_on = self.source("base"), sources.adapter_base(source)
+        if sources.is_adapter(base):
+            raise UserError(f"the base of pair {self.name!r} is an adapter: it must be a whole model")
         if trained_on and not _same(base, trained_on):
             raise UserError(
                 f"the adapter {model_name!r} of pair {self.name!r} belongs to {trained_on}, and the pair's"
@@ -133,6 +135,10 @@ class Pair:
         options["dtype"] = torch.float32 if adapter else wanted
         model, info = _from(source, AutoModelForCausalLM, what, **options)
         checks.check_weights(model, info, f"{what} ({_shown(source)})")
+        if isinstance(source, Path):
+            checks.check_files(source, model, f"{what} ({_shown(source)})")
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise UserError(f"the {what} is an adapter on the hub: download it to a folder")
         if adapter:  # added in float32: bfloat16 would round every small change away
             model = sources.merged(model, adapter).to(wanted)
         model = model.eval().requires_grad_(False)
@@ -227,6 +233,8 @@ def _text(entry: Mapping, file: Path) -> str:
 def _resolve(source: str, registry: Path, folder: bool = True) -> str | Path:
     """A path if there is one from the root or the registry's folder; else a package, a hub id (org/name,
     unless org is a folder beside the registry and no revision is given), or a path."""
+    if not (source := source.strip()):
+        raise UserError(f"a name of a model or a file in {registry.name} is empty: give a folder or a hub id")
     if source.startswith(sources.PACKAGE):
         return source
     path = user_path(source)
@@ -276,6 +284,8 @@ def _same(base: str | Path, trained_on: str) -> bool:
 
 
 def _must_exist(source: Path, what: str) -> None:
+    if source.is_file():
+        raise UserError(f"the {what} is a file, {_shown(source)}: give the folder that it is in")
     if not source.exists():
         raise UserError(
             f"the {what} is missing: {_shown(source)} does not exist (data/pairs.yaml says where it is looked"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ KINDS = {  # of the keys of an entry
     "distilled": str,
     "others": dict[str, str] | None,  # name: folder or hub id
     "tokenizer": str | None,
-    "differing_ids": list[int] | None,
+    "differing_ids": list[Count] | None,
     "layer": Count | None,
     "dtype": DTYPES,
     "store_dtype": DTYPES,
@@ -77,4 +78,7 @@ def read_entry(name: str, file: Path) -> dict[str, Any]:
         )
     for key, value in entry.items():
         check(f"{key} of pair {name!r}", value, KINDS[key])
+    for other in entry.get("others") or ():
+        if other in ("base", "distilled") or not re.fullmatch(r"\w[\w.-]*", other):
+            raise UserError(f"pair {name!r} has others called {other!r}: give each a plain name of its own")
     return {key: value for key, value in entry.items() if value is not None}

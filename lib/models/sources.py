@@ -306,9 +306,14 @@ def adapter_base(folder: Path) -> str | None:
     """The name of the model that an adapter was trained on, as a registry would write it; None if it says
     none."""
     try:
-        return json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not isinstance(base, str | None):
+            raise ValueError
+        return base
     except (ValueError, AttributeError):
-        raise UserError(f"{ADAPTER} in {folder.name}/ is not a JSON object: save the adapter again") from None
+        raise UserError(
+            f"{ADAPTER} in {folder.name}/ is not a JSON object that names a base: save the adapter again"
+        ) from None
 
 
 @torch.no_grad()
@@ -340,6 +345,8 @@ def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             raise ValueError(f"{len(odd)} tensors are missing or unknown, {min(odd)} among them")
         ids = torch.arange(1, 9)[None]
         right = model(input_ids=ids).logits
+        if not hasattr(model.base_model, "merge_and_unload"):
+            raise ValueError(f"{model.peft_type.value} adds tokens to the prompt, which no weights can")
         _untie(model)
         whole = model.merge_and_unload()
         embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()

@@ -44,6 +44,7 @@ def change_json(file, **changes):
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
+@pytest.mark.fault("bad input")
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -64,6 +65,12 @@ Q = "model.layers.1.self_attn.q_proj.weight"
             rf"1 weights are of another shape .{Q} is \[16, 8\], by config.json \[16, 16\]",
         ),
         (lambda w: w | {"lm_head.weight": torch.zeros(512, 16)}, "a head that is not its embedding"),
+        (lambda w: w | {f"module.{k}": x for k, x in w.items()}, "50 weights are unexpected"),
+        (lambda w: w | {Q: w[Q] * float("nan")}, f"1 weights are not finite .{Q}"),
+        (lambda w: w | {Q: w[Q].fill_(float("inf"))}, "1 weights are not finite"),
+        (lambda w: w | {Q: (w[Q] * 100).to(torch.int8)}, f"{Q} as I8 in model.safetensors, and no quant"),
+        (lambda w: w | {Q: w[Q].to(torch.float8_e4m3fn)}, "as F8_E4M3 .*not quantised"),
+        (lambda w: w | {Q: w[Q] > 0}, "as BOOL"),
     ],
 )
 def test_weights_that_are_not_those_of_the_configuration_are_named(pair, change, sentence):
@@ -85,6 +92,16 @@ def test_a_head_is_tied_where_the_configuration_says_so(pair):
     change_weights(pair, lambda w: {k: x for k, x in w.items() if k != "lm_head.weight"})
     with pytest.raises(UserError, match="1 weights are missing .lm_head.weight"):
         pair.load("distilled")
+
+
+def test_a_folder_with_two_sets_of_weights(pair):
+    (pair.distilled / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(
+        UserError, match="two sets of weights, model.safetensors and .*index.json: remove one"
+    ):
+        pair.load("distilled")
+    with pytest.raises(UserError, match="model 'base' of pair 'pair' is a file, .*give the folder"):
+        pair.of(pair.base / "model.safetensors", pair.distilled).load("base")
 
 
 # --- loaders ------------------------------------------------------------------------------------------------
