@@ -336,7 +336,13 @@ PLAIN = {
     "do_sample": False, "num_beams": 1, "guidance_scale": 1.0, "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
     "penalty_alpha": 0.0, "min_new_tokens": 0, "suppress_tokens": [], "begin_suppress_tokens": [],
-    "renormalize_logits": False, "remove_invalid_values": False,
+    "renormalize_logits": False, "remove_invalid_values": False, "min_length": 0, "num_return_sequences": 1,
+    "use_cache": True, "token_healing": False, "return_dict_in_generate": False,
+    **dict.fromkeys((
+        "sequence_bias", "bad_words_ids", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id",
+        "exponential_decay_length_penalty", "watermarking_config", "stop_strings", "max_time", "dola_layers",
+        "cache_implementation", "prompt_lookup_num_tokens",
+    )),
 }  # fmt: skip
 
 

@@ -18,6 +18,10 @@ HOSTILE = {
     "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "top_p": 0.5, "top_k": 3, "temperature": 0.3,
     "min_p": 0.2, "typical_p": 0.5, "do_sample": True, "num_beams": 3, "min_new_tokens": 20,
     "suppress_tokens": list(range(40, 200)), "begin_suppress_tokens": [7], "eos_token_id": [5, 6, 7, 8, 9],
+    "sequence_bias": [[[40], -50.0]], "bad_words_ids": [[41]], "forced_eos_token_id": 9, "max_time": 1e-9,
+    "exponential_decay_length_penalty": [1, 5.0], "watermarking_config": {"bias": 50.0}, "min_length": 90,
+    "stop_strings": ["a"], "cache_implementation": "quantized", "num_return_sequences": 2,
+    "token_healing": True,
     "max_new_tokens": 3, "encoder_repetition_penalty": 1.5, "epsilon_cutoff": 0.1, "penalty_alpha": 0.6,
 }  # fmt: skip
 
