@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..runs import write_json, write_state, write_tensors
-from ..settings import UserError, read_text
+from ..settings import Count, UserError, check, number, read_text
 from .model import INITIAL_NORM, CrossCoder
 
 ORIGIN = "origin.json"  # {format, order, layers, scales}: what the formats themselves do not say
@@ -44,7 +44,8 @@ _OPTIONAL = {
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 # keys of a configuration that speak of another rule than ReLU
 _OTHER_SPARSITY = re.compile(r"top_?k|k_sparsity|^k$|^l0$|target_l0|threshold|bandwidth|jump", re.IGNORECASE)
-_OTHER_KIND = re.compile(r"top_?k|jump_?relu|gated", re.IGNORECASE)  # values that name one
+# values that name one
+_OTHER_KIND = re.compile(r"top_?k|jump_?relu|gated|softplus|gelu|silu|sigmoid", re.IGNORECASE)
 _NAMES = re.compile(
     r"name|path|dir|model|hook|data|repo", re.IGNORECASE
 )  # keys whose values name something else
@@ -80,7 +81,7 @@ def read_foreign(
     or if the file is in no format known here.
     """
     file = weights_file(source)
-    state, config, origin = tensors(file), _configuration(file), _json(file.with_name(ORIGIN))
+    state, config, origin = tensors(file), _configuration(file), json_beside(file.with_name(ORIGIN))
     form = _format_of(state, file)
     _check_sparsity(state, config, file)
     n_models, width, n_features = (_sizes(state, _SHAPES[form], file)[letter] for letter in "Mdf")
@@ -314,8 +315,16 @@ def _format_of(state: Mapping[str, Tensor], file: Path) -> str:
             f"{file.name} also holds {', '.join(sorted(unknown))}: a variant that is not known here, and"
             " would be read wrongly without it"
         )
-    for name in _SHAPES[form]:
-        if not torch.isfinite(state[name]).all():
+    for name in state.keys() & {*_SHAPES[form], *_NORMALISER}:
+        tensor = state[name]
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or (
+            tensor.layout != torch.strided or tensor.is_meta
+        ):
+            raise UserError(
+                f"{file.name}: {name} is {tensor.dtype}, {tensor.layout}: it must be a dense tensor of"
+                " floating-point numbers of 16 bits or more"
+            )
+        if name in _SHAPES[form] and not torch.isfinite(tensor).all():
             raise UserError(f"{file.name}: {name} has values that are not finite")
     return form
 
@@ -326,7 +335,8 @@ def _sizes(state: Mapping[str, Tensor], shapes: Mapping[str, str], file: Path) -
     for name, letters in shapes.items():
         shape = list(state[name].shape)
         if not sizes and len(shape) != len(letters):
-            raise UserError(f"{file.name}: {name} has shape {shape}, it must have {len(letters)} dimensions")
+            wanted = f"{len(letters)} dimensions, one of them the models"
+            raise UserError(f"{file.name}: {name} has shape {shape}, it must have {wanted}")
         sizes = sizes or dict(zip(letters, shape))
         if shape != (wanted := [sizes[letter] for letter in letters]):
             raise UserError(f"{file.name}: {name} has shape {shape}, the encoder's weights ask for {wanted}")
@@ -337,13 +347,13 @@ def _configuration(file: Path) -> dict:
     """All that JSON files beside the weights say; of several that speak of the same, the most particular."""
     merged: dict = {}
     for name in (f"{file.stem}_cfg.json", "cfg.json", "config.json", "trainer_config.json"):
-        merged = _json(file.with_name(name)) | merged
+        merged = json_beside(file.with_name(name)) | merged
     if not isinstance(trainer := merged.setdefault("trainer", {}), dict):
         merged |= {"trainer": {}, "trainer_class": trainer}
     return merged
 
 
-def _json(file: Path) -> dict:
+def json_beside(file: Path) -> dict:
     if not file.is_file():
         return {}
     try:
@@ -361,7 +371,7 @@ def _order(given, stated, n_models: int, file: Path, config: Mapping) -> tuple[s
             f"order is {tuple(given)}, and {ORIGIN} beside {file.name} says {tuple(stated)}: one of them"
             " is wrong"
         )
-    if (order := given or stated) is None:
+    if (order := check("order", given or stated, list[str] | None)) is None:
         named = {
             k: v for k, v in config.items() if k.startswith(("model_", "lm_name")) and isinstance(v, str)
         }
@@ -381,7 +391,8 @@ def _order(given, stated, n_models: int, file: Path, config: Mapping) -> tuple[s
 def _scales(given, stated, order: Sequence[str], file: Path, advice: str) -> dict[str, float]:
     if (scales := given if given is not None else stated) is None:
         raise UserError(f"{file.name} needs scales, {{name: factor}} for {', '.join(order)}: {advice}")
-    if set(scales) != set(order) or not all(0 < float(s) < float("inf") for s in scales.values()):
+    check("scales", scales, dict[str, number()])
+    if set(scales) != set(order) or not all(s > 0 for s in scales.values()):
         raise UserError(
             f"scales are {dict(scales)}: there must be one positive number for each of {', '.join(order)}"
         )
@@ -390,10 +401,7 @@ def _scales(given, stated, order: Sequence[str], file: Path, advice: str) -> dic
 
 def _layers(given, stated, order: Sequence[str], file: Path) -> dict[str, int]:
     """{name: layer} from what the caller gives and the file says: one number for all models, or each."""
-    given, stated = (
-        None if layer is None else {n: int(layer[n] if isinstance(layer, Mapping) else layer) for n in order}
-        for layer in (given, stated)
-    )
+    given, stated = (None if layer is None else layers_by_name(layer, order) for layer in (given, stated))
     if given and stated and given != stated:
         raise UserError(
             f"layer is {given}, and {file.name} was trained on the output of {stated}: one of them is wrong"
@@ -406,12 +414,22 @@ def _layers(given, stated, order: Sequence[str], file: Path) -> dict[str, int]:
     return given or stated
 
 
+def layers_by_name(layer: int | Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
+    """{name: layer} from one layer for all models, or one for each. UserError for anything else."""
+    layers = check("layer", layer, Count | dict[str, Count])
+    layers = layers if isinstance(layers, Mapping) else dict.fromkeys(names, layers)
+    if missing := [name for name in names if name not in layers]:
+        raise UserError(
+            f"layer is {layer}: it must have one for each of {', '.join(names)}, not for {missing[0]}"
+        )
+    return {name: layers[name] for name in names}
+
+
 def _threshold(state: Mapping[str, Tensor], file: Path) -> float:
     if state["threshold"].numel() != 1:
         raise UserError(
             f"{file.name} has {state['threshold'].numel()} thresholds, one for each model (code normalisation"
-            " DECOUPLED): a feature then fires in one model and not in the other, which a crosscoder here"
-            " cannot express"
+            " DECOUPLED) or feature, which cannot be read here: one for all can"
         )
     value = float(state["threshold"])
     if not 0 <= value < float("inf"):
@@ -459,10 +477,11 @@ def _normaliser(state: Mapping[str, Tensor], file: Path) -> tuple[Tensor | None,
             " dictionary_learning that is not known here"
         )
     g, (n_models, width) = state["activation_global_scale"].double(), state["decoder.bias"].shape
-    if mean.shape != (n_models, width) or g.shape != (n_models,) or not (g > 0).all():
+    fine = (g > 0).all() and torch.isfinite(g).all() and torch.isfinite(mean).all()
+    if mean.shape != (n_models, width) or g.shape != (n_models,) or not fine:
         raise UserError(
             f"{file.name}: activation_mean must be [{n_models}, {width}] and activation_global_scale"
-            f" {n_models} positive numbers"
+            f" {n_models} positive numbers, all finite"
         )
     return mean.double(), g
 
@@ -479,7 +498,7 @@ def _theta(threshold: float, state, W_dec: Tensor, config: Mapping, file: Path) 
         *range(1, len(CODE_NORMALIZATIONS) + 1),
     ):
         raise UserError(
-            f"{file.name} has the code normalisation {kind or number}: known are"
+            f"{file.name} has the code normalisation {number or kind}: known are"
             f" {', '.join(CODE_NORMALIZATIONS)}"
         )
     stored = CODE_NORMALIZATIONS[number - 1] if number is not None else ""

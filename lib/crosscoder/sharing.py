@@ -12,7 +12,6 @@ If that helps, the error says so; if not, it is the layer, the tokens or the mod
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from ..runs import Progress, Run, write_json, write_text
 from ..settings import ROOT, UserError, check, user_path
 from . import seeds
 from .codes import sample_rows
-from .exchange import ORIGIN, WEIGHTS, Foreign, read_foreign
+from .exchange import ORIGIN, WEIGHTS, Foreign, json_beside, layers_by_name, read_foreign
 from .model import CrossCoder
 
 FACTS = ("order", "scales", "layer", "least")
@@ -133,7 +132,7 @@ def _read(path: Path, names: Sequence[str], order, scales, layer) -> Foreign:
     if not (path.is_dir() and (path / OURS).is_file()):
         return read_foreign(path, order, scales, layer, names)
     crosscoder = CrossCoder.load(path)
-    origin = json.loads((path / ORIGIN).read_text(encoding="utf-8")) if (path / ORIGIN).is_file() else {}
+    origin = json_beside(path / ORIGIN)
     if crosscoder.names != tuple(names):
         raise UserError(
             f"models {', '.join(names)} are wanted: this crosscoder has {', '.join(crosscoder.names)}, in"
@@ -144,8 +143,7 @@ def _read(path: Path, names: Sequence[str], order, scales, layer) -> Foreign:
             f"{path} does not say at which layer the crosscoder was trained: give layer, the index of the"
             " decoder layer whose output it reads"
         )
-    layers = {n: int(layers[n] if isinstance(layers, Mapping) else layers) for n in names}
-    return Foreign(crosscoder, layers, has_means=True, fve=origin.get("fve"))
+    return Foreign(crosscoder, layers_by_name(layers, names), has_means=True, fve=origin.get("fve"))
 
 
 # --- does it fit? -------------------------------------------------------------------------------------------

@@ -151,6 +151,7 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path):
     assert read_foreign(tmp_path, ORDER, SCALES, 3).layers == {"base": 3, "distilled": 3}
 
 
+@pytest.mark.fault("bad input")
 @pytest.mark.parametrize(
     "order, scales, layer, says",
     [
@@ -159,6 +160,17 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path):
         (ORDER, {"base": 1.0}, None, "one positive number for each"),
         (ORDER, {"base": 1.0, "distilled": 0.0}, None, "one positive number"),
         (ORDER, SCALES, 14, "trained on the output of .*13.*one of them is wrong"),
+        ("base,distilled", SCALES, None, "order is 'base,distilled': it must be a list"),
+        (ORDER, [1.0, 1.0], None, "scales is .1.0, 1.0.: it must be a mapping, every entry a number"),
+        (ORDER, 2.0, None, "scales is 2.0: it must be a mapping"),
+        (ORDER, SCALES | {"base": "one"}, None, "scales is .*'one'.*: it must be a mapping"),
+        (ORDER, SCALES | {"base": None}, None, "scales is .*None.*: it must be a mapping"),
+        (ORDER, SCALES | {"base": float("nan")}, None, "scales is .*nan.*: it must be a mapping"),
+        (ORDER, SCALES, "13", "layer is '13': it must be an integer"),
+        (ORDER, SCALES, 13.5, "layer is 13.5: it must be an integer"),
+        (ORDER, SCALES, True, "layer is True: it must be an integer"),
+        (ORDER, SCALES, [13, 13], "layer is .13, 13.: it must be an integer of at least 0 or a mapping"),
+        (ORDER, SCALES, {"base": 13}, "one for each of base, distilled, not for distilled"),
     ],
 )
 def test_what_contradicts_the_file_is_refused(tmp_path, order, scales, layer, says):
@@ -167,6 +179,7 @@ def test_what_contradicts_the_file_is_refused(tmp_path, order, scales, layer, sa
         read_foreign(tmp_path, order, scales, layer)
 
 
+@pytest.mark.fault("bad input")
 @pytest.mark.parametrize(
     "cfg, says",
     [
@@ -178,6 +191,8 @@ def test_what_contradicts_the_file_is_refused(tmp_path, order, scales, layer, sa
         ({"trainer": "BatchTopKTrainer"}, "trainer_class = BatchTopKTrainer.*no threshold"),
         ({"activation": "JumpReLU", "l0": 20}, "activation = JumpReLU, l0 = 20"),
         ({"dictionary": {"kind": "BatchTopK"}}, "kind = BatchTopK"),
+        ({"act_fn": "gelu"}, "act_fn = gelu"),
+        ({"activation": "Softplus"}, "activation = Softplus"),
         ({"hook_point": "blocks.3.attn.hook_z"}, "trained at blocks.3.attn.hook_z"),
         ({"hook_point": "blocks.0.hook_resid_pre"}, "output of a decoder layer"),
     ],
@@ -188,13 +203,20 @@ def test_another_rule_or_another_place_is_refused(tmp_path, cfg, says):
         read_foreign(tmp_path, ORDER, SCALES)
 
 
+@pytest.mark.fault("bad input")
 @pytest.mark.parametrize(
     "also, says",
     [
         ({"log_threshold": torch.zeros(F)}, "also holds log_threshold"),
         ({"b_enc": torch.full((F,), np.nan)}, "b_enc has .* not finite"),
         ({"b_dec": torch.zeros(M, D + 1)}, r"b_dec has shape \[2, 7\].*\[2, 6\]"),
-        ({"W_enc": torch.zeros(D, F)}, "must have 3 dimensions"),
+        ({"W_enc": torch.zeros(D, F)}, "must have 3 dimensions, one of them the models"),
+        ({"W_dec": torch.zeros(M, F, D)}, r"W_dec has shape .* the encoder's weights ask for"),
+        ({"W_enc": torch.zeros(M, D, F, dtype=torch.int8)}, "W_enc is torch.int8.*floating-point numbers"),
+        ({"W_enc": torch.zeros(M, D, F).to(torch.float8_e4m3fn)}, "W_enc is torch.float8_e4m3fn"),
+        ({"W_dec": torch.zeros(F, M, D) > 0}, "W_dec is torch.bool"),
+        ({"W_enc": torch.zeros(M, D, F).to_sparse()}, "W_enc is torch.float32, torch.sparse_coo"),
+        ({"threshold": torch.ones(F)}, "one for all can"),
         ({"threshold": torch.tensor(-1.0), "k": torch.tensor(5)}, "never set in training"),
     ],
 )
@@ -388,6 +410,7 @@ def test_an_old_file_without_buffers_on_activations_scaled_elsewhere(tmp_path):
     same(read_foreign(tmp_path, ORDER, SCALES, 2).crosscoder, x, f, x_hat / s)
 
 
+@pytest.mark.fault("bad input")
 @pytest.mark.parametrize(
     "options, says",
     [
@@ -410,6 +433,9 @@ def test_an_old_file_without_buffers_on_activations_scaled_elsewhere(tmp_path):
         ),
         (dict(activation_global_scale=torch.tensor([1.0, 0.0])), "2 positive numbers"),
         (dict(activation_mean=torch.zeros(D)), r"must be \[2, 6\]"),
+        (dict(activation_mean=torch.full((M, D), np.inf)), "positive numbers, all finite"),
+        (dict(threshold=1.0, code_normalization_id=torch.tensor(9)), "the code normalisation 9: known are"),
+        (dict(config={"trainer": {"layer": "two"}}), "layer is 'two': it must be an integer"),
     ],
 )
 def test_what_no_crosscoder_here_can_express_is_refused(tmp_path, options, says):
