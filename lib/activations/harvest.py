@@ -58,11 +58,21 @@ STALE = 3600  # seconds after which a file that is still being written belongs t
 
 
 def open_text(
-    name: str, tokens: int, trace_share: float = 0.5, seed: int = 0, traces: str = "", general: str = ""
+    name: str,
+    tokens: int,
+    trace_share: float = 0.5,
+    seed: int = 0,
+    traces: str = "",
+    general: str = "",
+    layer: int = -1,
 ) -> tuple[Pair, Corpus]:
-    """A pair of the registry and its text (see ``corpus.build``), or other text (see ``corpus.override``)."""
+    """A pair of the registry and its text (see ``corpus.build``), or other text (see ``corpus.override``).
+    UserError for a ``layer`` (-1: the pair's own) that one of its models does not have."""
     pair = override(load_pair(name), traces, general)
     pair.check_folders()
+    if (layer := pair.layer if layer < 0 else layer) is not None:
+        depths = [pair.config(model).get_text_config().num_hidden_layers for model in pair.models]
+        check("layer", layer, int, low=0, high=min(depths) - 1)
     return pair, build(pair, tokens, trace_share=trace_share, seed=seed)
 
 

@@ -43,8 +43,8 @@ def health_cards(
     - ``fve_<model>``: 1 - sum of squared errors / sum of squares about the mean.
     - ``ce_recovered_<model>``: (CE_mean - CE_x̂) / (CE_mean - CE), from the model's next-token
       cross-entropies with its residual stream at the layer replaced by the reconstruction, and by the mean
-      (at kept positions, of at most ``max_tokens`` tokens). 1: nothing lost; 0: no better than the mean.
-      Needs ``models`` {name: model}.
+      (at kept positions, of at most ``max_tokens`` tokens). 1: nothing lost; 0: no better than the mean;
+      NaN: within its error the mean is as good as the model. Needs ``models`` {name: model}.
     - ``l0``, ``l0_target``: features per token at the inference threshold, and aimed at (batchtopk).
     - ``dead_fraction``: share of features that fire on no token (Wilson's interval).
     - ``distinct_tokens_seen``: in training; n is the number of tokens shown.
@@ -89,7 +89,10 @@ def _card(crosscoder: CrossCoder, store, entropies: Mapping, n_boot: int, seed: 
     card = {f"fve_{name}": ratio(errors[m], spreads[m], lambda r: 1 - r) for m, name in enumerate(names)}
     for name, ce in entropies.items():
         lost_by_mean = ce["mean"] - ce["own"]
-        card[f"ce_recovered_{name}"] = ratio(ce["mean"] - ce["reconstruction"], lost_by_mean)
+        recovered, n = ratio(ce["mean"] - ce["reconstruction"], lost_by_mean), len(lost_by_mean)
+        if lost_by_mean.sum() <= 2 * lost_by_mean.std() * n**0.5:
+            recovered = {"value": float("nan"), "ci": None, "n": n}
+        card[f"ce_recovered_{name}"] = recovered
         card |= {f"ce_{kind}_{name}": ratio(ce[kind], ce["tokens"]) for kind in KINDS}
     card["l0"] = ratio(active, counts)
     if crosscoder.variant == "batchtopk":

@@ -11,13 +11,7 @@ from ..runs import Run
 from ..settings import UserError
 from .notebooks import parameters_for
 
-TEXT = (
-    "tokens",
-    "trace_share",
-    "seed",
-    "traces",
-    "general",
-)  # parameters of notebook 01 that choose the text
+TEXT = ("tokens", "trace_share", "seed", "traces", "general")  # parameters of notebook 01 that choose it
 USED = ("pair", "run", "layer", "upper_layer", *TEXT)
 
 
@@ -40,7 +34,7 @@ def harvest_for(
         raise UserError(
             f"a harvest does not use {unused[0]}: of notebook 01's parameters it uses {', '.join(USED)}"
         )
-    models, corpus = open_text(values["pair"], **{name: values[name] for name in TEXT})
+    models, corpus = open_text(values["pair"], **{name: values[name] for name in (*TEXT, "layer")})
     path = out or Run(values["pair"], values["run"]).path("store")
     layer = None if values["layer"] < 0 else values["layer"]
     paths = layers_of(path, models, layer, values["upper_layer"])

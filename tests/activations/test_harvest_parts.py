@@ -156,20 +156,8 @@ def test_the_command_line_uses_every_parameter_that_it_takes(tmp_path, capsys):
     """Other text, and the upper layer, in parts and whole; what it does not use it does not take."""
     text = str(tmp_path / "t.txt")
     Path(text).write_text("\n\n".join(f"anna is late . {i % 19} * {i % 7} = 9 ." for i in range(200)))
-    words = [
-        "harvest",
-        "--profile",
-        "smoke",
-        "-p",
-        "tokens",
-        "900",
-        "-p",
-        "traces",
-        text,
-        "-p",
-        "general",
-        text,
-    ]
+    words = ["harvest", "--profile", "smoke", "-p", "tokens", "900"]
+    words += ["-p", "traces", text, "-p", "general", text]
     for part in ("0/2", "1/2"):
         assert main([*words, "--out", str(tmp_path / "parts"), "--part", part]) == 0
     assert main([*words, "--out", str(tmp_path / "parts"), "--merge"]) == 0
@@ -182,10 +170,11 @@ def test_the_command_line_uses_every_parameter_that_it_takes(tmp_path, capsys):
         assert content(tmp_path / f"{name}_upper") == content(run.path("store_upper"))
     for name, value, sentence in (
         ("traces", "nowhere.jsonl", "the corpus 'nowhere.jsonl' is not there"),
+        ("layer", "17", "layer is 17: it must be an integer from 0 to 5"),
         ("drift_documents", "3", "a harvest does not use drift_documents"),
-        ("pair", "smol", "-p pair smol is not the pair tiny: give --pair"),
+        ("pair", "smol", "pair smol, by -p or in the profile, is not the pair tiny: give --pair"),
     ):
-        assert main([*words, "-p", name, value]) == 2
+        assert main([*words[:6], "-p", name, value]) == 2
         assert sentence in capsys.readouterr().err
 
 
