@@ -365,6 +365,7 @@ def jsonable(value):
 # --- progress -----------------------------------------------------------------------------------------------
 
 # in an output's metadata: true of this run alone, so that a notebook's canonical form leaves it out
+ON_TERMINAL = "PROGRESS_ON_TERMINAL"  # in the environment of a kernel of the command line
 PASSING = "passing"
 
 
@@ -372,8 +373,11 @@ class Progress:
     """One line that moves: ``rows: 12/50`` and at the end ``rows: 50/50 done``.
 
     In a kernel it is one display, updated at most twice a second (bars of tqdm freeze at 0% in executed
-    notebooks); elsewhere a line on standard error, in place on a terminal, every ten seconds in a log.
+    notebooks); elsewhere a line on standard error, in place on a terminal, every ten seconds in a log, and so
+    for a kernel that the command line has started.
     """
+
+    _shown = time.monotonic()  # when a kernel last told the terminal
 
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done, self._last, self._handle = label, int(total), 0, -math.inf, None
@@ -396,6 +400,9 @@ class Progress:
             self._show(f"{self.label}: {self.done:,}/{self.total:,} {end}", last=True)
 
     def _show(self, line: str, last: bool = False) -> None:
+        if self._kernel and ON_TERMINAL in os.environ and time.monotonic() - Progress._shown >= 10:
+            Progress._shown = time.monotonic()
+            print(f"  {line}", file=sys.__stderr__, flush=True)
         if self._kernel and self._handle is None:
             self._handle = passing(line)
         elif self._kernel:

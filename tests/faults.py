@@ -14,7 +14,8 @@ from collections import Counter
 import pytest
 
 FILES = ["tests/house/test_faults.py", "tests/house/test_bad_input.py"]
-LEAST = {"kill": 30, "fault": 20, "bad input": 60}
+FILES += ["tests/text/test_files.py", "tests/models/test_checks.py", "tests/crosscoder/test_exchange.py"]
+LEAST = {"kill": 30, "fault": 20, "bad input": 200}
 
 
 class Count:

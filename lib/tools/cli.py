@@ -44,7 +44,8 @@ def _use_registry(file: Path | None) -> None:
 
 
 Pair = _option(str, "NAME", "entry of data/pairs.yaml")
-Profile = _option(str, "NAME", "file of notebooks/profiles, and name of the run: smoke, default, paper")
+_profiles = "of notebooks/profiles: smoke, default, paper, or a .yaml file of your own; names the run"
+Profile = _option(str, "NAME", _profiles)
 Only = _option(list[str], "NN ...", "notebooks by number or name")
 Parameter = _option(list[str], "NAME VALUE", "a parameter of the one chosen notebook", "-p")
 _registry = "a registry of your own for data/pairs.yaml (or PAIRS_REGISTRY)"
@@ -65,15 +66,19 @@ _LISTS = {"--only", "--stages"}
 
 
 def _spelled_out(words: Sequence[str]) -> list[str]:
-    """``--only 03 04`` as ``--only 03 --only 04``, and ``-p NAME VALUE`` as ``-p NAME=VALUE``."""
-    words, out = list(words), []
+    """``--only 03 04`` as ``--only 03 --only 04``, and ``-p NAME VALUE`` as ``-p NAME=VALUE``. UserError for
+    what is given twice, of which one would be lost."""
+    words, out, given = list(words), [], []
     while words:
         word = words.pop(0)
+        given.append(f"-p {words[0]}" if word == "-p" and words else word.partition("=")[0])
+        if given[-1].startswith(("--", "-p ")) and given[-1] in given[:-1] and word not in _LISTS:
+            raise UserError(f"{given[-1]} is given twice: give it once")
         if word in _LISTS:
             while words and not words[0].startswith("-"):
                 out += [word, words.pop(0)]
         elif word == "-p":
-            if len(words) < 2:
+            if len(words) < 2 or "=" in words[0] or words[1].startswith("--"):
                 raise UserError("-p needs a name and a value: -p feature 17")
             out += [word, f"{words.pop(0)}={words.pop(0)}"]
         else:
@@ -114,44 +119,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-@app.command()
-def figures(
-    pair: Pair = "tiny",
-    profile: Profile = "default",
-    only: Only = (),
-    p: Parameter = (),
-    solutions: _Solutions = False,
-    out: Out = None,
-    registry: Registry = None,
-    timeout: Timeout = None,
-    workers: Workers = None,
-    notebooks: _Notebooks = ROOT / "notebooks",
-):
-    """Run notebooks 00 to 06, or those of --only, on a pair. They write figures, tables and numbers."""
-    from .notebooks import WALK, run_all
+def _notebooks(row: str):
+    """The command that runs the notebooks of a row."""
 
-    run_all(WALK, pair, profile, only, _texts(p), solutions, out, timeout, workers, notebooks)
+    def command(
+        pair: Pair = "tiny",
+        profile: Profile = "default",
+        only: Only = (),
+        p: Parameter = (),
+        solutions: _Solutions = False,
+        out: Out = None,
+        registry: Registry = None,
+        timeout: Timeout = None,
+        workers: Workers = None,
+        notebooks: _Notebooks = ROOT / "notebooks",
+    ):
+        from . import notebooks as driver
+
+        row_of = getattr(driver, row)
+        driver.run_all(row_of, pair, profile, only, _texts(p), solutions, out, timeout, workers, notebooks)
+
+    return command
 
 
-@app.command()
-def study(
-    pair: Pair = "tiny",
-    profile: Profile = "default",
-    only: Only = (),
-    p: Parameter = (),
-    out: Out = None,
-    registry: Registry = None,
-    timeout: Timeout = None,
-    workers: Workers = None,
-    notebooks: _Notebooks = ROOT / "notebooks",
-):
-    """Run the long experiments, notebooks 10 to 13 and 16. Hours; an interrupted run goes on.
+_figures = "Run notebooks 00 to 06, or those of --only, on a pair. They write figures, tables and numbers."
+_study = """Run the long experiments, notebooks 10 to 13 and 16. Hours; an interrupted run goes on.
 
-    Notebooks 14 and 15 are about the pair smol and read files of your own: --pair smol --only 15
-    """
-    from .notebooks import STUDY, run_all
-
-    run_all(STUDY, pair, profile, only, _texts(p), False, out, timeout, workers, notebooks)
+Notebooks 14 and 15 are about the pair smol and read files of your own: --pair smol --only 15
+"""
+app.command("figures", help=_figures)(_notebooks("WALK"))
+app.command("study", help=_study)(_notebooks("STUDY"))
 
 
 @app.command()

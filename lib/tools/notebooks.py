@@ -33,9 +33,9 @@ from pathlib import Path
 import nbformat
 
 from ..models.registry import read_entry, registry_file
-from ..runs import PASSING, Run, made_folder, read_manifest, write_text
+from ..runs import ON_TERMINAL, PASSING, Run, made_folder, read_manifest, write_text
 from ..settings import REGISTRY, ROOT, UserError, path_shown
-from .profiles import checked, read_profile, read_value
+from .profiles import checked, read_profile, read_value, run_of
 
 # seconds for one cell; a profile or --timeout can give more. There always is one: a kernel can stall.
 CELL_TIMEOUT = 3600
@@ -105,6 +105,7 @@ def own_kernel() -> Iterator[None]:
         # quiet: ipykernel warns at each start that it talks over local TCP, and at each stop that it was
         # interrupted
         words = "-m ipykernel_launcher -f {connection_file} --IPKernelApp.log_level=50"
+        words += " --IPKernelApp.capture_fd_output=False"  # so that a kernel reaches the terminal
         kernel = {"argv": [sys.executable, *words.split()], "language": "python"}
         spec = made_folder(Path(folder) / "kernels" / "python3") / "kernel.json"
         spec.write_text(json.dumps({**kernel, "display_name": "Python 3 (ipykernel)"}))
@@ -112,6 +113,7 @@ def own_kernel() -> Iterator[None]:
             "JUPYTER_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")])),
             "IPYTHONDIR": str(Path(folder) / "ipython"),  # no start-up files and no history of the user's
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # a warning of the debugger, in every kernel
+            ON_TERMINAL: "1",
         }
         with environment(**wanted):
             yield
@@ -139,7 +141,7 @@ def execute(
 ) -> None:
     """Execute a notebook (``solutions``: with its exercises answered) within ``own_kernel``, and write its
     canonical form to ``target``, which changes only if every cell succeeded. UserError with the reason if one
-    fails; the notebook with its full traceback is then in ``failed``.
+    fails; the notebook, with the full traceback if that says more, is then in ``failed``.
     """
     import papermill  # 1 s; not needed to refuse a wrong parameter
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -158,7 +160,9 @@ def execute(
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt from None
         first = (error.evalue.strip() or "no message").splitlines()[0]
-        reason = first if error.ename == "UserError" else f"{error.ename}: {first}"
+        if error.ename == "UserError":  # it says all
+            raise UserError(first) from None
+        reason = f"{error.ename}: {first}"
     except CellTimeoutError:
         reason = (
             f"a cell took more than {timeout:g} s: raise the limit with --timeout, or use a smaller budget"
@@ -371,11 +375,11 @@ def parameters_for(
     content = read_profile(folder / "profiles", profile, stems_of(folder), pair)
     defaults = parameters_of(folder / f"{stem}.ipynb")
     texts = dict(texts)
-    if texts.get("pair", pair) != pair:
-        raise UserError(f"-p pair {texts['pair']} is not the pair {pair}: give --pair")
+    if (other := {**content.get(stem, {}), **texts}.get("pair", pair)) != pair:
+        raise UserError(f"pair {other}, by -p or in the profile, is not the pair {pair}: give --pair")
     entry, names = read_entry(pair, _registry(folder)), OF_A_PAIR.get(stem[:2], {})
     given = {name: entry[key] for name, key in names.items() if key in entry and name in defaults}
-    given |= {"pair": pair, "run": profile, **content.get(stem, {})}
+    given |= {"pair": pair, "run": run_of(profile), **content.get(stem, {})}
     given |= {name: read_value(text, defaults.get(name)) for name, text in texts.items()}
     return defaults | checked(stem, defaults, given)
 

@@ -6,7 +6,7 @@ import ast
 import contextlib
 from pathlib import Path
 
-from ..settings import Positive, UserError, check, read_yaml
+from ..settings import Positive, UserError, check, read_yaml, user_path
 
 LIMITS = {"timeout": "seconds of a cell", "workers": "notebooks at once"}
 
@@ -44,20 +44,32 @@ def read_value(text: str, default):
         return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
 
 
+def run_of(profile: str) -> str:
+    """The name of a profile, which is that of its run: a file of one's own is called without its ending."""
+    return Path(profile).stem if profile.endswith((".yaml", ".yml")) else profile
+
+
 def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> dict:
-    """{notebook stem: {parameter: value}} of notebooks/profiles/<name>.yaml, ``timeout`` (seconds a cell)
-    and ``workers`` (notebooks at once); what <name>.<pair>.yaml says is laid over it: a pair may need another
-    budget of the same name.
+    """{notebook stem: {parameter: value}} of notebooks/profiles/<name>.yaml, or of a file of one's own,
+    ``timeout`` (seconds a cell) and ``workers`` (notebooks at once); what <name>.<pair>.yaml says is laid
+    over it: a pair may need another budget of the same name.
     """
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    known = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    own, name = user_path(name), run_of(name)
+    if own.name != name and own.is_file():
+        if name in known and known[name].resolve() != own.resolve():
+            raise UserError(
+                f"{own} is called like a profile in notebooks/profiles, and so would be its run: rename it"
+            )
+        known[name] = own
     if name not in known:
         raise UserError(
-            f"unknown profile {name!r}: there are {', '.join(k for k in known if '.' not in k)} (files in"
-            " notebooks/profiles)"
+            f"unknown profile {str(own)!r}: there are {', '.join(k for k in known if '.' not in k)} (files in"
+            " notebooks/profiles), or give a .yaml file of your own"
         )
     profile: dict = {}
     for layer in (name, f"{name}.{pair}"):
-        content = read_yaml(folder / f"{layer}.yaml") if layer in known else {}
+        content = read_yaml(known[layer]) if layer in known else {}
         if odd := next((stem for stem in stems if not isinstance(content.get(stem), dict | None)), None):
             raise UserError(
                 f"profile {layer!r} has {content[odd]!r} for {odd}: it must be a mapping of name: value"

@@ -269,12 +269,18 @@ def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
     from nbconvert.filters import markdown2html
     from plotly.offline import get_plotlyjs
 
-    notebooks = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    files = ((pair, file) for pair in PAIRS for file in sorted((root / "figures" / pair).glob("*.html")))
+    numbered = "[0-9][0-9]_*.ipynb"
+    notebooks = sorted((root / "notebooks").glob(numbered))
+    own = sorted({file.parent.name for file in (root / "figures").glob("*/*.html")} - {*PAIRS})
+    pairs = (*PAIRS, *own)  # a pair of one's own, too, with its executed notebooks
+    theirs = [
+        n for pair in own for n in sorted((root / f"data/runs/{pair}/default/notebooks").glob(numbered))
+    ]
+    files = ((pair, file) for pair in pairs for file in sorted((root / "figures" / pair).glob("*.html")))
     figures = {f"{pair}/{file.stem}": file for pair, file in files}
     if not notebooks or not figures:
         raise UserError("there are no notebooks or no figures to report on: run make figures first")
-    if out.exists() and any(out.iterdir()) and not (out / "report.css").is_file():
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "report.css").is_file()):
         raise UserError(f"{out} is not empty and not a report: choose another folder with --out")
     shutil.rmtree(out, ignore_errors=True)
     write_text(out / "report.css", (TEMPLATES / "report.css").read_text() + _code_colours())
@@ -286,27 +292,30 @@ def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
     docs = [name for name in DOCS if (root / "docs" / f"{name}.md").is_file()]
     places = {"README.md": "index.html"}  # file of the repository -> file of the report
     places |= {f"notebooks/{n.name}": f"notebooks/{n.stem}.html" for n in notebooks}
+    places |= {n.relative_to(root).as_posix(): f"notebooks/{n.parts[-4]}/{n.stem}.html" for n in theirs}
     places |= {f"docs/{name}.md": f"docs/{name}.html" for name in docs}
     for picture in [*(root / "figures").glob("*/*.png"), *(root / "docs").glob("*.svg")]:
         place = picture.relative_to(root)
-        if place.parts[0] == "docs" or place.parts[1] in PAIRS:
+        if place.parts[0] == "docs" or place.parts[1] in pairs:
             shutil.copyfile(picture, made_folder((out / place).parent) / place.name)
             places[place.as_posix()] = place.as_posix()
     pictured = [name for name, file in figures.items() if file.with_suffix(".png").is_file()]
-    gallery = {pair: [n for n in pictured if n.startswith(f"{pair}/")] for pair in PAIRS}
+    gallery = {pair: [n for n in pictured if n.startswith(f"{pair}/")] for pair in pairs}
     links = [(n.stem[:2], places[f"notebooks/{n.name}"]) for n in notebooks]
     links += [(name.replace("_", " "), places[f"docs/{name}.md"]) for name in docs[:4]]
+    links += [(f"{n.parts[-4]} {n.stem[:2]}", places[n.relative_to(root).as_posix()]) for n in theirs]
     pages_of = {source: target for source, target in places.items() if target.endswith(".html")}
     with Progress("pages", len(pages_of)) as progress:
         for written, (source, target) in enumerate(pages_of.items(), 1):
+            up = "../" * (len(Path(target).parts) - 1)
             if source.endswith(".ipynb"):
-                body, title = _from_notebook(root / source, figures)
+                these = PAIRS if source.startswith("notebooks/") else (source.split("/")[2],)
+                body, title = _from_notebook(root / source, figures, these, up)
             else:
                 text = (root / source).read_text(encoding="utf-8")
                 title, body = text.split("\n")[0].lstrip("# "), markdown2html(with_mathml(text))
             if source == "README.md":
                 body += render("gallery.html.j2", root, gallery=gallery)
-            up = "../" * (len(Path(target).parts) - 1)
             page = render("page.html.j2", root, title=title, up=up, links=links, body=body)
             page = _LINK.sub(functools.partial(_link, source, up, places, out), page)
             write_text(out / target, page)
@@ -314,8 +323,9 @@ def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
     return len(pages_of)
 
 
-def _from_notebook(file: Path, figures: Mapping[str, Path]) -> tuple[str, str]:
-    """(HTML, title) of an executed notebook; a picture whose cell names a figure becomes a frame of it."""
+def _from_notebook(file: Path, figures: Mapping, pairs: Sequence, up: str) -> tuple[str, str]:
+    """(HTML, title) of an executed notebook; a picture whose cell names a figure of one of ``pairs`` becomes
+    a frame of it, whose address begins with ``up``."""
     import nbformat
     from nbconvert import HTMLExporter
 
@@ -326,7 +336,7 @@ def _from_notebook(file: Path, figures: Mapping[str, Path]) -> tuple[str, str]:
         if content.cell_type == "markdown":
             content.source = with_mathml(content.source)
             continue
-        named = (f"{pair}/{name}" for name in _NAME.findall(content.source) for pair in PAIRS)
+        named = (f"{pair}/{name}" for name in _NAME.findall(content.source) for pair in pairs)
         places = iter(dict.fromkeys(place for place in named if place in figures))
         for output in content.outputs:
             if "image/png" not in output.get("data", {}):
@@ -335,7 +345,7 @@ def _from_notebook(file: Path, figures: Mapping[str, Path]) -> tuple[str, str]:
             values = {"words": output.data.get("text/plain", "figure"), "png": png}
             if place := next(places, None):
                 size = _SIZE.search(figures[place].read_text(encoding="utf-8")) or (0, 440, 760)
-                values |= {"place": f"../figures/{place}.html", "size": [int(size[i]) + 20 for i in (2, 1)]}
+                values |= {"place": f"{up}figures/{place}.html", "size": [int(size[i]) + 20 for i in (2, 1)]}
             output.data = nbformat.from_dict({"text/html": render("figure.html.j2", **values)})
     return HTMLExporter(template_name="basic").from_notebook_node(notebook)[0], title
 

@@ -44,6 +44,7 @@ from lib.text.corpus import build, override
 from lib.text.files import read_items
 from lib.tools import compare as check
 from lib.tools.cli import main
+from lib.tools.notebooks import parameters_for
 from lib.tools.profiles import read_profile
 
 pytestmark = pytest.mark.fault("bad input")
@@ -89,6 +90,15 @@ COMMANDS = {
         "strengths of 04_ablate_and_steer",
     ),
     "a parameter for several notebooks": (["--only", "02", "03", "-p", "k", "4"], "one notebook"),
+    "a parameter that is given twice": (
+        ["--only", "02", "-p", "k", "4", "-p", "k", "8"],
+        "-p k is given twice",
+    ),
+    "an option that is given twice": (["--pair", "tiny", "--pair", "smol"], "--pair is given twice"),
+    "a parameter as name=value": (
+        ["--only", "02", "-p", "k=4", "--pair", "tiny"],
+        "-p needs a name and a value",
+    ),
     "a pair that is not there": (["--pair", "nope"], "unknown pair 'nope'"),
     "a pair whose name is a path": (["--pair", "../tiny"], "unknown pair '../tiny'"),
     "a profile that is not there": (["--profile", "nope"], "unknown profile 'nope'"),
@@ -224,6 +234,27 @@ REGISTRIES = {
         "remote of pair 'mine'",
     ),
     "like a pair that is not there": (yaml.safe_dump({"mine": {"like": "nobody"}}).encode(), "like 'nobody'"),
+    "others called base": (
+        yaml.safe_dump({"mine": {**FINE, "others": {"base": "a/b"}}}).encode(),
+        "others called 'base'",
+    ),
+    "others whose name is a path": (
+        yaml.safe_dump({"mine": {**FINE, "others": {"../x": "a/b"}}}).encode(),
+        "give each a plain name of its own",
+    ),
+    "a base of spaces": (yaml.safe_dump({"mine": {**FINE, "base": " "}}).encode(), "pairs.yaml is empty"),
+    "a number with a leading zero": (
+        b"mine: {base: a/b, distilled: a/c, tokens: 0100}\n",
+        "'0100' is no decimal number",
+    ),
+    "a number with a colon": (b"mine: {base: a/b, distilled: a/c, tokens: 1:30}\n", "'1:30' is no decimal"),
+    "an id below zero": (
+        yaml.safe_dump({"mine": {**FINE, "differing_ids": [-1]}}).encode(),
+        "differing_ids of pair 'mine'",
+    ),
+    "yes for a number": (b"mine: {base: a/b, distilled: a/c, layer: yes}\n", "layer of pair 'mine' is True"),
+    "a date for a folder": (b"mine: {base: 2024-01-01, distilled: a/c}\n", "base of pair 'mine'"),
+    "two documents": (b"mine: {base: a/b}\n---\nmine: {base: a/d}\n", "not valid YAML"),
     "others that are a list": (
         yaml.safe_dump({"mine": {**FINE, "others": ["a"]}}).encode(),
         "others of pair 'mine'",
@@ -676,7 +707,7 @@ def _zeros(folder):
 def _profile(text):
     def call(folder):
         (folder / "mine.yaml").write_text(text)
-        read_profile(folder, "mine", ["01_harvest_activations"])
+        parameters_for("02_train_crosscoder", "tiny", str(folder / "mine.yaml"))
 
     return call
 
@@ -706,6 +737,34 @@ LINES = {
         "must be a mapping of name: value",
     ),
     "a profile of another notebook": (_profile("09_more: {k: 3}\n"), "names 09_more"),
+    "a profile with yes for a number": (
+        _profile("02_train_crosscoder: {k: yes}\n"),
+        "k of 02_train_crosscoder is True",
+    ),
+    "a profile with nothing for a number": (_profile("02_train_crosscoder: {k: }\n"), "is None: it must be"),
+    "a profile with a number in quotes": (_profile("02_train_crosscoder: {k: '8'}\n"), "is '8': it must be"),
+    "a profile with an unknown parameter": (_profile("02_train_crosscoder: {kk: 8}\n"), "no parameter 'kk'"),
+    "a profile with a parameter twice": (
+        _profile("02_train_crosscoder: {k: 3, k: 4}\n"),
+        "'k' stands there twice",
+    ),
+    "a profile of another pair": (
+        _profile("02_train_crosscoder: {pair: smol}\n"),
+        "pair smol, by -p or in the profile",
+    ),
+    "a profile with an unknown limit": (_profile("speed: fast\n"), "names speed"),
+    "a profile without time": (_profile("timeout: 0.5\n"), "timeout of profile 'mine'"),
+    "a profile that is called like another": (
+        lambda folder: [
+            (folder / "smoke.yaml").touch(),
+            read_profile(ROOT / "notebooks/profiles", str(folder / "smoke.yaml"), []),
+        ],
+        "is called like a profile",
+    ),
+    "a profile that is not there": (
+        lambda folder: read_profile(ROOT / "notebooks/profiles", str(folder / "mine.yaml"), []),
+        "unknown profile",
+    ),
     "a rate that is no number": (
         lambda _: TrainConfig(rate=float("nan")),
         "rate is nan: it must be a number",

@@ -287,12 +287,12 @@ def test_a_broken_notebook_fails_cleanly_and_loses_nothing(house, capsys):
     write(house, "02_third", "print('never reached')")
     assert call(house) == 1
     out, err = capsys.readouterr()
-    assert "error: 01_second: store is missing: run notebook 01 first" in err and "Traceback" not in err
+    assert err == "error: 01_second: store is missing: run notebook 01 first\n"
     assert (house / "01_second.ipynb").read_bytes() == before
     # done stays done; the rest did not run
     assert text_of(house / "00_first.ipynb") and not text_of(house / "02_third.ipynb")
     failed = house.parent / "data" / "runs" / "tiny" / "default" / "notebooks" / "01_second.failed.ipynb"
-    assert str(failed) in err and "so far" in text_of(failed)
+    assert "so far" in text_of(failed)
     write(house, "01_second", "print('mended')")
     assert call(house, "--only", "01_second") == 0 and not failed.exists()
 
