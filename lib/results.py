@@ -50,6 +50,11 @@ __all__ = [
 ]
 Kind = TypeVar("Kind")
 FOUND = "**What this run found.** "
+WRITTEN_FOR = ("tiny", "smol")  # how the pairs are called that predictions and words are about
+ANOTHER = (
+    "*Predictions and words of this notebook were written for the pair tiny; what it says of {} are numbers,"
+    " figures and computed sentences.*"
+)
 NOT_YET = "*What this run found will stand here when all cells have been run.*"
 # ends of the names of metrics that say how fast a machine was: no results, so not compared
 TIMES = ("_per_second", "_seconds")
@@ -75,6 +80,8 @@ def begin(notebook: str, names: Mapping, **kinds) -> Results:
         torch.set_num_threads(parameters["threads"])
     if notebook.isdigit():  # not the explorer, which finds nothing by itself
         _show_found(NOT_YET)
+        if not run.pair.startswith(WRITTEN_FOR):
+            _show_found(ANOTHER.format(run.pair), name="another")
     return Results(notebook, run, parameters)
 
 
@@ -222,11 +229,11 @@ def pooled_metric(each: Sequence[Mapping | None]) -> dict:
     return {"value": _number(value), "ci": [_number(bound) for bound in ci], "n": n, "seeds": own}
 
 
-def _show_found(text: str, update: bool = False) -> None:
+def _show_found(text: str, update: bool = False, name: str = "found") -> None:
     if "IPython" in sys.modules:  # in a notebook: an output that a later cell may write anew
         from IPython.display import Markdown, display
 
-        display(Markdown(text), display_id="found", update=update)
+        display(Markdown(text), display_id=name, update=update)
 
 
 class _Measured(dict):

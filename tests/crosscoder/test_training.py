@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lib.activations.store import open_store
+from lib.crosscoder import health
 from lib.crosscoder.codes import firing_frequency
 from lib.crosscoder.health import cross_entropies, health_card
 from lib.crosscoder.model import CrossCoder
@@ -414,6 +415,21 @@ def test_the_mean_replaces_kept_positions_only(harvested):
             sums.append(-model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum().item())
         handle.remove()
     assert np.isclose(sums, ce["mean"][0], rtol=1e-4).any()
+
+
+@pytest.mark.parametrize(
+    ("lost", "value"), [([2.0, 3.0, 1.0], 0.5), ([2.0, -3.0, 1.5], np.nan), ([-2.0] * 3, np.nan)]
+)
+def test_recovered_is_not_defined_where_the_mean_is_as_good_as_the_model(lost, value, tmp_path, monkeypatch):
+    store = toy_store(tmp_path, tokens=1500)
+    own, lost = np.array([5.0, 7.0, 6.0]), np.array(lost)
+    ce = {"own": own, "mean": own + lost, "reconstruction": own + lost / 2, "tokens": np.ones(3)}
+    monkeypatch.setattr(health, "cross_entropies", lambda *args: [ce])
+    card = health_card(
+        CrossCoder((16, 24), 8, k=2, names=tuple(store.models)), store, {"base": None}, n_boot=20
+    )
+    assert np.isclose(card["ce_recovered_base"]["value"], value, equal_nan=True)
+    assert card["ce_mean_base"]["value"] == pytest.approx((own + lost).mean())
 
 
 def test_three_models_of_unlike_width_from_a_harvested_store(tmp_path):
