@@ -82,3 +82,10 @@ def test_a_class_of_parameters_is_a_frozen_dataclass_that_changes_no_value():
         recipe.width = 2
     with pytest.raises(UserError, match="width is 0"):
         replace(recipe, width=0)
+
+
+def test_a_notebook_shows_the_sentence_alone():
+    assert UserError("k is 0: it must be 1")._render_traceback_() == ["UserError: k is 0: it must be 1"]
+    assert check("facts", {"layer": 1}, dict[str, int]) == {"layer": 1}
+    with pytest.raises(UserError, match="facts is 'layer: 1': it must be a mapping, .* give it with -y"):
+        check("facts", "layer: 1", dict[str, int])

@@ -89,10 +89,10 @@ def _card(crosscoder: CrossCoder, store, entropies: Mapping, n_boot: int, seed: 
     card = {f"fve_{name}": ratio(errors[m], spreads[m], lambda r: 1 - r) for m, name in enumerate(names)}
     for name, ce in entropies.items():
         lost_by_mean = ce["mean"] - ce["own"]
-        recovered, n = ratio(ce["mean"] - ce["reconstruction"], lost_by_mean), len(lost_by_mean)
-        if lost_by_mean.sum() <= 2 * lost_by_mean.std() * n**0.5:
-            recovered = {"value": float("nan"), "ci": None, "n": n}
-        card[f"ce_recovered_{name}"] = recovered
+        n, recovered = len(lost_by_mean), f"ce_recovered_{name}"
+        card[recovered] = {"value": float("nan"), "ci": None, "n": n}
+        if lost_by_mean.sum() > 2 * lost_by_mean.std() * n**0.5:
+            card[recovered] = ratio(ce["mean"] - ce["reconstruction"], lost_by_mean)
         card |= {f"ce_{kind}_{name}": ratio(ce[kind], ce["tokens"]) for kind in KINDS}
     card["l0"] = ratio(active, counts)
     if crosscoder.variant == "batchtopk":
