@@ -50,11 +50,6 @@ __all__ = [
 ]
 Kind = TypeVar("Kind")
 FOUND = "**What this run found.** "
-WRITTEN_FOR = ("tiny", "smol")  # how the pairs are called that predictions and words are about
-ANOTHER = (
-    "*Predictions and words of this notebook were written for the pair tiny; what it says of {} are numbers,"
-    " figures and computed sentences.*"
-)
 NOT_YET = "*What this run found will stand here when all cells have been run.*"
 # ends of the names of metrics that say how fast a machine was: no results, so not compared
 TIMES = ("_per_second", "_seconds")
@@ -80,8 +75,9 @@ def begin(notebook: str, names: Mapping, **kinds) -> Results:
         torch.set_num_threads(parameters["threads"])
     if notebook.isdigit():  # not the explorer, which finds nothing by itself
         _show_found(NOT_YET)
-        if not run.pair.startswith(WRITTEN_FOR):
-            _show_found(ANOTHER.format(run.pair), name="another")
+        if not run.pair.startswith(("tiny", "smol")):
+            words = f"*Words and predictions of this notebook are about the pair tiny, not {run.pair}.*"
+            _show_found(words, name="another")
     return Results(notebook, run, parameters)
 
 

@@ -88,4 +88,4 @@ def test_what_was_found_stands_where_the_notebook_begins(monkeypatch):
     assert "when all cells have been run" in before and after.endswith("Half of them recur.")
     assert placed["display_id"] == written["display_id"] and not placed["update"] and written["update"]
     begin("02", {"pair": "mine", "run": "test"})
-    assert "were written for the pair tiny" in shown[-1][0] and shown[-1][1]["display_id"] != "found"
+    assert "are about the pair tiny, not mine" in shown[-1][0] and shown[-1][1]["display_id"] != "found"

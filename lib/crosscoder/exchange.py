@@ -42,9 +42,8 @@ _OPTIONAL = {
     DICTIONARY_LEARNING: {"threshold", "k", "code_normalization_id", *_NORMALISER},
 }
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
-# keys of a configuration that speak of another rule than ReLU
+# keys of a configuration that speak of another rule than ReLU, and values that name one
 _OTHER_SPARSITY = re.compile(r"top_?k|k_sparsity|^k$|^l0$|target_l0|threshold|bandwidth|jump", re.IGNORECASE)
-# values that name one
 _OTHER_KIND = re.compile(r"top_?k|jump_?relu|gated|softplus|gelu|silu|sigmoid", re.IGNORECASE)
 _NAMES = re.compile(
     r"name|path|dir|model|hook|data|repo", re.IGNORECASE
@@ -317,9 +316,8 @@ def _format_of(state: Mapping[str, Tensor], file: Path) -> str:
         )
     for name in state.keys() & {*_SHAPES[form], *_NORMALISER}:
         tensor = state[name]
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or (
-            tensor.layout != torch.strided or tensor.is_meta
-        ):
+        plain = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+        if not plain or tensor.itemsize < 2:
             raise UserError(
                 f"{file.name}: {name} is {tensor.dtype}, {tensor.layout}: it must be a dense tensor of"
                 " floating-point numbers of 16 bits or more"
@@ -418,10 +416,8 @@ def layers_by_name(layer: int | Mapping[str, int], names: Sequence[str]) -> dict
     """{name: layer} from one layer for all models, or one for each. UserError for anything else."""
     layers = check("layer", layer, Count | dict[str, Count])
     layers = layers if isinstance(layers, Mapping) else dict.fromkeys(names, layers)
-    if missing := [name for name in names if name not in layers]:
-        raise UserError(
-            f"layer is {layer}: it must have one for each of {', '.join(names)}, not for {missing[0]}"
-        )
+    if not set(names) <= layers.keys():
+        raise UserError(f"layer is {layer}: it must have one for each of {', '.join(names)}")
     return {name: layers[name] for name in names}
 
 

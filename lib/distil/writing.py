@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models import checks
 from ..models.decode import context_of, generate
 from ..models.pairs import load_pair
 from ..runs import Progress, write_text
@@ -144,6 +145,7 @@ def write_for(
     """Let the models of the pair ``name`` write traces.jsonl.gz and general.jsonl.gz into the folder ``out``,
     or go on; with ``kind`` only one of them. ``runs``: folder of what is written so far."""
     pair, runs = load_pair(name), runs or Path("data/runs") / name / "writing"
+    tokenizers = {model: pair.tokenizer(model) for model in pair.models}
     runs.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     for each, model, stem in (("trace", "distilled", "traces"), ("general", "base", "general")):
@@ -151,4 +153,5 @@ def write_for(
             continue
         file = runs / f"{stem}.jsonl"
         write_corpus(each, pair.load(model), pair.tokenizer(model), file, tokens)
+        checks.check_round_trip(tokenizers, "".join(line["text"] for line in read_lines(file)))
         pack(file, out / f"{stem}.jsonl.gz")

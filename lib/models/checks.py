@@ -5,8 +5,10 @@ tokenizer on a paragraph, and, on a few tokens, that notebooks get from it what 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 from safetensors import safe_open
@@ -74,29 +76,37 @@ def check_files(folder: Path, model: PreTrainedModel, what: str) -> None:
                     )
 
 
-def check_round_trip(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
-    """UserError unless a fixed paragraph is the same text after it was ids, in each tokenizer whose
-    vocabulary can spell it, and the same ids in all."""
-    ids = {name: t(PARAGRAPH, add_special_tokens=False)["input_ids"] for name, t in tokenizers.items()}
+def check_round_trip(tokenizers: Mapping[str, PreTrainedTokenizerBase], text: str = PARAGRAPH) -> None:
+    """UserError unless a text is the same after it was ids, in each tokenizer whose vocabulary can spell it,
+    and the same ids in all; but for added tokens, which may be called otherwise in another."""
+    added = {str(token) for t in tokenizers.values() for token in t.added_tokens_decoder.values()}
     advice = "a tokenizer_config.json with another tokenizer_class than its tokenizer.json does this"
-    for name, tokenizer in tokenizers.items():
-        text = tokenizer.decode(ids[name], clean_up_tokenization_spaces=False)
-        unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None) or tokenizer.unk_token
-        if unknown not in tokenizer.convert_ids_to_tokens(ids[name]) and text != PARAGRAPH:
-            i = next((i for i, (a, b) in enumerate(zip(text, PARAGRAPH)) if a != b), len(text))
-            raise UserError(
-                f"the tokenizer of {name} does not give back the text that it reads: {PARAGRAPH[i:][:12]!r}"
-                f" becomes {text[i:][:12]!r}; {advice}, or name a right one as tokenizer: of the pair"
-            )
-    (first, reference), *rest = ids.items()
-    for name, other in rest:
-        if other != reference:
-            i = next((i for i, (a, b) in enumerate(zip(other, reference)) if a != b), 0)
-            ours, theirs = (tokenizers[n].decode(ids[n][i : i + 4]) for n in (first, name))
-            raise UserError(
-                f"the tokenizers of {first} and {name} read one text as unlike tokens ({ours!r}, {theirs!r}):"
-                f" {advice}, or name the right one for both as tokenizer: of the pair"
-            )
+    for part in filter(None, re.split("|".join(map(re.escape, sorted(added))) or "(?!)", text)):
+        ids = {name: t(part, add_special_tokens=False)["input_ids"] for name, t in tokenizers.items()}
+        for name, tokenizer in tokenizers.items():
+            unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None) or tokenizer.unk_token
+            if unknown in tokenizer.convert_ids_to_tokens(ids[name]):
+                continue
+            back = tokenizer.decode(ids[name], clean_up_tokenization_spaces=False)
+            if normalize("NFC", back) != normalize("NFC", part):
+                i = _first_difference(back, part)
+                raise UserError(
+                    f"the tokenizer of {name} does not give back the text that it reads: {part[i:][:12]!r}"
+                    f" becomes {back[i:][:12]!r}; {advice}, or name a right one as tokenizer: of the pair"
+                )
+        (first, reference), *rest = ids.items()
+        for name, other in rest:
+            if other != reference:
+                i = _first_difference(other, reference)
+                ours, theirs = (tokenizers[n].decode(ids[n][i : i + 4]) for n in (first, name))
+                raise UserError(
+                    f"the tokenizers of {first} and {name} read one text as unlike tokens ({ours!r},"
+                    f" {theirs!r}): {advice}, or name the right one for both as tokenizer: of the pair"
+                )
+
+
+def _first_difference(a: Sequence, b: Sequence) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def check_architecture(model: PreTrainedModel, blocks: nn.ModuleList, what: str) -> None:

@@ -333,15 +333,14 @@ class _Batch:
 
 # of transformers' ``generate``: without them a checkpoint's generation_config.json would decide
 PLAIN = {
-    "do_sample": False, "num_beams": 1, "guidance_scale": 1.0, "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
-    "penalty_alpha": 0.0, "min_new_tokens": 0, "suppress_tokens": [], "begin_suppress_tokens": [],
-    "renormalize_logits": False, "remove_invalid_values": False, "min_length": 0, "num_return_sequences": 1,
-    "use_cache": True, "token_healing": False, "return_dict_in_generate": False,
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True,
     **dict.fromkeys((
-        "sequence_bias", "bad_words_ids", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id",
-        "exponential_decay_length_penalty", "watermarking_config", "stop_strings", "max_time", "dola_layers",
-        "cache_implementation", "prompt_lookup_num_tokens",
+        "guidance_scale", "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size", "penalty_alpha", "min_new_tokens", "min_length", "suppress_tokens",
+        "begin_suppress_tokens", "renormalize_logits", "remove_invalid_values", "token_healing", "max_time",
+        "return_dict_in_generate", "sequence_bias", "bad_words_ids", "force_words_ids", "forced_bos_token_id",
+        "forced_eos_token_id", "exponential_decay_length_penalty", "watermarking_config", "stop_strings",
+        "dola_layers", "cache_implementation", "prompt_lookup_num_tokens",
     )),
 }  # fmt: skip
 

@@ -58,9 +58,7 @@ def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> d
     own, name = user_path(name), run_of(name)
     if own.name != name and own.is_file():
         if name in known and known[name].resolve() != own.resolve():
-            raise UserError(
-                f"{own} is called like a profile in notebooks/profiles, and so would be its run: rename it"
-            )
+            raise UserError(f"{own} is called like a profile of the repository, and so is its run: rename it")
         known[name] = own
     if name not in known:
         raise UserError(

@@ -273,9 +273,7 @@ def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
     notebooks = sorted((root / "notebooks").glob(numbered))
     own = sorted({file.parent.name for file in (root / "figures").glob("*/*.html")} - {*PAIRS})
     pairs = (*PAIRS, *own)  # a pair of one's own, too, with its executed notebooks
-    theirs = [
-        n for pair in own for n in sorted((root / f"data/runs/{pair}/default/notebooks").glob(numbered))
-    ]
+    theirs = sorted(n for pair in own for n in root.glob(f"data/runs/{pair}/default/notebooks/{numbered}"))
     files = ((pair, file) for pair in pairs for file in sorted((root / "figures" / pair).glob("*.html")))
     figures = {f"{pair}/{file.stem}": file for pair, file in files}
     if not notebooks or not figures:
@@ -324,8 +322,7 @@ def build(out: Path = ROOT / "data" / "report", root: Path = ROOT) -> int:
 
 
 def _from_notebook(file: Path, figures: Mapping, pairs: Sequence, up: str) -> tuple[str, str]:
-    """(HTML, title) of an executed notebook; a picture whose cell names a figure of one of ``pairs`` becomes
-    a frame of it, whose address begins with ``up``."""
+    """(HTML, title) of an executed notebook; pictures of the figures of ``pairs`` become frames of them."""
     import nbformat
     from nbconvert import HTMLExporter
 

@@ -170,7 +170,7 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path):
         (ORDER, SCALES, 13.5, "layer is 13.5: it must be an integer"),
         (ORDER, SCALES, True, "layer is True: it must be an integer"),
         (ORDER, SCALES, [13, 13], "layer is .13, 13.: it must be an integer of at least 0 or a mapping"),
-        (ORDER, SCALES, {"base": 13}, "one for each of base, distilled, not for distilled"),
+        (ORDER, SCALES, {"base": 13}, "one for each of base, distilled"),
     ],
 )
 def test_what_contradicts_the_file_is_refused(tmp_path, order, scales, layer, says):

@@ -165,6 +165,12 @@ def test_a_paragraph_comes_back_and_is_the_same_ids_in_both():
     theirs = split_otherwise(ours, "he|1|9")  # "he" is a token; nothing is lost, and the ids are others
     with pytest.raises(UserError, match="tokenizers of base and distilled read one text as unlike tokens"):
         check_vocabularies({"base": ours, "distilled": theirs})
+    check_round_trip({"base": ours, "distilled": theirs}, "It is 2.")
+    with pytest.raises(UserError, match="read one text as unlike tokens"):  # on what is generated
+        check_round_trip({"base": ours, "distilled": theirs}, "It is 2. So there are 19.")
+    tagged = chat_tokenizer()
+    tagged.add_tokens(["<think>", "</think>"])
+    check_round_trip({"base": ours, "distilled": tagged}, "<think>It is 2.</think>So 19. e\u0301")
     lossy = split_otherwise(ours, "x")
     lossy.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # what spaces are is forgotten
     with pytest.raises(UserError, match="tokenizer of distilled does not give back the text"):

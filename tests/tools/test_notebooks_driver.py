@@ -317,6 +317,22 @@ def test_a_notebook_that_is_edited_while_it_runs_is_not_overwritten(house, capsy
     assert "# edited" in (house / "00_first.ipynb").read_text()
 
 
+def test_the_terminal_sees_the_progress_of_a_notebook(house, capfd):
+    code = "Progress._shown = -99\nwith Progress('rows', 9) as p:\n    p.update(5)"
+    path = f"import sys\nsys.path.insert(0, {str(driver.ROOT)!r})\nfrom lib.runs import Progress"
+    write(house, "00_first", f"{path}\n{code}")
+    assert call(house, "--only", "00") == 0
+    assert "  rows: 5/9\n" in capfd.readouterr().err and "rows" not in text_of(house / "00_first.ipynb")
+
+
+def test_a_profile_may_be_a_file_of_ones_own(house, tmp_path, capsys):
+    write(house, "00_first", "print(run, seed)")
+    (tmp_path / "wide.yaml").write_text("00_first: {seed: 77}\n")
+    assert call(house, "--only", "00", "--profile", str(tmp_path / "wide.yaml")) == 0
+    made = house.parent / "data" / "runs" / "tiny" / "wide" / "notebooks" / "00_first.ipynb"
+    assert "wide 77" in text_of(made)
+
+
 def test_the_kernel_is_this_interpreter_and_the_environment_is_restored():
     before = dict(os.environ)
     with driver.own_kernel():

@@ -90,6 +90,22 @@ def test_a_saved_figure_becomes_a_frame_and_another_stays_a_picture_with_words(r
     assert (root / "out" / "figures" / "plotly.min.js").stat().st_size > 1_000_000
 
 
+def test_a_pair_of_ones_own_is_in_it_with_its_notebooks(root):
+    for folder, file in (
+        ("figures/mine", "00_loss.html"),
+        ("data/runs/mine/default/notebooks", "00_what.ipynb"),
+    ):
+        (root / folder).mkdir(parents=True)
+        source = root / ("figures/tiny" if file.endswith("html") else "notebooks") / file
+        (root / folder / file).write_bytes(source.read_bytes())
+    (root / "figures/mine/00_loss.png").write_bytes(b"png")
+    assert report.build(root / "out", root) == 4
+    text = (root / "out/notebooks/mine/00_what.html").read_text()
+    assert 'src="../../figures/mine/00_loss.html"' in text and "figures/tiny" not in text
+    index = (root / "out/index.html").read_text()
+    assert "mine: 1 figures" in index and 'href="notebooks/mine/00_what.html"' in index
+
+
 def test_no_script_runs_on_a_page(root):
     report.build(root / "out", root)
     for name in ("index.html", "notebooks/00_what.html", "docs/glossary.html"):
