@@ -23,7 +23,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submod_attrs={
         "model": ["CrossCoder"],
         "training": ["TrainConfig", "train", "read_log"],
-        "health": ["health_card", "health_cards"],
+        "health": ["health_cards"],
         "sharing": ["load_pair", "open_store", "open_crosscoder"],
     },
 )

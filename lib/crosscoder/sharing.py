@@ -280,7 +280,7 @@ def model_card(
             )
     if missing := [m for m in (*(f"fve_{name}" for name in names), "l0") if m not in health]:
         raise UserError(
-            f"the health card lacks {', '.join(missing)}: measure it first (lib.crosscoder.health_card)"
+            f"the health card lacks {', '.join(missing)}: measure it first (lib.crosscoder.health_cards)"
         )
     data = ModelCardData(
         license=licence,
