@@ -76,17 +76,17 @@ pio.templates["distilled"] = go.layout.Template(
 pio.templates.default = "distilled"
 
 
-def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None) -> None:
+def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None, about: str = "") -> None:
     """Write <figures>/<name>.csv, .html and .png, and show the figure.
 
-    Its title names the pair. ``data`` are the numbers behind the figure (a named index is kept); without it
-    the traces' own values are written. Where no browser can draw the PNG, the one that is there is kept if
-    its numbers are still these, to the thousandth part; else it is removed, rather than left to contradict
-    them (see ``undrawn``).
+    Its title names the pair, or what else it is ``about``. ``data`` are the numbers behind the figure (a
+    named index is kept); without it the traces' own values are written. Where no browser can draw the PNG,
+    the one that is there is kept if its numbers are still these, to the thousandth part; else it is removed,
+    rather than left to contradict them (see ``undrawn``).
     """
     file = run.figures / f"{name}.csv"
     frame = traces(fig) if data is None else data
-    fig = _with_pair(fig, run.pair)
+    fig = _with_pair(fig, about or run.pair)
     text = table_text(frame, "%.6g", index=any(level is not None for level in frame.index.names))
     # a fixed div id: by default it is random, and the same figure would give another file each time
     options = dict(include_plotlyjs="directory", include_mathjax=False, config={"displaylogo": False})

@@ -13,6 +13,7 @@ seeds      the crosscoders of a run, which differ in their seed
 recurrence which features come back with another seed
 sharing    opening a crosscoder from anywhere, checking it on data, the hub
 exchange   the formats of others
+claims     what file and log say of a crosscoder
 """
 
 import lazy_loader as lazy

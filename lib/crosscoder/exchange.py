@@ -80,7 +80,7 @@ def read_foreign(
     or if the file is in no format known here.
     """
     file = weights_file(source)
-    state, config, origin = tensors(file), _configuration(file), json_beside(file.with_name(ORIGIN))
+    state, config, origin = tensors(file), configuration(file), json_beside(file.with_name(ORIGIN))
     form = _format_of(state, file)
     _check_sparsity(state, config, file)
     n_models, width, n_features = (_sizes(state, _SHAPES[form], file)[letter] for letter in "Mdf")
@@ -341,7 +341,7 @@ def _sizes(state: Mapping[str, Tensor], shapes: Mapping[str, str], file: Path) -
     return sizes
 
 
-def _configuration(file: Path) -> dict:
+def configuration(file: Path) -> dict:
     """All that JSON files beside the weights say; of several that speak of the same, the most particular."""
     merged: dict = {}
     for name in (f"{file.stem}_cfg.json", "cfg.json", "config.json", "trainer_config.json"):

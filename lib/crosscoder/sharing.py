@@ -92,18 +92,7 @@ def open_crosscoder(
     2 (1 - FVE of the model card), or 0.5 where there is no card. Give what was published: 0.5 lets a
     neighbouring layer pass.
     """
-    path, _, inside = str(source).partition(":")
-    if user_path(source).exists():
-        path = user_path(source)
-    elif _REPO.fullmatch(str(source)):
-        repo, _, revision = path.partition("@")
-        path = pull(repo, revision, inside)[0] / inside
-    else:
-        raise UserError(
-            f"there is no {source}, and it names no repository on the hub: give a folder, a file of weights,"
-            " or org/name"
-        )
-    foreign = _read(path, names, order, scales, layer)
+    foreign = read(find(source), names, order, scales, layer)
     crosscoder = foreign.crosscoder
     if store is None:
         return crosscoder
@@ -128,8 +117,28 @@ def open_crosscoder(
     return crosscoder
 
 
-def _read(path: Path, names: Sequence[str], order, scales, layer) -> Foreign:
-    if not (path.is_dir() and (path / OURS).is_file()):
+def find(source: str | Path) -> Path:
+    """Where the crosscoder lies that ``open_crosscoder`` calls ``source``; UserError if nowhere."""
+    path, _, inside = str(source).partition(":")
+    if user_path(source).exists():
+        return user_path(source)
+    if _REPO.fullmatch(str(source)):
+        repo, _, revision = path.partition("@")
+        return pull(repo, revision, inside)[0] / inside
+    raise UserError(
+        f"there is no {source}, and it names no repository on the hub: give a folder, a file of weights,"
+        " or org/name"
+    )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether it is a folder in our own format."""
+    return path.is_dir() and (path / OURS).is_file()
+
+
+def read(path: Path, names: Sequence[str], order=None, scales=None, layer=None) -> Foreign:
+    """A crosscoder in any of the formats, with its layers; see ``open_crosscoder``."""
+    if not is_ours(path):
         return read_foreign(path, order, scales, layer, names)
     crosscoder = CrossCoder.load(path)
     origin = json_beside(path / ORIGIN)
@@ -163,9 +172,7 @@ def check_on_data(
     """
     least = {name: least[name] if isinstance(least, Mapping) else least for name in crosscoder.names}
     check("least", list(least.values()), list, high=1)
-    candidates = sample_rows(store, "report")
-    drawn = np.random.default_rng(0).choice(candidates, min(tokens, len(candidates)), replace=False)
-    acts = store.activations(np.sort(drawn))
+    acts = store.activations(sample(store, tokens))
     given = fve(crosscoder, acts)
     low = [name for name in least if not _reaches(given[name], least[name])]
     alternatives = _alternatives(crosscoder, store, thorough=bool(low))
@@ -175,7 +182,7 @@ def check_on_data(
             values = fve(crosscoder, [acts[j] * c for j, c in zip(order, factors)])
             tried.append(min(values.values()))
             fits = all(_reaches(values[name], least[name]) for name in least)
-            if fits if low else _unexplained(values) < share * _unexplained(given):
+            if fits if low else unexplained(values) < share * unexplained(given):
                 believed.append((tried[-1], reason, values))
             if progress:
                 progress.update(i + 1)
@@ -197,6 +204,13 @@ def check_on_data(
     return given
 
 
+def sample(store, tokens: int) -> np.ndarray:
+    """So many random tokens of the split "report", sorted."""
+    candidates = sample_rows(store, "report")
+    drawn = np.random.default_rng(0).choice(candidates, min(tokens, len(candidates)), replace=False)
+    return np.sort(drawn)
+
+
 @torch.no_grad()
 def fve(crosscoder: CrossCoder, acts: Sequence[torch.Tensor]) -> dict[str, float]:
     """{model: 1 - sum of squared errors / sum of squares about the mean} of RAW activations, in float64."""
@@ -212,7 +226,7 @@ def _reaches(value: float, least: float) -> bool:
     return value >= min(least, 1 - FLOOR)
 
 
-def _unexplained(values: Mapping[str, float]) -> float:
+def unexplained(values: Mapping[str, float]) -> float:
     """Sum over models of 1 - FVE, each counted as FLOOR at least: below it, remainders cannot be compared."""
     return sum(float(np.maximum(1 - value, FLOOR)) for value in values.values())
 

@@ -1,4 +1,4 @@
-"""The study: long experiments on a run, each computed once (notebooks 10 to 16), and pairs of several sizes
+"""The study: long experiments on a run, each computed once (notebooks 10 to 17), and pairs of several sizes
 (notebook 06). Open ``variants.py`` first.
 
 variants        a run and its variants; how a part of the study is computed once and read
@@ -9,6 +9,8 @@ judging         which rule finds the planted features
 thoughts        whole thoughts with features removed, exchanged and placed
 texts           longer training, and another text
 appraisal       what a distilled language model learnt
+checkup         is a crosscoder what its file says? (python -m lib checkup)
+published       the numbers that the authors published, with their controls
 verdicts        the predictions of notebooks 02 to 04, crosscoder by crosscoder
 sizes           the results of several pairs against their size
 """
@@ -17,6 +19,7 @@ import lazy_loader as lazy
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
-    submodules=["nulls", "architectures", "judging", "thoughts", "texts", "appraisal", "verdicts", "sizes"],
+    submodules=["nulls", "architectures", "judging", "thoughts", "texts", "appraisal", "verdicts", "sizes"]
+    + ["checkup", "published"],
     submod_attrs={"variants": ["open_variant"]},
 )

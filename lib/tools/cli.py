@@ -1,7 +1,8 @@
 """The command line: ``python -m lib COMMAND``. ``python -m lib COMMAND --help`` says what a command takes.
 
-Exit codes: 0 done; 1 a notebook failed, or ``check`` found a number outside of its tolerance; 2 wrong usage,
-or whatever one sentence can say; 130 interrupted. What was finished before an error is kept.
+Exit codes: 0 done; 1 a notebook failed, ``check`` found a number outside of its tolerance, or ``checkup`` a
+fault; 2 wrong usage, or whatever one sentence can say; 130 interrupted. What was finished before an error is
+kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..settings import REGISTRY, ROOT, UserError, user_path
+from ..settings import REGISTRY, ROOT, UserError, path_shown, user_path
 
 app = typer.Typer(
     help="What distillation changes inside a language model: every command of the study.",
@@ -62,7 +63,7 @@ _Solutions = _option(bool, None, "answer the exercises, so that their checks run
 _Notebooks = Annotated[Path, typer.Option(hidden=True)]  # for the tests
 
 # options that take any number of words; typer wants the option before each of them
-_LISTS = {"--only", "--stages"}
+_LISTS = {"--only", "--stages", "--seeds"}
 
 
 def _spelled_out(words: Sequence[str]) -> list[str]:
@@ -143,7 +144,7 @@ def _notebooks(row: str):
 
 
 _figures = "Run notebooks 00 to 06, or those of --only, on a pair. They write figures, tables and numbers."
-_study = """Run the long experiments, notebooks 10 to 13 and 16. Hours; an interrupted run goes on.
+_study = """Run the long experiments, notebooks 10 to 13, 16 and 17. Hours; an interrupted run goes on.
 
 Notebooks 14 and 15 are about the pair smol and read files of your own: --pair smol --only 15
 """
@@ -273,6 +274,34 @@ def harvest(
     from .harvest_parts import harvest_for
 
     print(harvest_for(pair, profile, _texts(p), out, part, merge))
+
+
+@app.command()
+def checkup(
+    source: _argument(str, None, "folder, file of weights, or org/name on the hub"),
+    pair: Pair = "tiny",
+    profile: Profile = "default",
+    p: _option(
+        list[str], "NAME VALUE", "a fact: layer, order, scales; a claim: fve, l0, shown, distinct", "-p"
+    ) = (),
+    log: _option(Path, "FILE", "of its training") = None,
+    null: _option(str, "SOURCE", "a crosscoder of base and null_a, in our format") = "",
+    seeds: _option(list[str], "SOURCE ...", "crosscoders with other seeds") = (),
+    reach: _option(int, "N", "layers to try on each side", min=0) = 2,
+    tokens: _option(int, "N", "to harvest, of which a tenth is looked at", min=1) = 100_000,
+    out: _option(Path, "FILE", "the page as HTML (default: checkup.html in the folder of the run)") = None,
+    registry: Registry = None,
+):
+    """Check a crosscoder, anybody's, on fresh tokens of a pair. Exit code 1 if it has a fault."""
+    from ..runs import Run, write_text
+    from ..study.checkup import page_of
+    from .profiles import read_value, run_of
+
+    run, facts = run_of(profile), {name: read_value(text, None) for name, text in _texts(p)}
+    page = page_of(source, pair, run, facts, log, null, seeds, reach, tokens)
+    out = write_text(out or Run(pair, run).path("checkup") / "checkup.html", page.html())
+    print(f"{page}\n\nWith figures: {path_shown(out)}")
+    return int(bool(page.named("fault")))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
