@@ -19,7 +19,7 @@ from ..stats import bootstrap, wilson
 from .codes import activations, check_models, encoded, sample_rows
 from .model import CrossCoder
 
-KINDS = ("own", "mean", "reconstruction")  # what the rest of a model reads at the layer
+KINDS = ("own", "reconstruction", "mean")  # what the rest of a model reads at the layer
 # of one forward, all its copies of a batch: at most so many tokens with padding, and so many logits
 BATCH_TOKENS, LOGITS = 24_576, 1 << 27
 
