@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..labels import KINDS, LABEL_ARRAYS, LABELS, SPLITS
-from ..models.pairs import DTYPES, Pair, load_pair
+from ..models.pairs import DTYPES, Pair, layer_of, load_pair
 from ..models.reader import BATCH_TOKENS, CHUNK, NORM_FACTOR, LayerReader, masks, read_all, row_norms
 from ..runs import (
     MANIFEST,
@@ -70,9 +70,7 @@ def open_text(
     UserError for a ``layer`` (-1: the pair's own) that one of its models does not have."""
     pair = override(load_pair(name), traces, general)
     pair.check_folders()
-    if (layer := pair.layer if layer < 0 else layer) is not None:
-        depths = [pair.config(model).get_text_config().num_hidden_layers for model in pair.models]
-        check("layer", layer, int, low=0, high=min(depths) - 1)
+    layer_of(min(pair.depths), pair.layer if layer < 0 else layer)
     return pair, build(pair, tokens, trace_share=trace_share, seed=seed)
 
 
@@ -154,10 +152,10 @@ def layers_of(
 def upper_layer(pair: Pair, layer: int | None = None) -> int | None:
     """Index of the decoder layer before the last block, where what comes next is nearly decided; None if the
     models differ in depth, or ``layer`` (None: the pair's own) is not below it."""
-    depths = {pair.config(name).get_text_config().num_hidden_layers for name in pair.models}
+    depths = set(pair.depths)
     depth = depths.pop()
     layer = pair.layer if layer is None else layer
-    read = max(depth // 2 - 1, 0) if layer is None else layer
+    read = layer_of(depth) if layer is None else layer
     return depth - 2 if not depths and read < depth - 2 else None
 
 
@@ -246,11 +244,10 @@ def job_of(
     for name in pair.models:
         config = pair.config(name).get_text_config()
         depth = config.num_hidden_layers
-        at = max(depth // 2 - 1, 0) if layer is None else check("layer", layer, int, low=0, high=depth - 1)
         models[name] = {
             "fingerprint": pair.fingerprint(name),
             "width": config.hidden_size,
-            "layer": at,
+            "layer": layer_of(depth, layer),
             "layers": depth,
             "vocabulary": config.vocab_size,
         }

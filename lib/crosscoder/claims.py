@@ -19,18 +19,12 @@ from .exchange import configuration, weights_file
 from .model import INITIAL_NORM, CrossCoder
 
 _FVE = number(high=1)
-CLAIMS = {
-    "fve": _FVE | dict[str, _FVE],
-    "l0": NotNegative,
-    "shown": Positive,
-    "distinct": Positive,
-}  # may be given
+# may be given
+CLAIMS = {"fve": _FVE | dict[str, _FVE], "l0": NotNegative, "shown": Positive, "distinct": Positive}
 # names in logs: of this project, and of the replication
-FVE, L0, L1 = (
-    ("fve", "explained_variance"),
-    ("l0_at_threshold", "l0", "l0_loss"),
-    ("l1_coeff", "l1_coefficient"),
-)
+FVE = ("fve", "explained_variance")
+L0 = ("l0_at_threshold", "l0", "l0_loss")
+L1 = ("l1_coeff", "l1_coefficient")
 
 
 @dataclass(frozen=True)

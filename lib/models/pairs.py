@@ -152,6 +152,11 @@ class Pair:
         return _from(source, AutoConfig, f"model {model_name!r} of pair {self.name!r}")
 
     @property
+    def depths(self) -> list[int]:
+        """The number of decoder layers of each model, by its configuration."""
+        return [self.config(name).get_text_config().num_hidden_layers for name in self.models]
+
+    @property
     def context(self) -> int | None:
         """How many tokens every model can read; None if nothing limits them."""
         known = []
@@ -322,10 +327,12 @@ def half_depth(model: nn.Module) -> int:
 
 def check_layer(model: nn.Module, layer: int | None) -> int:
     """``layer`` if the model has it, half depth if it is None."""
-    depth = len(decoder_layers(model))
-    if layer is None:
-        return max(depth // 2 - 1, 0)
-    return check("layer", layer, int, low=0, high=depth - 1)
+    return layer_of(len(decoder_layers(model)), layer)
+
+
+def layer_of(depth: int, layer: int | None = None) -> int:
+    """``check_layer`` of a model with so many decoder layers."""
+    return max(depth // 2 - 1, 0) if layer is None else check("layer", layer, int, low=0, high=depth - 1)
 
 
 def check_vocabularies(

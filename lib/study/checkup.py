@@ -41,7 +41,7 @@ from ..crosscoder.model import CrossCoder
 from ..crosscoder.plots import nrn_histogram
 from ..crosscoder.recurrence import LIMIT as LIMIT  # named in the words, as are the constants below
 from ..features.uniqueness import of_seed, score_table
-from ..models.pairs import Pair, load_pair
+from ..models.pairs import Pair, layer_of, load_pair
 from ..results import read_part
 from ..runs import Run
 from ..settings import ROOT, Count, NotNegative, UserError, check, check_kinds, read_text
@@ -128,10 +128,8 @@ def examine(
     card, scores = health_card(crosscoder, store), score_table(crosscoder, store, n_boot=0)
     alive, dead = scores["alive"].to_numpy(bool), card["dead_fraction"]["value"]
     for name in crosscoder.names:
-        value, (low, high), said = (
-            *(card[f"fve_{name}"][key] for key in ("value", "ci")),
-            claims.fve.get(name),
-        )
+        value, (low, high) = (card[f"fve_{name}"][key] for key in ("value", "ci"))
+        said = claims.fve.get(name)
         short = said is not None and POOR <= value < said - NEAR
         outcome = "fault, claim" if short else _grade(value >= GOOD, value < POOR)
         line("fve", outcome, f"{value:.2f} [{low:.2f}, {high:.2f}]{_said(said)}", name=name)
@@ -144,7 +142,8 @@ def examine(
     line("alive", _grade(1 - dead >= ALIVE, 1 - dead < HALF), value)
     _fit(line, crosscoder, store, claims)
     at_layers = _by_layer(line, crosscoder, stores)
-    _zero_rows(line, crosscoder, store, claims)
+    acts = store.activations(sharing.sample(store, TOKENS))
+    _zero_rows(line, crosscoder, acts, claims)
     if alive.any():
         _encoder(line, crosscoder, alive, claims)
     if claims.shown and claims.distinct:
@@ -157,7 +156,7 @@ def examine(
     _recurrence(line, [crosscoder, *others], store, alive)
     nrn = nrn_histogram(scores[alive].rename(columns={"nrn": "nrn_p1"}))[0]
     columns = ["check", "value", "normal", "verdict", "meaning"]
-    return Page(subject, pd.DataFrame(lines, columns=columns), [_plot_fit(crosscoder, store, at_layers), nrn])
+    return Page(subject, pd.DataFrame(lines, columns=columns), [_plot_fit(crosscoder, acts, at_layers), nrn])
 
 
 def _grade(good: bool, poor: bool) -> str:
@@ -199,8 +198,8 @@ def _by_layer(line, crosscoder: CrossCoder, stores: Mapping[int, Store]) -> pd.D
 
 
 @torch.no_grad()
-def _zero_rows(line, crosscoder: CrossCoder, store: Store, claims: Claims) -> None:
-    x = crosscoder.scaled(store.activations(sharing.sample(store, TOKENS))).double()
+def _zero_rows(line, crosscoder: CrossCoder, acts: Sequence[torch.Tensor], claims: Claims) -> None:
+    x = crosscoder.scaled(acts).double()
     mean, f = x.mean(0).square().sum(), crosscoder.encode([torch.zeros(1, w) for w in crosscoder.widths])
     off = float((f @ crosscoder.W_dec + crosscoder.b_dec).square().sum() / mean)
     value = f"at 0 it is off by {off:.2f} of the mean's square, and {int((f > 0).sum())} features fire"
@@ -254,8 +253,8 @@ def _recurrence(line, crosscoders: Sequence[CrossCoder], store: Store, alive: np
     return line("recurrence", "sound" if share > HALF else "note", value)
 
 
-def _plot_fit(crosscoder: CrossCoder, store: Store, layers: pd.DataFrame) -> go.Figure:
-    names, acts = list(crosscoder.names), store.activations(sharing.sample(store, TOKENS))
+def _plot_fit(crosscoder: CrossCoder, acts: Sequence[torch.Tensor], layers: pd.DataFrame) -> go.Figure:
+    names = list(crosscoder.names)
     scales = pd.DataFrame([{"at": c, **sharing.fve(crosscoder, [a * c for a in acts])} for c in FACTORS])
     at = f"output of decoder layer (stated: {layers.loc[0, 'layer']})"
     panels = {at: layers.rename(columns={"layer": "at"}), "times the scale": scales}
@@ -301,7 +300,8 @@ def page_of(
 
     def opened(path: Path, *names: str) -> sharing.Foreign:
         scales = dict.fromkeys(names, 1.0) if from_store else facts.get("scales")
-        layer = facts.get("layer", _depth(models)[1] if sharing.is_ours(path) else None)
+        own = layer_of(min(models.depths), models.layer) if sharing.is_ours(path) else None
+        layer = facts.get("layer", own)
         return sharing.read(path, names, facts.get("order"), scales, layer)
 
     def fitted(foreign: sharing.Foreign, store: Store) -> CrossCoder:
@@ -328,17 +328,11 @@ def page_of(
     return examine(crosscoder, stores, claims_of(foreign, path, log, facts), limits, seeded, subject)
 
 
-def _depth(pair: Pair) -> tuple[int, int]:
-    """Layers of the shallowest model, and the one that is read where nothing else is said."""
-    depth = min(pair.config(name).get_text_config().num_hidden_layers for name in pair.models)
-    return depth, max(depth // 2 - 1, 0) if pair.layer is None else pair.layer
-
-
 def _harvested(
     pair: Pair, layers: Mapping[str, int], folder: Path, reach: int, tokens: int
 ) -> dict[int, Store]:
     """{layers above the stated one: store}."""
-    stated, depth = min(layers.values()), _depth(pair)[0]
+    stated, depth = min(layers.values()), min(pair.depths)
     if max(layers.values()) > stated:
         raise UserError(
             f"the crosscoder reads the layers {dict(layers)}: a check-up reads all models at one layer"

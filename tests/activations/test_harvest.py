@@ -158,10 +158,7 @@ def test_two_layers_in_one_pass_are_the_stores_of_two_passes(tmp_path, monkeypat
 
 def test_the_layer_before_the_last_block(tmp_path):
     def of(layer=None, **depths):
-        def config(name):
-            return SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=depths[name]))
-
-        return harvest_module.upper_layer(SimpleNamespace(models=depths, layer=None, config=config), layer)
+        return harvest_module.upper_layer(SimpleNamespace(depths=[*depths.values()], layer=None), layer)
 
     assert of(base=6, distilled=6) == 4
     assert of(4, base=6, distilled=6) is None  # it is read already
