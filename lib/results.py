@@ -163,7 +163,7 @@ class Results:
 
     def text(self, name: str, digits: int = 2) -> str:
         """A metric as prose shows it: ``0.85 [0.82, 0.88]``."""
-        return _interval_text(self.metrics[name], digits)
+        return interval_text(self.metrics[name], digits)
 
     def write(self) -> Path:
         """Write <figures>/results/NN.json (atomic) and return its path."""
@@ -268,7 +268,7 @@ def _number(value) -> float | int | None:
     return None if value is None or not math.isfinite(value) else value
 
 
-def _interval_text(metric: Mapping, digits: int) -> str:
+def interval_text(metric: Mapping, digits: int = 2) -> str:
     def show(x):
         return "n/a" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:,.{digits}f}"
 
@@ -301,7 +301,9 @@ PARTS = {  # part of the study: the notebook that computes it
         "transplants": "13",
         "training": "14",
         "texts": "14",
-        "verdicts": "16",
+        "paper": "16",
+        "loop": "16",
+        "verdicts": "18",
     },
 }
 

@@ -156,6 +156,15 @@ class CrossCoder(nn.Module):
         self.b_dec.copy_(self.means)
         self.b_enc.copy_(-functional.linear(self.means, self.W_enc))
 
+    @torch.no_grad()
+    def independent_rows(self, seed: int) -> None:
+        """Begin with another random direction in every model: a feature's rows have nothing in common."""
+        for m, columns in enumerate(map(self.columns, self.names)):
+            rows = initial_rows([self.widths[m]], self.n_features, seed + 1_000_003 * m)
+            self.W_dec[:, columns] = self.W_enc[:, columns] = rows
+        self._clear_foreign(self.W_dec)
+        self.W_enc.copy_(self.W_dec)
+
     # --- tokens to features and back ------------------------------------------------------------------------
 
     def scaled(self, acts: Sequence[Tensor]) -> Tensor:

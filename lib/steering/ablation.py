@@ -390,6 +390,54 @@ def measure(
     return pd.concat(records, ignore_index=True)
 
 
+@torch.no_grad()
+def own_effects(
+    store: Store,
+    crosscoder: CrossCoder,
+    models: Mapping[str, TransformersModel],
+    targets: pd.DataFrame,
+    shares: Sequence[float],
+    seed: int = 0,
+    batch_size: int = 32,
+) -> pd.DataFrame:
+    """E4 as it was published: what stands before a target is replaced by its reconstruction, in which a set
+    of features is 0. One row per target, model and k.
+
+    The set: NRN (p = 1, of the second model) above 0.5 and among the k% that fire most often *on the targets*
+    of that category; beside it as many random features of the whole dictionary. Columns: category, document,
+    row, model, k, set and random (change of the target's logit against the intact model), own (set minus
+    random). Not kept positions, such as the first, stay as they are.
+    """
+    generator, records = np.random.default_rng(seed), []
+    nrn = crosscoder.nrn(1, *crosscoder.names[::-1]).numpy()
+    decoders = {name: (crosscoder.rows(name, raw=True), crosscoder.bias(name, raw=True)) for name in models}
+    for _, part in targets.groupby("category", sort=False):
+        often = (crosscoder.encode(store.activations(part["row"].to_numpy())) > 0).float().mean(0)
+        order, sets = often.argsort(descending=True, stable=True).numpy(), {}
+        for k in shares:
+            top = order[: int(np.ceil(crosscoder.n_features * k / 100))]
+            chosen = top[nrn[top] > 0.5]
+            random = generator.choice(crosscoder.n_features, len(chosen), replace=False)
+            sets[k] = {"set": torch.from_numpy(chosen), "random": torch.from_numpy(random)}
+        for batch in batches(store, part, batch_size):
+            acts = dict(zip(store.models, store.activations(batch.kept_rows)))
+            codes = crosscoder.encode([acts[name] for name in crosscoder.names])
+            token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
+            for name, (rows, bias) in decoders.items():
+                text = (models[name], store.layers[name], batch.tokens, batch.mask, batch.at)
+                hidden, error = hidden_at(*text[:-1]), acts[name] - codes @ rows - bias
+                intact = logits_at(*text, targets=token, hidden=hidden)[:, 0]
+                for k, both in sets.items():
+                    changes = {}
+                    for kind, some in both.items():
+                        replaced = hidden - batch.scatter(error + codes[:, some] @ rows[some])
+                        found = logits_at(*text, targets=token, hidden=replaced)[:, 0]
+                        changes[kind] = (found - intact).numpy()
+                    frame = batch.targets[["category", "document", "row"]].assign(model=name, k=k, **changes)
+                    records.append(frame.assign(own=changes["set"] - changes["random"]))
+    return pd.concat(records, ignore_index=True)
+
+
 def removal_table(table: pd.DataFrame, removals: Sequence[Removal]) -> pd.DataFrame:
     """One row per removal: how many features, their mean frequency (split "choose") and NRN."""
     columns = table.set_index("feature")[["frequency_choose", "nrn"]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import ceil
 
+import numpy as np
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
@@ -87,22 +88,28 @@ def ablation() -> pd.DataFrame:
     return pd.concat(parts).reset_index()
 
 
+def over_words(by_word: np.ndarray) -> tuple[float, float, float]:
+    """(mean over pairs of words, low, high) of a quantity, given its mean over each word's partners [n].
+
+    Pairs share words: the interval is the jackknife's, which leaves out one word at a time (Arvesen 1969, for
+    U-statistics).
+    """
+    n = len(by_word)
+    left_out = (n * by_word.mean() - 2 * by_word) / (n - 2)
+    pseudo_values = n * by_word.mean() - (n - 1) * left_out
+    return float(by_word.mean()), *t_interval(pseudo_values)
+
+
 def differences() -> pd.DataFrame:
     """E7 with 20 components: relation, size, words, base, distilled (means over pairs of words), difference,
-    low, high.
-
-    The loss is a mean over pairs of words, which share words: the interval is the jackknife's, which leaves
-    out one word at a time (Arvesen 1969, for U-statistics).
-    """
+    low, high (``over_words``)."""
     rows = []
     for relation, words in read("e7_by_word").groupby("relation", sort=False):
         n = len(words)
         for size in SIZES:
             base, distilled = (words[f"{model}_{size.lower()}"] for model in ("base", "distilled"))
             d = (distilled - base).to_numpy()  # of each word, over the n - 1 pairs that it is in
-            left_out = (n * d.mean() - 2 * d) / (n - 2)
-            ends = t_interval(n * d.mean() - (n - 1) * left_out)  # of the pseudo-values
-            rows.append((relation, size, n, base.mean(), distilled.mean(), d.mean(), *ends))
+            rows.append((relation, size, n, base.mean(), distilled.mean(), *over_words(d)))
     columns = ["relation", "size", "words", "base", "distilled", "difference", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -114,7 +114,7 @@ def _measured(
     inspections = [_inspected(variant, c, place / f"features_{s}") for s, c in enumerate(crosscoders)]
     tables, _ = follow(crosscoders, [i.table for i in inspections])
     controls = detectors.Controls(inspections[0], BOOTS, variant.seed)
-    pooled, errors = Results("16", variant.run, {}), []
+    pooled, errors = Results("18", variant.run, {}), []
     for number, (own, inspection) in enumerate(pooled.over(inspections)):
         more = [targets] if targets != TARGETS else []
         key = fingerprint(

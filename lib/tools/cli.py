@@ -144,7 +144,7 @@ def _notebooks(row: str):
 
 
 _figures = "Run notebooks 00 to 06, or those of --only, on a pair. They write figures, tables and numbers."
-_study = """Run the long experiments, notebooks 10 to 13, 16 and 17. Hours; an interrupted run goes on.
+_study = """Run the long experiments, notebooks 10 to 13, 16 and 18. Hours; an interrupted run goes on.
 
 Notebooks 14 and 15 are about the pair smol and read files of your own: --pair smol --only 15
 """

@@ -138,15 +138,15 @@ class Sources:
         return f"{self.metrics(pair, notebook)[name][part]:.0f}"
 
     def by_crosscoder(self) -> dict[str, list[dict]]:
-        """The verdicts of notebook 16: {dictionary: rows}."""
-        rows, dictionaries = _rows(self.json("figures/tiny/results/16.json")["tables"]["verdicts"]), {}
+        """The verdicts of notebook 18: {dictionary: rows}."""
+        rows, dictionaries = _rows(self.json("figures/tiny/results/18.json")["tables"]["verdicts"]), {}
         for row in rows:
             dictionaries.setdefault(row["dictionary"], []).append(row)
         return dictionaries
 
     def over_crosscoders(self, test: str) -> str:
         """The categories for which a prediction holds over the crosscoders of today's dictionary, the last of
-        notebook 16."""
+        notebook 18."""
         *_, rows = self.by_crosscoder().values()
         held = {row["prediction"] for row in rows if row["verdict"] == "yes"}
         return " and ".join(c for c in CATEGORIES if f"{c}, {test}" in held) or "no category"

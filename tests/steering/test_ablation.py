@@ -452,3 +452,44 @@ def test_effects_are_measured_once(tmp_path):
     for mark in ("a", "a", "b"):
         pd.testing.assert_frame_equal(runs.kept_table(tmp_path / "ablation", mark, make, "effects"), frame)
     assert len(calls) == 2
+
+
+def test_own_effect_equals_that_of_hooks_which_replace_the_stream(world):
+    """E4 as published, for single documents without a batch."""
+    store, crosscoder = world.store, world.crosscoder
+    targets = ablation.sample_targets(store, 4, SPLIT)
+    found = ablation.own_effects(store, crosscoder, world.models, targets, [10.0, 40.0], seed=5)
+    nrn, draws = crosscoder.nrn(1, "distilled", "base").numpy(), np.random.default_rng(5)
+    codes = crosscoder.encode(world.acts)
+    for category in targets["category"].unique():
+        mine = targets[targets["category"] == category]
+        often = (codes[mine["row"].tolist()] > 0).float().mean(0)
+        for k, n in ((10.0, 4), (40.0, 16)):
+            top = often.argsort(descending=True, stable=True)[:n].tolist()
+            chosen = [f for f in top if nrn[f] > 0.5]
+            sets = {"set": chosen, "random": draws.choice(40, len(chosen), replace=False).tolist()}
+            for target in mine.itertuples():
+                rows = np.flatnonzero(store.documents == target.document)
+                rows, kept = rows[rows <= target.row], store.kept[rows[rows <= target.row]]
+                text = torch.from_numpy(store.tokens[rows].astype(np.int64))[None]
+                for name, model in world.plain.items():
+                    logits = [model(text).logits[0, -1, target.token]]
+                    for features in sets.values():
+                        f = codes[rows].clone()
+                        f[:, features] = 0
+                        new = crosscoder.decode(f)[crosscoder.names.index(name)][torch.from_numpy(kept)]
+
+                        def replace_stream(module, inputs, out, new=new, kept=kept):
+                            out = out.clone()
+                            out[0, torch.from_numpy(kept)] = new
+                            return out
+
+                        hook = model.model.layers[world.layer].register_forward_hook(replace_stream)
+                        logits.append(model(text).logits[0, -1, target.token])
+                        hook.remove()
+                    where = (found["category"] == category) & (found["row"] == target.row)
+                    row = found[where & (found["model"] == name) & (found["k"] == k)].iloc[0]
+                    expected = [float(logits[i] - logits[0]) for i in (1, 2)]
+                    assert [row["set"], row["random"]] == pytest.approx(expected, abs=2e-3)
+                    assert row["own"] == pytest.approx(expected[0] - expected[1], abs=4e-3)
+    assert found["own"].abs().max() > 0.01

@@ -1,0 +1,275 @@
+"""What the published training loop does to a crosscoder: as written, as run, and the steps between.
+
+As the published code and its logs stand (``published.loop``), few tokens were shown many times, beside as
+many rows of zeros, to weights in bfloat16 whose rows began independently in the two models. Here each of
+these is put into an L1 crosscoder one after the other (ARMS), on three stores:
+
+    pair      the run's base and distilled model
+    null      the base and ``null_a``, between which nothing was distilled
+    planted   activations with known features, none of which is unique (``planted``)
+
+Kept as in the rest of this study: batch size, learning rate and its schedule, the mean from which training
+begins. A small dictionary sees fewer tokens, so what is repeated keeps two proportions of the published run:
+TOKENS_PER_FEATURE distinct tokens, each shown some thousand times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import plotly.express as px
+import plotly.graph_objects as go
+import torch
+
+from ..activations.store import Store
+from ..crosscoder.codes import codes, firing_frequency
+from ..crosscoder.health import health_card
+from ..crosscoder.model import CrossCoder
+from ..crosscoder.recurrence import recurrent
+from ..crosscoder.training import TrainConfig, train
+from ..features.table import describe
+from ..figures import COLOURS, plain_titles
+from ..labels import CATEGORIES
+from ..models.reader import wrap
+from ..results import Part, interval_text, pooled_metric
+from ..stats import bootstrap
+from ..steering.ablation import own_effects, sample_targets
+from .architectures import OVER, UNDER, match_l1
+from .planted import Planted, PlantedStore
+from .variants import Variant, metric, part_of_study
+
+TOKENS_PER_FEATURE = 2.0  # published: 65,504 for 32,768 features
+ARMS = {  # arm: what is changed in the one before it
+    "l1": {},
+    "independent rows": {"equal_rows": False},
+    "as written": {"weights": "bfloat16"},
+    "tokens repeated": {"repeated": True},
+    "as run": {"zeros": True},
+}
+STORES = ("pair", "null", "planted")
+ENDS = 0.1  # share of the alive features that are the highest, and the lowest, by NRN
+NAMES = {  # result of notebook 16: metric of this part
+    "as_written_fve": "pair_as_written_fve_distilled",
+    "as_run_fve": "pair_as_run_fve_distilled",
+    "as_run_false_positives": "planted_as_run_one_sided",
+    "as_run_e4_own": "null_as_run_own",
+}
+SHOWN = {  # quantity: what the figure says of it
+    "fve_distilled": "FVE, distilled, held out",
+    "nrn_sd": "spread of NRN",
+    "one_sided": "NRN outside 0.3 to 0.7",
+    "recurrent": "features that recur",
+    "own": "own effect of E4, largest",
+}
+
+
+class Loop:
+    """What training reads of a store, as the published loop shows it: the first ``distinct`` tokens of an
+    order drawn at random, again and again, beside as many rows of zeros if ``zeros``."""
+
+    def __init__(self, store: Store | PlantedStore, distinct: int, zeros: bool, seed: int = 0):
+        self.store, rows = store, store.rows("train")
+        for name in ("models", "widths", "scales", "means", "mean_norms"):
+            setattr(self, name, getattr(store, name))
+        chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:distinct])
+        self.shown = np.append(chosen, len(store) + np.arange(len(chosen) if zeros else 0))
+        self.fingerprint = f"{store.fingerprint}, {distinct} tokens, zeros {zeros}, seed {seed}"
+
+    def __len__(self) -> int:
+        return len(self.store) + len(self.shown)
+
+    def count(self, split: str) -> int:
+        return len(self.shown)
+
+    def reader(
+        self, split: str, batch_size: int, seed: int, epoch: int = 0, start: int = 0,
+        memory: int | None = None, part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:  # fmt: skip
+        order = np.random.default_rng([seed, epoch]).permutation(self.shown)
+        for first in range(start * batch_size, len(order), batch_size):
+            rows = order[first : first + batch_size][part[0] :: part[1]]
+            real = rows < len(self.store)
+            acts = self.store.activations(np.where(real, rows, self.shown[0]))
+            yield rows, [a * torch.from_numpy(real)[:, None] for a in acts]
+
+
+def arms() -> Iterator[tuple[str, dict, bool, bool]]:
+    """(arm, fields of its training, tokens repeated?, rows of zeros?), each with all changes before it."""
+    changes: dict = {}
+    for arm, change in ARMS.items():
+        changes |= change
+        options = {name: changes[name] for name in ("equal_rows", "weights") if name in changes}
+        yield arm, options, changes.get("repeated", False), changes.get("zeros", False)
+
+
+@part_of_study("loop", 1)
+def compute_loop(
+    variant: Variant, seeds: int = 3, tokens: int = 0, planted_tokens: int = 250_000, targets: int = 100,
+    k: float = 20.0,
+) -> tuple[dict, dict]:  # fmt: skip
+    """The part "loop": every arm on every store of STORES, with ``seeds`` seeds each.
+
+    lambda is that at which the arm "l1" has the run's L0 (on the pair's, and on the planted store).
+    ``tokens``: shown in a training, 0 for as many as to the run's crosscoders; ``planted_tokens``: of the
+    planted store; ``targets``: positions per category of E4, ``k``: percent of the dictionary that is
+    removed.
+
+    Tables: "arms", one row per store, arm and seed (``measured``, and recurrent, the share of its features
+    that recur with the other seeds); "own", ``summary`` of E4 by store, arm and seed; "match_l1". Metrics:
+    ``pooled``.
+    """
+    config = variant.config()
+    config = replace(config, tokens=tokens or config.tokens, variant="l1", precision="float32")
+    others, null_store = variant.harvested("base", "null_a")
+    stores = {"pair": variant.store, "null": null_store}
+    stores["planted"] = PlantedStore(Planted(tokens=planted_tokens).null())
+    pairs = {"pair": variant.pair, "null": others}
+    rows, own, tries = [], [], []
+    for name, store in stores.items():
+        mine = _config(config, store)
+        if name != "null":  # whose lambda is the pair's
+            lam, tried = match_l1(
+                store, mine.k, mine, variant.folder(f"loop/match_{name}"), tolerance=0.1, most=6
+            )
+            tries.append(tried.assign(store=name))
+        sites = models = None
+        if name != "planted":
+            sites = sample_targets(store, targets, "report", seed=variant.seed)
+            tokenizer = pairs[name].tokenizer()
+            models = {model: wrap(pairs[name].load(model), tokenizer) for model in store.models}
+        for arm, options, repeated, zeros in arms():
+            distinct = min(round(TOKENS_PER_FEATURE * mine.n_features), store.count("train"))
+            made = []
+            for seed in range(variant.seed, variant.seed + seeds):
+                shown = Loop(store, distinct, zeros, seed) if repeated else store
+                folder = variant.folder(f"loop/{name}_{arm.replace(' ', '_')}_{seed}")
+                made.append(train(shown, replace(mine, l1=lam, seed=seed, **options), folder))
+            alive = [firing_frequency(c, store) > 0 for c in made]
+            again = recurrent(made, alive).groupby("crosscoder")["recurrent"].mean()
+            for number, (crosscoder, fires) in enumerate(zip(made, alive)):
+                row = {"store": name, "arm": arm, "seed": number, "recurrent": again.get(number, 0.0)}
+                rows.append(row | measured(crosscoder, store, fires, name != "planted"))
+                if models:
+                    effects = own_effects(store, crosscoder, models, sites, [k], variant.seed)
+                    own.append(summary(effects, seed=variant.seed).assign(store=name, arm=arm, seed=number))
+    tables = {"arms": pd.DataFrame(rows), "own": pd.concat(own), "match_l1": pd.concat(tries)}
+    return pooled(tables["arms"], tables["own"]), tables
+
+
+def _config(config: TrainConfig, store) -> TrainConfig:
+    """For planted data the dictionary is 1.5 times what is planted, with the planted L0."""
+    if not isinstance(store, PlantedStore):
+        return config
+    size, k = round(1.5 * store.planted.features), max(1, round(store.planted.l0))
+    return replace(config, n_features=size, k=k)
+
+
+def measured(crosscoder: CrossCoder, store, alive: np.ndarray, labelled: bool) -> dict[str, float]:
+    """Of held-out tokens: fve_base, fve_distilled (the second model's, whichever it is), l0, dead. Of the
+    alive features: nrn_mean, nrn_sd, one_sided (share with NRN outside 0.3 to 0.7); and where sentences have
+    labels reasoning_highest, reasoning_lowest: how many of the ENDS by NRN have a label that names one of the
+    four categories."""
+    base, other = crosscoder.names
+    card = health_card(crosscoder, store, n_boot=2)
+    nrn = crosscoder.nrn(1, other, base).double().numpy()
+    order = np.flatnonzero(alive)[np.argsort(nrn[alive], kind="stable")]
+    row = {
+        "fve_base": card[f"fve_{base}"]["value"],
+        "fve_distilled": card[f"fve_{other}"]["value"],
+        "l0": card["l0"]["value"],
+        "dead": card["dead_fraction"]["value"],
+        "alive": len(order),
+        "nrn_mean": nrn[order].mean(),
+        "nrn_sd": nrn[order].std(),
+        "one_sided": ((nrn[order] < UNDER) | (nrn[order] > OVER)).mean(),
+    }
+    if labelled:
+        n = max(1, round(ENDS * len(order)))
+        labels = describe(store, codes(crosscoder, store, "report"))["label"]
+        reasoning = labels.str.contains("|".join(CATEGORIES)).to_numpy()
+        row["reasoning_highest"] = reasoning[order[-n:]].mean()
+        row["reasoning_lowest"] = reasoning[order[:n]].mean()
+    return row
+
+
+def summary(effects: pd.DataFrame, n_boot: int = 300, seed: int = 0) -> pd.DataFrame:
+    """Of ``own_effects``: one row per category, model and k: set, random, own, low, high (own, 95%, bootstrap
+    over documents), n."""
+    rows = []
+    for (category, model, k), group in effects.groupby(["category", "model", "k"], sort=False):
+        means = group[["set", "random", "own"]].mean()
+        low, high = bootstrap(group["own"], groups=group["document"], n_boot=n_boot, seed=seed)
+        ends = {"low": low, "high": high, "n": len(group)}
+        rows.append({"category": category, "model": model, "k": k, **means, **ends})
+    return pd.DataFrame(rows)
+
+
+def pooled(table: pd.DataFrame, own: pd.DataFrame) -> dict[str, dict]:
+    """Metrics <store>_<arm>_<quantity>, means over seeds with intervals over them, for the quantities of
+    ``measured`` and recurrent; and ..._own, the own effect of E4 in the second model, that of the category in
+    which it is largest (most negative), as its interval over seeds is over such extremes."""
+    metrics, keys = {}, ["store", "arm"]
+    for (store, arm), group in table.groupby(keys, sort=False):
+        for name in group.columns.drop([*keys, "seed"]):
+            if group[name].notna().all():
+                each = [metric(value) for value in group[name]]
+                metrics[f"{store}_{arm}_{name}".replace(" ", "_")] = pooled_metric(each)
+    second = own[own["model"] != "base"].groupby([*keys, "seed"], sort=False)["own"].min()
+    for (store, arm), values in second.groupby(keys, sort=False):
+        metrics[f"{store}_{arm}_own".replace(" ", "_")] = pooled_metric([metric(v) for v in values])
+    return metrics
+
+
+def plot(table: pd.DataFrame, own: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
+    """(figure, its data): every quantity of SHOWN by arm, a colour per store; small points are seeds,
+    diamonds their mean."""
+    second = own[own["model"] != "base"].groupby(["store", "arm", "seed"], as_index=False, sort=False)
+    table = table.merge(second["own"].min(), how="left")
+    long = table.melt(["store", "arm", "seed"], list(SHOWN), "quantity").dropna()
+    long["quantity"] = long["quantity"].map(SHOWN)
+    colours = dict(zip(STORES, (COLOURS["distilled"], COLOURS["base"], COLOURS["null"])))
+    fig = px.strip(
+        long, x="arm", y="value", color="store", facet_col="quantity", color_discrete_map=colours,
+        category_orders={"arm": list(ARMS), "quantity": list(SHOWN.values())}, width=1300,
+        title="What each part of the published loop changes", facet_col_spacing=0.05,
+    )  # fmt: skip
+    fig.update_traces(jitter=0.2, marker_size=5).update_yaxes(matches=None, showticklabels=True)
+    return plain_titles(fig.update_xaxes(tickangle=35, title_text="")), long
+
+
+def wide(table: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds: a row per store and arm."""
+    second = own[own["model"] != "base"].groupby(["store", "arm", "seed"], as_index=False, sort=False)
+    table = table.merge(second["own"].min(), how="left").drop(columns="seed")
+    return table.groupby(["store", "arm"], sort=False).mean()
+
+
+def shows(part: Part) -> str:
+    """What the loop changes, in words: each quantity as written and as run, on every store."""
+    say = lambda store, arm, name: interval_text(part.metrics[f"{store}_{arm}_{name}"])
+    each = lambda name: "; ".join(
+        f"{store} {say(store, 'as_written', name)} and {say(store, 'as_run', name)}"
+        for store in STORES
+        if f"{store}_as_run_{name}" in part.metrics
+    )
+    return (
+        f"As written and as run: explained variance, held out (second model) {each('fve_distilled')};"
+        f" share of features with NRN outside 0.3 to 0.7 {each('one_sided')}; spread of NRN {each('nrn_sd')};"
+        f" share of features that recur {each('recurrent')}; largest own effect of E4 {each('own')}."
+    )
+
+
+def finding(part: Part) -> str:
+    """Which of the paper's findings the loop makes alone, in a sentence: what is there between models between
+    which nothing was distilled."""
+    m = part.metrics
+    made = []
+    for name, words in (("one_sided", "features with an NRN far from 0.5"), ("own", "an own effect in E4")):
+        ends = {store: m[f"{store}_as_run_{name}"]["ci"] for store in ("null", "pair")}
+        clear = {store: bool(e) and (e[0] > 0 or e[1] < 0) for store, e in ends.items()}
+        whose = "in the null too" if clear["null"] else "not in the null" if clear["pair"] else "in neither"
+        made.append(f"{words}: {whose}")
+    return "Trained as run, " + "; ".join(made) + "."

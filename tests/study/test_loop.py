@@ -1,0 +1,100 @@
+"""The published loop's arms: what is shown, what is rounded, and E4 as it was published."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lib.crosscoder.model import CrossCoder
+from lib.crosscoder.training import TrainConfig, Trainer, train
+from lib.study import loop
+from lib.study.planted import Planted, PlantedStore
+
+SMALL = Planted(width=12, shared=10, rotated=4, rescaled=2, base_only=2, distilled_only=2, l0=3, tokens=4_000)
+CONFIG = TrainConfig(n_features=24, variant="l1", tokens=6_000, batch_size=64, l1=0.5)
+
+
+@pytest.fixture(scope="module")
+def store():
+    return PlantedStore(SMALL)
+
+
+def test_loop_shows_few_tokens_again_and_again_and_as_many_zeros(store):
+    shown = loop.Loop(store, 48, zeros=True)
+    rows, acts = zip(*shown.reader("train", 32, seed=0))
+    assert shown.count("train") == 96 and sorted(np.concatenate(rows)) == sorted(shown.shown)
+    both = torch.cat([torch.cat(a, dim=1) for a in acts])
+    empty = np.concatenate(rows) >= len(store)
+    assert empty.sum() == 48 and not both[empty].any() and both[~empty].any(dim=1).all()
+    expected = torch.cat(store.activations(np.concatenate(rows)[~empty]), dim=1)
+    assert torch.equal(both[~empty], expected)
+    assert set(np.concatenate(rows)[~empty]) <= set(store.rows("train"))
+    again, _ = zip(*shown.reader("train", 32, seed=0, epoch=1))
+    assert sorted(np.concatenate(again)) == sorted(shown.shown)  # the same ones in every epoch
+    assert (np.concatenate(again) != np.concatenate(rows)).any()
+
+
+def test_loop_without_zeros_is_trained_on_as_any_store(store, tmp_path):
+    crosscoder = train(loop.Loop(store, 48, zeros=False), CONFIG, tmp_path)
+    assert crosscoder.seen.tolist() == [6_000, 48]
+
+
+def test_arms_change_one_thing_each():
+    made = list(loop.arms())
+    assert [arm for arm, *_ in made] == list(loop.ARMS) and made[0][1:] == ({}, False, False)
+    assert made[-1][1:] == ({"equal_rows": False, "weights": "bfloat16"}, True, True)
+    for (_, *before), (_, *after) in zip(made, made[1:]):
+        old, new = ({**options, "repeated": r, "zeros": z} for options, r, z in (before, after))
+        assert sum(old.get(name, None) != value for name, value in new.items()) == 1
+
+
+def test_independent_rows_have_nothing_in_common(store):
+    same, apart = (
+        Trainer(store, replace(CONFIG, n_features=400, equal_rows=equal)).crosscoder
+        for equal in (True, False)
+    )
+    assert same.cosine("base", "distilled").min() > 0.999
+    assert abs(float(apart.cosine("base", "distilled").mean())) < 0.1
+    assert torch.equal(apart.W_enc, apart.W_dec)
+    assert torch.allclose(apart.rows("base").norm(dim=1), same.rows("base").norm(dim=1))
+
+
+def test_bfloat16_weights_are_rounded_with_the_moments(store):
+    trainer = Trainer(store, replace(CONFIG, weights="bfloat16"))
+    trainer.run_until(640)
+    trainer.close()
+    for parameter, own in trainer.optimizer.state.items():
+        for values in (parameter.detach(), own["exp_avg"], own["exp_avg_sq"]):
+            assert torch.equal(values, values.bfloat16().float())
+
+
+def test_options_of_the_arms_count_only_where_they_are_used(store):
+    assert CONFIG.fingerprint(store) == replace(CONFIG).fingerprint(store)
+    others = [replace(CONFIG, weights="bfloat16"), replace(CONFIG, equal_rows=False)]
+    assert len({CONFIG.fingerprint(store), *(c.fingerprint(store) for c in others)}) == 3
+
+
+def test_measured_on_known_rows(store):
+    crosscoder = CrossCoder([12, 12], 20, ("base", "distilled"), "l1").requires_grad_(False)
+    crosscoder.W_dec[:, 12:] = 0.25 * crosscoder.W_dec[:, :12]  # NRN .2 in all
+    crosscoder.W_dec[:5, 12:] = crosscoder.W_dec[:5, :12]  # but five
+    row = loop.measured(crosscoder, store, np.ones(20, dtype=bool), labelled=False)
+    assert row["one_sided"] == pytest.approx(0.75) and row["nrn_mean"] == pytest.approx(
+        0.75 * 0.2 + 0.25 * 0.5
+    )
+    assert row["alive"] == 20 and "reasoning_highest" not in row
+
+
+def test_pooled_takes_the_category_with_the_largest_own_effect():
+    table = pd.DataFrame({"store": "pair", "arm": "as run", "seed": [0, 1], "l0": [7.0, 9.0]})
+    own = pd.DataFrame(
+        [("pair", "as run", seed, c, model, value) for seed, values in enumerate([(-1.0, -3.0), (-2.0, 0.5)])
+         for c, value in zip(("reflection", "contrast"), values) for model in ("base", "distilled")],
+        columns=["store", "arm", "seed", "category", "model", "own"],
+    )  # fmt: skip
+    own.loc[own["model"] == "base", "own"] -= 100
+    metrics = loop.pooled(table, own)
+    assert metrics["pair_as_run_l0"]["value"] == pytest.approx(8.0)
+    assert metrics["pair_as_run_own"]["value"] == pytest.approx(-2.5)
