@@ -67,33 +67,35 @@ SHOWN = {  # quantity: what the figure says of it
 
 
 class Loop:
-    """What training reads of a store, as the published loop shows it: the first ``distinct`` tokens of an
-    order drawn at random, again and again, beside as many rows of zeros if ``zeros``."""
+    """What training reads of a store, as the published loop shows it: ``distinct`` tokens of the split
+    "train", drawn at random, again and again, beside as many rows of zeros if ``zeros``. ``rows``: their
+    numbers in the store; -1 for zeros."""
 
     def __init__(self, store: Store | PlantedStore, distinct: int, zeros: bool, seed: int = 0):
-        self.store, rows = store, store.rows("train")
-        for name in ("models", "widths", "scales", "means", "mean_norms"):
+        for name in ("models", "widths", "scales", "means"):
             setattr(self, name, getattr(store, name))
-        chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:distinct])
-        self.shown = np.append(chosen, len(store) + np.arange(len(chosen) if zeros else 0))
+        chosen = np.sort(np.random.default_rng(seed).permutation(store.rows("train"))[:distinct])
+        self.rows = np.append(chosen, np.full(len(chosen) if zeros else 0, -1))
+        self.acts = [
+            torch.cat([a.float(), a.new_zeros(len(self.rows) - len(chosen), a.shape[1]).float()])
+            for a in store.activations(chosen)
+        ]
         self.fingerprint = f"{store.fingerprint}, {distinct} tokens, zeros {zeros}, seed {seed}"
 
     def __len__(self) -> int:
-        return len(self.store) + len(self.shown)
+        return len(self.rows)
 
     def count(self, split: str) -> int:
-        return len(self.shown)
+        return len(self.rows)
 
     def reader(
         self, split: str, batch_size: int, seed: int, epoch: int = 0, start: int = 0,
         memory: int | None = None, part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:  # fmt: skip
-        order = np.random.default_rng([seed, epoch]).permutation(self.shown)
+        order = np.random.default_rng([seed, epoch]).permutation(len(self.rows))
         for first in range(start * batch_size, len(order), batch_size):
-            rows = order[first : first + batch_size][part[0] :: part[1]]
-            real = rows < len(self.store)
-            acts = self.store.activations(np.where(real, rows, self.shown[0]))
-            yield rows, [a * torch.from_numpy(real)[:, None] for a in acts]
+            some = order[first : first + batch_size][part[0] :: part[1]]
+            yield some, [a[torch.from_numpy(some)] for a in self.acts]
 
 
 def arms() -> Iterator[tuple[str, dict, bool, bool]]:
