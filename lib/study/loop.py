@@ -10,7 +10,7 @@ these is put into an L1 crosscoder one after the other (ARMS), on three stores:
 
 Kept as in the rest of this study: batch size, learning rate and its schedule, the mean from which training
 begins. A small dictionary sees fewer tokens, so what is repeated keeps two proportions of the published run:
-TOKENS_PER_FEATURE distinct tokens, each shown some thousand times.
+TOKENS_PER_FEATURE distinct tokens, each shown hundreds or thousands of times.
 """
 
 from __future__ import annotations
@@ -162,11 +162,12 @@ def compute_loop(
 
 
 def _config(config: TrainConfig, store) -> TrainConfig:
-    """For planted data the dictionary is 1.5 times what is planted, with the planted L0."""
+    """For planted data the dictionary is 1.5 times what is planted, with the planted L0, and is shown the
+    tokens three times."""
     if not isinstance(store, PlantedStore):
         return config
     size, k = round(1.5 * store.planted.features), max(1, round(store.planted.l0))
-    return replace(config, n_features=size, k=k)
+    return replace(config, n_features=size, k=k, tokens=min(config.tokens, 3 * store.count("train")))
 
 
 def measured(crosscoder: CrossCoder, store, alive: np.ndarray, labelled: bool) -> dict[str, float]:
