@@ -83,9 +83,6 @@ class TrainConfig:
     # would be within its reach
     bandwidth: number(0.01, 1.9) = 0.5
     dedicated: Share = 0.0  # share of the dictionary that is reserved for each model
-    # bfloat16: weights and Adam's moments are rounded to it after every step, as where they are kept in it
-    weights: Literal["float32", "bfloat16"] = "float32"
-    equal_rows: bool = True  # a feature begins with the same direction in every model
 
     def __post_init__(self) -> None:
         if self.variant == "l1":
@@ -111,15 +108,10 @@ class TrainConfig:
     def fingerprint(self, store) -> str:
         """Of a run on this store. An option that does nothing here does not count."""
         idle = {"l0", "bandwidth"} if self.variant != "jumprelu" else set()
-        idle |= {
-            name for name in ("dedicated", "weights", "equal_rows") if getattr(self, name) == DEFAULTS[name]
-        }
+        idle |= set() if self.dedicated else {"dedicated"}
         names = [f.name for f in fields(self) if f.name not in idle]
         used = make_dataclass("TrainConfig", names)(*(getattr(self, name) for name in names))
         return fingerprint(used, store.fingerprint)
-
-
-DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 
 
 def train(
@@ -130,6 +122,7 @@ def train(
     device: str | None = None,
     checkpoint_seconds: float = 30,
     together: SingleProcess = SINGLE_PROCESS,
+    trainer_class: type[Trainer] | None = None,
 ) -> CrossCoder:
     """Train on the store's "train" split, or resume, or load what was made from the same config and store.
 
@@ -137,8 +130,8 @@ def train(
     checkpoint named after the fingerprint. ``progress`` has ``update(done_tokens, note)`` and ``close()``.
     ``device`` None is a GPU if there is one. ``together``: the processes that train
     (``lib.crosscoder.processes``); all see the same folder, in which rank 0 writes what a single process
-    would. UserError for activations or a loss that are not finite, and a store that repeats tokens before it
-    has shown all.
+    would. ``trainer_class``: a ``Trainer`` that does something else; give it a folder of its own. UserError
+    for activations or a loss that are not finite, and a store that repeats tokens before it has shown all.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder, fingerprint, first = Path(folder), config.fingerprint(store), together.rank == 0
@@ -146,7 +139,7 @@ def train(
         return CrossCoder.load(folder)
     with exclusive(folder, "training a crosscoder") if first else contextlib.nullcontext():
         checkpoint = checkpoint_file(made_folder(folder), fingerprint)
-        trainer = Trainer(store, config, device, together)
+        trainer = (trainer_class or Trainer)(store, config, device, together)
         if checkpoint.is_file():
             partial = len(trainer.last_fired) < config.n_features  # only parts of the file are copied
             trainer.restore(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=partial))
@@ -204,8 +197,6 @@ class Trainer:
         widths, scales = ([sizes[name] for name in store.models] for sizes in (store.widths, store.scales))
         choices = config.variant, config.k, scales, config.seed, config.dedicated
         self.crosscoder = CrossCoder(widths, config.n_features, store.models, *choices)
-        if not config.equal_rows:
-            self.crosscoder.independent_rows(config.seed)
         self._each_feature(together.part_of)
         self.crosscoder.to(device).centre([store.means[name].to(device) for name in store.models])
         self.optimizer = _optimizer(self.crosscoder, config)
@@ -284,8 +275,6 @@ class Trainer:
         # The fused Adam divides gradients by this as it reads them: clipping costs no pass of its own.
         self.optimizer.grad_scale = (norm / config.clip).clamp(min=1.0) if config.clip else None
         self.optimizer.step()
-        if config.weights == "bfloat16":
-            self._round()
         with torch.no_grad():
             self.shown += tokens
             self.last_fired[together.any_row(out.code.fired())] = self.shown
@@ -299,13 +288,6 @@ class Trainer:
         l0 = together.over_features(torch.tensor(len(out.code.features) / tokens, device=norm.device))
         means = together.over_rows(torch.stack([loss.detach(), error.detach(), extra.detach(), l0]))
         return torch.cat([means, norm[None]])
-
-    @torch.no_grad()
-    def _round(self) -> None:
-        """Weights and moments to bfloat16's precision."""
-        for parameter, own in self.optimizer.state.items():
-            for values in (parameter, own["exp_avg"], own["exp_avg_sq"]):
-                values.copy_(values.bfloat16())
 
     def _dead(self) -> Tensor:
         """Which of the features kept here are dead."""

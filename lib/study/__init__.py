@@ -22,6 +22,6 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=["nulls", "architectures", "judging", "thoughts", "texts", "appraisal", "verdicts", "sizes"]
-    + ["checkup", "published", "beside", "loop"],
+    + ["checkup", "published", "beside"],
     submod_attrs={"variants": ["open_variant"]},
 )

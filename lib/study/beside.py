@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
-from pandas.io.formats.style import Styler
 
 from ..figures import COLOURS, plain_titles
 from ..geometry.parallelograms import pca
@@ -166,24 +165,15 @@ def paper_rows() -> list[tuple[str, str, str, float, str, str]]:
     return rows
 
 
-def beside(pairs: Sequence[str] = ("tiny", "smol"), run: str = "default", *experiments: str) -> pd.DataFrame:
+def beside(pairs: Sequence[str] = ("tiny", "smol"), run: str = "default") -> pd.DataFrame:
     """The paper's numbers beside those of some pairs in the same form: experiment, quantity, size, paper, and
-    for each pair value with its interval as text ("": not measured). ``experiments``: their rows only."""
-    rows = sorted(
-        (row for row in paper_rows() if row[0] in experiments or not experiments), key=lambda r: r[0]
-    )
+    for each pair value with its interval as text ("": not measured)."""
+    rows = sorted(paper_rows(), key=lambda row: row[0])
     table = pd.DataFrame([row[:4] for row in rows], columns=["experiment", "quantity", "size", "paper"])
     for name in pairs:
         known = {place: _metrics(Run(name, run), place) for place in ("02", "03", "paper")}
         table[name] = [_text(known[place].get(quantity)) for *_, place, quantity in rows]
     return table
-
-
-def show(*experiments: str) -> Styler:
-    """``beside`` for a notebook, with a caption."""
-    what = f"{' and '.join(experiments)} in the paper's own form: its numbers, and ours (notebook 16)"
-    table = beside(("tiny", "smol"), "default", *experiments)
-    return table.style.hide(axis="index").set_caption(what).format(precision=3)
 
 
 def _metrics(run: Run, place: str) -> Mapping[str, Mapping]:
@@ -232,4 +222,4 @@ def plot(own: pd.DataFrame) -> go.Figure:
     )  # fmt: skip
     thin = px.line(own, **look, line_group="crosscoder")
     fig.add_traces(thin.update_traces(line_width=0.7, opacity=0.4, showlegend=False).data)
-    return plain_titles(fig)
+    return plain_titles(fig.update_xaxes(tickvals=[0.5, 2, 10, 50]))

@@ -41,38 +41,35 @@ def test_loop_without_zeros_is_trained_on_as_any_store(store, tmp_path):
 
 
 def test_arms_change_one_thing_each():
-    made = list(loop.arms())
-    assert [arm for arm, *_ in made] == list(loop.ARMS) and made[0][1:] == ({}, False, False)
-    assert made[-1][1:] == ({"equal_rows": False, "weights": "bfloat16"}, True, True)
+    made = [(arm, trainer.independent, trainer.rounded, *data) for arm, trainer, *data in loop.arms()]
+    assert [arm for arm, *_ in made] == list(loop.ARMS)
+    assert made[0][1:] == (False,) * 4 and made[-1][1:] == (True,) * 4
     for (_, *before), (_, *after) in zip(made, made[1:]):
-        old, new = ({**options, "repeated": r, "zeros": z} for options, r, z in (before, after))
-        assert sum(old.get(name, None) != value for name, value in new.items()) == 1
+        assert sum(a != b for a, b in zip(before, after)) == 1
+
+
+def arm(name):
+    return next(trainer for own, trainer, *_ in loop.arms() if own == name)
 
 
 def test_independent_rows_have_nothing_in_common(store):
-    same, apart = (
-        Trainer(store, replace(CONFIG, n_features=400, equal_rows=equal)).crosscoder
-        for equal in (True, False)
-    )
-    assert same.cosine("base", "distilled").min() > 0.999
+    config = replace(CONFIG, n_features=400)
+    same, apart = (arm(name)(store, config).crosscoder for name in ("l1", "independent rows"))
+    plain = Trainer(store, config).crosscoder
+    assert same.cosine("base", "distilled").min() > 0.999 and torch.equal(same.W_dec, plain.W_dec)
     assert abs(float(apart.cosine("base", "distilled").mean())) < 0.1
     assert torch.equal(apart.W_enc, apart.W_dec)
+    assert torch.allclose(apart.b_enc, -apart.W_enc @ apart.means, atol=1e-5)
     assert torch.allclose(apart.rows("base").norm(dim=1), same.rows("base").norm(dim=1))
 
 
 def test_bfloat16_weights_are_rounded_with_the_moments(store):
-    trainer = Trainer(store, replace(CONFIG, weights="bfloat16"))
+    trainer = arm("as written")(store, CONFIG)
     trainer.run_until(640)
     trainer.close()
     for parameter, own in trainer.optimizer.state.items():
         for values in (parameter.detach(), own["exp_avg"], own["exp_avg_sq"]):
             assert torch.equal(values, values.bfloat16().float())
-
-
-def test_options_of_the_arms_count_only_where_they_are_used(store):
-    assert CONFIG.fingerprint(store) == replace(CONFIG).fingerprint(store)
-    others = [replace(CONFIG, weights="bfloat16"), replace(CONFIG, equal_rows=False)]
-    assert len({CONFIG.fingerprint(store), *(c.fingerprint(store) for c in others)}) == 3
 
 
 def test_measured_on_known_rows(store):
