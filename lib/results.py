@@ -141,9 +141,10 @@ class Results:
         """The paper's numbers of some experiments beside ours in the paper's own form: rows of the table of
         notebook 16 on the embedded pair, for a notebook; a sentence where that has not run."""
         embedded = Run("tiny", "default", self.run.root)
-        if not (embedded.figures / "results" / "16.json").is_file():
+        made = (embedded.figures / "results" / "16.json").is_file()
+        table = read_results(embedded, "16")["tables"].get("beside") if made else None
+        if not table:
             return f"Beside the paper's numbers: {make_command('study', 'tiny', 'default', '16')}"
-        table = read_results(embedded, "16")["tables"]["beside"]
         frame = pd.DataFrame(table["rows"], columns=table["columns"])
         what = f"{' and '.join(experiments)} in the paper's own form: its numbers, and ours (notebook 16)"
         shown = frame[frame["experiment"].isin(experiments)].style.hide(axis="index")

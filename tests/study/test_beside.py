@@ -1,8 +1,10 @@
 """The paper's measurements in its own form."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from lib.results import Results
 from lib.runs import Run
 from lib.study import beside, published
 
@@ -42,3 +44,16 @@ def test_every_number_of_the_paper_has_a_place(tmp_path, monkeypatch):
     assert np.isfinite(table["paper"]).all() and (table["nothing"] == "").all()
     assert not table.duplicated(["experiment", "quantity", "size"]).any()
     assert list(table[table["experiment"] == "E6"]["paper"]) == [0.5042, 0.4924, 0.54, 0.0346]
+
+
+def test_notebooks_show_the_rows_of_an_experiment_or_what_makes_them(tmp_path):
+    run = Run("tiny", "default", tmp_path)
+    assert "ONLY=16" in Results("04", run, {}).beside("E4")
+    written = Results("16", run, {})
+    written.write()
+    assert "ONLY=16" in Results("04", run, {}).beside("E4")
+    rows = [("E4", "own effect", 1.0), ("E6", "mean NRN", 0.5)]
+    written.table("beside", pd.DataFrame(rows, columns=["experiment", "quantity", "paper"]))
+    written.write()
+    shown = Results("04", run, {}).beside("E4").to_html()
+    assert "own effect" in shown and "mean NRN" not in shown
