@@ -161,7 +161,7 @@ class CrossCoder(nn.Module):
         """Begin with another random direction in every model: a feature's rows have nothing in common."""
         for m, columns in enumerate(map(self.columns, self.names)):
             rows = initial_rows([self.widths[m]], self.n_features, seed + 1_000_003 * m)
-            self.W_dec[:, columns] = self.W_enc[:, columns] = rows
+            self.W_dec[:, columns] = rows
         self._clear_foreign(self.W_dec)
         self.W_enc.copy_(self.W_dec)
 

@@ -185,10 +185,7 @@ def _metrics(run: Run, place: str) -> Mapping[str, Mapping]:
 
 
 def _text(found: Mapping | None) -> str:
-    if not found or found["value"] is None:
-        return ""
-    ends = found.get("ci")
-    return f"{found['value']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends and None not in ends else "")
+    return interval_text(found, 3) if found and found["value"] is not None else ""
 
 
 def shows(part: Part, table: pd.DataFrame, pair: str) -> str:

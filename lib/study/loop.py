@@ -38,7 +38,7 @@ from ..results import Part, interval_text, pooled_metric
 from ..stats import bootstrap
 from ..steering.ablation import own_effects, sample_targets
 from .architectures import OVER, UNDER, match_l1
-from .planted import Planted, PlantedStore
+from .planted import Planted, PlantedStore, shuffled
 from .variants import Variant, metric, part_of_study
 
 TOKENS_PER_FEATURE = 2.0  # published: 65,504 for 32,768 features
@@ -92,9 +92,7 @@ class Loop:
         self, split: str, batch_size: int, seed: int, epoch: int = 0, start: int = 0,
         memory: int | None = None, part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:  # fmt: skip
-        order = np.random.default_rng([seed, epoch]).permutation(len(self.rows))
-        for first in range(start * batch_size, len(order), batch_size):
-            some = order[first : first + batch_size][part[0] :: part[1]]
+        for some in shuffled(np.arange(len(self.rows)), batch_size, [seed, epoch], start, part):
             yield some, [a[torch.from_numpy(some)] for a in self.acts]
 
 
@@ -247,18 +245,24 @@ def pooled(table: pd.DataFrame, own: pd.DataFrame) -> dict[str, dict]:
             if group[name].notna().all():
                 each = [metric(value) for value in group[name]]
                 metrics[f"{store}_{arm}_{name}".replace(" ", "_")] = pooled_metric(each)
-    second = own[own["model"] != "base"].groupby([*keys, "seed"], sort=False)["own"].min()
-    for (store, arm), values in second.groupby(keys, sort=False):
-        metrics[f"{store}_{arm}_own".replace(" ", "_")] = pooled_metric([metric(v) for v in values])
+    for (store, arm), group in _largest(own).groupby(keys, sort=False):
+        metrics[f"{store}_{arm}_own".replace(" ", "_")] = pooled_metric([metric(v) for v in group["own"]])
     return metrics
 
 
+def _largest(own: pd.DataFrame) -> pd.DataFrame:
+    """The own effect in the second model, of the category in which it is largest: store, arm, seed, own."""
+    second = own[own["model"] != "base"]
+    return second.groupby(["store", "arm", "seed"], as_index=False, sort=False)["own"].min()
+
+
 def plot(table: pd.DataFrame, own: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
-    """(figure, its data): every quantity of SHOWN by arm, a colour per store; small points are seeds,
-    diamonds their mean."""
-    second = own[own["model"] != "base"].groupby(["store", "arm", "seed"], as_index=False, sort=False)
-    table = table.merge(second["own"].min(), how="left")
-    long = table.melt(["store", "arm", "seed"], list(SHOWN), "quantity").dropna()
+    """(figure, its data): every quantity of SHOWN by arm, a colour per store; points are seeds."""
+    long = (
+        table.merge(_largest(own), how="left")
+        .melt(["store", "arm", "seed"], list(SHOWN), "quantity")
+        .dropna()
+    )
     long["quantity"] = long["quantity"].map(SHOWN)
     colours = dict(zip(STORES, (COLOURS["distilled"], COLOURS["base"], COLOURS["null"])))
     fig = px.strip(
@@ -272,8 +276,7 @@ def plot(table: pd.DataFrame, own: pd.DataFrame) -> tuple[go.Figure, pd.DataFram
 
 def wide(table: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds: a row per store and arm."""
-    second = own[own["model"] != "base"].groupby(["store", "arm", "seed"], as_index=False, sort=False)
-    table = table.merge(second["own"].min(), how="left").drop(columns="seed")
+    table = table.merge(_largest(own), how="left").drop(columns="seed")
     return table.groupby(["store", "arm"], sort=False).mean()
 
 

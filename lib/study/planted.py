@@ -152,9 +152,7 @@ class PlantedStore:
         memory: int | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
-        order = np.random.default_rng([seed, epoch]).permutation(self.rows(split))
-        for first in range(start * batch_size, len(order), batch_size):
-            rows = order[first : first + batch_size][part[0] :: part[1]]
+        for rows in shuffled(self.rows(split), batch_size, [seed, epoch], start, part):
             yield rows, self.activations(rows)
 
     def joined(self) -> torch.Tensor:
@@ -162,6 +160,16 @@ class PlantedStore:
         rows are compared with."""
         rows = [torch.as_tensor(self.directions[m] * self.scales[m], dtype=torch.float32) for m in MODELS]
         return normalize(torch.cat(rows, dim=1), dim=1)
+
+
+def shuffled(
+    rows: np.ndarray, batch_size: int, seed: list[int], start: int = 0, part: tuple[int, int] = (0, 1)
+) -> Iterator[np.ndarray]:
+    """Batches of rows in a random order, from batch ``start`` on; of each its ``part`` (number, of how
+    many)."""
+    order = np.random.default_rng(seed).permutation(rows)
+    for first in range(start * batch_size, len(order), batch_size):
+        yield order[first : first + batch_size][part[0] :: part[1]]
 
 
 def frequencies(planted: Planted) -> np.ndarray:
