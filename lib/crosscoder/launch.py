@@ -66,12 +66,21 @@ def launch(
 
 
 def train_or_end(config: TrainConfig, processes: int, **options) -> None:
-    """``train_here`` as a process of its own, which ends with a sentence where it cannot go on."""
+    """``train_here`` as a process of its own, which ends with a sentence where it cannot go on.
+
+    It ends without the interpreter's own end: destructors would wait for the others after an error, and
+    torch's threads, which may still run then, abort it now and then ("terminate called without an active
+    exception") when all is done.
+    """
+    code = 0
     try:
         train_here(config=config, processes=processes, **options)
     except UserError as error:
-        print(f"{SENTENCE}{error}", file=sys.stderr, flush=True)
-        os._exit(1)  # not through destructors that would wait for the others
+        print(f"{SENTENCE}{error}", file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def train_here(
