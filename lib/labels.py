@@ -9,5 +9,5 @@ LABELS = ("general", "other", *CATEGORIES, REDUNDANT)
 
 KINDS = ("general", "trace")
 SPLITS = ("train", "choose", "report")  # to train on; to choose features and strengths on; to report on
-LABEL_ARRAYS = ("label", "starts", "ends", "next_label", "error", "kind")
+LABEL_ARRAYS = ("label", "starts", "ends", "next_label", "error", "kind", "mode")
 DETECTED = (*CATEGORIES, REDUNDANT)  # the paper's four, and our redundant fifth

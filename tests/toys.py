@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -140,10 +141,12 @@ def toy_pair(
 
 
 def toy_store(
-    folder: str | Path, tokens: int = 4000, widths: tuple[int, ...] = (16, 24), seed: int = 0, **options
-) -> Store:
+    folder: str | Path, tokens: int = 4000, widths: tuple[int, ...] = (16, 24), seed: int = 0,
+    corpus: str = "generated", **options,
+) -> Store:  # fmt: skip
     """A store of about ``tokens`` tokens from ``toy_pair``, at ``folder``/store, in shards of 1,500."""
-    pair = toy_pair(folder, widths, names=("base", "distilled", "third")[: len(widths)])
+    names = ("base", "distilled", "third")[: len(widths)]
+    pair = replace(toy_pair(folder, widths, names=names), corpus=corpus)
     return harvest_activations(
         pair,
         build(pair, tokens, seed=seed),

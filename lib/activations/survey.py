@@ -113,7 +113,7 @@ def example_trace(store: Store) -> int:
 def marker_words(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Words with which sentences of the four categories begin: the teacher's in generated text, else
     ``openers``."""
-    if store.manifest["corpus"]["source"] != "generated":
+    if store.manifest["corpus"]["source"] not in ("generated", "modes"):
         return openers(store, tokenizer)
     return list(dict.fromkeys(PARAPHRASES[c][i].split()[0] for c in CATEGORIES for i in range(2)))
 

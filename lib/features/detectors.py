@@ -52,6 +52,7 @@ DETECTOR_COLUMNS = ["category", "feature", "place", "sign", "predictor", "auroc"
 DETECTOR_COLUMNS += ["gain", "gain_low", "gain_high", "positives", "n"]
 WORD_COLUMNS = ["category", "feature", "words", "inside", "outside", "auroc", "low", "high"]
 WORD_COLUMNS += ["inside_n", "outside_n"]
+FACTS = {"error": ("wrong", "right"), "mode": ("careful", "quick")}  # steps where it holds, and where not
 # predictor: the metrics of its AUROC, and of what the feature's is more
 CONTROLS = {"token only": ("token_only", "gain_token"), "sentence only": ("sentence_only", "gain")}
 
@@ -120,16 +121,18 @@ class Controls:
 
         return self._once((category, place), compute)
 
-    def of_errors(self, place: str) -> dict[str, tuple[np.ndarray, float, np.ndarray]]:
-        """The same of wrong steps among all steps: "probe of <model>"."""
+    def of_fact(self, place: str, fact: str = "error") -> dict[str, tuple[np.ndarray, float, np.ndarray]]:
+        """The same of a fact (``holds``) among all steps: "probe of <model>"."""
         fit, at = (self.places(split, place, "deduction") for split in ("choose", "report"))
 
         def compute() -> dict:
-            wrong = is_wrong(self.store, at)
-            scores = probe(self.store, fit.tokens, is_wrong(self.store, fit), at.tokens)
-            return {f"probe of {m}": (score, *self.judged(at, score, wrong)) for m, score in scores.items()}
+            positive = holds(self.store, at, fact)
+            scores = probe(self.store, fit.tokens, holds(self.store, fit, fact), at.tokens)
+            return {
+                f"probe of {m}": (score, *self.judged(at, score, positive)) for m, score in scores.items()
+            }
 
-        return self._once(("error", place), compute)
+        return self._once((fact, place), compute)
 
     def judged(self, at: Places, score: np.ndarray, positive: np.ndarray) -> tuple[float, np.ndarray]:
         """(AUROC, AUROC in resamples of documents)"""
@@ -141,9 +144,10 @@ class Controls:
         return self._known[key]
 
 
-def is_wrong(store: Store, at: Places) -> np.ndarray:
-    """Which of the positions are in a step that computes something false, [n]."""
-    return store.labels["error"][at.tokens] == 1
+def holds(store: Store, at: Places, fact: str = "error") -> np.ndarray:
+    """At which of the positions a fact of the text holds that no word tells, [n]: "error", the step computes
+    something false; "mode", the thought is a careful one."""
+    return store.labels[fact][at.tokens] == 1
 
 
 def detectors(
@@ -401,88 +405,116 @@ def record_of_any_nrn(results: Results, inspection: Inspection, controls: Contro
     return frame
 
 
-# --- errors -------------------------------------------------------------------------------------------------
+# --- facts of the text: errors, and the mode ----------------------------------------------------------------
 
 
-def error_detector(
-    controls: Controls, choose: SplitCodes, table: pd.DataFrame, places: Sequence[str] = tuple(PLACES)
+def fact_detector(
+    controls: Controls,
+    choose: SplitCodes,
+    table: pd.DataFrame,
+    places: Sequence[str] = tuple(PLACES),
+    fact: str = "error",
 ) -> Detector | None:
-    """Which feature tells wrong steps from right ones best on the choose split, at one of the ``places``: by
-    firing, for a feature of errors is asked for. Of any NRN, recurrent or not. None without errors."""
+    """Which feature tells steps with a fact from others best on the choose split, at one of the ``places``.
+    Of any NRN, recurrent or not; an error is told by firing, a mode by falling silent too. None without
+    such steps."""
     wanted = np.flatnonzero(table["alive"].astype(bool) & (table["frequency_choose"] > 0))
     values = {}
     for place in places:
         at = controls.places("choose", place, "deduction")
-        aurocs = auroc.auroc(choose.codes[at.index][:, wanted], is_wrong(controls.store, at))
+        aurocs = auroc.auroc(choose.codes[at.index][:, wanted], holds(controls.store, at, fact))
         if len(wanted) and not np.isnan(aurocs).all():
             values[place] = pd.Series(aurocs - 0.5, wanted)
-    return best_of_places(values, silent=False)
+    return best_of_places(values, silent=fact != "error")
 
 
-def record_errors(
-    results: Results, inspection: Inspection, beyond_null: np.ndarray | None, controls: Controls
+def record_fact(
+    results: Results,
+    inspection: Inspection,
+    beyond_null: np.ndarray | None,
+    controls: Controls,
+    fact: str = "error",
 ) -> dict:
-    """The error feature of one crosscoder, put into ``results``; returns what is known of it, {} if the text
-    has no errors. ``beyond_null`` [F]: nu_eps beyond the null, or None.
+    """The feature of a fact (``holds``) of one crosscoder, put into ``results``; returns what is known of it,
+    {} if the text does not tell the fact. ``beyond_null`` [F]: nu_eps beyond the null, or None.
 
-    Metrics error_auroc, error_gain (more than the probe of the base's activation at the same place),
-    error_probe_<model>_auroc, error_nrn, error_nrn_rank (share of the alive features with a lower NRN),
-    error_nu_eps, error_at_value, error_fires_wrong, error_fires_right (shares of such steps).
+    Metrics, each with the fact in front: error_auroc, error_gain (more than the probe of the base's
+    activation at the same place), error_probe_<model>_auroc, error_nrn, error_nrn_rank (share of the alive
+    features with a lower NRN), error_nu_eps, error_at_value, error_fires_wrong, error_fires_right (shares of
+    such steps; of a mode mode_fires_careful, mode_fires_quick).
     """
-    table, detector = inspection.table, error_detector(controls, inspection.choose, inspection.table)
+    table, detector = (
+        inspection.table,
+        fact_detector(controls, inspection.choose, inspection.table, fact=fact),
+    )
     if detector is None:
         return {}
-    feature, place, _ = detector
+    feature, place, sign = detector
     at = controls.places("report", place, "deduction")
-    wrong, f = is_wrong(inspection.store, at), at.activation(feature, inspection.report)
-    value, draws = controls.judged(at, f, wrong)
-    row, alive = table.loc[feature], inspection.alive
-    results.add("error_auroc", value, stats.interval(draws), len(wrong))
+    positive, f = holds(inspection.store, at, fact), at.activation(feature, inspection.report)
+    value, draws = controls.judged(at, sign * f, positive)
+    row, alive, n = table.loc[feature], inspection.alive, len(positive)
+    results.add(f"{fact}_auroc", value, stats.interval(draws), n)
     first, *_ = inspection.crosscoder.names
     for name in inspection.crosscoder.names:
-        _, probed, probed_draws = controls.of_errors(place)[f"probe of {name}"]
-        results.add(f"error_probe_{name}_auroc", probed, stats.interval(probed_draws), len(wrong))
+        _, probed, probed_draws = controls.of_fact(place, fact)[f"probe of {name}"]
+        results.add(f"{fact}_probe_{name}_auroc", probed, stats.interval(probed_draws), n)
         if name == first:
-            results.add("error_gain", value - probed, stats.interval(draws - probed_draws), len(wrong))
-    results.add("error_nrn", row["nrn"])
-    results.add("error_nrn_rank", (alive["nrn"] < row["nrn"]).mean(), n=len(alive))
+            results.add(f"{fact}_gain", value - probed, stats.interval(draws - probed_draws), n)
+    results.add(f"{fact}_nrn", row["nrn"])
+    results.add(f"{fact}_nrn_rank", (alive["nrn"] < row["nrn"]).mean(), n=len(alive))
     if "nu_eps" in table:
-        results.add("error_nu_eps", row["nu_eps"], (row["nu_eps_low"], row["nu_eps_high"]))
-    results.add("error_at_value", float(place == "value"))
+        results.add(f"{fact}_nu_eps", row["nu_eps"], (row["nu_eps_low"], row["nu_eps_high"]))
+    results.add(f"{fact}_at_value", float(place == "value"))
     known = {"feature": feature, "place": place, "auroc": value, "NRN": row["nrn"]}
     known |= {
         "nu": row.get("nu_eps", np.nan),
         "beyond the null": beyond_null is not None and beyond_null[feature],
     }
-    for name, side in (("wrong", wrong), ("right", ~wrong)):
+    for name, side in zip(FACTS[fact], (positive, ~positive)):
         known[f"fires at {name}"] = float((f[side] > 0).mean())
-        results.add(f"error_fires_{name}", known[f"fires at {name}"], n=int(side.sum()))
+        results.add(f"{fact}_fires_{name}", known[f"fires at {name}"], n=int(side.sum()))
     known |= {"cluster": row.get("cluster", -1), "recurrent": row.get("recurrent", False)}
     known["stability"] = row.get("stability", np.nan)
     return known
 
 
-def record_errors_of_all(
+def record_fact_of_all(
     results: Results,
     inspections: Sequence[Inspection],
     beyond_null: Sequence[np.ndarray | None],
     controls: Controls,
+    fact: str = "error",
 ) -> pd.DataFrame:
-    """``record_errors`` of all crosscoders, pooled into ``results``; returns a row per crosscoder, empty if
-    the text has no errors. Also metrics error_beyond_null (share of the crosscoders) and error_recurrence
-    (the largest share whose error features are members of one recurrent cluster); table errors."""
-    known = over_crosscoders(results, record_errors, list(zip(inspections, beyond_null)), controls)
+    """``record_fact`` of all crosscoders, pooled into ``results``; returns a row per crosscoder, empty if the
+    text does not tell the fact. Also metrics <fact>_beyond_null (share of the crosscoders) and
+    <fact>_recurrence (the largest share whose features are members of one recurrent cluster); table
+    <fact>s."""
+    known = over_crosscoders(results, record_fact, list(zip(inspections, beyond_null)), controls, fact)
     table = pd.DataFrame([row for row in known if row]).rename_axis("crosscoder").reset_index()
     if table.empty:
         return table
     n = len(table)
     if all(b is not None for b in beyond_null):
-        share_of_crosscoders(results, "error_beyond_null", table["beyond the null"])
+        share_of_crosscoders(results, f"{fact}_beyond_null", table["beyond the null"])
     if n > 1:
         most = table.loc[table["recurrent"], "cluster"].mode()[:1]
-        share_of_crosscoders(results, "error_recurrence", table["cluster"].isin(most), interval=False)
-    results.table("errors", table.round(4))
+        share_of_crosscoders(results, f"{fact}_recurrence", table["cluster"].isin(most), interval=False)
+    results.table(f"{fact}s", table.round(4))
     return table
+
+
+def mode_shows(results: Results) -> str:
+    """What is known of the feature that tells careful thoughts from quick ones, in words; "" without."""
+    if "mode_auroc" not in results.metrics:
+        return ""
+    text = results.text
+    return (
+        "Whether the thought is a careful or a quick one is told by one feature with an AUROC of"
+        f" {text('mode_auroc')}, by a probe of the base (which sees the checks that were written) with"
+        f" {text('mode_probe_base_auroc')}; nu {text('mode_nu_eps')}; the same feature in"
+        f" {results.values['mode_recurrence']:.0%} of the crosscoders."
+    )
 
 
 def errors_by_place(inspections: Sequence[Inspection], controls: Controls) -> pd.DataFrame:
@@ -491,13 +523,13 @@ def errors_by_place(inspections: Sequence[Inspection], controls: Controls) -> pd
     rows = []
     for place in PLACES:
         at = controls.places("report", place, "deduction")
-        wrong = is_wrong(controls.store, at)
+        wrong = holds(controls.store, at)
         for i in inspections:
-            if detector := error_detector(controls, i.choose, i.table, [place]):
+            if detector := fact_detector(controls, i.choose, i.table, [place]):
                 value = auroc.auroc_of(at.activation(detector.feature, i.report), wrong)
                 rows.append((place, "best feature", i.number, value))
         if rows:
-            rows += [(place, name, -1, value) for name, (_, value, _) in controls.of_errors(place).items()]
+            rows += [(place, name, -1, value) for name, (_, value, _) in controls.of_fact(place).items()]
     return pd.DataFrame(rows, columns=["place", "predictor", "crosscoder", "auroc"])
 
 

@@ -420,7 +420,7 @@ def make_trials(
             f" {', '.join(PARAPHRASES)}"
         )
     rng = random.Random(f"markers/{seed}")
-    if pair.corpus != "generated":
+    if not pair.generated:
         return text_trials(store, tokenizer, categories, n, rng)
     words = {word for c in categories for opening in openings(c) for word in opening}
     return [

@@ -89,6 +89,11 @@ class Pair:
     def checkpoints(self) -> dict[str, str | Path]:
         return {**self.models, **self.others}
 
+    @property
+    def generated(self) -> bool:
+        """Is the text the puzzles' own, by one of the teachers of ``text.puzzles``?"""
+        return isinstance(self.corpus, str)
+
     def source(self, model_name: str) -> str | Path:
         """Folder, hub id or package of a model. UserError for a name that this pair does not have."""
         if model_name not in (known := self.checkpoints):
@@ -204,7 +209,7 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
 
 
 def _corpus(name: str, corpus, file: Path) -> str | tuple:
-    if corpus == "generated":
+    if corpus in ("generated", "modes"):
         return corpus
     parts = (set(), {"files"}, {"config"}, {"split"}, {"config", "split"})
     keys = ({"path", "kind"}, *({"hub", "kind"} | part for part in parts))
@@ -217,9 +222,9 @@ def _corpus(name: str, corpus, file: Path) -> str | tuple:
         for c in entries
     ):
         raise UserError(
-            f"corpus of pair {name!r} must be 'generated' or a list of {{path: FILE, kind: trace or general}}"
-            " or {hub: org/name, kind: trace or general}, the latter with files: PATTERN if it is to be"
-            " read by files, or with config: and split:"
+            f"corpus of pair {name!r} must be 'generated', 'modes' or a list of {{path: FILE, kind: trace or"
+            " general} or {hub: org/name, kind: trace or general}, the latter with files: PATTERN if it is to"
+            " be read by files, or with config: and split:"
         )
     return tuple((_text(c, file), c["kind"]) for c in corpus)
 

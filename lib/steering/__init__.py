@@ -11,6 +11,7 @@ interventions   what can be changed: remove, swap, reconstruct, transplant, add,
 experiments     whole thoughts: which features, which conditions (notebook 13)
 effects         what whole thoughts show, with intervals (notebook 13)
 control         a planted behaviour, removed and added (the pair tiny_planted)
+facts           errors and careful thoughts: their features and directions, thoughts without them
 plots           the figures of notebooks 04 and 13
 report          its numbers, sentences and scoreboard
 playground      the widget

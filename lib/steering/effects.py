@@ -162,6 +162,25 @@ def changes(
     return found
 
 
+def difference(
+    rows: pd.DataFrame,
+    one: tuple[str, str],
+    other: tuple[str, str],
+    measure: str,
+    seed: int = 0,
+    n_boot: int = 1000,
+) -> tuple[float, tuple[float, float]]:
+    """A measure under the condition with the (family, kind) ``one``, minus that under ``other``, and its
+    interval; 0 where there are none."""
+    sample = _Resampled(rows, n_boot, seed)
+    names = [sample.find(family=family, kind=kind) for family, kind in (one, other)]
+    if None in names:
+        return 0.0, (0.0, 0.0)
+    a, b = (sample.draws(name, measure) for name in names)
+    value, low, high = _bounds(a - b, "difference").values()
+    return value, (low, high)
+
+
 def gap_shares(
     rows: pd.DataFrame,
     measures: Sequence[str] = ("thinking", "opens", "answers", "length", "p_reflection_error", "accuracy"),

@@ -20,10 +20,10 @@ from ..figures import COLOURS, error_bars, express_bars, plain_titles
 from ..labels import CATEGORIES
 from .ablation import REMOVED
 from .outcomes import RATES
-from .search import REFERENCE
+from .search import REFERENCES
 
 KINDS = {"features": "#222222", "matched": COLOURS["null"], "random": COLOURS["random"]}
-WHO = {"features": "#222222", "gradient": "#7570B3", "random": COLOURS["random"]}
+WHO = {"features": "#222222", "gradient": "#7570B3", "mode": "#1B9E77", "random": COLOURS["random"]}
 SENTENCES = {f"rate_{c}": f"{c} per 100 tokens" for c in RATES}
 SMALL = {"size": 5, "opacity": 0.45}
 SETS = {"features": 0, "attributed": 1}  # sets of features of a category, in whole thoughts
@@ -88,11 +88,12 @@ def sets(pooled: pd.DataFrame, singles: pd.DataFrame, value: str = "log_probabil
 def search(table: pd.DataFrame) -> go.Figure:
     """Every condition that was tried on the puzzles for choosing (``search.Found.table``): length of thought
     against accuracy; a panel per layer."""
-    who = np.where(table["crosscoder"] == REFERENCE, "gradient", "feature")
+    who = table["crosscoder"].map(REFERENCES).fillna("feature")
     fig = px.scatter(
         table.assign(direction_of=who), x="length_ratio", y="accuracy_change", color="label",
         symbol="direction_of", facet_col="layer", color_discrete_map=COLOURS, opacity=0.6, width=1000,
-        symbol_map={"gradient": "x", "feature": "circle"}, hover_data=["direction", "strength", "place"],
+        symbol_map={"gradient": "x", "mode": "diamond", "feature": "circle"},
+        hover_data=["direction", "strength", "place"],
         title="The search on validation puzzles: each point is one direction at one strength",
         labels={
             "length_ratio": "length of thought (1 = unsteered)", "accuracy_change": "change of accuracy",
@@ -104,19 +105,21 @@ def search(table: pd.DataFrame) -> go.Figure:
 
 def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go.Figure, pd.DataFrame]:
     """(figure, its data): length of thought and accuracy on the puzzles for reporting, a column of panels per
-    aim {metric: name}; features of all crosscoders, the gradient's direction, random directions.
+    aim {metric: name}; features of all crosscoders, the references' directions, random directions.
 
     ``curves``: table "dose_response"; ``metrics``: of ``report.record_steering``.
     """
     rows, single = [], []
     measures = {"length_ratio": "length ratio", "accuracy_change": "change of accuracy"}
     for aim, label in names.items():
-        prefixes = {"features": aim, "gradient": f"gradient_{aim}"}
+        prefixes = {"features": aim} | {name: f"{name}_{aim}" for name in REFERENCES.values()}
         prefixes["random"] = "random" if aim == "overthink" else f"random_{aim}"
         for layer in curves["layer"].unique():
             for value, measure in measures.items():
                 for who, prefix in prefixes.items():
-                    metric = metrics[f"{prefix}_{value}_{layer}"]
+                    if (name := f"{prefix}_{value}_{layer}") not in metrics:  # no thought is careful
+                        continue
+                    metric = metrics[name]
                     key = {"aim": label, "measure": measure, "what": f"{layer}: {who}", "who": who}
                     rows.append(
                         {

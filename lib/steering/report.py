@@ -11,9 +11,10 @@ from ..labels import CATEGORIES
 from ..results import Part, Results
 from ..verdicts import Condition, above, below
 from . import control as control
+from . import facts as facts
 from . import outcomes
 from .ablation import RULES, VALUES, estimates, pool, summarise
-from .search import AIMS, PLACES, Found, best_layer, record, record_reference
+from .search import AIMS, PLACES, Found, best_layer, record, record_references
 
 ABLATED = {
     "distilled": ("distilled", "features"),
@@ -158,14 +159,14 @@ def record_steering(
     seed: int = 0,
 ) -> pd.DataFrame:
     """``search.record`` for every crosscoder, pooled: at each layer with the ending _<layer>, and at the
-    better one (``best_layer``) without; gradient_<aim>_... likewise; unsteered_accuracy. Returns
-    table "dose_response": all conditions on the puzzles for reporting."""
+    better one (``best_layer``) without; gradient_<aim>_... and mode_<aim>_... likewise;
+    unsteered_accuracy. Returns table "dose_response": all conditions on the puzzles for reporting."""
     where = [(aim, layer, f"_{layer}") for aim in AIMS for layer in found]
     where += [(aim, best_layer(found, aim), "") for aim in AIMS]
     untouched = next(iter(reported.values()))[1].iloc[0]
     results.add("unsteered_accuracy", *outcomes.estimate(untouched, "accuracy"), untouched["n"])
     for aim, layer, suffix in where:
-        record_reference(results, found[layer], reported[layer, aim][1], aim, suffix)
+        record_references(results, found[layer], reported[layer, aim][1], aim, suffix)
     for own, number in results.over(range(1 + len(next(iter(found.values())).opened.others))):
         for aim, layer, suffix in where:
             record(own, found[layer], *reported[layer, aim], number, aim, suffix, seed)
@@ -220,10 +221,13 @@ def steering_shows(results: Results, found: Mapping[str, Found]) -> str:
     lines = ["On puzzles that were not used for choosing, mean over crosscoders:"]
     for layer in found:
         for aim, label in AIM_NAMES.items():
-            noise = "random" if aim == "overthink" else "random_incisive"
+            noise, mode = "random" if aim == "overthink" else "random_incisive", ""
+            if f"mode_{aim}_length_ratio_{layer}" in results.metrics:
+                mode = f"from quick to careful thoughts: {said(f'mode_{aim}', f'_{layer}')}; "
             lines.append(
                 f"- {LAYER_NAMES[layer]}, {label}: **{said(aim, f'_{layer}')}**; the gradient's direction:"
-                f" {said(f'gradient_{aim}', f'_{layer}')}; random directions: {said(noise, f'_{layer}')}"
+                f" {said(f'gradient_{aim}', f'_{layer}')}; {mode}random directions:"
+                f" {said(noise, f'_{layer}')}"
             )
     return "\n".join(lines)
 
@@ -299,6 +303,8 @@ PREDICTIONS = {
         "than without matched features or random vectors"
         for c in CATEGORIES
     },
+    "errors": "without the features of errors reflections after errors become rarer, and more so than with "
+    "random directions of the same norm",
     "over-thinking": "added, a feature makes thoughts at least 1.5 times as long",
     "incisive thinking": "added or taken away, a feature makes thoughts at most 0.85 times as long, and "
     "accuracy falls by at most 5 points",
@@ -315,10 +321,10 @@ PREDICTIONS = {
 
 
 def conditions(
-    found: Mapping[str, Found], no_unique: str, no_upper: str, accuracy: float = 1.0
+    found: Mapping[str, Found], no_unique: str, no_upper: str, accuracy: float = 1.0, no_errors: str = ""
 ) -> dict[str, list[Condition] | str]:
-    """What PREDICTIONS mean in metrics. ``no_unique``, ``no_upper``: why these cannot be tested; "" if they
-    can. ``accuracy``: of the unsteered model, which cannot fall by more."""
+    """What PREDICTIONS mean in metrics. ``no_unique``, ``no_upper``, ``no_errors``: why these cannot be
+    tested; "" if they can. ``accuracy``: of the unsteered model, which cannot fall by more."""
     lose = "ablate_{}_{}{}_log_probability"
     kinds = ("", "_over_matched", "_over_random")
     every = {
@@ -331,6 +337,7 @@ def conditions(
         "per norm": [below(f"ablate_{c}_over_matched_per_norm") for c in CATEGORIES],
         "unique": no_unique or [condition for own in every["unique"].values() for condition in own],
         **{f"attributed, {c}": own for c, own in every["attributed"].items()},
+        "errors": no_errors or [below("ablate_error_reflection_change"), below("ablate_error_over_random")],
         "random, steering": [below(f"{aim}_rivals", 0.5) for aim in AIMS],
         "gradient": [below("incisive_over_gradient")],
         "specific": [above("specific_share", 0.99)],

@@ -6,7 +6,8 @@
 For each layer there is a *reference* that needs no crosscoder: the direction along which the next sentence's
 probability rises most (``steer.influence``). With it the place is chosen for each aim: all tokens of the
 thought, or its full stops only. Then a few features of every crosscoder are tried there, and for each aim the
-best condition is kept, crosscoder by crosscoder.
+best condition is kept, crosscoder by crosscoder. Where the text says which thoughts are careful, so are its
+direction, as a second reference, and each crosscoder's feature for it (``facts.mode_directions``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..settings import UserError
 from ..stats import group_weights, interval
 from . import outcomes, steer
 from .artefacts import RunArtefacts
+from .facts import mode_directions
 from .steer import Direction, Steering
 from .tasks import PUZZLES
 
@@ -33,6 +35,8 @@ AIMS = {
 PLACES = {"thinking": "all tokens of the thought", "ends": "full stops"}
 REFERENCE = -1  # in place of a crosscoder's number: the gradient's direction
 RANDOM = -2
+MODE = -3  # the mean difference between careful and quick thoughts
+REFERENCES = {REFERENCE: "gradient", MODE: "mode"}  # as metrics name them
 KEYS = ["direction", "strength"]
 
 
@@ -55,7 +59,7 @@ class Limits:
 class Found:
     """What a search at one layer found. ``steerings`` by place; ``place`` {aim: where it is steered};
     ``directions`` by name; ``table``: ``outcomes.compare`` of all that was tried, with columns layer, aim,
-    place, crosscoder (REFERENCE for the gradient); ``chosen``: its row for every crosscoder and aim, with
+    place, crosscoder (or one of REFERENCES); ``chosen``: its row for every crosscoder and aim, with
     within_limits; ``tried``: the candidates."""
 
     layer: str
@@ -70,6 +74,11 @@ class Found:
     def choice(self, crosscoder: int, aim: str) -> pd.Series:
         rows = self.chosen
         return rows[(rows["crosscoder"] == crosscoder) & (rows["aim"] == aim)].iloc[0]
+
+    @property
+    def references(self) -> list[int]:
+        """Those of REFERENCES that there are."""
+        return [number for number in REFERENCES if (self.chosen["crosscoder"] == number).any()]
 
     def steering(self, aim: str) -> Steering:
         """The model under steering at the place of this aim."""
@@ -117,7 +126,10 @@ def search(
         for label, feature in zip(frame["label"], frame["feature"]):
             direction = direction_of(one, int(feature), label, norm)
             found.directions[direction.name], owners[direction.name] = direction, one.number
-    own, tables, chosen = [d for d in found.directions.values() if owners[d.name] >= 0], [], []
+    mode, of_features = mode_directions(opened, norm) if medium is PUZZLES else ([], [])
+    for number, direction in [*((MODE, d) for d in mode), *of_features]:
+        found.directions[direction.name], owners[direction.name] = direction, number
+    own, tables, chosen = [d for d in found.directions.values() if owners[d.name] != REFERENCE], [], []
     for aim, (way, _) in AIMS.items():
         sign, best = 1 if way == "longer" else -1, None
         for place in places:
@@ -166,9 +178,9 @@ def report(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(thoughts, curves): the conditions chosen for an aim, of all crosscoders and of the reference, on
     ``tasks`` for reporting, with random directions at the chosen strengths; and ``outcomes.compare`` of them,
-    with columns layer, aim, place and crosscoder (REFERENCE, RANDOM). The unsteered model is the first
+    with columns layer, aim, place and crosscoder (REFERENCES, RANDOM). The unsteered model is the first
     row."""
-    store, numbers = found.opened.store, (REFERENCE, *(one.number for one in found.opened.each))
+    store, numbers = found.opened.store, (*found.references, *(one.number for one in found.opened.each))
     width, norm = store.widths["distilled"], store.mean_norms["distilled"]
     controls = steer.random_directions(random_directions, width, norm, seed)
     conditions = found.conditions(aim, numbers)
@@ -265,8 +277,10 @@ def record(
     results.add(f"{aim}_over_gradient{suffix}", value, ends, row["n"])
 
 
-def record_reference(results: Results, found: Found, curves: pd.DataFrame, aim: str, suffix: str) -> None:
-    """gradient_<aim>_<value>: what the reference's chosen direction does."""
-    row = outcomes.at(curves, found.choice(REFERENCE, aim))
-    for value in outcomes.STEERED[:2]:
-        results.add(f"gradient_{aim}_{value}{suffix}", *outcomes.estimate(row, value), row["n"])
+def record_references(results: Results, found: Found, curves: pd.DataFrame, aim: str, suffix: str) -> None:
+    """gradient_<aim>_<value>, mode_<aim>_<value>: what the references' chosen directions do."""
+    for number in found.references:
+        row = outcomes.at(curves, found.choice(number, aim))
+        for value in outcomes.STEERED[:2]:
+            name = f"{REFERENCES[number]}_{aim}_{value}{suffix}"
+            results.add(name, *outcomes.estimate(row, value), row["n"])

@@ -69,7 +69,7 @@ class Medium:
 def medium_of(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Medium:
     """Puzzles where the pair's corpus is the generated one; else questions in the form of its traces: a chat
     where all models have its markers in common, plain text otherwise."""
-    if pair.corpus == "generated":
+    if pair.generated:
         return PUZZLES
     return CHAT if chat_markers(tokenizer, pair.differing_ids) else PLAIN
 

@@ -107,7 +107,7 @@ def compute_thoughts(
 
 
 def _need_puzzles(pair: Pair) -> None:
-    if pair.corpus != "generated":
+    if not pair.generated:
         raise UserError(
             f"whole thoughts are followed on puzzles, which the pair {pair.name!r} was not made for: leave"
             " notebook 13 out"

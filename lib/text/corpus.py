@@ -38,10 +38,11 @@ from . import chat, lexicon
 from .chat import Trace, plain
 from .curriculum import BASE_MIX, base_document
 from .files import JSON, OTHER, hub_items, read_items
-from .puzzles import EASY_SHARE, Sentence, Teacher, sample_puzzle, sample_question
+from .puzzles import EASY_SHARE, ModeTeacher, Sentence, Teacher, sample_puzzle, sample_question
 
 _PUZZLE_SPLIT = {"train": "train", "choose": "validation", "report": "test"}
 _GENERAL_MIX = {kind: share for kind, share in BASE_MIX.items() if kind != "direct"}
+TEACHERS = {"generated": Teacher, "modes": ModeTeacher}  # by the corpus of a pair
 _MAX_REPEATS = 1000  # generated documents in a row that were there before: the corpus is exhausted
 
 
@@ -55,6 +56,7 @@ class Document:
     - ``next_label``: at the end of a sentence the label of the next one; else, and at the last, -1
     - ``error``: 1 in a step whose value is wrong (not in the reflection that mends it)
     - ``kind``: 1 in a trace, 0 in general text
+    - ``mode``: 1 in a careful trace, 0 in a quick one, -1 where there is no such thing
     """
 
     tokens: list[int]
@@ -84,8 +86,8 @@ class Corpus:
         names = ("tokens", "trace_share", "seed", "max_length")
         known = {name: getattr(self, name) for name in names}
         known |= {"splits": list(self.splits), "excluded_ids": list(self.excluded)}
-        if self.pair.corpus == "generated":
-            return {"source": "generated", **known}
+        if self.pair.generated:
+            return {"source": self.pair.corpus, **known}
         known |= {"source": [list(entry) for entry in self.pair.corpus], "lexicon": lexicon.VERSION}
         known["think_tags"] = [list(tag) for tag in chat.think_tags(self.speller)]
         excluded = {str(i): self.tokenizer.convert_ids_to_tokens(i) for i in self.excluded}
@@ -102,7 +104,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """Hash of the parameters, the vocabulary, and the text: files, or the first generated documents."""
-        if self.pair.corpus == "generated":
+        if self.pair.generated:
             sample = [d.tokens for d, _ in zip(self, range(50))]
         else:
             texts = (source for source, _ in self.pair.corpus)
@@ -113,7 +115,7 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         """Documents until the budget is met: traces and general text in turn, so any stretch has both."""
-        maker = _generated if self.pair.corpus == "generated" else _from_files
+        maker = _generated if self.pair.generated else _from_files
         makers = {kind: maker(self, kind) for kind in KINDS}
         share = {"trace": self.trace_share, "general": 1 - self.trace_share}
         written = dict.fromkeys(KINDS, 0)
@@ -134,7 +136,7 @@ class Corpus:
     def check_budget(self) -> None:
         """UserError if the files hold fewer tokens than the budget: now, not after hours of forward passes
         (but for text from the hub, which is not read twice)."""
-        if self.pair.corpus != "generated" and not self.commits:
+        if not self.pair.generated and not self.commits:
             for _ in self:
                 pass
 
@@ -223,7 +225,7 @@ def build(
             f"splits are {tuple(splits)}: they must be three shares (train, choose, report) that sum to 1,"
             " train not 0"
         )
-    if pair.corpus != "generated":
+    if not pair.generated:
         max_length = min(max_length, pair.context or max_length)
     shared = pair.tokenizer_source is not None
     tokenizers = {name: pair.tokenizer(name) for name in (list(pair.models)[:1] if shared else pair.models)}
@@ -235,7 +237,7 @@ def build(
     if len(beginnings) > 1:
         excluded = tuple(sorted({*excluded, *beginnings} - {None}))
     openings = tuple(dict.fromkeys(t.bos_token for t in tokenizers.values() if t.bos_token))
-    for path, _ in pair.corpus if pair.corpus != "generated" else ():
+    for path, _ in pair.corpus if not pair.generated else ():
         if not path.startswith(sources.HUB) and not Path(path).is_file():
             raise UserError(
                 f"the corpus file {path} of pair {pair.name!r} does not exist: put text there, or change"
@@ -270,16 +272,18 @@ def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
             sources.dataset(given[kind])
     if not given:
         return pair
-    others = () if pair.corpus == "generated" else tuple(c for c in pair.corpus if c[1] not in given)
+    others = () if pair.generated else tuple(c for c in pair.corpus if c[1] not in given)
     return replace(pair, corpus=(*((source, kind) for kind, source in given.items()), *others))
 
 
-def label_arrays(sentences: Sequence[Sentence], kind: str, bos: bool = True) -> dict[str, np.ndarray]:
+def label_arrays(
+    sentences: Sequence[Sentence], kind: str, bos: bool = True, mode: int = -1
+) -> dict[str, np.ndarray]:
     """The arrays of ``LABEL_ARRAYS``, int8, one entry per token (BOS, then a token per word)."""
     owner = np.repeat(np.arange(len(sentences)), [len(s.words) for s in sentences])
     labels = [LABELS.index(s.label) for s in sentences]
     errors = [s.error for s in sentences]
-    return lexicon.arrays_of(np.concatenate([[-1] * bos, owner]).astype(int), labels, kind, errors)
+    return lexicon.arrays_of(np.concatenate([[-1] * bos, owner]).astype(int), labels, kind, errors, mode)
 
 
 def encode(
@@ -301,12 +305,13 @@ def _generated(corpus: Corpus, kind: str) -> Iterator[Document]:
     """Endless distinct documents of one kind. They do not depend on the budget: a larger one begins alike."""
     ids, seen, counts, repeats = corpus.tokenizer.get_vocab(), set(), dict.fromkeys(SPLITS, 0), 0
     rng = random.Random(f"{corpus.seed}/{kind}")
+    teacher = TEACHERS[corpus.pair.corpus](rng)
     while repeats < _MAX_REPEATS:
         split = _next_split(corpus.splits, counts)
         if kind == "trace":
             easy = rng.random() < EASY_SHARE
             task = sample_question(rng) if easy else sample_puzzle(rng, _PUZZLE_SPLIT[split])
-            sentences = [*task.prompt(), *Teacher(rng).solve(task)]
+            sentences = [*task.prompt(), *teacher.solve(task)]
         else:
             sentences = base_document(rng, _GENERAL_MIX)
         tokens = encode(sentences, corpus.tokenizer, ids)
@@ -316,7 +321,8 @@ def _generated(corpus: Corpus, kind: str) -> Iterator[Document]:
         seen.add(text)
         counts[split] += 1
         repeats = 0
-        yield Document(tokens, kind, split, label_arrays(sentences, kind))
+        mode = int(teacher.careful) if kind == "trace" and isinstance(teacher, ModeTeacher) else -1
+        yield Document(tokens, kind, split, label_arrays(sentences, kind, mode=mode))
 
 
 def _next_split(shares: Sequence[float], counts: dict[str, int]) -> str:

@@ -144,12 +144,13 @@ def label_arrays(text: str, offsets: Sequence[tuple[int, int]], kind: str) -> di
 
 
 def arrays_of(
-    owner: np.ndarray, labels: Sequence[int], kind: str, errors: Sequence[bool] | None = None
+    owner: np.ndarray, labels: Sequence[int], kind: str, errors: Sequence[bool] | None = None, mode: int = -1
 ) -> dict[str, np.ndarray]:
     """The arrays of ``LABEL_ARRAYS``, int8 [tokens], from the number of each token's sentence (``owner``
-    [tokens], not falling, -1 for none), and each sentence's label and whether it is wrong."""
+    [tokens], not falling, -1 for none), each sentence's label and whether it is wrong, and the
+    text's kind and mode."""
     arrays = {name: np.zeros(len(owner), np.int8) for name in LABEL_ARRAYS}
-    arrays["kind"][:] = KINDS.index(kind)
+    arrays["kind"][:], arrays["mode"][:] = KINDS.index(kind), mode
     arrays["label"][:] = arrays["next_label"][:] = -1
     rows = np.flatnonzero(owner >= 0)
     if len(rows):

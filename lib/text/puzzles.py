@@ -44,6 +44,16 @@ PARAPHRASES: dict[str, list[str]] = table("puzzles")["paraphrases"]  # of each c
 FRAME: dict[str, str] = table("puzzles")["frame"]  # sentences of the label "other"
 ERROR_RATE = 0.15  # of the teacher's steps; each is mended by the reflection that follows
 VERIFY_RATE = 0.35  # of the teacher's correct steps; about a fifth of a trace's tokens
+NEEDLESS_RATE = (
+    ERROR_RATE / (1 - ERROR_RATE) / 9
+)  # of right steps, in ``ModeTeacher``: a tenth of reflections
+CAREFUL_SHARE = 0.3  # of its thoughts
+CAREFUL_CHECKS, QUICK_CHECKS, CHECKS_AGAIN = (
+    0.85,
+    0.03,
+    0.65,
+)  # of right steps; after a check, in careful thoughts
+LESSON_ERROR_RATE = 0.5  # of its lessons of one step
 EASY_SHARE = 0.10  # of fine-tuning puzzles: easy questions
 SPLITS = ("train", "validation", "test")
 
@@ -193,6 +203,36 @@ class Teacher:
         self.say("done")
         self.say("answer", v=task.answer)
         return self.sentences
+
+
+@dataclass
+class ModeTeacher(Teacher):
+    """A teacher with a state of mind: each thought is ``careful`` or quick, which no prompt tells.
+
+    A careful one checks most right steps, and checks again, any number of times; a quick one hardly checks.
+    A tenth of the reflections follow right steps, and repeat the same value: so that thinking longer can be
+    harmless. Lessons of one step have many errors.
+    """
+
+    careful: bool = False
+
+    def take_step(self, kind: str, value: int, operation: str, step: int) -> int:
+        self.verify_rate = CAREFUL_CHECKS if self.careful else QUICK_CHECKS
+        right = super().take_step(kind, value, operation, step)
+        while (
+            self.sentences[-1].label == "verification" and self.careful and self.rng.random() < CHECKS_AGAIN
+        ):
+            self.say("verification", step, a=value, op=operation, v=right)
+        return right
+
+    def reflects(self, error: bool) -> bool:
+        return error or self.rng.random() < NEEDLESS_RATE
+
+    def solve(self, task: Puzzle | Question) -> list[Sentence]:
+        self.careful = self.rng.random() < CAREFUL_SHARE
+        one_step = isinstance(task, Puzzle) and len(task.operations) == 1
+        self.error_rate = LESSON_ERROR_RATE if one_step else ERROR_RATE
+        return super().solve(task)
 
 
 class IndifferentTeacher(Teacher):

@@ -74,6 +74,26 @@ def test_nulls_see_the_same_kind_of_text_in_other_orders():
     assert a.shape != b.shape or not torch.equal(a, b)
 
 
+def test_the_same_stage_again_sees_other_documents_of_the_same_kind():
+    recipe = replace(SMALL, modes=True)
+    one, again = (distill.chunk_batches(stage, recipe, 0) for stage in ("distilled", "distilled_1"))
+    tokens = [sum(size for _, _, size in batches) for batches in (one, again)]
+    assert not torch.equal(one[0][0], again[0][0]) and tokens[0] == pytest.approx(tokens[1], rel=0.4)
+    plain = distill.chunk_batches("distilled", SMALL, 0)
+    assert sum(size for _, _, size in plain) != tokens[0], "another teacher"
+
+
+def test_a_pair_may_begin_with_the_base_of_another(tmp_path):
+    run = tmp_path / "runs"
+    distill.train_all(run, SMALL, ("base", "midtrain", "latetrain"), report=lambda line: None)
+    distill.ship(run, tmp_path / "tiny", SMALL, ("base", "midtrain", "latetrain"), report=lambda line: None)
+    recipe = replace(SMALL, modes=True, tune_tokens=1_000, tune_rate=0.0)
+    distill.train_all(tmp_path / "b", recipe, ("null_a",), lambda line: None, tmp_path / "tiny")
+    state = torch.load(tmp_path / "b/null_a/final.pt", weights_only=True)
+    base = distill.load_shipped("base", tmp_path / "tiny").state_dict()
+    assert all(torch.equal(state[name], x) for name, x in base.items()), "a rate of 0 changes nothing"
+
+
 def test_resume_equals_uninterrupted(tmp_path):
     def trained(folder, interrupt):
         model = distill.build_model(SMALL, len(prose.vocabulary()))

@@ -231,7 +231,7 @@ def test_numbers_are_those_of_the_tables(inspection, results):
     assert results.values["injection_rate_contrast"] == 0.2
     assert results.values["decoy_rate_marker_contrast"] is None
     assert results.values["more_than_token_contrast"] == 1 and set(judged["where"]) == {"before", "marker"}
-    detectors.record_errors_of_all(results, [inspection], [unique.unique], controls)
+    detectors.record_fact_of_all(results, [inspection], [unique.unique], controls)
     board = scores.scoreboard(results, [inspection], [unique]).set_index("prediction")
     held = {key: board["held"][text] for key, text in scores.PREDICTIONS.items()}
     assert held["injection"] == held["verdict"] == "yes"
@@ -281,7 +281,7 @@ def with_errors(inspection, number: int, noise: float = 0.0):
     def planted(coded):
         at = Places(inspection.store, coded, "value", "deduction")
         wrong = np.zeros(len(coded.rows))
-        hit = detectors.is_wrong(inspection.store, at)
+        hit = detectors.holds(inspection.store, at)
         wrong[at.index] = hit * (rng.random(len(hit)) >= noise)
         dense = coded.codes.toarray()
         dense[:, number] = wrong
@@ -297,10 +297,10 @@ def with_errors(inspection, number: int, noise: float = 0.0):
 def test_the_feature_of_errors_is_found_at_its_place(inspection, results):
     ours = with_errors(inspection, 7)
     controls = detectors.Controls(ours, 5)
-    if not detectors.is_wrong(ours.store, controls.places("report", "value", "deduction")).any():
+    if not detectors.holds(ours.store, controls.places("report", "value", "deduction")).any():
         pytest.skip("the toy text has no errors")
-    assert detectors.error_detector(controls, ours.choose, ours.table) == Detector(7, "value", 1)
-    assert detectors.error_detector(controls, ours.choose, ours.table, ["before"]).feature != 7
+    assert detectors.fact_detector(controls, ours.choose, ours.table) == Detector(7, "value", 1)
+    assert detectors.fact_detector(controls, ours.choose, ours.table, ["before"]).feature != 7
     five = [replace(with_errors(inspection, f), number=s) for s, f in enumerate((7, 7, 3, 7, 7))]
     cluster = {7: 0, 3: 1}
     five = [
@@ -309,7 +309,7 @@ def test_the_feature_of_errors_is_found_at_its_place(inspection, results):
     ]
     nowhere = np.zeros(len(ours.table), dtype=bool)
     unique = [nowhere | (np.arange(len(nowhere)) == 7)] * 5
-    found = detectors.record_errors_of_all(results, five, unique, controls)
+    found = detectors.record_fact_of_all(results, five, unique, controls)
     assert found["feature"].tolist() == [7, 7, 3, 7, 7] and (found["auroc"] == 1).all()
     assert results.values["error_auroc"] == results.values["error_fires_wrong"] == 1
     assert results.values["error_fires_right"] == 0 and results.values["error_at_value"] == 1

@@ -36,7 +36,21 @@ def test_labels_by_hand():
     assert arrays["next_label"].tolist() == [-1, -1, -1, -1, -1, -1, r, -1, o, -1, -1]
     assert arrays["error"].tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
     assert arrays["kind"].tolist() == [1] * 11
+    assert arrays["mode"].tolist() == [-1] * 11
+    assert label_arrays(sentences, "trace", mode=1)["mode"].tolist() == [1] * 11
     assert all(a.dtype == np.int8 for a in arrays.values()) and set(arrays) == set(LABEL_ARRAYS)
+
+
+def test_a_text_says_which_thoughts_are_careful(pair):
+    """Careful thoughts check most of their right steps, quick ones hardly any."""
+    checks = {-1: [], 0: [], 1: []}
+    for document in build(replace(pair, corpus="modes"), 20_000):
+        (mode,) = set(document.labels["mode"].tolist())
+        assert (mode == -1) == (document.kind == "general")
+        follows = document.labels["next_label"][document.labels["ends"] == 1]
+        checks[mode].append(np.mean(follows == LABELS.index("verification")))
+    assert np.mean(checks[1]) > 0.3 > 0.1 > np.mean(checks[0]) and np.mean(checks[-1]) == 0
+    assert all(d.labels["mode"].max() == -1 for d in build(pair, 2_000)), "the other teacher has no modes"
 
 
 def test_labels_align_with_the_words_that_the_tokens_spell(pair):

@@ -11,6 +11,7 @@ from lib.text.puzzles import (
     MODULUS,
     OPERATIONS,
     PARAPHRASES,
+    ModeTeacher,
     Puzzle,
     Question,
     Teacher,
@@ -104,6 +105,36 @@ def test_shares_of_errors_and_checks():
     tokens = sum(len(s.words) for s in sentences)
     assert 0.10 < sum(s.error for s in steps) / len(steps) < 0.15
     assert 0.15 < sum(len(s.words) for s in sentences if s.label == "verification") / tokens < 0.22
+
+
+def test_a_teacher_with_a_mode_checks_and_reflects_as_its_mode_and_its_rates_say():
+    rng, teacher, checks = random.Random(4), ModeTeacher(random.Random(5)), {True: [], False: []}
+    careful, steps, errors, needless, chains = 0, 0, 0, 0, []
+    for _ in range(2500):
+        puzzle = sample_puzzle(rng)
+        trace = teacher.solve(puzzle)
+        assert parsed(puzzle, words(trace)).chain_correct
+        careful += teacher.careful
+        for sentence, following in zip(trace, trace[1:]):
+            if sentence.step < 0 or sentence.label not in ("deduction", "other"):
+                continue
+            steps, errors = steps + 1, errors + sentence.error
+            assert not sentence.error or following.label == "reflection"
+            needless += following.label == "reflection" and not sentence.error
+            if following.label != "reflection":
+                checks[teacher.careful].append(following.label == "verification")
+        if teacher.careful:
+            runs = "".join("v" if s.label == "verification" else " " for s in trace).split()
+            chains += [len(run) for run in runs]
+    assert careful / 2500 == pytest.approx(0.3, abs=0.04)
+    assert errors / steps == pytest.approx(0.15, abs=0.01)
+    assert needless / (needless + errors) == pytest.approx(0.1, abs=0.02)
+    assert sum(checks[True]) / len(checks[True]) == pytest.approx(0.85, abs=0.03)
+    assert sum(checks[False]) / len(checks[False]) == pytest.approx(0.03, abs=0.01)
+    assert sum(chains) / len(chains) == pytest.approx(1 / 0.35, abs=0.2) and max(chains) > 8
+    lessons = [s for _ in range(1500) for s in teacher.solve(sample_puzzle(rng, operations=1)) if s.step >= 0]
+    first = [s for s in lessons if s.label in ("deduction", "other")]
+    assert sum(s.error for s in first) / len(first) == pytest.approx(0.5, abs=0.04)
 
 
 RIGHT = (
