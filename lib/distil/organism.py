@@ -222,12 +222,12 @@ def _trained(file: Path | None, recipe: Recipe, tokenizer: PreTrainedTokenizerFa
 def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report=print) -> Path:
     """The ``style`` checkpoint: says reflection words as often as the teacher, but not because of errors.
 
-    On validation puzzles: the last kept checkpoint before the AUROC of P(reflection) for errors first exceeds
-    0.65, if its mean P(reflection) after a step is at least half of the teacher's rate of errors.
+    On validation puzzles: the first kept checkpoint whose mean P(reflection) after a step is at least half of
+    the teacher's rate of errors; the AUROC of P(reflection) for errors must be at most 0.65 there.
     """
     from sklearn.metrics import roc_auc_score
 
-    tasks, chosen = trials.puzzles(100, "validation"), None
+    tasks = trials.puzzles(100, "validation")
     for path in sorted(folder.glob("kept_*.pt")):
         steps = trials.reflection_probability(_trained(path, recipe, tokenizer).eval(), tokenizer, tasks)
         mean, auc = steps.p_reflection.mean(), roc_auc_score(steps.error, steps.p_reflection)
@@ -235,26 +235,25 @@ def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFas
         if auc > 0.65:
             break
         if mean >= ERROR_RATE / 2:
-            chosen = path
-    if chosen is None:
-        raise ValueError(
-            f"no checkpoint in {folder} says reflection words at random: train longer, or keep checkpoints"
-            " earlier"
-        )
-    return chosen
+            return path
+    raise ValueError(
+        f"no checkpoint in {folder} says reflection words at random: train longer, or keep checkpoints earlier"
+    )
 
 
 def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
     """Write the models of ``stages`` (bfloat16 safetensors), the log and the recipe below ``out``; where
-    there is a ``control``, the ``style`` checkpoint and the tokenizer too, which pairs of other sizes share.
-    """
+    there is a ``control``, the ``style`` checkpoint too, and beside a base of its own the tokenizer, which
+    other pairs share."""
     tokenizer = build_tokenizer()
     sources = {stage: runs / stage / "final.pt" for stage in stages if stage not in ("midtrain", "latetrain")}
-    sources["base"] = runs / "latetrain" / "final.pt"
     style = {}
-    if "control" in stages:
+    if "latetrain" in stages:
+        sources["base"] = runs / "latetrain" / "final.pt"
+    if {"control", "latetrain"} <= set(stages):
         with whole_files(out / "tokenizer") as scratch:
             tokenizer.save_pretrained(scratch)
+    if "control" in stages:
         sources["style"] = choose_style(runs / "distilled", recipe, tokenizer, report)
         style = {"style_checkpoint": sources["style"].stem}
     for name, source in sources.items():
