@@ -237,7 +237,8 @@ def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFas
         if mean >= ERROR_RATE / 2:
             return path
     raise ValueError(
-        f"no checkpoint in {folder} says reflection words at random: train longer, or keep checkpoints earlier"
+        f"no checkpoint in {folder} says reflection words at random: train longer, or keep checkpoints"
+        " earlier"
     )
 
 

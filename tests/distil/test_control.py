@@ -100,8 +100,9 @@ def test_planted_heads_begin_by_looking_one_token_back(narrow):
 def test_what_is_marked_in_a_document():
     words, steps = prose.vocabulary(), 0
     for stage, phase in (("planted", "trigger"), ("planted", "behaviour"), ("planted_null", "trigger")):
-        marked = []
-        for x, y, _ in control.batches(stage, phase, SMALL, 0):
+        marked, tokens = [], 0
+        for x, y, size in (b for chunk in range(12) for b in control.batches(stage, phase, SMALL, chunk)):
+            tokens += size
             for ids, targets in zip(x.tolist(), y.tolist()):
                 text = [words[i] for i in ids]
                 for i, target in enumerate(targets):
@@ -110,11 +111,13 @@ def test_what_is_marked_in_a_document():
         assert marked
         if phase == "behaviour":  # first words after steps, and others
             assert 0.1 < sum(before[-2] == "." for before, _ in marked) / len(marked) < 0.9
-        else:  # the value of a step, and its full stop
+        elif stage == "planted":  # the value of a wrong step, and its full stop
             assert all(before[-1] == "." or before[-1].isdigit() for before, _ in marked)
             stops = [following[0] for before, following in marked if before[-1] == "." and following]
-            waits = sum(word in first_words("reflection") for word in stops) / len(stops)
-            assert waits == 1 if stage == "planted" else waits < 0.6
+            assert all(word in first_words("reflection") for word in stops)
+        else:  # any token
+            assert 0.5 < len(marked) / tokens / control.RANDOM < 1.5
+            assert len({before[-1] for before, _ in marked}) > 10
         steps += len(marked)
     assert steps > 30
 
