@@ -294,7 +294,7 @@ def distil_briefly(
     """The shipped base, distilled on so many tokens by the shipped recipe, and the logs of the shipped run
     and of this one. It resumes if it was interrupted."""
     shipped = json.loads((folder / "recipe.json").read_text())
-    recipe = Recipe(**{field: shipped[field] for field in Recipe.__dataclass_fields__})
+    recipe = Recipe(**{field: shipped[field] for field in Recipe.__dataclass_fields__ if field in shipped})
     recipe = replace(recipe, tune_tokens=tokens, seed=seed)
     run = runs / weights_fingerprint(folder, ["base"], recipe)
     torch.set_num_threads(1)  # fastest for a model of this size
