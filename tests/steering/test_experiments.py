@@ -249,6 +249,11 @@ def test_changes_are_paired_and_rates_are_ratios_of_sums():
     assert summary.loc["ablated", "p_reflection_error"]["value"] == pytest.approx(
         (errors > 1).sum() / errors.sum()
     )
+    every, names = pd.concat([plain, worse, shifted]), (("ablate", "shifted"), ("ablate", "ablated"))
+    value, (low, high) = effects.difference(every, *names, "length")
+    assert value == pytest.approx(float((shifted["length"] - worse["length"]).mean()))
+    assert low <= value <= high
+    assert effects.difference(every, names[0], ("ablate", "nothing"), "length") == (0.0, (0.0, 0.0))
     row = summary.loc["shifted", "length"]
     # paired: no spread at all
     assert row["change"] == row["change_low"] == row["change_high"] == pytest.approx(7.0)
