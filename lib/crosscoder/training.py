@@ -259,7 +259,8 @@ class Trainer:
         """Row numbers [B] and RAW activations of the next batch; begins a new epoch where one is over."""
         if self.batches is None:
             place = self.epoch, self.position
-            raw = not self.device.startswith("cpu")  # of the store's dtype: they are widened over there
+            # in the store's dtype: they are widened over there
+            raw = not self.device.startswith("cpu") and getattr(self.store, "raw_batches", False)
             self.batches = Prefetched(_batches(self.store, self.config, *place, self.together.part, raw))
         epoch, rows, acts = next(self.batches)
         if epoch != self.epoch:
