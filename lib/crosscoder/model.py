@@ -39,6 +39,7 @@ its loss on L0, 2503.09532); Jiralerspong & Bricken 2026 (dedicated features, 26
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -225,6 +226,12 @@ class CrossCoder(nn.Module):
     def decode(self, f: Tensor) -> list[Tensor]:
         """Features [B, F] to RAW reconstructions, one [B, d_m] per model."""
         return self.split(f @ self.W_dec + self.b_dec, raw=True)
+
+    def on(self, device: str) -> CrossCoder:
+        """This crosscoder on a device: itself, if it is there, else a copy."""
+        if self.W_dec.device == torch.device(device):
+            return self
+        return copy.deepcopy(self).to(device)
 
     # --- what the decoder says of each feature --------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..device import placed
 from ..settings import UserError
 from .checks import check_architecture
 from .decode import context_of
@@ -130,7 +131,11 @@ def capture(
     """Residual stream of some short texts: float32 [all tokens, d], list after list, position 0 included.
     ``layer`` None is half depth; batches are padded on the ``side`` "right" or "left". The result is on the
     CPU."""
-    return read_all(LayerReader(model, tokenizer, layer), token_lists, side, batch_tokens)[0].float().cpu()
+    return (
+        read_all(LayerReader(placed(model), tokenizer, layer), token_lists, side, batch_tokens)[0]
+        .float()
+        .cpu()
+    )
 
 
 def read_all(
@@ -250,7 +255,7 @@ def open_models(pair: Pair, names: Sequence[str]) -> dict[str, TransformersModel
     """
     if pair.remote:
         return {name: _remote(pair, name) for name in names}
-    return {name: wrap(pair.load(name), pair.tokenizer(name)) for name in names}
+    return {name: wrap(placed(pair.load(name)), pair.tokenizer(name)) for name in names}
 
 
 def _remote(pair: Pair, name: str) -> TransformersModel:
