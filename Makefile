@@ -31,6 +31,8 @@ help:
 	@echo 'make browser                                               the notebooks in a real JupyterLab and Chromium, after make figures PROFILE=smoke'
 	@echo 'make faults                                                kills, full disks, damaged files, bad input: is anything lost?'
 	@echo 'make test-latest                                           the tests with the newest nnsight, transformers and plotly'
+	@echo 'make figures PROFILE=dry CONFIG=FOLDER                     a dry run at true width: no weights, no hub, no GPU (docs/gpu.md)'
+	@echo 'bash benchmarks/gpu.sh                                     what a GPU must show, in 8 minutes'
 	@echo 'make bench [PEERS=1]                                       measure every claim about speed: benchmarks/results.json'
 	@echo 'make canonical                                             strip notebooks/ of what does not belong in git'
 	@echo 'make clean-runs [PAIR=tiny]                                remove data/runs/<pair>/: everything is recomputed'
