@@ -229,7 +229,7 @@ class CrossCoder(nn.Module):
 
     def on(self, device: str) -> CrossCoder:
         """This crosscoder on a device: itself, if it is there, else a copy."""
-        if self.W_dec.device == torch.device(device):
+        if self.W_dec.device.type == torch.device(device).type:
             return self
         return copy.deepcopy(self).to(device)
 

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -160,11 +159,9 @@ def train(
         saved, pause = time.monotonic(), checkpoint_seconds
 
         def tell(line: dict) -> None:
-            note = f"FVE {line['fve']:.3f}, dead {line['dead']:.1%}"
-            progress.update(min(line["tokens"], config.tokens), note)
-            if time.monotonic() - began >= MINUTE and first:
-                for doubt in doubts(line, config):
-                    print(f"{line['tokens']:,} tokens: {doubt}", file=sys.stderr, flush=True)
+            note = [f"FVE {line['fve']:.3f}, dead {line['dead']:.1%}"]
+            note += doubts(line, config) if time.monotonic() - began >= MINUTE else []
+            progress.update(min(line["tokens"], config.tokens), "; ".join(note))
 
         began, each_minute = time.monotonic(), tell if together.size == 1 else None
         try:

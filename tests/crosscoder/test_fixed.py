@@ -2,12 +2,14 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib.crosscoder import fixed, sparse
+from lib.crosscoder import codes, fixed, sparse, training
 from lib.crosscoder.model import CrossCoder, auxiliary_loss, forward, sparsity_loss, squared_error
 from lib.crosscoder.sparse import encode
 from lib.crosscoder.training import TrainConfig, Trainer, doubts, read_log, train
@@ -158,3 +160,45 @@ def test_a_run_that_goes_wrong_is_doubted():
         assert str(value) in sentence or f"{value:.0%}" in sentence or f"{value:.2f}" in sentence
     early = good | bad | {"step": 10}
     assert len(doubts(early, config)) == 1  # only a reader that starves is known at once
+
+
+def test_a_run_tells_how_it_is_every_minute_and_writes_a_table(tmp_path, monkeypatch):
+    told, file = [], tmp_path / "log.csv"
+
+    class Told:
+        def update(self, done, note=""):
+            told.append((done, note))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(training, "MINUTE", 0.0)
+    monkeypatch.setattr(training, "LEAST_FVE", 2.0)
+    monkeypatch.setattr(training, "SETTLED", 10)
+    monkeypatch.setenv("TRAINING_CSV", str(file))
+    train(gaussian(), SMALL, tmp_path / "run", Told(), "cpu")
+    steps, log = -(-SMALL.tokens // SMALL.batch_size), read_log(tmp_path / "run")
+    assert len(told) == steps + len(log)  # after every step, and at every line of the log
+    assert "FVE is" in told[-1][1] and "FVE is" not in told[0][1]
+    rows = pd.read_csv(file)
+    assert rows["tokens"].tolist() == [line["tokens"] for line in log] and rows["fve"].notna().all()
+
+
+def test_codes_taken_elsewhere_are_those_of_the_crosscoder(monkeypatch):
+    store = gaussian(n=300)
+    crosscoder, acts = CrossCoder((6, 6), 24, k=4), store.activations(range(300))
+    monkeypatch.setattr(codes, "CHUNK", 64)
+    f = codes.encoder(crosscoder)(acts)
+    assert torch.equal(f, crosscoder.encode(acts)) and f.any()
+    assert crosscoder.on("cpu") is crosscoder and crosscoder.on("meta").W_dec.is_meta
+    assert not crosscoder.W_dec.is_meta
+
+
+def test_a_pause_between_checkpoints_grows_with_their_time(tmp_path, monkeypatch):
+    written, now = [], iter(range(0, 10**9, 10))  # every look at the clock is 10 seconds later
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    monkeypatch.setattr(training, "write_state", lambda file, state: written.append(state["step"]))
+    monkeypatch.setattr(training, "MINUTE", 1e12)
+    train(gaussian(), SMALL, tmp_path, device="cpu", checkpoint_seconds=0)
+    assert 1 < len(written) < 10 and written[1] - written[0] >= 5
