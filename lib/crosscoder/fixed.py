@@ -79,7 +79,7 @@ class DenseBatch:
         return (self.f > 0).any(0)
 
     def totals(self, values: Tensor) -> Tensor:
-        return values.sum(0)
+        return values.sum(0, dtype=torch.float32)
 
 
 def dense(
@@ -157,11 +157,9 @@ def select_rows(
     part, units = (encoded, per_unit) if among is None else (encoded.among(among), per_unit[among])
     units = units if allowed is None else units * allowed
     (B, n), k = part.products.shape, min(k, len(units))
-    strength, columns = torch.topk(
-        part.floats().clamp(min=0) * units, min(2 * k, n) if encoded.rounding else k, dim=-1, sorted=False
-    )
-    columns = columns.sort(dim=-1).values
-    f = part.floats().gather(1, columns).clamp(min=0) * (units[columns] > 0)
+    pre, candidates = part.floats().clamp(min=0), min(2 * k, n) if encoded.rounding else k
+    columns = torch.topk(pre * units, candidates, dim=-1, sorted=False).indices.sort(dim=-1).values
+    f = pre.gather(1, columns) * (units[columns] > 0)
     features = columns if among is None else among[columns]
     if encoded.rounding:
         rows = torch.arange(B, device=f.device).repeat_interleave(f.shape[1])

@@ -147,6 +147,7 @@ class CrossCoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(sum(self.widths)))
         if variant == "jumprelu":
             self.log_theta = nn.Parameter(torch.zeros(n_features))
+        self._known_factors: tuple = (None, [])
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float64))
         self.register_buffer("means", torch.zeros(sum(self.widths)))
         self.register_buffer("threshold", torch.zeros(()))
@@ -174,7 +175,14 @@ class CrossCoder(nn.Module):
         """RAW activations, one [B, d_m] per model, to the scaled and joined x [B, D]."""
         if (widths := [a.shape[-1] for a in acts]) != list(self.widths):
             raise UserError(f"activations have widths {widths}: this crosscoder reads {self.described()}")
-        return torch.cat([a.to(self.W_dec.dtype) * s for a, s in zip(acts, self.scales.tolist())], dim=-1)
+        return torch.cat([a.to(self.W_dec.dtype) * s for a, s in zip(acts, self._factors())], dim=-1)
+
+    def _factors(self) -> list[float]:
+        """The scales as numbers, for which a device is asked once and not at every step."""
+        key = self.scales.data_ptr(), self.scales._version
+        if self._known_factors[0] != key:
+            self._known_factors = key, self.scales.tolist()
+        return self._known_factors[1]
 
     def split(self, x: Tensor, raw: bool = False) -> list[Tensor]:
         """Joined [..., D] in scaled space to one [..., d_m] per model; ``raw``: the scale is divided out."""
@@ -312,7 +320,7 @@ class CrossCoder(nn.Module):
     def _clear_foreign(self, matrix: Tensor) -> None:
         """Set to 0 a model's dedicated features in every other model."""
         for m, other in itertools.permutations(range(len(self.names)), 2):
-            matrix[self.owner == m, self.columns(self.names[other])] = 0
+            matrix[:, self.columns(self.names[other])].masked_fill_((self.owner == m)[:, None], 0)
 
     def columns(self, name: str) -> slice:
         """Where a model's coordinates lie among the D joined ones."""

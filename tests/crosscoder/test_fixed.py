@@ -108,13 +108,17 @@ def elsewhere(monkeypatch):
 
 @pytest.mark.parametrize("variant", ["batchtopk", "topk", "l1"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_step_asks_the_device_nothing(variant, precision, elsewhere):
+def test_a_step_asks_the_device_nothing(variant, precision, elsewhere, monkeypatch):
     store = gaussian()
-    trainer = Trainer(store, replace(SMALL, variant=variant, precision=precision))
+    trainer = Trainer(store, replace(SMALL, variant=variant, precision=precision, dedicated=0.1))
     assert trainer.known
     acts, trainer.among = store.activations(range(64)), torch.arange(3)
     trainer.last_fired[:3] = -1000  # dead
-    for _ in range(2):  # without and with a known threshold
+    trainer.train_step(acts)
+    for name in ("tolist", "cpu", "numpy", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} of a tensor"))
+    for hint in (0.0, trainer.floor):  # without and with a known threshold
+        trainer.floor = hint
         with Asked() as asked:
             trainer.train_step(acts)
         assert asked.found == []
