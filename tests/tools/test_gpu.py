@@ -6,8 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import Qwen2Config
 
-from benchmarks import gpu
+from benchmarks import gpu, true_size
+from lib.distil.organism import build_tokenizer
+from lib.models.pairs import decoder_layers, load_pair
 from lib.settings import ROOT
 
 BARE = """
@@ -23,7 +27,9 @@ class Bare(PathFinder):
         return None if name.partition(".")[0] in MISSING else super().find_spec(name, path, target)
 
 sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
-from benchmarks import gpu
+from benchmarks import gpu, true_size
+from lib.distil.organism import build_tokenizer
+from lib.models.pairs import decoder_layers, load_pair
 code = gpu.main(sys.argv[1:])
 assert not MISSING & {name.partition(".")[0] for name in sys.modules}
 sys.exit(code)
@@ -83,3 +89,28 @@ def test_one_command_runs_all_parts(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert set(json.loads(out.read_text())["parts"]) == set(gpu.PARTS)
+
+
+def test_a_dry_run_takes_widths_and_tokenizer_from_a_folder(tmp_path):
+    config = Qwen2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4)
+    config.num_key_value_heads, config.vocab_size = 2, 600
+    config.save_pretrained(tmp_path / "given")
+    build_tokenizer().save_pretrained(tmp_path / "given")
+    registry = true_size.make(tmp_path / "made", [tmp_path / "given"], 2, "dry")
+    pair = load_pair("dry", registry)
+    models = {name: pair.load(name) for name in pair.models}
+    for model in models.values():
+        assert (model.config.hidden_size, len(decoder_layers(model))) == (32, 2)
+        assert model.dtype == torch.bfloat16
+    a, b = (model.get_input_embeddings().weight for model in models.values())
+    assert not torch.equal(a, b)
+    assert pair.tokenizer().get_vocab() == build_tokenizer().get_vocab()
+    lines = true_size.hours(config)
+    assert "A100: harvest" in lines[1] and "H100" in lines[2] and "GB" in lines[3]
+
+
+def test_a_dry_run_without_a_configuration_says_what_it_needs(tmp_path, capsys, monkeypatch):
+    for words in (["--dry"], ["--dry", "--config", str(tmp_path)]):
+        monkeypatch.setattr(sys, "argv", ["true_size", *words, "--folder", str(tmp_path / "made")])
+        assert true_size.main() == 2
+        assert "config.json" in capsys.readouterr().err
