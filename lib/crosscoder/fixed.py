@@ -23,7 +23,7 @@ from .sparse import PreActivations, SparseBatch
 
 ROOM = 3  # candidates that there is room for, in multiples of the entries wanted
 # thresholds that are tried, in multiples of the last one
-LEVELS = (1.5, 1.25, 1.12, 1.06, 1.03, 1.01, 0.99, 0.97, 0.94, 0.9, 0.84, 0.76, 0.64, 0.45, 0.2, 0.0)
+LEVELS = (2.2, 1.5, 1.2, 1.08, 1.03, 1.01, 0.99, 0.97, 0.94, 0.9, 0.84, 0.76, 0.64, 0.45, 0.2, 0.0)
 
 
 @dataclass

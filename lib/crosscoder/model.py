@@ -401,9 +401,11 @@ def forward(
     weights = crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec
     # alone on a GPU, with shapes that are known beforehand (jumprelu's are not)
     known = gather is alone and crosscoder.variant != "jumprelu" and fixed.wanted_here(x)
-    if crosscoder.variant == "l1" and (known or precision != "float32"):
-        code, f, sums = fixed.dense(x, *weights, precision != "float32")
-        return Forward(x, code, f, sums + crosscoder.b_dec)
+    if crosscoder.variant == "l1":
+        if known or (precision != "float32" and gather is alone):
+            code, f, sums = fixed.dense(x, *weights, precision != "float32")
+            return Forward(x, code, f, sums + crosscoder.b_dec)
+        precision = "float32"  # rounding may change a sign
     encoded = encode(x, *weights[:2], PRECISIONS[precision], crosscoder.means, buffers)
     edge = None  # jumprelu: the entries within the kernel
     with torch.no_grad():
