@@ -1,5 +1,6 @@
 # The whole study, from a fresh clone: make figures. Needs Python 3.11 or newer and nothing else.
 #   PAIR     entry of data/pairs.yaml          PROFILE  smoke, default or paper (notebooks/profiles)
+#   CONFIG   with PROFILE=dry: the folder of a model's config.json; random weights of its widths
 #   PEERS=1  make bench: compare with eai-sparsify too, installed into an environment of its own
 #   ONLY     notebooks by number: ONLY="03 04" ARGS     passed on: ARGS="-p feature 17" with one notebook, "--workers 1"
 #   WORKERS  make test and make browser: processes that share out the tests; 0 is none
@@ -7,6 +8,7 @@ PYTHON ?= python3
 PAIR ?= tiny
 PROFILE ?= default
 ONLY ?=
+CONFIG ?=
 ARGS ?=
 PEERS ?=
 WORKERS ?= 2
@@ -29,12 +31,18 @@ help:
 	@echo 'make browser                                               the notebooks in a real JupyterLab and Chromium, after make figures PROFILE=smoke'
 	@echo 'make faults                                                kills, full disks, damaged files, bad input: is anything lost?'
 	@echo 'make test-latest                                           the tests with the newest nnsight, transformers and plotly'
+	@echo 'make figures PROFILE=dry CONFIG=FOLDER                     a dry run at true width: no weights, no hub, no GPU (docs/gpu.md)'
+	@echo 'bash benchmarks/gpu.sh                                     what a GPU must show, in 8 minutes'
 	@echo 'make bench [PEERS=1]                                       measure every claim about speed: benchmarks/results.json'
 	@echo 'make canonical                                             strip notebooks/ of what does not belong in git'
 	@echo 'make clean-runs [PAIR=tiny]                                remove data/runs/<pair>/: everything is recomputed'
 
 figures: $(STAMP)
+ifeq ($(PROFILE),dry)
+	@$(BIN)/python -m benchmarks.true_size --dry --config $(CONFIG) $(ARGS)
+else
 	@$(BIN)/python -m lib figures --pair "$(PAIR)" --profile "$(PROFILE)" --only $(ONLY) $(ARGS)
+endif
 
 # Needs what notebooks 01 to 03 leave; goes on where it was interrupted. The notebooks read what it writes.
 study: $(STAMP)

@@ -57,11 +57,12 @@ class DenseTrainer:
         self, crosscoder, rate: float = 1e-4, clip: float = 1.0, fused: bool = False, bfloat16: bool = False
     ):
         self.crosscoder, self.clip, self.bfloat16 = DenseCrossCoder.like(crosscoder), clip, bfloat16
+        self.crosscoder.to(crosscoder.W_enc.device)
         self.optimizer = torch.optim.Adam(self.crosscoder.parameters(), lr=rate, fused=fused or None)
 
     def step(self, x: Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16) if self.bfloat16 else contextlib.nullcontext():
+        with torch.autocast(x.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext():
             loss = self.crosscoder(x)
         loss.backward()
         nn.utils.clip_grad_norm_(self.crosscoder.parameters(), self.clip)

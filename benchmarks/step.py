@@ -66,18 +66,24 @@ class NoStore(SimpleNamespace):
 class Ours:
     """Steps of ``lib.crosscoder.training.Trainer``, on batches that are in memory."""
 
-    def __init__(self, width: int, n_features: int, k: int, precision: str):
+    def __init__(
+        self, width: int, n_features: int, k: int, precision: str, batch: int = BATCH, device="cpu", **options
+    ):
         models = ("base", "distilled")
         store = NoStore(
             models=models,
             widths=dict.fromkeys(models, width),
             scales=dict.fromkeys(models, 1.0),
             means={m: torch.zeros(width) for m in models},
+            fingerprint="none",
             count=lambda split: BATCH,
         )
         self.trainer = Trainer(
             store,
-            TrainConfig(n_features, k=k, tokens=10**9, batch_size=BATCH, rate=1e-4, precision=precision),
+            TrainConfig(
+                n_features, k=k, tokens=10**9, batch_size=batch, rate=1e-4, precision=precision, **options
+            ),
+            device,
         )
 
     def step(self, x: torch.Tensor) -> torch.Tensor:

@@ -32,13 +32,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import pandas as pd
 from filelock import FileLock, Timeout
 
 from .settings import REGISTRY, ROOT, UserError, path_shown
+
+if TYPE_CHECKING:  # imported where tables are: a machine that only trains has none
+    import pandas as pd
 
 Kept = TypeVar("Kept")
 MANIFEST = "manifest.json"
@@ -357,7 +359,7 @@ def jsonable(value):
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return jsonable(dataclasses.asdict(value))
     value = value.item() if isinstance(value, np.generic) else value
-    if value is pd.NA or value is pd.NaT:
+    if type(value).__name__ in ("NAType", "NaTType"):  # those of pandas
         return None
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -470,5 +472,7 @@ def table_text(frame: pd.DataFrame, float_format: str | None = None, index: bool
 def read_table(file: Path | io.StringIO, **options) -> pd.DataFrame:
     """A table as ``table_text`` writes it; ``options`` of ``pandas.read_csv``. Give text columns their type
     (``dtype``): one that happens to hold numbers alone would be read as numbers."""
+    import pandas as pd
+
     usual = dict(keep_default_na=False, na_values=[""], float_precision="round_trip", skip_blank_lines=False)
     return pd.read_csv(file, **(usual | options))

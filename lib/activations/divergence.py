@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..device import placed
 from ..figures import COLOURS, shaded_tokens
 from ..labels import LABELS
 from ..models.reader import length_batches
@@ -32,6 +33,7 @@ def divergence(
     split: columns row (of the store), document, kl; sorted by row. Where one vocabulary is longer, its
     further ids, which no text has, are left out of both."""
     rows, token_lists = random_documents(store, documents, seed)
+    model, reference = placed(model), placed(reference)
     size = min(m.config.get_text_config().vocab_size for m in (model, reference))
     starts = np.cumsum([0, *map(len, token_lists)])
     found = np.zeros(len(rows))
@@ -40,13 +42,13 @@ def divergence(
         # padded on the right, where no earlier token sees it
         ids, mask = pad_sequence(texts, True), pad_sequence([torch.ones_like(t) for t in texts], True)
         log_p, log_q = (
-            m(input_ids=ids.to(m.device), attention_mask=mask.to(m.device)).logits[..., :size].float().cpu()
+            m(input_ids=ids.to(m.device), attention_mask=mask.to(m.device)).logits[..., :size].float()
             for m in (model, reference)
         )
-        log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
+        log_p, log_q = log_p.log_softmax(-1), log_q.to(log_p.device).log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
         for i, own in zip(batch, kl):
-            found[starts[i] : starts[i + 1]] = own[: len(token_lists[i])].numpy()
+            found[starts[i] : starts[i + 1]] = own[: len(token_lists[i])].cpu().numpy()
     table = pd.DataFrame({"row": rows, "document": store.documents[rows], "kl": found})
     return table[store.kept[rows]].reset_index(drop=True)
 

@@ -32,9 +32,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..device import the_device, to_host
 from ..labels import KINDS, LABEL_ARRAYS, LABELS, SPLITS
 from ..models.pairs import DTYPES, Pair, layer_of, load_pair
-from ..models.reader import BATCH_TOKENS, CHUNK, NORM_FACTOR, LayerReader, masks, read_all, row_norms
+from ..models.reader import BATCH_TOKENS, CHUNK, NORM_FACTOR, LayerReader, cut, masks, read_all, row_norms
 from ..runs import (
     MANIFEST,
     Progress,
@@ -49,7 +50,7 @@ from ..runs import (
 )
 from ..settings import UserError, check
 from ..text.corpus import Corpus, Document, build, override
-from .shuffle import Table, widened
+from .shuffle import Prefetched, Table, as_stored
 from .store import FORMAT, INDEX, Store, file_problem, read_log, sha256
 
 SHARD_TOKENS = 131_072
@@ -351,9 +352,12 @@ def _make(
     readers: dict[str, LayerReader] = {}  # models are loaded when the first shard needs them
     writing: Future | None = None
     logs, shards, done = [_logged(job.path) for job in jobs], [{} for _ in jobs], 0
-    with Progress("tokens harvested", jobs[0].tokens) as progress, ThreadPoolExecutor(1) as writer:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress("tokens harvested", jobs[0].tokens))
+        writer = stack.enter_context(ThreadPoolExecutor(1))
         began = time.monotonic()
-        for number, name, tokens, first, group in shards_of(jobs[0]):
+        texts = stack.enter_context(Prefetched(shards_of(jobs[0]), 1))  # read and tokenized by a thread
+        for number, name, tokens, first, group in texts:
             if number >= numbers.stop:
                 break
             if number < numbers.start:
@@ -405,13 +409,13 @@ def readers_of(
     jobs: Sequence[Job], models: Mapping[str, PreTrainedModel] | None, device: str | None
 ) -> dict[str, LayerReader]:
     """A reader for each model, of the layers of all jobs."""
-    device, job = device or ("cuda" if torch.cuda.is_available() else "cpu"), jobs[0]
-    loaded = {name: (models[name] if models else job.pair.load(name)).to(device) for name in job.pair.models}
-    layers = {name: [job.content["models"][name]["layer"] for job in jobs] for name in loaded}
-    return {
-        name: LayerReader(model, job.tokenizer, layers[name][0], layers[name][1:])
-        for name, model in loaded.items()
-    }
+    device, pair, readers = the_device(device), jobs[0].pair, {}
+    for name in pair.models:
+        layers = [job.content["models"][name]["layer"] for job in jobs]
+        # of a model that nobody else uses, the layers above are not kept: half of it
+        model = models[name] if models else cut(pair.load(name), max(layers) + 1)
+        readers[name] = LayerReader(model.to(device), jobs[0].tokenizer, layers[0], layers[1:])
+    return readers
 
 
 def _shard(
@@ -433,13 +437,15 @@ def _shard(
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     acts, norms = _stored(job, readers, raw, first)
-    return tensors | {f"acts_{m}": a for m, a in acts.items()} | {f"norm_{m}": n for m, n in norms.items()}
+    tensors |= {f"acts_{m}": a for m, a in acts.items()} | {f"norm_{m}": n for m, n in norms.items()}
+    return {name: to_host(tensor) for name, tensor in tensors.items()}
 
 
 def read_models(
     job: Job, readers: Mapping[str, LayerReader], token_lists: Sequence[Sequence[int]], first: int = 0
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
-    """{model: activations [tokens, d] in the dtype of a store}, {model: norms [tokens]}, padded positions.
+    """{model: activations [tokens, d] in the dtype of a store}, {model: norms [tokens]}, padded positions;
+    where the models are.
 
     UserError for token ids that a model does not have, and for activations that are not finite in documents
     from number ``first`` on.
@@ -573,17 +579,18 @@ def _finish(job: Job, shards: dict[str, dict]) -> Store:
 
 def _moments(tables: Sequence[Table], name: str, wanted: np.ndarray) -> tuple[torch.Tensor, float]:
     """Mean [d] and mean square norm of the wanted rows of an array [n, d], in float64."""
-    total, squares, at = 0, 0.0, 0
+    total, squares, at, device = 0, 0.0, 0, the_device()
     for table in tables:
         rows = table.shape(name)[0]
         for first in range(0, rows, CHUNK):
             stop = min(first + CHUNK, rows)
             part = torch.from_numpy(wanted[at + first : at + stop])
-            acts = widened(table.read(name, first, stop), table.dtype(name))[part].double()
+            acts = as_stored(table.read(name, first, stop), table.dtype(name)).to(device)
+            acts = acts[part.to(device)].double()
             total = total + acts.sum(0)
             squares += torch.dot(acts.flatten(), acts.flatten()).item()
         at += rows
-    return total / int(wanted.sum()), squares / int(wanted.sum())
+    return total.cpu() / int(wanted.sum()), squares / int(wanted.sum())
 
 
 def _distinct(tokens: np.ndarray, documents: np.ndarray, kept: np.ndarray) -> int:

@@ -37,6 +37,8 @@ EXPECTED = 8  # blocks that the system is asked to fetch before they are read: a
 INDEX_BYTES = 64  # for each row of the ring: number, place and time, and copies while they are sorted
 RING_SHARE = 0.75  # of the memory; the rest is for batches
 LEAST_BLOCKS = 16  # in a ring that is smaller than the store: with fewer, a batch would be a few texts
+MEMORY = 1 << 30  # bytes that reading shuffled batches takes, where nothing else is said
+GATHERING = 4  # threads that gather batches for a GPU
 SERIAL = 32_767  # elements up to which torch works in the calling thread alone: threads are for training
 # names of safetensors; bfloat16, which numpy lacks, as integers
 DTYPES = dict(
@@ -217,19 +219,23 @@ def too_little(memory: int, row_bytes: int, needed: int) -> UserError:
     )
 
 
-def check_reading(batch_size: int, start: int, part: tuple[int, int], memory: int, width: int) -> None:
-    """UserError for impossible parameters of ``Store.reader``, and if the batches that exist at once, float32
+def check_reading(batch_size: int, start: int, part: tuple[int, int], memory: int, width: int) -> int:
+    """The memory to read with: ``memory``, but of the default as much more as the batches need. UserError for
+    impossible parameters of ``Store.reader``, and if the batches that exist at once, float32
     [batch_size, width], do not fit into the memory beside the ring: two that wait, one in use, one being
     made, with its rows as they are on disk."""
     check("batch_size", batch_size, int, low=1)
     check("start", start, int, low=0)
     check("part", part[0], int, low=0, high=check("part", part[1], int, low=1) - 1)
     held = 4.5 * 4 * batch_size * width
+    if memory == MEMORY:
+        return max(memory, math.ceil(held / (1 - RING_SHARE)))
     if held > memory * (1 - RING_SHARE):
         raise UserError(
             f"memory is {memory / 1e6:.3g} MB: batches of {batch_size:,} tokens need at least "
             f"{math.ceil(held / (1 - RING_SHARE) / 1e6)} MB"
         )
+    return memory
 
 
 def read_shuffled(
@@ -239,25 +245,46 @@ def read_shuffled(
     batch_size: int,
     start: int = 0,
     part: tuple[int, int] = (0, 1),
+    raw: bool = False,
 ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
     """Batches of an epoch, as ``Store.reader`` hands them out, of the arrays ``names``."""
     ring = _Ring(tables, names, shuffle)
-    buffers = [np.empty((batch_size, *held.shape[1:]), held.dtype) for held in ring.held]
-    batches = [_Recycled(buffer.shape) for buffer in buffers]
+    shapes = [((batch_size, *held.shape[1:]), held.dtype) for held in ring.held]
+    batches = [_Recycled(shape, dtype if raw else np.dtype("<f4"), raw) for shape, dtype in shapes]
+    buffers = [None if raw else np.empty(*each) for each in shapes]
+    # a GPU takes more rows a second than one thread of the processor gathers
+    pool = ThreadPoolExecutor(GATHERING, "gather") if raw else None
     for batch in cut_batches(shuffle.pieces(), batch_size, start):
         rows, places, due = (values[part[0] :: part[1]] for values in batch)
-        raw = [buffer[: len(rows)] for buffer in buffers]
+        out = [made.take(len(rows)) for made in batches]
+        read = out if raw else [buffer[: len(rows)] for buffer in buffers]
         at = 0
         while at < len(rows):
             # no further than this row needs: what is read next may take the place of rows after it
             ring.fill(int(due[at]))
             stop = int(np.searchsorted(due, due[at], side="right"))
-            for held, out in zip(ring.held, raw):
-                # "raise", the default, takes a detour
-                np.take(held, places[at:stop], axis=0, out=out[at:stop], mode="clip")
+            for held, some in zip(ring.held, read):
+                _gather(held, places[at:stop], some[at:stop], pool)
             at = stop
-        out = [made.take(len(rows)) for made in batches]
-        yield rows, [widened(*parts) for parts in zip(raw, ring.codes, out)]
+        if raw:
+            yield rows, [as_stored(some, code) for some, code in zip(out, ring.codes)]
+        else:
+            yield (
+                rows,
+                [widened(*parts, torch.from_numpy(some)) for *parts, some in zip(read, ring.codes, out)],
+            )
+
+
+def _gather(held: np.ndarray, places: np.ndarray, out: np.ndarray, pool: ThreadPoolExecutor | None) -> None:
+    """The rows at some places, by the threads of a pool, if there is one."""
+    size = len(places) if pool is None else math.ceil(len(places) / GATHERING)
+
+    def some(first: int) -> None:
+        part = slice(first, first + size)
+        # "raise", the default, takes a detour
+        np.take(held, places[part], axis=0, out=out[part], mode="clip")
+
+    list((map if pool is None else pool.map)(some, range(0, len(places), max(size, 1))))
 
 
 class _Ring:
@@ -296,15 +323,23 @@ class _Recycled:
     """Memory for batches, used again when nobody holds the batch any more: between two threads malloc would
     keep twice as much, and fresh memory costs as much time as reading."""
 
-    def __init__(self, shape: tuple[int, int]):
-        self._shape, self._free = shape, []
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype, pinned: bool = False):
+        self._shape, self._dtype, self._free = shape, dtype, []
+        self._pinned = pinned and torch.cuda.is_available()  # a GPU copies from it by itself
 
-    def take(self, rows: int) -> torch.Tensor:
-        pages = self._free.pop() if self._free else _pages(self._shape, "<f4")
+    def take(self, rows: int) -> np.ndarray:
+        pages = self._free.pop() if self._free else self._new()
         lent = pages[:rows]
-        # the tensor holds it, and so does whatever is made of the tensor
+        # a tensor of it holds it, and so does whatever is made of the tensor
         weakref.finalize(lent, self._free.append, pages).atexit = False
-        return torch.from_numpy(lent)
+        return lent
+
+    def _new(self) -> np.ndarray:
+        if not self._pinned:
+            return _pages(self._shape, self._dtype)
+        size = math.prod(self._shape) * self._dtype.itemsize
+        memory = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=True).numpy()
+        return memory[:size].view(self._dtype).reshape(self._shape)
 
 
 def _pages(shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -333,9 +368,14 @@ def cut_batches(
         yield held
 
 
+def as_stored(raw: np.ndarray, code: str) -> torch.Tensor:
+    """What was read from a table, as a tensor of its dtype ``code``, without a copy."""
+    return torch.from_numpy(raw if code == "F32" else raw.view(np.int16)).view(FLOATS[code])
+
+
 def widened(raw: np.ndarray, code: str, out: torch.Tensor | None = None) -> torch.Tensor:
     """float32 [n, d] of what was read from a table with dtype ``code``; by one thread only."""
-    stored = torch.from_numpy(raw if code == "F32" else raw.view(np.int16)).view(FLOATS[code])
+    stored = as_stored(raw, code)
     out = torch.empty(stored.shape, dtype=torch.float32) if out is None else out
     step = max(SERIAL // max(stored.shape[1], 1), 1)
     for first in range(0, len(out), step):

@@ -29,7 +29,17 @@ import torch
 from ..labels import LABEL_ARRAYS, SPLITS
 from ..runs import MANIFEST, Run, read_manifest
 from ..settings import UserError, check, path_shown
-from .shuffle import Shuffle, Table, Wanted, check_reading, read_shuffled, ring_blocks, widened
+from .shuffle import (
+    MEMORY,
+    Shuffle,
+    Table,
+    Wanted,
+    as_stored,
+    check_reading,
+    read_shuffled,
+    ring_blocks,
+    widened,
+)
 
 if TYPE_CHECKING:  # a process that trains needs no transformers, which takes seconds to import
     from ..models.pairs import Pair
@@ -37,7 +47,6 @@ if TYPE_CHECKING:  # a process that trains needs no transformers, which takes se
 MADE_BY = "01_harvest_activations"
 INDEX = "index.safetensors"
 FORMAT = 1
-MEMORY = 1 << 30  # bytes that reading shuffled batches takes, where nothing else is said
 GAP = 16  # rows: what is no further apart is read at once
 STRETCH = 4096  # rows that are read at once, at most
 VERIFY_BYTES = 4 << 30  # checksums of a store up to this size are compared when it is opened: some seconds
@@ -66,6 +75,7 @@ class Store:
     norms       {model: float32}, 4 each: norm of every token's activation
     """
 
+    raw_batches = True  # ``reader`` knows ``raw``
     tokens, documents, positions, split = map(_per_token, ("tokens", "documents", "positions", "split"))
 
     def __init__(self, path: Path, manifest: dict):
@@ -136,9 +146,11 @@ class Store:
         """Sorted int64 numbers of the kept rows of a split: "train", "choose" or "report"; 8 bytes a row."""
         return self._wanted_of(split).rows()
 
-    def activations(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> list[torch.Tensor]:
-        """Raw activations of any rows, in their order: a float32 CPU tensor [n, d_m] per model. Fast for rows
-        that are neighbours."""
+    def activations(
+        self, rows: Sequence[int] | np.ndarray | torch.Tensor, device: str = "cpu"
+    ) -> list[torch.Tensor]:
+        """Raw activations of any rows, in their order: a float32 tensor [n, d_m] per model. Fast for rows
+        that are neighbours. On another ``device`` they are widened there."""
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise UserError(
@@ -151,7 +163,8 @@ class Store:
                 parts.append(self._shards[shard].read(f"acts_{m}", first, stop)[wanted])
         places = slice(None) if np.array_equal(rows, distinct) else places
         dtypes = [self._shards[0].dtype(f"acts_{m}") for m in self.models]
-        return [widened(np.concatenate(parts)[places], dtype) for parts, dtype in zip(read, dtypes)]
+        read = [(np.concatenate(parts)[places], dtype) for parts, dtype in zip(read, dtypes)]
+        return [widened(*one) if device == "cpu" else as_stored(*one).to(device).float() for one in read]
 
     def reader(
         self,
@@ -162,6 +175,7 @@ class Store:
         start: int = 0,
         memory: int = MEMORY,
         part: tuple[int, int] = (0, 1),
+        raw: bool = False,
     ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
         """One epoch in shuffled batches: (row numbers int64 [B], raw float32 [B, d_m] per model); the last
         may be shorter. Every kept token of the split comes once.
@@ -169,11 +183,12 @@ class Store:
         ``start`` skips that many batches: the rest of an interrupted epoch is the same to the bit. ``memory``
         (bytes) bounds what is resident at a time, two prefetched batches included, beside one bit per token
         of the store. It decides the order, as do split, seed and epoch, unless the whole split fits. ``part``
-        (i, n): of each batch the rows i, i + n, i + 2n, ... UserError if ``memory`` is too small.
+        (i, n): of each batch the rows i, i + n, i + 2n, ... ``raw``: in the dtype of the store, for a GPU,
+        which widens them faster. UserError if ``memory`` is too small, unless it is the default.
         """
-        check_reading(batch_size, start, part, memory, sum(self.widths.values()))
+        memory = check_reading(batch_size, start, part, memory, sum(self.widths.values()))
         names, shuffle = [f"acts_{m}" for m in self.models], self._shuffle(split, seed, epoch, memory)
-        return read_shuffled(self._shards, names, shuffle, batch_size, start, part)
+        return read_shuffled(self._shards, names, shuffle, batch_size, start, part, raw)
 
     def order(self, split: str, seed: int, epoch: int, memory: int = MEMORY) -> np.ndarray:
         """The rows of a split in the order in which ``reader`` hands them out: int64, 8 bytes for each."""

@@ -52,6 +52,8 @@ class Stream:
     len()         tokens of the text, of all splits
     """
 
+    raw_batches = True  # ``reader`` knows ``raw``
+
     def __init__(
         self,
         pair: Pair,
@@ -70,6 +72,8 @@ class Stream:
         self.widths = {m: job.content["models"][m]["width"] for m in self.models}
         self.layers = {m: job.content["models"][m]["layer"] for m in self.models}
         self._job, self._readers = job, readers_of([job], models, device)
+        self._dtype = DTYPES[pair.store_dtype]
+        self._device = next(iter(self._readers.values())).device  # where windows are held
         sample, lengths, splits, sampled = [], [], [], 0
         for document in job.corpus:
             lengths.append(len(document.tokens))
@@ -108,15 +112,16 @@ class Stream:
         start: int = 0,
         memory: int = MEMORY,
         part: tuple[int, int] = (0, 1),
+        raw: bool = False,
     ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
         """One epoch in shuffled batches, as ``Store.reader``: (row numbers int64 [B], raw float32 [B, d_m]
-        per model).
+        per model); ``raw``: in the dtype of a store, where the models are.
 
         ``memory`` (bytes) bounds what is held beside the models and their forward passes. Of ``part`` (i, n)
         every process runs all forward passes. UserError if the memory is too small, for activations that are
         not finite, and if all norms of a batch are above the limit.
         """
-        check_reading(batch_size, start, part, memory, sum(self.widths.values()))
+        memory = check_reading(batch_size, start, part, memory, sum(self.widths.values()))
         index = SPLITS.index(check("split", split, str, choices=SPLITS))
         windows = self._windows(np.flatnonzero(self._splits == index), self._window_tokens(memory))
         texts, held, computed = (d.tokens for d in self._job.corpus if d.split == split), {}, 0
@@ -130,19 +135,22 @@ class Stream:
             computed = last + 1
             rows, window, local = (values[part[0] :: part[1]] for values in batch[:3])
             good = np.ones(len(rows), bool)
-            acts = [torch.empty(len(rows), width) for width in self.widths.values()]
+            place = {"dtype": self._dtype, "device": self._device} if raw else {}
+            acts = [torch.empty(len(rows), width, **place) for width in self.widths.values()]
             for number in np.unique(window):
                 (at,) = np.nonzero(window == number)
                 stored, kept = held[number]
                 good[at] = kept[local[at]]
                 for out, values in zip(acts, stored):
-                    out[at] = values[local[at]].float()
+                    found = values[torch.from_numpy(local[at]).to(values.device)]
+                    out[torch.from_numpy(at).to(out.device)] = found.to(out)
             if len(rows) and not good.any():
                 raise UserError(
                     "all norms of a batch are above the limit, which comes from the beginning of the text:"
                     " mix the text first"
                 )
-            yield (rows, acts) if good.all() else (rows[good], [a[good] for a in acts])
+            left = torch.from_numpy(good)
+            yield (rows, acts) if good.all() else (rows[good], [a[left.to(a.device)] for a in acts])
             held = {number: content for number, content in held.items() if number > last - WINDOWS}
 
     def _pieces(self, windows: list[np.ndarray], key: list[int]) -> Iterator[list[np.ndarray]]:
@@ -184,10 +192,10 @@ class Stream:
         inner = np.concatenate([np.arange(len(t)) > 0 for t in lists])
         first = int(np.searchsorted(self._starts, rows[0], side="right")) - 1 if len(rows) else 0
         acts, norms, _ = read_models(self._job, self._readers, lists, first)
-        norms = {m: norm.numpy()[inner] for m, norm in norms.items()}
+        norms = {m: norm.cpu().numpy()[inner] for m, norm in norms.items()}
         kept, _ = masks(np.ones(len(rows)), norms, self.norm_limits)
         self._high.update(rows[~kept].tolist())
-        return [a[torch.from_numpy(inner)] for a in acts.values()], kept
+        return [a[torch.from_numpy(inner).to(a.device)] for a in acts.values()], kept
 
     def _estimate(self, lists: list[list[int]]) -> None:
         """Limits on norms, scales and means, from the sample. Read twice: means are over what the limits
@@ -199,7 +207,7 @@ class Stream:
         positions = np.concatenate([np.arange(len(t)) for t in lists])
         parts = [lists[i : i + 64] for i in range(0, len(lists), 64)]
         norms = [read_models(self._job, self._readers, part)[1] for part in parts]
-        norms = {m: torch.cat([n[m] for n in norms]).numpy() for m in self.models}
+        norms = {m: torch.cat([n[m] for n in norms]).cpu().numpy() for m in self.models}
         self.norm_limits = norm_limits(positions, norms)
         kept, _ = masks(positions, norms, self.norm_limits)
         self.sampled = int(kept.sum())
@@ -209,4 +217,5 @@ class Stream:
         masks_of_parts = np.split(kept, np.cumsum([sum(map(len, part)) for part in parts])[:-1])
         for part, mask in zip(parts, masks_of_parts):
             for m, acts in read_models(self._job, self._readers, part)[0].items():
-                self.means[m] += acts[torch.from_numpy(mask)].double().sum(0) / self.sampled
+                kept_acts = acts[torch.from_numpy(mask).to(acts.device)]
+                self.means[m] += kept_acts.double().sum(0).cpu() / self.sampled

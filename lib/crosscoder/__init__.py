@@ -1,7 +1,10 @@
 """One dictionary of features for several models' activations (notebook 02). Open ``model.py`` first.
 
 model      encoder, decoder, four kinds of sparsity, norm ratios (NRN), losses
-sparse     products with sparse codes: kernels, and the same in plain torch
+sparse     products with sparse codes: compiled loops, and the same in plain torch
+loops      the compiled loops
+fixed      the same with shapes known beforehand, for a GPU
+triton_kernels  what ``fixed`` runs on one
 training   the loop: batches, losses, optimiser, checkpoints
 codes      the features of tokens, chunk by chunk
 health     four numbers that say whether to believe a crosscoder

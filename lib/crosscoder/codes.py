@@ -7,7 +7,7 @@ model (``CrossCoder.encode_from``).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..activations.store import Store
+from ..device import the_device
 from ..runs import Progress
 from ..settings import UserError, check
 from .model import CrossCoder
@@ -62,13 +63,14 @@ def check_models(crosscoder: CrossCoder, store: Store) -> None:
 
 
 def activations(
-    store: Store, tokens: np.ndarray, label: str = "", chunk: int = CHUNK
+    store: Store, tokens: np.ndarray, label: str = "", chunk: int = CHUNK, device: str = "cpu"
 ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
     """Yields (token numbers, RAW activations [B, d_m] of each model) of chunks; ``label``: of progress."""
     with Progress(label, len(tokens)) if label else contextlib.nullcontext() as progress:
         for start in range(0, len(tokens), chunk):
             part = tokens[start : start + chunk]
-            yield part, [torch.as_tensor(a) for a in store.activations(part)]
+            there = {"device": device} if device != "cpu" and isinstance(store, Store) else {}
+            yield part, [torch.as_tensor(a).to(device) for a in store.activations(part, **there)]
             if progress:
                 progress.update(start + len(part))
 
@@ -77,9 +79,36 @@ def activations(
 def encoded(
     crosscoder: CrossCoder, store: Store, tokens: np.ndarray, label: str = "", chunk: int = CHUNK
 ) -> Iterator[tuple[np.ndarray, list[Tensor], Tensor]]:
-    """Yields (token numbers, RAW activations, joint features f [B, F]) of consecutive chunks."""
-    for part, acts in activations(store, tokens, label, chunk):
-        yield part, acts, crosscoder.encode(acts)
+    """Yields (token numbers, RAW activations, joint features f [B, F]) of consecutive chunks, on the GPU if
+    there is one."""
+    there = crosscoder.on(the_device())
+    for part, acts in activations(store, tokens, label, chunk, the_device()):
+        yield part, acts, there.encode(acts)
+
+
+def encoder(crosscoder: CrossCoder) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Gives f [B, F] on the CPU of RAW activations [B, d_m] of each model, computed on the GPU if there is
+    one, ``CHUNK`` tokens at a time."""
+    device = the_device()
+    there = crosscoder.on(device)
+
+    @torch.no_grad()
+    def encode(acts: Sequence[Tensor]) -> Tensor:
+        chunks = zip(*(a.split(CHUNK) for a in acts))
+        parts = [there.encode([a.to(device) for a in chunk]).cpu() for chunk in chunks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return encode
+
+
+def sparse_codes(f: Tensor) -> sparse.csr_matrix:
+    """f [B, F] of any device; from a GPU come only the entries that are not 0."""
+    if not f.is_cuda:
+        return sparse.csr_matrix(f.numpy())
+    rows, columns = f.nonzero(as_tuple=True)
+    entries = (part.cpu().numpy() for part in (f[rows, columns], rows, columns))
+    values, *places = entries
+    return sparse.csr_matrix((values, places), shape=f.shape)
 
 
 @torch.no_grad()
@@ -95,18 +124,15 @@ def codes(
     check_models(crosscoder, store)
     tokens, parts = sample_rows(store, split, max_tokens, seed), []
     label = f"tokens encoded, {split}" + (f", from {model} alone" if model else "")
-    for _, acts in activations(store, tokens, label):
+    there = crosscoder.on(the_device())
+    for _, acts in activations(store, tokens, label, device=the_device()):
         joint = model is None
-        f = (
-            crosscoder.encode(acts)
-            if joint
-            else crosscoder.encode_from(model, acts[store.models.index(model)])
-        )
+        f = there.encode(acts) if joint else there.encode_from(model, acts[store.models.index(model)])
         if not torch.isfinite(f).all():
             raise UserError(
                 "features are not finite, so the crosscoder is broken: run notebook 02_train_crosscoder again"
             )
-        parts.append(sparse.csr_matrix(f.numpy()))
+        parts.append(sparse_codes(f))
     return SplitCodes(tokens, sparse.csr_matrix(sparse.vstack(parts)))
 
 
@@ -114,7 +140,7 @@ def firing_frequency(crosscoder: CrossCoder, store: Store, split: str = "report"
     """Share of a split's kept tokens on which each feature fires, [F]; 0 is dead there."""
     tokens = store.rows(split)
     counts = sum((f > 0).sum(0) for _, _, f in encoded(crosscoder, store, tokens))
-    return (counts.double() / len(tokens)).numpy()
+    return (counts.double() / len(tokens)).cpu().numpy()
 
 
 @torch.no_grad()

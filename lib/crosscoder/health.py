@@ -12,8 +12,8 @@ from operator import attrgetter
 
 import numpy as np
 import torch
-from nnsight import NNsight
 
+from ..device import placed, tf32, the_device
 from ..models.pairs import decoder_path
 from ..stats import bootstrap, wilson
 from .codes import activations, check_models, encoded, sample_rows
@@ -66,20 +66,22 @@ def _card(crosscoder: CrossCoder, store, entropies: Mapping, n_boot: int, seed: 
     rows = sample_rows(store, "report")
     documents, index = np.unique(np.asarray(store.documents)[rows], return_inverse=True)
     n_docs, names = len(documents), crosscoder.names
-    sums = ([a.double().sum(0) for a in acts] for _, acts in activations(store, rows))
+    device = the_device()
+    there = crosscoder.on(device)
+    sums = ([a.double().sum(0) for a in acts] for _, acts in activations(store, rows, device=device))
     means = [sum(chunks) / len(rows) for chunks in zip(*sums)]
     errors, spreads = np.zeros((len(names), n_docs)), np.zeros((len(names), n_docs))
     active, counts = np.zeros(n_docs), np.bincount(index, minlength=n_docs).astype(float)
-    fired = torch.zeros(crosscoder.n_features, dtype=torch.bool)
+    fired = torch.zeros(crosscoder.n_features, dtype=torch.bool, device=device)
     done = 0
-    for part, acts, f in encoded(crosscoder, store, rows):
+    for part, acts, f in encoded(there, store, rows):
         where = index[done : done + len(part)]
         done += len(part)
         fired |= (f > 0).any(0)
-        active += np.bincount(where, (f > 0).sum(-1), n_docs)
-        for m, (x, x_hat) in enumerate(zip(acts, crosscoder.decode(f))):
-            errors[m] += np.bincount(where, (x.double() - x_hat.double()).square().sum(-1), n_docs)
-            spreads[m] += np.bincount(where, (x.double() - means[m]).square().sum(-1), n_docs)
+        active += np.bincount(where, (f > 0).sum(-1).cpu(), n_docs)
+        for m, (x, x_hat) in enumerate(zip(acts, there.decode(f))):
+            errors[m] += np.bincount(where, (x.double() - x_hat.double()).square().sum(-1).cpu(), n_docs)
+            spreads[m] += np.bincount(where, (x.double() - means[m]).square().sum(-1).cpu(), n_docs)
 
     def ratio(top: np.ndarray, bottom: np.ndarray, show=lambda r: r) -> dict:
         sums = np.stack([top, bottom], axis=1)
@@ -114,7 +116,10 @@ def cross_entropies(
     the first crosscoder was trained on, and by each reconstruction. Documents are drawn until ``max_tokens``
     are reached.
     """
-    traced = NNsight(model)  # ids go in and logits come out: no tokenizer is needed
+    from nnsight import NNsight
+
+    traced = NNsight(placed(model))  # ids go in and logits come out: no tokenizer is needed
+    crosscoders = [crosscoder.on(the_device()) for crosscoder in crosscoders]
     envoy = attrgetter(decoder_path(model))(traced)[store.layers[name]]
     device = next(model.parameters()).device
     spans = _spans(store, max_tokens, seed)
@@ -132,20 +137,23 @@ def cross_entropies(
             own[i, : stop - start] = True
             kept[i, : stop - start] = torch.as_tensor(np.asarray(store.kept[start:stop]))
         rows = np.concatenate([np.arange(*span)[np.asarray(store.kept[slice(*span)])] for span in batch])
-        replacement = torch.zeros(copies, *ids.shape, len(mean))
+        replacement = torch.zeros(copies, *ids.shape, len(mean), device=mean.device)
         replacement[1] = mean
         for x_hat, crosscoder in zip(replacement[2:], crosscoders):
-            x_hat[kept] = torch.cat([crosscoder.decode(f)[m] for _, _, f in encoded(crosscoder, store, rows)])
+            x_hat[kept.to(mean.device)] = torch.cat(
+                [crosscoder.decode(f)[m] for _, _, f in encoded(crosscoder, store, rows)]
+            )
         replaced = torch.cat([torch.zeros_like(kept), *[kept] * (copies - 1)])[..., None].to(device)
         replacement = replacement.flatten(0, 1).to(device, model.dtype)
         inputs = {"input_ids": ids.repeat(copies, 1), "attention_mask": own.long().repeat(copies, 1)}
-        with traced.trace(**{name: value.to(device) for name, value in inputs.items()}):
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        with tf32(model.dtype != torch.float32), traced.trace(**inputs):
             envoy.output = torch.where(replaced, replacement, envoy.output)
             logits = traced.output.logits.save()
-        followed = own[:, 1:]
-        for total, part in zip(totals, logits.cpu().chunk(copies)):
+        followed, next_ids = own[:, 1:], ids[:, 1:].to(device)
+        for total, part in zip(totals, logits.chunk(copies)):
             predicted = part[:, :-1].float().transpose(1, 2)
-            losses = torch.nn.functional.cross_entropy(predicted, ids[:, 1:], reduction="none")
+            losses = torch.nn.functional.cross_entropy(predicted, next_ids, reduction="none").cpu()
             total.append((losses * followed).sum(-1))
         counts.append(followed.sum(-1))
     untouched, by_mean, *each, tokens = (torch.cat(p).double().numpy() for p in (*totals, counts))

@@ -39,6 +39,7 @@ its loss on L0, 2503.09532); Jiralerspong & Bricken 2026 (dedicated features, 26
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -53,9 +54,11 @@ from torch.nn import functional
 
 from ..runs import write_json, write_tensors
 from ..settings import UserError, check, integer
+from . import fixed
 from .sparse import (
     PreActivations,
     SparseBatch,
+    alone,
     encode,
     jump,
     reconstruct,
@@ -144,6 +147,7 @@ class CrossCoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(sum(self.widths)))
         if variant == "jumprelu":
             self.log_theta = nn.Parameter(torch.zeros(n_features))
+        self._known_factors: tuple = (None, [])
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float64))
         self.register_buffer("means", torch.zeros(sum(self.widths)))
         self.register_buffer("threshold", torch.zeros(()))
@@ -171,7 +175,14 @@ class CrossCoder(nn.Module):
         """RAW activations, one [B, d_m] per model, to the scaled and joined x [B, D]."""
         if (widths := [a.shape[-1] for a in acts]) != list(self.widths):
             raise UserError(f"activations have widths {widths}: this crosscoder reads {self.described()}")
-        return torch.cat([a.to(self.W_dec.dtype) * s for a, s in zip(acts, self.scales.tolist())], dim=-1)
+        return torch.cat([a.to(self.W_dec.dtype) * s for a, s in zip(acts, self._factors())], dim=-1)
+
+    def _factors(self) -> list[float]:
+        """The scales as numbers, for which a device is asked once and not at every step."""
+        key = self.scales.data_ptr(), self.scales._version
+        if self._known_factors[0] != key:
+            self._known_factors = key, self.scales.tolist()
+        return self._known_factors[1]
 
     def split(self, x: Tensor, raw: bool = False) -> list[Tensor]:
         """Joined [..., D] in scaled space to one [..., d_m] per model; ``raw``: the scale is divided out."""
@@ -223,6 +234,12 @@ class CrossCoder(nn.Module):
     def decode(self, f: Tensor) -> list[Tensor]:
         """Features [B, F] to RAW reconstructions, one [B, d_m] per model."""
         return self.split(f @ self.W_dec + self.b_dec, raw=True)
+
+    def on(self, device: str) -> CrossCoder:
+        """This crosscoder on a device: itself, if it is there, else a copy."""
+        if self.W_dec.device.type == torch.device(device).type:
+            return self
+        return copy.deepcopy(self).to(device)
 
     # --- what the decoder says of each feature --------------------------------------------------------------
 
@@ -303,7 +320,7 @@ class CrossCoder(nn.Module):
     def _clear_foreign(self, matrix: Tensor) -> None:
         """Set to 0 a model's dedicated features in every other model."""
         for m, other in itertools.permutations(range(len(self.names)), 2):
-            matrix[self.owner == m, self.columns(self.names[other])] = 0
+            matrix[:, self.columns(self.names[other])].masked_fill_((self.owner == m)[:, None], 0)
 
     def columns(self, name: str) -> slice:
         """Where a model's coordinates lie among the D joined ones."""
@@ -343,7 +360,7 @@ class Forward:
     """
 
     x: Tensor
-    code: SparseBatch
+    code: SparseBatch | fixed.DenseBatch
     f: Tensor
     x_hat: Tensor
     aux_hat: Tensor | None = None
@@ -362,12 +379,13 @@ def forward(
     aux_k: int = 0,
     precision: str = "float32",
     wanted: int | None = None,
-    hint: float = 0.0,
-    gather: Callable[[Tensor], Tensor] = lambda own: own,
+    hint: float | Tensor = 0.0,
+    gather: Callable[[Tensor], Tensor] = alone,
     buffers: dict | None = None,
     bandwidth: float = 0.0,
     strongest: Callable[..., SparseBatch | None] | None = None,
-    add: Callable[[Tensor], Tensor] = lambda own: own,
+    add: Callable[[Tensor], Tensor] = alone,
+    among: Tensor | None = None,
 ) -> Forward:
     """A batch of RAW activations through the crosscoder as training does it (BatchTopK looks at the whole
     batch).
@@ -377,10 +395,17 @@ def forward(
     keeps; k for each token), ``hint``, ``gather`` and ``buffers`` are those of ``lib.crosscoder.sparse``.
     ``bandwidth``: JumpReLU's h; at 0 there are no thresholds yet, and it selects as BatchTopK. Where
     processes share out the features, ``strongest`` chooses among all that are dead, and ``add`` adds up what
-    they decode.
+    they decode. ``among`` [n]: the features to look among for dead ones, so that a GPU need not be asked.
     """
     x = crosscoder.scaled(acts)
     weights = crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec
+    # alone on a GPU, with shapes that are known beforehand (jumprelu's are not)
+    known = gather is alone and crosscoder.variant != "jumprelu" and fixed.wanted_here(x)
+    if crosscoder.variant == "l1":
+        if known or (precision != "float32" and gather is alone):
+            code, f, sums = fixed.dense(x, *weights, precision != "float32")
+            return Forward(x, code, f, sums + crosscoder.b_dec)
+        precision = "float32"  # rounding may change a sign
     encoded = encode(x, *weights[:2], PRECISIONS[precision], crosscoder.means, buffers)
     edge = None  # jumprelu: the entries within the kernel
     with torch.no_grad():
@@ -388,16 +413,25 @@ def forward(
     if crosscoder.variant == "l1":
         code = select_positive(encoded)
     elif crosscoder.variant == "topk":
-        code = select_rows(encoded, per_unit, crosscoder.k)
+        code = (fixed.select_rows if known else select_rows)(encoded, per_unit, crosscoder.k)
     elif crosscoder.variant == "jumprelu" and bandwidth:
         theta = crosscoder.log_theta.detach().exp()
         reached = select_above(encoded, per_unit / theta, 1 - bandwidth / 2, crosscoder.k)
         ratio = reached.values * (per_unit / theta)[reached.features]
         code = reached.where(ratio > 1, reached.floor)
         edge = reached.where((ratio - 1).abs() < bandwidth / 2, reached.floor)
+    elif known:
+        code = fixed.select_batch(encoded, per_unit, wanted or crosscoder.k * len(x), hint)
     else:
         code = select_batch(encoded, per_unit, wanted or crosscoder.k * len(x), hint, gather)
-    chosen = (strongest or _strongest)(encoded, per_unit, aux_k, dead) if dead is not None and aux_k else None
+    if dead is None or not aux_k or among is not None and not len(among):
+        chosen = None
+    elif known and among is not None:
+        chosen = fixed.select_rows(encoded, per_unit, aux_k, among, dead[among])
+    elif strongest:
+        chosen = strongest(encoded, per_unit, aux_k, dead)
+    else:
+        chosen = _strongest(encoded, per_unit, aux_k, dead, known)
     if chosen is None:
         f, sums = reconstruct(*weights, x, code, buffers)
         sums, aux_hat = add(sums), None
@@ -414,10 +448,12 @@ def forward(
     return out
 
 
-def _strongest(encoded: PreActivations, per_unit: Tensor, k: int, dead: Tensor) -> SparseBatch | None:
+def _strongest(
+    encoded: PreActivations, per_unit: Tensor, k: int, dead: Tensor, known: bool = False
+) -> SparseBatch | None:
     """The k strongest dead features of each token; None if nothing is dead."""
     among = dead.nonzero().squeeze(-1)
-    return select_rows(encoded, per_unit, k, among) if len(among) else None
+    return (fixed.select_rows if known else select_rows)(encoded, per_unit, k, among) if len(among) else None
 
 
 def squared_error(out: Forward) -> Tensor:
@@ -427,8 +463,7 @@ def squared_error(out: Forward) -> Tensor:
 
 def sparsity_loss(crosscoder: CrossCoder, out: Forward) -> Tensor:
     """mean_batch sum_i f_i sum_m ||d_i^m||_2: what lambda multiplies in the L1 variant."""
-    totals = torch.zeros_like(crosscoder.b_enc).index_add(0, out.code.features, out.f)
-    return (totals * crosscoder.strength_per_unit()).sum() / out.tokens
+    return (out.code.totals(out.f) * crosscoder.strength_per_unit()).sum() / out.tokens
 
 
 def l0_loss(crosscoder: CrossCoder, out: Forward, bandwidth: float) -> Tensor:

@@ -14,12 +14,12 @@ CPU (numba), and in torch's own operations for other devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from types import ModuleType
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,10 +29,14 @@ MARGIN = 0.96  # of the last threshold: where screening begins. It decides the t
 # share by which a strength may be misjudged: twice the last bit
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 1 / 128}
 ROOM = 8  # places per row that screening begins with, in multiples of those wanted
-THREAD_WORK = 1 << 20  # multiplications that are worth a thread
 CROWDED = 1 / 16  # share of entries that are not zero above which dense products are faster
 CHUNK = 1 << 14  # entries at once in torch's versions: they gather a row of weights for each
 COMPILED = True  # False takes torch's versions on the CPU too
+
+
+def alone(own: Tensor) -> Tensor:
+    """What all processes have, where there is one."""
+    return own
 
 
 @dataclass
@@ -48,6 +52,7 @@ class SparseBatch:
     values: Tensor
     floor: Tensor
     n_features: int
+    padded = False  # whether entries of value 0 stand at places of others
 
     @property
     def rows(self) -> Tensor:
@@ -56,8 +61,27 @@ class SparseBatch:
         return rows.repeat_interleave(self.indptr.diff(), output_size=len(self.features))
 
     @property
+    def entries(self) -> int | Tensor:
+        return len(self.features)
+
+    @property
     def crowded(self) -> bool:
         return len(self.features) > CROWDED * (len(self.indptr) - 1) * self.n_features
+
+    def totals(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` [n] of each feature's entries, [F], differentiable in them."""
+        return values.new_zeros(self.n_features).index_add(0, self.features, values)
+
+    def sums(self, W: Tensor) -> Tensor:
+        """f @ W, [B, D]."""
+        return _sums(self, W)
+
+    def gradients(
+        self, at_f: Tensor | None, x: Tensor, at_sums: Tensor, W_dec: Tensor, buffers: dict
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of W_enc, b_enc, W_dec from those of f [n] and of the sums [B, D]."""
+        at_code = _dots(self, at_sums, W_dec)
+        return _weight_gradients(self, at_code if at_f is None else at_f + at_code, x, at_sums, buffers)
 
     def fired(self) -> Tensor:
         """Which features have an entry, [F] bool."""
@@ -69,11 +93,11 @@ class SparseBatch:
         """[B, F] with its zeros; with ``values`` [n] in place of its own, differentiable in them."""
         values = self.values if values is None else values
         zeros = values.new_zeros(len(self.indptr) - 1, self.n_features)
-        return zeros.index_put((self.rows, self.features), values)
+        return zeros.index_put((self.rows, self.features), values, accumulate=self.padded)
 
     def where(self, kept: Tensor, floor: Tensor) -> SparseBatch:
         """The entries that a mask [n] leaves."""
-        if not _on_cpu(kept):
+        if not on_cpu(kept):
             indptr = functional.pad(kept.cumsum(0), (1, 0))[self.indptr]
             return replace(
                 self, indptr=indptr, features=self.features[kept], values=self.values[kept], floor=floor
@@ -82,7 +106,7 @@ class SparseBatch:
         n = int(np.count_nonzero(kept.numpy()))
         new = torch.empty_like(self.indptr), torch.empty(n, dtype=torch.int64), torch.empty(n)
         old = self.indptr, self.features, self.values
-        _where_loop(kept.numpy(), *(t.numpy() for t in (*old, *new)))
+        _loops().where_loop(kept.numpy(), *(t.numpy() for t in (*old, *new)))
         return SparseBatch(*new, floor, self.n_features)
 
     def above(self, other: SparseBatch) -> SparseBatch:
@@ -168,7 +192,7 @@ def select_batch(
     per_unit: Tensor,
     wanted: int,
     hint: float = 0.0,
-    gather: Callable[[Tensor], Tensor] = lambda own: own,
+    gather: Callable[[Tensor], Tensor] = alone,
 ) -> SparseBatch:
     """BatchTopK: the ``wanted`` largest strengths v = f * per_unit of the batch, f = ReLU of the
     pre-activation. Values equal to the smallest one kept are kept too, zeros never.
@@ -179,7 +203,7 @@ def select_batch(
     precise, expected = 1 - encoded.rounding, max(wanted // len(encoded), 1)
     low = MARGIN * hint
     if low <= 0:
-        low = float(gather(_guess(encoded, per_unit, wanted)).mean())
+        low = float(gather(guess(encoded, per_unit, wanted)).mean())
     first = low
     while True:
         code = _above(encoded, per_unit, torch.full((len(encoded),), low, device=per_unit.device), expected)
@@ -239,7 +263,7 @@ def select_above(encoded: PreActivations, per_unit: Tensor, low: float, expected
     return code.where(code.values * per_unit[code.features] >= low, code.floor) if encoded.rounding else code
 
 
-def _guess(encoded: PreActivations, per_unit: Tensor, wanted: int) -> Tensor:
+def guess(encoded: PreActivations, per_unit: Tensor, wanted: int) -> Tensor:
     """A strength [1] that the wanted number of entries, and some more, exceed: from a sample of the rows."""
     step = max(len(encoded) // 32, 1)
     sample = (encoded.floats(slice(None, None, step)) * per_unit).flatten()
@@ -249,30 +273,30 @@ def _guess(encoded: PreActivations, per_unit: Tensor, wanted: int) -> Tensor:
 
 def _row_floors(encoded: PreActivations, per_unit: Tensor, k: int) -> Tensor:
     """A strength [B] that k entries of each row reach and not many more do."""
-    if not _on_cpu(per_unit):
+    if not on_cpu(per_unit):
         return torch.topk(encoded.floats().clamp(min=0) * per_unit, k, dim=-1, sorted=False).values.amin(-1)
     floors, arrays = torch.empty(len(encoded)), _arrays(encoded, per_unit)
-    with _threads(4 * encoded.products.numel()):
-        _row_floors_loop(*arrays, k, floors.numpy())
+    with _loops().threads(4 * encoded.products.numel()):
+        _loops().row_floors_loop(*arrays, k, floors.numpy())
     return floors
 
 
 def _above(encoded: PreActivations, per_unit: Tensor, low: Tensor, expected: int) -> SparseBatch:
     """Entries of positive strength, at least ``low`` [B], with float32 values; ``expected``: per row."""
     B, F = encoded.products.shape
-    if _on_cpu(per_unit):
+    if on_cpu(per_unit):
         counts, room = np.zeros(B, dtype=np.int64), ROOM * expected
         while True:
             room = min(room, F)
             found, values = np.empty((B, room), dtype=np.int32), np.empty((B, room), dtype=np.float32)
-            with _threads(B * F):
-                _screen_loop(*_arrays(encoded, per_unit), low.numpy(), found, values, counts)
+            with _loops().threads(B * F):
+                _loops().screen_loop(*_arrays(encoded, per_unit), low.numpy(), found, values, counts)
             if counts.max(initial=0) <= room:
                 break
             room = int(counts.max())
         n, indptr = int(counts.sum()), torch.zeros(B + 1, dtype=torch.int64)
         features, f = torch.empty(n, dtype=torch.int64), torch.empty(n)
-        _flatten_loop(counts, found, values, indptr.numpy(), features.numpy(), f.numpy())
+        _loops().flatten_loop(counts, found, values, indptr.numpy(), features.numpy(), f.numpy())
     else:
         pre = encoded.floats()
         strength = pre * per_unit
@@ -308,21 +332,16 @@ class _Reconstruct(torch.autograd.Function):
         ctx.save_for_backward(W_enc, W_dec, x)
         ctx.code, ctx.buffers = code, buffers
         ctx.set_materialize_grads(False)
-        return code.values.clone(), _sums(code, W_dec)
+        return code.values.clone(), code.sums(W_dec)
 
     @staticmethod
     def backward(ctx, grad_f, grad_sums):
         W_enc, W_dec, x = ctx.saved_tensors
-        code = ctx.code
-        at_code = torch.zeros_like(code.values) if grad_f is None else grad_f
-        if grad_sums is None:
-            grad_sums = x.new_zeros(len(x), W_dec.shape[1])
-        else:
-            grad_sums = grad_sums.contiguous()
-            at_code = at_code + _dots(code, grad_sums, W_dec)
+        missing = grad_sums is None
+        grad_sums = x.new_zeros(len(x), W_dec.shape[1]) if missing else grad_sums.contiguous()
         in_use = W_enc.grad is not None or W_dec.grad is not None  # then autograd adds to what is there
         buffers = {} if ctx.buffers is None or in_use else ctx.buffers
-        return *_weight_gradients(code, at_code, x, grad_sums, buffers), None, None, None
+        return *ctx.code.gradients(grad_f, x, grad_sums, W_dec, buffers), None, None, None
 
 
 def jump(sums: Tensor, log_theta: Tensor, W_dec: Tensor, edge: SparseBatch, rise: Tensor) -> Tensor:
@@ -354,12 +373,14 @@ def _sums(code: SparseBatch, W: Tensor) -> Tensor:
     """f @ W, [B, D]."""
     if code.crowded:
         return code.dense() @ W
-    if not _on_cpu(W):
+    if not on_cpu(W):
         options = {"mode": "sum", "per_sample_weights": code.values, "include_last_offset": True}
         return functional.embedding_bag(code.features, W, code.indptr, **options)
     out = torch.empty(len(code.indptr) - 1, W.shape[1])
-    with _threads(len(code.features) * W.shape[1]):
-        _sums_loop(code.indptr.numpy(), code.features.numpy(), code.values.numpy(), W.numpy(), out.numpy())
+    with _loops().threads(len(code.features) * W.shape[1]):
+        _loops().sums_loop(
+            code.indptr.numpy(), code.features.numpy(), code.values.numpy(), W.numpy(), out.numpy()
+        )
     return out
 
 
@@ -367,12 +388,12 @@ def _dots(code: SparseBatch, x: Tensor, W: Tensor) -> Tensor:
     """x_b . W_i for every entry (b, i) of the code, [n]."""
     if code.crowded:
         return (x @ W.T)[code.rows, code.features]
-    if not _on_cpu(W):
+    if not on_cpu(W):
         parts = zip(code.rows.split(CHUNK), code.features.split(CHUNK))
         return torch.cat([x.new_empty(0), *((x[rows] * W[features]).sum(-1) for rows, features in parts)])
     out = torch.empty(len(code.features))
-    with _threads(len(code.features) * W.shape[1]):
-        _dots_loop(code.indptr.numpy(), code.features.numpy(), x.numpy(), W.numpy(), out.numpy())
+    with _loops().threads(len(code.features) * W.shape[1]):
+        _loops().dots_loop(code.indptr.numpy(), code.features.numpy(), x.numpy(), W.numpy(), out.numpy())
     return out
 
 
@@ -384,7 +405,7 @@ def _weight_gradients(
     if code.crowded:
         at_pre = code.dense(at_code)
         return at_pre.T @ x, at_pre.sum(0), code.dense().T @ at_sums
-    if not _on_cpu(x):
+    if not on_cpu(x):
         order = torch.argsort(code.features, stable=True)
         columns = torch.searchsorted(code.features[order], torch.arange(code.n_features + 1, device=x.device))
         rows = code.rows[order]
@@ -400,198 +421,32 @@ def _weight_gradients(
     bias = torch.empty(code.n_features)
     columns, order = np.empty(code.n_features + 1, dtype=np.int64), np.empty(len(at_code), dtype=np.int64)
     rows = np.empty(len(at_code), dtype=np.int32)
-    _by_feature_loop(code.indptr.numpy(), code.features.numpy(), columns, order, rows)
-    with _threads(4 * (len(at_code) + code.n_features) * shape[1]):
+    _loops().by_feature_loop(code.indptr.numpy(), code.features.numpy(), columns, order, rows)
+    with _loops().threads(4 * (len(at_code) + code.n_features) * shape[1]):
         entries = columns, rows, code.values.numpy()[order], at_code.numpy()[order]
         dense = x, at_sums, enc, bias, dec
-        _weight_gradients_loop(*entries, *(t.numpy() for t in dense))
+        _loops().weight_gradients_loop(*entries, *(t.numpy() for t in dense))
     return enc, bias, dec
 
 
-# --- compiled loops -----------------------------------------------------------------------------------------
-
-_loops = numba.njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-_loop = numba.njit(cache=True, nogil=True)
+# --- where it runs ------------------------------------------------------------------------------------------
 
 
-def _on_cpu(tensor: Tensor) -> bool:
-    return COMPILED and tensor.device.type == "cpu"
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether the compiled loops take it."""
+    return COMPILED and tensor.device.type == "cpu" and _loops() is not None
 
 
 @cache
-def _start_threads() -> None:
-    """Start numba's threads. That sets OpenMP's number of threads to all cores, which is torch's number too:
-    it is put back, or a run told to take one thread would take them all, and end with other bits.
-    """
-    threads = torch.get_num_threads()
-    numba.set_num_threads(1)
-    torch.set_num_threads(threads)
-
-
-@contextmanager
-def _threads(work: int) -> Iterator[None]:
-    """At most torch's threads in the compiled loops, and none for less than THREAD_WORK multiplications."""
-    _start_threads()
-    most = numba.config.NUMBA_NUM_THREADS
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), most, work // THREAD_WORK)))
+def _loops() -> ModuleType | None:
+    """The compiled loops, where numba is installed; a machine that trains on its GPU needs none."""
     try:
-        yield
-    finally:
-        numba.set_num_threads(most)
+        return importlib.import_module(".loops", __package__)
+    except ImportError:
+        return None
 
 
 def _arrays(encoded: PreActivations, per_unit: Tensor) -> tuple:
     """Products as integers, the shift that makes these float32 (numpy has no bfloat16), offset, per_unit."""
     kind, shift = (torch.int16, 16) if encoded.products.dtype == torch.bfloat16 else (torch.int32, 0)
     return encoded.products.view(kind).numpy(), shift, encoded.offset.numpy(), per_unit.numpy()
-
-
-@_loops
-def _screen_loop(bits, shift, offset, per_unit, low, found, values, counts):
-    F, room = bits.shape[1], found.shape[1]
-    whole = F // 16 * 16
-    for b in numba.prange(bits.shape[0]):
-        row, places, kept = bits[b], found[b], values[b]
-        raw, v = np.empty(F, dtype=np.int32), np.empty(F, dtype=np.float32)
-        f = raw.view(np.float32)
-        for i in range(F):
-            raw[i] = np.int32(row[i]) << shift
-        for i in range(F):
-            f[i] += offset[i]
-            v[i] = f[i] * per_unit[i]
-        least, n = max(low[b], np.float32(1e-30)), 0
-        for start in range(0, whole, 16):  # most stretches hold nothing: they are passed over at a glance
-            highest = v[start]
-            for i in range(16):
-                highest = max(highest, v[start + i])
-            if highest >= least:
-                for i in range(start, start + 16):
-                    if v[i] >= least:
-                        if n < room:
-                            places[n], kept[n] = i, f[i]
-                        n += 1
-        for i in range(whole, F):
-            if v[i] >= least:
-                if n < room:
-                    places[n], kept[n] = i, f[i]
-                n += 1
-        counts[b] = n
-
-
-@_loop
-def _flatten_loop(counts, found, values, indptr, features, flat_values):
-    for b in range(len(counts)):
-        start, n = indptr[b], counts[b]
-        indptr[b + 1] = start + n
-        features[start : start + n] = found[b, :n]
-        flat_values[start : start + n] = values[b, :n]
-
-
-@_loop
-def _where_loop(kept, indptr, features, values, new_indptr, new_features, new_values):
-    n = 0
-    new_indptr[0] = 0
-    for b in range(len(indptr) - 1):
-        for j in range(indptr[b], indptr[b + 1]):
-            if kept[j]:
-                new_features[n], new_values[n] = features[j], values[j]
-                n += 1
-        new_indptr[b + 1] = n
-
-
-@_loops
-def _row_floors_loop(bits, shift, offset, per_unit, k, floors):
-    F = bits.shape[1]
-    for b in numba.prange(bits.shape[0]):
-        row, raw = bits[b], np.empty(F, dtype=np.int32)
-        v, high = raw.view(np.float32), np.float32(0)
-        for i in range(F):
-            raw[i] = np.int32(row[i]) << shift
-        for i in range(F):
-            v[i] = (v[i] + offset[i]) * per_unit[i]
-        for i in range(F):
-            high = max(high, v[i])
-        low = np.float32(0)  # at least k reach low, or low is 0; fewer than k reach high
-        for _ in range(40):
-            middle = np.float32(0.5) * (low + high)
-            count = 0
-            for i in range(F):
-                count += v[i] >= middle
-            if count >= k:
-                low = middle
-                if count <= k + k // 4:
-                    break
-            else:
-                high = middle
-        floors[b] = low
-
-
-@_loops
-def _sums_loop(indptr, features, values, W, out):
-    for b in numba.prange(out.shape[0]):
-        total, j, end = out[b], indptr[b], indptr[b + 1]
-        total[:] = 0
-        while j + 3 < end:  # four rows in one pass over the sum
-            f0, f1, f2, f3 = values[j], values[j + 1], values[j + 2], values[j + 3]
-            w0, w1, w2, w3 = W[features[j]], W[features[j + 1]], W[features[j + 2]], W[features[j + 3]]
-            for d in range(len(total)):
-                total[d] += f0 * w0[d] + f1 * w1[d] + f2 * w2[d] + f3 * w3[d]
-            j += 4
-        while j < end:
-            f, w = values[j], W[features[j]]
-            for d in range(len(total)):
-                total[d] += f * w[d]
-            j += 1
-
-
-@_loops
-def _dots_loop(indptr, features, x, W, out):
-    for b in numba.prange(len(indptr) - 1):
-        row = x[b]
-        for j in range(indptr[b], indptr[b + 1]):
-            w, total = W[features[j]], np.float32(0)
-            for d in range(len(row)):
-                total += row[d] * w[d]
-            out[j] = total
-
-
-@_loop
-def _by_feature_loop(indptr, features, columns, order, rows):
-    """Counting sort of the entries by feature: where each feature's begin, their order and rows."""
-    columns[:] = 0
-    for i in features:
-        columns[i + 1] += 1
-    for i in range(len(columns) - 1):
-        columns[i + 1] += columns[i]
-    place = columns.copy()
-    for b in range(len(indptr) - 1):
-        for j in range(indptr[b], indptr[b + 1]):
-            at = place[features[j]]
-            order[at], rows[at] = j, b
-            place[features[j]] = at + 1
-
-
-@_loops
-def _weight_gradients_loop(columns, rows, f, at_code, x, at_sums, enc, bias, dec):
-    for i in numba.prange(len(columns) - 1):
-        e, d, b = enc[i], dec[i], np.float32(0)
-        j, end = columns[i], columns[i + 1]
-        e[:] = 0
-        d[:] = 0
-        while j + 1 < end:
-            b += at_code[j] + at_code[j + 1]
-            x0, x1, p0, p1 = x[rows[j]], x[rows[j + 1]], at_code[j], at_code[j + 1]
-            for c in range(len(e)):
-                e[c] += p0 * x0[c] + p1 * x1[c]
-            g0, g1, f0, f1 = at_sums[rows[j]], at_sums[rows[j + 1]], f[j], f[j + 1]
-            for c in range(len(d)):
-                d[c] += f0 * g0[c] + f1 * g1[c]
-            j += 2
-        if j < end:
-            b += at_code[j]
-            x0, p0, g0, f0 = x[rows[j]], at_code[j], at_sums[rows[j]], f[j]
-            for c in range(len(e)):
-                e[c] += p0 * x0[c]
-            for c in range(len(d)):
-                d[c] += f0 * g0[c]
-        bias[i] = b

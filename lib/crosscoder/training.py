@@ -8,10 +8,13 @@ resumed, ends with the same weights as an uninterrupted one (for the same number
 from __future__ import annotations
 
 import contextlib
+import csv
 import itertools
 import json
 import math
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, make_dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from ..activations.shuffle import Prefetched
 from ..activations.store import MADE_BY, MEMORY
+from ..device import tf32, the_device
 from ..runs import (
     Progress,
     exclusive,
@@ -34,6 +38,7 @@ from ..runs import (
     write_text,
 )
 from ..settings import NotNegative, Positive, Share, UserError, check, integer, number, parameters
+from . import fixed
 from .model import (
     LOSS_FORMULAS,
     VARIANTS,
@@ -49,6 +54,11 @@ from .processes import PER_FEATURE, SINGLE_PROCESS, SingleProcess
 LOG_LINES = 100  # lines of log.jsonl in a run; checkpoints are written at lines only
 # of the run: JumpReLU selects as BatchTopK until then, to find where its thresholds begin
 THRESHOLDS_BEGIN = 0.2
+MINUTE = 60.0  # seconds between two lines on the run's health
+# when the health of a run is doubted: after so many steps, by waiting, FVE, dead features, crowded selections
+SETTLED, STARVING, LEAST_FVE, MOST_DEAD, SHORT = 500, 0.5, 0.3, 0.5, 0.01
+SAVING = 0.02  # share of the time that checkpoints may take: those of gigabytes come less often
+CSV = "TRAINING_CSV"  # environment variable: a file to which the log goes, line by line
 THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that becomes the inference threshold
 
 
@@ -72,7 +82,7 @@ class TrainConfig:
     aux: NotNegative = 0.5  # all but l1: alpha, weight of the auxiliary loss
     aux_k: Positive = 64  # dead features per token that the auxiliary loss uses
     dead_after: Share = 0.01  # share without firing after which a feature counts as dead
-    # of the encoder's product (not l1): bfloat16 is faster on processors that have it
+    # of the encoder's product (l1: of all products): bfloat16 is faster on processors that have it
     precision: Literal["float32", "bfloat16"] = "float32"
     # bytes for shuffling: part of what decides the order of tokens in a store that is larger
     memory: Positive = MEMORY
@@ -85,9 +95,7 @@ class TrainConfig:
     dedicated: Share = 0.0  # share of the dictionary that is reserved for each model
 
     def __post_init__(self) -> None:
-        if self.variant == "l1":
-            check("precision", self.precision, ("float32",))
-        else:
+        if self.variant != "l1":
             check("k", self.k, integer(1, self.n_features))
 
     @property
@@ -128,12 +136,15 @@ def train(
 
     ``folder`` receives crosscoder.safetensors, config.json, log.jsonl and manifest.json; while training, a
     checkpoint named after the fingerprint. ``progress`` has ``update(done_tokens, note)`` and ``close()``.
-    ``device`` None is a GPU if there is one. ``together``: the processes that train
-    (``lib.crosscoder.processes``); all see the same folder, in which rank 0 writes what a single process
-    would. ``trainer_class``: a ``Trainer`` that does something else; give it a folder of its own. UserError
-    for activations or a loss that are not finite, and a store that repeats tokens before it has shown all.
+    ``device`` None is a GPU if there is one. At least ``checkpoint_seconds`` lie between two checkpoints, and
+    so many that saving takes ``SAVING`` of the time. Every minute a line says how the run is, and what is
+    wrong with it (``doubts``); TRAINING_CSV names a file that gets the log as it grows. ``together``: the
+    processes that train (``lib.crosscoder.processes``); all see the same folder, in which rank 0 writes what
+    a single process would. ``trainer_class``: a ``Trainer`` that does something else; give it a folder of its
+    own. UserError for activations or a loss that are not finite, and a store that repeats tokens before it
+    has shown all.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = the_device(device)
     folder, fingerprint, first = Path(folder), config.fingerprint(store), together.rank == 0
     if is_current(folder, fingerprint):
         return CrossCoder.load(folder)
@@ -145,18 +156,29 @@ def train(
             trainer.restore(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=partial))
         together.check_same(trainer.shown, f"tokens shown, according to the checkpoint in {folder.name}")
         progress = progress or Progress("tokens trained on", config.tokens)
-        saved = time.monotonic()
+        saved, pause = time.monotonic(), checkpoint_seconds
+
+        def tell(line: dict) -> None:
+            note = [f"FVE {line['fve']:.3f}, dead {line['dead']:.1%}"]
+            note += doubts(line, config) if time.monotonic() - began >= MINUTE else []
+            progress.update(min(line["tokens"], config.tokens), "; ".join(note))
+
+        began, each_minute = time.monotonic(), tell if together.size == 1 else None
         try:
-            while trainer.shown < config.tokens:
-                line = trainer.run_until(trainer.shown + config.tokens / LOG_LINES)
-                note = f"FVE {line['fve']:.3f}, dead {line['dead']:.1%}"
-                progress.update(min(trainer.shown, config.tokens), note)
-                due = together.agreed(time.monotonic() - saved >= checkpoint_seconds)
-                if due and trainer.shown < config.tokens:
-                    state = trainer.state()  # from all processes
-                    if first:
-                        write_state(checkpoint, state)
-                    saved = time.monotonic()
+            with tf32(config.precision == "bfloat16"):
+                while trainer.shown < config.tokens:
+                    line = trainer.run_until(trainer.shown + config.tokens / LOG_LINES, each_minute)
+                    tell(line)
+                    if first and CSV in os.environ:
+                        _write_row(Path(os.environ[CSV]), {"folder": folder.name, **line})
+                    due = together.agreed(time.monotonic() - saved >= pause)
+                    if due and trainer.shown < config.tokens:
+                        saving = time.monotonic()
+                        state = trainer.state()  # from all processes
+                        if first:
+                            write_state(checkpoint, state)
+                        saved = time.monotonic()
+                        pause = max(checkpoint_seconds, (saved - saving) / SAVING)
         finally:
             trainer.close()
         progress.close()
@@ -177,9 +199,19 @@ def checkpoint_file(folder: Path, fingerprint: str) -> Path:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of log.jsonl; their names are in ``Trainer._log_line``."""
+    """The lines of log.jsonl; their names are in ``Trainer._line``."""
     lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def _write_row(file: Path, line: dict) -> None:
+    """Append a line to a CSV file, which gets its names first."""
+    new = not file.is_file()
+    with file.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, line)
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
 
 
 _PLACE = ("step", "shown", "epoch", "position", "log")  # where a Trainer is
@@ -206,7 +238,17 @@ class Trainer:
         self.seen = torch.zeros(len(store), dtype=torch.bool)  # rows of the store that were shown
         self.log: list[dict] = []
         self.batches: Prefetched | None = None  # what comes next, made by a thread beside training
-        self.floor = 0.0  # smallest strength kept in the last batch: where the next selection begins to look
+        # smallest strength kept in the last batch, where the next selection begins to look; 0: none is known
+        self.floor: float | Tensor = 0.0
+        # steps have shapes known beforehand (``fixed``), and nothing asks the device before the log does
+        self.known = (
+            together.size == 1 and config.variant != "jumprelu" and fixed.wanted_here(self.last_fired)
+        )
+        # where ``known``: the features that were dead at the last line of the log
+        self.among: Tensor | None = self.last_fired[:0] if self.known else None
+        self.short = torch.zeros((), dtype=torch.int64, device=device)  # steps that passed candidates over
+        self.odd = torch.full((len(widths),), -1, device=device)  # a row with activations that are not finite
+        self._sent: deque = deque()  # batches on their way to the device
         self.waited = 0.0  # seconds spent waiting for batches, without those of ``batches``
         self.buffers: dict = {}  # memory for the products and gradients of a step
 
@@ -214,7 +256,9 @@ class Trainer:
         """Row numbers [B] and RAW activations of the next batch; begins a new epoch where one is over."""
         if self.batches is None:
             place = self.epoch, self.position
-            self.batches = Prefetched(_batches(self.store, self.config, *place, self.together.part))
+            # in the store's dtype: they are widened over there
+            raw = not self.device.startswith("cpu") and getattr(self.store, "raw_batches", False)
+            self.batches = Prefetched(_batches(self.store, self.config, *place, self.together.part, raw))
         epoch, rows, acts = next(self.batches)
         if epoch != self.epoch:
             self.check_distinct()
@@ -229,24 +273,50 @@ class Trainer:
             self.batches.close()
             self.batches = None
 
-    def run_until(self, tokens: float) -> dict:
-        """Train until ``tokens`` have been shown; returns and logs a line of averages since the last one."""
+    def run_until(self, tokens: float, tell: Callable[[dict], None] | None = None) -> dict:
+        """Train until ``tokens`` have been shown; returns and logs a line of averages since the last one.
+        Every minute ``tell`` gets such a line, which is not logged.
+        """
         began, waited, before, means = time.monotonic(), self.waiting(), self.shown, []
+        told = began
+        if self.known:
+            self.among = self._dead().nonzero().squeeze(-1)
+
+        def line() -> dict:
+            seconds = time.monotonic() - began
+            speed, waiting = (self.shown - before) / seconds, (self.waiting() - waited) / seconds
+            return self._line(sum(means) / len(means), acts, speed, waiting)
+
         while self.shown < min(tokens, self.config.tokens):
-            rows, acts = self._next_batch()
-            for name, act in zip(self.store.models, acts):
-                if not torch.isfinite(act.sum()):  # on the CPU, where batches come from: no device is stalled
-                    bad = rows[(~torch.isfinite(act).all(-1)).numpy()][:3]
-                    raise UserError(
-                        f"activations of {name} are not finite (store rows {', '.join(map(str, bad))}, ...): "
-                        f"harvest again, in a wider dtype (notebook {MADE_BY})"
-                    )
-            self.seen[torch.as_tensor(rows)] = True
-            acts = [act.to(self.device, non_blocking=True) for act in acts]
+            acts = self._received(*self._next_batch())
             means.append(self.train_step(acts))
-        seconds = time.monotonic() - began
-        speed, waiting = (self.shown - before) / seconds, (self.waiting() - waited) / seconds
-        return self._log_line(sum(means) / len(means), acts, speed, waiting)
+            if tell and time.monotonic() - told >= MINUTE:
+                tell(line())
+                told = time.monotonic()
+        self.log.append(line())
+        return self.log[-1]
+
+    def _received(self, rows: np.ndarray, acts: list[Tensor]) -> list[Tensor]:
+        """A batch on the device. UserError for activations that are not finite: at once on the CPU; a device
+        is asked by the next line of the log."""
+        self.seen[torch.as_tensor(rows)] = True
+        if self.device.startswith("cpu"):
+            for name, act in zip(self.store.models, acts):
+                if not torch.isfinite(act.sum()):
+                    raise _not_finite(name, rows[(~torch.isfinite(act).all(-1)).numpy()][:3])
+            return acts
+        there = [act.to(self.device, non_blocking=True) for act in acts]
+        numbers = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        for m, act in enumerate(there):
+            bad = ~torch.isfinite(act.sum(-1, dtype=torch.float32))
+            self.odd[m] = torch.where(bad, numbers, -1).amax().clamp(min=self.odd[m])
+        if there[0].is_cuda:  # what is read from must not be used again before it has been read
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._sent.append((arrived, acts))
+            if len(self._sent) > 2:
+                self._sent.popleft()[0].synchronize()
+        return there
 
     def waiting(self) -> float:
         """Seconds that training has spent waiting for batches."""
@@ -260,7 +330,8 @@ class Trainer:
         # JumpReLU: its thresholds all begin where BatchTopK's lies after the first steps, in which strengths
         # grow many times over
         begins = config.variant == "jumprelu" and done < THRESHOLDS_BEGIN
-        options = {"wanted": config.k * tokens, "hint": self.floor, "buffers": self.buffers}
+        options = {"wanted": config.k * tokens, "buffers": self.buffers}
+        options |= {"hint": self.floor, "among": self.among}
         if config.variant == "jumprelu" and not begins:
             options["bandwidth"] = config.bandwidth
         out = together.forward(crosscoder, acts, self._dead(), aux_k, config.precision, **options)
@@ -277,15 +348,18 @@ class Trainer:
         self.optimizer.step()
         with torch.no_grad():
             self.shown += tokens
-            self.last_fired[together.any_row(out.code.fired())] = self.shown
-            self.floor = float(out.code.floor)
+            self.last_fired.masked_fill_(together.any_row(out.code.fired()), self.shown)
+            self.floor = out.code.floor if self.known else float(out.code.floor)
             if begins:
                 crosscoder.log_theta.fill_(float(out.code.floor.clamp(min=1e-6).log()))
             elif config.variant == "batchtopk":
                 weight = 1.0 if self.step == 0 else min(1.0, tokens / (THRESHOLD_SHARE * config.tokens))
                 crosscoder.threshold.lerp_(out.code.floor, weight)
         self.step += 1
-        l0 = together.over_features(torch.tensor(len(out.code.features) / tokens, device=norm.device))
+        if self.known and out.code.short is not None:
+            self.short += out.code.short
+        l0 = out.code.entries / tokens
+        l0 = together.over_features(torch.as_tensor(l0, dtype=torch.float32, device=norm.device))
         means = together.over_rows(torch.stack([loss.detach(), error.detach(), extra.detach(), l0]))
         return torch.cat([means, norm[None]])
 
@@ -294,7 +368,11 @@ class Trainer:
         return self.shown - self.last_fired > self.config.dead_after * self.config.tokens
 
     @torch.no_grad()
-    def _log_line(self, means: Tensor, acts: list[Tensor], speed: float, waiting: float) -> dict:
+    def _line(self, means: Tensor, acts: list[Tensor], speed: float, waiting: float) -> dict:
+        """A line of the log; UserError for what is not finite."""
+        for name, row in zip(self.store.models, self.odd.tolist()):
+            if row >= 0:
+                raise _not_finite(name, [row])
         loss, error, extra, l0, norm = means.tolist()
         if not math.isfinite(loss):
             raise UserError(
@@ -325,8 +403,7 @@ class Trainer:
             "tokens_per_second": round(speed),
             "waiting": round(waiting, 4),
         }
-        self.log.append(line)
-        return line
+        return line | ({"short": int(self.short)} if self.known else {})
 
     def check_distinct(self) -> int:
         """Distinct tokens seen so far; UserError if one came twice in an epoch, or an epoch left one out."""
@@ -396,14 +473,38 @@ class Trainer:
 
 
 def _batches(
-    store, config: TrainConfig, epoch: int, position: int, part: tuple[int, int]
+    store, config: TrainConfig, epoch: int, position: int, part: tuple[int, int], raw: bool
 ) -> Iterator[tuple[int, np.ndarray, list[Tensor]]]:
     """(epoch, row numbers, activations) without end. It knows no trainer: its thread must keep none alive."""
     for current in itertools.count(epoch):
         start = position if current == epoch else 0
-        reader = store.reader("train", config.batch_size, config.seed, current, start, config.memory, part)
+        options = config.batch_size, config.seed, current, start, config.memory, part
+        reader = store.reader("train", *options, **({"raw": True} if raw else {}))
         for rows, acts in reader:
             yield current, rows, acts
+
+
+def _not_finite(name: str, rows) -> UserError:
+    return UserError(
+        f"activations of {name} are not finite (store rows {', '.join(map(str, rows))}, ...): "
+        f"harvest again, in a wider dtype (notebook {MADE_BY})"
+    )
+
+
+def doubts(line: dict, config: TrainConfig) -> list[str]:
+    """What a line of the log says against going on, once the learning rate has risen, in sentences."""
+    found = []
+    if line["waiting"] > STARVING:
+        found.append(f"{line['waiting']:.0%} of the time training waits for activations")
+    if line["step"] < SETTLED or line["tokens"] < config.warmup * config.tokens:
+        return found
+    if line["fve"] < LEAST_FVE:
+        found.append(f"FVE is {line['fve']:.2f} after {line['step']:,} steps: try another learning rate")
+    if line["dead"] > MOST_DEAD:
+        found.append(f"{line['dead']:.0%} of the features are dead: fewer features, or a lower learning rate")
+    if line.get("short", 0) > SHORT * line["step"]:
+        found.append(f"{line['short']:,} steps had no room for all candidates: the threshold moves too fast")
+    return found
 
 
 def _losses(

@@ -29,15 +29,17 @@ Source: Minder et al. 2025, "Overcoming Sparsity Artifacts in Crosscoders to Int
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
 
 from ..activations.store import Store
-from ..crosscoder.codes import check_models, encoded
+from ..crosscoder.codes import check_models, encoded, sparse_codes
 from ..crosscoder.model import CrossCoder
+from ..device import the_device
 from ..settings import UserError, check
 from ..stats import group_weights, percentiles, ratio
 
@@ -85,7 +87,7 @@ def latent_scaling(
         for part, acts, f in encoded(crosscoder, store, rows, "tokens scaled", CHUNK):
             x = dict(zip(crosscoder.names, crosscoder.split(crosscoder.scaled(acts))))
             documents = np.asarray(store.documents)[part]
-            yield sparse.csr_matrix(f.numpy()), {m: x[m].numpy() for m in decoders}, documents
+            yield sparse_codes(f), {m: x[m].cpu().numpy() for m in decoders}, documents
 
     return scaling(chunks(), decoders, n_boot, seed)
 
@@ -120,6 +122,7 @@ def _ratios(
     d = np.where(owned[:, None], decoders[model][0], decoders[reference][0])
     # rows of the owner and of the other model, feature by feature: what is added back to the error
     within = {name: (rows * d).sum(1, dtype=np.float64) for name, (rows, _) in decoders.items()}
+    products = _products(d)
     entries = []  # (document, feature, one value for each of SUMS) of every chunk, summed within it
     numbers: dict[int, int] = {}  # document: its row in the sums
     for codes, x, documents in chunks:
@@ -128,8 +131,8 @@ def _ratios(
         eps, r = {}, {}
         for name, (rows, bias) in decoders.items():
             x_hat = codes @ rows + bias
-            eps[name] = f * ((x[name] - x_hat) @ d.T)[token, feature] + f * f * within[name][feature]
-            r[name] = f * (x_hat @ d.T)[token, feature]
+            eps[name] = f * products(x[name] - x_hat, token, feature) + f * f * within[name][feature]
+            r[name] = f * products(x_hat, token, feature)
         by_model = owned[feature]
         values = [
             np.where(by_model == own, form[model], form[reference])
@@ -155,6 +158,21 @@ def _ratios(
             low, high = np.where(np.isnan(nu), np.nan, ends)
         nus |= {f"nu_{form}": nu, f"nu_{form}_low": low, f"nu_{form}_high": high}
     return nus
+
+
+def _products(d: np.ndarray, device: str | None = None) -> Callable[..., np.ndarray]:
+    """Gives a_n . d_j [entries] of vectors a [n, width] at entries (n, j): on the GPU if there is one."""
+    device = device or the_device()
+    if device == "cpu":
+        return lambda a, n, j: (a @ d.T)[n, j]
+    there = torch.from_numpy(d).to(device)
+
+    def products(a: np.ndarray, n: np.ndarray, j: np.ndarray) -> np.ndarray:
+        dense = torch.from_numpy(a).to(there) @ there.T
+        places = (torch.from_numpy(places).to(device, torch.int64) for places in (n, j))
+        return dense[tuple(places)].cpu().numpy()
+
+    return products
 
 
 def _explained(chunks: Iterable[Chunk], decoders: Decoders) -> dict[str, np.ndarray]:

@@ -42,8 +42,9 @@ from scipy.stats import false_discovery_control, ttest_1samp
 
 from ..activations.positions import PHASES, groups_of
 from ..activations.store import Store
-from ..crosscoder.codes import check_models, encoded, sample_rows
+from ..crosscoder.codes import check_models, encoded, sample_rows, sparse_codes
 from ..crosscoder.model import CrossCoder
+from ..device import the_device
 from ..results import Results
 from ..settings import UserError, check
 from ..stats import bootstrap, group_weights, percentiles, ratio, wilson
@@ -76,10 +77,11 @@ def solo_codes(crosscoder: CrossCoder, store: Store, rows: np.ndarray, solo: str
     parts: dict[str, list] = {name: [] for name in (*crosscoder.names, JOINT)}
     check_models(crosscoder, store)
     fill = "slots" if solo == "slots" else "mean"
+    there = crosscoder.on(the_device())
     for _, acts, joint in encoded(crosscoder, store, rows, f"tokens read from each model ({solo})"):
         for name, own in zip(crosscoder.names, acts):
-            parts[name].append(sparse.csr_matrix(crosscoder.encode_from(name, own, fill).numpy()))
-        parts[JOINT].append(sparse.csr_matrix(joint.numpy()))
+            parts[name].append(sparse_codes(there.encode_from(name, own, fill)))
+        parts[JOINT].append(sparse_codes(joint))
     codes = {name: sparse.csr_matrix(sparse.vstack(part)) for name, part in parts.items()}
     return SoloCodes(rows, store.documents[rows], codes)
 

@@ -1,12 +1,15 @@
 """The residual stream of texts at one layer, in batches of like length; and models as nnsight sees them.
 
-An nnsight trace saves the output of one decoder layer and stops the forward there (later layers do not run).
+An nnsight trace saves the output of one decoder layer and stops the forward there (later layers do not run);
+where nnsight is not installed, as on a borrowed machine that only trains, hooks do the same.
 Texts of like length are batched and padded on the right, which causal attention never sees.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..device import placed
 from ..settings import UserError
 from .checks import check_architecture
 from .decode import context_of
@@ -47,12 +51,16 @@ class LayerReader:
         self.layers = sorted({self.layer, *(check_layer(model, other) for other in more)})
         self.width = model.config.get_text_config().hidden_size
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.nnsight = wrap(model, tokenizer)
-        self.envoys = [layer_envoys(self.nnsight)[i] for i in self.layers]
+        self.nnsight = wrap(model, tokenizer) if find_spec("nnsight") else None
+        self.envoys = [layer_envoys(self.nnsight)[i] for i in self.layers] if self.nnsight else []
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def read(self, token_lists: Sequence[Sequence[int]], side: str = "right") -> list[torch.Tensor]:
-        """The residual stream [length, d] of each list of one padded batch, in the model's dtype,
-        on the CPU."""
+        """The residual stream [length, d] of each list of one padded batch, in the model's dtype, where the
+        model is."""
         lengths = [len(t) for t in token_lists]
         if (context := context_of(self.model.config)) and max(lengths) > context:
             raise UserError(
@@ -62,18 +70,54 @@ class LayerReader:
         spans = [slice(0, n) if side == "right" else slice(max(lengths) - n, None) for n in lengths]
         for i, (tokens, span) in enumerate(zip(token_lists, spans)):
             ids[i, span] = torch.as_tensor(tokens)
-        device = next(self.model.parameters()).device
-        inputs = {"input_ids": ids.to(device), "use_cache": False}
+        inputs = {"input_ids": ids.to(self.device), "use_cache": False}
         if side == "left":  # padding on the right needs no mask: no token sees what comes after it
             mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
-            inputs["attention_mask"] = mask.long().to(device)
+            inputs["attention_mask"] = mask.long().to(self.device)
         outputs = []
-        with torch.no_grad(), self.nnsight.trace(inputs) as tracer:
-            for envoy in self.envoys:
-                outputs.append(envoy.output.save())
-            tracer.stop()
-        acts_bsd = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).cpu()
+        if self.nnsight is None:
+            outputs = outputs_of(self.model, self.layers, inputs)
+        else:
+            with torch.no_grad(), self.nnsight.trace(inputs) as tracer:
+                for envoy in self.envoys:
+                    outputs.append(envoy.output.save())
+                tracer.stop()
+        acts_bsd = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return [acts_bsd[i, span] for i, span in enumerate(spans)]
+
+
+class _Stop(Exception):
+    """Raised by a hook: the forward ends here."""
+
+
+@torch.no_grad()
+def outputs_of(
+    model: PreTrainedModel, layers: Sequence[int], inputs: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Outputs of decoder layers, ascending, without nnsight; the forward ends at the last of them."""
+    outputs: list[torch.Tensor] = []
+
+    def keep(module, arguments, output) -> None:
+        outputs.append(output)
+        if len(outputs) == len(layers):
+            raise _Stop
+
+    blocks = decoder_layers(model)
+    hooks = [blocks[i].register_forward_hook(keep) for i in layers]
+    try:
+        with contextlib.suppress(_Stop):
+            model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def cut(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """The model with its first ``layers`` decoder layers only: enough to read the last of them."""
+    del decoder_layers(model)[layers:]
+    model.config.get_text_config().num_hidden_layers = layers
+    return model
 
 
 def capture(
@@ -85,8 +129,13 @@ def capture(
     batch_tokens: int = BATCH_TOKENS,
 ) -> torch.Tensor:
     """Residual stream of some short texts: float32 [all tokens, d], list after list, position 0 included.
-    ``layer`` None is half depth; batches are padded on the ``side`` "right" or "left"."""
-    return read_all(LayerReader(model, tokenizer, layer), token_lists, side, batch_tokens)[0].float()
+    ``layer`` None is half depth; batches are padded on the ``side`` "right" or "left". The result is on the
+    CPU."""
+    return (
+        read_all(LayerReader(placed(model), tokenizer, layer), token_lists, side, batch_tokens)[0]
+        .float()
+        .cpu()
+    )
 
 
 def read_all(
@@ -95,14 +144,15 @@ def read_all(
     side: str = "right",
     batch_tokens: int = BATCH_TOKENS,
 ) -> tuple[torch.Tensor, int]:
-    """Activations [all tokens, d] in the order of the lists, and the number of padded positions."""
+    """Activations [all tokens, d] in the order of the lists, where the model is, and the number of padded
+    positions."""
     starts = np.cumsum([0, *map(len, token_lists)])
     out, padding = None, 0
     for batch in length_batches([len(t) for t in token_lists], batch_tokens):
         acts = reader.read([token_lists[i] for i in batch], side)
         padding += max(map(len, acts)) * len(acts) - sum(map(len, acts))
         if out is None:
-            out = torch.empty(int(starts[-1]), acts[0].shape[-1], dtype=acts[0].dtype)
+            out = acts[0].new_empty(int(starts[-1]), acts[0].shape[-1])
         for i, text in zip(batch, acts):
             out[starts[i] : starts[i + 1]] = text
     if out is None:
@@ -205,7 +255,7 @@ def open_models(pair: Pair, names: Sequence[str]) -> dict[str, TransformersModel
     """
     if pair.remote:
         return {name: _remote(pair, name) for name in names}
-    return {name: wrap(pair.load(name), pair.tokenizer(name)) for name in names}
+    return {name: wrap(placed(pair.load(name)), pair.tokenizer(name)) for name in names}
 
 
 def _remote(pair: Pair, name: str) -> TransformersModel:

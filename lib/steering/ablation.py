@@ -40,6 +40,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from ..activations.store import SPLITS, Store
+from ..crosscoder.codes import encoder
 from ..crosscoder.model import CrossCoder, check_feature
 from ..labels import CATEGORIES, LABELS
 from ..models.reader import head_envoy, layer_envoys
@@ -294,12 +295,12 @@ def attribution(
     """
     sizes = targets.groupby("category", sort=False).size()
     totals = [{c: torch.zeros(crosscoder.n_features) for c in sizes.index} for crosscoder in crosscoders]
-    rows = [crosscoder.rows(name, raw=True).detach() for crosscoder in crosscoders]
+    rows = [(encoder(crosscoder), crosscoder.rows(name, raw=True)) for crosscoder in crosscoders]
     with Progress("attribution, documents", targets["document"].nunique()) as progress:
         for batch, by_category in gradients(model, store.layers[name], targets, store, batch_size, remote):
             acts = dict(zip(store.models, store.activations(batch.kept_rows)))
-            for crosscoder, decoder, total in zip(crosscoders, rows, totals):
-                codes = crosscoder.encode([acts[m] for m in crosscoder.names])
+            for crosscoder, (encode, decoder), total in zip(crosscoders, rows, totals):
+                codes = encode([acts[m] for m in crosscoder.names])
                 for category, gradient in by_category.items():
                     total[category] -= (codes * (gradient @ decoder.T)).sum(0)
             progress.update(progress.done + len(batch.mask))
@@ -336,7 +337,7 @@ def measure(
     norms of the ``features`` removal of the same rule and k. Removals by other rules than "frequent" are made
     in the distilled model alone. ``intact``: where the intact model's scores are kept for another crosscoder.
     """
-    records, generator = [], torch.Generator().manual_seed(seed)
+    records, generator, encode = [], torch.Generator().manual_seed(seed), encoder(crosscoder)
     intact, categories = {} if intact is None else intact, dict.fromkeys(r.category for r in removals)
 
     def scores(name: str, batch: Batch, removed: Tensor | None = None) -> np.ndarray:
@@ -364,8 +365,7 @@ def measure(
     with Progress("ablation, documents", documents) as progress:
         for category, batch in ((c, b) for c in parts for b in batches(store, parts[c], batch_size)):
             acts = dict(zip(store.models, store.activations(batch.kept_rows)))
-            with torch.no_grad():
-                codes = crosscoder.encode([acts[name] for name in crosscoder.names])
+            codes = encode([acts[name] for name in crosscoder.names])
             for removal in (r for r in removals if r.category == category):
                 kinds = ("features", "random") if removal.kind == "features" else (removal.kind,)
                 by_model = zip(crosscoder.names, removed_vectors(crosscoder, codes, removal.features))
@@ -408,11 +408,11 @@ def own_effects(
     row, model, k, set and random (change of the target's logit against the intact model), own (set minus
     random). Not kept positions, such as the first, stay as they are.
     """
-    generator, records = np.random.default_rng(seed), []
+    generator, records, encode = np.random.default_rng(seed), [], encoder(crosscoder)
     nrn = crosscoder.nrn(1, *crosscoder.names[::-1]).numpy()
     decoders = {name: (crosscoder.rows(name, raw=True), crosscoder.bias(name, raw=True)) for name in models}
     for _, part in targets.groupby("category", sort=False):
-        often = (crosscoder.encode(store.activations(part["row"].to_numpy())) > 0).float().mean(0)
+        often = (encode(store.activations(part["row"].to_numpy())) > 0).float().mean(0)
         order, sets = often.argsort(descending=True, stable=True).numpy(), {}
         for k in shares:
             top = order[: int(np.ceil(crosscoder.n_features * k / 100))]
@@ -421,7 +421,7 @@ def own_effects(
             sets[k] = {"set": torch.from_numpy(chosen), "random": torch.from_numpy(random)}
         for batch in batches(store, part, batch_size):
             acts = dict(zip(store.models, store.activations(batch.kept_rows)))
-            codes = crosscoder.encode([acts[name] for name in crosscoder.names])
+            codes = encode([acts[name] for name in crosscoder.names])
             token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
             for name, (rows, bias) in decoders.items():
                 text = (models[name], store.layers[name], batch.tokens, batch.mask, batch.at)

@@ -72,7 +72,7 @@ def scores(crosscoder: CrossCoder, store: PlantedStore, rows: np.ndarray) -> pd.
     table = latent_scaling(crosscoder, store, rows, n_boot=0)
     fires = np.zeros(crosscoder.n_features, dtype=bool)
     for _, _, f in encoded(crosscoder, store, rows):
-        fires |= (f > 0).any(0).numpy()
+        fires |= (f > 0).any(0).cpu().numpy()
     similarity = (normalize(crosscoder.W_dec.detach(), dim=1) @ store.joined().T).numpy()
     similarity[~fires] = -1  # a dead feature is not similar to any
     learned, planted = linear_sum_assignment(-similarity)

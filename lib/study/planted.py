@@ -278,6 +278,7 @@ def regime(crosscoder: CrossCoder, store, tokens: np.ndarray) -> Regime:
     parts, between, errors, norms = [], 0.0, np.zeros(2), np.zeros(2)
     sums, products = np.zeros((2, width)), np.zeros((2, width, width))
     for _, acts, f in encoded(crosscoder, store, tokens, "tokens measured", CHUNK):
+        acts, f = [a.cpu() for a in acts], f.cpu()
         parts.append(sparse.csr_matrix(f.numpy()))
         x = crosscoder.split(crosscoder.scaled(acts))
         x_hat = crosscoder.split(f @ crosscoder.W_dec + crosscoder.b_dec)

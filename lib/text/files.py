@@ -21,6 +21,7 @@ from ..settings import UserError, not_utf8
 from .chat import Trace, plain
 
 LINES = 100  # so many lines at the beginning of a text file without a blank one: every line is a text
+ODD_SHARE = 0.01  # of a data set's rows: nobody can mend one, and it must not end a harvest of days
 THOUGHTLESS = 10_000  # so many rows without a thought, and none with one: no others are waited for
 JSON = (".jsonl", ".ndjson", ".jl", ".json")
 OTHER = (
@@ -93,7 +94,7 @@ def hub_items(source: str) -> Iterator[str | Trace]:
                 row = entry if isinstance(entry, dict) or any(end in files.lower() for end in JSON) else row
             yield f"row {number} of {name}", row
 
-    return (item for _, item in _items(rows(), name))
+    return (item for _, item in _items(rows(), name, ODD_SHARE))
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -219,12 +220,22 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
         yield place, "\n".join(paragraph)
 
 
-def _items(entries: Iterable[tuple[str, object]], name: str) -> Iterator[tuple[str, str | Trace]]:
-    """(where it stands, text or trace) of entries, but for empty texts and rows without a thought."""
-    rows, without, given, example = 0, 0, 0, ""
+def _items(
+    entries: Iterable[tuple[str, object]], name: str, odd_share: float = 0.0
+) -> Iterator[tuple[str, str | Trace]]:
+    """(where it stands, text or trace) of entries, but for empty texts and rows without a thought; and, up to
+    a share, but for rows of no form that is read."""
+    rows, without, given, example, odd = 0, 0, 0, "", 0
     try:
         for place, entry in entries:
-            item, rows = item_of(entry, place), rows + 1
+            rows += 1
+            try:
+                item = item_of(entry, place)
+            except UserError:
+                odd += 1
+                if odd > odd_share * max(rows, LINES):
+                    raise
+                continue
             if item is None:
                 without, example = without + 1, example or place
                 if without == rows == THOUGHTLESS:
@@ -237,6 +248,9 @@ def _items(entries: Iterable[tuple[str, object]], name: str) -> Iterator[tuple[s
         if not given:
             raise UserError(f"{name} holds no text")
     finally:
+        if odd and rows > _said.get(f"{name} odd", 0):
+            _said[f"{name} odd"] = rows
+            print(f"{name}: {odd:,} of {rows:,} rows are of another form and are left out", flush=True)
         if 0 < without < rows > _said.get(name, 0):
             _said[name] = rows
             print(f"{name}: {without:,} of {rows:,} rows have no whole thought and are left out", flush=True)

@@ -15,7 +15,7 @@ from lib.activations.harvest import harvest_activations
 from lib.activations.store import Store
 from lib.distil.organism import build_tokenizer
 from lib.models.pairs import decoder_layers
-from lib.models.reader import capture, length_batches, masks
+from lib.models.reader import LayerReader, capture, cut, length_batches, masks
 from lib.settings import UserError
 from lib.text.corpus import Document, build, label_arrays
 from lib.text.puzzles import Sentence
@@ -41,6 +41,17 @@ def test_capture_equals_a_plain_forward(layer):
     captured = capture(model, build_tokenizer(), TEXTS, layer)
     assert captured.shape == (sum(map(len, TEXTS)), 16)
     torch.testing.assert_close(captured, torch.cat(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_without_nnsight_and_without_the_layers_above_the_same_is_read(monkeypatch):
+    model, tokenizer = toy_model(16, 0), build_tokenizer()
+    by_nnsight = LayerReader(model, tokenizer, 0, [1]).read(TEXTS)
+    monkeypatch.setattr("lib.models.reader.find_spec", lambda name: None)
+    by_hooks = LayerReader(model, tokenizer, 0, [1])
+    assert by_hooks.nnsight is None and not by_hooks.model._forward_hooks
+    assert all(map(torch.equal, by_hooks.read(TEXTS), by_nnsight))
+    short = LayerReader(cut(model, 2), tokenizer, 0, [1])
+    assert len(decoder_layers(short.model)) == 2 and all(map(torch.equal, short.read(TEXTS), by_nnsight))
 
 
 def test_both_paddings_and_all_batch_sizes_give_the_same():

@@ -9,6 +9,7 @@ import torch
 from toys import toy_store
 
 from lib.activations import store as store_module
+from lib.activations.shuffle import MEMORY, check_reading, ring_blocks
 from lib.activations.store import SPLITS, Store
 from lib.settings import UserError
 
@@ -148,3 +149,22 @@ def test_missing_store_and_damaged_manifest(folder, tmp_path):
     manifest.write_text(json.dumps({**json.loads(text), "format": 99}))
     with pytest.raises(UserError, match="format 99"):
         Store.open(tmp_path / "store")
+
+
+def test_batches_for_a_gpu_are_those_of_the_cpu_as_they_are_stored(store):
+    for part in ((0, 1), (1, 3)):
+        wide = list(store.reader("train", 50, seed=1, part=part))
+        raw = list(store.reader("train", 50, seed=1, part=part, raw=True))
+        assert len(wide) == len(raw)
+        for (rows, acts), (same, stored) in zip(wide, raw):
+            assert np.array_equal(rows, same) and stored[0].dtype == torch.float16
+            assert all(torch.equal(a, b.float()) for a, b in zip(acts, stored))
+
+
+def test_the_default_memory_grows_with_the_batches_of_wide_pairs():
+    for width, needed in ((2 * 1536, 0.9), (2 * 3584, 2.1), (2 * 5120, 3.0)):  # 1.5B, 7B, 14B and 32B
+        memory = check_reading(4096, 0, (0, 1), MEMORY, width)
+        assert memory == max(MEMORY, memory) and memory / 1e9 == pytest.approx(max(needed, 1.07), rel=0.02)
+        assert ring_blocks(memory, 2 * width, 10**6) >= 16
+    with pytest.raises(UserError, match="batches of 4,096 tokens need at least 2114 MB"):
+        check_reading(4096, 0, (0, 1), 10**9, 7168)

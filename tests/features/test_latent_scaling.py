@@ -236,3 +236,12 @@ def test_mistakes_are_named():
         latent_scaling(crosscoder, store, np.arange(9), model="base")
     with pytest.raises(UserError, match="same models"):
         latent_scaling(crosscoder, held(names=("base", "style")), np.arange(9))
+
+
+def test_products_at_entries_are_the_same_where_a_gpu_takes_them():
+    rng = np.random.default_rng(0)
+    a, d = rng.standard_normal((9, 5)), rng.standard_normal((7, 5))
+    n, j = rng.integers(9, size=20), rng.integers(7, size=20).astype(np.int32)
+    by_hand = np.array([a[row] @ d[feature] for row, feature in zip(n, j)])
+    for device in ("cpu", "cpu:0"):  # the second is not "the CPU": torch takes it
+        assert np.allclose(scaling._products(d, device)(a, n, j), by_hand)

@@ -242,3 +242,15 @@ def test_a_file_that_is_not_there(tmp_path):
             list(read(tmp_path / "none.jsonl"))
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         list(read_items(tmp_path))
+
+
+def test_a_few_rows_of_the_hub_without_a_form_are_left_out(monkeypatch, capsys):
+    rows = [{"text": f"text {i}"} for i in range(300)]
+    rows[7] = rows[250] = {"other": 3}
+    monkeypatch.setattr(files.sources, "dataset_rows", lambda source: rows)
+    found = list(files.hub_items("hub:org/odd"))
+    assert len(found) == 298 and "text 7" not in found
+    assert "org/odd: 2 of 300 rows are of another form and are left out" in capsys.readouterr().out
+    rows[8] = rows[9] = {"other": 3}
+    with pytest.raises(UserError, match="row 9 of org/odd is not of a form that is read"):
+        list(files.hub_items("hub:org/odd"))
