@@ -1,8 +1,8 @@
 """What a finder says: directions that distillation changed, and the file in which anybody can say it.
 
-A claim is a direction in each model's residual stream (RAW units; only its line matters), the side of the model
-that has it, or uses it more, and a confidence from 0 to 1: how probable the finder thinks it is that the claim
-is right. A file of claims is JSON; docs/finders.md has an example::
+A claim is a direction in each model's residual stream (RAW units; only its line matters), the side of the
+model that has it, or uses it more, and a confidence from 0 to 1: how probable the finder thinks it is that
+the claim is right. A file of claims is JSON; docs/finders.md has an example::
 
     {"finder": "my method", "sets": [
         {"truth": "easy", "seed": 0, "null": false, "claims": [
@@ -28,8 +28,8 @@ KEYS = {"truth": str, "seed": Count, "null": Flag, "claims": list}  # of a set
 
 @dataclass(frozen=True)
 class Claims:
-    """``directions`` {side: [n, d], zero where nothing is claimed of that model}; ``side`` [n]; ``confidence``
-    [n]. In the order of confidence; of equals, the order in which they were given."""
+    """``directions`` {side: [n, d], zero where nothing is claimed of that model}; ``side`` [n];
+    ``confidence`` [n]. In the order of confidence; of equals, the order in which they were given."""
 
     directions: dict[str, np.ndarray]
     side: np.ndarray
@@ -75,8 +75,8 @@ def write_claims(path: Path, finder: str, sets: Mapping[Place, Claims]) -> Path:
 
 
 def read_claims(path: Path, widths: Mapping[str, int] | None = None) -> tuple[str, dict[Place, Claims]]:
-    """(the finder's name, its claims by truth, seed and null). ``widths`` {truth: d}: of the truths that there
-    are; None where that is known. UserError for whatever is not as the file must be, with its place."""
+    """(the finder's name, its claims by truth, seed and null). ``widths`` {truth: d}: of the truths that
+    there are; None where that is known. UserError for whatever is not as the file must be, with its place."""
     shown = path_shown(Path(path))
     try:
         content = json.loads(read_text(Path(path)))
@@ -109,7 +109,9 @@ def _claims(rows: list, where: str, width: int | None) -> Claims:
             check(f"{here}: {side}", vector, list[float])
             width = width or len(vector) or None
             if side == row["side"] and not any(vector):
-                raise UserError(f"{here} has no direction in its own model: give {side!r}, a list that is not 0")
+                raise UserError(
+                    f"{here} has no direction in its own model: give {side!r}, a list that is not 0"
+                )
             if vector and len(vector) != width:
                 raise UserError(f"{here}: {side} has {len(vector)} numbers: it must have {width}")
             parsed[side].append(vector)
@@ -121,7 +123,9 @@ def _claims(rows: list, where: str, width: int | None) -> Claims:
 def _has(content, where: str, kinds: Mapping) -> None:
     """UserError unless ``content`` is a mapping with these entries, each of its kind."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{where} is a {type(content).__name__}: it must be a mapping with {', '.join(kinds)}")
+        raise UserError(
+            f"{where} is a {type(content).__name__}: it must be a mapping with {', '.join(kinds)}"
+        )
     for name, kind in kinds.items():
         if name not in content:
             raise UserError(f"{where} has no {name!r}: it must have {', '.join(kinds)}")

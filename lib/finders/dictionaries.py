@@ -1,5 +1,5 @@
-"""Finders that train a dictionary: sparse autoencoders of the base and of the difference, and crosscoders whose
-features are ranked by NRN, by latent scaling, by change of use, or by attribution."""
+"""Finders that train a dictionary: sparse autoencoders of the base and of the difference, and crosscoders
+whose features are ranked by NRN, by latent scaling, by change of use, or by attribution."""
 
 from __future__ import annotations
 

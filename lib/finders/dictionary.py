@@ -73,9 +73,7 @@ class Bridge(Trainer):
         return loss + 2 * self.weight * (base * other).sum() / out.tokens, error, extra
 
 
-def trained(
-    data: Data, name: str, store=None, trainer: type[Trainer] | None = None, **changes
-) -> CrossCoder:
+def trained(data: Data, name: str, store=None, trainer: type[Trainer] | None = None, **changes) -> CrossCoder:
     """A dictionary of the data's size and seed, trained once and kept in the data's folder."""
     config = replace(data.config, **changes)
     return train(store or data.store, config, data.folder / name, QUIET, trainer_class=trainer)
@@ -88,8 +86,8 @@ def strengths(crosscoder: CrossCoder, store, rows: np.ndarray) -> np.ndarray:
 
 
 def features(data: Data, crosscoder: CrossCoder, second, confidence) -> Claims:
-    """The living features as claims. ``second`` [F]: is the feature the distilled model's? ``confidence`` [F];
-    of equals the stronger feature comes first."""
+    """The living features as claims. ``second`` [F]: is the feature the distilled model's? ``confidence``
+    [F]; of equals the stronger feature comes first."""
     strength = strengths(crosscoder, data.store, data.chosen)
     order = np.argsort(-strength, kind="stable")[: int((strength > 0).sum())]
     side = np.array(SIDES, dtype=object)[np.asarray(second, dtype=int)]

@@ -29,9 +29,9 @@ CHOSEN = 50_000  # tokens of a split that are looked at
 
 @dataclass
 class Data:
-    """``store``: of two models of one width, the base first. ``config``: size and training of dictionaries, and
-    the seed. ``folder``: for what is trained, the same for all finders. Where the text has labels: ``targets``
-    (``ablation.sample_targets`` on "choose") and ``open_model``, which gives the second model."""
+    """``store``: of two models of one width, the base first. ``config``: size and training of dictionaries,
+    and the seed. ``folder``: for what is trained, the same for all finders. Where the text has labels:
+    ``targets`` (``ablation.sample_targets`` on "choose") and ``open_model``, which gives the second model."""
 
     store: object
     config: TrainConfig

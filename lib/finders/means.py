@@ -1,8 +1,7 @@
 """Finders that train nothing: means and principal components of x_distilled - x_base.
 
-A mean difference says what the distilled model adds at some tokens, and not whose it is: its claims are of the
-distilled side.
-"""
+A mean difference says what the distilled model adds at some tokens, and not whose it is: its claims are of
+the distilled side."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ def mean_difference(data: Data) -> Claims:
 
 @finder(
     "mean difference before behaviours",
-    "a direction for each category: the mean of x_d - x_b right before its sentences, minus that of all tokens",
+    "for each category: the mean of x_d - x_b right before its sentences, minus that of all tokens",
     labels=True,
     seeded=False,
 )

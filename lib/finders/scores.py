@@ -2,21 +2,22 @@
 
 precision     share of the first n claims that are right (n of the truth: the same for all finders)
 recall        share of what is to be found that they find
-calibration   mean distance between confidence and the share of right claims, over fifths of confidence; 0 is best
+f1            harmonic mean of both
+calibration   mean distance of confidence from the share of right claims, over fifths of confidence
 recurrence    share of the first n claims that another seed makes too (same side, cosine of at least LIMIT)
-null_claims   how many of the first n claims on the null have a confidence of at least SURE: all are false
-necessity     nats of log-probability that the behaviours' first words lose per unit of removed norm, when the
-              span of the first n claims is removed from the distilled model (mean ablation)
-sufficiency   nats that they gain per unit of norm, when in the base what it has in that span is replaced by what
-              the distilled model has there
+null_claims   how many of the first n claims on the null, all false, have a confidence of at least SURE
+necessity     nats of log-probability that the behaviours' first words lose per unit of removed norm, when
+              the span of the first n claims is taken out of the distilled model (mean ablation)
+sufficiency   nats that they gain per unit of norm, when in the base what it has in that span is replaced
+              by what the distilled model has there
 
-Of necessity and sufficiency what random directions of the same norm do at the same positions is taken away. The
-unit of norm is the mean norm of the residual stream. Both are of a span, of claims of the distilled side.
+Of necessity and sufficiency what random directions of the same norm do at the same positions is taken away.
+The unit of norm is the mean norm of the residual stream. Both are of claims of the distilled side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ import torch
 from ..activations.store import Store
 from ..crosscoder.recurrence import LIMIT
 from ..stats import bootstrap, t_interval
-from ..steering.ablation import batches, hidden_at, logits_at, random_like, sample_targets
+from ..steering.ablation import Batch, batches, hidden_at, logits_at, random_like, sample_targets
 from .claims import SIDES, Claims
 from .finder import Data
 from .truths import Truth, opened
@@ -34,23 +35,21 @@ SURE = 0.5
 FIFTHS = 5
 SPAN = -1  # number of the span of all claims, among claims
 SCORES = ("precision", "recall", "f1", "calibration", "recurrence", "null_claims", "necessity", "sufficiency")
-LABELS = ("category", "document", "row")
 
 
 def score(truth: Truth, data: Data, claims: Claims, targets: int) -> dict[str, float]:
-    """precision, recall, f1, calibration, claims (how many there are); with a pair's models also necessity and
-    sufficiency, on ``targets`` positions per category of the split "report"."""
+    """precision, recall, f1, calibration, claims (how many there are); where the outcome is causal also
+    necessity and sufficiency, on ``targets`` positions per category of the split "report"."""
     row: dict[str, float] = {"claims": len(claims)}
-    effects = None
-    if truth.pair:
-        if truth.causal:  # what is in the base alone cannot be removed from the distilled model
-            claims = claims.some(np.flatnonzero(claims.side == "distilled")[: truth.claims])
-        first = claims.some(np.flatnonzero(claims.side[: truth.claims] == "distilled"))
+    if truth.causal:  # what is in the base alone cannot be removed from the distilled model
+        claims = claims.some(np.flatnonzero(claims.side == "distilled")[: truth.claims])
         models = [opened(truth.pair, m) for m in data.store.models]
         sites = sample_targets(data.store, targets, "report")
-        effects = causal_effects(data.store, models, sites, first.own("distilled"), each=truth.causal)
+        effects = causal_effects(data.store, models, sites, claims.own("distilled"))
         row |= span_effects(effects)
-    right, recall = causal_claims(effects, len(claims)) if truth.causal else truth.judge(data, claims)
+        right, recall = causal_claims(effects, len(claims))
+    else:
+        right, recall = truth.judge(data, claims)
     some = np.arange(len(claims)) < truth.claims
     row["precision"] = right[some].mean() if some.any() else np.nan
     row["recall"] = recall(some)
@@ -92,49 +91,55 @@ def null_claims(claims: Claims, n: int) -> int:
     return int((claims.confidence[:n] >= SURE).sum())
 
 
+class _Batch:
+    """What additions to the residual stream of a batch of documents do to the log-probabilities of its
+    targets."""
+
+    def __init__(self, store: Store, models: Sequence, batch: Batch, generator: torch.Generator):
+        self.store, self.models, self.batch, self.generator = store, models, batch, generator
+        self.token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
+        self.intact = [self._scores(number, None) for number in range(len(models))]
+
+    def _scores(self, number: int, added: torch.Tensor | None) -> torch.Tensor:
+        batch, layer = self.batch, self.store.layers[self.store.models[number]]
+        text = self.models[number], layer, batch.tokens, batch.mask
+        if number not in batch.hidden:
+            batch.hidden[number] = hidden_at(*text)
+        hidden = batch.hidden[number] if added is None else batch.hidden[number] + batch.scatter(added)
+        return logits_at(*text, batch.at, targets=self.token, hidden=hidden)[:, 1].double()
+
+    def change(self, number: int, added: torch.Tensor, *names: str) -> dict[str, np.ndarray]:
+        """Under these names: the change in a model, that by random directions of the same norm, and this
+        norm."""
+        both = added, random_like(added, self.generator)
+        norm = self.batch.visible_mean(added.norm(dim=1)) / self.store.mean_norms[self.store.models[number]]
+        changes = [(self._scores(number, a) - self.intact[number]).numpy() for a in both]
+        return dict(zip(names, (*changes, norm)))
+
+
 @torch.no_grad()
 def causal_effects(
-    store: Store, models: Sequence, targets: pd.DataFrame, rows: np.ndarray, each: bool, seed: int = 0
+    store: Store, models: Sequence, targets: pd.DataFrame, rows: np.ndarray, seed: int = 0
 ) -> pd.DataFrame:
     """One row per target and claim (SPAN: of the span of all): category, document, row, claim; lost,
     lost_random, norm: change of the target's log-probability in the second model without the direction, or
-    without a random one of the same norm, and that norm; of the span also gained, gained_random, norm_imposed,
-    in the first model.
+    without a random one of the same norm, and that norm; of the span also gained, gained_random,
+    norm_imposed, in the first model.
 
-    ``rows`` [n, d] of unit length; ``each``: also claim by claim. ``models``: the first and the second.
+    ``rows`` [n, d]: the claims' directions in the second model. ``models``: the first and the second.
     """
     v, generator, records = torch.from_numpy(rows).float(), torch.Generator().manual_seed(seed), []
-    projectors = {SPAN: _projector(v)}
-    if each:
-        projectors |= {i: _projector(v[i : i + 1]) for i in range(len(v))}
+    projectors = {SPAN: _projector(v)} | {i: _projector(v[i : i + 1]) for i in range(len(v))}
     mean = store.means[store.models[1]].float()
     for batch in batches(store, targets, 64):
-        token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
         base, other = store.activations(batch.kept_rows)
-        intact = {}
-
-        def change(number: int, added: torch.Tensor) -> np.ndarray:
-            """Of the log-probabilities, in a model, when something is added."""
-            name = store.models[number]
-            text = models[number], store.layers[name], batch.tokens, batch.mask
-            if name not in batch.hidden:
-                batch.hidden[name] = hidden_at(*text)
-                intact[name] = logits_at(*text, batch.at, targets=token, hidden=batch.hidden[name])[:, 1]
-            hidden = batch.hidden[name] + batch.scatter(added)
-            after = logits_at(*text, batch.at, targets=token, hidden=hidden)[:, 1]
-            return (after - intact[name]).double().numpy()
-
-        def both(number: int, added: torch.Tensor, *names: str) -> dict[str, np.ndarray]:
-            norm = batch.visible_mean(added.norm(dim=1)) / store.mean_norms[store.models[number]]
-            values = change(number, added), change(number, random_like(added, generator)), norm
-            return dict(zip(names, values))
-
+        one = _Batch(store, models, batch, generator)
         for claim, projector in projectors.items():
-            removed = (other - mean) @ projector
-            frame = both(1, -removed, "lost", "lost_random", "norm")
+            frame = one.change(1, (mean - other) @ projector, "lost", "lost_random", "norm")
             if claim == SPAN:
-                frame |= both(0, (other - base) @ projector, "gained", "gained_random", "norm_imposed")
-            records.append(batch.targets[list(LABELS)].assign(claim=claim, **frame))
+                imposed = (other - base) @ projector
+                frame |= one.change(0, imposed, "gained", "gained_random", "norm_imposed")
+            records.append(batch.targets[["category", "document", "row"]].assign(claim=claim, **frame))
     return pd.concat(records, ignore_index=True)
 
 
@@ -156,10 +161,10 @@ def span_effects(effects: pd.DataFrame) -> dict[str, float]:
     return found
 
 
-def causal_claims(effects: pd.DataFrame, n: int) -> tuple[np.ndarray, object]:
-    """(is each of n claims right? bool [n], the recall of a mask of claims). A claim is right if the targets of
-    some category lose more without it than without a random direction of the same norm: the 95% interval over
-    documents, divided by the number of categories (Bonferroni), lies below 0. Recall: the share of the
+def causal_claims(effects: pd.DataFrame, n: int) -> tuple[np.ndarray, Callable]:
+    """(is each of n claims right? bool [n], the recall of a mask of claims). A claim is right if the targets
+    of some category lose more without it than without a random direction of the same norm: the 95% interval
+    over documents, divided by the number of categories (Bonferroni), lies below 0. Recall: the share of the
     categories of which this is true for some claim."""
     categories = effects["category"].unique()
     hits = np.zeros((n, len(categories)), dtype=bool)
@@ -171,8 +176,8 @@ def causal_claims(effects: pd.DataFrame, n: int) -> tuple[np.ndarray, object]:
 
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds, with 95% intervals over them (Student's t; none of a single seed): a row per truth and
-    finder: seeds, and each of SCORES with _low and _high."""
+    """Means over seeds, with 95% intervals over them (Student's t; none of a single seed): a row per truth
+    and finder: seeds, and each of SCORES with _low and _high."""
     rows = []
     for (truth, finder), part in scores.groupby(["truth", "finder"], sort=False):
         row: dict = {"truth": truth, "finder": finder, "seeds": len(part)}

@@ -1,17 +1,17 @@
 """What is true, and which claims are right.
 
-planted      the regime measured on the pair tiny (notebook 12): of 88 features 8 are each model's own, 22 rotated
+planted      the regime measured on the pair tiny (notebook 12): of 64 features 16 are one model's own
 easy         half of them, sparse and independent
 rare         as planted, but each model's own features fire on 0.5% of the tokens
 rarest       the same on 0.05%
 reweighted   no feature is one model's own; 16 are used four times as often by one model
 control      the pair tiny_planted: the last 8 dimensions are the distilled model's own
-tiny         the embedded pair, causal outcomes: what does the removal of a direction cost the behaviours?
+tiny         the embedded pair: what does the removal of a direction cost the behaviours?
 
 On planted data a claim is right if, of all directions that are planted in the model of its side, that of a
-target of this side is the nearest, with a cosine of at least LIMIT. On the control: if most of its squared norm
-lies in the planted dimensions. On tiny: see ``scores.causal_claims``. Each truth has a null, between whose models
-nothing was distilled.
+target of this side is the nearest, with a cosine of at least LIMIT. On the control: if most of its squared
+norm lies in the planted dimensions. On tiny: see ``scores.causal_claims``. Each truth has a null, between
+whose models nothing was distilled.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Rarest(Rare):
 
 
 class Reweighted(PlantedStore):
-    """The features that would be one model's own are written alike by both; but the other model uses them on a
-    random share USED of the tokens."""
+    """The features that would be one model's own are written alike by both; but the other model uses them on
+    a random share USED of the tokens."""
 
     name = "reweighted"
 
@@ -93,17 +93,19 @@ class Budget:
     ``epochs``: how often a dictionary is shown the split "train"; ``targets``: positions per category, for
     choosing and for reporting."""
 
-    planted_tokens: Positive = 400_000
-    tokens: Positive = 300_000
+    planted_tokens: Positive = 200_000
+    tokens: Positive = 150_000
     epochs: Positive = 2
-    targets: Positive = 60
+    targets: Positive = 40
 
 
 @dataclass(frozen=True)
 class Truth:
-    """``claims``: how many of a finder are judged; ``planted`` and its ``store``, or a ``pair``."""
+    """``about``: what is to be found; ``claims``: how many of a finder are judged; ``planted`` and its
+    ``store``, or a ``pair``; ``causal``: what is right is measured in the models."""
 
     name: str
+    about: str
     claims: int
     planted: Planted | None = None
     store: type[PlantedStore] = PlantedStore
@@ -197,13 +199,18 @@ def opened(name: str, model: str):
 TRUTHS = {
     truth.name: truth
     for truth in (
-        Truth("planted", 16, REGIME),
-        Truth("easy", 8, EASY),
-        Truth("rare", 16, REGIME, Rare),
-        Truth("rarest", 16, REGIME, Rarest),
-        Truth("reweighted", 16, REGIME, Reweighted),
-        Truth("control", 8, pair="tiny_planted"),
-        Truth("tiny", 8, pair="tiny", causal=True),
+        Truth("planted", "features of one model; the regime measured on the pair tiny", 16, REGIME),
+        Truth("easy", "the same, few, sparse and independent", 8, EASY),
+        Truth("rare", "features of one model that fire on 0.5% of the tokens", 16, REGIME, Rare),
+        Truth("rarest", "the same on 0.05%", 16, REGIME, Rarest),
+        Truth("reweighted", "features that one model uses four times as often", 16, REGIME, Reweighted),
+        Truth(
+            "control",
+            "what is written into the last 8 dimensions (pair tiny_planted)",
+            8,
+            pair="tiny_planted",
+        ),
+        Truth("tiny", "directions that the behaviours need (causal)", 8, pair="tiny", causal=True),
     )
 }
 
