@@ -6,6 +6,9 @@ was interrupted.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,9 +40,8 @@ def cell(
     """(claims, scores) of a finder, or of ``given`` claims, at a truth, seed and null; kept in ``folder``."""
     _, seed, null = place
     decided = one.planted or [load_pair(one.pair).fingerprint(m) for m in ("base", "distilled", "null_a")]
-    key = fingerprint(
-        "finders", VERSION, name, one.name, seed, null, decided, asdict(budget), given and given.plain()
-    )
+    how = _source(name) if given is None else given.plain()
+    key = fingerprint("finders", VERSION, name, one.name, seed, null, decided, asdict(budget), how)
     slug = "".join(c if c.isalnum() else "_" for c in name)
 
     def make(scratch: Path) -> None:
@@ -61,22 +63,27 @@ def cell(
     return kept(where, key, make, read)
 
 
+def _source(name: str) -> str:
+    """The text of a finder's function, so that a finder that is being written is tried anew; "" where it has
+    none."""
+    with contextlib.suppress(OSError):
+        return inspect.getsource(FINDERS[name].find)
+    return ""
+
+
 def bench(
     names: Sequence[str], truths: Sequence[str], budget: Budget, seeds: int, null_seeds: int, folder: Path
 ) -> pd.DataFrame:
     """Scores of finders, or files of claims: a row per truth, finder and seed, with SCORES. ``null_seeds``:
     so many of the seeds are tried on the nulls too. A finder that depends on no seed is tried once; one that
     needs labels, where there are some."""
-    chosen, files = [truth(name) for name in truths], {}
-    for name in names:
-        if name not in FINDERS:
-            files[name] = _file(name)
+    chosen = [truth(name) for name in truths]
+    files = {name: _file(name) for name in names if name not in FINDERS}
     cells: list[tuple] = []
-    for one in chosen:
-        for name in names:
-            label, given = files.get(name, (name, None))
-            for place in _places(one, name, seeds, null_seeds, given):
-                cells.append((label, one, place, budget, folder, given and given[place]))
+    for one, name in itertools.product(chosen, names):
+        label, given = files.get(name, (name, None))
+        for place in _places(one, name, seeds, null_seeds, given):
+            cells.append((label, one, place, budget, folder, given and given[place]))
     if not cells:
         raise UserError(f"none of {', '.join(names)} can be tested on {', '.join(truths)}")
     rows, nulls, claims = [], [], {}
@@ -101,6 +108,8 @@ def _file(name: str) -> tuple[str, dict[Place, Claims]]:
     label, sets = read_claims(Path(name), {one.name: one.width for one in TRUTHS.values()})
     if label in FINDERS:
         raise UserError(f"{name} calls its finder {label!r}, which is one of ours: give it another name")
+    if all(null for *_, null in sets):
+        raise UserError(f"{name} has claims of nulls alone: give those of the truths, too")
     return label, sets
 
 
@@ -135,7 +144,7 @@ def compute_finders(
     planted_tokens: int = 200_000, tokens: int = 150_000, epochs: int = 2, targets: int = 40,
 ) -> tuple[dict, dict]:  # fmt: skip
     """The part "finders": all of FINDERS on some truths (``bench``). Tables "scores", "summary"; metrics:
-    ``named``."""
+    ``report.named``."""
     budget = Budget(planted_tokens, tokens, epochs, targets)
     table = bench(list(FINDERS), truths, budget, seeds, null_seeds, variant.folder("finders"))
     return named(table), {"scores": table, "summary": summary(table)}

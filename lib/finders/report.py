@@ -3,8 +3,6 @@ figures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
@@ -13,13 +11,11 @@ from ..figures import COLOURS, SCALE, plain_titles
 from ..results import Part, interval_text
 from ..stats import t_interval
 from ..study.variants import metric
-from .finder import FINDERS
-from .truths import truth
 
-NRN, NU = "BatchTopK crosscoder, NRN", "BatchTopK crosscoder, latent scaling"
-DIFFERENCE, MEANS = "diff-SAE", "mean difference before behaviours"
+NRN = "BatchTopK crosscoder, NRN"
 CONTROL = "random features"  # no finder
 DECIDING = ("planted", "control", "tiny")  # truths on which a finder must beat NRN to be shown beside it
+REPORTED = ("precision", "recall", "necessity", "sufficiency")
 SHOWN = {  # score: what the figure says of it
     "precision": "precision",
     "recall": "recall",
@@ -32,21 +28,22 @@ SHOWN = {  # score: what the figure says of it
 
 
 def named(scores: pd.DataFrame) -> dict[str, dict]:
-    """finders, truths; for each truth t best_precision_<t>, best_recall_<t>, null_claims_<t>, and
-    necessity_<t>, sufficiency_<t> where there are models: of the finder with the highest F1 of the first
-    seed, over the other seeds; the same with nrn_ in front for the crosscoder by NRN, over the same seeds."""
+    """finders, truths; for each truth t best_precision_<t>, best_recall_<t>, null_claims_<t>, of the finder
+    with the highest F1 of the first seed, over the other seeds (null_claims: over all that were tried); the
+    same with nrn_ in front for the crosscoder by NRN. Where effects are measured, also necessity and
+    sufficiency."""
     entered = scores[scores["finder"] != CONTROL]
     metrics = {"finders": metric(entered["finder"].nunique()), "truths": metric(scores["truth"].nunique())}
     for name, group in entered.groupby("truth", sort=False):
-        for finder, nrn in ((best(group), ""), (NRN, "nrn_")):
+        for finder, front, of_null in ((best(group), "best_", ""), (NRN, "nrn_", "nrn_")):
             own = group[group["finder"] == finder]
             later = own[own["seed"] > 0] if len(own) > 1 else own
-            for score_name in ("precision", "recall", "necessity", "sufficiency", "null_claims"):
-                values = (own if score_name == "null_claims" else later)[score_name].dropna()
-                if len(values) or score_name in ("precision", "recall", "null_claims"):
-                    front = nrn if nrn or score_name == "null_claims" else "best_"
+            found = {f"{front}{score}": later[score].dropna() for score in REPORTED}
+            found[f"{of_null}null_claims"] = own["null_claims"].dropna()
+            for score, values in found.items():
+                if len(values) or score.endswith(("precision", "recall")):
                     ci = t_interval(values) if len(values) > 1 else None
-                    metrics[f"{front}{score_name}_{name}"] = metric(values.mean(), ci, len(values))
+                    metrics[f"{score}_{name}"] = metric(values.mean(), ci, len(values))
     return metrics
 
 
@@ -89,55 +86,6 @@ def shows(part: Part) -> str:
     return "Best finder of each truth: " + "; ".join(lines) + "."
 
 
-def listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "no finder"
-
-
-def decided(scores: pd.DataFrame, gains: pd.DataFrame) -> dict[str, tuple[str, bool | None]]:
-    """What was observed of notebook 17's predictions, and whether they held; None where an interval leaves it
-    open, or a truth was not computed."""
-    means = scores.groupby(["truth", "finder"], sort=False).mean(numeric_only=True)
-    there, at = set(scores["truth"]), gains.set_index(["truth", "finder"])
-    missing = ("not computed", None)
-
-    def gain(name: str, finder: str) -> tuple[str, bool | None]:
-        row = at.loc[(name, finder)]
-        text = f"{name} {row.gain:.2f} [{row.low:.2f}, {row.high:.2f}]"
-        return text, True if row.low > 0 else False if row.high < 0 else None
-
-    held = {"difference": gain("planted", DIFFERENCE) if "planted" in there else missing}
-    some = [gain(name, NU) for name in ("planted", "easy", "rare") if name in there]
-    at_least = None if any(yes is None for _, yes in some) else all(yes for _, yes in some)
-    held["latent scaling"] = ("; ".join(text for text, _ in some), at_least) if len(some) == 3 else missing
-    held["rare"] = missing
-    if "rarest" in there:
-        recall = means.loc["rarest", "recall"]
-        held["rare"] = f"at most {recall.max():.2f} ({recall.idxmax()})", bool(recall.max() < 0.5)
-    sure = means["null_claims"].unstack("finder")[[NRN, DIFFERENCE]].dropna()
-    text = "; ".join(f"{name} {a:.1f} and {b:.1f}" for name, a, b in sure.itertuples())
-    held["null"] = (text, bool((sure[NRN] < sure[DIFFERENCE]).all())) if len(sure) == len(there) else missing
-    held["means"] = missing
-    if "tiny" in there:
-        needed = means.loc["tiny", "necessity"].dropna().nlargest(2)
-        held["means"] = "; ".join(f"{f} {v:.2f}" for f, v in needed.items()), needed.index[0] == MEANS
-    held["one winner"] = listed(winners(gains)), bool(winners(gains))
-    if not there.issuperset(DECIDING):
-        held["one winner"] = missing
-    return held
-
-
-def finders_table() -> pd.DataFrame:
-    """finder, what it does, whether it needs a text with labels."""
-    rows = [(f.name, f.about, "yes" if f.labels else "") for f in FINDERS.values()]
-    return pd.DataFrame(rows, columns=["finder", "what it does", "needs labels"])
-
-
-def truths_table(names: Sequence[str]) -> pd.DataFrame:
-    """truth, what is true there, how many claims of a finder are judged."""
-    rows = [(one.name, one.about, one.claims) for one in map(truth, names)]
-    return pd.DataFrame(rows, columns=["truth", "what is to be found", "claims judged"])
-
-
 def plot_f1(summary: pd.DataFrame) -> go.Figure:
     """Mean F1 by finder and truth; empty where a finder cannot be asked."""
     wide = summary.pivot(index="finder", columns="truth", values="f1")
@@ -151,18 +99,13 @@ def plot_f1(summary: pd.DataFrame) -> go.Figure:
 
 def plot(scores: pd.DataFrame, name: str) -> go.Figure:
     """The scores of all finders at one truth: grey points are seeds, diamonds their means."""
-    group = scores[scores["truth"] == name]
-    long = group.melt(["finder", "seed"], list(SHOWN), "score").dropna()
+    long = scores[scores["truth"] == name].melt(["finder", "seed"], list(SHOWN), "score").dropna()
     long["score"] = long["score"].map(SHOWN)
     means = long.groupby(["score", "finder"], sort=False, as_index=False)["value"].mean()
-    kinds = [label for label in SHOWN.values() if label in set(long["score"])]
-    orders = {"finder": list(group["finder"].unique()), "score": kinds}
-    look = dict(y="finder", x="value", facet_col="score", category_orders=orders)
-    fig = px.scatter(
-        long, **look, width=1300, height=520, facet_col_spacing=0.02, title=f"Finders on the truth {name}"
-    ).update_traces(marker=dict(size=5, color=COLOURS["random"]))
-    diamonds = px.scatter(means, **look)
-    fig.add_traces(
-        diamonds.update_traces(marker=dict(symbol="diamond", size=9, color=COLOURS["distilled"])).data
-    )
+    orders = {"finder": list(long["finder"].unique()), "score": list(long["score"].unique())}
+    look = dict(y="finder", x="value", facet_col="score", category_orders=orders, facet_col_spacing=0.02)
+    fig = px.scatter(long, **look, width=1300, height=520, title=f"Finders on the truth {name}")
+    fig.update_traces(marker=dict(size=5, color=COLOURS["random"]))
+    diamonds = dict(symbol="diamond", size=9, color=COLOURS["distilled"])
+    fig.add_traces(px.scatter(means, **look).update_traces(marker=diamonds).data)
     return plain_titles(fig.update_xaxes(matches=None, title_text="").update_yaxes(title_text=""))

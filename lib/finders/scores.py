@@ -182,9 +182,8 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
     for (truth, finder), part in scores.groupby(["truth", "finder"], sort=False):
         row: dict = {"truth": truth, "finder": finder, "seeds": len(part)}
         for name in SCORES:
-            values = part[name].dropna()
-            low, high = t_interval(values)
-            row |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
+            ends = (name, f"{name}_low", f"{name}_high")
+            row |= dict(zip(ends, (part[name].mean(), *t_interval(part[name]))))
         rows.append(row)
     return pd.DataFrame(rows)
 

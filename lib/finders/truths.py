@@ -17,7 +17,7 @@ whose models nothing was distilled.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -111,7 +111,6 @@ class Truth:
     store: type[PlantedStore] = PlantedStore
     pair: str = ""
     causal: bool = False
-    dictionary: dict = field(default_factory=lambda: {"n_features": 256, "k": 8})
 
     @property
     def width(self) -> int:
@@ -122,20 +121,18 @@ class Truth:
         dictionaries are others, and the data are the same."""
         if self.planted:
             store = _planted(self.store, replace(self.planted, tokens=budget.planted_tokens), null)
-            size, labels, folder = self._size(), {}, Path(folder) / store.fingerprint
+            # 1.5 times what is planted, with its L0
+            number, k = round(1.5 * self.planted.features), max(1, round(self.planted.l0))
+            size = {"n_features": number, "k": k, "batch_size": 512, "aux_k": 16, "dead_after": 0.1}
+            labels, folder = {}, Path(folder) / store.fingerprint
         else:
             folder = Path(folder) / self.name / ("null" if null else "pair")
             store = harvested(self.pair, budget.tokens, null, folder)
-            names, size = store.models, dict(self.dictionary)
+            names, size = store.models, {"n_features": 256, "k": 8}  # as notebook 02
             labels = {"targets": sample_targets(store, budget.targets, "choose")}
             labels["open_model"] = lambda: opened(self.pair, names[1])
         config = TrainConfig(tokens=budget.epochs * store.count("train"), seed=seed, **size)
         return Data(store, config, folder / f"seed_{seed}", **labels)
-
-    def _size(self) -> dict:
-        """Of a dictionary for planted data: 1.5 times what is planted, with its L0."""
-        number, k = round(1.5 * self.planted.features), max(1, round(self.planted.l0))
-        return {"n_features": number, "k": k, "batch_size": 512, "aux_k": 16, "dead_after": 0.1}
 
     def judge(self, data: Data, claims: Claims) -> tuple[np.ndarray, Callable[[np.ndarray], float]]:
         """(is each claim right? bool [n], the recall of a mask of claims). UserError where the outcome is
