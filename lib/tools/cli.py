@@ -311,8 +311,7 @@ def bench_finders(
     seeds: _option(int, "N", "trainings on each truth", min=1) = 4,
     small: _option(bool, None, "a tiny budget, to see that it works", "--small") = False,
 ):
-    """Test finders of what distillation changed, where it is known. Minutes each; an interrupted test goes
-    on.
+    """Test finders of what distillation changed. Minutes each; an interrupted test goes on.
 
     Prints their scores beside the committed ones of the others. docs/finders.md says how to enter one.
     """
