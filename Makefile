@@ -22,7 +22,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 
 help:
 	@echo 'make figures [PAIR=tiny] [PROFILE=default] [ONLY="03 04"]   run the notebooks, write figures/ and results'
-	@echo 'make study [ONLY="10 11"]                                  what takes hours, notebooks 10 to 13, 16 and 18; also PAIR=smol ONLY=15'
+	@echo 'make study [ONLY="10 11"]                                  what takes hours, notebooks 10 to 13, 16 to 18; also PAIR=smol ONLY=15'
 	@echo 'make lab                                                   open the notebooks in JupyterLab'
 	@echo 'make explore [PAIR=tiny] [PROFILE=default]                 the features of a run, one by one, in JupyterLab'
 	@echo 'make report                                                everything as HTML, to open without a network: data/report'

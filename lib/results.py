@@ -316,6 +316,7 @@ PARTS = {  # part of the study: the notebook that computes it
         "texts": "14",
         "paper": "16",
         "loop": "16",
+        "finders": "17",
         "verdicts": "18",
     },
 }

@@ -336,7 +336,7 @@ class Trainer:
             options["bandwidth"] = config.bandwidth
         out = together.forward(crosscoder, acts, self._dead(), aux_k, config.precision, **options)
         out.tokens = tokens
-        loss, error, extra = _losses(crosscoder, out, config, done)
+        loss, error, extra = self.losses(out, done)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate(done)
         self.optimizer.zero_grad(set_to_none=True)
@@ -362,6 +362,19 @@ class Trainer:
         l0 = together.over_features(torch.as_tensor(l0, dtype=torch.float32, device=norm.device))
         means = together.over_rows(torch.stack([loss.detach(), error.detach(), extra.detach(), l0]))
         return torch.cat([means, norm[None]])
+
+    def losses(self, out: Forward, done: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, squared error, unweighted second term) of a batch, when the share ``done`` of the run is
+        over: see ``crosscoder.LOSS_FORMULAS``."""
+        crosscoder, config, error = self.crosscoder, self.config, squared_error(out)
+        if config.variant == "l1":
+            extra, weight = sparsity_loss(crosscoder, out), config.sparsity_weight(done)
+        else:
+            extra, weight = auxiliary_loss(out), config.aux
+        loss = error + weight * extra
+        if config.variant == "jumprelu":
+            loss = loss + config.l0 * sum(crosscoder.widths) * l0_loss(crosscoder, out, config.bandwidth)
+        return loss, error, extra
 
     def _dead(self) -> Tensor:
         """Which of the features kept here are dead."""
@@ -505,21 +518,6 @@ def doubts(line: dict, config: TrainConfig) -> list[str]:
     if line.get("short", 0) > SHORT * line["step"]:
         found.append(f"{line['short']:,} steps had no room for all candidates: the threshold moves too fast")
     return found
-
-
-def _losses(
-    crosscoder: CrossCoder, out: Forward, config: TrainConfig, done: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, squared error, unweighted second term) of a batch: see ``crosscoder.LOSS_FORMULAS``."""
-    error = squared_error(out)
-    if config.variant == "l1":
-        extra, weight = sparsity_loss(crosscoder, out), config.sparsity_weight(done)
-    else:
-        extra, weight = auxiliary_loss(out), config.aux
-    loss = error + weight * extra
-    if config.variant == "jumprelu":
-        loss = loss + config.l0 * sum(crosscoder.widths) * l0_loss(crosscoder, out, config.bandwidth)
-    return loss, error, extra
 
 
 def _optimizer(crosscoder: CrossCoder, config: TrainConfig) -> torch.optim.Optimizer:

@@ -97,14 +97,14 @@ class PlantedStore:
     and ``directions`` {model: [F, d]}, what one unit of a feature adds to the RAW activation.
     """
 
-    models = MODELS
+    models, name = MODELS, "planted"
 
     def __init__(self, planted: Planted):
-        self.planted, self.fingerprint = planted, fingerprint("planted", VERSION, planted)
+        self.planted, self.fingerprint = planted, fingerprint(self.name, VERSION, planted)
         rng, n = np.random.default_rng(planted.seed), planted.tokens
         self.kinds = np.repeat(np.arange(len(KINDS)), [getattr(planted, kind) for kind in KINDS])
         rank = rng.permutation(planted.features)
-        self.frequencies = frequencies(planted)[rank]
+        self.frequencies = self.fired(frequencies(planted)[rank])
         self.codes = _codes(planted, rank, self.frequencies, rng)
         self.documents, self.kept = np.arange(n) // planted.document, np.ones(n, dtype=bool)
         borders = np.round(np.cumsum(SPLIT_SHARES) * (self.documents[-1] + 1))
@@ -114,9 +114,9 @@ class PlantedStore:
         self._acts, self.directions, self.mean_norms, self.means = [], {}, {}, {}
         train_rows = torch.from_numpy(self.rows("train"))
         for name, rows, ratio, share in zip(
-            MODELS, _rows(planted, self.kinds, rng), (1.0, planted.norm_ratio), planted.mean_share
+            MODELS, _rows(planted, self.written(), rng), (1.0, planted.norm_ratio), planted.mean_share
         ):
-            x = self.codes @ rows.astype(np.float32)
+            x = self.used(name) @ rows.astype(np.float32)
             x -= x.mean(0)  # active features have a mean of their own: the mean vector stands for all of it
             variance = float(np.square(x, dtype=np.float64).sum(1).mean())
             noise = rng.standard_normal(x.shape, dtype=np.float32)
@@ -129,6 +129,20 @@ class PlantedStore:
             self.mean_norms[name] = float(acts[train_rows].norm(dim=1).double().mean())
             self.means[name] = acts[train_rows].double().mean(0)
         self.scales = {name: planted.width**0.5 / norm for name, norm in self.mean_norms.items()}
+
+    # what a subclass may plant otherwise, under a ``name`` of its own
+
+    def fired(self, frequencies: np.ndarray) -> np.ndarray:
+        """How often each feature fires [F], from the frequencies of the regime."""
+        return frequencies
+
+    def written(self) -> np.ndarray:
+        """The kinds [F] that decide the features' rows."""
+        return self.kinds
+
+    def used(self, model: str) -> sparse.csr_matrix:
+        """The activations [n, F] that a model writes."""
+        return self.codes
 
     def __len__(self) -> int:
         return self.planted.tokens

@@ -63,7 +63,7 @@ _Solutions = _option(bool, None, "answer the exercises, so that their checks run
 _Notebooks = Annotated[Path, typer.Option(hidden=True)]  # for the tests
 
 # options that take any number of words; typer wants the option before each of them
-_LISTS = {"--only", "--stages", "--seeds"}
+_LISTS = {"--only", "--stages", "--seeds", "--truths"}
 
 
 def _spelled_out(words: Sequence[str]) -> list[str]:
@@ -144,7 +144,7 @@ def _notebooks(row: str):
 
 
 _figures = "Run notebooks 00 to 06, or those of --only, on a pair. They write figures, tables and numbers."
-_study = """Run the long experiments, notebooks 10 to 13, 16 and 18. Hours; an interrupted run goes on.
+_study = """Run the long experiments, notebooks 10 to 13, 16 to 18. Hours; an interrupted run goes on.
 
 Notebooks 14 and 15 are about the pair smol and read files of your own: --pair smol --only 15
 """
@@ -302,6 +302,23 @@ def checkup(
     out = write_text(out or Run(pair, run).path("checkup") / "checkup.html", page.html())
     print(f"{page}\n\nWith figures: {path_shown(out)}")
     return int(bool(page.named("fault")))
+
+
+@app.command("bench-finders")
+def bench_finders(
+    names: _argument(list[str], "NAME ...", "of finders, or files of claims"),
+    truths: _option(list[str], "NAME ...", "only these (default: all)") = (),
+    seeds: _option(int, "N", "trainings on each truth", min=1) = 4,
+    small: _option(bool, None, "a tiny budget, to see that it works", "--small") = False,
+):
+    """Test finders of what distillation changed. Minutes each; an interrupted test goes on.
+
+    Prints their scores beside the committed ones of the others. docs/finders.md says how to enter one.
+    """
+    from ..finders.bench import report_on
+
+    _use(1)
+    print(report_on(names, truths, seeds, small))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

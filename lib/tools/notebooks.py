@@ -41,8 +41,8 @@ from .profiles import checked, read_profile, read_value, run_of
 CELL_TIMEOUT = 3600
 NOTEBOOKS = ROOT / "notebooks"
 # numbers of the notebooks that a command runs when none is named: the walk, and the long experiments
-WALK, STUDY = "0[0-9]_", "1[0-368]_"
-EMBEDDED = ("tiny", "(0[06]|16)_")  # these notebooks are run with this pair, and with no other
+WALK, STUDY = "0[0-9]_", "1[0-36-8]_"
+EMBEDDED = ("tiny", "(0[06]|1[67])_")  # these notebooks are run with this pair, and with no other
 # what a notebook of the walk reads of others; one that is not named here needs all that stand before it
 NEEDS = {"00": (), "01": (), "02": ("01",), "03": ("02",), "04": ("03",), "05": ("01",)}
 # {number: {parameter: key of a pair's entry that it takes its default from}}

@@ -22,6 +22,7 @@ PACKAGE_OF = {
     "03": "features",
     "04": "steering",
     "05": "geometry",
+    "17": "finders",
 }  # all others: study
 
 faces = pytest.mark.parametrize("package", PACKAGES)

@@ -1,0 +1,95 @@
+"""What finders that train a dictionary share: the views that a dictionary of one model reads, the losses that
+are not those of a crosscoder, and features as claims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..crosscoder.codes import encoded, sample_rows
+from ..crosscoder.model import SHARED, CrossCoder, Forward
+from ..crosscoder.training import Trainer, train
+from .claims import SIDES, Claims
+from .finder import CHOSEN, Data
+
+QUIET = SimpleNamespace(update=lambda *_: None, close=lambda: None)  # one line of progress for all trainings
+
+
+class View:
+    """A store of one "model" ``name``, whose activations are a sum of the store's scaled ones: of the base
+    (1, 0), of the difference (-1, 1)."""
+
+    def __init__(self, store, name: str, weights: tuple[float, float]):
+        self.store, self.models = store, (name,)
+        self.weights = [w * store.scales[m] for w, m in zip(weights, store.models)]
+        self.fingerprint = f"{store.fingerprint}, {name}"
+        for attribute in ("documents", "rows", "count", "split", "kept"):
+            setattr(self, attribute, getattr(store, attribute))
+        (x,) = self.activations(sample_rows(store, "train", CHOSEN))
+        self.widths, self.means = {name: x.shape[1]}, {name: x.double().mean(0)}
+        self.mean_norms = {name: float(x.norm(dim=1).double().mean())}
+        self.scales = {name: x.shape[1] ** 0.5 / max(self.mean_norms[name], 1e-12)}
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def mixed(self, acts: list[Tensor]) -> list[Tensor]:
+        return [sum(w * a.float() for w, a in zip(self.weights, acts) if w)]
+
+    def activations(self, rows) -> list[Tensor]:
+        return self.mixed(self.store.activations(rows))
+
+    def reader(self, *place, **how) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+        for rows, acts in self.store.reader(*place, **how):
+            yield rows, self.mixed(acts)
+
+
+class Delta(Trainer):
+    """A second loss: dedicated features alone must reconstruct x_distilled - x_base, about its mean."""
+
+    def losses(self, out: Forward, done: float) -> tuple[Tensor, Tensor, Tensor]:
+        loss, error, extra = super().losses(out, done)
+        own = self.crosscoder.owner[out.code.features] != SHARED
+        parts = out.f[own, None] * self.crosscoder.W_dec[out.code.features[own]]
+        x_hat = torch.zeros_like(out.x).index_add(0, out.code.rows[own], parts)
+        base, other = self.crosscoder.split(out.x - self.crosscoder.b_dec.detach() - x_hat)
+        return loss + (other - base).square().sum() / out.tokens, error, extra
+
+
+class Bridge(Trainer):
+    """||e_d||^2 + ||e_b||^2 + 2 lambda e_d . e_b, between a crosscoder (lambda 0) and a dictionary of the
+    difference (-1)."""
+
+    weight = -0.5
+
+    def losses(self, out: Forward, done: float) -> tuple[Tensor, Tensor, Tensor]:
+        loss, error, extra = super().losses(out, done)
+        base, other = self.crosscoder.split(out.x - out.x_hat)
+        return loss + 2 * self.weight * (base * other).sum() / out.tokens, error, extra
+
+
+def trained(data: Data, name: str, store=None, trainer: type[Trainer] | None = None, **changes) -> CrossCoder:
+    """A dictionary of the data's size and seed, trained once and kept in the data's folder."""
+    config = replace(data.config, **changes)
+    return train(store or data.store, config, data.folder / name, QUIET, trainer_class=trainer)
+
+
+def strengths(crosscoder: CrossCoder, store, rows: np.ndarray) -> np.ndarray:
+    """Mean length that each feature contributes on some rows [F]; 0 is dead."""
+    total = sum(f.sum(0) for _, _, f in encoded(crosscoder, store, rows)) / len(rows)
+    return (total * crosscoder.strength_per_unit()).numpy()
+
+
+def features(data: Data, crosscoder: CrossCoder, second, confidence) -> Claims:
+    """The living features as claims. ``second`` [F]: is the feature the distilled model's? ``confidence``
+    [F]; of equals the stronger feature comes first."""
+    strength = strengths(crosscoder, data.store, data.chosen)
+    order = np.argsort(-strength, kind="stable")[: int((strength > 0).sum())]
+    side = np.array(SIDES, dtype=object)[np.asarray(second, dtype=int)]
+    rows = (crosscoder.rows(m, raw=True).numpy()[order] for m in crosscoder.names)
+    return Claims.of(*rows, side[order], np.asarray(confidence)[order])
