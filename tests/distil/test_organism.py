@@ -75,7 +75,7 @@ def test_nulls_see_the_same_kind_of_text_in_other_orders():
 
 
 def test_the_same_stage_again_sees_other_documents_of_the_same_kind():
-    recipe = replace(SMALL, modes=True)
+    recipe = distill.RecipeWithModes(**asdict(SMALL))
     one, again = (distill.chunk_batches(stage, recipe, 0) for stage in ("distilled", "distilled_1"))
     tokens = [sum(size for _, _, size in batches) for batches in (one, again)]
     assert not torch.equal(one[0][0], again[0][0]) and tokens[0] == pytest.approx(tokens[1], rel=0.4)
@@ -87,7 +87,7 @@ def test_a_pair_may_begin_with_the_base_of_another(tmp_path):
     run = tmp_path / "runs"
     distill.train_all(run, SMALL, ("base", "midtrain", "latetrain"), report=lambda line: None)
     distill.ship(run, tmp_path / "tiny", SMALL, ("base", "midtrain", "latetrain"), report=lambda line: None)
-    recipe = replace(SMALL, modes=True, tune_tokens=1_000, tune_rate=0.0)
+    recipe = distill.RecipeWithModes(**asdict(SMALL) | {"tune_tokens": 1_000, "tune_rate": 0.0})
     distill.train_all(tmp_path / "b", recipe, ("null_a",), lambda line: None, tmp_path / "tiny")
     state = torch.load(tmp_path / "b/null_a/final.pt", weights_only=True)
     base = distill.load_shipped("base", tmp_path / "tiny").state_dict()
