@@ -369,8 +369,9 @@ def cut_batches(
 
 
 def as_stored(raw: np.ndarray, code: str) -> torch.Tensor:
-    """What was read from a table, as a tensor of its dtype ``code``, without a copy."""
-    return torch.from_numpy(raw if code == "F32" else raw.view(np.int16)).view(FLOATS[code])
+    """What was read from a table, as a tensor of its dtype ``code``, without a copy. It holds this array: a
+    view of it in numpy would hold the memory alone, which ``_Recycled`` would lend again."""
+    return torch.from_numpy(raw).view(FLOATS[code])
 
 
 def widened(raw: np.ndarray, code: str, out: torch.Tensor | None = None) -> torch.Tensor:
