@@ -22,6 +22,7 @@ from .generate import Treatment
 from .interventions import AddVector, RandomLike, Scale
 
 PLANTED = "reflection"
+PLACES = ("before", "value")  # of a sentence that has ended: its full stop, and the token before
 NAMES = {  # metric: (what is done, the measure that should change, in which direction)
     "control_ablation": ("removed", "p_reflection_error", -1),
     "control_imposition": ("added", "p_reflection_correct", 1),
@@ -29,14 +30,16 @@ NAMES = {  # metric: (what is done, the measure that should change, in which dir
 
 
 def trigger(one: RunArtefacts, found: Sequence[int]) -> torch.Tensor:
-    """What the features ``found`` write at the full stop before a reflection, more than at others, on the
-    split "choose": [d], raw."""
-    chosen = codes(one.crosscoder, one.store, "choose")
-    index, following = positions(one.store, chosen.rows, "before")
-    f, before = chosen.codes[index][:, list(found)], following == LABELS.index(PLANTED)
-    difference = np.asarray(f[before].mean(0) - f[~before].mean(0)).ravel()
+    """What the features ``found`` write before a reflection more than at other sentence ends, on the split
+    "choose": [d], raw; at the place where that is longest."""
+    chosen, vectors = codes(one.crosscoder, one.store, "choose"), []
     rows = one.crosscoder.rows("distilled", raw=True)[list(found)].double()
-    return torch.from_numpy(difference).double() @ rows
+    for place in PLACES:
+        index, following = positions(one.store, chosen.rows, place)
+        f, before = chosen.codes[index][:, list(found)], following == LABELS.index(PLANTED)
+        difference = np.asarray(f[before].mean(0) - f[~before].mean(0)).ravel()
+        vectors.append(torch.from_numpy(difference).double() @ rows)
+    return max(vectors, key=lambda v: float(v.norm()))
 
 
 def record(

@@ -43,15 +43,18 @@ def opened(tmp_path_factory):
 
 def test_what_is_added_is_what_the_features_write_before_reflections(opened):
     store, crosscoder, found = opened.store, opened.crosscoder, [0, 3, 5]
-    means = {True: [], False: []}
-    for r in store.rows("choose"):
-        if store.labels["kind"][r] != 1 or store.labels["ends"][r] != 1:
-            continue
-        f = crosscoder.encode([x.float() for x in store.activations([r])])[0, found]
-        means[store.labels["next_label"][r] == LABELS.index("reflection")].append(f.double())
-    difference = torch.stack(means[True]).mean(0) - torch.stack(means[False]).mean(0)
-    written = difference @ crosscoder.rows("distilled", raw=True)[found].double()
-    torch.testing.assert_close(control.trigger(opened, found), written, rtol=1e-3, atol=1e-4)
+    vectors = {}
+    for place, back in (("before", 0), ("value", 1)):
+        means = {True: [], False: []}
+        for r in store.rows("choose"):
+            if store.labels["kind"][r] != 1 or store.labels["ends"][r] != 1 or not store.kept[r - back]:
+                continue
+            f = crosscoder.encode([x.float() for x in store.activations([r - back])])[0, found]
+            means[store.labels["next_label"][r] == LABELS.index("reflection")].append(f.double())
+        difference = torch.stack(means[True]).mean(0) - torch.stack(means[False]).mean(0)
+        vectors[place] = difference @ crosscoder.rows("distilled", raw=True)[found].double()
+    longest = max(vectors.values(), key=lambda v: float(v.norm()))
+    torch.testing.assert_close(control.trigger(opened, found), longest, rtol=1e-3, atol=1e-4)
 
 
 def test_a_crosscoder_that_finds_nothing_changes_nothing(opened):

@@ -27,9 +27,7 @@ class Bare(PathFinder):
         return None if name.partition(".")[0] in MISSING else super().find_spec(name, path, target)
 
 sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
-from benchmarks import gpu, true_size
-from lib.distil.organism import build_tokenizer
-from lib.models.pairs import decoder_layers, load_pair
+from benchmarks import gpu
 code = gpu.main(sys.argv[1:])
 assert not MISSING & {name.partition(".")[0] for name in sys.modules}
 sys.exit(code)
