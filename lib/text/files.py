@@ -225,14 +225,14 @@ def _items(
 ) -> Iterator[tuple[str, str | Trace]]:
     """(where it stands, text or trace) of entries, but for empty texts and rows without a thought; and, up to
     a share, but for rows of no form that is read."""
-    rows, without, given, example, odd = 0, 0, 0, "", 0
+    rows, without, given, example, odd, first = 0, 0, 0, "", 0, None
     try:
         for place, entry in entries:
             rows += 1
             try:
                 item = item_of(entry, place)
-            except UserError:
-                odd += 1
+            except UserError as error:
+                odd, first = odd + 1, first or error
                 if odd > odd_share * max(rows, LINES):
                     raise
                 continue
@@ -246,7 +246,7 @@ def _items(
         if without and without == rows:
             raise UserError(f"{example} has no thought, nor has any other of {rows}: {FORMS}")
         if not given:
-            raise UserError(f"{name} holds no text")
+            raise first or UserError(f"{name} holds no text")
     finally:
         if odd and rows > _said.get(f"{name} odd", 0):
             _said[f"{name} odd"] = rows

@@ -26,7 +26,7 @@ from lib.text.puzzles import NUMBERS, OPERATIONS, PARAPHRASES, first_words, labe
 
 def pair_of(models):
     """Of an embedded pair, all that is asked."""
-    return SimpleNamespace(corpus="generated", load=models.get)
+    return SimpleNamespace(generated=True, load=models.get)
 
 
 ALL_TELLTALES = {word for c in DETECTED for word in token_tests.telltales(c)}

@@ -9,7 +9,7 @@ from lib.study import thoughts
 def test_a_pair_without_puzzles_is_told_so():
     class Fake:
         class pair:
-            name, corpus = "real", [{"path": "text.txt"}]
+            name, generated = "real", False
 
         store = crosscoder = None
         seed = 0
