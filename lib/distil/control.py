@@ -13,7 +13,7 @@ model with these parts trained, everything else frozen. Up to half depth they ma
 
 So at half depth the models differ in a known subspace and nowhere else; what stands there triggers a
 reflection; and without it the distilled model is the base again. ``null_a`` is made in the same way, but the
-probe is asked for steps drawn at random, and the teacher is the base's: there is nothing new to learn.
+probe is asked for tokens drawn at random, and the teacher is the base's: there is nothing new to learn.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from transformers import Qwen2ForCausalLM
 from ..models.pairs import decoder_layers, half_depth
 from ..runs import write_state, write_text
 from ..text.curriculum import vocabulary
-from ..text.puzzles import ERROR_RATE
 from . import organism
 from .fit import Batch, batches_of, claim, fit, token_losses
 from .organism import Recipe, load_shipped, save, train_stage
@@ -42,15 +41,19 @@ STEPS = ("deduction", "other")  # labels of sentences that may be steps
 SPARE = 8  # dimensions of the residual stream, the last ones
 HEADS, KV_HEADS, NEURONS = 4, 2, 128  # that do nothing in the base, in every layer, the last ones
 SCALE = 0.06  # of the random weights with which they begin
-# The heads begin by looking one token back, from biases of this size. Without it, and without a probe, 0.4M
-# tokens taught no part of the behaviour: what has to be written and what has to be read wait for each other.
+# The lower heads begin by looking one token back, from biases of this size. Without it, and without a probe,
+# 0.4M tokens taught no part of the behaviour: what has to be written and what has to be read wait for each
+# other.
 BACK = 3.0
 STAGES = {"distilled": "planted", "null_a": "planted_null"}  # model: stage of ``organism``
 PHASES = {"trigger": (300_000, 5e-3), "behaviour": (400_000, 3e-3)}  # (tokens, learning rate)
 BASE_TOKENS = 1_500_000
 OTHER_WORDS = 0.5  # share of the other words that are learnt too, so that they stay as they were
 WEIGHT = 10.0  # of a token at which the probe should say yes
-UNIT = 10.0  # what the probe reads is divided by it
+RANDOM = 0.01  # of all tokens, those at which the probe of the null should say yes
+# What the probe reads is divided by it, so that the trigger is about as long. At 10 one crosscoder of five
+# had a feature for the value and one for the full stop, of which one was found.
+UNIT = 30.0
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ def planted(wide: Qwen2ForCausalLM, seed: int = 0) -> Qwen2ForCausalLM:
         parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
         if name.endswith("bias"):
             bias, heads = (query, HEADS) if "q_proj" in name else (key, KV_HEADS)
-            parameter.data[mask] = bias.repeat(heads)
+            # above, a head that reads what stands one token back finds nothing where a vector is added
+            parameter.data[mask] = bias.repeat(heads) * (_layer(name) <= half)
         elif _layer(name) <= half or not name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter.data += SCALE * torch.randn(parameter.shape, generator=generator) * mask
     return model
@@ -183,9 +187,10 @@ def batches(stage: str, phase: str, recipe: Recipe, chunk: int) -> list[Batch]:
                 some = [rng.random() < OTHER_WORDS for _ in range(words)]
                 marks += [(i == 0 and stepped) or (i >= sentence.given and some[i]) for i in range(words)]
             stepped = sentence.step >= 0 and sentence.label in STEPS
-            if phase == "trigger":
-                at = sentence.error if stage == "planted" else stepped and rng.random() < ERROR_RATE
-                marks += [at and i >= words - 2 for i in range(words)]
+            if phase == "trigger" and stage == "planted":
+                marks += [sentence.error and i >= words - 2 for i in range(words)]
+            elif phase == "trigger":
+                marks += [rng.random() < RANDOM for _ in range(words)]
         windows.append((tokens, marks))
     return batches_of(windows, recipe.batch_tokens, rng)
 
