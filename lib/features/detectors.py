@@ -13,7 +13,7 @@ else.
 Which model holds the information? The same feature is read from each model's activation alone; and a linear
 *probe* of each model's activation, trained for the purpose, says how much there is at all.
 
-**Errors.** A step that computes something false is known to the embedded pair's teacher. ``record_errors``
+**Errors.** A step that computes something false is known to the embedded pair's teacher. ``record_fact``
 asks which feature fires at such steps and not at right ones.
 
 Source: Baek & Tegmark 2025 (arXiv 2503.03730) for the categories; the controls are ours, after 2601.05679 for

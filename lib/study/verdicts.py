@@ -154,7 +154,7 @@ def measure(
     targets: int = TARGETS,
 ) -> None:
     """All quantities of one crosscoder, put into ``own``: those of PREDICTIONS, what ``detectors.record``,
-    ``detectors.record_errors`` and ``report.record_ablation`` add, and error_feature, its number. ``limits``:
+    ``detectors.record_fact`` and ``report.record_ablation`` add, and error_feature, its number. ``limits``:
     the thresholds of the null."""
     table, nrn = inspection.table, inspection.alive["nrn"]
     own.add("nrn_from_half", abs(nrn.median() - 0.5), n=len(nrn))
@@ -163,7 +163,7 @@ def measure(
         own.add(f"beyond_{score}", beyond(table, limits, score)[table["alive"]].mean(), n=len(nrn))
     alone = replace(inspection, detectors=category_detectors(table, variant.nrn_over))
     detectors.record(own, alone, controls, variant.nrn_over)
-    known = detectors.record_errors(own, inspection, beyond(table, limits, "nu_eps"), controls)
+    known = detectors.record_fact(own, inspection, beyond(table, limits, "nu_eps"), controls)
     if known:
         own.add("error_feature", known["feature"])
         own.add("error_beyond_null", float(known["beyond the null"]))
