@@ -11,6 +11,7 @@ from ..figures import COLOURS, SCALE, plain_titles
 from ..results import Part, interval_text
 from ..stats import t_interval
 from ..study.variants import metric
+from .scores import interval
 
 NRN = "BatchTopK crosscoder, NRN"
 CONTROL = "random features"  # no finder
@@ -38,12 +39,11 @@ def named(scores: pd.DataFrame) -> dict[str, dict]:
         for finder, front, of_null in ((best(group), "best_", ""), (NRN, "nrn_", "nrn_")):
             own = group[group["finder"] == finder]
             later = own[own["seed"] > 0] if len(own) > 1 else own
-            found = {f"{front}{score}": later[score].dropna() for score in REPORTED}
-            found[f"{of_null}null_claims"] = own["null_claims"].dropna()
-            for score, values in found.items():
-                if len(values) or score.endswith(("precision", "recall")):
-                    ci = t_interval(values) if len(values) > 1 else None
-                    metrics[f"{score}_{name}"] = metric(values.mean(), ci, len(values))
+            found = [(front, score, later[score].dropna()) for score in REPORTED]
+            for start, score, values in [*found, (of_null, "null_claims", own["null_claims"].dropna())]:
+                if len(values) or score in ("precision", "recall"):
+                    ci = interval(score, values) if len(values) > 1 else None
+                    metrics[f"{start}{score}_{name}"] = metric(values.mean(), ci, len(values))
     return metrics
 
 

@@ -34,7 +34,8 @@ from .truths import Truth, opened
 SURE = 0.5
 FIFTHS = 5
 SPAN = -1  # number of the span of all claims, among claims
-SCORES = ("precision", "recall", "f1", "calibration", "recurrence", "null_claims", "necessity", "sufficiency")
+SHARES = ("precision", "recall", "f1", "calibration", "recurrence")
+SCORES = (*SHARES, "null_claims", "necessity", "sufficiency")
 
 
 def score(truth: Truth, data: Data, claims: Claims, targets: int) -> dict[str, float]:
@@ -175,15 +176,22 @@ def causal_claims(effects: pd.DataFrame, n: int) -> tuple[np.ndarray, Callable]:
     return hits.any(1), lambda some: float(hits[some].any(0).mean())
 
 
+def interval(name: str, values: pd.Series) -> tuple[float, float]:
+    """95%, of the mean of a score over seeds (Student's t; NaN of a single seed), cut to what it can be."""
+    most = 1.0 if name in SHARES else np.inf
+    least = -np.inf if name in ("necessity", "sufficiency") else 0.0
+    return tuple(np.clip(t_interval(values), least, most).tolist())
+
+
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds, with 95% intervals over them (Student's t; none of a single seed): a row per truth
-    and finder: seeds, and each of SCORES with _low and _high."""
+    """Means over seeds, with intervals over them (``interval``): a row per truth and finder: seeds, and each
+    of SCORES with _low and _high."""
     rows = []
     for (truth, finder), part in scores.groupby(["truth", "finder"], sort=False):
         row: dict = {"truth": truth, "finder": finder, "seeds": len(part)}
         for name in SCORES:
             ends = (name, f"{name}_low", f"{name}_high")
-            row |= dict(zip(ends, (part[name].mean(), *t_interval(part[name]))))
+            row |= dict(zip(ends, (part[name].mean(), *interval(name, part[name]))))
         rows.append(row)
     return pd.DataFrame(rows)
 
