@@ -106,7 +106,7 @@ def test_the_bridge_at_minus_one_is_the_error_of_the_difference(data, monkeypatc
     found = losses_of(data, Bridge)
     base, other = (found["out"].x - found["out"].x_hat).detach().split(12, dim=1)
     extra = found["plain"] - (base.square() + other.square()).sum() / 64
-    assert float(found["loss"]) == pytest.approx(float((other - base).square().sum() / 64 + extra), rel=1e-4)
+    assert found["loss"].item() == pytest.approx(float((other - base).square().sum() / 64 + extra), rel=1e-4)
 
 
 def test_the_second_loss_of_delta_asks_dedicated_features_alone(data):
@@ -117,7 +117,7 @@ def test_the_second_loss_of_delta_asks_dedicated_features_alone(data):
     left = found["out"].x - found["bias"] - f @ found["rows"][own]
     base, other = left.split(12, dim=1)
     expected = (other - base).square().sum() / 64
-    assert float(found["loss"] - found["plain"]) == pytest.approx(float(expected), rel=1e-4)
+    assert (found["loss"] - found["plain"]).item() == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_features_are_claimed_by_the_lengths_of_their_rows(data):
