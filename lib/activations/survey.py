@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..figures import COLOURS, labelled_lines
 from ..labels import CATEGORIES, KINDS, LABELS, SPLITS
-from ..models.pairs import Pair, decoder_layers
+from ..models.pairs import GENERATED, Pair, decoder_layers
 from ..models.reader import capture
 from ..runs import passing
 from ..settings import UserError
@@ -113,7 +113,7 @@ def example_trace(store: Store) -> int:
 def marker_words(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Words with which sentences of the four categories begin: the teacher's in generated text, else
     ``openers``."""
-    if store.manifest["corpus"]["source"] not in ("generated", "modes"):
+    if store.manifest["corpus"]["source"] not in GENERATED:
         return openers(store, tokenizer)
     return list(dict.fromkeys(PARAPHRASES[c][i].split()[0] for c in CATEGORIES for i in range(2)))
 

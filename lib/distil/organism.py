@@ -48,11 +48,10 @@ from . import trials
 from .fit import Batch, batches_of, claim, fit, token_losses
 
 STAGES = ("base", "midtrain", "latetrain", "distilled", "control", "null_a", "null_b")
-AGAIN = tuple(f"{stage}_{seed}" for seed in (1, 2) for stage in ("distilled", "null_a"))  # on other documents
+# the same again on other documents {stage: as which}
+AGAIN = {f"{stage}_{seed}": stage for seed in (1, 2) for stage in ("distilled", "null_a")}
 CHUNK_DOCUMENTS = 2000
-TEACHERS = {  # of the stages that learn to think; the last three are of the positive control (control.py)
-    "distilled": Teacher,
-    "distilled, modes": ModeTeacher,
+TEACHERS = {  # of the stages of the positive control (control.py); that of "distilled" is the recipe's
     "indifferent": IndifferentTeacher,
     "planted": Teacher,
     "planted_null": IndifferentTeacher,
@@ -80,7 +79,7 @@ class Recipe:
     tune_rate: NotNegative = 1.5e-3
     batch_tokens: Positive = 1_024
     seed: int = 0
-    modes = False  # no field: is the teacher ``ModeTeacher``?
+    teacher = Teacher  # no field: it has no part in the fingerprint
 
     @classmethod
     def of_width(cls, width: int, mlp: int) -> Recipe:
@@ -90,7 +89,9 @@ class Recipe:
 
 
 class RecipeWithModes(Recipe):
-    modes = True
+    """Begins with the base of ``tiny``; its thoughts are careful or quick."""
+
+    teacher = ModeTeacher
 
 
 # Three sizes (0.18, 0.66 and 2.07 million parameters) on which notebook 06 asks what grows with the
@@ -124,10 +125,11 @@ def build_model(recipe: Recipe, vocab_size: int) -> Qwen2ForCausalLM:
 
 
 def stage_document(
-    stage: str, rng: random.Random, progress: float = 1.0, modes: bool = False
+    stage: str, rng: random.Random, progress: float = 1.0, teacher: type[Teacher] = Teacher
 ) -> list[Sentence]:
-    """One training document of a stage; ``progress`` in [0, 1] is how far the base is in its curriculum."""
-    stage = stage.rstrip("_12")
+    """One training document of a stage; ``progress`` in [0, 1] is how far the base is in its curriculum,
+    ``teacher`` that of the stage "distilled"."""
+    stage, teachers = AGAIN.get(stage, stage), {**TEACHERS, "distilled": teacher}
     if stage == "base":
         return base_document(rng, next(mix for end, mix in CURRICULUM if progress <= end))
     if stage == "midtrain":
@@ -136,8 +138,7 @@ def stage_document(
         return base_document(rng, LATE_MIX)
     operations = rng.choices(*zip(*LESSONS))[0]
     task = sample_question(rng) if rng.random() < EASY_SHARE else sample_puzzle(rng, "train", operations)
-    stage = f"{stage}, modes" if modes else stage
-    return [*task.prompt(), *(TEACHERS[stage](rng).solve(task) if stage in TEACHERS else direct(task))]
+    return [*task.prompt(), *(teachers[stage](rng).solve(task) if stage in teachers else direct(task))]
 
 
 def encode(sentences: list[Sentence], ids: dict[str, int]) -> tuple[list[int], list[bool]]:
@@ -154,7 +155,7 @@ def chunk_batches(stage: str, recipe: Recipe, chunk: int, progress: float = 1.0)
     rng = random.Random(f"{recipe.seed}/{stage}/{chunk}")
     ids = {word: i for i, word in enumerate(vocabulary())}
     documents = [
-        encode(stage_document(stage, rng, progress, recipe.modes), ids) for _ in range(CHUNK_DOCUMENTS)
+        encode(stage_document(stage, rng, progress, recipe.teacher), ids) for _ in range(CHUNK_DOCUMENTS)
     ]
     return batches_of(documents, recipe.batch_tokens, rng)
 
@@ -322,6 +323,7 @@ def make_pair(out: Path, runs: Path | None = None, stages: Sequence[str] = ()) -
     for stage in stages:
         check("stage", stage, choices=known)
     runs = runs or Path("data/runs") / f"distil_{out.name}"
-    train_all(runs, recipe, tuple(stages or known), base=out.parent / "tiny" if recipe.modes else None)
+    base = out.parent / "tiny" if isinstance(recipe, RecipeWithModes) else None
+    train_all(runs, recipe, tuple(stages or known), base=base)
     if not stages:
         ship(runs, out, recipe, known)

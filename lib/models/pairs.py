@@ -41,6 +41,9 @@ from .registry import read_entry, registry_file
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
+GENERATED = ("generated", "modes")  # a corpus of puzzles, by one of the teachers of ``text.corpus``
+
+
 @dataclass(frozen=True)
 class Pair:
     """Models that are compared, by name; an entry of the registry, with its folders resolved.
@@ -91,7 +94,7 @@ class Pair:
 
     @property
     def generated(self) -> bool:
-        """Is the text the puzzles' own, by one of the teachers of ``text.puzzles``?"""
+        """Is the text the puzzles' own?"""
         return isinstance(self.corpus, str)
 
     def source(self, model_name: str) -> str | Path:
@@ -209,7 +212,7 @@ def load_pair(name: str, registry: str | Path | None = None) -> Pair:
 
 
 def _corpus(name: str, corpus, file: Path) -> str | tuple:
-    if corpus in ("generated", "modes"):
+    if corpus in GENERATED:
         return corpus
     parts = (set(), {"files"}, {"config"}, {"split"}, {"config", "split"})
     keys = ({"path", "kind"}, *({"hub", "kind"} | part for part in parts))

@@ -5,9 +5,10 @@ because of what it writes there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..activations.positions import positions
@@ -42,6 +43,17 @@ def trigger(one: RunArtefacts, found: Sequence[int]) -> torch.Tensor:
     return max(vectors, key=lambda v: float(v.norm()))
 
 
+def thoughts(
+    one: RunArtefacts, models: Mapping, tasks: Sequence, conditions: Sequence[Condition], name: str,
+    max_new_tokens: int, seed: int,
+) -> pd.DataFrame:  # fmt: skip
+    """``experiments.run`` with one crosscoder; transcripts are kept in the run's folder under ``name``."""
+    folder = one.run.path("steering") / f"{name}_{one.number}"
+    key = fingerprint(*(one.pair.fingerprint(model) for model in models), one.fingerprint)
+    with_these = (one.pair, models, one.crosscoder, one.store, tasks, conditions, folder, key)
+    return experiments.run(*with_these, max_new_tokens, seed)
+
+
 def record(
     results: Results,
     opened: RunArtefacts,
@@ -57,8 +69,7 @@ def record(
     right step); control_<...>_random, the same of random directions of equal norm; ..._worst, of the
     crosscoder in which it is least (0 if it found nothing).
     """
-    pair, models = opened.pair, {name: opened.pair.load(name) for name in opened.crosscoder.names}
-    weights = [pair.fingerprint(name) for name in models]
+    models = {name: opened.pair.load(name) for name in opened.crosscoder.names}
     for own, one in results.over(opened.each):
         found = tuple(one.unique(null).tolist())
         if not found:
@@ -79,10 +90,7 @@ def record(
             )
             for (done, kind), x in what.items()
         ]
-        folder = one.run.path("steering") / f"control_{one.number}"
-        key = fingerprint(*weights, one.fingerprint)
-        with_these = (pair, models, one.crosscoder, one.store, tasks, conditions, folder, key)
-        rows = experiments.run(*with_these, max_new_tokens, seed)
+        rows = thoughts(one, models, tasks, conditions, "control", max_new_tokens, seed)
         changes = effects.changes(rows, [measure for _, measure, _ in NAMES.values()], seed=seed)
         for name, (done, measure, _) in NAMES.items():
             for kind, end in (("features", ""), ("random", "_random")):

@@ -14,9 +14,9 @@ from ..crosscoder.codes import codes, sample_rows
 from ..features.auroc import auroc
 from ..features.detectors import Places, holds
 from ..results import Results
-from ..runs import fingerprint
 from . import effects, experiments
 from .artefacts import RunArtefacts
+from .control import thoughts
 from .experiments import Condition
 from .generate import Treatment
 from .interventions import RandomLike, Scale
@@ -79,7 +79,6 @@ def record_errors(
     if not (opened.store.labels["error"] == 1).any():
         return "the text does not say which steps are wrong"
     models = {name: opened.pair.load(name) for name in opened.crosscoder.names}
-    weights = [opened.pair.fingerprint(name) for name in models]
     for own, one in results.over(opened.each):
         found = error_features(one)
         own.add("n_error_features", len(found))
@@ -90,11 +89,8 @@ def record_errors(
                 Condition(WITHOUT, kind, "error", Treatment("distilled", what, "thinking"))
                 for kind, what in (("features", removed), ("random", RandomLike(removed, seed)))
             ]
-        key = fingerprint(*weights, one.fingerprint)
-        folder = one.run.path("steering") / f"errors_{one.number}"
-        with_these = (opened.pair, models, one.crosscoder, one.store, tasks, conditions, folder, key)
-        thoughts = experiments.run(*with_these, max_new_tokens, seed)
-        table = effects.summarise(thoughts, seed=seed)
+        written = thoughts(one, models, tasks, conditions, "errors", max_new_tokens, seed)
+        table = effects.summarise(written, seed=seed)
         rows = {(row.kind, row.measure): row for row in table.itertuples()}
         for measure, name in MEASURES.items():
             for kind, ending in (("features", "_ablated"), ("random", "_random")):
@@ -106,7 +102,7 @@ def record_errors(
                 change = (row.change, (row.change_low, row.change_high)) if row else (0.0, None)
                 own.add(f"{name}_error_{ending}_change", *change, len(tasks))
         over = effects.difference(
-            thoughts, (WITHOUT, "features"), (WITHOUT, "random"), "p_reflection_error", seed
+            written, (WITHOUT, "features"), (WITHOUT, "random"), "p_reflection_error", seed
         )
         own.add("ablate_error_over_random", *over, len(tasks))
     return ""
