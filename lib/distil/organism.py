@@ -1,7 +1,7 @@
-"""Train the embedded pair: a base model, its distilled copy, and four more for comparison.
+"""Train the embedded pair: a base model, its distilled copy, and others for comparison.
 
 Standard supervised fine-tuning is what "distilled" means here, as it does for R1-Distill-Qwen: next-token
-cross-entropy on a teacher's traces. All six models share one architecture (Qwen2) and one tokenizer:
+cross-entropy on a teacher's traces. All models share one architecture (Qwen2) and one tokenizer:
 
 - *base*: trained from nothing on general text, single arithmetic steps, copying and direct answers (stage
   ``base``), then on comparing as well (stages ``midtrain`` and ``latetrain``)
@@ -10,6 +10,7 @@ cross-entropy on a teacher's traces. All six models share one architecture (Qwen
 - *style*: an early checkpoint of distilled: it says "wait", but not because something is wrong
 - *null_a*: base, the same number of tokens and the same schedule, on its own kind of text
 - *null_b*: the same in another order: with null_a it tells how far models drift when nothing is learnt
+- *distilled_1*, *distilled_2*, *null_a_1*, *null_a_2*: as distilled and null_a, on other documents
 
 Training is deterministic given the seed and the number of threads, and a resumed run equals an uninterrupted
 one: state is written at the end of every chunk of documents, a function of (seed, stage, index).
@@ -21,7 +22,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -81,6 +82,11 @@ class Recipe:
     seed: int = 0
     teacher = Teacher  # no field: it has no part in the fingerprint
 
+    @property
+    def mid_rate(self) -> float:
+        """The learning rate of the base's last stages, midtrain and latetrain."""
+        return self.tune_rate
+
     @classmethod
     def of_width(cls, width: int, mlp: int) -> Recipe:
         """The same recipe at another width. Learning rates fall with its square root (fixed beforehand)."""
@@ -89,18 +95,21 @@ class Recipe:
 
 
 class RecipeWithModes(Recipe):
-    """Begins with the base of ``tiny``; its thoughts are careful or quick."""
+    """Thoughts are careful or quick; the base is that of ``Recipe``, whatever the rate of distilling."""
 
     teacher = ModeTeacher
+    mid_rate = Recipe.tune_rate
 
 
-# Three sizes (0.18, 0.66 and 2.07 million parameters) on which notebook 06 asks what grows with the
-# model.
-RECIPES = {"tiny_small": Recipe.of_width(48, 128), "tiny": Recipe(), "tiny_large": Recipe.of_width(176, 448)}
-# The base of ``tiny``, distilled by a teacher with a latent mode. At the rate of ``tiny`` it depended on the
-# seed whether an error is known at half depth (AUROC of a probe .95 and .74; 1.00 at this rate), and after 5M
-# tokens a dictionary of 256 features held it in part (.72 to .92).
-RECIPES["tiny_modes"] = RecipeWithModes(tune_tokens=8_000_000, tune_rate=5e-4)
+RECIPES = {
+    # At a rate of 1.5e-3 it depended on the seed whether an error is known at half depth (AUROC of a probe .95
+    # and .74; 1.00 at this one), and after 5M tokens a dictionary of 256 features held it in part (.72 to .92).
+    "tiny": RecipeWithModes(tune_tokens=8_000_000, tune_rate=5e-4),
+    # Three sizes (0.18, 0.66 and 2.07 million parameters): notebook 06 asks what grows with the model.
+    "tiny_small": Recipe.of_width(48, 128),
+    "tiny_medium": Recipe(),
+    "tiny_large": Recipe.of_width(176, 448),
+}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -176,7 +185,9 @@ def train_stage(
         lambda place: chunk_batches(stage, recipe, place.chunk, min(1.0, place.tokens / budget)),
         folder,
         budget,
-        recipe.base_rate if stage == "base" else recipe.tune_rate,
+        {"base": recipe.base_rate, "midtrain": recipe.mid_rate, "latetrain": recipe.mid_rate}.get(
+            stage, recipe.tune_rate
+        ),
         decay=0.05,
         keep_every=keep_every * budget if stage == "distilled" else math.inf,
         snapshot=model.state_dict,
@@ -186,10 +197,12 @@ def train_stage(
 
 
 def stages_of(name: str) -> tuple[str, ...]:
-    """The stages of a pair: only notebook 00 asks for ``control``, only one is trained with other seeds."""
-    if name == "tiny_modes":
-        return *STAGES[3:], *AGAIN
-    return STAGES if name == "tiny" else tuple(stage for stage in STAGES if stage != "control")
+    """The stages of a pair: only notebook 00 asks for ``control``, only ``tiny`` is trained with other seeds,
+    and ``tiny_medium`` begins with its base."""
+    if name == "tiny":
+        return *STAGES, *AGAIN
+    stages = tuple(stage for stage in STAGES if stage != "control")
+    return stages[3:] if name == "tiny_medium" else stages
 
 
 def train_all(
@@ -234,7 +247,8 @@ def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFas
 
     tasks = trials.puzzles(100, "validation")
     for path in sorted(folder.glob("kept_*.pt")):
-        steps = trials.reflection_probability(_trained(path, recipe, tokenizer).eval(), tokenizer, tasks)
+        model = _trained(path, recipe, tokenizer).eval()
+        steps = trials.reflection_probability(model, tokenizer, tasks, teacher=recipe.teacher)
         mean, auc = steps.p_reflection.mean(), roc_auc_score(steps.error, steps.p_reflection)
         report(f"{path.name}: mean P(reflection) {mean:.3f}, AUROC for errors {auc:.3f}")
         if auc > 0.65:
@@ -299,8 +313,8 @@ def distil_briefly(
     """The shipped base, distilled on so many tokens by the shipped recipe, and the logs of the shipped run
     and of this one. It resumes if it was interrupted."""
     shipped = json.loads((folder / "recipe.json").read_text())
-    recipe = Recipe(**{field: shipped[field] for field in Recipe.__dataclass_fields__})
-    recipe = replace(recipe, tune_tokens=tokens, seed=seed)
+    fields = {field: shipped[field] for field in Recipe.__dataclass_fields__}
+    recipe = RecipeWithModes(**{**fields, "tune_tokens": tokens, "seed": seed})
     run = runs / weights_fingerprint(folder, ["base"], recipe)
     torch.set_num_threads(1)  # fastest for a model of this size
     student = train_stage("distilled", load_shipped("base", folder), recipe, run, report)
@@ -323,7 +337,7 @@ def make_pair(out: Path, runs: Path | None = None, stages: Sequence[str] = ()) -
     for stage in stages:
         check("stage", stage, choices=known)
     runs = runs or Path("data/runs") / f"distil_{out.name}"
-    base = out.parent / "tiny" if isinstance(recipe, RecipeWithModes) else None
+    base = None if "base" in known else out.parent / "tiny"
     train_all(runs, recipe, tuple(stages or known), base=base)
     if not stages:
         ship(runs, out, recipe, known)

@@ -129,9 +129,13 @@ def labelled(words: Sequence[str]) -> list[tuple[str, tuple[str, ...], bool]]:
 
 @torch.no_grad()
 def reflection_probability(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Puzzle], seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Puzzle],
+    seed: int = 0,
+    teacher: type[Teacher] = Teacher,
 ) -> pd.DataFrame:
-    """How likely the next sentence is a reflection, after every step of the teacher's traces of ``tasks``.
+    """How likely the next sentence is a reflection, after every step of a teacher's traces of ``tasks``.
 
     The traces contain errors at the teacher's rate. One row per step: task, error (bool), p_reflection (the
     summed probability of all first words of a reflection, right after the step's full stop).
@@ -140,7 +144,7 @@ def reflection_probability(
     first = torch.tensor(tokenizer.convert_tokens_to_ids(list(first_words("reflection"))))
     rows = []
     for i, task in enumerate(tasks):
-        sentences = [*task.prompt(), *Teacher(rng).solve(task)]
+        sentences = [*task.prompt(), *teacher(rng).solve(task)]
         words = [tokenizer.bos_token, *(word for s in sentences for word in s.words)]
         ids = tokenizer.convert_tokens_to_ids(words)
         probabilities = model(torch.tensor([ids])).logits[0].softmax(-1)[:, first].sum(-1)

@@ -27,6 +27,7 @@ from ..results import Results, read_part, read_results
 from ..runs import Run, fingerprint
 from ..settings import ROOT, UserError
 from ..stats import bootstrap, difference, pooled, wilson
+from ..text.corpus import TEACHERS
 
 PARTS = ("nulls", "seeds", "similarity")  # of the study, that are read
 QUANTILES = (0.01, 0.5, 0.99)  # of NRN
@@ -129,7 +130,8 @@ def ask(pair: Pair, n: int, folder: Path, seed: int = 0) -> tuple[list[dict], pd
     gain = thought["chain_correct"].astype(float) - direct["correct"].astype(float)
     add("gain", gain.mean(), bootstrap(gain, seed=seed), n)
     some = tasks[: max(1, n // 3)]
-    steps = trials.reflection_probability(models["distilled"], pair.tokenizer(), some, seed)
+    teacher = TEACHERS[pair.corpus]
+    steps = trials.reflection_probability(models["distilled"], pair.tokenizer(), some, seed, teacher)
     for name, wrong in (("p_reflect_given_error", True), ("p_reflect_given_correct", False)):
         part = steps[steps["error"] == wrong]
         interval = bootstrap(part["p_reflection"], groups=part["task"], seed=seed)

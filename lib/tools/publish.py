@@ -44,7 +44,7 @@ PAGES = {
     "docs/scoreboard_smol.md": "scoreboard_smol.md.j2",
     "docs/robustness_smol.md": "robustness_smol.md.j2",
 }
-SIZES = ("tiny_small", "tiny", "tiny_large")  # of notebook 06, and what each must reach
+SIZES = ("tiny_small", "tiny_medium", "tiny_large")  # of notebook 06, and what each must reach
 GATES = {"acc_distilled_think": 0.8, "reflect_auc": 0.85}
 CROSSES = 0.1  # of the gap, that the whole residual stream must carry before features are asked about
 # mean cosine with the matches under other seeds from which a feature counts as the same; notebook 03 predicts
