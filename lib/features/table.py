@@ -298,6 +298,18 @@ def category_detectors(table: pd.DataFrame, nrn_over: float = 0.5) -> dict[str, 
     return chosen
 
 
+def auroc_of(table: pd.DataFrame, category: str, detector: Detector) -> float:
+    """AUROC of a detector on the report split."""
+    value = table[f"{PLACES[detector.place]}_{category}"][detector.feature]
+    return value if detector.sign > 0 else 1 - value
+
+
+def best_aurocs(table: pd.DataFrame, category: str, suffix: str = "") -> pd.Series:
+    """Each feature's AUROC before sentences of a category at the better of both PLACES, [F]. ``suffix``
+    "_choose": on that split."""
+    return table[[f"{name}_{category}{suffix}" for name in PLACES.values()]].max(axis=1)
+
+
 def best_of_places(values: Mapping[str, pd.Series], silent: bool = True) -> Detector | None:
     """The detector with the AUROC farthest from one half. ``values`` {place: AUROC - 0.5, by feature}; one
     below 0, of a feature that falls silent, counts if ``silent``. None if there is none."""

@@ -37,7 +37,7 @@ from ..activations.positions import positions
 from ..activations.store import Store
 from ..crosscoder.codes import sample_rows
 from ..crosscoder.model import CrossCoder
-from ..features.table import usable
+from ..features.table import best_aurocs, usable
 from ..features.use import solo_codes
 from ..labels import CATEGORIES, LABELS, REDUNDANT
 from ..models.pairs import Pair, decoder_layers
@@ -63,13 +63,13 @@ TRIED = (0.125, 0.25, 0.5, 1.0)  # strengths of adding more, of which one is cho
 def category_sets(
     table: pd.DataFrame, n: int = 5, nrn_over: float = 0.5, categories: Sequence[str] = CATEGORIES
 ) -> dict[str, tuple[int, ...]]:
-    """{category: the ``n`` features that predict it best on the choose split}, best first, among those that
-    may stand for one (``features.table.usable``) and have an AUROC above 0.5; a category without is left
-    out."""
+    """{category: the ``n`` features that predict it best on the choose split, at the value or the full stop},
+    best first, among those that may stand for one (``features.table.usable``) and have an AUROC above 0.5; a
+    category without is left out."""
     check("n", n, int, low=1)
     may_stand, sets = table[usable(table, nrn_over)].set_index("feature"), {}
     for c in categories:
-        scores = may_stand[f"auroc_{c}_choose"].nlargest(n)
+        scores = best_aurocs(may_stand, c, "_choose").nlargest(n)
         sets[c] = tuple(scores[scores > 0.5].index.astype(int).tolist())
     return {c: features for c, features in sets.items() if features}
 

@@ -32,6 +32,7 @@ from torch.nn import functional
 from ..activations.positions import PHASES, phase_of
 from ..activations.store import SPLITS
 from ..crosscoder.model import CrossCoder, check_feature
+from ..features.table import best_aurocs
 from ..distil.trials import Task
 from ..models.reader import head_envoy, layer_envoys
 from ..runs import fingerprint, write_manifest
@@ -140,8 +141,8 @@ def candidates(
     """Features worth trying for each label of ``gradients``, among the alive ones with an NRN above
     ``nrn_over``.
 
-    ``by`` "reads": the one that predicts the label's sentences best (``auroc_<label>_choose`` of the feature
-    table; the paper's way). ``by`` "writes": the ``n`` whose decoder rows promote them most (``influence``).
+    ``by`` "reads": the one that predicts the label's sentences best (``best_aurocs`` on
+    the choose split; the paper's way). ``by`` "writes": the ``n`` whose decoder rows promote them most (``influence``).
     Columns label, feature, by, auroc, influence (first-order change of the sentence's probability at strength
     1), times_random (influence over that of a typical random direction of the same norm) and nrn. A feature
     is a candidate of one label only.
@@ -157,7 +158,7 @@ def candidates(
     for label, gradient in gradients.items():
         typical = norm * float(gradient.norm()) / directions.shape[1] ** 0.5
         columns = {
-            "auroc": usable[f"auroc_{label}_choose"],
+            "auroc": best_aurocs(usable, label, "_choose"),
             "influence": norm * (directions @ gradient).numpy(),
         }
         scores = pd.DataFrame(columns).assign(label=label, nrn=usable["nrn"])

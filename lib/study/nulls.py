@@ -33,7 +33,7 @@ from ..crosscoder.recurrence import metrics as metrics_of_recurrence
 from ..crosscoder.recurrence import recurrent
 from ..crosscoder.training import train
 from ..features import plots
-from ..features.table import category_features, feature_table
+from ..features.table import auroc_of, category_detectors, feature_table
 from ..features.uniqueness import LEVELS, SCORES, SIDES, beyond, extremity, score_table, sign
 from ..features.use import change_limit, reweighted, solo_codes, use_table
 from ..figures import COLOURS
@@ -263,7 +263,7 @@ def plot_scaling(part: Part) -> tuple[go.Figure, pd.DataFrame]:
 # --- the part "seeds" ---------------------------------------------------------------------------------------
 
 
-@part_of_study("seeds", 2)
+@part_of_study("seeds", 3)
 def compute_seeds(
     variant: Variant, ks: Sequence[int] = (4, 8, 16, 24), ce_tokens: int = 10_000
 ) -> tuple[dict, dict]:
@@ -307,18 +307,18 @@ def compute_seeds(
         splits = [codes(crosscoder, store, split, variant.max_tokens) for split in ("choose", "report")]
         table = feature_table(crosscoder, store, *splits)
         scores = score_table(crosscoder, store, variant.max_tokens, n_boot=10)
-        chosen, lives = category_features(table, variant.nrn_over), table["alive"].to_numpy(bool)
+        chosen, lives = category_detectors(table, variant.nrn_over), table["alive"].to_numpy(bool)
         unique = {score: beyond(scores, limits[limits["seed"] == s], score) for score in SCORES}
         nrn, row = table.loc[lives, "nrn"], {"seed": s, "alive": int(lives.sum())}
         row |= {"nrn_mean": nrn.mean(), "nrn_sd": nrn.std()}
         row |= {f"unique_{score}": int(hits.sum()) for score, hits in unique.items()}
         for c in CATEGORIES:
-            f = chosen.get(c)
-            known = f is not None
+            known = c in chosen
+            f = chosen[c].feature if known else None
             row |= {
                 f"feature_{c}": f,
                 f"nrn_{c}": table["nrn"][f] if known else np.nan,
-                f"auroc_{c}": table[f"auroc_{c}"][f] if known else np.nan,
+                f"auroc_{c}": auroc_of(table, c, chosen[c]) if known else np.nan,
                 f"above_null_{c}": known and bool(unique["nrn"][f]),
             }
         rows.append(row)

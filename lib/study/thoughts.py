@@ -37,7 +37,7 @@ TABLES = {  # name: (what identifies a row, its numbers)
 }
 
 
-@part_of_study("causal", 3)
+@part_of_study("causal", 4)
 def compute_thoughts(
     variant: Variant,
     features_per_category: int = 5,

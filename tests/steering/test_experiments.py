@@ -31,6 +31,7 @@ def table(n=12):
     return frame.assign(
         frequency_choose=rng.uniform(0.01, 0.2, n),
         **{f"auroc_{c}_choose": rng.uniform(0.55, 1, n) for c in CATEGORIES},
+        **{f"auroc_value_{c}_choose": 0.5 for c in CATEGORIES},
     )
 
 
@@ -55,8 +56,10 @@ def test_category_sets_take_the_best_alive_features_of_the_distilled_side():
     )
     frame = frame.assign(
         frequency_choose=0.1,
-        auroc_reflection_choose=[0.7, 0.99, 0.99, 0.8],
+        auroc_reflection_choose=[0.7, 0.99, 0.99, 0.5],
+        auroc_value_reflection_choose=[0.5, 0.9, 0.9, 0.8],  # at the better place 6 is ahead of 3
         auroc_contrast_choose=[0.4, 0.9, 0.9, 0.6],
+        auroc_value_contrast_choose=0.4,
     )
     names = ("reflection", "contrast")
     assert causal.category_sets(frame, 2, categories=names) == {"reflection": (6, 3), "contrast": (6,)}

@@ -295,8 +295,10 @@ def test_candidates_read_or_write_and_belong_to_one_label():
             "feature": range(5),
             "alive": [1, 1, 1, 0, 1],
             "nrn": [0.9, 0.8, 0.7, 0.9, 0.2],
-            "auroc_reflection_choose": [0.9, 0.8, 0.6, 0.99, 1.0],
+            "auroc_reflection_choose": [0.6, 0.8, 0.6, 0.99, 1.0],
+            "auroc_value_reflection_choose": [0.9, 0.5, 0.6, 0.5, 0.5],  # 0 knows it a token before its end
             "auroc_deduction_choose": [0.5, 0.7, 0.6, 0.99, 1.0],
+            "auroc_value_deduction_choose": 0.5,
         }
     )
     gradients = {
