@@ -21,7 +21,7 @@ import jinja2
 from ..labels import CATEGORIES
 from ..runs import Progress, made_folder, write_text
 from ..settings import ROOT, UserError
-from ..verdicts import SHARE
+from ..verdicts import SHARE, YES
 
 TEMPLATES = ROOT / "docs" / "templates"
 NUMBERS = (
@@ -31,6 +31,7 @@ NUMBERS = (
     "count",
     "lowered",
     "over_crosscoders",
+    "attributed",
     "speed",
     "json",
     "csv",
@@ -151,6 +152,16 @@ class Sources:
         held = {row["prediction"] for row in rows if row["verdict"] == "yes"}
         return " and ".join(c for c in CATEGORIES if f"{c}, {test}" in held) or "no category"
 
+    def held(self, notebook: str, beginning: str) -> list[str]:
+        """The predictions of a notebook on the embedded pair that begin so and are said to hold."""
+        rows = self.boards("tiny")[notebook]
+        return [r["prediction"] for r in rows if r["prediction"].startswith(beginning) and r["held"] == YES]
+
+    def attributed(self) -> str:
+        """The categories whose attributed features are said to be needed (notebook 04)."""
+        test = "{}: without the features attributed to it"
+        return " and ".join(c for c in CATEGORIES if self.held("04", test.format(c))) or "no category"
+
     def lowered(self, pair: str, notebook: str, pattern: str) -> int:
         """Of how many categories the interval of a change lies below 0; {} in ``pattern`` is the category."""
         metrics = self.metrics(pair, notebook)
@@ -192,9 +203,9 @@ class Sources:
         return f"not testable: {len(failed)} of {len(SIZES)} sizes fail their gates. " if failed else ""
 
     def standing(self) -> list[dict]:
-        """For each category, over the crosscoders: does its feature predict, lie beyond the null, recur
-        under other seeds, say more than a token, and does removing the category's features cost accuracy,
-        more than the controls? ``unique`` and ``more`` are shares of crosscoders."""
+        """For each category, over the crosscoders: does its feature predict, more than the kind of sentence,
+        lie beyond the null, recur under other seeds, say more than a token, and does removing the category's
+        features cost accuracy, more than the controls? ``unique`` and ``more`` are shares of crosscoders."""
         metrics, nothing = (
             self.metrics("tiny", "03") | self.metrics("tiny", "13"),
             {"value": None, "ci": None},
@@ -205,12 +216,14 @@ class Sources:
             cost, *over = (metrics.get(f"ablate_accuracy_{name}") or nothing for name in names)
             beyond = [all(m["ci"] and m["ci"][1] < 0 for m in (cost, more)) for more in over]
             row = {"category": c, "auroc": metrics[f"auroc_{c}"], "cost": cost}
+            row |= {"gain": metrics.get(f"gain_{c}") or nothing}
             row |= {"stability": metrics.get(f"stable_{c}") or nothing}
             row |= {name: (metrics.get(f"{key}_{c}") or nothing)["value"] for name, key in SHARES.items()}
             row |= {"beyond_random": beyond[0], "beyond_matched": beyond[1]}
             shares = all((row[name] or 0) >= SHARE for name in SHARES)
             stable = (row["stability"]["value"] or 0) >= SAME_FEATURE
-            rows.append(row | {"all": shares and stable and all(beyond)})
+            more = bool(row["gain"]["ci"]) and row["gain"]["ci"][0] > 0
+            rows.append(row | {"all": shares and more and stable and all(beyond)})
         return rows
 
 

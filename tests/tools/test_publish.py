@@ -60,6 +60,12 @@ def test_a_scoreboard_of_hand_written_results(tmp_path):
         "rows": [["a | b", "0.5", "yes"], ["null: c", "", "undecided"]],
     }
     put(tmp_path, "figures/tiny/results/02.json", {"tables": {"scoreboard": board}})
+    needed = "contrast: without the features attributed to it"
+    attributed = [[f"{needed}, it loses", "", "yes"], ["alternative: ", "", "yes"]]
+    put(tmp_path, "figures/tiny/results/04.json", {"tables": {"scoreboard": board | {"rows": attributed}}})
+    sources = publish.Sources(tmp_path)
+    assert sources.attributed() == "contrast" and sources.held("04", "con") == [f"{needed}, it loses"]
+    (tmp_path / "figures/tiny/results/04.json").unlink()
     put(tmp_path, "figures/tiny/results/05.json", {"tables": {}})
     put(tmp_path, "figures/tiny/results/06.json", {"tables": {"scoreboard": board}})
     text = publish.render("scoreboard.md.j2", tmp_path)
@@ -108,6 +114,7 @@ def test_standing_is_judged_by_intervals_and_shares_of_crosscoders(tmp_path):
     inspected = {f"auroc_{c}": metric(0.9, 0.8, 1) for c in CATEGORIES}
     inspected |= {f"unique_{c}": metric(float(c == "deduction"), None, None) for c in CATEGORIES}
     inspected |= {f"more_than_token_{c}": metric(0.8, None, None) for c in CATEGORIES}
+    inspected |= {f"gain_{c}": metric(0.1, 0.05, 0.15) for c in CATEGORIES}
     put(tmp_path, "figures/tiny/results/03.json", {"metrics": inspected, "tables": {}})
     costs = {
         "reflection": metric(-0.3, -0.4, -0.2),
@@ -121,7 +128,7 @@ def test_standing_is_judged_by_intervals_and_shares_of_crosscoders(tmp_path):
     text = publish.render("tables/standing.md.j2", tmp_path)
     reflection, deduction, alternative, _ = text.splitlines()[2:6]
     assert reflection == (
-        "| reflection | **0.90** [0.80, 1.00] | 0% | not measured | 80% |"
+        "| reflection | **0.90** [0.80, 1.00] | **0.10** [0.05, 0.15] | 0% | not measured | 80% |"
         " **-0.30** [-0.40, -0.20] | yes / no |"
     )
     assert (
