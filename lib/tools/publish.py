@@ -30,7 +30,7 @@ NUMBERS = (
     "percent",
     "count",
     "lowered",
-    "over_crosscoders",
+    "above_zero",
     "attributed",
     "speed",
     "json",
@@ -140,17 +140,16 @@ class Sources:
 
     def by_crosscoder(self) -> dict[str, list[dict]]:
         """The verdicts of notebook 18: {dictionary: rows}."""
-        rows, dictionaries = _rows(self.json("figures/tiny/results/18.json")["tables"]["verdicts"]), {}
+        rows, dictionaries = _rows(self.json("figures/tiny_medium/results/18.json")["tables"]["verdicts"]), {}
         for row in rows:
             dictionaries.setdefault(row["dictionary"], []).append(row)
         return dictionaries
 
-    def over_crosscoders(self, test: str) -> str:
-        """The categories for which a prediction holds over the crosscoders of today's dictionary, the last of
-        notebook 18."""
-        *_, rows = self.by_crosscoder().values()
-        held = {row["prediction"] for row in rows if row["verdict"] == "yes"}
-        return " and ".join(c for c in CATEGORIES if f"{c}, {test}" in held) or "no category"
+    def above_zero(self, pair: str, notebook: str, pattern: str) -> str:
+        """The categories whose interval lies above 0; {} in ``pattern`` is the category."""
+        metrics = self.metrics(pair, notebook)
+        intervals = {c: metrics[pattern.format(c)]["ci"] for c in CATEGORIES}
+        return " and ".join(c for c, ci in intervals.items() if ci and ci[0] > 0) or "no category"
 
     def held(self, notebook: str, beginning: str) -> list[str]:
         """The predictions of a notebook on the embedded pair that begin so and are said to hold."""

@@ -82,7 +82,7 @@ def test_parameters_are_commented_literals(stem):
     parameters = driver.parameters_of(path(stem))
     assert list(parameters)[:2] == ["pair", "run"] and parameters.get("seed", 0) == 0
     assert (parameters["pair"], parameters["run"]) == (
-        "smol" if stem[:2] in ("14", "15") else "tiny",
+        {"14": "smol", "15": "smol", "18": "tiny_medium"}.get(stem[:2], "tiny"),
         "default",
     )
     assert "seed" in parameters or stem not in FIRST_ROW
