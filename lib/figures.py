@@ -6,8 +6,7 @@ shows the figure in the notebook and writes, below the run's figure folder, ``02
 paper), ``02_nrn.html`` (to hover and zoom; all share one plotly.min.js beside them) and ``02_nrn.csv`` (the
 numbers behind it). In the notebook the figure is shown twice in one output: as plotly's own data, which
 JupyterLab draws, and as a PNG, which GitHub and nbconvert show. PNGs need kaleido and a Chromium; without
-them everything else works, and PNGs whose numbers have not changed stay.
-"""
+them everything else works, and PNGs whose numbers have not changed stay."""
 
 from __future__ import annotations
 
@@ -82,8 +81,7 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None, 
     Its title names the pair, or what else it is ``about``. ``data`` are the numbers behind the figure (a
     named index is kept); without it the traces' own values are written. Where no browser can draw the PNG,
     the one that is there is kept if its numbers are still these, to the thousandth part; else it is removed,
-    rather than left to contradict them (see ``undrawn``).
-    """
+    rather than left to contradict them (see ``undrawn``)."""
     file = run.figures / f"{name}.csv"
     frame = traces(fig) if data is None else data
     fig = _with_pair(fig, about or run.pair)
@@ -128,8 +126,7 @@ def plain_titles(fig: go.Figure, before: str = "") -> go.Figure:
 
 def _same_numbers(file: Path, text: str) -> bool:
     """Is the table in ``file`` that of ``text``, but for what another processor's rounding may change, and
-    nobody sees: a thousandth of the largest number of a column?
-    """
+    nobody sees: a thousandth of the largest number of a column?"""
     if not file.is_file():
         return False
     old, new = read_table(file), read_table(io.StringIO(text))
@@ -144,8 +141,7 @@ def _alike(old: pd.Series, new: pd.Series) -> bool:
 
 def undrawn(run: Run, notebooks: Sequence[str] = ("",)) -> str | None:
     """One line that names the figures of these notebooks ("02") that have no PNG, and says how to get one;
-    None if all have theirs.
-    """
+    None if all have theirs."""
     files = sorted(file for number in notebooks for file in run.figures.glob(f"{number}*.html"))
     names = [file.stem for file in files if not file.with_suffix(".png").is_file()]
     if not names:
@@ -239,8 +235,7 @@ def find_browser() -> str | None:
 def to_png(fig: go.Figure, scale: float = 2) -> bytes | None:
     """The figure as PNG, or None (with one line on standard error, once) where no browser can make it.
 
-    One browser stays open for the life of the process: 0.3 s a figure instead of 4 s.
-    """
+    One browser stays open for the life of the process: 0.3 s a figure instead of 4 s."""
     if _browser["state"] == "broken":
         return None
     try:
@@ -273,8 +268,7 @@ def compact(png: bytes) -> bytes:
     kinds): a third of the bytes.
 
     It keeps notebooks small. What is not opaque 8-bit RGBA, row by row as a browser writes it, comes back as
-    it is.
-    """
+    it is."""
     chunks, at = {}, 8
     while at < len(png):
         size, kind = struct.unpack(">I4s", png[at : at + 8])
@@ -310,8 +304,7 @@ def compact(png: bytes) -> bytes:
 
 def _bounded(work, seconds: float):
     """Call ``work`` in a thread. kaleido waits for ever if its browser dies, and a figure must not stop a
-    run.
-    """
+    run."""
     answer: list = []
 
     def call() -> None:
@@ -351,8 +344,7 @@ def shaded_tokens(
     others.
 
     ``values`` [n] >= 0, one for each of ``words`` [n]; ``maximum`` (default: the largest) is the full shade,
-    so that several lines can share a scale. ``label`` stands before the line. Words are escaped.
-    """
+    so that several lines can share a scale. ``label`` stands before the line. Words are escaped."""
     from IPython.display import HTML
 
     values = np.nan_to_num(np.asarray(values, dtype=float), nan=0.0)
@@ -372,8 +364,7 @@ def shaded_tokens(
 
 def labelled_lines(lines: Sequence[tuple[str, Sequence[str], bool]]):
     """Sentences as HTML, one a line: (label, words, wrong). The bar has the label's colour, wrong ones are
-    underlined.
-    """
+    underlined."""
     from IPython.display import HTML
 
     rows = []

@@ -64,8 +64,7 @@ def begin(notebook: str, names: Mapping, **kinds) -> Results:
     ``names`` are the notebook's variables; its parameters are pair, run, and those that ``kinds`` names: a
     kind of ``lib.settings`` (``Count``, ``Share``, ``integer(10)``, ``Count | None``, ``list[int]``), or a
     tuple of choices. UserError says which parameter must be what. If ``threads`` is one of them, torch takes
-    so many. Leaves a place for what will be ``found``.
-    """
+    so many. Leaves a place for what will be ``found``."""
     parameters = {name: names[name] for name in ("pair", "run", *kinds)}
     run = Run(names["pair"], names["run"])
     check_kinds(parameters, kinds)
@@ -199,8 +198,7 @@ class Results:
 
     def frame(self) -> pd.DataFrame:
         """The metrics as a table for the notebook: one row per metric, without speeds, which differ from run
-        to run.
-        """
+        to run."""
         rows = [
             {
                 "metric": name,
@@ -225,8 +223,7 @@ class Results:
 def pooled_metric(each: Sequence[Mapping | None]) -> dict:
     """One metric of several crosscoders {value, ci, n}, None for one that has no such number: the mean, an
     interval over crosscoders and documents (``stats.pooled``), the mean n, and what each of them says under
-    "seeds": [value, low, high]. Of one crosscoder: its own metric.
-    """
+    "seeds": [value, low, high]. Of one crosscoder: its own metric."""
     if len(each) == 1:
         return dict(each[0])
     each = [m or {"value": None, "ci": None, "n": None} for m in each]
@@ -326,8 +323,7 @@ PARTS = {  # part of the study: the notebook that computes it
 class Part:
     """Metrics {name: {value, ci, n}} and tables of one part; false if there are no tables.
 
-    ``note`` says what was read, or why there is nothing.
-    """
+    ``note`` says what was read, or why there is nothing."""
 
     name: str
     note: str
@@ -341,8 +337,7 @@ class Part:
 def read_part(run: Run, part: str, **inputs: str) -> Part:
     """A part of the study ("nulls"), if it was made in this run and from ``inputs``; else an empty one.
 
-    ``inputs``: fingerprints of the notebook's own artefacts, by name (store, crosscoder).
-    """
+    ``inputs``: fingerprints of the notebook's own artefacts, by name (store, crosscoder)."""
     folder = run.figures / "study" / part
     again = make_command("study", run.pair, run.name, PARTS.get(part, part))
     if not (folder / "manifest.json").is_file():

@@ -14,8 +14,7 @@ documents, lies on that side of the limit, and if at least SHARE of the crosscod
     undecided                   the interval contains the limit, for each of them too
     not testable, because ...   in the notebook's words
 
-A metric without crosscoders in it is judged by its interval alone, or by its value if it has none.
-"""
+A metric without crosscoders in it is judged by its interval alone, or by its value if it has none."""
 
 from __future__ import annotations
 
@@ -72,8 +71,7 @@ def judge(
     means; NaN where no crosscoder is in it).
 
     ``predictions`` {name: conditions}, or why it cannot be tested. ``observed`` {name: text} in place of the
-    metrics' names and numbers.
-    """
+    metrics' names and numbers."""
     rows = []
     for name, meaning in meanings.items():
         conditions = predictions[name]

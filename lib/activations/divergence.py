@@ -1,7 +1,6 @@
 """Where two models differ in what they expect: the divergence of their next-token distributions, token by
 token. Activations may differ where nothing is done with it; a distribution that differs is a difference of
-behaviour.
-"""
+behaviour."""
 
 from __future__ import annotations
 

@@ -9,8 +9,7 @@ tokens are masked, which needs medians over everything:
 
 A token is dropped if **any** model says so, or the models would be compared on different tokens. A harvest
 that was interrupted continues at the next shard and ends with the same bytes; so do any number of jobs that
-share the shards out (docs/cluster.md).
-"""
+share the shards out (docs/cluster.md)."""
 
 from __future__ import annotations
 
@@ -90,8 +89,7 @@ def harvest_activations(
     anew. ``layer`` overrides the pair's (default: half depth of each model). ``models`` passes loaded models
     by name, with the pair's weights. ``sizes``: ``shard_tokens`` and ``batch_tokens``. Raises UserError for a
     full disk (finished shards stay), for activations that are not finite, and for token ids that a model does
-    not have.
-    """
+    not have."""
     return harvest_layers(pair, documents, {path: layer}, models, device, **sizes)[0]
 
 
@@ -176,8 +174,7 @@ def harvest_part(
     Jobs for parts may run in any order or at once, wherever the folder can be seen; ``merge_parts`` makes
     their shards a store. Whole shards are not made again. ``path``: of the store, or {path: layer} of
     several. Other parameters and errors as in ``harvest_activations``; UserError if the folder holds a
-    harvest of something else.
-    """
+    harvest of something else."""
     paths = path if isinstance(path, Mapping) else {path: layer}
     jobs = [job_of(pair, documents, path, layer, **sizes) for path, layer in paths.items()]
     numbers = _part(jobs[0], *part)
@@ -198,8 +195,7 @@ def merge_parts(
     ``harvest_activations``, whose parameters these are.
 
     No model runs, but the text is gone through, to know which shards there must be. UserError names those
-    that are missing or damaged; their parts, run again, make just these anew.
-    """
+    that are missing or damaged; their parts, run again, make just these anew."""
     job = job_of(pair, documents, path, layer, **sizes)
     _claim(job)
     with ThreadPoolExecutor() as pool:  # checksums of several files at once
@@ -448,8 +444,7 @@ def read_models(
     where the models are.
 
     UserError for token ids that a model does not have, and for activations that are not finite in documents
-    from number ``first`` on.
-    """
+    from number ``first`` on."""
     raw, padding = _read(job, readers, token_lists)
     return *_stored(job, readers, raw, first), padding
 

@@ -2,8 +2,7 @@
 
 Two models' residual streams can be compared entry by entry only if they share a width and an origin, as a
 model and its fine-tuned copy do. Cosines are taken about each model's own mean, because a large common mean
-makes any two activations look alike.
-"""
+makes any two activations look alike."""
 
 from __future__ import annotations
 
@@ -169,8 +168,7 @@ def norms_by_position(store: Store, longest: int = 120, fewest: int = 20) -> pd.
     norm, n.
 
     All tokens count, dropped ones too: the point is to see why they are dropped. Positions with fewer than
-    ``fewest`` tokens are left out.
-    """
+    ``fewest`` tokens are left out."""
     frame, rows = pd.DataFrame({"position": store.positions, **store.norms}), []
     for position, part in frame[frame.position < longest].groupby("position"):
         for model in store.models if len(part) >= fewest else ():
@@ -242,8 +240,7 @@ def similarity(store: Store, array: str = "label", split: str = "report", seed: 
     vector says "full stop", in both models. Columns: group, n, cosine with its 95% interval (low, high;
     bootstrap over documents), and ``other_token``, the cosine between the first model at a token and the
     second model at another token of the group, the floor that "alike" has to exceed. Of a larger group,
-    ``LARGEST_GROUP`` tokens are taken, in random documents. UserError for unlike widths.
-    """
+    ``LARGEST_GROUP`` tokens are taken, in random documents. UserError for unlike widths."""
     first, second = store.models[:2]
     if store.widths[first] != store.widths[second]:
         raise UserError(
@@ -312,8 +309,7 @@ def drift(
     by kind of text.
 
     Runs the models on ``documents`` random documents of the report split: only the pair's own two are in the
-    store. Columns: model, kind, n, cosine, low, high (bootstrap over documents). Position 0 is left out.
-    """
+    store. Columns: model, kind, n, cosine, low, high (bootstrap over documents). Position 0 is left out."""
     rows, token_lists = random_documents(store, documents, seed)
     tokenizer, keep = pair.tokenizer(), store.kept[rows]
 

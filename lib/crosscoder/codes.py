@@ -1,8 +1,7 @@
 """The features of tokens, chunk by chunk: the only loop over tokens through a crosscoder.
 
 Features are joint, from the activations of all models as in training (``CrossCoder.encode``), or from one
-model (``CrossCoder.encode_from``).
-"""
+model (``CrossCoder.encode_from``)."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ class SplitCodes:
 
 def sample_rows(store: Store, split: str, max_tokens: int | None = None, seed: int = 0) -> np.ndarray:
     """Kept tokens of a split, sorted: all, or those of random whole documents, at most ``max_tokens`` (one
-    document at least). UserError if there are none.
-    """
+    document at least). UserError if there are none."""
     tokens = store.rows(split)
     if len(tokens) == 0:
         raise UserError(
@@ -148,8 +146,7 @@ def encoder_share(
     crosscoder: CrossCoder, store: Store, tokens: np.ndarray, features: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """{model: [n, len(features)]}: what each model's activation adds to the features' encoder, before ReLU
-    and threshold: for ranking positions, as a share is often too small to fire by itself.
-    """
+    and threshold: for ranking positions, as a share is often too small to fire by itself."""
     shares = {}
     for name, scale, acts in zip(crosscoder.names, crosscoder.scales.tolist(), store.activations(tokens)):
         encoder = crosscoder.W_enc.detach()[list(features), crosscoder.columns(name)]

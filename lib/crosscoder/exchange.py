@@ -3,8 +3,7 @@
 Read into ours, a crosscoder is the same function of raw activations: f and x̂ are equal for every token.
 docs/formats.md has the layouts and formulas. Weights are read without running anything from the file. What
 neither file nor caller says is asked for, never guessed: which model comes first, the scale, the layer. Our
-exports say it in origin.json beside them.
-"""
+exports say it in origin.json beside them."""
 
 from __future__ import annotations
 
@@ -55,8 +54,7 @@ class Foreign:
     """A crosscoder from a file, in our form, and the layer whose output each model was read at.
 
     ``has_means``: the file knew the mean activations. If not, ``crosscoder.means`` are 0 until they are taken
-    from a store. ``fve``: what its model card says of each model, if there is one.
-    """
+    from a store. ``fve``: what its model card says of each model, if there is one."""
 
     crosscoder: CrossCoder
     layers: dict[str, int]
@@ -77,8 +75,7 @@ def read_foreign(
     what raw activations are multiplied by}; dictionary_learning holds its own, or reads raw activations.
     ``layer``: index of the decoder layer whose output was read; the input of block n is the output of n - 1.
     ``names``: the order in which they are wanted. UserError if one of these is neither given nor in the file,
-    or if the file is in no format known here.
-    """
+    or if the file is in no format known here."""
     file = weights_file(source)
     state, config, origin = tensors(file), configuration(file), json_beside(file.with_name(ORIGIN))
     form = _format_of(state, file)
@@ -177,8 +174,7 @@ def export_replication(crosscoder: CrossCoder, folder: Path, layer: int) -> None
     output the models were read at.
 
     As in the original, activations must be multiplied by the scales before; origin.json has them. UserError,
-    with the reason, for what the format (ReLU, models of one width) cannot express.
-    """
+    with the reason, for what the format (ReLU, models of one width) cannot express."""
     if crosscoder.variant != "l1":
         raise UserError(
             f"this crosscoder is {crosscoder.variant}, and the replication's code applies ReLU alone: every"
@@ -202,8 +198,7 @@ def export_dictionary_learning(crosscoder: CrossCoder, folder: Path, layer: int)
     """Write model.safetensors and config.json as the fork's ``from_pretrained`` reads them, and origin.json.
 
     "l1" becomes a CrossCoder, "batchtopk" a BatchTopKCrossCoder; scales and mean activations become its
-    normalisation. UserError, with the reason, for what the format cannot express.
-    """
+    normalisation. UserError, with the reason, for what the format cannot express."""
     if crosscoder.variant not in ("l1", "batchtopk"):
         raise UserError(
             f"this crosscoder is {crosscoder.variant}: the format has ReLU and one threshold for all"
@@ -484,8 +479,7 @@ def _normaliser(state: Mapping[str, Tensor], file: Path) -> tuple[Tensor | None,
 
 def _theta(threshold: float, state, W_dec: Tensor, config: Mapping, file: Path) -> Tensor | None:
     """JumpReLU's threshold on the strength [F] that says the same as f_i n_i > threshold; None if n_i is the
-    strength already. W_dec [M, F, d] float64.
-    """
+    strength already. W_dec [M, F, d] float64."""
     trainer = config["trainer"]
     kind = str(config.get("code_normalization") or trainer.get("code_normalization") or "").upper()
     number = int(state["code_normalization_id"]) if "code_normalization_id" in state else None

@@ -6,8 +6,7 @@ the rest have the value 0, add nothing and get no gradient. Among equal strength
 ``sparse`` keeps all, some are left out; nothing else differs from it but the rounding of sums.
 
 Five functions do the work, ``count``, ``write``, ``dots``, ``sums`` and ``weight_gradients``: here in torch,
-which runs anywhere and is the reference; on a GPU with Triton those of ``triton_kernels``.
-"""
+which runs anywhere and is the reference; on a GPU with Triton those of ``triton_kernels``."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ LEVELS = (2.2, 1.5, 1.2, 1.08, 1.03, 1.01, 0.99, 0.97, 0.94, 0.9, 0.84, 0.76, 0.
 @dataclass
 class FixedBatch(SparseBatch):
     """A code whose number of entries does not depend on the data. ``features`` ascend in a row only as far as
-    values are positive; ``short`` (bool): there were more candidates than room, and some were passed over.
-    """
+    values are positive; ``short`` (bool): there were more candidates than room, and some were passed over."""
 
     short: Tensor | None = None
 
@@ -108,8 +106,7 @@ def select_batch(
     them; a number is none.
 
     At one of ``LEVELS`` times the guess enough entries are found in the encoder's products. With twice their
-    rounding below it, no entry that belongs to the largest is passed over, unless room ends (``short``).
-    """
+    rounding below it, no entry that belongs to the largest is passed over, unless room ends (``short``)."""
     B, F = encoded.products.shape
     wanted = min(wanted, B * F)
     guess = hint if isinstance(hint, Tensor) else sparse.guess(encoded, per_unit, wanted)[0]
@@ -152,8 +149,7 @@ def select_rows(
     allowed: Tensor | None = None,
 ) -> FixedBatch:
     """``sparse.select_rows``; of ``among`` [n] those that are ``allowed`` [n] bool. Of rounded products the
-    2 k largest of each row are computed again.
-    """
+    2 k largest of each row are computed again."""
     part, units = (encoded, per_unit) if among is None else (encoded.among(among), per_unit[among])
     units = units if allowed is None else units * allowed
     (B, n), k = part.products.shape, min(k, len(units))

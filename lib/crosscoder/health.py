@@ -2,8 +2,7 @@
 
 Does it reconstruct what each model holds (FVE)? Is what it loses of no importance to the model itself
 (cross-entropy recovered)? Does it use as few features per token as aimed at (L0), and all of its dictionary
-(dead share)?
-"""
+(dead share)?"""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ def health_cards(
     - ``dead_fraction``: share of features that fire on no token (Wilson's interval).
     - ``distinct_tokens_seen``: in training; n is the number of tokens shown.
 
-    Intervals are bootstraps over documents: tokens of a document are not independent.
-    """
+    Intervals are bootstraps over documents: tokens of a document are not independent."""
     for crosscoder in crosscoders:
         check_models(crosscoder, store)
     entropies = {
@@ -114,8 +112,7 @@ def cross_entropies(
     reconstruction, mean, tokens}, each [documents]. One pass holds a batch several times: as it is, and with
     the residual stream at the store's layer replaced, where the store kept a position, by the mean of what
     the first crosscoder was trained on, and by each reconstruction. Documents are drawn until ``max_tokens``
-    are reached.
-    """
+    are reached."""
     from nnsight import NNsight
 
     traced = NNsight(placed(model))  # ids go in and logits come out: no tokenizer is needed

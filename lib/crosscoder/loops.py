@@ -19,8 +19,7 @@ _loop = numba.njit(cache=True, nogil=True)
 @cache
 def _start_threads() -> None:
     """Start numba's threads. That sets OpenMP's number of threads to all cores, which is torch's number too:
-    it is put back, or a run told to take one thread would take them all, and end with other bits.
-    """
+    it is put back, or a run told to take one thread would take them all, and end with other bits."""
     threads = torch.get_num_threads()
     numba.set_num_threads(1)
     torch.set_num_threads(threads)

@@ -34,8 +34,7 @@ the others are 0 and stay 0, so that its NRN is exactly 0 or 1.
 Sources: Baek & Tegmark 2025 (2503.03730); Lindsey et al. 2024, "Sparse crosscoders"; Bussmann et al. 2024
 (BatchTopK, 2412.06410); Gao et al. 2024 (auxiliary loss, 2406.04093); Minder et al. 2025 (BatchTopK
 crosscoders, 2504.02922); Rajamanoharan et al. 2024 (JumpReLU, 2407.14435); Karvonen et al. 2025 (SAEBench,
-its loss on L0, 2503.09532); Jiralerspong & Bricken 2026 (dedicated features, 2602.11729).
-"""
+its loss on L0, 2503.09532); Jiralerspong & Bricken 2026 (dedicated features, 2602.11729)."""
 
 from __future__ import annotations
 
@@ -98,8 +97,7 @@ class CrossCoder(nn.Module):
     ``W_dec`` [F, D], ``b_dec`` [D]; jumprelu has ``log_theta`` [F]. Buffers: ``scales`` [M] float64;
     ``means`` [D], the mean activation; ``threshold`` on the strength (batchtopk); ``seen`` [2], tokens shown
     in training and how many distinct ones; not saved: ``owner`` [F], the model of a dedicated feature, else
-    -1.
-    """
+    -1."""
 
     def __init__(
         self,
@@ -266,8 +264,7 @@ class CrossCoder(nn.Module):
     def nrn(self, p: float = 1, model: str = "distilled", reference: str = "base") -> Tensor:
         """Normalized relative norm [F] = ||d^model||_p / (||d^model||_p + ||d^reference||_p); NaN where both
         are 0. The paper takes p = 1; prefer p = 2 where widths differ. Dead features keep what they began
-        with.
-        """
+        with."""
         norms = self.norms(p)
         own, other = norms[self._index(model)], norms[self._index(reference)]
         return own / (own + other)
@@ -339,8 +336,7 @@ class CrossCoder(nn.Module):
 
 def initial_rows(widths: Sequence[int], n_features: int, seed: int) -> Tensor:
     """First decoder rows [F, D]: for each feature one random direction, the same in every model (else the
-    difference would be noise in NRN); a narrower model takes its first coordinates, at the same length.
-    """
+    difference would be noise in NRN); a narrower model takes its first coordinates, at the same length."""
     directions = torch.randn(n_features, max(widths), generator=torch.Generator().manual_seed(seed))
     rows = [INITIAL_NORM * functional.normalize(directions[:, :width], dim=-1) for width in widths]
     return torch.cat(rows, dim=-1)
@@ -356,8 +352,7 @@ class Forward:
     ``aux_hat`` [B, D]: what dead features make of the batch, without bias; None if nothing is dead.
     ``tokens``: of the whole batch, of which these B may be a part; losses are means over the whole batch.
     Jumprelu: ``near`` [F], how many of these tokens have a strength within the kernel about theta;
-    ``entries``, those of the code in the whole batch.
-    """
+    ``entries``, those of the code in the whole batch."""
 
     x: Tensor
     code: SparseBatch | fixed.DenseBatch
@@ -395,8 +390,7 @@ def forward(
     keeps; k for each token), ``hint``, ``gather`` and ``buffers`` are those of ``lib.crosscoder.sparse``.
     ``bandwidth``: JumpReLU's h; at 0 there are no thresholds yet, and it selects as BatchTopK. Where
     processes share out the features, ``strongest`` chooses among all that are dead, and ``add`` adds up what
-    they decode. ``among`` [n]: the features to look among for dead ones, so that a GPU need not be asked.
-    """
+    they decode. ``among`` [n]: the features to look among for dead ones, so that a GPU need not be asked."""
     x = crosscoder.scaled(acts)
     weights = crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec
     # alone on a GPU, with shapes that are known beforehand (jumprelu's are not)
@@ -470,8 +464,7 @@ def l0_loss(crosscoder: CrossCoder, out: Forward, bandwidth: float) -> Tensor:
     """(L0 / k - 1)^2, L0 that of the whole batch: JumpReLU's penalty, with SAEBench's aim (2503.09532).
 
     Its pseudo-gradient reaches log theta alone: dL0 / dlog theta_i = - near_i / (h tokens) (2407.14435, eq.
-    12).
-    """
+    12)."""
     excess = out.entries / (crosscoder.k * out.tokens) - 1
     without_value = (out.near * (crosscoder.log_theta - crosscoder.log_theta.detach())).sum()
     slope = -2 * excess / (crosscoder.k * out.tokens * bandwidth) if bandwidth else 0.0
@@ -483,8 +476,7 @@ def auxiliary_loss(out: Forward) -> Tensor:
 
     e = x - x̂ without gradient; ê = ``aux_hat``, from ReLU(pre) before selection, so that encoder *and*
     decoder rows of dead features get a gradient. Zero if nothing is dead. Source: Gao et al. 2024, section
-    2.4.
-    """
+    2.4."""
     if out.aux_hat is None:
         return out.x_hat.new_zeros(())
     return ((out.x - out.x_hat).detach() - out.aux_hat).square().sum(-1).sum() / out.tokens

@@ -82,8 +82,7 @@ def row_cosines(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
 def nrn_beside_null(own: pd.DataFrame, null: Part) -> tuple[go.Figure, pd.DataFrame]:
     """Share of alive features below every NRN, a curve per crosscoder of the pair and of its nulls, with the
     nulls' 1% thresholds. ``own``: seed, alive, nrn of the pair's features; ``null``: the study's part "nulls"
-    (empty: the pair's curves only).
-    """
+    (empty: the pair's curves only)."""
     tables = [own.assign(pair="this pair")]
     if null:
         tables.append(null.tables["null_scores"])

@@ -6,8 +6,7 @@
 Two crosscoders that differ in their seed have their features in another order, and not all of them are the
 same. Features of two crosscoders are matched one to one by the cosine of their decoder rows (all models' rows
 side by side, in scaled space) such that the sum of cosines is largest (Hungarian algorithm: Kuhn 1955). A
-match counts with a cosine of at least LIMIT; features that are connected by such matches make a *cluster*.
-"""
+match counts with a cosine of at least LIMIT; features that are connected by such matches make a *cluster*."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ def match(
     alive feature of ``a``.
 
     Features of ``a`` that are left over, if ``b`` has fewer, get match -1 and cosine NaN. ``shuffle`` (a
-    seed) permutes the coordinates of b's rows, the same way for all features: the chance level.
-    """
+    seed) permutes the coordinates of b's rows, the same way for all features: the chance level."""
     numbers = [np.flatnonzero(alive) for alive in (alive_a, alive_b)]
     rows_a, rows_b = (functional.normalize(c.W_dec.detach()[i], dim=-1) for c, i in zip((a, b), numbers))
     if shuffle is not None:
@@ -55,8 +53,7 @@ def stability(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], se
     """Stability of the features of the first crosscoder over the others: one row per alive feature.
 
     feature, match_<s> and cosine_<s> for the other crosscoders s = 1, 2, ...; stability, stability_low (mean
-    and lowest of the cosines), chance (mean cosine of its matches in permuted rows).
-    """
+    and lowest of the cosines), chance (mean cosine of its matches in permuted rows)."""
     first, *others = crosscoders
     table, chance = pd.DataFrame({"feature": np.flatnonzero(alive[0])}), []
     for s, other in enumerate(others, start=1):
@@ -77,8 +74,7 @@ def recurrent(
     cluster), recurrent (these are at least the ``share``: as many as must agree on a verdict).
 
     A cluster has at most one feature of a crosscoder: of several connected ones the most stable stays, and
-    the others are clusters of their own.
-    """
+    the others are clusters of their own."""
     sizes = [c.n_features for c in crosscoders]
     first = np.cumsum([0, *sizes])
     pairs, edges, n = list(itertools.combinations(range(len(sizes)), 2)), [], len(sizes)

@@ -6,8 +6,7 @@
 They lie in the run's folders ``crosscoder`` (the first one, which is shown where one has to be shown),
 ``crosscoder_1``, ``crosscoder_2`` and so on. Those of the embedded pair come with the repository, in
 data/pairs/<pair>/crosscoders/, so that everybody reads the same features; whoever trains them anew gets
-others, and ``agreement`` says how far they are the same.
-"""
+others, and ``agreement`` says how far they are the same."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ def train_all(
 
     Each is read if the run has it, else copied from the repository if that was trained with the same
     configuration on the same store, else trained. ``anew``: shipped ones are not taken. Crosscoders of the
-    run beyond ``n`` are removed.
-    """
+    run beyond ``n`` are removed."""
     for number in takewhile(lambda i: folder(run, i, name).is_dir(), count(n)):
         shutil.rmtree(folder(run, number, name))
     crosscoders = []

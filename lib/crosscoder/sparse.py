@@ -9,8 +9,7 @@ with F x D five times: 10 B D F operations. Only the encoder needs that (2 B D F
 
 With ``dtype=torch.bfloat16`` the encoder only screens: whoever comes near the threshold is computed again in
 float32, and selected by that value. Every product is there twice, with equal results: as compiled loops for a
-CPU (numba), and in torch's own operations for other devices.
-"""
+CPU (numba), and in torch's own operations for other devices."""
 
 from __future__ import annotations
 
@@ -44,8 +43,7 @@ class SparseBatch:
     """A sparse code [B, F], row by row: row b has the entries from ``indptr[b]`` to ``indptr[b + 1]``.
 
     indptr [B + 1] int64; features [n] int64, ascending in a row; values [n] float32, positive; floor:
-    smallest strength kept.
-    """
+    smallest strength kept."""
 
     indptr: Tensor
     features: Tensor
@@ -126,8 +124,7 @@ class SparseBatch:
 class PreActivations:
     """Pre-activations [B, F] of a batch, ``products`` + ``offset``, and what they come from, in float32:
     where products are narrower, a value that matters is computed again. ``names`` [F]: which features the
-    columns are.
-    """
+    columns are."""
 
     products: Tensor
     offset: Tensor
@@ -165,8 +162,7 @@ def encode(
     """Pre-activations x W_enc^T + b_enc of x [B, D], in float32 or bfloat16 products.
 
     ``centre`` [D] is subtracted from x before rounding and made up for in the offset: activations far from 0
-    would lose to it the bits that tell them apart. ``buffers`` is as in ``reconstruct``.
-    """
+    would lose to it the bits that tell them apart. ``buffers`` is as in ``reconstruct``."""
     buffers = {} if buffers is None else buffers
     inputs, weights, offset = x, W_enc.detach(), b_enc.detach()
     if dtype != torch.float32:
@@ -226,8 +222,7 @@ def select_rows(
     encoded: PreActivations, per_unit: Tensor, k: int, among: Tensor | None = None
 ) -> SparseBatch:
     """TopK: the k largest strengths of each row, else as ``select_batch``; of the features ``among`` [n]
-    only, if given. The floor is the mean of the rows' floors.
-    """
+    only, if given. The floor is the mean of the rows' floors."""
     part, units = (encoded, per_unit) if among is None else (encoded.among(among), per_unit[among])
     k = min(k, len(units))
     code = _above(part, units, _row_floors(part, units, k) * (1 - 2 * encoded.rounding), k)
@@ -256,8 +251,7 @@ def select_positive(encoded: PreActivations) -> SparseBatch:
 @torch.no_grad()
 def select_above(encoded: PreActivations, per_unit: Tensor, low: float, expected: int) -> SparseBatch:
     """Every entry whose strength is at least ``low`` > 0, which must be well above the rounding of a product.
-    ``expected``, in a row, changes the time and not the result.
-    """
+    ``expected``, in a row, changes the time and not the result."""
     least = torch.full((len(encoded),), low * (1 - 2 * encoded.rounding), device=per_unit.device)
     code = _above(encoded, per_unit, least, expected)
     return code.where(code.values * per_unit[code.features] >= low, code.floor) if encoded.rounding else code
@@ -321,8 +315,7 @@ def reconstruct(
 
     Differentiable, exactly, in W_enc, b_enc and W_dec; x [B, D] is data. ``buffers``, a dict that the caller
     keeps, receives the memory of the weights' gradients for use in the next step, as large new arrays take
-    longer to get than to fill: with it, a ``.grad`` is overwritten once it was set to None.
-    """
+    longer to get than to fill: with it, a ``.grad`` is overwritten once it was set to None."""
     return _Reconstruct.apply(W_enc, b_enc, W_dec, x, code, buffers)
 
 
@@ -349,8 +342,7 @@ def jump(sums: Tensor, log_theta: Tensor, W_dec: Tensor, edge: SparseBatch, rise
 
     An entry of ``edge`` [B, F], near its feature's threshold, would fall away if this rose: to log theta_i
     goes -rise_i times the gradient of every such entry's value, ``rise`` [F] its value at the threshold over
-    the kernel's width (2407.14435, eq. 11, in log theta). W_dec gets no gradient here.
-    """
+    the kernel's width (2407.14435, eq. 11, in log theta). W_dec gets no gradient here."""
     return _Jump.apply(sums, log_theta, W_dec.detach(), edge, rise)
 
 

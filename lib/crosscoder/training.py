@@ -2,8 +2,7 @@
 
 Adam with gradient clipping; the learning rate warms up, stays flat, and falls linearly to 0. A run is a
 function of (config, store): batches depend on (seed, epoch, position) alone, so that an interrupted run,
-resumed, ends with the same weights as an uninterrupted one (for the same number of threads).
-"""
+resumed, ends with the same weights as an uninterrupted one (for the same number of threads)."""
 
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that become
 @parameters
 class TrainConfig:
     """All that decides the weights, beside the store. A share is one of the tokens of the run; ``tokens``
-    counts tokens shown: beyond the store's number, epochs repeat it in new orders.
-    """
+    counts tokens shown: beyond the store's number, epochs repeat it in new orders."""
 
     n_features: Positive = 1024
     variant: Literal[VARIANTS] = "batchtopk"
@@ -142,8 +140,7 @@ def train(
     processes that train (``lib.crosscoder.processes``); all see the same folder, in which rank 0 writes what
     a single process would. ``trainer_class``: a ``Trainer`` that does something else; give it a folder of its
     own. UserError for activations or a loss that are not finite, and a store that repeats tokens before it
-    has shown all.
-    """
+    has shown all."""
     device = the_device(device)
     folder, fingerprint, first = Path(folder), config.fingerprint(store), together.rank == 0
     if is_current(folder, fingerprint):
@@ -275,8 +272,7 @@ class Trainer:
 
     def run_until(self, tokens: float, tell: Callable[[dict], None] | None = None) -> dict:
         """Train until ``tokens`` have been shown; returns and logs a line of averages since the last one.
-        Every minute ``tell`` gets such a line, which is not logged.
-        """
+        Every minute ``tell`` gets such a line, which is not logged."""
         began, waited, before, means = time.monotonic(), self.waiting(), self.shown, []
         told = began
         if self.known:
@@ -524,8 +520,7 @@ def _optimizer(crosscoder: CrossCoder, config: TrainConfig) -> torch.optim.Optim
     """Adam (0.9, 0.999), fused: several times faster than the default on a CPU.
 
     JumpReLU's thresholds forget sooner (0.9, 0.99): the first gradients of the penalty are many times the
-    later ones, and a second moment that kept them for 1,000 steps would hold L0 where it happened to be.
-    """
+    later ones, and a second moment that kept them for 1,000 steps would hold L0 where it happened to be."""
     groups = [{"params": [p for name, p in crosscoder.named_parameters() if name != "log_theta"]}]
     if crosscoder.variant == "jumprelu":
         # last, as among the crosscoder's parameters

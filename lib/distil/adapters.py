@@ -9,8 +9,7 @@ schedule (hours on two cores each; what was interrupted goes on):
 - *null_b*: null_a from another beginning and in another order (on request: ``--stages null_b``)
 
 Adapters are LoRA (Hu et al. 2021) on every linear layer, trained in bfloat16 with float32 master weights. A
-run is deterministic given seed and threads.
-"""
+run is deterministic given seed and threads."""
 
 from __future__ import annotations
 
@@ -186,8 +185,7 @@ def make_adapters(
     there.
 
     ``traces``: JSONL with question, thinking and answer; by default OpenThoughts-114k from the hub. ``text``:
-    paragraphs for the null. ``tokens``: for each adapter. ``runs``: folder of states and logs.
-    """
+    paragraphs for the null. ``tokens``: for each adapter. ``runs``: folder of states and logs."""
     pair, recipe = load_pair(out.name), Recipe(tokens=Recipe.tokens if tokens is None else tokens)
     for stage in stages:
         check("stage", stage, choices=STAGES)

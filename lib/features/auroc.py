@@ -10,8 +10,7 @@ Codes are sparse: in a column with z zeros all zeros share the rank (z + 1) / 2,
 need to be sorted.
 
 Token-only predictors are the control that most detectors in the literature lack: they see the current token's
-id and nothing else, and are fitted on other documents than they are judged on.
-"""
+id and nothing else, and are fitted on other documents than they are judged on."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ BOOT_CELLS = 4_000_000  # of a bootstrap at a time: bounds the memory
 def auroc(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
     """AUROC of every feature: codes [n, F] >= 0, positive [n] bool -> [F], or positive [n, C] -> [F, C].
 
-    A feature that never fires has 0.5. NaN where there is no positive, or no negative, position.
-    """
+    A feature that never fires has 0.5. NaN where there is no positive, or no negative, position."""
     data, rows, columns, starts, n = _entries(codes)
     order = np.lexsort((data, columns))
     rows, columns = rows[order], columns[order]
@@ -51,8 +49,7 @@ def auroc(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
 def best_thresholds(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
     """For every feature the threshold t > 0 at which "f >= t" has the highest F1: shapes as for ``auroc``.
 
-    Among equals the highest. NaN for a feature that never fires, and where there is no positive position.
-    """
+    Among equals the highest. NaN for a feature that never fires, and where there is no positive position."""
     data, rows, columns, starts, n = _entries(codes)
     order = np.lexsort((-data, columns))
     data, rows, columns = data[order], rows[order], columns[order]
@@ -179,8 +176,7 @@ def symbol_scores(
     the best that a predictor can do that sees only the symbol.
 
     Smoothed towards the overall rate p: (positives + weight p) / (count + weight), so that a symbol never
-    seen in the fit gets p.
-    """
+    seen in the fit gets p."""
     size = int(max(fit_symbols.max(initial=-1), symbols.max(initial=-1))) + 1
     counts = np.bincount(fit_symbols, minlength=size)
     hits = np.bincount(fit_symbols, weights=np.asarray(fit_positive, dtype=float), minlength=size)
@@ -196,8 +192,7 @@ def token_r2(
     The prediction is the feature's mean at that token in the fit (0 at a token that the fit does not have);
     R^2 = 1 - sum of squared errors / sum of squares about the mean. 1: a token detector; near 0: the token
     says nothing; below 0: worse than the mean (a feature too rare to tell). NaN for a feature that does not
-    vary.
-    """
+    vary."""
     size = int(max(fit_tokens.max(initial=-1), tokens.max(initial=-1))) + 1
     counts = np.bincount(tokens, minlength=size).astype(float)
     inverse = sparse.diags_array(1 / np.maximum(np.bincount(fit_tokens, minlength=size), 1))

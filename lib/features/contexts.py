@@ -115,8 +115,7 @@ def profile(store: Store, coded: SplitCodes, feature: int) -> pd.DataFrame:
     """Where a feature's activation falls: columns panel, label, activation and tokens (shares of all).
 
     Panel "in a sentence of" counts every token by its own sentence, "before a sentence of" only sentence ends
-    in traces.
-    """
+    in traces."""
     values = coded.codes[:, [feature]].toarray().ravel()
     share = values / max(values.sum(), 1e-300)
     label, following, kind = (store.labels[name][coded.rows] for name in ("label", "next_label", "kind"))
@@ -154,8 +153,7 @@ def map_of_features(
     Each feature is its decoder row, at unit length, in the model where that row is longer, so that NRN is not
     built into the map; where widths differ, the rows of all models joined. Of more than ``n`` alive features
     the 100 with the highest and the 100 with the lowest NRN are all there (a tenth of ``n`` each, if that is
-    less), and the others drawn at random.
-    """
+    less), and the others drawn at random."""
     alive = table[table["alive"]].sort_values("nrn")
     if len(alive) < 10:
         return pd.DataFrame(columns=["feature", "nrn", "label", "top_token", "x", "y"])

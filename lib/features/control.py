@@ -2,8 +2,7 @@
 
 For pairs whose registry entry has ``planted``, the number of dimensions of the residual stream, the last
 ones, that the distilled model alone writes (``lib.distil.control``). At half depth the models differ there
-and nowhere else.
-"""
+and nowhere else."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ def record(results: Results, inspection: Inspection, found: np.ndarray) -> pd.Da
     Put into ``results``: control_found, their number; control_subspace_precision, the share of them that are
     planted features; control_subspace_recall, the share of the variance of the planted dimensions, on the
     split "report", that they reconstruct (about 0 if there are none); control_planted, the number of planted
-    features, found or not; table control, a row per planted or found feature.
-    """
+    features, found or not; table control, a row per planted or found feature."""
     width, store, crosscoder = inspection.pair.planted, inspection.store, inspection.crosscoder
     rows = crosscoder.rows("distilled", raw=True)
     share = planted_share(rows, width)

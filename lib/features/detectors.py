@@ -17,8 +17,7 @@ Which model holds the information? The same feature is read from each model's ac
 asks which feature fires at such steps and not at right ones.
 
 Source: Baek & Tegmark 2025 (arXiv 2503.03730) for the categories; the controls are ours, after 2601.05679 for
-token features.
-"""
+token features."""
 
 from __future__ import annotations
 
@@ -169,8 +168,7 @@ def detectors(
     gain, gain_low, gain_high   the feature's AUROC minus this one's, at the same positions, resampled in
                 pairs; NaN for the feature itself
 
-    ``controls``: False: the features only; ``Controls``: those that were computed before.
-    """
+    ``controls``: False: the features only; ``Controls``: those that were computed before."""
     shared = controls if isinstance(controls, Controls) else Controls(inspection, n_boot, seed)
     rows = []
     for c, detector in chosen.items():
@@ -263,8 +261,7 @@ def word_or_function(
     Positives are the first tokens of its sentences in traces ("wait"), negatives the same token ids anywhere
     else ("wait for the bus"; words that occur nowhere else take no part). Columns: category, feature, words
     (their ids), inside and outside (mean activation there), auroc with low and high (95%, over documents),
-    inside_n, outside_n. An AUROC near 0.5: the word alone.
-    """
+    inside_n, outside_n. An AUROC near 0.5: the word alone."""
     tokens, label, rows = store.tokens[coded.rows], store.labels["label"][coded.rows], []
     opens = (store.labels["starts"][coded.rows] == 1) & (store.labels["kind"][coded.rows] == 1)
     for c, feature in chosen.items():
@@ -288,8 +285,7 @@ def record(
     Metrics for each category c: nrn_<c>; auroc_<c>, at the better of two places and directions, auroc_marker_
     <c> and <control>_auroc_<c>; gain_<c>, gain_token_<c>: more than *sentence only*, than *token only*;
     alone_gain_<c>: the distilled model alone more than the base alone; null_auroc_<c>; at_value_<c>,
-    silent_<c> (1 or 0). Tables e3, e3_chosen.
-    """
+    silent_<c> (1 or 0). Tables e3, e3_chosen."""
     table, chosen = inspection.table, inspection.detectors
     tests = detectors(inspection, chosen, controls.n_boot, controls.seed, controls)
     null = shuffled_detectors(inspection, nrn_over, controls.seed)
@@ -441,8 +437,7 @@ def record_fact(
     Metrics, each with the fact in front: error_auroc, error_gain (more than the probe of the base's
     activation at the same place), error_probe_<model>_auroc, error_nrn, error_nrn_rank (share of the alive
     features with a lower NRN), error_nu_eps, error_at_value, error_fires_wrong, error_fires_right (shares of
-    such steps; of a mode mode_fires_careful, mode_fires_quick).
-    """
+    such steps; of a mode mode_fires_careful, mode_fires_quick)."""
     table, detector = (
         inspection.table,
         fact_detector(controls, inspection.choose, inspection.table, fact=fact),

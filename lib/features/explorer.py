@@ -6,8 +6,7 @@
 
 **Large dictionaries.** Activations are kept on disk by feature (compressed columns as memory-mapped arrays),
 and a feature's are read when it is asked for: nothing grows with the dictionary but one table of numbers
-(``benchmarks/explorer.py``). Whatever comes from a text is escaped.
-"""
+(``benchmarks/explorer.py``). Whatever comes from a text is escaped."""
 
 from __future__ import annotations
 
@@ -320,8 +319,7 @@ class Explorer:
 
         In the list box itself JupyterLab takes the arrow keys away (they choose the next cell), but not in
         fields: hence *Row*. The output's content is *assigned*: ``interact`` and the ``Output`` context can
-        stall a headless run.
-        """
+        stall a headless run."""
         import ipywidgets as w
 
         style = {"description_width": "initial"}
@@ -424,8 +422,7 @@ def _underlined(word: str, share: float, title: str = "") -> str:
 def open_explorer(run: Run, parameters: Mapping) -> Explorer:
     """The explorer of a run, from what notebooks 01 to 03 left. UserError says which notebook is missing.
 
-    ``parameters``: notebook 03's max_tokens, top_contexts, nrn_over and seed.
-    """
+    ``parameters``: notebook 03's max_tokens, top_contexts, nrn_over and seed."""
     numbers = (parameters[name] for name in ("max_tokens", "top_contexts", "nrn_over", "seed"))
     return explorer_of(inspect_run(run, "", None, *numbers), seed=parameters["seed"])
 

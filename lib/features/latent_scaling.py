@@ -24,8 +24,7 @@ each model, the share of Y^m (eps) that f_j explains with any direction, on the 
            = || (Y^m)^T f_j ||^2 / (||f_j||^2 sum_n || Y_n^m ||^2)
 
 Source: Minder et al. 2025, "Overcoming Sparsity Artifacts in Crosscoders to Interpret Chat-Tuning"
-(2504.02922).
-"""
+(2504.02922)."""
 
 from __future__ import annotations
 

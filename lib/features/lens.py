@@ -4,8 +4,7 @@ read by its own model's last norm and unembedding.
 A row d of model m moves the logits by a multiple of W (g * d), with W the unembedding and g the gain of the
 last norm, as far as the layers in between pass it on. So the lens says what a row writes by itself, not all
 that it causes (notebook 04). Scores are in standard deviations over the vocabulary, about its mean: the
-length of d is free, and what is added to all logits changes nothing.
-"""
+length of d is free, and what is added to all logits changes nothing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Notebook 03's predictions as conditions on its metrics (``lib.verdicts``): one row each.
 
 The predictions were written before the run and stay as they were; those on errors, and on what recurs, were
-added after a trial run, and say so. One is called "held" only where it could have failed.
-"""
+added after a trial run, and say so. One is called "held" only where it could have failed."""
 
 from __future__ import annotations
 

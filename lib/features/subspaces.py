@@ -6,8 +6,7 @@ A category's *group* are its N best detectors of one crosscoder, chosen on the c
 may spread the same directions over different features; then no feature of one is like a feature of the other,
 but the subspaces that the groups span are alike. The cosines of the principal angles between two subspaces
 are the singular values of A^T B, with orthonormal bases A, B (Bjorck & Golub 1973); their mean is 1 for the
-same subspace. In few dimensions all subspaces are somewhat alike: hence random groups of the same size.
-"""
+same subspace. In few dimensions all subspaces are somewhat alike: hence random groups of the same size."""
 
 from __future__ import annotations
 

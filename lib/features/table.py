@@ -19,8 +19,7 @@ in at least 4 of 5 crosscoders.
 on "report"; the crosscoder was trained on neither.
 
 Source: Baek & Tegmark 2025 (arXiv 2503.03730), where a language model labels features from their contexts;
-here the labels are known.
-"""
+here the labels are known."""
 
 from __future__ import annotations
 
@@ -279,8 +278,7 @@ def category_features(table: pd.DataFrame, nrn_over: float = 0.5, where: str = "
     ones.
 
     ``where`` "marker": that is best at its first tokens. ``nrn_over`` -1 admits every NRN. A category for
-    which nothing can be chosen is left out.
-    """
+    which nothing can be chosen is left out."""
     infix = {"before": "", "marker": "marker_"}[where]
     rows = table[usable(table, nrn_over)].set_index("feature")
     aurocs = {c: rows[f"auroc_{infix}{c}_choose"].dropna() for c in DETECTED}
@@ -341,8 +339,7 @@ def record_extremes(
 
     Returns the features of all groups, with the columns group, fires_from_token (the AUROC with which the
     current token alone predicts *that* a feature fires) and reasoning (its label names one of the four
-    categories).
-    """
+    categories)."""
     choose, report, store = inspection.choose, inspection.report, inspection.store
     labelled = pd.concat([part.assign(group=name) for name, part in groups.items()])
     labelled["fires_from_token"] = auroc.token_fires_auroc(
@@ -430,8 +427,7 @@ def inspect_all(
     (``crosscoder.sharing.open_all``). UserError says which notebook is missing.
 
     If there are several, their tables have the columns of ``follow``, and categories' features are chosen
-    among recurrent ones.
-    """
+    among recurrent ones."""
     pair = load_pair(run.pair)
     store, tokenizer = open_store(run, pair), pair.tokenizer()
     options, inspections = (max_tokens, n_contexts, nrn_over, seed), []
@@ -466,8 +462,7 @@ def follow(
 
     The tables get the columns stability, cluster, members, recurrent of ``crosscoder.recurrence.recurrent``
     (dead features are in no cluster: -1); members: ``members_of`` each crosscoder. Of a single crosscoder the
-    table stays as it is, and it has no members.
-    """
+    table stays as it is, and it has no members."""
     if len(crosscoders) == 1:
         return list(tables), [pd.DataFrame(columns=MEMBERS)]
     clusters = recurrent(crosscoders, [t["alive"].to_numpy(bool) for t in tables])
@@ -496,8 +491,7 @@ def inspect(
 
     ``crosscoder_fingerprint`` is that in the crosscoder's manifest; ``max_tokens`` bounds the tokens of each
     split; ``nrn_over`` is where the distilled side begins, for ``detectors``. Beside ``feature_table`` the
-    table has the columns of ``latent_scaling``.
-    """
+    table has the columns of ``latent_scaling``."""
     check("n_contexts", n_contexts, int, low=1)
     check("nrn_over", nrn_over, float, low=-1, high=1)
     tokens = {split: len(sample_rows(store, split, max_tokens, seed)) for split in ("choose", "report")}
@@ -573,8 +567,7 @@ def open_artefacts_of_all(
     ``source`` and ``facts`` as in ``inspect_all``.
 
     UserError, naming the notebook that makes it, for what is missing or was computed from something else
-    than there is now.
-    """
+    than there is now."""
     store = open_store(run, pair)
     crosscoders, contents = zip(*open_all(run, store, source, facts))
     folders = [numbered(run, number, "features") for number in range(len(crosscoders))]

@@ -40,8 +40,7 @@ other ways: it fires on the category's words as such (injected, decoys), or on t
     bound to a wording         less than half of the telltale wording's rate for the other, or the new wording
     more than a token          none of these
 
-The rule looks at rates, not at intervals, and was written before any were known.
-"""
+The rule looks at rates, not at intervals, and was written before any were known."""
 
 from __future__ import annotations
 
@@ -502,8 +501,7 @@ def record(
 
     Metrics: the rates ``METRICS`` of every category; more_than_token_<c>: 1 if that is the verdict, else 0;
     marker_token_features: share of the paper's categories whose feature at first tokens is a token feature.
-    Tables token_tests, token_verdicts, the latter with the AUROC of the feature and of the token alone.
-    """
+    Tables token_tests, token_verdicts, the latter with the AUROC of the feature and of the token alone."""
     table, tests = inspection.table, pd.DataFrame(columns=COLUMNS)
     if texts is not None:
         tests = token_tests(texts, inspection.crosscoder, inspection.detectors, markers)

@@ -8,8 +8,7 @@ recur, and how often the rule is right on planted data.
 
 How many features lie beyond a limit by chance is said twice: level x features, and the share of another
 null's crosscoder beyond the same limit, which also has the limit's error in it. The false-discovery rate is
-that share over the share of the pair's features.
-"""
+that share over the share of the pair's features."""
 
 from __future__ import annotations
 
@@ -142,8 +141,7 @@ def record_all(results: Results, inspections: Sequence[Inspection]) -> list[Uniq
     clusters of features that lie beyond the null by nu_eps in at least 4 of 5 crosscoders (n: of so many
     recurrent clusters), unique_recurrent_nrn the same by NRN; and those of "planted". For a pair in which
     something was planted also those of ``control.record_all``, and control_null_found: recurrent features
-    beyond the null in a crosscoder of the null itself.
-    """
+    beyond the null in a crosscoder of the null itself."""
     every = [i.fingerprint for i in inspections]
     made_from = {"crosscoder": every[0]} | ({"crosscoders": every} if len(every) > 1 else {})
     null, planted = (read_part(results.run, name, **made_from) for name in ("nulls", "planted"))
@@ -182,8 +180,7 @@ def record(results: Results, inspection: Inspection, null: Part, planted: Part) 
     (unique_nu_eps_under_0_2), shrunk, decoupled. nu_median: of the alive features of the distilled side, nu_
     median_null of the null's. unique_<c>, above_null_<c>: 1 if the chosen feature lies beyond. stability_
     median; stable_<c>: of the feature that would be chosen if it need not recur. Table status: a row per
-    chosen feature.
-    """
+    chosen feature."""
     table, number, nowhere = inspection.table, inspection.number, np.zeros(len(inspection.table), dtype=bool)
     alive, limits = int(table["alive"].sum()), None
     scored = "nu_eps" in table and table["nu_eps"].notna().any()

@@ -21,8 +21,7 @@ def flat_map(geometry: Geometry, relation: Relation, reference: str = "base") ->
     Each model's words are projected on their own two main directions (a second PCA). Those axes are arbitrary
     up to a turn, so every other model's map is turned (orthogonal Procrustes) to lie as well as possible on
     the reference's. Columns: model, input, output, x0, y0, x1, y1, shown (share of the relation's variance
-    that the plane keeps).
-    """
+    that the plane keeps)."""
     own = [geometry.words.index(word) for word in relation.words]
     sides = [[relation.words.index(pair[side]) for pair in relation.pairs] for side in (0, 1)]
     frames, turned_to = [], None

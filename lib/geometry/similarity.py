@@ -24,8 +24,7 @@ of either space leaves alone:
 
 Intervals come from a jackknife over blocks of documents, not from a bootstrap: a resample holds a token
 twice, and two copies of one token are a similarity that no estimator without diagonal can know to leave out
-(and a covariance of fewer distinct tokens has a lower rank).
-"""
+(and a covariance of fewer distinct tokens has a lower rank)."""
 
 from __future__ import annotations
 
@@ -74,8 +73,7 @@ def procrustes(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
     ``distance`` ||XQ - Y||_F with both centred and of norm 1 (0 to sqrt 2); ``unexplained`` the share of y's
     variance that remains after the best rotation and scale; ``unexplained_unrotated`` with the axes as they
-    are (NaN for unlike widths). NaN where a model does not vary.
-    """
+    are (NaN for unlike widths). NaN where a model does not vary."""
     x, y = (v - v.mean(0) for v in _pair(x, y))
     norms = np.linalg.norm(x), np.linalg.norm(y)
     if min(norms) == 0:
@@ -219,8 +217,7 @@ def feature_overlap(
     drawn (with ``chosen`` in it or not). features, overlap (of the ``dims`` leading directions of the set,
     see ``span``), smallest_angle and largest_angle in degrees, null (mean over ``n_null`` random sets of like
     size), null_low, null_high and p (``_against_null``). All NaN if nothing is chosen, or the pool is too
-    small.
-    """
+    small."""
     chosen, pool = np.asarray(chosen, dtype=int), np.asarray(pool, dtype=int)
     if not 0 < len(chosen) <= len(pool):
         names = ("overlap", "smallest_angle", "largest_angle", "null", "null_low", "null_high", "p")
@@ -247,8 +244,7 @@ def category_cosines(
 
     ``chosen`` {category: feature}. Columns model, a, b, feature_a, feature_b, cosine, and null_low, null_high
     and p (``_against_null``) of random pairs of different alive features. Two categories with one feature
-    have cosine NaN: it would be 1 by construction.
-    """
+    have cosine NaN: it would be 1 by construction."""
     rng, living, records = np.random.default_rng(seed), np.flatnonzero(alive), []
     if len(living) < 2:
         raise UserError(f"{len(living)} features are alive: cosines of different features need at least two")

@@ -2,8 +2,7 @@
 
 An nnsight trace saves the output of one decoder layer and stops the forward there (later layers do not run);
 where nnsight is not installed, as on a borrowed machine that only trains, hooks do the same.
-Texts of like length are batched and padded on the right, which causal attention never sees.
-"""
+Texts of like length are batched and padded on the right, which causal attention never sees."""
 
 from __future__ import annotations
 
@@ -241,8 +240,7 @@ def head_envoy(model: TransformersModel):
         head.skip(functional.linear(hidden, head.weight.float(), bias)[None])
         logits = model.output.logits[0].float()  # [positions, vocabulary]
 
-    so that the vocabulary is only unembedded where it is asked for.
-    """
+    so that the vocabulary is only unembedded where it is asked for."""
     return _envoy(model, model._module.get_output_embeddings())
 
 
@@ -251,8 +249,7 @@ def open_models(pair: Pair, names: Sequence[str]) -> dict[str, TransformersModel
     are run elsewhere (``pair.remote``), their skeletons without weights.
 
     NDIF (https://ndif.us) runs models of the hub at the commit that it has loaded. UserError for weights that
-    no server has (folders, adapters, packages), and where there is no key for NDIF.
-    """
+    no server has (folders, adapters, packages), and where there is no key for NDIF."""
     if pair.remote:
         return {name: _remote(pair, name) for name in names}
     return {name: wrap(placed(pair.load(name)), pair.tokenizer(name)) for name in names}

@@ -55,8 +55,7 @@ def resolved(source: str, kind: str = "model", file: Path | None = None) -> tupl
 
     The commit that is recorded in ``file`` (data/revisions.json), or else the one that the hub names now,
     which is then recorded. UserError if the registry pins another commit than the recorded one, if the hub
-    does not answer and nothing is recorded, and if there is no such repository, or none for this user.
-    """
+    does not answer and nothing is recorded, and if there is no such repository, or none for this user."""
     file = file or REVISIONS
     repo, _, revision = source.partition("@")
     record = _read_record(file)
@@ -168,8 +167,7 @@ def dataset_rows(source: str) -> Iterator[dict]:
     """The rows of a data set's split in their order, as they arrive; of text files the lines, as {"text":
     line}. UserError if the hub fails, or has no such configuration or split.
 
-    Files are taken in turns: the next row comes from the one of which the smallest share has been read.
-    """
+    Files are taken in turns: the next row comes from the one of which the smallest share has been read."""
     import datasets  # a second; most runs need none
 
     repo, pattern, config, split = dataset(source)

@@ -23,8 +23,7 @@ the same frequency and are *outside the set*, whatever their NRN:
     attributed   for each category the features whose removal is predicted to cost it most (``attribution``),
                  chosen on the split "choose"
 
-Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on faithfulness; the controls are ours.
-"""
+Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on faithfulness; the controls are ours."""
 
 from __future__ import annotations
 
@@ -75,8 +74,7 @@ def frequent_features(
     number.
 
     ``table`` has columns feature, alive, nrn and ``frequency``. The k% are counted over all alive features,
-    whatever their NRN: with few of them (0.5% of 400 is 2) the result may well be empty.
-    """
+    whatever their NRN: with few of them (0.5% of 400 is 2) the result may well be empty."""
     check("k", k, float, low=0.0, high=100.0)
     alive = table[table["alive"].astype(bool)].sort_values([frequency, "feature"], ascending=[False, True])
     top = alive.head(int(np.ceil(len(alive) * k / 100)))
@@ -153,8 +151,7 @@ def sample_targets(
 
     Columns: category, document, row (of the store; the position that predicts) and token (id of the
     sentence's first token, the one predicted). Whole documents are drawn until every category has enough, or
-    none is left. A category that does not occur has none; UserError if no category does.
-    """
+    none is left. A category that does not occur has none; UserError if no category does."""
     check("n", n, int, low=1)
     check("split", split, str, choices=SPLITS)
     label, starts = store.labels["label"], store.labels["starts"] == 1
@@ -207,8 +204,7 @@ def logits_at(
     whole batch would not fit. With ``targets`` [targets], ids of
     tokens: [targets, 2], the logit and the log-probability of these alone, which is all that then comes back
     from where the model runs (``remote``: as nnsight has it). ``hidden`` [batch, length, d] is what the layer
-    gives (``hidden_at``), where it is known: then the model begins above it.
-    """
+    gives (``hidden_at``), where it is known: then the model begins above it."""
     rows, columns = at
     blocks, head = layer_envoys(model), head_envoy(model)
     with model.trace({"input_ids": tokens, "attention_mask": mask}, remote=remote):
@@ -291,8 +287,7 @@ def attribution(
     first order: - sum over positions of f_i (d_i . gradient), mean over targets. For each crosscoder
     {category: [F]}; negative: the targets lose. All positions that a target can see count.
 
-    Source: attribution patching (Nanda 2023); for features, Marks et al. 2024 (arXiv 2403.19647).
-    """
+    Source: attribution patching (Nanda 2023); for features, Marks et al. 2024 (arXiv 2403.19647)."""
     sizes = targets.groupby("category", sort=False).size()
     totals = [{c: torch.zeros(crosscoder.n_features) for c in sizes.index} for crosscoder in crosscoders]
     rows = [(encoder(crosscoder), crosscoder.rows(name, raw=True)) for crosscoder in crosscoders]
@@ -406,8 +401,7 @@ def own_effects(
     The set: NRN (p = 1, of the second model) above 0.5 and among the k% that fire most often *on the targets*
     of that category; beside it as many random features of the whole dictionary. Columns: category, document,
     row, model, k, set and random (change of the target's logit against the intact model), own (set minus
-    random). Not kept positions, such as the first, stay as they are.
-    """
+    random). Not kept positions, such as the first, stay as they are."""
     generator, records, encode = np.random.default_rng(seed), [], encoder(crosscoder)
     nrn = crosscoder.nrn(1, *crosscoder.names[::-1]).numpy()
     decoders = {name: (crosscoder.rows(name, raw=True), crosscoder.bias(name, raw=True)) for name in models}
@@ -518,8 +512,7 @@ def estimates(
     the same positions; intervals over documents.
 
     ``per_norm`` is the sum of logit changes over the sum of removed norms: a ratio of means, stable where
-    single norms are near 0; NaN if nothing is removed. Without any rows all are NaN.
-    """
+    single norms are near 0; NaN if nothing is removed. Without any rows all are NaN."""
     if effects.empty or (other is not None and other.empty):
         return dict.fromkeys(VALUES, (float("nan"),) * 3)
     drawn = []

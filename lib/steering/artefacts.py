@@ -160,8 +160,7 @@ def open_upper(opened: RunArtefacts) -> tuple[RunArtefacts | None, str]:
 
     Notebook 01 keeps the activations of that layer in the run's folder ``store_upper``. As many crosscoders
     as the run has, of the same configuration, are read, copied from the repository, or trained. Their tables
-    are measured on the split "choose" alone.
-    """
+    are measured on the split "choose" alone."""
     run, folder = opened.run, opened.run.path("store_upper")
     if not (folder / MANIFEST).is_file():
         return None, "the run has no activations of that layer (notebook 01, upper_layer)"

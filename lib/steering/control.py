@@ -1,7 +1,6 @@
 """The positive control: is a planted behaviour lost without the features that were found, and there when they
 are added? For pairs with ``planted`` (``lib.features.control``), whose distilled model reflects after errors
-because of what it writes there.
-"""
+because of what it writes there."""
 
 from __future__ import annotations
 
@@ -67,8 +66,7 @@ def record(
 
     Metrics: control_ablation, the change of P(reflection | error); control_imposition, that of P(reflection |
     right step); control_<...>_random, the same of random directions of equal norm; ..._worst, of the
-    crosscoder in which it is least (0 if it found nothing).
-    """
+    crosscoder in which it is least (0 if it found nothing)."""
     models = {name: opened.pair.load(name) for name in opened.crosscoder.names}
     for own, one in results.over(opened.each):
         found = tuple(one.unique(null).tolist())

@@ -137,8 +137,7 @@ def summarise(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataF
 
     Columns HEAD, measure, value, low, high, change (against the same writer and mode,
     untouched), change_low, change_high, n. ``met_c``: P(c follows | the sentence end calls for c);
-    ``strays_c``: P(c follows | it does not); ``rate_c``: sentences per puzzle.
-    """
+    ``strays_c``: P(c follows | it does not); ``rate_c``: sentences per puzzle."""
     sample, found = _Resampled(rows, n_boot, seed), []
     for name, head in sample.heads.items():
         before = sample.untouched(head)
@@ -191,8 +190,7 @@ def gap_shares(
     condition and measure.
 
     Columns HEAD, measure, value (of the writer under the condition), speaker_value, listener_value, share,
-    low, high, n. NaN where the gap's interval contains 0 or a rate has no denominator.
-    """
+    low, high, n. NaN where the gap's interval contains 0 or a rate has no denominator."""
     sample, found = _Resampled(rows, n_boot, seed), []
     for name, head in sample.heads.items():
         if head["family"] not in ("swap", "impose"):
@@ -215,8 +213,7 @@ def by_layers(rows: pd.DataFrame, measures: Sequence[str] = ("thinking", "answer
 
     Columns upper, mode, layers, measure, value, low, high (Wilson's), share (of the gap to the other model,
     that is closed), share_low, share_high (those of the value: the gap counts as known), n. The share is NaN
-    where the models do not differ.
-    """
+    where the models do not differ."""
     counts = rows.groupby(["speaker", "mode", "kind"], sort=False)[[MEASURES[m][0] for m in measures]].sum()
     n, found = rows["task"].nunique(), []
     for (upper, mode, layers), row in counts.sort_index(level="kind", sort_remaining=False).iterrows():
@@ -238,8 +235,7 @@ def extra_placed(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Da
     Columns HEAD, rate (sentences of the category per puzzle), met, strays (see ``summarise``), advantage =
     met - strays, each with _low and _high; extra (additional sentences per puzzle) and extra_placed: the
     share of them that stand where they belong (NaN unless there are more; it may leave 0 to 1 where sentences
-    move). ``chance``: the share of sentence ends that call for it, untouched.
-    """
+    move). ``chance``: the share of sentence ends that call for it, untouched."""
     sample, found = _Resampled(rows, n_boot, seed), []
     for name, head in sample.heads.items():
         if (head["mode"], head["speaker"]) != ("think", "distilled"):
@@ -282,8 +278,7 @@ def metrics(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> dict[str, 
     placed_gain_<c>: met - strays with the feature added, minus that with a logit bias. swap_forward (the
     distilled model's features in the base), swap_backward, impose_<set> (the distilled model's use in the
     base), impose_back_<set>: shares of the gap in thinking rate, paired differences of them as
-    <one>_over_<other>; swap_backward_answers is of ``answers``: not thinking is not yet answering.
-    """
+    <one>_over_<other>; swap_backward_answers is of ``answers``: not thinking is not yet answering."""
     every = pd.concat([rows, *(pooled(rows, kind) for kind in CONTROLS.values())], ignore_index=True)
     sample, found = _Resampled(every, n_boot, seed), {}
 

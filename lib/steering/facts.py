@@ -74,8 +74,7 @@ def record_errors(
     Metrics: n_error_features; p_reflect_given_error and ..._correct, with the endings _ablated and _random
     (directions of the same norm); ablate_error_ and random_error_, with reflection_change (of P(reflection |
     error), against untouched) and accuracy_change; ablate_error_over_random (of P(reflection | error), minus
-    that with random directions). Returns why nothing was measured, "" if it was.
-    """
+    that with random directions). Returns why nothing was measured, "" if it was."""
     if not (opened.store.labels["error"] == 1).any():
         return "the text does not say which steps are wrong"
     models = {name: opened.pair.load(name) for name in opened.crosscoder.names}

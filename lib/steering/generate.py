@@ -8,8 +8,7 @@ within one token the other model has to be read first. A model on a remote serve
 
 A row of a batch is a task under one treatment and depends on no other row; rows of one task use the same
 random numbers (``models.decode.TaskNoise``). ``transcripts`` makes them in any number, ``steered`` adds one
-vector to each row, ``steered_stream`` is watched, and ``kept_transcripts`` keeps them on disk.
-"""
+vector to each row, ``steered_stream`` is watched, and ``kept_transcripts`` keeps them on disk."""
 
 from __future__ import annotations
 
@@ -48,8 +47,7 @@ class Treatment:
 
     "thinking": from the last token of the prompt to the end of thinking; "ends": there, but only at full
     stops, where the next sentence is decided; "everywhere": at every token but the first, which crosscoders
-    do not learn, the prompt included; "prompt": before the prompt's last token; "all": at every token.
-    """
+    do not learn, the prompt included; "prompt": before the prompt's last token; "all": at every token."""
 
     writer: str
     intervention: object | None = None
@@ -76,8 +74,7 @@ def transcripts(
     ``models`` {name: model} for the crosscoder's names, ``layers`` {name: index of the decoder layer that it
     reads}. In mode "free" a row may have ``max_new_tokens`` + 2 tokens, so that thoughts are as long as in
     mode "think". Rows of one writer and mode are decoded together, in the given order. UserError for a model
-    that is missing or that the crosscoder does not read, ValueError for unknown modes and places.
-    """
+    that is missing or that the crosscoder does not read, ValueError for unknown modes and places."""
     if len(tasks) != len(treatments):
         raise ValueError(f"{len(tasks)} tasks for {len(treatments)} treatments: must be one each")
     for treatment in treatments:
@@ -120,8 +117,7 @@ def steered(
     ``vectors`` [tasks, d] is what is added to the output of ``layer`` (strength included; a row of zeros is
     not steered). ``how``: ``temperature`` (0, greedy, unless given; above it thoughts are sampled), ``seed``,
     ``remote``, and ``place``: "thinking" until the row has written ``end_of_thinking`` (None: to the end; "":
-    the medium's), "ends" likewise, where the newest token is ``sentence_end``, "prompt" or "all".
-    """
+    the medium's), "ends" likewise, where the newest token is ``sentence_end``, "prompt" or "all"."""
     if len(vectors) != len(tasks):
         raise ValueError(f"{len(vectors)} vectors for {len(tasks)} tasks: must be one each")
     written, size = [], batch_size or medium.batch_rows
@@ -419,8 +415,7 @@ def kept_transcripts(
     The rest is generated, as many conditions at a time as fill two batches (which is what an interruption can
     cost), those of one ``group`` together. A batch is decoded until its last row has ended, so tasks of
     similar length go together: ``lengths`` gives them [tasks] from the conditions that are there.
-    ``write(rows)`` makes transcripts for rows (task, condition).
-    """
+    ``write(rows)`` makes transcripts for rows (task, condition)."""
     done = {i: read for i, file in enumerate(files) if (read := file.read()) is not None}
     groups: dict[Hashable, list[int]] = {}
     for i in range(len(files)):

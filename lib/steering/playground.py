@@ -7,8 +7,7 @@
 It steers by ``lib.steering.generate``, in the same unit and with the same random numbers as the experiments
 of notebook 04. **One thought is an anecdote**: it shows what a vector does, not how often. "random" is a
 random direction of the same norm. *Where*: "thinking", from the prompt's last position until the thought is
-closed, as in all experiments; "prompt", the positions before it; "all", every position, the answer's too.
-"""
+closed, as in all experiments; "prompt", the positions before it; "all", every position, the answer's too."""
 
 from __future__ import annotations
 
@@ -96,8 +95,7 @@ class Comparison:
     ``transcripts`` {"unsteered" | "steered": tokens as text}; ``ended`` says of each whether it has come to
     its end; ``how`` is what was asked, in words; ``table`` has a row for each: tokens (length of the
     thought), end, answer, right (None: nobody knows), every step right, and the number of sentences of each
-    label; ``lines``: of ``lines_of``.
-    """
+    label; ``lines``: of ``lines_of``."""
 
     task: object
     prompt: str
@@ -242,8 +240,7 @@ class Playground:
 
         ``feature``: a number, a category with a chosen feature, "random", or a direction; ``strength`` in
         mean residual norms, negative to take away; ``where``: "prompt", "thinking" or "all"; ``seed``: of the
-        random numbers, the playground's by default. UserError for what does not exist.
-        """
+        random numbers, the playground's by default. UserError for what does not exist."""
         direction = self.direction(feature, model)
         strength = float(check("strength", strength, float, low=-STRONGEST, high=STRONGEST))
         check("where", where, str, choices=generate.STEERED)

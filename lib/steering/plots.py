@@ -1,8 +1,7 @@
 """The figures of notebooks 04 and 13. Each function takes tables and returns a plotly figure.
 
 Single crosscoders are small points; lines and diamonds are their means, with intervals over crosscoders and
-documents (or puzzles).
-"""
+documents (or puzzles)."""
 
 from __future__ import annotations
 
@@ -107,8 +106,7 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
     """(figure, its data): length of thought and accuracy on the puzzles for reporting, a column of panels per
     aim {metric: name}; features of all crosscoders, the references' directions, random directions.
 
-    ``curves``: table "dose_response"; ``metrics``: of ``report.record_steering``.
-    """
+    ``curves``: table "dose_response"; ``metrics``: of ``report.record_steering``."""
     rows, single = [], []
     measures = {"length_ratio": "length ratio", "accuracy_change": "change of accuracy"}
     for aim, label in names.items():

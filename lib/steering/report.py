@@ -40,8 +40,7 @@ def record_ablation(results: Results, effects: pd.DataFrame, seed: int = 0) -> p
     Of the rule "frequent", at the largest k: ablate_<category>_<key> for the keys of ABLATED, and
     ablate_<category>_over_<key>, the cost in the distilled model minus that under the key (base, random,
     matched). Of the others ablate_<category>_<rule>, ..._<rule>_<kind> and ..._<rule>_over_<kind> (kinds
-    random, matched). Each in logits, and with the endings _log_probability and _per_norm.
-    """
+    random, matched). Each in logits, and with the endings _log_probability and _per_norm."""
 
     def add(name: str, rows: pd.DataFrame, other: pd.DataFrame | None = None) -> None:
         for value, (mean, *ends) in estimates(rows, other, seed=seed).items():

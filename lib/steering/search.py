@@ -7,8 +7,7 @@ For each layer there is a *reference* that needs no crosscoder: the direction al
 probability rises most (``steer.influence``). With it the place is chosen for each aim: all tokens of the
 thought, or its full stops only. Then a few features of every crosscoder are tried there, and for each aim the
 best condition is kept, crosscoder by crosscoder. Where the text says which thoughts are careful, so are its
-direction, as a second reference, and each crosscoder's feature for it (``facts.mode_directions``).
-"""
+direction, as a second reference, and each crosscoder's feature for it (``facts.mode_directions``)."""
 
 from __future__ import annotations
 

@@ -11,8 +11,7 @@ greedy decoding never says what is never the likeliest sentence. *Over-thinking*
 answer does not get better. *Incisive thinking*: it shrinks and the answer does not get worse. What is
 steered, and how strongly, is chosen on validation puzzles and reported on test puzzles.
 
-Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on steering; units, splits and controls are ours.
-"""
+Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on steering; units, splits and controls are ours."""
 
 from __future__ import annotations
 
@@ -82,8 +81,7 @@ def influence(
     The probability is the sum over all first words of the label (the medium knows them), averaged over the
     sentence ends of ``documents`` traces of the split; the push is one vector added at every position of the
     thinking, in the distilled model. Its scalar product with a direction is the change that this direction
-    would make, to first order (attribution; Nanda 2023, "Attribution patching").
-    """
+    would make, to first order (attribution; Nanda 2023, "Attribution patching")."""
     check("documents", documents, int, low=1)
     store, model, medium = opened.store, opened.models["distilled"], opened.medium
     ends = (store.labels["ends"] == 1) & (store.labels["kind"] == 1) & (store.split == SPLITS.index(split))
@@ -144,8 +142,7 @@ def candidates(
     table; the paper's way). ``by`` "writes": the ``n`` whose decoder rows promote them most (``influence``).
     Columns label, feature, by, auroc, influence (first-order change of the sentence's probability at strength
     1), times_random (influence over that of a typical random direction of the same norm) and nrn. A feature
-    is a candidate of one label only.
-    """
+    is a candidate of one label only."""
     check("candidates", n, int, low=0)
     usable = table[table["alive"].astype(bool) & (table["nrn"] > nrn_over)].set_index("feature")
     if missing := [label for label in gradients if f"auroc_{label}_choose" not in usable]:
@@ -180,8 +177,7 @@ class Steering:
     ``remote`` says where the model runs, ``place`` where the vector is added (``generate.steered``).
     ``weights`` is the fingerprint of its weights; directions, strengths, tasks and limits are added to it, so
     a transcript is used again only if all that decides it is the same. The unsteered ones are those of every
-    layer and place.
-    """
+    layer and place."""
 
     def __init__(
         self,

@@ -3,8 +3,7 @@
 Kinds of crosscoders may only be compared where they are equally sparse: BatchTopK and TopK have the L0 that
 they are given, JumpReLU is trained to it, and for L1 lambda is searched (``match_l1``). ``origins`` reads a
 crosscoder of three models, base -> style -> distilled (``style``: an earlier checkpoint of the distillation):
-which models use a feature, by its share ||d_i^m|| / sum_n ||d_i^n||, says when it came and when it went.
-"""
+which models use a feature, by its share ||d_i^m|| / sum_n ||d_i^n||, says when it came and when it went."""
 
 from __future__ import annotations
 
@@ -67,8 +66,7 @@ def compute_architectures(
     (``compare``); tables have a column seed. The lambda of L1 is searched on the pair with the first seed,
     and is that of all other L1 crosscoders. ``boots``: resamples of documents; ``dedicated``: share of the
     dictionary that the dedicated crosscoder reserves for each model; ``tokens``: shown to what is trained
-    here, 0 for as many as to the run's own crosscoders.
-    """
+    here, 0 for as many as to the run's own crosscoders."""
     config, stores = variant.config(), {"pair": variant.store}
     config = replace(config, tokens=tokens or config.tokens)
     _, stores["null"] = variant.harvested("base", "null_a")
@@ -246,8 +244,7 @@ def describe(crosscoder: CrossCoder, store: Store, n_boot: int = 1000, seed: int
     with _low and _high: 95%, bootstrap over documents, for ``dead`` Wilson's over features. Of the alive:
     nrn_mean, nrn_sd, nrn_over_0_7, nrn_under_0_3 (shares), nrn_q01 ... nrn_q99; cosine_median, of those with
     a row in both models (NaN if these differ in width). dedicated_<model>: number of features reserved for
-    it, and used_<model>: how many of these are alive.
-    """
+    it, and used_<model>: how many of these are alive."""
     quality = health_card(crosscoder, store, n_boot=n_boot, seed=seed)
     alive = torch.from_numpy(firing_frequency(crosscoder, store) > 0)
     row: dict = {"variant": crosscoder.variant, "features": crosscoder.n_features}
@@ -289,8 +286,7 @@ def match_l1(
     lambda, about as a power of it: from config.l1 lambda moves by factors of 4 until k lies between two
     tries, then to where a straight line between their logarithms meets k. Ends within ``tolerance`` (share of
     k), or after ``most`` tries with the nearest. L0 depends on the length of a run too: a lambda found in
-    short ones is near, and L0 is reported as reached.
-    """
+    short ones is near, and L0 is reported as reached."""
     check("k", k, float, low=1e-3, high=config.n_features)
     tries: dict[float, float] = {}
     guess, tokens = config.l1 or 1.0, min(tokens or config.tokens, config.tokens)
@@ -320,8 +316,7 @@ def origins(
     crosscoder, each one made from the one before it. A threshold of 0.15 means: a row less than 0.35 times as
     long as those of two models that have the feature alike, which between two models is an NRN below 0.26.
     What noise of training does to these shares is for a null to say. Dead features have rows too: leave them
-    out. With unlike widths take p = 2, as in ``CrossCoder.nrn``.
-    """
+    out. With unlike widths take p = 2, as in ``CrossCoder.nrn``."""
     if len(names) != 3:
         raise UserError(
             f"names are {', '.join(names)}: there must be three models, each made from the one before it"

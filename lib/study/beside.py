@@ -4,8 +4,7 @@ The notebooks measure with controls and in units of their own. Here E4 to E7 are
 does them, with each crosscoder of the run: E4 in a reconstruction (``ablation.own_effects``), E5 by adding
 one decoder row as it is, at every position; E6 as the mean NRN of all features, dead ones too; E7 as the
 relative distance of two offsets (``offset_losses``). One thing is not copied: words are read in context, not
-at position 0, where the attention sink stands for every word.
-"""
+at position 0, where the attention sink stands for every word."""
 
 from __future__ import annotations
 
@@ -77,8 +76,7 @@ def compute_paper(
     is added; ``dims``: of the PCA, 0 for none. Metrics, pooled over crosscoders: here_nrn_mean, here_nrn_sd;
     here_own_<category>_<model> (k 20%); here_added_norm_<category> (of the row, over the mean residual norm);
     here_words_<category> (ratio of lengths); here_loss_change, mean over relations with 20 components.
-    Tables: "own", "added", "relations".
-    """
+    Tables: "own", "added", "relations"."""
     opened = open_run(variant.run)
     store, tasks = opened.store, opened.medium.tasks("report", puzzles, variant.seed)
     sites = sample_targets(store, targets, "report", seed=variant.seed)

@@ -10,8 +10,7 @@ these is put into an L1 crosscoder one after the other (ARMS), on three stores:
 
 Kept as in the rest of this study: batch size, learning rate and its schedule, the mean from which training
 begins. A small dictionary sees fewer tokens, so what is repeated keeps two proportions of the published run:
-TOKENS_PER_FEATURE distinct tokens, each shown hundreds or thousands of times.
-"""
+TOKENS_PER_FEATURE distinct tokens, each shown hundreds or thousands of times."""
 
 from __future__ import annotations
 
@@ -145,8 +144,7 @@ def compute_loop(
 
     Tables: "arms", one row per store, arm and seed (``measured``, and recurrent, the share of its features
     that recur with the other seeds); "own", ``summary`` of E4 by store, arm and seed; "match_l1". Metrics:
-    ``pooled``.
-    """
+    ``pooled``."""
     config = variant.config()
     config = replace(config, tokens=tokens or config.tokens, variant="l1", precision="float32")
     others, null_store = variant.harvested("base", "null_a")

@@ -11,8 +11,7 @@ the share of its features beyond them is their false-positive rate, and its rati
 k; the chance level is what the same matching finds in rows whose coordinates were permuted.
 
 **Likeness.** How alike the activations of base and distilled model are (CKA, Procrustes, ranks), beside the
-same numbers of the base and null_a; and whether unique features write where activations vary.
-"""
+same numbers of the base and null_a; and whether unique features write where activations vary."""
 
 from __future__ import annotations
 
@@ -64,8 +63,7 @@ def compute_nulls(variant: Variant, boots: int = 300) -> tuple[dict, dict]:
     against null_a, set thresholds together; as many on base against null_b test them. The same crosscoders
     say how much the *use* of features changes where nothing was distilled. A pair without a null_b has
     null_a's next crosscoders in its place: then the false-positive rate does not cover another training of
-    the null.
-    """
+    the null."""
     if "null_a" not in variant.pair.others:
         raise UserError(
             f"the pair {variant.pair.name!r} has no null_a among its others: nothing says how unique features"
@@ -170,8 +168,7 @@ def thresholds(
     ``null`` is a ``score_table``; with a column seed it is those of several crosscoders, which set one
     threshold together, and whose scatter is in the interval: whole crosscoders are resampled. Else the
     interval is over features. A threshold is in the units of its score: NRN above it (side base: below it),
-    nu below it.
-    """
+    nu below it."""
     check("levels", list(levels), list, low=0, high=0.5)
     rows, groups = [], null["seed"].to_numpy() if "seed" in null else None
     for score, side, level in product(SCORES, SIDES, levels):
@@ -188,8 +185,7 @@ def rates(table: pd.DataFrame, limits: pd.DataFrame) -> pd.DataFrame:
     hits, n. The interval is that of the threshold: the shares beyond its two ends.
 
     On a null that set no threshold this is the false-positive rate; on a pair, what is left of its unique
-    features. ``n`` are the alive features (for nu: those of the side).
-    """
+    features. ``n`` are the alive features (for nu: those of the side)."""
     rows = []
     for score, side, level in product(SCORES, SIDES, LEVELS):
         n = len(extremity(table, score, side))
@@ -215,8 +211,7 @@ def centred_rates(null_scores: pd.DataFrame, scores: pd.DataFrame, rates: pd.Dat
     NRN compares rows after each model was brought to the same mean norm. If one model's variance is then
     larger, all of its rows are longer, and the whole distribution moves: a matter of scale, which ``rates``
     counts as uniqueness of every feature. Here only what stands out from its own pair counts. The tables are
-    those of the study's part "nulls", the roles those in its ``rates``.
-    """
+    those of the study's part "nulls", the roles those in its ``rates``."""
     roles, above = rates.drop_duplicates("pair").set_index("pair")["role"], {}
     for (pair, seed), table in (
         pd.concat([null_scores, scores]).query("alive").groupby(["pair", "seed"], sort=False)
@@ -272,8 +267,7 @@ def compute_seeds(
     ``ks``: numbers of features per token for which as many crosscoders are trained, beside the run's own;
     ``ce_tokens``: tokens on which each model is run on its reconstruction. Tables: clusters
     (``crosscoder.recurrence.recurrent``), by_seed (what each crosscoder alone says of the categories), by_k
-    (a row per k: recurrence, and how well the crosscoders describe the models, means and 95% over them).
-    """
+    (a row per k: recurrence, and how well the crosscoders describe the models, means and 95% over them)."""
     store, limits = variant.store, variant.needed("nulls").tables["thresholds"]
     models = {name: variant.pair.load(name) for name in store.models}
     rows, clusters, rows_of_k, own_k, over_k = [], None, [], variant.config().k, {}

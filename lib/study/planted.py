@@ -94,8 +94,7 @@ class PlantedStore:
     """Planted activations in memory, with what training and statistics use of the interface of ``Store``.
 
     Beside it the truth: ``kinds`` [F] (index into ``KINDS``), ``frequencies`` [F], ``codes`` [n, F] sparse,
-    and ``directions`` {model: [F, d]}, what one unit of a feature adds to the RAW activation.
-    """
+    and ``directions`` {model: [F, d]}, what one unit of a feature adds to the RAW activation."""
 
     models, name = MODELS, "planted"
 
@@ -250,8 +249,7 @@ class Regime:
     sees it; pairs are (``base``, ``distilled``); quantiles are those of QUANTILES.
 
     The crosscoder's own k decides ``l0``, and with it the frequencies: of the true number of active features
-    they say no more than that so many suffice for ``1 - unexplained`` of the variance.
-    """
+    they say no more than that so many suffice for ``1 - unexplained`` of the variance."""
 
     tokens: int
     width: int
@@ -362,8 +360,7 @@ def from_regime(measured: Regime, width: int = 48, **changes) -> Planted:
     ones (1/16, by a factor of 3). As many features are planted, and as many active, as the crosscoder has: a
     larger one would have claimed more, so measure through one whose features recur (``judging.recurrence``).
     The rest is half shared, half rotated; the angle is the one that gives the measured agreement of the two
-    models' activations, which needs no dictionary. ``changes`` replace any field.
-    """
+    models' activations, which needs no dictionary. ``changes`` replace any field."""
     total = round(measured.alive * width / measured.width)
     if total == 0:
         raise UserError("no feature fires in this regime: there is nothing to plant")

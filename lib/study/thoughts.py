@@ -3,8 +3,7 @@
 ``lib.steering.experiments`` runs both models token by token and changes the residual stream of the one that
 writes; ``lib.steering.effects`` says what that did. Here is the experiment on a run, with each of its
 crosscoders (``compute_thoughts``); and, without a crosscoder, the most that anything at a layer can carry
-over: one model's layers on top of the other's (``compute_transplants``).
-"""
+over: one model's layers on top of the other's (``compute_transplants``)."""
 
 from __future__ import annotations
 
@@ -52,8 +51,7 @@ def compute_thoughts(
     ``sets``). *Unique* are recurrent features whose nu_eps lies beyond the null's 1% threshold on either
     side; *reweighted* are others whose use changes more than that of 99% of the null's. Tables ``summary``,
     ``shares``, ``placement`` (of all crosscoders together), ``single_summary``, ``single_shares`` (with a
-    column seed), ``specificity`` (mean). UserError for a pair that was not made for puzzles.
-    """
+    column seed), ``specificity`` (mean). UserError for a pair that was not made for puzzles."""
     _need_puzzles(variant.pair)
     opened, nulls = open_run(variant.run), variant.needed("nulls")
     store, seed = opened.store, variant.seed
@@ -161,8 +159,7 @@ def compute_transplants(
 
     Table ``curve``: ``effects.by_layers``. Metrics share_<upper>_<layers>: how much of the gap in thinking,
     from the question alone, is closed; share_base_below_last: the largest of the base's with 1 to all but one
-    layer; layers_half: up to the crosscoders' place.
-    """
+    layer; layers_half: up to the crosscoders' place."""
     _need_puzzles(variant.pair)
     pair, store = variant.pair, variant.store
     models = {name: pair.load(name) for name in effects.OTHER}

@@ -8,8 +8,7 @@ dictionaries.
 For each dictionary (DICTIONARIES) as many crosscoders as the run has are trained on the same activations, and
 as many on the null pair (base and null_a), which set the thresholds of uniqueness. Each is asked everything
 as if it were the only one, by the functions of notebooks 03 and 04, and chooses its own features on the split
-"choose". What all of them say together is judged as everywhere (``lib.verdicts``).
-"""
+"choose". What all of them say together is judged as everywhere (``lib.verdicts``)."""
 
 from __future__ import annotations
 

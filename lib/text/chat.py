@@ -5,8 +5,7 @@ are written out here, with the markers of the tokenizer's own vocabulary, and th
 
     <|im_start|>user\\n{question}<|im_end|>\\n<|im_start|>assistant\\n<think>\\n{thinking}\\n</think>\\n\\n{answer}<|im_end|>\\n
 
-``<think>`` is spelled in ordinary tokens where the vocabulary has no token of its own for it.
-"""
+``<think>`` is spelled in ordinary tokens where the vocabulary has no token of its own for it."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 What a file holds says how it is read, its name only what is expected of it: JSON, an entry a line or an
 array, never becomes text with braces. An entry is a text, or a trace in one of ``FORMS``. In some of them the
 thought stands in the reply, before ``</think>``; a template may have written ``<think>``, so it may be
-missing. Rows that have no thought, or were cut within it, are left out, and how many is said.
-"""
+missing. Rows that have no thought, or were cut within it, are left out, and how many is said."""
 
 from __future__ import annotations
 
@@ -78,8 +77,7 @@ def read_items(path: Path) -> Iterator[str | Trace]:
     stretches between blank lines.
 
     A file that begins with ``LINES`` lines without a blank one is read line by line: some copies of WikiText
-    are like that. UserError names an entry that is neither, and a file that is no text, or holds none.
-    """
+    are like that. UserError names an entry that is neither, and a file that is no text, or holds none."""
     return (item for _, item in _located(Path(path)))
 
 

@@ -9,8 +9,7 @@ outside  beyond that, missing, or new
 turned   the verdict on a prediction, from or to yes or no; between undecided and "depends" it has moved
 
 Exit code 1 if anything is outside or turned; with ``--verdicts`` only if a verdict is: on another processor
-numbers move, and no verdict may. That a notebook's canonical form differs is said, not judged.
-"""
+numbers move, and no verdict may. That a notebook's canonical form differs is said, not judged."""
 
 from __future__ import annotations
 

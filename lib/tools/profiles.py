@@ -52,8 +52,7 @@ def run_of(profile: str) -> str:
 def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> dict:
     """{notebook stem: {parameter: value}} of notebooks/profiles/<name>.yaml, or of a file of one's own,
     ``timeout`` (seconds a cell) and ``workers`` (notebooks at once); what <name>.<pair>.yaml says is laid
-    over it: a pair may need another budget of the same name.
-    """
+    over it: a pair may need another budget of the same name."""
     known = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
     own, name = user_path(name), run_of(name)
     if own.name != name and own.is_file():
