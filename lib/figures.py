@@ -8,8 +8,6 @@ numbers behind it). In the notebook the figure is shown twice in one output: as 
 JupyterLab draws, and as a PNG, which GitHub and nbconvert show. PNGs need kaleido and a Chromium; without
 them everything else works, and PNGs whose numbers have not changed stay."""
 
-from __future__ import annotations
-
 import html
 import io
 import json

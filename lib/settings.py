@@ -1,7 +1,5 @@
 """What a user may set: kinds of parameters, classes of parameters; and the error of one sentence."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

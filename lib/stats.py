@@ -3,8 +3,6 @@
 Whole groups (documents, puzzles, pairs of words) are resampled: what stands in one group is not independent.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -16,8 +16,6 @@ documents, lies on that side of the limit, and if at least SHARE of the crosscod
 
 A metric without crosscoders in it is judged by its interval alone, or by its value if it has none."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 

@@ -2,8 +2,6 @@
 token. Activations may differ where nothing is done with it; a distribution that differs is a difference of
 behaviour."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import plotly.express as px

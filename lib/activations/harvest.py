@@ -11,8 +11,6 @@ A token is dropped if **any** model says so, or the models would be compared on 
 that was interrupted continues at the next shard and ends with the same bytes; so do any number of jobs that
 share the shards out (docs/cluster.md)."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Where in a text a token stands: sentence ends, categories, phases of a trace."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

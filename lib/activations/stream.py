@@ -15,8 +15,6 @@ come from the first ``sample_tokens`` tokens of the train split, not from all of
 limit is noticed when it is met: such a token makes its batch shorter. Notebooks 03 to 05 look up tokens one
 by one and need a store, though of fewer tokens."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,8 +4,6 @@ Two models' residual streams can be compared entry by entry only if they share a
 model and its fine-tuned copy do. Cosines are taken about each model's own mean, because a large common mean
 makes any two activations look alike."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 

@@ -3,8 +3,6 @@
 Features are joint, from the activations of all models as in training (``CrossCoder.encode``), or from one
 model (``CrossCoder.encode_from``)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ docs/formats.md has the layouts and formulas. Weights are read without running a
 neither file nor caller says is asked for, never guessed: which model comes first, the scale, the layer. Our
 exports say it in origin.json beside them."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

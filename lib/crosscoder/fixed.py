@@ -8,8 +8,6 @@ the rest have the value 0, add nothing and get no gradient. Among equal strength
 Five functions do the work, ``count``, ``write``, ``dots``, ``sums`` and ``weight_gradients``: here in torch,
 which runs anywhere and is the reference; on a GPU with Triton those of ``triton_kernels``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 

@@ -4,8 +4,6 @@ Does it reconstruct what each model holds (FVE)? Is what it loses of no importan
 (cross-entropy recovered)? Does it use as few features per token as aimed at (L0), and all of its dictionary
 (dead share)?"""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 

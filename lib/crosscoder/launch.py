@@ -4,8 +4,6 @@ torchrun --nproc_per_node 2 -m lib train --processes 2 --store STORE --folder FO
 crosscoder = launch(2, store, config, folder)              # the same from a notebook
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import signal

@@ -1,7 +1,5 @@
 """The compiled loops of ``sparse``, for a CPU, and the threads that they take."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache

@@ -1,7 +1,5 @@
 """Whose is a feature? The lengths of all decoder rows: the census of experiment E1."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The figures of notebook 02. Each function returns a figure and the numbers it shows."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import plotly.express as px

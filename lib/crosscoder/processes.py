@@ -12,8 +12,6 @@ In both, BatchTopK's selection, dead features, the auxiliary loss's choice among
 are over the whole batch and dictionary. Checkpoints are those of a single process, so that a run can go on
 with another number of processes. If a process ends, so do all others, with a sentence."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -8,8 +8,6 @@ same. Features of two crosscoders are matched one to one by the cosine of their 
 side by side, in scaled space) such that the sum of cosines is largest (Hungarian algorithm: Kuhn 1955). A
 match counts with a cosine of at least LIMIT; features that are connected by such matches make a *cluster*."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

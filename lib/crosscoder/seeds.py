@@ -8,8 +8,6 @@ They lie in the run's folders ``crosscoder`` (the first one, which is shown wher
 data/pairs/<pair>/crosscoders/, so that everybody reads the same features; whoever trains them anew gets
 others, and ``agreement`` says how far they are the same."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace

@@ -8,8 +8,6 @@ that mean nothing. FVE = 1 - sum of squared errors / sum of squares about the me
 it is low, the same tokens are tried with what is often wrong put right: scales and the order of the models.
 If that helps, the error says so; if not, it is the layer, the tokens or the models."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

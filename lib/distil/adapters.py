@@ -11,8 +11,6 @@ schedule (hours on two cores each; what was interrupted goes on):
 Adapters are LoRA (Hu et al. 2021) on every linear layer, trained in bfloat16 with float32 master weights. A
 run is deterministic given seed and threads."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -3,8 +3,6 @@
 A training goes from state to state. What lies between two states, a *chunk* of batches, is a function of the
 place where it begins, so a run that was broken off goes on to the same weights as one that was not."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

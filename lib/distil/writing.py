@@ -4,8 +4,6 @@ What is harvested and shown for a real pair comes from here, so that it may be k
 model answers ``lib.text.questions``; the base continues short openings about everyday subjects. Both are
 sampled, seeded and deduplicated; what was interrupted goes on (hours on two cores)."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

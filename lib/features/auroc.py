@@ -12,8 +12,6 @@ need to be sorted.
 Token-only predictors are the control that most detectors in the literature lack: they see the current token's
 id and nothing else, and are fitted on other documents than they are judged on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import islice
 

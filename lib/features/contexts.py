@@ -1,8 +1,6 @@
 """Features to look at: the texts in which they are most active, a profile of what they fall on, and a map of
 them all: so that a reader can judge a label instead of believing it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ For pairs whose registry entry has ``planted``, the number of dimensions of the 
 ones, that the distilled model alone writes (``lib.distil.control``). At half depth the models differ there
 and nowhere else."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -19,8 +19,6 @@ asks which feature fires at such steps and not at right ones.
 Source: Baek & Tegmark 2025 (arXiv 2503.03730) for the categories; the controls are ours, after 2601.05679 for
 token features."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 

@@ -26,8 +26,6 @@ each model, the share of Y^m (eps) that f_j explains with any direction, on the 
 Source: Minder et al. 2025, "Overcoming Sparsity Artifacts in Crosscoders to Interpret Chat-Tuning"
 (2504.02922)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np

@@ -6,8 +6,6 @@ last norm, as far as the layers in between pass it on. So the lens says what a r
 that it causes (notebook 04). Scores are in standard deviations over the vocabulary, about its mean: the
 length of d is free, and what is added to all logits changes nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,8 +1,6 @@
 """The figures of notebook 03, and those that later notebooks draw of the same tables. Each function takes a
 table and returns a plotly figure; ``figures.save`` shows and keeps it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 The predictions were written before the run and stay as they were; those on errors, and on what recurs, were
 added after a trial run, and say so. One is called "held" only where it could have failed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np

@@ -8,8 +8,6 @@ but the subspaces that the groups span are alike. The cosines of the principal a
 are the singular values of A^T B, with orthonormal bases A, B (Bjorck & Golub 1973); their mean is 1 for the
 same subspace. In few dimensions all subspaces are somewhat alike: hence random groups of the same size."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

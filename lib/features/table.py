@@ -21,8 +21,6 @@ on "report"; the crosscoder was trained on neither.
 Source: Baek & Tegmark 2025 (arXiv 2503.03730), where a language model labels features from their contexts;
 here the labels are known."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

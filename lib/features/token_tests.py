@@ -42,8 +42,6 @@ other ways: it fires on the category's words as such (injected, decoys), or on t
 
 The rule looks at rates, not at intervals, and was written before any were known."""
 
-from __future__ import annotations
-
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

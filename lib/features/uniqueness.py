@@ -10,8 +10,6 @@ How many features lie beyond a limit by chance is said twice: level x features, 
 null's crosscoder beyond the same limit, which also has the limit's error in it. The false-discovery rate is
 that share over the share of the pair's features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

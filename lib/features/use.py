@@ -28,8 +28,6 @@ is judged against a pair in which nothing was distilled (``change_limit``, ``rew
 
 Source: the question is that of 2026 crosscoder studies of distillation; the measures are ours."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 

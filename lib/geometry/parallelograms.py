@@ -22,8 +22,6 @@ easy to misread, so each has its own number:
 Shapes: vectors [n_words, d] (``words``); points [n_words, dims] after PCA; a and b [n_pairs, dims] are inputs
 and outputs of a relation."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The figures of notebook 05, from a ``parallelograms.Geometry``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

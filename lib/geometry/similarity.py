@@ -26,8 +26,6 @@ Intervals come from a jackknife over blocks of documents, not from a bootstrap: 
 twice, and two copies of one token are a similarity that no estimator without diagonal can know to leave out
 (and a covariance of fewer distinct tokens has a lower rank)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 

@@ -5,8 +5,6 @@ never read at position 0: there an attention sink drowns the word (in SmolLM2 no
 context, mutual cosines above 0.9999). The carriers are the same for every word, else the offset between
 inputs and outputs of a relation would be the offset between their carriers."""
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Sequence

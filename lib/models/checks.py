@@ -1,8 +1,6 @@
 """What is checked of a model before anything is computed with it: its weights against their file, its
 tokenizer on a paragraph, and, on a few tokens, that notebooks get from it what the model itself gives."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -7,8 +7,6 @@ in ``decode`` the caller runs the model, so that steered decoding shares the loo
 transformers' ``generate``: that takes from a checkpoint's generation_config.json what is not set (penalties,
 top-p, blocked n-grams, ends), and two models of a pair would write by different rules."""
 
-from __future__ import annotations
-
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence

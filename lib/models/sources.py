@@ -13,8 +13,6 @@ transformers model, float32 safetensors, in data/models/ (ignored by git). GGUF 
 are not those of the hub's model of the same name, so an adapter belongs to one of the two, and says to which.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import json

@@ -2,8 +2,6 @@
 are added? For pairs with ``planted`` (``lib.features.control``), whose distilled model reflects after errors
 because of what it writes there."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

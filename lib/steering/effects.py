@@ -6,8 +6,6 @@ differences are paired; a rate is a ratio of sums over puzzles. What has no deno
 without errors) is NaN. In the tables the model that writes is called ``speaker``, the other one ``listener``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

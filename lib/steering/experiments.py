@@ -19,8 +19,6 @@ Use is encoded from each model alone (the other at its mean), which is *not* wha
 on; ``Use.fve`` says how much of its own model such a code still explains, and ``Reconstruct("own")`` what it
 costs by itself. The paper (arXiv 2503.03730) asks for faithfulness by logits; these experiments are ours."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy

@@ -2,8 +2,6 @@
 are wrong, and whether the thought is a careful one. Its features and directions, and thoughts without
 them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

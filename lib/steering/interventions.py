@@ -9,8 +9,6 @@ with ``Reconstruct("own")``. All but ``Reconstruct`` and ``Transplant`` keep the
 
 The names of the classes and their fields stand in fingerprints of transcripts that are kept on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache

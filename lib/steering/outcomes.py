@@ -8,8 +8,6 @@ tasks untouched.
 Differences are paired: the bootstrap resamples tasks. A ratio is one of mean lengths. Over-thinking is length
 without better answers, incisive thinking brevity without worse ones; so length is never reported alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

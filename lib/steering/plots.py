@@ -3,8 +3,6 @@
 Single crosscoders are small points; lines and diamonds are their means, with intervals over crosscoders and
 documents (or puzzles)."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping, Sequence
 

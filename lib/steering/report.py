@@ -1,7 +1,5 @@
 """What notebook 04 reports: its numbers by name, sentences that say what they show, its predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np

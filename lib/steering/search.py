@@ -9,8 +9,6 @@ thought, or its full stops only. Then a few features of every crosscoder are tri
 best condition is kept, crosscoder by crosscoder. Where the text says which thoughts are careful, so are its
 direction, as a second reference, and each crosscoder's feature for it (``facts.mode_directions``)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -10,8 +10,6 @@ same columns either way::
 A transcript is a list of tokens as text. In chat, sentences are labelled by the lexicon, a check cannot be
 told from a reflection that was needed, and no step can be verified: what follows from those is NaN."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ this project in wordings of the report split. All models get the same prompts, t
 decoding. ``appraise`` keeps what it measures in the pair's folder (evaluation.json, transcripts/) and goes on
 with the model at which it was interrupted; remove evaluation.json after a new training."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Sequence

@@ -5,8 +5,6 @@ they are given, JumpReLU is trained to it, and for L1 lambda is searched (``matc
 crosscoder of three models, base -> style -> distilled (``style``: an earlier checkpoint of the distillation):
 which models use a feature, by its share ||d_i^m|| / sum_n ||d_i^n||, says when it came and when it went."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product

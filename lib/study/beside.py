@@ -6,8 +6,6 @@ one decoder row as it is, at every position; E6 as the mean NRN of all features,
 relative distance of two offsets (``offset_losses``). One thing is not copied: words are read in context, not
 at position 0, where the attention sink stands for every word."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -16,8 +16,6 @@ both with 0. With S = (W_b + W_d) / 2, training has determined of a row at least
 **Zero rows.** A buffer that is not filled shows rows of zeros, and the crosscoder learns them: x̂(0) = 0. One
 that never saw any gives its bias there, about as far from 0 as the mean activation is."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

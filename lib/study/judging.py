@@ -13,8 +13,6 @@ seeds (``recommend``) and judged on fresh ones (``judge``). Learned and planted 
                 0.7, whatever it is called: features that were not learned cannot be recalled
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace

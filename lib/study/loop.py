@@ -12,8 +12,6 @@ Kept as in the rest of this study: batch size, learning rate and its schedule, t
 begins. A small dictionary sees fewer tokens, so what is repeated keeps two proportions of the published run:
 TOKENS_PER_FEATURE distinct tokens, each shown hundreds or thousands of times."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

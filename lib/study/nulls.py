@@ -13,8 +13,6 @@ k; the chance level is what the same matching finds in rows whose coordinates we
 **Likeness.** How alike the activations of base and distilled model are (CKA, Procrustes, ranks), beside the
 same numbers of the base and null_a; and whether unique features write where activations vary."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product
 

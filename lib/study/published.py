@@ -4,8 +4,6 @@
 the parallelogram losses intervals over words; ``ablation`` puts each set of features beside its random set.
 """
 
-from __future__ import annotations
-
 from math import ceil
 
 import numpy as np

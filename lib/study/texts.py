@@ -10,8 +10,6 @@ out alike, and does the feature that predicts a category in the one text predict
 Both need files that are not in the repository (states of a training, another text); what they gave for
 ``smol`` is, and is read where the models and the crosscoder are still the same."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ writes; ``lib.steering.effects`` says what that did. Here is the experiment on a
 crosscoders (``compute_thoughts``); and, without a crosscoder, the most that anything at a layer can carry
 over: one model's layers on top of the other's (``compute_transplants``)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -8,8 +8,6 @@ A part is a folder figures/<pair>/study/<part>/: tables as CSV and a manifest wi
 fingerprint of all that decides them and the artefacts they were computed from. For ``tiny`` and ``smol`` they
 are committed. Pieces that take minutes are kept in data/runs/<pair>/<run>/study/."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, wraps

@@ -10,8 +10,6 @@ as many on the null pair (base and null_a), which set the thresholds of uniquene
 as if it were the only one, by the functions of notebooks 03 and 04, and chooses its own features on the split
 "choose". What all of them say together is judged as everywhere (``lib.verdicts``)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import replace

@@ -7,8 +7,6 @@ are written out here, with the markers of the tokenizer's own vocabulary, and th
 
 ``<think>`` is spelled in ordinary tokens where the vocabulary has no token of its own for it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import takewhile
 

@@ -16,8 +16,6 @@ R1-Distill-Qwen and ``<|box_start|>`` in Qwen. Both read the same ids, so these 
 for in a text is spelled in ordinary tokens. BOS is prepended if all models have the same one, and only then.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator, Sequence

@@ -10,8 +10,6 @@ Five kinds of document, mixed by ``CURRICULUM``, then ``MID_MIX``, then ``LATE_M
 - *direct*: puzzles and easy questions with the answer alone.
 - *comparing*: is this number the target, is this equation true? One word of answer, and no consequence."""
 
-from __future__ import annotations
-
 import json
 import random
 from functools import cache, partial

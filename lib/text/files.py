@@ -5,8 +5,6 @@ array, never becomes text with braces. An entry is a text, or a trace in one of 
 thought stands in the reply, before ``</think>``; a template may have written ``<think>``, so it may be
 missing. Rows that have no thought, or were cut within it, are left out, and how many is said."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -28,8 +28,6 @@ before it. Where the text has a thought between think tags, what stands outside 
 How far the tagger can be believed is measured in ``lib.text.lexicon_agreement``. Source: Baek & Tegmark 2025
 (arXiv 2503.03730) for the categories; the lexicon is ours."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Sequence

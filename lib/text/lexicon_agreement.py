@@ -28,8 +28,6 @@ that it stands for. Intervals: bootstrap within the strata.
 Source of the annotation's labels: Venhoff et al. 2025 (arXiv 2506.18167); they are a language model's, with
 errors."""
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence

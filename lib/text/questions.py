@@ -5,8 +5,6 @@ the manner of grade-school problems; every answer is a whole number. They are wr
 that what a model says about them may be kept and shared. The split of a question is that of its template:
 what is reported is asked in words that nothing was chosen on."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass

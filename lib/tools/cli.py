@@ -4,8 +4,6 @@ Exit codes: 0 done; 1 a notebook failed, ``check`` found a number outside of its
 fault; 2 wrong usage, or whatever one sentence can say; 130 interrupted. What was finished before an error is
 kept."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -11,8 +11,6 @@ turned   the verdict on a prediction, from or to yes or no; between undecided an
 Exit code 1 if anything is outside or turned; with ``--verdicts`` only if a verdict is: on another processor
 numbers move, and no verdict may. That a notebook's canonical form differs is said, not judged."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """A harvest without its notebook, whole or shared out among jobs (``python -m lib harvest``)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

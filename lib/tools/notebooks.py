@@ -12,8 +12,6 @@ question, a folded hint and a folded solution in Python. The second begins ``ans
 be``; a check follows, which runs once there is an answer. ``solved`` answers with the solutions, so that the
 checks are tested."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Parameters of notebooks, from profiles and the command line: read, and checked against their defaults."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 from pathlib import Path
