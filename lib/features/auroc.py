@@ -195,10 +195,8 @@ def token_r2(
     counts = np.bincount(tokens, minlength=size).astype(float)
     inverse = sparse.diags_array(1 / np.maximum(np.bincount(fit_tokens, minlength=size), 1))
     means, sums = inverse @ sum_by(fit_tokens, fit_codes, size), sum_by(tokens, codes, size)
-    squares, expected = (
-        _column_sums(codes.multiply(codes)),
-        sparse.diags_array(counts) @ means.multiply(means),
-    )
+    squares = _column_sums(codes.multiply(codes))
+    expected = sparse.diags_array(counts) @ means.multiply(means)
     error = squares - 2 * _column_sums(means.multiply(sums)) + _column_sums(expected)
     total = squares - _column_sums(codes) ** 2 / max(codes.shape[0], 1)
     with np.errstate(invalid="ignore", divide="ignore"):

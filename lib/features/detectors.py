@@ -96,9 +96,8 @@ class Controls:
         self._known: dict[tuple, object] = {}
 
     def places(self, split: str, place: str, kind: str | None = None) -> Places:
-        return self._once(
-            ("places", split, place, kind), lambda: Places(self.store, self._coded[split], place, kind)
-        )
+        made = lambda: Places(self.store, self._coded[split], place, kind)
+        return self._once(("places", split, place, kind), made)
 
     def of(self, category: str, place: str) -> dict[str, tuple[np.ndarray, float, np.ndarray]]:
         """{predictor: (score [n], AUROC, AUROC in resamples)}: "token only", and at an end of a sentence
@@ -124,10 +123,8 @@ class Controls:
 
         def compute() -> dict:
             positive = holds(self.store, at, fact)
-            scores = probe(self.store, fit.tokens, holds(self.store, fit, fact), at.tokens)
-            return {
-                f"probe of {m}": (score, *self.judged(at, score, positive)) for m, score in scores.items()
-            }
+            probes = probe(self.store, fit.tokens, holds(self.store, fit, fact), at.tokens)
+            return {f"probe of {m}": (s, *self.judged(at, s, positive)) for m, s in probes.items()}
 
         return self._once((fact, place), compute)
 
@@ -170,7 +167,7 @@ def detectors(
     shared = controls if isinstance(controls, Controls) else Controls(inspection, n_boot, seed)
     rows = []
     for c, detector in chosen.items():
-        feature, place, sign = detector = _as_detector(detector)
+        feature, place, sign = detector = detector if isinstance(detector, Detector) else Detector(detector)
         for where, suffix in ((place, ""), ("marker", ", marker")):
             at = shared.places("report", where)
             positive = at.before(c)
@@ -187,10 +184,6 @@ def detectors(
                 row = (c, feature, place, sign, name + suffix, value, *stats.interval(draws), *gain)
                 rows.append((*row, int(positive.sum()), len(positive)))
     return pd.DataFrame(rows, columns=DETECTOR_COLUMNS)
-
-
-def _as_detector(detector: Detector | int) -> Detector:
-    return detector if isinstance(detector, Detector) else Detector(detector)
 
 
 def _feature_alone(
@@ -308,18 +301,14 @@ def record(
             results.add(f"at_value_{c}", float(chosen[c].place == "value"))
             results.add(f"silent_{c}", float(chosen[c].sign < 0))
     results.table("e3", tests.round(4))
-    by_category = pd.DataFrame({"category": list(chosen)})
-    features = [d.feature for d in chosen.values()]
-    by_category["feature"] = features
-    by_category["place"] = [d.place for d in chosen.values()]
-    by_category["fires"] = [d.sign > 0 for d in chosen.values()]
-    for name in ("nrn", "nrn_p2", "frequency", "label", "token_r2"):
-        by_category[name] = table.loc[features, name].to_numpy()
-    by_category["auroc"] = [rows[c, "feature"].auroc for c in chosen]
-    at_threshold = [_at_threshold(inspection, controls, c) for c in chosen]
-    for i, name in enumerate(("precision", "recall", "threshold")):
-        by_category[name] = [values[i] for values in at_threshold]
-    by_category["positives"] = [rows[c, "feature"].positives for c in chosen]
+    lines, names = [], ["nrn", "nrn_p2", "frequency", "label", "token_r2"]
+    for c, (feature, place, sign) in chosen.items():
+        own, at_threshold = rows[c, "feature"], _at_threshold(inspection, controls, c)
+        known = (c, feature, place, sign > 0, *table.loc[feature, names])
+        lines.append((*known, own.auroc, *at_threshold, own.positives))
+    columns = ["category", "feature", "place", "fires", *names]
+    columns += ["auroc", "precision", "recall", "threshold", "positives"]
+    by_category = pd.DataFrame(lines, columns=columns)
     results.table("e3_chosen", by_category.round(4))
     return tests, by_category, null
 
@@ -436,10 +425,8 @@ def record_fact(
     activation at the same place), error_probe_<model>_auroc, error_nrn, error_nrn_rank (share of the alive
     features with a lower NRN), error_nu_eps, error_at_value, error_fires_wrong, error_fires_right (shares of
     such steps; of a mode mode_fires_careful, mode_fires_quick)."""
-    table, detector = (
-        inspection.table,
-        fact_detector(controls, inspection.choose, inspection.table, fact=fact),
-    )
+    table = inspection.table
+    detector = fact_detector(controls, inspection.choose, table, fact=fact)
     if detector is None:
         return {}
     feature, place, sign = detector
@@ -460,10 +447,8 @@ def record_fact(
         results.add(f"{fact}_nu_eps", row["nu_eps"], (row["nu_eps_low"], row["nu_eps_high"]))
     results.add(f"{fact}_at_value", float(place == "value"))
     known = {"feature": feature, "place": place, "auroc": value, "NRN": row["nrn"]}
-    known |= {
-        "nu": row.get("nu_eps", np.nan),
-        "beyond the null": beyond_null is not None and beyond_null[feature],
-    }
+    known["nu"] = row.get("nu_eps", np.nan)
+    known["beyond the null"] = beyond_null is not None and beyond_null[feature]
     for name, side in zip(FACTS[fact], (positive, ~positive)):
         known[f"fires at {name}"] = float((f[side] > 0).mean())
         results.add(f"{fact}_fires_{name}", known[f"fires at {name}"], n=int(side.sum()))
@@ -540,10 +525,8 @@ def record_markers(
     tests = word_or_function(inspection.store, inspection.report, markers, *options)
     tests.insert(2, "NRN", tests["feature"].map(table["nrn"]))
     tests["auroc_marker"] = [table.at[f, f"auroc_marker_{c}"] for c, f in markers.items()]
-    tests["words"] = [
-        " ".join(tokenizer.convert_ids_to_tokens(ids)[:6]) + (" …" if len(ids) > 6 else "")
-        for ids in tests["words"]
-    ]
+    words = [tokenizer.convert_ids_to_tokens(ids) for ids in tests["words"]]
+    tests["words"] = [" ".join(each[:6]) + (" …" if len(each) > 6 else "") for each in words]
     at = controls.places("report", "marker")
     for row in tests.itertuples():
         c, score = row.category, at.activation(row.feature, inspection.report)

@@ -139,10 +139,8 @@ def label_features(
     the endpoint fails, or nothing it says can be read."""
     texts = {feature: group.sort_values("rank")["text"] for feature, group in contexts.groupby("feature")}
     asked = [int(f) for f in features if f in texts]
-    questions = [
-        (PROMPTS["label_prompt"].format(texts=_numbered(texts[f])), PROMPTS["label_reminder"], read_label)
-        for f in asked
-    ]
+    prompts = [PROMPTS["label_prompt"].format(texts=_numbered(texts[f])) for f in asked]
+    questions = [(prompt, PROMPTS["label_reminder"], read_label) for prompt in prompts]
     rows = []
     for feature, (answer, raw) in zip(asked, _ask_all("features labelled", questions, folder, endpoint)):
         rows.append((feature, *(answer or ("", "", math.nan)), answer is not None, raw))

@@ -26,11 +26,8 @@ def scoreboard(
     those that every crosscoder has a feature for (``Inspection.categories``)."""
     categories = [c for c in inspections[0].categories if all(c in i.categories for i in inspections)]
     conditions = _conditions(results, inspections, uniqueness[0], categories)
-    observed = {
-        name: _words(results, conditions[name], categories)
-        for name in PREDICTIONS
-        if not isinstance(conditions[name], str)
-    }
+    tested = {name: own for name, own in conditions.items() if not isinstance(own, str)}
+    observed = {name: _words(results, own, categories) for name, own in tested.items()}
     return judge(results, PREDICTIONS, conditions, observed)
 
 

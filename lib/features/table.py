@@ -217,10 +217,7 @@ def describe(
     kind, following = store.labels["label"][coded.rows].astype(int), np.full(len(coded.rows), -1)
     index, labels = positions(store, coded.rows, "before")
     following[index] = labels
-    is_end, in_trace = (
-        np.zeros(len(following), dtype=int),
-        (store.labels["kind"][coded.rows] == 1).astype(int),
-    )
+    in_trace, is_end = (store.labels["kind"][coded.rows] == 1).astype(int), np.zeros(len(following), int)
     is_end[index] = 1
     mass = np.maximum(np.asarray(coded.codes.sum(axis=0), dtype=float).ravel(), 1e-300)
     number, names = np.arange(len(mass)), np.array(LABELS)
@@ -434,18 +431,13 @@ def inspect_all(
         inspections.append(inspect(crosscoder, store, folder, made_from, tokenizer, *options))
     crosscoders = [i.crosscoder for i in inspections]
     tables, members = follow(crosscoders, [i.table for i in inspections])
-    return [
-        replace(
-            i,
-            table=t,
-            detectors=category_detectors(t, nrn_over),
-            members=m,
-            run=run,
-            pair=pair,
-            number=number,
+    followed = []
+    for number, (i, t, m) in enumerate(zip(inspections, tables, members)):
+        made_from = dict(run=run, pair=pair, number=number)
+        followed.append(
+            replace(i, table=t, detectors=category_detectors(t, nrn_over), members=m, **made_from)
         )
-        for number, (i, t, m) in enumerate(zip(inspections, tables, members))
-    ]
+    return followed
 
 
 def inspect_run(run: Run, *args, **options) -> Inspection:
@@ -573,12 +565,3 @@ def open_artefacts_of_all(
     nrn_over = read_manifest(folders[0], MADE_BY)["nrn_over"]
     chosen = [category_detectors(table, nrn_over) for table in tables]
     return store, [Artefacts(*parts) for parts in zip(crosscoders, tables, chosen, contents)]
-
-
-def open_artefacts(
-    run: Run, pair: Pair, source: str = "", facts: Mapping | None = None
-) -> tuple[Store, CrossCoder, pd.DataFrame, dict[str, int], str]:
-    """(store, crosscoder, feature table, chosen features, fingerprint of the crosscoder): the first of
-    ``open_artefacts_of_all``."""
-    store, (first, *_) = open_artefacts_of_all(run, pair, source, facts)
-    return store, first.crosscoder, first.table, first.chosen, first.fingerprint

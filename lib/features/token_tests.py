@@ -81,9 +81,7 @@ PLAIN_OPENINGS = {  # of the teacher's paraphrases that do without the category'
     "contrast": ("this",),
     "verification": (),
 }
-NEW_WORDINGS = dict(
-    text_table("puzzles")["new_wordings"]
-)  # in the vocabulary, and in nothing that was trained on
+NEW_WORDINGS = dict(text_table("puzzles")["new_wordings"])  # of known words, and in no training text
 NEW_WORDINGS["start"] = NEW_WORDINGS["deduction"]
 TESTS = ("in context", "other sentences", "telltale wording", "other wording", "new wording")
 TESTS += ("injected", "neutral", "unrelated text", "full stops", "decoys")
@@ -375,17 +373,14 @@ class Texts:
             list(words) if is_real else encode([Sentence(words, "")], tokenizer, ids)
             for is_real, words in zip(real, texts)
         ]
-        starts = np.cumsum([0, *map(len, tokens)])
-        self.trials = trials
-        # 1: BOS, before words
-        first = [starts[texts[t.words]] + (not real[texts[t.words]]) for t in trials]
-        places = [np.array(t.places) for t in trials]
-        # an end of a sentence has two places, the full stop and the value before it
-        self._at = [
-            [f + p, f + np.maximum(p - (t.test in AT_ENDS), 0)] for f, p, t in zip(first, places, trials)
-        ]
-        used = np.unique(np.concatenate([at for both in self._at for at in both]))
-        self._at = [[np.searchsorted(used, at) for at in both] for both in self._at]
+        starts, self.trials, both = np.cumsum([0, *map(len, tokens)]), trials, []
+        for t in trials:
+            number, places = texts[t.words], np.array(t.places)
+            first = starts[number] + (not real[number])  # words stand behind a BOS
+            # an end of a sentence has two places, the full stop and the value before it
+            both.append([first + places, first + np.maximum(places - (t.test in AT_ENDS), 0)])
+        used = np.unique(np.concatenate([at for pair_of in both for at in pair_of]))
+        self._at = [[np.searchsorted(used, at) for at in pair_of] for pair_of in both]
         self._acts = {}
         for name in store.layers:  # one model at a time in memory
             self._acts[name] = capture(pair.load(name), tokenizer, tokens, store.layers[name])[used]
@@ -509,12 +504,11 @@ def record(
             results.add(f"{name}_{c}", *rates.get((c, where, test), (np.nan, None, 0)))
     judged = verdicts(tests)
     aurocs = {(r.category, r.predictor): r.auroc for r in detectors.itertuples()}
-    aurocs |= {(c, "feature, marker"): table[f"auroc_marker_{c}"] for c in judged["category"]}
     feature, token = [], []
     for row in judged.itertuples():
         suffix = ", marker" if row.where == "marker" else ""
-        value = aurocs[row.category, "feature" + suffix]
-        feature.append(value[row.feature] if suffix else value)
+        own = table.at[row.feature, f"auroc_marker_{row.category}"] if suffix else None
+        feature.append(aurocs[row.category, "feature"] if own is None else own)
         token.append(aurocs[row.category, "token only" + suffix])
     judged.insert(3, "AUROC, token only", token)
     judged.insert(3, "AUROC", feature)

@@ -92,14 +92,13 @@ def threshold(limits: pd.DataFrame, score: str, side: str = "distilled", level: 
 class Uniqueness:
     """``unique`` [F]: nu_eps beyond the null's 1% threshold on the distilled model's side; ``above``,
     ``below`` [F]: NRN beyond it on the distilled model's, on the base's side (all False without a null);
-    ``threshold`` of NRN and ``nu_threshold`` (NaN); ``status``: one row per chosen feature; ``null``,
-    ``planted``: parts of the study, empty where they were not computed."""
+    ``threshold`` of NRN (NaN); ``status``: one row per chosen feature; ``null``, ``planted``: parts of the
+    study, empty where they were not computed."""
 
     unique: np.ndarray
     above: np.ndarray
     below: np.ndarray
     threshold: float
-    nu_threshold: float
     status: pd.DataFrame
     null: Part
     planted: Part
@@ -182,14 +181,14 @@ def record(results: Results, inspection: Inspection, null: Part, planted: Part) 
     table, number, nowhere = inspection.table, inspection.number, np.zeros(len(inspection.table), dtype=bool)
     alive, limits = int(table["alive"].sum()), None
     scored = "nu_eps" in table and table["nu_eps"].notna().any()
-    above, below, unique = nowhere, nowhere, nowhere
+    above, below, unique, by_nrn = nowhere, nowhere, nowhere, np.nan
     nu = extremity(table, "nu_eps", "distilled") if scored else pd.Series(dtype=float)
     results.add("nu_median", -nu.median() if len(nu) else np.nan, n=len(nu))
     if null:
         limits = of_seed(null.tables["thresholds"], number)
         above, below = (beyond(table, limits, "nrn", side) for side in SIDES)
         unique = beyond(table, limits, "nu_eps") if scored and _has(limits, "nu_eps") else nowhere
-        results.add("nrn_threshold", threshold(limits, "nrn"))
+        by_nrn = results.add("nrn_threshold", threshold(limits, "nrn"))
     results.add("unique_above_null", above.sum() if null else np.nan, n=alive)
     results.add("unique_by_nu", unique.sum() if null else np.nan, n=alive)
     if null:
@@ -197,9 +196,8 @@ def record(results: Results, inspection: Inspection, null: Part, planted: Part) 
         results.add("unique_by_nu_share", unique.mean(), wilson(int(unique.sum()), alive), alive)
         for score, short, hits in (("nu_eps", "nu", unique), ("nrn", "nrn", above)):
             if _has(limits, score):
-                _record_chance(
-                    results, short, score, hits, extremity(table, score, "distilled"), limits, null, number
-                )
+                n = len(extremity(table, score, "distilled"))
+                _record_chance(results, short, score, hits, n, limits, null, number)
         if scored:
             with_nu = table[above & table["nu_eps"].notna()]
             record_share(results, "unique_nu_eps_under_0_2", with_nu["nu_eps_high"] < 0.2)
@@ -225,10 +223,7 @@ def record(results: Results, inspection: Inspection, null: Part, planted: Part) 
     status |= {"beyond the null by nu": unique[features], "NRN": table["nrn"][features].to_numpy()}
     status |= {"above the null": above[features], "stability over seeds": stability[features].to_numpy()}
     status = results.table("status", pd.DataFrame(status))
-    by_nrn, by_nu = (
-        threshold(limits, score) if null and _has(limits, score) else np.nan for score in ("nrn", "nu_eps")
-    )
-    return Uniqueness(unique, above, below, by_nrn, by_nu, status, null, planted)
+    return Uniqueness(unique, above, below, by_nrn, status, null, planted)
 
 
 def _has(limits: pd.DataFrame, score: str) -> bool:
@@ -240,15 +235,14 @@ def _record_chance(
     short: str,
     score: str,
     hits: np.ndarray,
-    values: pd.Series,
+    n: int,
     limits: pd.DataFrame,
     null: Part,
     number: int,
 ) -> None:
-    """How many of the features with a score (``values``) lie beyond the limit by chance, and how many of the
+    """How many of the ``n`` features with a score lie beyond the limit by chance, and how many of the
     ``hits`` that explains; see ``record``."""
-    n = len(values)
-    results.add({"nu": "nu_eps_threshold", "nrn": "nrn_threshold"}[short], threshold(limits, score))
+    results.add(f"{score}_threshold", threshold(limits, score))
     results.add(f"{short}_chance", LEVELS[0] * n, n=n)
     others = null.tables.get("null_scores")
     if others is None:
@@ -259,9 +253,8 @@ def _record_chance(
     false = hit / of if of else np.nan
     results.add(f"{short}_false", false, wilson(hit, of) if of else None, of)
     discovered = hits.sum() / n if n else 0
-    results.add(
-        f"{short}_false_discovery", min(1.0, false / discovered) if discovered else np.nan, n=int(hits.sum())
-    )
+    rate = min(1.0, false / discovered) if discovered else np.nan
+    results.add(f"{short}_false_discovery", rate, n=int(hits.sum()))
     if short == "nu":
         results.add("nu_median_null", -extremity(other, score, "distilled").median(), n=of)
 

@@ -230,11 +230,10 @@ def record(
 
     columns = [f"frequency_{reading}" for reading in ("base", "distilled", JOINT)]
     columns += ["change", "change_low", "change_high", "q", "kind"]
-    lines = [
-        {"category": c, "feature": f, "NRN": nrn[f], **table.loc[f, columns]}
-        for c, f in inspection.chosen.items()
-    ]
-    of_chosen = pd.DataFrame(lines)
+    chosen = inspection.chosen.items()
+    of_chosen = pd.DataFrame(
+        [{"category": c, "feature": f, "NRN": nrn[f], **table.loc[f, columns]} for c, f in chosen]
+    )
     for row in of_chosen.itertuples():
         results.add(f"use_change_{row.category}", row.change, (row.change_low, row.change_high), len(rows))
     results.table("use_chosen", of_chosen.round(4))

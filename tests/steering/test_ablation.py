@@ -348,14 +348,14 @@ def test_wrong_feature_number_is_one_clear_sentence(world):
 def test_missing_and_stale_artefacts_name_the_notebook_that_makes_them(tmp_path):
     run = Run("toy", "test", root=tmp_path)
     with pytest.raises(UserError, match="01_harvest_activations"):
-        table.open_artefacts(run, toy_pair(run.folder))
+        table.open_artefacts_of_all(run, toy_pair(run.folder))
     toy_store(run.folder, tokens=1000)
     pair = toy_pair(run.folder)
     with pytest.raises(UserError, match="02_train_crosscoder"):
-        table.open_artefacts(run, pair)
+        table.open_artefacts_of_all(run, pair)
     write_manifest(run.path("crosscoder"), "mark", store="another")
     with pytest.raises(UserError, match="another store.*02_train_crosscoder"):
-        table.open_artefacts(run, pair)
+        table.open_artefacts_of_all(run, pair)
 
 
 def test_summary_by_hand():
