@@ -49,6 +49,7 @@ from ..stats import group_weights, interval, pooled_table
 
 REMOVED = ("features", "matched", "random")
 RULES = ("frequent", "unique", "attributed")
+HEAD = ["category", "document", "row"]  # of a target
 
 
 # --- which features, which positions ------------------------------------------------------------------------
@@ -254,9 +255,8 @@ def gradients(
         rows, columns = batch.at
         token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
         names = list(dict.fromkeys(batch.targets["category"]))
-        chosen = [
-            torch.from_numpy(np.flatnonzero(batch.targets["category"].to_numpy() == name)) for name in names
-        ]
+        category = batch.targets["category"].to_numpy()
+        chosen = [torch.from_numpy(np.flatnonzero(category == name)) for name in names]
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask}
         block, head = layer_envoys(model)[layer], head_envoy(model)
         with torch.enable_grad(), model.trace(inputs, remote=remote):
@@ -267,9 +267,8 @@ def gradients(
             logits = model.output.logits[0].float()
             target = logits.log_softmax(-1).gather(1, token.to(h.device)[:, None])[:, 0]
             sums = [target[some.to(h.device)].sum() for some in chosen]
-            found = torch.stack(
-                [torch.autograd.grad(total, push, retain_graph=True)[0] for total in sums]
-            ).save()
+            each = [torch.autograd.grad(total, push, retain_graph=True)[0] for total in sums]
+            found = torch.stack(each).save()
         yield batch, {name: g[batch.kept_at].cpu() for name, g in zip(names, found)}
 
 
@@ -375,12 +374,9 @@ def measure(
                             draws = [random_like(vectors, generator) for _ in range(random_draws)]
                         if removal.features:
                             change = np.mean([scores(name, batch, d) for d in draws], axis=0) - before
-                        records.append(
-                            batch.targets[["category", "document", "row"]].assign(
-                                model=name, rule=removal.rule, k=removal.k, removed=kind, logit=change[:, 0],
-                                log_probability=change[:, 1], norm=norm,
-                            )
-                        )  # fmt: skip
+                        values = dict(logit=change[:, 0], log_probability=change[:, 1], norm=norm)
+                        what = dict(model=name, rule=removal.rule, k=removal.k, removed=kind)
+                        records.append(batch.targets[HEAD].assign(**what, **values))
             progress.update(progress.done + len(batch.mask))
     return pd.concat(records, ignore_index=True)
 
@@ -427,26 +423,19 @@ def own_effects(
                         replaced = hidden - batch.scatter(error + codes[:, some] @ rows[some])
                         found = logits_at(*text, targets=token, hidden=replaced)[:, 0]
                         changes[kind] = (found - intact).numpy()
-                    frame = batch.targets[["category", "document", "row"]].assign(model=name, k=k, **changes)
+                    frame = batch.targets[HEAD].assign(model=name, k=k, **changes)
                     records.append(frame.assign(own=changes["set"] - changes["random"]))
     return pd.concat(records, ignore_index=True)
 
 
 def removal_table(table: pd.DataFrame, removals: Sequence[Removal]) -> pd.DataFrame:
     """One row per removal: how many features, their mean frequency (split "choose") and NRN."""
-    columns = table.set_index("feature")[["frequency_choose", "nrn"]]
-    means = pd.DataFrame([columns.loc[list(r.features)].mean() for r in removals])
-    means.columns = ["mean firing frequency", "mean NRN"]
-    first = [
-        {
-            "rule": f"{r.rule} {r.category}".strip(),
-            "k (%)": r.k,
-            "removed": r.kind,
-            "features": len(r.features),
-        }
-        for r in removals
-    ]
-    return pd.concat([pd.DataFrame(first), means], axis=1).round(3)
+    columns, rows = table.set_index("feature")[["frequency_choose", "nrn"]], []
+    for r in removals:
+        means = columns.loc[list(r.features)].mean()
+        rows.append((f"{r.rule} {r.category}".strip(), r.k, r.kind, len(r.features), *means))
+    names = ["rule", "k (%)", "removed", "features", "mean firing frequency", "mean NRN"]
+    return pd.DataFrame(rows, columns=names).round(3)
 
 
 @dataclass

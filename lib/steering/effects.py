@@ -195,13 +195,10 @@ def gap_shares(
             continue
         for measure in measures:
             own, other = sample.gap(name, measure)
-            values = {
-                "value": sample.draws(name, measure)[0],
-                "speaker_value": own[0],
-                "listener_value": other[0],
-            }
+            values = {"measure": measure, "value": sample.draws(name, measure)[0]}
+            values |= {"speaker_value": own[0], "listener_value": other[0]}
             values |= _bounds(sample.share(name, measure), "share", "low", "high")
-            found.append({**head, "measure": measure, **values, "n": sample.n})
+            found.append({**head, **values, "n": sample.n})
     return pd.DataFrame(found)
 
 

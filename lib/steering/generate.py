@@ -12,7 +12,6 @@ vector to each row, ``steered_stream`` is watched, and ``kept_transcripts`` keep
 
 from __future__ import annotations
 
-import contextlib
 import json
 import warnings
 import zlib
@@ -29,7 +28,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from ..crosscoder.model import CrossCoder
 from ..models.decode import TaskNoise, continued, decode, ends_of, legs, padded, roomy_cache, until
 from ..models.pairs import decoder_layers
-from ..models.reader import embedding_envoy, layer_envoys
+from ..models.reader import embedding_envoy, layer_envoys, outputs_of
 from ..runs import Progress, write_text
 from ..settings import UserError, check
 from .interventions import LogitBias, RowVectors, State
@@ -182,10 +181,6 @@ def _token(tokenizer: PreTrainedTokenizerBase, name: str, word: str | None) -> i
     return token
 
 
-class _Stop(Exception):
-    """The other model has been read: its later layers need not run."""
-
-
 class _Batch:
     """One batch of rows with one writer. ``end`` and ``stop``: ids of the tokens that end thinking and
     sentences."""
@@ -193,18 +188,9 @@ class _Batch:
     remote: bool | str = False
 
     def __init__(
-        self,
-        models,
-        tokenizer,
-        layers,
-        tasks,
-        treatments,
-        temperature,
-        seed,
-        medium,
-        crosscoder=None,
+        self, models, tokenizer, layers, tasks, treatments, temperature, seed, medium, crosscoder=None,
         numbers=None,
-    ):
+    ):  # fmt: skip
         """``numbers``: of the rows, among all that are generated."""
         self.models, self.layers, self.crosscoder = models, layers, crosscoder
         self.tokenizer, self.medium, self.ends = tokenizer, medium, ends_of(tokenizer)
@@ -284,24 +270,16 @@ class _Batch:
             "all": mask[:, seen:] > 0,
         }
 
-    def _run(self, name: str, hook, inputs: dict, cache, **options):
-        """The forward of a model, ``hook`` on the layer that is read."""
+    def _prepared(self, name: str, inputs: dict, cache) -> tuple[PreTrainedModel, dict]:
+        """A model, and the inputs of its forward."""
         model = self.models[name]
         model = model._module if isinstance(model, TransformersModel) else model
         inputs = {key: x.to(model.device) for key, x in inputs.items()}
-        with decoder_layers(model)[self.layers[name]].register_forward_hook(hook):
-            return model(**inputs, use_cache=True, past_key_values=cache, **options)
+        return model, {**inputs, "use_cache": True, "past_key_values": cache}
 
     def _read(self, name: str, inputs: dict, cache) -> Tensor:
-        found = []
-
-        def stop(module, args, output):
-            found.append(output)
-            raise _Stop
-
-        with contextlib.suppress(_Stop):
-            self._run(name, stop, inputs, cache)
-        return found[0]
+        model, inputs = self._prepared(name, inputs, cache)
+        return outputs_of(model, [self.layers[name]], inputs)[0]
 
     def _write(self, inputs, cache, read, where, rows) -> Tensor:
         """Logits [rows, vocabulary] after the newest token."""
@@ -323,8 +301,9 @@ class _Batch:
                 edited[chosen] += change.to(edited.device)
             return edited
 
-        logits = self._run(self.writer, edit, inputs, cache, logits_to_keep=1).logits[:, -1]
-        return logits.float().cpu()
+        model, given = self._prepared(self.writer, inputs, cache)
+        with decoder_layers(model)[self.layers[self.writer]].register_forward_hook(edit):
+            return model(**given, logits_to_keep=1).logits[:, -1].float().cpu()
 
 
 # of transformers' ``generate``: without them a checkpoint's generation_config.json would decide

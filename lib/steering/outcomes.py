@@ -72,10 +72,8 @@ def compare(outcomes: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Dat
     columns += [f"n_{c}" for c in RATES]
     names = ["length", "accuracy", "chain", "runaway", "redundant", "needed", *RATES]
     keys = ["direction", "label", "strength"]
-    cells = {
-        key: group.sort_values("task")[columns].to_numpy(dtype=float)
-        for key, group in outcomes.groupby(keys, sort=False)
-    }
+    groups = outcomes.groupby(keys, sort=False)
+    cells = {key: group.sort_values("task")[columns].to_numpy(dtype=float) for key, group in groups}
     base = next(values for key, values in cells.items() if key[0] == NO_STEERING)
     n = len(base)
     # row 0: the data itself

@@ -258,17 +258,9 @@ class Playground:
             thoughts = dict(zip(SIDES, written))
             yield Comparison(task, asked, how, thoughts, dict(zip(SIDES, ended)), table, lines)
 
-    def compare(
-        self,
-        prompt,
-        feature: Feature,
-        strength: float,
-        where: str = "thinking",
-        model: str = "distilled",
-        seed: int | None = None,
-    ) -> Comparison:
+    def compare(self, *asked, **how) -> Comparison:
         """Both thoughts as they end; the parameters are those of ``stream``."""
-        *_, last = self.stream(prompt, feature, strength, where, model, seed)
+        *_, last = self.stream(*asked, **how)
         return last
 
     def _table(self, task, written: Sequence[Sequence[str]], ended: Sequence[bool]) -> pd.DataFrame:
@@ -278,17 +270,14 @@ class Playground:
         for (_, row), over in zip(facts.iterrows(), ended):
             end = "not ended" if not over else "limit reached" if row["runaway"] else "thought not closed"
             known, chain = over and task.answer is not None, row["chain_correct"]
-            rows.append(
-                {
-                    "tokens": int(row["length"]),
-                    "end": "thought closed" if row["closed"] else end,
-                    "answer": None if pd.isna(row["answer"]) else row["answer"],
-                    "right": bool(row["correct"]) if known else None,
-                    "every step right": bool(chain) if known and pd.notna(chain) else None,
-                    **{label: int(row[f"n_{label}"]) for label in labels},
-                }
-            )
-        return pd.DataFrame(rows, index=list(SIDES), dtype=object)  # None stays None
+            answer = None if pd.isna(row["answer"]) else row["answer"]
+            right = bool(row["correct"]) if known else None
+            every_step = bool(chain) if known and pd.notna(chain) else None
+            end = "thought closed" if row["closed"] else end
+            counts = (int(row[f"n_{label}"]) for label in labels)
+            rows.append((int(row["length"]), end, answer, right, every_step, *counts))
+        columns = ["tokens", "end", "answer", "right", "every step right", *labels]
+        return pd.DataFrame(rows, list(SIDES), columns, dtype=object)  # None stays None
 
     def widget(self) -> Panel:
         """The playground with fields and buttons, to be shown as a cell's last line."""
@@ -385,9 +374,8 @@ class Panel(ipywidgets.VBox):
                 await asyncio.sleep(0.01)  # the kernel hears Stop
             tokens = sum(map(len, last.transcripts.values())) if last else 0
             message = "Done" if last and all(last.ended.values()) else "Stopped"
-            message += (
-                f": {tokens} tokens in {time.monotonic() - start:.1f} s, the first after {first:.2f} s."
-            )
+            took = time.monotonic() - start
+            message += f": {tokens} tokens in {took:.1f} s, the first after {first:.2f} s."
             failed = False
         except UserError as error:
             message = str(error)

@@ -117,13 +117,8 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
                         continue
                     metric = metrics[name]
                     key = {"aim": label, "measure": measure, "what": f"{layer}: {who}", "who": who}
-                    rows.append(
-                        {
-                            **key,
-                            "value": metric["value"],
-                            **dict(zip(("value_low", "value_high"), metric["ci"])),
-                        }
-                    )
+                    ends = dict(zip(("value_low", "value_high"), metric["ci"]))
+                    rows.append({**key, "value": metric["value"], **ends})
                     single += [{**key, "value": own[0]} for own in metric.get("seeds", ())]
     data = pd.DataFrame(rows)
     fig = points(
@@ -223,10 +218,9 @@ def specificity_of_removal(matrix: pd.DataFrame) -> go.Figure:
 def gap_shares(pooled: pd.DataFrame, singles: pd.DataFrame, family: str) -> go.Figure:
     """Share of the gap in thinking rate that each condition of ``family`` closes, a panel per direction; 1 is
     the whole way. Tables: ``effects.gap_shares``."""
+    names = lambda t: dict(condition=t["kind"] + ": " + t["target"], writer=t["speaker"] + " writes")
     pooled, singles = (
-        t[(t["family"] == family) & (t["measure"] == "thinking")].assign(
-            condition=t["kind"] + ": " + t["target"], writer=t["speaker"] + " writes"
-        )
+        t[(t["family"] == family) & (t["measure"] == "thinking")].assign(**names(t))
         for t in (pooled, singles)
     )
     pooled = pooled.rename(columns={"low": "share_low", "high": "share_high"})
@@ -247,17 +241,11 @@ def placement(table: pd.DataFrame) -> go.Figure:
     for (c, kind), part in table.groupby(["target", "kind"], sort=False):
         panel = CATEGORIES.index(c)
         fig.add_scatter(
-            x=part["strays"],
-            y=part["met"],
-            name=kind,
-            showlegend=False,
-            mode="markers",
+            x=part["strays"], y=part["met"], name=kind, showlegend=False, mode="markers",
             marker=dict(color=COLOURS[c], size=11, symbol=symbols[kind], line=dict(width=1, color="#222222")),
-            error_x=error_bars(part, "strays"),
-            error_y=error_bars(part, "met"),
-            row=panel // 2 + 1,
+            error_x=error_bars(part, "strays"), error_y=error_bars(part, "met"), row=panel // 2 + 1,
             col=panel % 2 + 1,
-        )
+        )  # fmt: skip
     for kind, symbol in symbols.items():  # in no category's colour
         marker = dict(color="white", size=11, symbol=symbol, line=dict(width=1, color="#222222"))
         fig.add_scatter(x=[None], y=[None], name=kind, mode="markers", marker=marker, row=1, col=1)

@@ -7,6 +7,7 @@ import pandas as pd
 
 from ..labels import CATEGORIES
 from ..results import Part, Results
+from ..text.tables import table
 from ..verdicts import Condition, above, below
 from . import control as control
 from . import facts as facts
@@ -287,34 +288,7 @@ def thoughts_show(part: Part) -> str:
 
 # --- predictions --------------------------------------------------------------------------------------------
 
-PREDICTIONS = {
-    "distilled": "without the frequent features, the first tokens of all four categories lose support in the "
-    "distilled model",
-    "base": "in the base model they lose less",
-    "random": "random vectors of the same norm cost the distilled model less",
-    "per norm": "per unit of removed norm, these features matter more than equally frequent shared ones",
-    "unique": "recurrent features beyond the null: without them all four lose log-probability, and more than "
-    "without matched features or random vectors",
-    **{
-        f"attributed, {c}": f"{c}: without the features attributed to it, it loses log-probability, and more "
-        "than without matched features or random vectors"
-        for c in CATEGORIES
-    },
-    "errors": "without the features of errors reflections after errors become rarer, and more so than with "
-    "random directions of the same norm",
-    "over-thinking": "added, a feature makes thoughts at least 1.5 times as long",
-    "incisive thinking": "added or taken away, a feature makes thoughts at most 0.85 times as long, and "
-    "accuracy falls by at most 5 points",
-    "random, steering": "no random direction of the same norm makes thoughts as long, or as short, without "
-    "loss",
-    **{
-        f"{label}, {layer}": f"the same of {label} at {LAYER_NAMES[layer]}"
-        for layer in LAYER_NAMES
-        for label in AIM_NAMES.values()
-    },
-    "gradient": "a feature shortens thoughts more than the gradient's direction, which needs no crosscoder",
-    "specific": "each category's feature, added, raises the rate of its own sentences most",
-}
+PREDICTIONS = table("predictions_04")
 
 
 def conditions(

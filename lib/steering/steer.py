@@ -97,9 +97,8 @@ def influence(
         )
     drawn = np.random.default_rng(seed).permutation(np.unique(frame["document"]))[:documents]
     frame = frame[frame["document"].isin(drawn)]
-    openings = [
-        torch.tensor(medium.opens(store, model.tokenizer, label), dtype=torch.long) for label in labels
-    ]
+    ids = (medium.opens(store, model.tokenizer, label) for label in labels)
+    openings = [torch.tensor(own, dtype=torch.long) for own in ids]
     total = torch.zeros(len(labels), store.widths["distilled"])
     for batch in batches(store, frame, batch_size=32):
         total += _gradients(model, store.layers["distilled"], batch, openings, opened.pair.remote)
@@ -165,9 +164,8 @@ def candidates(
             best = scores.drop(index=list(taken))[column].dropna().nlargest(wanted).index
             chosen[label].append(scores.loc[best].assign(by=by))
             taken |= set(best)
-    frame = (
-        pd.concat([part for parts in chosen.values() for part in parts]).rename_axis("feature").reset_index()
-    )
+    frame = pd.concat([part for parts in chosen.values() for part in parts])
+    frame = frame.rename_axis("feature").reset_index()
     return frame[["label", "feature", "by", "auroc", "influence", "times_random", "nrn"]]
 
 
@@ -227,9 +225,8 @@ class Steering:
         for (direction, strength), words in zip(conditions, self._transcripts(name, tasks, conditions)):
             frame = self.medium.outcomes(tasks, words, self.options["max_new_tokens"])
             first = [direction.name, direction.label] if direction else [NO_STEERING, NO_STEERING]
-            for i, value in enumerate((*first, strength, range(len(tasks)))):
-                frame.insert(i, ("direction", "label", "strength", "task")[i], value)
-            frames.append(frame)
+            names = dict(zip(("direction", "label"), first), strength=strength, task=range(len(tasks)))
+            frames.append(pd.concat([pd.DataFrame(names, index=frame.index), frame], axis=1))
         return pd.concat(frames, ignore_index=True)
 
     def _transcripts(
@@ -239,14 +236,14 @@ class Steering:
         for direction, strength in conditions:
             strength = float(check("strength", strength, float))
             plain = direction is None or strength == 0
-            label = stem = NO_STEERING
-            vector = torch.zeros(self.model.config.get_text_config().hidden_size)
-            if not plain:
+            if plain:
+                label = stem = NO_STEERING
+                vector = torch.zeros(self.model.config.get_text_config().hidden_size)
+                made_from, folder = self.unsteered, self.folder / Path(name).name
+            else:
                 label, vector = direction.name, strength * direction.vector
                 stem = f"{re.sub('[^a-z0-9]+', '-', label.lower())}_{strength:+.3f}"
-            made_from, folder = self.fingerprint, self.folder / name
-            if plain:
-                made_from, folder = self.unsteered, self.folder / Path(name).name
+                made_from, folder = self.fingerprint, self.folder / name
             key = fingerprint(made_from, vector.numpy(), [repr(t) for t in tasks])
             info = {"direction": label, "strength": strength}
             files.append(TranscriptFile(folder / f"{stem}.json", key, info))
