@@ -101,9 +101,8 @@ def sparse_codes(f: Tensor) -> sparse.csr_matrix:
     """f [B, F] of any device; from a GPU come only the entries that are not 0."""
     if not f.is_cuda:
         return sparse.csr_matrix(f.numpy())
-    rows, columns = f.nonzero(as_tuple=True)
-    entries = (part.cpu().numpy() for part in (f[rows, columns], rows, columns))
-    values, *places = entries
+    places = f.nonzero(as_tuple=True)
+    values, *places = (part.cpu().numpy() for part in (f[places], *places))
     return sparse.csr_matrix((values, places), shape=f.shape)
 
 

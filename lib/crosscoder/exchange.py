@@ -42,9 +42,8 @@ _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 # keys of a configuration that speak of another rule than ReLU, and values that name one
 _OTHER_SPARSITY = re.compile(r"top_?k|k_sparsity|^k$|^l0$|target_l0|threshold|bandwidth|jump", re.IGNORECASE)
 _OTHER_KIND = re.compile(r"top_?k|jump_?relu|gated|softplus|gelu|silu|sigmoid", re.IGNORECASE)
-_NAMES = re.compile(
-    r"name|path|dir|model|hook|data|repo", re.IGNORECASE
-)  # keys whose values name something else
+# keys whose values name something else
+_NAMES = re.compile(r"name|path|dir|model|hook|data|repo", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,9 @@ def _replication(state, config: Mapping, order, scales, stated_scales, file: Pat
 def _dictionary_learning(state, config: Mapping, order, scales, stated_scales, file: Path) -> dict:
     """Weights [M, F, d], biases, scales, layer, means and thresholds of the format dictionary_learning."""
     n_models, trainer = len(order), config["trainer"]
-    understood = {
-        "encoder_layers": (None, list(range(n_models))),
-        "num_decoder_layers": (None, n_models),
-        "latent_processor": (None,),
-    }
-    for key, fine in understood.items():
-        if config.get(key) not in fine:
+    understood = {"encoder_layers": list(range(n_models)), "num_decoder_layers": n_models}
+    for key in (*understood, "latent_processor"):
+        if config.get(key) not in (None, understood.get(key)):
             raise UserError(
                 f"{file.name} has {key} = {config[key]}: only crosscoders that read and write all of their"
                 " models, with nothing between, can be expressed here"
@@ -157,11 +152,10 @@ def _dictionary_learning(state, config: Mapping, order, scales, stated_scales, f
         scales = _scales(scales, stated_scales, order, file, "")
     else:
         scales = dict.fromkeys(order, 1.0)
-    theta = (
-        _theta(_threshold(state, file), state, W_dec.double(), config, file) if "threshold" in state else None
-    )
     weights = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "scales": scales}
-    return weights | {"layer": trainer.get("layer"), "means": means, "theta": theta}
+    if "threshold" in state:
+        weights["theta"] = _theta(_threshold(state, file), state, W_dec.double(), config, file)
+    return weights | {"layer": trainer.get("layer"), "means": means}
 
 
 # --- ours, for others ---------------------------------------------------------------------------------------
@@ -363,10 +357,8 @@ def _order(given, stated, n_models: int, file: Path, config: Mapping) -> tuple[s
             " is wrong"
         )
     if (order := check("order", given or stated, list[str] | None)) is None:
-        named = {
-            k: v for k, v in config.items() if k.startswith(("model_", "lm_name")) and isinstance(v, str)
-        }
-        models = ", ".join(f"{key} = {value}" for key, value in named.items())
+        named = [k for k, v in config.items() if k.startswith(("model_", "lm_name")) and isinstance(v, str)]
+        models = ", ".join(f"{key} = {config[key]}" for key in named)
         raise UserError(
             f"{file.name} does not say which of its {n_models} models is "
             f"which{f' (its configuration has {models})' if models else ''}: give "
@@ -481,10 +473,8 @@ def _theta(threshold: float, state, W_dec: Tensor, config: Mapping, file: Path) 
     trainer = config["trainer"]
     kind = str(config.get("code_normalization") or trainer.get("code_normalization") or "").upper()
     number = int(state["code_normalization_id"]) if "code_normalization_id" in state else None
-    if kind not in ("", *CODE_NORMALIZATIONS) or number not in (
-        None,
-        *range(1, len(CODE_NORMALIZATIONS) + 1),
-    ):
+    numbers = range(1, len(CODE_NORMALIZATIONS) + 1)
+    if kind not in ("", *CODE_NORMALIZATIONS) or number not in (None, *numbers):
         raise UserError(
             f"{file.name} has the code normalisation {number or kind}: known are"
             f" {', '.join(CODE_NORMALIZATIONS)}"

@@ -5,8 +5,9 @@ step. Here their number is fixed: BatchTopK keeps ``wanted`` entries, TopK k a r
 the rest have the value 0, add nothing and get no gradient. Among equal strengths at the floor, of which
 ``sparse`` keeps all, some are left out; nothing else differs from it but the rounding of sums.
 
-Five functions do the work, ``count``, ``write``, ``dots``, ``sums`` and ``weight_gradients``: here in torch,
-which runs anywhere and is the reference; on a GPU with Triton those of ``triton_kernels``."""
+Five functions do the work, ``count``, ``write``, ``dots``, ``sums`` and ``weight_gradients``: here and in
+``sparse`` in torch, which runs anywhere and is the reference; on a GPU with Triton those of
+``triton_kernels``."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,9 @@ from torch.nn import functional
 
 from . import sparse
 from .sparse import PreActivations, SparseBatch
+from .sparse import dots as dots
+from .sparse import sums as sums
+from .sparse import weight_gradients as weight_gradients
 
 ROOM = 3  # candidates that there is room for, in multiples of the entries wanted
 # thresholds that are tried, in multiples of the last one
@@ -198,34 +202,6 @@ def write(
     features.scatter_(0, place, numbers % F)
     values.scatter_(0, place, pre.flatten())
     return rows[:room], features[:room], values[:room]
-
-
-def dots(rows: Tensor, features: Tensor, values: Tensor, x: Tensor, W: Tensor) -> Tensor:
-    """x_b . W_i for every entry (b, i), [n]; where ``values`` are 0, anything."""
-    parts = zip(rows.split(sparse.CHUNK), features.split(sparse.CHUNK))
-    return torch.cat([x.new_empty(0), *((x[b] * W[i]).sum(-1) for b, i in parts)])
-
-
-def sums(indptr: Tensor, features: Tensor, values: Tensor, W: Tensor) -> Tensor:
-    """f @ W, [B, D]."""
-    options = {"mode": "sum", "per_sample_weights": values, "include_last_offset": True}
-    return functional.embedding_bag(features, W, indptr, **options)
-
-
-def weight_gradients(
-    rows: Tensor, features: Tensor, values: Tensor, at_code: Tensor, x: Tensor, at_sums: Tensor, F: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Over the entries of each feature: sum at_code x_b [F, D], sum at_code [F], sum f at_sums_b [F, D]."""
-    order = torch.argsort(features, stable=True)
-    columns = torch.searchsorted(features[order], torch.arange(F + 1, device=x.device))
-
-    def transposed(entries: Tensor) -> Tensor:
-        return torch.sparse_csr_tensor(
-            columns, rows[order], entries[order], (F, len(x)), check_invariants=False
-        )
-
-    bias = at_code.new_zeros(F).index_add(0, features, at_code)
-    return transposed(at_code) @ x, bias, transposed(values) @ at_sums
 
 
 # --- which of both ------------------------------------------------------------------------------------------

@@ -49,10 +49,8 @@ def health_cards(
     Intervals are bootstraps over documents: tokens of a document are not independent."""
     for crosscoder in crosscoders:
         check_models(crosscoder, store)
-    entropies = {
-        name: cross_entropies(crosscoders, store, name, model, max_tokens, seed)
-        for name, model in (models or {}).items()
-    }
+    given, read = (models or {}).items(), (max_tokens, seed)
+    entropies = {name: cross_entropies(crosscoders, store, name, model, *read) for name, model in given}
     each = ({name: entropies[name][i] for name in entropies} for i in range(len(crosscoders)))
     return [_card(c, store, ces, n_boot, seed) for c, ces in zip(crosscoders, each)]
 
@@ -135,9 +133,8 @@ def cross_entropies(
         replacement = torch.zeros(copies, *ids.shape, len(mean), device=mean.device)
         replacement[1] = mean
         for x_hat, crosscoder in zip(replacement[2:], crosscoders):
-            x_hat[kept.to(mean.device)] = torch.cat(
-                [crosscoder.decode(f)[m] for _, _, f in encoded(crosscoder, store, rows)]
-            )
+            decoded = [crosscoder.decode(f)[m] for _, _, f in encoded(crosscoder, store, rows)]
+            x_hat[kept.to(mean.device)] = torch.cat(decoded)
         replaced = torch.cat([torch.zeros_like(kept), *[kept] * (copies - 1)])[..., None].to(device)
         replacement = replacement.flatten(0, 1).to(device, model.dtype)
         inputs = {"input_ids": ids.repeat(copies, 1), "attention_mask": own.long().repeat(copies, 1)}

@@ -216,10 +216,8 @@ class CrossCoder(nn.Module):
         own, encoder, bias = acts.to(self.W_enc.dtype) * float(self.scales[i]), self.W_enc, self.b_enc
         if fill == "mean":
             encoder = self.W_enc[:, columns]
-            others = functional.linear(self.means, self.W_enc) - functional.linear(
-                self.means[columns], encoder
-            )
-            bias = self.b_enc + others
+            own_mean = functional.linear(self.means[columns], encoder)
+            bias = self.b_enc + (functional.linear(self.means, self.W_enc) - own_mean)
         elif len(set(self.widths)) > 1:
             raise UserError(
                 f"the models have widths {', '.join(map(str, self.widths))}: an activation fits the slots of"

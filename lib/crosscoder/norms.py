@@ -18,9 +18,8 @@ def census(crosscoder: CrossCoder, store) -> pd.DataFrame:
     """One row per feature: feature, frequency (share of the split "report"), alive, nrn_p1, nrn_p2, cosine,
     and the null cosine_shuffled: the row in base with *another* feature's in distilled."""
     frequency = firing_frequency(crosscoder, store)
-    frame = pd.DataFrame(
-        {"feature": np.arange(crosscoder.n_features), "frequency": frequency, "alive": frequency > 0}
-    )
+    columns = {"frequency": frequency, "alive": frequency > 0}
+    frame = pd.DataFrame({"feature": np.arange(crosscoder.n_features), **columns})
     for p in (1, 2):
         frame[f"nrn_p{p}"] = crosscoder.nrn(p).numpy()
     first, second = crosscoder.rows("base"), crosscoder.rows("distilled")

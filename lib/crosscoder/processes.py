@@ -201,10 +201,9 @@ class ByFeatures(Together):
         return code.where(strength >= floors[code.rows], floors.mean())
 
     def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
-        own = torch.nn.utils.get_total_norm(
-            [p.grad for name, p in crosscoder.named_parameters() if name in PER_FEATURE]
-        )
-        return (self.over_features(own.square()) + crosscoder.b_dec.grad.square().sum()).sqrt()
+        own = [p.grad for name, p in crosscoder.named_parameters() if name in PER_FEATURE]
+        squared = self.over_features(torch.nn.utils.get_total_norm(own).square())
+        return (squared + crosscoder.b_dec.grad.square().sum()).sqrt()
 
     def part_of(self, tensor: Tensor) -> Tensor:
         return tensor[self.bounds[self.rank] : self.bounds[self.rank + 1]].clone()

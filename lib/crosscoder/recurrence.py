@@ -90,9 +90,8 @@ def recurrent(
     # a feature that the smaller dictionary has no match for recurs there with a cosine of 0
     table["stability"] = np.nan_to_num(cosines[rows]).sum(axis=1) / max(n - 1, 1)
     table["cluster"] = connected_components(graph, directed=False)[1][rows].astype(np.int64)
-    second = (
-        table.sort_values("stability", ascending=False).duplicated(["cluster", "crosscoder"]).sort_index()
-    )
+    by_stability = table.sort_values("stability", ascending=False)
+    second = by_stability.duplicated(["cluster", "crosscoder"]).sort_index()
     table.loc[second, "cluster"] = table["cluster"].max() + 1 + np.arange(second.sum())
     table["members"] = table.groupby("cluster")["crosscoder"].transform("size")
     return table.assign(recurrent=table["members"] >= math.ceil(share * n))
@@ -113,27 +112,20 @@ def metrics(
         nothing = {"value": None, "ci": None, "n": len(clusters)}
         return dict.fromkeys(("stability_median", "recurrent_share", "stability_chance"), nothing)
     by_crosscoder = clusters.groupby("crosscoder")
-    values = {
-        "stability_median": by_crosscoder["stability"].median(),
-        "recurrent_share": by_crosscoder["recurrent"].mean(),
+    metric = lambda value: {"value": value, "ci": None, "n": len(clusters)}
+    return {
+        "stability_median": pooled_metric([*map(metric, by_crosscoder["stability"].median())]),
+        "recurrent_share": pooled_metric([*map(metric, by_crosscoder["recurrent"].mean())]),
+        "stability_chance": metric(chance(crosscoders, alive)),
     }
-    found = {
-        name: pooled_metric([{"value": value, "ci": None, "n": len(clusters)} for value in each])
-        for name, each in values.items()
-    }
-    level = {"value": chance(crosscoders, alive), "ci": None, "n": len(clusters)}
-    return found | {"stability_chance": level}
 
 
 def members_of(crosscoders: Sequence[CrossCoder], clusters: pd.DataFrame, number: int = 0) -> pd.DataFrame:
     """Where the features of one crosscoder are in the others, from the clusters of ``recurrent``: a row per
     feature and other member of its cluster: feature, crosscoder, match (its number there), cosine."""
-    own, others = (
-        clusters[side] for side in (clusters["crosscoder"] == number, clusters["crosscoder"] != number)
-    )
-    pairs = own[["feature", "cluster"]].merge(
-        others[["crosscoder", "feature", "cluster"]].rename(columns={"feature": "match"}), on="cluster"
-    )
+    own = clusters["crosscoder"] == number
+    there = clusters.loc[~own, ["crosscoder", "feature", "cluster"]].rename(columns={"feature": "match"})
+    pairs = clusters.loc[own, ["feature", "cluster"]].merge(there, on="cluster")
     rows = [functional.normalize(c.W_dec.detach(), dim=-1) for c in crosscoders]
     cosines = [float(rows[number][p.feature] @ rows[p.crosscoder][p.match]) for p in pairs.itertuples()]
     return pairs.assign(cosine=cosines)[MEMBERS].sort_values(MEMBERS[:2], ignore_index=True)

@@ -96,10 +96,8 @@ class SparseBatch:
     def where(self, kept: Tensor, floor: Tensor) -> SparseBatch:
         """The entries that a mask [n] leaves."""
         if not on_cpu(kept):
-            indptr = functional.pad(kept.cumsum(0), (1, 0))[self.indptr]
-            return replace(
-                self, indptr=indptr, features=self.features[kept], values=self.values[kept], floor=floor
-            )
+            left = {"features": self.features[kept], "values": self.values[kept], "floor": floor}
+            return replace(self, indptr=functional.pad(kept.cumsum(0), (1, 0))[self.indptr], **left)
         # one thread: torch would wake all of them several times for what takes a tenth of a millisecond
         n = int(np.count_nonzero(kept.numpy()))
         new = torch.empty_like(self.indptr), torch.empty(n, dtype=torch.int64), torch.empty(n)
@@ -109,12 +107,8 @@ class SparseBatch:
 
     def above(self, other: SparseBatch) -> SparseBatch:
         """These rows, then those of ``other``."""
-        return replace(
-            self,
-            indptr=torch.cat([self.indptr, other.indptr[1:] + self.indptr[-1]]),
-            features=torch.cat([self.features, other.features]),
-            values=torch.cat([self.values, other.values]),
-        )
+        both = {name: torch.cat([getattr(x, name) for x in (self, other)]) for name in ("features", "values")}
+        return replace(self, indptr=torch.cat([self.indptr, other.indptr[1:] + self.indptr[-1]]), **both)
 
 
 # --- who fires ----------------------------------------------------------------------------------------------
@@ -366,13 +360,11 @@ def _sums(code: SparseBatch, W: Tensor) -> Tensor:
     if code.crowded:
         return code.dense() @ W
     if not on_cpu(W):
-        options = {"mode": "sum", "per_sample_weights": code.values, "include_last_offset": True}
-        return functional.embedding_bag(code.features, W, code.indptr, **options)
+        return sums(code.indptr, code.features, code.values, W)
     out = torch.empty(len(code.indptr) - 1, W.shape[1])
     with _loops().threads(len(code.features) * W.shape[1]):
-        _loops().sums_loop(
-            code.indptr.numpy(), code.features.numpy(), code.values.numpy(), W.numpy(), out.numpy()
-        )
+        entries = code.indptr.numpy(), code.features.numpy(), code.values.numpy()
+        _loops().sums_loop(*entries, W.numpy(), out.numpy())
     return out
 
 
@@ -381,8 +373,7 @@ def _dots(code: SparseBatch, x: Tensor, W: Tensor) -> Tensor:
     if code.crowded:
         return (x @ W.T)[code.rows, code.features]
     if not on_cpu(W):
-        parts = zip(code.rows.split(CHUNK), code.features.split(CHUNK))
-        return torch.cat([x.new_empty(0), *((x[rows] * W[features]).sum(-1) for rows, features in parts)])
+        return dots(code.rows, code.features, code.values, x, W)
     out = torch.empty(len(code.features))
     with _loops().threads(len(code.features) * W.shape[1]):
         _loops().dots_loop(code.indptr.numpy(), code.features.numpy(), x.numpy(), W.numpy(), out.numpy())
@@ -398,16 +389,8 @@ def _weight_gradients(
         at_pre = code.dense(at_code)
         return at_pre.T @ x, at_pre.sum(0), code.dense().T @ at_sums
     if not on_cpu(x):
-        order = torch.argsort(code.features, stable=True)
-        columns = torch.searchsorted(code.features[order], torch.arange(code.n_features + 1, device=x.device))
-        rows = code.rows[order]
-
-        def transposed(values: Tensor) -> Tensor:
-            shape = code.n_features, len(x)
-            return torch.sparse_csr_tensor(columns, rows, values[order], shape, check_invariants=False)
-
-        bias = at_code.new_zeros(code.n_features).index_add(0, code.features, at_code)
-        return transposed(at_code) @ x, bias, transposed(code.values) @ at_sums
+        entries = code.rows, code.features, code.values, at_code
+        return weight_gradients(*entries, x, at_sums, code.n_features)
     # detach: autograd may keep these names
     enc, dec = (_buffer(buffers, name, shape).detach() for name in ("grad_enc", "grad_dec"))
     bias = torch.empty(code.n_features)
@@ -419,6 +402,36 @@ def _weight_gradients(
         dense = x, at_sums, enc, bias, dec
         _loops().weight_gradients_loop(*entries, *(t.numpy() for t in dense))
     return enc, bias, dec
+
+
+# --- the same in torch --------------------------------------------------------------------------------------
+
+
+def dots(rows: Tensor, features: Tensor, values: Tensor, x: Tensor, W: Tensor) -> Tensor:
+    """x_b . W_i for every entry (b, i), [n]; where ``values`` are 0, anything."""
+    parts = zip(rows.split(CHUNK), features.split(CHUNK))
+    return torch.cat([x.new_empty(0), *((x[b] * W[i]).sum(-1) for b, i in parts)])
+
+
+def sums(indptr: Tensor, features: Tensor, values: Tensor, W: Tensor) -> Tensor:
+    """f @ W, [B, D]."""
+    options = {"mode": "sum", "per_sample_weights": values, "include_last_offset": True}
+    return functional.embedding_bag(features, W, indptr, **options)
+
+
+def weight_gradients(
+    rows: Tensor, features: Tensor, values: Tensor, at_code: Tensor, x: Tensor, at_sums: Tensor, F: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the entries of each feature: sum at_code x_b [F, D], sum at_code [F], sum f at_sums_b [F, D]."""
+    order = torch.argsort(features, stable=True)
+    columns = torch.searchsorted(features[order], torch.arange(F + 1, device=x.device))
+
+    def transposed(entries: Tensor) -> Tensor:
+        shape = F, len(x)
+        return torch.sparse_csr_tensor(columns, rows[order], entries[order], shape, check_invariants=False)
+
+    bias = at_code.new_zeros(F).index_add(0, features, at_code)
+    return transposed(at_code) @ x, bias, transposed(values) @ at_sums
 
 
 # --- where it runs ------------------------------------------------------------------------------------------

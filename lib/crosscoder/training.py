@@ -238,9 +238,8 @@ class Trainer:
         # smallest strength kept in the last batch, where the next selection begins to look; 0: none is known
         self.floor: float | Tensor = 0.0
         # steps have shapes known beforehand (``fixed``), and nothing asks the device before the log does
-        self.known = (
-            together.size == 1 and config.variant != "jumprelu" and fixed.wanted_here(self.last_fired)
-        )
+        alone = together.size == 1 and config.variant != "jumprelu"
+        self.known = alone and fixed.wanted_here(self.last_fired)
         # where ``known``: the features that were dead at the last line of the log
         self.among: Tensor | None = self.last_fired[:0] if self.known else None
         self.short = torch.zeros((), dtype=torch.int64, device=device)  # steps that passed candidates over
@@ -435,16 +434,10 @@ class Trainer:
     def state(self) -> dict:
         """All that decides how the run goes on, of all processes, on rank 0."""
         self.seen = self.together.any_row(self.seen)
-        crosscoder, optimizer = self._states(
-            self.crosscoder.state_dict(), self.optimizer.state_dict(), self.together.joined
-        )
-        return {
-            "crosscoder": crosscoder,
-            "optimizer": optimizer,
-            "last_fired": self.together.joined(self.last_fired),
-            "seen": torch.from_numpy(np.packbits(self.seen.numpy())),
-            **{name: getattr(self, name) for name in _PLACE},
-        }
+        states, joined = (self.crosscoder.state_dict(), self.optimizer.state_dict()), self.together.joined
+        state = dict(zip(("crosscoder", "optimizer"), self._states(*states, joined)))
+        state |= {"last_fired": joined(self.last_fired)} | {name: getattr(self, name) for name in _PLACE}
+        return state | {"seen": torch.from_numpy(np.packbits(self.seen.numpy()))}
 
     def restore(self, state: dict) -> None:
         crosscoder, optimizer = self._states(state["crosscoder"], state["optimizer"], self.together.part_of)
