@@ -111,10 +111,10 @@ def error_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "") -
     return dict(array=(high - table[value]).to_numpy(), arrayminus=(table[value] - low).to_numpy())
 
 
-def express_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "") -> dict:
-    """``error_bars`` as the functions of plotly.express take them."""
+def express_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "", axis: str = "y") -> dict:
+    """``error_bars`` as the functions of plotly.express take them, along an ``axis``."""
     bars = error_bars(table, value, low, high)
-    return dict(error_y=bars["array"], error_y_minus=bars["arrayminus"])
+    return {f"error_{axis}": bars["array"], f"error_{axis}_minus": bars["arrayminus"]}
 
 
 def plain_titles(fig: go.Figure, before: str = "") -> go.Figure:

@@ -255,9 +255,8 @@ def job_of(
         corpus, tokenizer = list(documents), pair.tokenizer()
         tokens = sum(len(d.tokens) for d in corpus)
         arrays = [np.concatenate([np.empty(0, np.int64), *(d.tokens for d in corpus)])]
-        arrays += [
-            np.concatenate([np.empty(0, np.int8), *(d.labels[n] for d in corpus)]) for n in LABEL_ARRAYS
-        ]
+        for name in LABEL_ARRAYS:
+            arrays.append(np.concatenate([np.empty(0, np.int8), *(d.labels[name] for d in corpus)]))
         facts = [[len(d.tokens), d.kind, d.split] for d in corpus]
         text = {"source": "documents", "fingerprint": fingerprint(arrays, facts)}
     content = {
@@ -372,10 +371,8 @@ def _make(
                 began = time.monotonic()
             done += tokens
             progress.update(min(done, jobs[0].tokens), f"{number - numbers.start + 1} shards")
-    return [
-        {name: line.result() if isinstance(line, Future) else line for name, line in own.items()}
-        for own in shards
-    ]
+    written = lambda line: line.result() if isinstance(line, Future) else line
+    return [{name: written(line) for name, line in own.items()} for own in shards]
 
 
 def shards_of(job: Job) -> Iterator[tuple[int, str, int, int, list[Document]]]:

@@ -267,10 +267,8 @@ def read_shuffled(
         if raw:
             yield rows, [as_stored(some, code) for some, code in zip(out, ring.codes)]
         else:
-            yield (
-                rows,
-                [widened(*parts, torch.from_numpy(some)) for *parts, some in zip(read, ring.codes, out)],
-            )
+            parts = zip(read, ring.codes, map(torch.from_numpy, out))
+            yield rows, [widened(*each) for each in parts]
 
 
 def _gather(held: np.ndarray, places: np.ndarray, out: np.ndarray, pool: ThreadPoolExecutor | None) -> None:

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..figures import COLOURS, labelled_lines
+from ..figures import COLOURS, express_bars, labelled_lines
 from ..labels import CATEGORIES, KINDS, LABELS, SPLITS
 from ..models.pairs import GENERATED, Pair, decoder_layers
 from ..models.reader import capture
@@ -31,19 +31,17 @@ KIND_COLOURS = {"general": "#777777", "trace": COLOURS["distilled"]}
 
 def describe_models(store: Store, models: Mapping[str, PreTrainedModel]) -> pd.DataFrame:
     """A column per model: architecture, size, the layer that is read."""
-    return pd.DataFrame(
-        {
-            name: {
-                "architecture": type(model).__name__,
-                "parameters": f"{model.num_parameters():,}",
-                "decoder layers": len(decoder_layers(model)),
-                "layer that is read": store.layers[name],
-                "width of the residual stream": store.widths[name],
-                "token ids": model.config.get_text_config().vocab_size,
-            }
-            for name, model in models.items()
+    columns = {}
+    for name, model in models.items():
+        columns[name] = {
+            "architecture": type(model).__name__,
+            "parameters": f"{model.num_parameters():,}",
+            "decoder layers": len(decoder_layers(model)),
+            "layer that is read": store.layers[name],
+            "width of the residual stream": store.widths[name],
+            "token ids": model.config.get_text_config().vocab_size,
         }
-    )
+    return pd.DataFrame(columns)
 
 
 def describe_store(store: Store) -> pd.DataFrame:
@@ -119,10 +117,8 @@ def word_rates(store: Store, tokenizer: PreTrainedTokenizerBase, words: Sequence
     """How often words occur per 1,000 tokens, in general text and in traces (all kept tokens)."""
     kinds = {k: store.tokens[store.kept & (store.labels["kind"] == i)] for i, k in enumerate(KINDS)}
     ids = dict(zip(words, tokenizer.convert_tokens_to_ids(list(words))))
-    rates = {
-        kind: {word: 1000 * float((tokens == i).mean()) if len(tokens) else np.nan for word, i in ids.items()}
-        for kind, tokens in kinds.items()
-    }
+    rate = lambda tokens, i: 1000 * float((tokens == i).mean()) if len(tokens) else np.nan
+    rates = {kind: {word: rate(t, i) for word, i in ids.items()} for kind, t in kinds.items()}
     return pd.DataFrame(rates).rename_axis("word")
 
 
@@ -296,15 +292,10 @@ def random_documents(store: Store, n: int, seed: int = 0) -> tuple[np.ndarray, l
 
 
 def drift(
-    pair: Pair,
-    store: Store,
-    names: Sequence[str],
-    reference: str = "base",
-    documents: int = 200,
-    seed: int = 0,
+    pair: Pair, store: Store, names: Sequence[str], documents: int = 200, seed: int = 0
 ) -> pd.DataFrame:
-    """How far checkpoints of the pair have moved from ``reference``: mean centred cosine at the same tokens,
-    by kind of text.
+    """How far checkpoints of the pair have moved from the base: mean centred cosine at the same tokens, by
+    kind of text.
 
     Runs the models on ``documents`` random documents of the report split: only the pair's own two are in the
     store. Columns: model, kind, n, cosine, low, high (bootstrap over documents). Position 0 is left out."""
@@ -316,7 +307,7 @@ def drift(
         acts = capture(pair.load(name), tokenizer, token_lists, layer)[keep]
         return acts - acts.mean(0)
 
-    start, table = centred(reference), []
+    start, table = centred("base"), []
     tokens = pd.DataFrame({"kind": store.labels["kind"][rows], "document": store.documents[rows]})[keep]
     for name in names:
         tokens["cosine"] = torch.cosine_similarity(start, centred(name), dim=1).numpy()
@@ -331,12 +322,10 @@ def drift_figure(moved: pd.DataFrame) -> go.Figure:
     """The table of ``drift`` as a point with its interval per checkpoint and kind of text."""
     axis = "mean cosine with the base at the same token (95% interval)"
     style = dict(color="kind", color_discrete_map=KIND_COLOURS)
-    style |= dict(error_x=moved.high - moved.cosine, error_x_minus=moved.cosine - moved.low)
     style |= dict(labels={"cosine": axis, "model": "", "kind": "text"})
-    fig = px.scatter(
-        moved, x="cosine", y="model", title="How far each checkpoint has moved from the base", **style
-    )
-    return fig.update_traces(marker_size=10)
+    style |= express_bars(moved, "cosine", "low", "high", axis="x")
+    title = "How far each checkpoint has moved from the base"
+    return px.scatter(moved, x="cosine", y="model", title=title, **style).update_traces(marker_size=10)
 
 
 def read_epoch(store: Store, split: str, seed: int, batch_size: int = 4096) -> tuple[np.ndarray, float]:
