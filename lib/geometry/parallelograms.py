@@ -218,9 +218,8 @@ def analyse(
         for model, v in vectors.items():
             p = points[model] if scope == "vocabulary" else pca(v[own], dims)[0]
             a, b = ((p[own] if scope == "vocabulary" else p)[side] for side in sides)
-            row, draws[name, model] = _measure(
-                a, b, mean_square(p), quads, boot, shuffles, _rng(seed, name, 3)
-            )
+            how = mean_square(p), quads, boot, shuffles, _rng(seed, name, 3)
+            row, draws[name, model] = _measure(a, b, *how)
             rows.append({"relation": name, "model": model, "pairs": n, "words": len(own), **row})
             if row["step"] < 0.1:
                 warnings.append(
@@ -272,10 +271,9 @@ def _summaries(table: pd.DataFrame, draws: dict, reference: str) -> tuple[pd.Dat
         mean = {"model": model, "relations": len(relations)}
         rows = [{"relation": name, "model": model} for name in (*relations, "mean")]
         for statistic in STATISTICS:
+            of_all = lambda m, statistic=statistic: np.stack([draws[r, m][statistic] for r in relations])
             own, other = (values[m][statistic].to_numpy() for m in (model, reference))
-            own_draws, other_draws = (
-                np.stack([draws[r, m][statistic] for r in relations]) for m in (model, reference)
-            )
+            own_draws, other_draws = of_all(model), of_all(reference)
             mean |= _with_interval(statistic, _nanmean(own), _nanmean(own_draws))
             changes, change_draws = own - other, own_draws - other_draws
             changes = (*changes, _nanmean(changes))

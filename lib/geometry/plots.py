@@ -44,11 +44,8 @@ def arrows(
     ``labels`` pairs are named, the same in all panels."""
     frame, models = flat_map(geometry, relation), list(models or geometry.points)
     table = geometry.table[geometry.table["relation"] == relation.name].set_index("model")
-    titles = [
-        f"{m}: relative loss {table.loc[m, 'relative']:.2f}, unexplained "
-        f"{table.loc[m, 'offset_unexplained']:.2f}"
-        for m in models
-    ]
+    title = "{}: relative loss {:.2f}, unexplained {:.2f}"
+    titles = [title.format(m, *table.loc[m, ["relative", "offset_unexplained"]]) for m in models]
     shared = dict(shared_xaxes="all", shared_yaxes="all", horizontal_spacing=0.04)
     fig = make_subplots(1, len(models), subplot_titles=titles, **shared)
     maps = [frame[frame["model"] == model].reset_index(drop=True) for model in models]
@@ -86,18 +83,10 @@ def _arrow(row: pd.Series, colour: str, width: float, named: bool = False) -> go
     words = (row["input"], row["output"])
     marker = dict(symbol=["circle", "arrow"], size=[4, 6 + 2 * width], angleref="previous", color=colour)
     return go.Scatter(
-        x=(row.x0, row.x1),
-        y=(row.y0, row.y1),
-        mode="lines+markers+text" if named else "lines+markers",
-        text=words,
-        textposition="top center",
-        textfont_size=11,
-        line=dict(color=colour, width=width),
-        marker=marker,
-        hoverinfo="text",
-        hovertext=words,
-        opacity=1 if width > 2 else 0.7,
-    )
+        x=(row.x0, row.x1), y=(row.y0, row.y1), mode="lines+markers+text" if named else "lines+markers",
+        text=words, textposition="top center", textfont_size=11, line=dict(color=colour, width=width),
+        marker=marker, hoverinfo="text", hovertext=words, opacity=1 if width > 2 else 0.7,
+    )  # fmt: skip
 
 
 def scores(geometry: Geometry, models: Sequence[str] | None = None) -> go.Figure:
@@ -137,15 +126,11 @@ def _by_relation(
         value, low, high = (part[statistic + end] for end in ("", "_low", "_high"))
         above, below = (high - value).clip(lower=0), (value - low).clip(lower=0)
         fig.add_scatter(
-            x=value,
-            y=y,
-            mode="markers",
-            name=model,
+            x=value, y=y, mode="markers", name=model,
             marker=dict(color=COLOURS.get(model, COLOURS["random"]), size=9),
             error_x=dict(type="data", symmetric=False, array=above, arrayminus=below, thickness=1.5),
-            hovertext=part["relation"],
-            hoverinfo="text+x",
-        )
+            hovertext=part["relation"], hoverinfo="text+x",
+        )  # fmt: skip
     names = part["relation"]
     fig.update_yaxes(tickvals=np.arange(len(names)), ticktext=names, autorange="reversed", zeroline=False)
     return fig.update_layout(height=120 + height * len(names))

@@ -81,11 +81,8 @@ def procrustes(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     wide = [np.pad(v, ((0, 0), (0, width - v.shape[1]))) for v in (x, y)]
     alike = min(float(orthogonal_procrustes(*wide)[1]), 1.0)
     still = float((x * y).sum()) if x.shape == y.shape else float("nan")
-    return {
-        "distance": (2 * (1 - alike)) ** 0.5,
-        "unexplained": 1 - alike**2,
-        "unexplained_unrotated": 1 - max(still, 0.0) ** 2,
-    }
+    unexplained = {"unexplained": 1 - alike**2, "unexplained_unrotated": 1 - max(still, 0.0) ** 2}
+    return {"distance": (2 * (1 - alike)) ** 0.5, **unexplained}
 
 
 def spectrum(x: np.ndarray) -> np.ndarray:

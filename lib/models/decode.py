@@ -15,14 +15,8 @@ from itertools import takewhile
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    LogitsProcessor,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import LogitsProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..settings import UserError
 

@@ -130,11 +130,8 @@ def capture(
     """Residual stream of some short texts: float32 [all tokens, d], list after list, position 0 included.
     ``layer`` None is half depth; batches are padded on the ``side`` "right" or "left". The result is on the
     CPU."""
-    return (
-        read_all(LayerReader(placed(model), tokenizer, layer), token_lists, side, batch_tokens)[0]
-        .float()
-        .cpu()
-    )
+    reader = LayerReader(placed(model), tokenizer, layer)
+    return read_all(reader, token_lists, side, batch_tokens)[0].float().cpu()
 
 
 def read_all(

@@ -204,9 +204,8 @@ def _unnamed(repo: str, commit: str, config: str | None, split: str) -> UserErro
 
     try:
         configs = datasets.get_dataset_config_names(repo, revision=commit)
-        if config not in (None, *configs) or (
-            config is None and len(configs) > 1 and "default" not in configs
-        ):
+        several = len(configs) > 1 and "default" not in configs
+        if config not in (None, *configs) or (config is None and several):
             return UserError(
                 f"the data set {repo} has the configurations {', '.join(configs)}: name one, as"
                 f" {repo}#{configs[0]}"
@@ -333,11 +332,9 @@ def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         # by the names in the file, where the adapter's own name, "default", is left out
         state = {name.replace(".default", ""): x for name, x in model.state_dict().items()} | own
-        missing = own.keys() - tensors.keys()
-        unknown = {
-            n for n, x in tensors.items() if n not in state or not torch.equal(state[n], x.to(state[n]))
-        }
-        if odd := missing | unknown:
+        missing, known = own.keys() - tensors.keys(), state.keys() & tensors.keys()
+        same = {n for n in known if torch.equal(state[n], tensors[n].to(state[n]))}
+        if odd := missing | (tensors.keys() - same):
             raise ValueError(f"{len(odd)} tensors are missing or unknown, {min(odd)} among them")
         ids = torch.arange(1, 9)[None]
         right = model(input_ids=ids).logits

@@ -126,14 +126,13 @@ def agreement(path: str | Path, n_boot: int = 1000, seed: int = 0) -> pd.DataFra
     rows = []
     for name, (tags, labels) in COMPARISONS.items():
         for unit, half in product(("sentence", "first of section"), (*HALVES, "all")):
-            part = frame[
-                ((frame["half"] == half) | (half == "all")) & (frame["opens"] | (unit == "sentence"))
-            ]
+            in_half, in_unit = frame["half"].eq(half) | (half == "all"), frame["opens"] | (unit == "sentence")
+            part = frame[in_half & in_unit]
             cells = _cells(part["tag"].isin(tags), part["annotated"].isin(labels))
             by_question = cells.groupby(part["question"].to_numpy(), sort=False).sum().to_numpy().T
-            weights = (
-                group_weights(by_question.shape[1], n_boot, seed) if len(part) else np.zeros((n_boot, 0))
-            )
+            weights = np.zeros((n_boot, 0))
+            if len(part):
+                weights = group_weights(by_question.shape[1], n_boot, seed)
             row = {"comparison": name, "unit": unit, "half": half}
             rows.append(row | _rates(by_question, weights.T) | cells.sum().astype(int).to_dict())
     table = pd.DataFrame(rows)
