@@ -184,14 +184,11 @@ def origin_metrics(tables: Sequence[pd.DataFrame]) -> dict[str, dict]:
     its features; function_minus_style, the difference of the last two. ``tables``: ``origins`` of the alive
     features at the null's threshold and at both ends of its interval; the intervals, over features, cover
     all three."""
-    metrics = {
-        origin.replace(" ", "_"): _share(*(table["origin"].to_numpy() == origin for table in tables))
-        for origin in ("in all", "came with style", "came with function")
-    }
-    values = [
-        table["origin"].map({"came with function": 1.0, "came with style": -1.0}).fillna(0.0)
-        for table in tables
-    ]
+    origins, metrics = [table["origin"] for table in tables], {}
+    for origin in ("in all", "came with style", "came with function"):
+        metrics[origin.replace(" ", "_")] = _share(*(own.to_numpy() == origin for own in origins))
+    signs = {"came with function": 1.0, "came with style": -1.0}
+    values = [own.map(signs).fillna(0.0) for own in origins]
     bounds = np.array([bootstrap(v) for v in values])
     ends = bounds[:, 0].min(), bounds[:, 1].max()
     metrics["function_minus_style"] = metric(values[0].mean(), ends, len(values[0]))
@@ -258,9 +255,7 @@ def describe(crosscoder: CrossCoder, store: Store, n_boot: int = 1000, seed: int
     one, other = crosscoder.rows("base"), crosscoder.rows("distilled")
     both = alive & (one.norm(dim=1) > 0) & (other.norm(dim=1) > 0)
     comparable = one.shape == other.shape and bool(both.any())
-    row["cosine_median"] = (
-        float(crosscoder.cosine("base", "distilled")[both].median()) if comparable else np.nan
-    )
+    row["cosine_median"] = float(crosscoder.cosine()[both].median()) if comparable else np.nan
     for m, name in enumerate(crosscoder.names):
         own = crosscoder.owner == m
         row |= {f"dedicated_{name}": int(own.sum()), f"used_{name}": int((own & alive).sum())}
@@ -340,13 +335,10 @@ def plot_origins(frame: pd.DataFrame, names: Sequence[str] = NAMES) -> go.Figure
         part = frame[frame["origin"] == origin]
         if len(part) and origin != "in none":
             fig.add_scatterternary(
-                **{axis: part[f"share_{name}"] for axis, name in axes.items()},
-                mode="markers",
-                name=f"{origin} ({len(part)})",
-                text=part["feature"],
-                marker=dict(size=5, color=COLOURS[colour], opacity=0.7),
-                hovertemplate=hover,
-            )
+                **{axis: part[f"share_{name}"] for axis, name in axes.items()}, mode="markers",
+                name=f"{origin} ({len(part)})", text=part["feature"],
+                marker=dict(size=5, color=COLOURS[colour], opacity=0.7), hovertemplate=hover,
+            )  # fmt: skip
     style = dict(ticks="outside", tickformat=".1f", gridcolor="#E8E8E8")
     styles = {f"{axis}axis": dict(title=name, **style) for axis, name in axes.items()}
     title = "Which model's feature is it? Shares of its decoder rows"

@@ -57,9 +57,8 @@ def relations(run: Run, layer: int | None, dims: Sequence[int]) -> pd.DataFrame:
             losses[model] = offset_losses(*(points[side] for side in places))
         means = {model: values.mean() for model, values in losses.items()}
         ends = zip(("difference", "low", "high"), over_words(losses["distilled"] - losses["base"]))
-        rows.append(
-            {"relation": relation.name, "dims": k, "words": len(relation.pairs), **means, **dict(ends)}
-        )
+        head = {"relation": relation.name, "dims": k, "words": len(relation.pairs)}
+        rows.append(head | means | dict(ends))
     return pd.DataFrame(rows)
 
 
@@ -126,16 +125,8 @@ def paper_rows() -> list[tuple[str, str, str, float, str, str]]:
         rows.append(("E1", "features per token", size, last.l0[size], "02", "l0"))
         explained = last.explained_variance[size]
         rows.append(("E1", "explained variance", size, explained, "02", "fve_distilled"))
-        rows.append(
-            (
-                "E6",
-                "mean NRN of all features",
-                size,
-                numbers("E6", size)["nrn_mean"],
-                "paper",
-                "here_nrn_mean",
-            )
-        )
+        mean = numbers("E6", size)["nrn_mean"]
+        rows.append(("E6", "mean NRN of all features", size, mean, "paper", "here_nrn_mean"))
     rows.append(("E6", "spread of NRN", "14B", numbers("E6", "14B")["nrn_sd"], "paper", "here_nrn_sd"))
     labels = numbers("E2", "1.5B")
     for side in ("highest", "lowest"):
@@ -149,9 +140,8 @@ def paper_rows() -> list[tuple[str, str, str, float, str, str]]:
     said = numbers("E5", "1.5B")
     for category, feature in STEERED.items():
         ratio = said[f"words_after_feature_{feature}"] / said[f"words_before_feature_{feature}"]
-        rows.append(
-            ("E5", f"words with a row of {category} added", "1.5B", ratio, "paper", f"here_words_{category}")
-        )
+        what = f"words with a row of {category} added"
+        rows.append(("E5", what, "1.5B", ratio, "paper", f"here_words_{category}"))
     share = said["norm_of_the_added_row"] / said["norm_of_a_scaled_residual"]
     rows.append(("E5", "norm of the added row, share", "1.5B", share, "paper", "here_added_norm_reflection"))
     geometry = differences()
@@ -175,9 +165,8 @@ def beside(pairs: Sequence[str] = ("tiny", "smol"), run: str = "default") -> pd.
 def _metrics(run: Run, place: str) -> Mapping[str, Mapping]:
     if place == "paper":
         return read_part(run, place).metrics
-    return (
-        read_results(run, place)["metrics"] if (run.figures / "results" / f"{place}.json").is_file() else {}
-    )
+    made = (run.figures / "results" / f"{place}.json").is_file()
+    return read_results(run, place)["metrics"] if made else {}
 
 
 def _text(found: Mapping | None) -> str:

@@ -74,15 +74,11 @@ def scores(crosscoder: CrossCoder, store: PlantedStore, rows: np.ndarray) -> pd.
     similarity[~fires] = -1  # a dead feature is not similar to any
     learned, planted = linear_sum_assignment(-similarity)
     nearest, alike = similarity.argmax(1), similarity > 0.7
-    facts = pd.DataFrame(
-        {"nearest": nearest, "cosine": similarity.max(1), "kind": np.array(KINDS)[store.kinds[nearest]]}
-    )
-
+    facts = pd.DataFrame({"nearest": nearest, "cosine": similarity.max(1)})
+    facts["kind"] = np.array(KINDS)[store.kinds[nearest]]
     matched = pd.DataFrame({"matched": -1, "matched_cosine": -1.0}, index=facts.index)
-    matched.loc[learned, "matched"], matched.loc[learned, "matched_cosine"] = (
-        planted,
-        similarity[learned, planted],
-    )
+    matched.loc[learned, "matched"] = planted
+    matched.loc[learned, "matched_cosine"] = similarity[learned, planted]
     parts = []
     for side, other in (MODELS[::-1], MODELS):
         own = np.flatnonzero(store.kinds == KINDS.index(f"{side}_only"))
@@ -276,12 +272,9 @@ def cells(
         data += [(split, replace(changed, seed=seed)) for split in own for seed in own[split]]
         for split, planted in data:
             for name, config in configs.items():
-                fields = {
-                    f: max(1, round(getattr(config, f) * factor)) for f, factor in setting.config.items()
-                }
-                wanted.append(
-                    Cell(setting, name, split, planted, replace(config, seed=planted.seed, **fields))
-                )
+                changes = {f: max(1, round(getattr(config, f) * x)) for f, x in setting.config.items()}
+                own_config = replace(config, seed=planted.seed, **changes)
+                wanted.append(Cell(setting, name, split, planted, own_config))
     return wanted
 
 
