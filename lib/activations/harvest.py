@@ -86,8 +86,7 @@ def harvest_activations(
     Nothing is done if the store is there, whole, and made from the same; what is damaged or missing is made
     anew. ``layer`` overrides the pair's (default: half depth of each model). ``models`` passes loaded models
     by name, with the pair's weights. ``sizes``: ``shard_tokens`` and ``batch_tokens``. Raises UserError for a
-    full disk (finished shards stay), for activations that are not finite, and for token ids that a model does
-    not have."""
+    full disk (finished shards stay), for activations that are not finite, and unknown token ids."""
     return harvest_layers(pair, documents, {path: layer}, models, device, **sizes)[0]
 
 
@@ -212,8 +211,7 @@ def merge_parts(
 
 @dataclass(frozen=True)
 class Job:
-    """What is read and where it goes. ``content``: all that decides the store, as plain data, for its
-    fingerprint and manifest."""
+    """What is read and where it goes. ``content``: all that decides the store, as plain data."""
 
     pair: Pair
     corpus: Corpus | list[Document]
@@ -382,8 +380,7 @@ def shards_of(job: Job) -> Iterator[tuple[int, str, int, int, list[Document]]]:
 
 
 def groups(corpus: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int, list[Document]]]:
-    """(number of the first document, documents) of each shard: whole documents, at least ``shard_tokens``
-    tokens (but the last)."""
+    """(number of the first document, documents) of each shard: whole documents, at least ``shard_tokens``."""
     group: list[Document] = []
     size = first = 0
     for number, document in enumerate(corpus):
@@ -438,8 +435,7 @@ def read_models(
     """{model: activations [tokens, d] in the dtype of a store}, {model: norms [tokens]}, padded positions;
     where the models are.
 
-    UserError for token ids that a model does not have, and for activations that are not finite in documents
-    from number ``first`` on."""
+    UserError for unknown token ids, and activations that are not finite in documents from ``first`` on."""
     raw, padding = _read(job, readers, token_lists)
     return *_stored(job, readers, raw, first), padding
 

@@ -267,8 +267,7 @@ def read_log(path: Path) -> dict[str, dict]:
 
 
 def open_store(run: Run, pair: Pair) -> Store:
-    """The run's store; UserError if it is missing, damaged, or was harvested from other weights than the
-    pair's."""
+    """The run's store; UserError if it is missing, damaged, or harvested from other weights."""
     store = Store.open(run.path("store"))
     for name in store.models:
         if name not in pair.models or store.manifest["models"][name]["fingerprint"] != pair.fingerprint(name):

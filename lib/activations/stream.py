@@ -194,8 +194,7 @@ class Stream:
         return [a[torch.from_numpy(inner).to(a.device)] for a in acts.values()], kept
 
     def _estimate(self, lists: list[list[int]]) -> None:
-        """Limits on norms, scales and means, from the sample. Read twice: means are over what the limits
-        leave."""
+        """Limits on norms, scales and means, from the sample; means are over what the limits leave."""
         if not any(len(t) > 1 for t in lists):
             raise UserError(
                 "the text has no token to train on: give documents of the train split, of two tokens or more"

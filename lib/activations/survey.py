@@ -59,8 +59,7 @@ def describe_store(store: Store) -> pd.DataFrame:
 
 
 def contents(store: Store) -> pd.DataFrame:
-    """Kept tokens of every split (columns) by the label of their sentence (rows), with the share of all kept
-    tokens."""
+    """Kept tokens of every split (columns) by the label of their sentence (rows), with its share of them."""
     labels, splits = store.labels["label"][store.kept], store.split[store.kept]
     names = [*LABELS, *(["(no label)"] if (labels < 0).any() else [])]  # the last has the index -1
     counts = np.zeros((len(names), len(SPLITS)), int)
@@ -86,8 +85,7 @@ def dropped(store: Store) -> tuple[float, tuple[float, float], pd.DataFrame]:
 
 
 def labelled_text(document: int, store: Store, tokenizer: PreTrainedTokenizerBase):
-    """One document of the store as HTML, a line per sentence, coloured by category; wrong steps are
-    underlined."""
+    """One document as HTML, a line per sentence, coloured by category; wrong steps are underlined."""
     rows = np.flatnonzero(store.documents == document)
     words = np.array(tokenizer.convert_ids_to_tokens(store.tokens[rows].tolist()), object)
     label, ends, wrong = (store.labels[array][rows] for array in ("label", "ends", "error"))
@@ -106,8 +104,7 @@ def example_trace(store: Store) -> int:
 
 
 def marker_words(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Words with which sentences of the four categories begin: the teacher's in generated text, else
-    ``openers``."""
+    """First words of the four categories' sentences: the teacher's in generated text, else ``openers``."""
     if store.manifest["corpus"]["source"] not in GENERATED:
         return openers(store, tokenizer)
     return list(dict.fromkeys(PARAPHRASES[c][i].split()[0] for c in CATEGORIES for i in range(2)))
@@ -198,8 +195,7 @@ def sink_ratio(store: Store, model: str) -> float:
 
 
 def norm_histogram(store: Store, bins: int = 60) -> pd.DataFrame:
-    """Histogram of kept tokens' norms over a common logarithmic grid: columns model, norm (middle of the
-    bin), share."""
+    """Histogram of kept tokens' norms over one logarithmic grid: model, norm (middle of the bin), share."""
     low = min(store.norms[m][store.kept].min() for m in store.models)
     high = max(store.norms[m][store.kept].max() for m in store.models)
     edges = np.geomspace(max(low, 1e-6), high * 1.001, bins + 1)

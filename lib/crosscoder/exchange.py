@@ -427,8 +427,7 @@ def _entries(config: Mapping) -> Iterator[tuple[str, object]]:
 
 
 def _check_sparsity(state: Mapping[str, Tensor], config: Mapping, file: Path) -> None:
-    """UserError unless the file says what fires: with ReLU all that is positive, else what is above its
-    threshold."""
+    """UserError unless the file says what fires: all that is positive (ReLU), or above its threshold."""
     if "threshold" in state:
         _threshold(state, file)
         return

@@ -107,8 +107,7 @@ def cross_entropies(
     """Next-token cross-entropy of one model, summed per document (nats), for each crosscoder: {own,
     reconstruction, mean, tokens}, each [documents]. One pass holds a batch several times: as it is, and with
     the residual stream at the store's layer replaced, where the store kept a position, by the mean of what
-    the first crosscoder was trained on, and by each reconstruction. Documents are drawn until ``max_tokens``
-    are reached."""
+    the first crosscoder was trained on, and by each reconstruction. Documents: up to ``max_tokens``."""
     from nnsight import NNsight
 
     traced = NNsight(placed(model))  # ids go in and logits come out: no tokenizer is needed

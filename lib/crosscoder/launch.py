@@ -90,8 +90,7 @@ def train_here(
     checkpoint_seconds: float = 30,
 ) -> CrossCoder:
     """This process's part of a training; called in each of ``processes`` that torchrun has started.
-    ``share``: see ``lib.crosscoder.processes``. UserError if there are more or fewer processes, or if one
-    ends."""
+    ``share``: see ``lib.crosscoder.processes``. UserError if their number differs, or one ends."""
     from accelerate import PartialState  # seconds to import, and only needed here
 
     check("processes", processes, int, low=1)

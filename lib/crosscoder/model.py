@@ -472,9 +472,8 @@ def l0_loss(crosscoder: CrossCoder, out: Forward, bandwidth: float) -> Tensor:
 def auxiliary_loss(out: Forward) -> Tensor:
     """mean_batch sum_m ||e_m - ê_m||_2^2: the dead features' share in explaining what is left over.
 
-    e = x - x̂ without gradient; ê = ``aux_hat``, from ReLU(pre) before selection, so that encoder *and*
-    decoder rows of dead features get a gradient. Zero if nothing is dead. Source: Gao et al. 2024, section
-    2.4."""
+    e = x - x̂ without gradient; ê = ``aux_hat``, from ReLU(pre) before selection, so that dead features'
+    encoder *and* decoder rows get a gradient. 0 if nothing is dead. Source: Gao et al. 2024, section 2.4."""
     if out.aux_hat is None:
         return out.x_hat.new_zeros(())
     return ((out.x - out.x_hat).detach() - out.aux_hat).square().sum(-1).sum() / out.tokens

@@ -93,8 +93,7 @@ def nrn_beside_null(own: pd.DataFrame, null: Part) -> tuple[go.Figure, pd.DataFr
 
 
 def by_k(table: pd.DataFrame) -> go.Figure:
-    """Recurrence, and how well the crosscoders describe the models, over k: the table by_k of the study's
-    part "seeds"."""
+    """Recurrence, and how well the crosscoders describe the models, over k: by_k of the part "seeds"."""
     names = {"stability": "median cosine with matches", "chance": "the same by chance"}
     names |= {"recurrent": "recurrent features", "fve_distilled": "FVE"}
     names["ce_recovered_distilled"] = "CE recovered"

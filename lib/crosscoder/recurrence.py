@@ -98,8 +98,7 @@ def recurrent(
 
 
 def chance(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], seed: int = 0) -> float:
-    """Median cosine of the matches between the first two crosscoders when the coordinates of one are
-    permuted."""
+    """Median cosine of the first two crosscoders' matches, the coordinates of one permuted."""
     return float(match(*crosscoders[:2], *alive[:2], shuffle=seed)["cosine"].median())
 
 

@@ -117,8 +117,7 @@ class SparseBatch:
 @dataclass
 class PreActivations:
     """Pre-activations [B, F] of a batch, ``products`` + ``offset``, and what they come from, in float32:
-    where products are narrower, a value that matters is computed again. ``names`` [F]: which features the
-    columns are."""
+    where products are narrower, a value that matters is computed again. ``names`` [F]: of the columns."""
 
     products: Tensor
     offset: Tensor

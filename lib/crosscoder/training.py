@@ -139,8 +139,7 @@ def train(
     wrong with it (``doubts``); TRAINING_CSV names a file that gets the log as it grows. ``together``: the
     processes that train (``lib.crosscoder.processes``); all see the same folder, in which rank 0 writes what
     a single process would. ``trainer_class``: a ``Trainer`` that does something else; give it a folder of its
-    own. UserError for activations or a loss that are not finite, and a store that repeats tokens before it
-    has shown all."""
+    own. UserError for activations or a loss that are not finite, and a store that repeats tokens early."""
     device = the_device(device)
     folder, fingerprint, first = Path(folder), config.fingerprint(store), together.rank == 0
     if is_current(folder, fingerprint):

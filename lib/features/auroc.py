@@ -130,8 +130,7 @@ def weighted_auroc(
 
 
 def _mann_whitney(up: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """AUROC from the weights of positives and negatives at every distinct score, ascending along the last
-    axis."""
+    """AUROC from the weights of positives and negatives at every distinct score, ascending (last axis)."""
     below = np.cumsum(down, axis=-1) - down / 2  # negatives below, and half of those at the same score
     pairs = up.sum(-1) * down.sum(-1)
     return ratio((up * below).sum(-1), pairs)
@@ -189,8 +188,7 @@ def token_r2(
 
     The prediction is the feature's mean at that token in the fit (0 at a token that the fit does not have);
     R^2 = 1 - sum of squared errors / sum of squares about the mean. 1: a token detector; near 0: the token
-    says nothing; below 0: worse than the mean (a feature too rare to tell). NaN for a feature that does not
-    vary."""
+    says nothing; below 0: worse than the mean (too rare to tell). NaN for a constant."""
     size = int(max(fit_tokens.max(initial=-1), tokens.max(initial=-1))) + 1
     counts = np.bincount(tokens, minlength=size).astype(float)
     inverse = sparse.diags_array(1 / np.maximum(np.bincount(fit_tokens, minlength=size), 1))

@@ -66,9 +66,8 @@ def by_strength(
 
 
 def strengths(store: Store, coded: SplitCodes, feature: int, bins: int = 5) -> pd.DataFrame:
-    """What a feature fires at, by strength: a row for each of ``bins`` parts of its firings, equally many,
-    the strongest first: highest and lowest activation, tokens, label (of the sentence that most are in) and
-    its share."""
+    """What a feature fires at, by strength: a row for each of ``bins`` equal parts of its firings, strongest
+    first: highest and lowest activation, tokens, label (of the sentence that most are in) and its share."""
     rows, values = firings(coded.rows, coded.codes.tocsc(), feature)
     order, table = np.lexsort((rows, -values)), []
     names = np.array([*LABELS, "(no label)"])  # the last has the index -1

@@ -59,8 +59,7 @@ def record(results: Results, inspection: Inspection, found: np.ndarray) -> pd.Da
 
 
 def record_all(results: Results, inspections: Sequence[Inspection], found: Sequence[np.ndarray]) -> None:
-    """``record`` of each crosscoder; control_<...>_worst: of the crosscoder in which it is smallest; table
-    control."""
+    """``record`` of each crosscoder; control_<...>_worst: the smallest; table control."""
     over_crosscoders(results, record, zip(inspections, found, strict=True))
     for name in ("control_subspace_recall", "control_subspace_precision"):
         results.worst(name)

@@ -321,8 +321,7 @@ def _mover(base, distilled) -> tuple:
 
 
 def _at_threshold(inspection: Inspection, controls: Controls, c: str) -> tuple[float, float, float]:
-    """(precision, recall, threshold) of a category's feature, the threshold chosen on choose; NaN for one
-    that falls silent."""
+    """(precision, recall, threshold) of a category's feature, chosen on choose; NaN if it falls silent."""
     feature, place, sign = inspection.detectors[c]
     if sign < 0:
         return np.nan, np.nan, np.nan
@@ -358,9 +357,8 @@ def pooled(table: pd.DataFrame, keys: Sequence[str], value: str = "auroc") -> pd
 
 
 def record_of_any_nrn(results: Results, inspection: Inspection, controls: Controls) -> pd.DataFrame:
-    """The best feature of each category among those of any NRN, beside the chosen one, put into ``results``:
-    metrics any_nrn_<c>, any_nrn_auroc_<c>, any_nrn_gain_<c> (its AUROC minus the chosen one's). A row per
-    category."""
+    """The best feature of each category among those of any NRN, beside the chosen one: metrics any_nrn_<c>,
+    any_nrn_auroc_<c>, any_nrn_gain_<c> (its AUROC minus the chosen one's). A row each."""
     table, alive, lines = inspection.table, inspection.alive, []
     best, chosen = category_detectors(table, nrn_over=-1), inspection.detectors
     tests = detectors(inspection, best, controls.n_boot, controls.seed, False)
@@ -464,10 +462,9 @@ def record_fact_of_all(
     controls: Controls,
     fact: str = "error",
 ) -> pd.DataFrame:
-    """``record_fact`` of all crosscoders, pooled into ``results``; returns a row per crosscoder, empty if the
-    text does not tell the fact. Also metrics <fact>_beyond_null (share of the crosscoders) and
-    <fact>_recurrence (the largest share whose features are members of one recurrent cluster); table
-    <fact>s."""
+    """``record_fact`` of all crosscoders, pooled into ``results``; a row per crosscoder, empty if no text
+    tells it. Also <fact>_beyond_null (share of the crosscoders) and <fact>_recurrence (the largest share
+    whose features are members of one recurrent cluster); table <fact>s."""
     known = over_crosscoders(results, record_fact, list(zip(inspections, beyond_null)), controls, fact)
     table = pd.DataFrame([row for row in known if row]).rename_axis("crosscoder").reset_index()
     if table.empty:

@@ -161,8 +161,7 @@ class Explorer:
         ]
 
     def view(self, feature: int, n: int = 6) -> tuple[go.Figure, object]:
-        """(figure, ``IPython.display.HTML``) of a feature with ``n`` contexts. UserError for a number that
-        does not exist."""
+        """(figure, ``IPython.display.HTML``) of a feature with ``n`` contexts; UserError if unknown."""
         from IPython.display import HTML
 
         check_feature(self.crosscoder, feature)

@@ -77,8 +77,7 @@ class Lens:
         return tuple(self.tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in ends)
 
     def table(self, features: Mapping[str, int], n: int = 5) -> pd.DataFrame:
-        """A row per feature {what it is: number} and model: feature, model, promoted, suppressed,
-        agreement."""
+        """A row per feature {what: number} and model: feature, model, promoted, suppressed, agreement."""
         rows = []
         for what, feature in features.items():
             agreement = self.agreement(feature)

@@ -150,8 +150,7 @@ def all_detectors(
 
 
 def scaling(table: pd.DataFrame, above: np.ndarray, threshold: float) -> tuple[go.Figure, pd.DataFrame]:
-    """NRN against nu in its error form: (figure, points). The dotted lines are the null's threshold and
-    0.2."""
+    """NRN against nu in its error form: (figure, points). Dotted: the null's threshold, 0.2."""
     usable = table["alive"] & table["nu_eps"].notna()
     points = table[usable].assign(kind=np.where(above[usable], "above the null's 1%", "not above"))
     fig = px.scatter(
@@ -169,8 +168,7 @@ def scaling(table: pd.DataFrame, above: np.ndarray, threshold: float) -> tuple[g
 
 
 def use(table: pd.DataFrame, limit: float) -> tuple[go.Figure, pd.DataFrame]:
-    """Change of use along NRN (``use.record``): (figure, points). The dotted lines hold 99% of the null's
-    features."""
+    """Change of use along NRN (``use.record``): (figure, points). Dotted: 99% of the null's."""
     kinds = {"unique": "#222222", "reweighted": COLOURS["verification"], "unchanged": COLOURS["null"]}
     alive = table[table["alive"]]
     fig = px.scatter(

@@ -333,8 +333,7 @@ def record_extremes(
     gap (lowest minus highest), reasoning_<group> (the label names one of the four categories).
 
     Returns the features of all groups, with the columns group, fires_from_token (the AUROC with which the
-    current token alone predicts *that* a feature fires) and reasoning (its label names one of the four
-    categories)."""
+    current token alone predicts *that* a feature fires) and reasoning (its label names a category)."""
     choose, report, store = inspection.choose, inspection.report, inspection.store
     labelled = pd.concat([part.assign(group=name) for name, part in groups.items()])
     labelled["fires_from_token"] = auroc.token_fires_auroc(
@@ -401,8 +400,7 @@ def as_shares(results: Results, *names: str) -> None:
 
 
 def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Tables of several crosscoders below each other, numbered in a column "crosscoder"; a single one as it
-    is."""
+    """Tables of several crosscoders below each other, with a column "crosscoder"; a single one as it is."""
     if len(frames) == 1:
         return frames[0]
     return pd.concat(dict(enumerate(frames)), names=["crosscoder"]).reset_index(0).reset_index(drop=True)
@@ -556,8 +554,7 @@ def open_artefacts_of_all(
     """The store of a run, and all its crosscoders with their feature tables (columns of ``follow`` included);
     ``source`` and ``facts`` as in ``inspect_all``.
 
-    UserError, naming the notebook that makes it, for what is missing or was computed from something else
-    than there is now."""
+    UserError, naming the notebook that makes it, for what is missing or made from something else."""
     store = open_store(run, pair)
     crosscoders, contents = zip(*open_all(run, store, source, facts))
     folders = [numbered(run, number, "features") for number in range(len(crosscoders))]

@@ -141,8 +141,7 @@ def _injection_trials(
 
 
 def _cut(tokens: Sequence, place: int, context: int | None = None) -> tuple[tuple, int]:
-    """The stretch of at most ``context`` tokens that ends ``WINDOW`` tokens after the place, and the place in
-    it."""
+    """The stretch of at most ``context`` tokens that ends ``WINDOW`` after the place, and the place in it."""
     first = max(0, place + WINDOW - context) if context else 0
     return tuple(tokens[first : place + WINDOW]), place - first
 
@@ -161,8 +160,7 @@ def telltales(category: str) -> frozenset[str]:
 
 @dataclass
 class Recorder(Teacher):
-    """A teacher that records what each sentence was made from, (kind, values), so that it can be put in other
-    words."""
+    """A teacher that records what each sentence was made from, (kind, values), to be put in other words."""
 
     sources: list = field(default_factory=list)
 

@@ -522,8 +522,7 @@ def estimates(
 
 def summarise(effects: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Means of ``measure`` with 95% intervals over documents (``estimates``): one row per category, model,
-    rule, k and kind of removal, with columns <value>, <value>_low and <value>_high for VALUES; n and
-    documents."""
+    rule, k and kind of removal, with columns <value>, _low and _high for VALUES; n, documents."""
     rows, keys = [], ["category", "model", "rule", "k", "removed"]
     for key, group in effects.groupby(keys, sort=False):
         row = dict(zip(keys, key))

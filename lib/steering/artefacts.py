@@ -29,8 +29,7 @@ from .tasks import Medium, medium_of
 class RunArtefacts:
     """``table``: one row per feature; ``chosen`` {category: feature}; ``fingerprint``: the crosscoder's;
     ``models`` {name: model}, on NDIF's servers if the pair is remote; ``medium``: how this pair is asked.
-    ``number``: of the crosscoder among the run's; ``others``: the same with each of the others, for the
-    first."""
+    ``number``: of the crosscoder among the run's; ``others``: the rest, for the first."""
 
     run: Run
     pair: Pair

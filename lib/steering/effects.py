@@ -110,8 +110,7 @@ class _Resampled:
 
 
 def _bounds(draws: np.ndarray, value: str, low: str = "", high: str = "") -> dict[str, float]:
-    """Value and interval under these names; NaN where undefined in the data, or in more than half of the
-    resamples."""
+    """Value and interval under these names; NaN where undefined in the data, or in most resamples."""
     defined, ends = draws[1:][~np.isnan(draws[1:])], (np.nan, np.nan)
     if not np.isnan(draws[0]) and len(defined) > len(draws) / 2:
         ends = interval(defined)

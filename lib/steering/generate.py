@@ -182,8 +182,7 @@ def _token(tokenizer: PreTrainedTokenizerBase, name: str, word: str | None) -> i
 
 
 class _Batch:
-    """One batch of rows with one writer. ``end`` and ``stop``: ids of the tokens that end thinking and
-    sentences."""
+    """One batch of rows with one writer. ``end``, ``stop``: ids that end thinking, sentences."""
 
     remote: bool | str = False
 

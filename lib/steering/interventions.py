@@ -54,8 +54,7 @@ class State:
         return self.computed[source, fill]
 
     def decoder(self, model: str | None = None) -> Tensor:
-        """Raw decoder rows [F, d] of ``model`` (the writer's by default), in the units of the writer's
-        stream."""
+        """Raw decoder rows [F, d] of ``model`` (default: the writer's), in the writer's units."""
         crosscoder, model = self.crosscoder, model or self.writer
         if ("decoder", model) not in self.computed:
             width = dict(zip(crosscoder.names, crosscoder.widths))
@@ -113,8 +112,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """decode(f)^writer - h: the residual stream is replaced, with the error. ``source``: "joint", "own" or
-    "other"."""
+    """decode(f)^writer - h: the stream is replaced, with the error. ``source``: "joint", "own", "other"."""
 
     source: str
     fill: str = "mean"
@@ -205,8 +203,7 @@ class RowVectors:
 
 @dataclass(frozen=True)
 class LogitBias:
-    """No change of the residual stream: ``value`` is added to the logits of ``words`` where the intervention
-    acts."""
+    """No change of the residual stream: ``value`` is added to the logits of ``words`` where it acts."""
 
     words: tuple[str, ...]
     value: float

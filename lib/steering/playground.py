@@ -294,8 +294,7 @@ _MESSAGE = (
 
 
 class Panel(ipywidgets.VBox):
-    """Fields, two buttons and the two growing texts. ``Generate`` while something is generated begins
-    anew."""
+    """Fields, two buttons and the two growing texts. ``Generate`` while it generates begins anew."""
 
     def __init__(self, playground: Playground):
         self.playground, self._turn, self._stopped, self._task = playground, 0, False, None

@@ -60,8 +60,7 @@ def points(
 
 
 def ablation_per_norm(pooled: pd.DataFrame, singles: pd.DataFrame) -> go.Figure:
-    """The effect of the largest k per unit of removed norm; a row of panels per model. Both tables:
-    ``report.at_largest_k``."""
+    """The effect per unit of removed norm, of ``report.at_largest_k``; a row of panels per model."""
     fig = points(
         singles, pooled, "removed", "per_norm", "removed", KINDS, facet_col="category", facet_row="model",
         category_orders={"category": CATEGORIES, "removed": list(REMOVED)}, width=1000, height=560,

@@ -91,8 +91,7 @@ def at_largest_k(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _lowered(results: Results, names: str, end: str = "") -> list[str]:
-    """Categories whose metric ablate_<name><end> has its interval below 0; {} in ``names`` is the
-    category."""
+    """Categories whose metric ablate_<name><end> has its interval below 0; {}: the category."""
     found = []
     for c in CATEGORIES:
         metric = results.metrics[f"ablate_{names.format(c)}{end}"]
@@ -231,8 +230,7 @@ def steering_shows(results: Results, found: Mapping[str, Found]) -> str:
 
 
 def needed_and_redundant(results: Results) -> pd.DataFrame:
-    """Tokens of needed and of redundant sentences under the chosen conditions, as ratios: aim, tokens, ratio,
-    ratio_low, ratio_high."""
+    """Tokens of needed and of redundant sentences as ratios: aim, tokens, ratio, ratio_low, ratio_high."""
     rows = []
     for aim, label in AIM_NAMES.items():
         for tokens in ("needed", "redundant"):

@@ -175,8 +175,7 @@ def report(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(thoughts, curves): the conditions chosen for an aim, of all crosscoders and of the reference, on
     ``tasks`` for reporting, with random directions at the chosen strengths; and ``outcomes.compare`` of them,
-    with columns layer, aim, place and crosscoder (REFERENCES, RANDOM). The unsteered model is the first
-    row."""
+    with columns layer, aim, place and crosscoder (REFERENCES, RANDOM). First row: unsteered."""
     store, numbers = found.opened.store, (*found.references, *(one.number for one in found.opened.each))
     width, norm = store.widths["distilled"], store.mean_norms["distilled"]
     controls = steer.random_directions(random_directions, width, norm, seed)
@@ -213,8 +212,7 @@ def gallery(
 
 
 def best_layer(found: Mapping[str, Found], aim: str) -> str:
-    """The layer at which an aim was reached best on the puzzles for choosing, by the mean over
-    crosscoders."""
+    """The layer at which an aim was reached best on the puzzles for choosing, by ``Found.score``."""
     sign = 1 if AIMS[aim][0] == "longer" else -1
     return max(found, key=lambda layer: sign * found[layer].score(aim))
 

@@ -57,8 +57,7 @@ class Direction:
 def feature_direction(
     crosscoder: CrossCoder, feature: int, norm: float, label: str = "feature", model: str = "distilled"
 ) -> Direction:
-    """The raw decoder row of a feature in ``model``, brought to ``norm``. UserError for a feature that does
-    not exist."""
+    """The raw decoder row of a feature in ``model``, brought to ``norm``; UserError for an unknown one."""
     row = crosscoder.rows(model, raw=True)[check_feature(crosscoder, feature)].detach().float()
     if row.norm() == 0:
         raise UserError(f"feature {feature} has no decoder row in {model}: it cannot steer")
@@ -66,8 +65,7 @@ def feature_direction(
 
 
 def random_directions(n: int, width: int, norm: float, seed: int = 0) -> list[Direction]:
-    """``n`` random directions of the same norm: the control for "any push of this size would have done
-    it"."""
+    """``n`` random directions of the same norm: the control for "any push would have done it"."""
     noise = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
     return [Direction(f"random {i}", "random", row * (norm / row.norm())) for i, row in enumerate(noise)]
 

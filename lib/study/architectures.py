@@ -182,8 +182,7 @@ def least_share(limit: float) -> float:
 def origin_metrics(tables: Sequence[pd.DataFrame]) -> dict[str, dict]:
     """The metrics of one crosscoder of three models: in_all, came_with_style, came_with_function, shares of
     its features; function_minus_style, the difference of the last two. ``tables``: ``origins`` of the alive
-    features at the null's threshold and at both ends of its interval; the intervals, over features, cover
-    all three."""
+    features at the null's threshold and at both ends of its interval; intervals cover all three."""
     origins, metrics = [table["origin"] for table in tables], {}
     for origin in ("in all", "came with style", "came with function"):
         metrics[origin.replace(" ", "_")] = _share(*(own.to_numpy() == origin for own in origins))

@@ -316,8 +316,7 @@ def recommend(table: pd.DataFrame) -> dict[str, str]:
     """{"architecture", "method"}: chosen on split "choose", in our regime.
 
     The pair whose weaker side is best: both models' unique features, precision and recall, averaged over the
-    seeds; the smallest of these four counts, their mean decides ties. A method that flags nothing has
-    precision 0 here."""
+    seeds; the smallest of these four counts, their mean decides ties. Nothing flagged: precision 0."""
     ours = table[(table["split"] == "choose") & (table["setting"] == OURS.name)]
     if ours.empty:
         raise UserError("the table has no seeds to choose on in our regime: evaluate it with them")

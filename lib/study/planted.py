@@ -178,8 +178,7 @@ class PlantedStore:
 def shuffled(
     rows: np.ndarray, batch_size: int, seed: list[int], start: int = 0, part: tuple[int, int] = (0, 1)
 ) -> Iterator[np.ndarray]:
-    """Batches of rows in a random order, from batch ``start`` on; of each its ``part`` (number, of how
-    many)."""
+    """Batches of rows in a random order, from batch ``start`` on; of each its ``part`` (i, of n)."""
     order = np.random.default_rng(seed).permutation(rows)
     for first in range(start * batch_size, len(order), batch_size):
         yield order[first : first + batch_size][part[0] :: part[1]]
@@ -398,8 +397,7 @@ def _exponent(planted: Planted, measured: Regime) -> float:
 
 
 def _copula(phi: float, frequency: float) -> float:
-    """Correlation of two normal variables whose excesses, each with this frequency, have the correlation
-    ``phi``."""
+    """Correlation of two normal variables whose excesses, of this frequency, have the correlation ``phi``."""
     threshold = ndtri(1 - frequency)
 
     def excess(rho: float) -> float:

@@ -37,8 +37,7 @@ def prompt(question: str) -> str:
 
 
 def parts(trace: Trace) -> tuple[str, str]:
-    """A whole trace in two texts that are tokenised one by one: what the model is asked, and what
-    it writes."""
+    """A whole trace in two texts, tokenised one by one: what the model is asked, and what it writes."""
     return prompt(trace.question), trace.response + "<|im_end|>\n"
 
 

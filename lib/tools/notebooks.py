@@ -399,8 +399,7 @@ def run_all(
 ) -> None:
     """Check everything, then execute notebooks of ``folder`` in order: those that ``only`` names, or all
     whose number matches the pattern ``row``, but for those about another pair (``EMBEDDED``); at most
-    ``workers`` at once (None: the profile's, or ``_workers``). UserError for wrong usage, NotebookFailed if
-    a notebook fails."""
+    ``workers`` at once (None: the profile's, or ``_workers``). UserError for wrong usage, NotebookFailed."""
     folder, root = folder.resolve(), folder.resolve().parent
     stems = stems_of(folder)
     own, registry = os.environ.get(REGISTRY), _registry(folder)
