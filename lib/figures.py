@@ -45,14 +45,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 _TIMEOUT = 40.0  # seconds for one PNG; the first one starts the browser (4 s)
 
-_grid = dict(
-    gridcolor="#E8E8E8",
-    linecolor="#444444",
-    zerolinecolor="#BBBBBB",
-    ticks="outside",
-    title_standoff=8,
-    automargin=True,
-)
+_grid = dict(gridcolor="#E8E8E8", linecolor="#444444", zerolinecolor="#BBBBBB", ticks="outside")
+_grid |= dict(title_standoff=8, automargin=True)
 pio.templates["distilled"] = go.layout.Template(
     layout=dict(
         width=760,
@@ -181,9 +175,8 @@ def summary(fig: go.Figure) -> str:
     parts = [f'Figure "{_line(fig.layout.title.text)}"']
     parts += [f"{axis}: {_line(title)}" for axis in "xy" if (title := fig.layout[f"{axis}axis"].title.text)]
     for trace in fig.data[:12]:
-        values = next(
-            (trace[key] for key in ("y", "x", "z", "values") if key in trace and trace[key] is not None), ()
-        )
+        known = (trace[key] for key in ("y", "x", "z", "values") if key in trace)
+        values = next((values for values in known if values is not None), ())
         parts.append(f"{trace.type} {_line(trace.name)}".strip() + f" ({len(values)} points)")
     return "; ".join(parts + ([f"{len(fig.data) - 12} more traces"] if len(fig.data) > 12 else []))
 
@@ -202,9 +195,8 @@ def traces(fig: go.Figure) -> pd.DataFrame:
                 columns[error] = trace[error].array
         if "z" in columns and np.ndim(columns["z"]) == 2:  # a heat map: one row per cell
             grid = pd.DataFrame(np.asarray(columns["z"]), index=columns.get("y"), columns=columns.get("x"))
-            columns = (
-                grid.rename_axis(index="y", columns="x").stack().rename("z").reset_index().to_dict("list")
-            )
+            long = grid.rename_axis(index="y", columns="x").stack().rename("z")
+            columns = long.reset_index().to_dict("list")
         frame = pd.DataFrame({key: pd.Series(np.asarray(values)) for key, values in columns.items()})
         frame.insert(0, "trace", trace.name or str(i))
         frames.append(frame)
@@ -247,12 +239,8 @@ def to_png(fig: go.Figure, scale: float = 2) -> bytes | None:
             kaleido.start_sync_server(path=path, page_generator=page, timeout=_TIMEOUT, silence_warnings=True)
             _browser["state"] = "open"
         template = pio.templates["distilled"].layout
-        opts = dict(
-            format="png",
-            scale=scale,
-            width=fig.layout.width or template.width,
-            height=fig.layout.height or template.height,
-        )
+        size = {side: fig.layout[side] or template[side] for side in ("width", "height")}
+        opts = dict(format="png", scale=scale, **size)
         return _bounded(lambda: kaleido.calc_fig_sync(fig.to_dict(), opts=opts), _TIMEOUT + 5)
     except Exception as error:
         _browser["state"] = "broken"
@@ -289,15 +277,10 @@ def compact(png: bytes) -> bytes:
     table = np.zeros((height, width + 1), np.uint8)
     table[:, 1:] = nearest[which.ravel()].reshape(height, width)
     header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
-    parts = {
-        b"IHDR": header,
-        b"PLTE": palette.tobytes(),
-        b"IDAT": zlib.compress(table.tobytes(), 9),
-        b"IEND": b"",
-    }
-    return png[:8] + b"".join(
-        struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts.items()
-    )
+    parts = {b"IHDR": header, b"PLTE": palette.tobytes()}
+    parts |= {b"IDAT": zlib.compress(table.tobytes(), 9), b"IEND": b""}
+    packed = lambda k, b: struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b))
+    return png[:8] + b"".join(packed(k, b) for k, b in parts.items())
 
 
 def _bounded(work, seconds: float):

@@ -30,24 +30,8 @@ from .settings import (
 )
 from .stats import pooled
 
-__all__ = [
-    "Results",
-    "UserError",
-    "begin",
-    "read_part",
-    "read_results",
-    "scoreboard",
-    # kinds of parameters
-    "Count",
-    "Flag",
-    "Number",
-    "Positive",
-    "Share",
-    "Shares",
-    "Text",
-    "integer",
-    "number",
-]
+__all__ = ["Results", "UserError", "begin", "read_part", "read_results", "scoreboard"]
+__all__ += ["Count", "Flag", "Number", "Positive", "Share", "Shares", "Text", "integer", "number"]
 Kind = TypeVar("Kind")
 FOUND = "**What this run found.** "
 NOT_YET = "*What this run found will stand here when all cells have been run.*"
@@ -191,25 +175,14 @@ class Results:
             "metrics": self.metrics,
             "tables": self.tables,
         }
-        return write_text(
-            self.run.results / f"{self.notebook}.json",
-            json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n",
-        )
+        text = json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n"
+        return write_text(self.run.results / f"{self.notebook}.json", text)
 
     def frame(self) -> pd.DataFrame:
         """The metrics as a table for the notebook: one row per metric, without speeds, which differ from run
         to run."""
-        rows = [
-            {
-                "metric": name,
-                "value": m["value"],
-                "low": (m["ci"] or [None])[0],
-                "high": (m["ci"] or [None])[-1],
-                "n": m["n"],
-            }
-            for name, m in self.metrics.items()
-            if not name.endswith(TIMES)
-        ]
+        shown = [(name, m) for name, m in self.metrics.items() if not name.endswith(TIMES)]
+        rows = [(name, m["value"], *(m["ci"] or (None, None)), m["n"]) for name, m in shown]
         frame = pd.DataFrame(rows, columns=["metric", "value", "low", "high", "n"]).set_index("metric")
         return frame.astype({"value": float, "low": float, "high": float, "n": "Int64"}).round(4)
 
@@ -304,18 +277,10 @@ def scoreboard(rows: Sequence[Mapping]) -> pd.DataFrame:
 
 PARTS = {  # part of the study: the notebook that computes it
     **dict.fromkeys(("nulls", "seeds", "similarity"), "10"),
-    **{
-        "architectures": "11",
-        "planted": "12",
-        "causal": "13",
-        "transplants": "13",
-        "training": "14",
-        "texts": "14",
-        "paper": "16",
-        "loop": "16",
-        "finders": "17",
-        "verdicts": "18",
-    },
+    **{"architectures": "11", "planted": "12", "finders": "17", "verdicts": "18"},
+    **dict.fromkeys(("causal", "transplants"), "13"),
+    **dict.fromkeys(("training", "texts"), "14"),
+    **dict.fromkeys(("paper", "loop"), "16"),
 }
 
 

@@ -177,12 +177,8 @@ def jackknife(
         left_out = pd.DataFrame([statistic(*(a[block != i] for a in arrays)) for i in range(b)])
         se = ((b - 1) / b * ((left_out - left_out.mean()) ** 2).sum(skipna=False)) ** 0.5
         half = (stats.t.ppf(0.975, b - 1) * se).to_dict()
-    return pd.DataFrame(
-        [
-            {"statistic": name, "value": v, "low": v - half[name], "high": v + half[name], "n": documents}
-            for name, v in value.items()
-        ]
-    )
+    rows = [(name, v, v - half[name], v + half[name], documents) for name, v in value.items()]
+    return pd.DataFrame(rows, columns=["statistic", "value", "low", "high", "n"])
 
 
 def _numbered(groups) -> np.ndarray:

@@ -82,9 +82,8 @@ def judge(
         metrics = dict.fromkeys(c.metric for c in conditions)
         seen = "; ".join(f"{metric} {results.text(metric)}" for metric in metrics)
         rows.append((meaning, (observed or {}).get(name, seen), held, pd.Series(shares).min()))
-    return results.table(
-        "scoreboard", pd.DataFrame(rows, columns=["prediction", "observed", "held", "agree"])
-    )
+    columns = ["prediction", "observed", "held", "agree"]
+    return results.table("scoreboard", pd.DataFrame(rows, columns=columns))
 
 
 def least_agreement(board: pd.DataFrame) -> float:
