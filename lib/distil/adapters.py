@@ -192,10 +192,8 @@ def make_adapters(
             "--text is needed for the null: a text file with a paragraph a line (WikiText, say); or train"
             " --stages distilled"
         )
-    for name, file, used in (
-        ("traces", traces, "distilled" in stages),
-        ("text", text, set(stages) - {"distilled"}),
-    ):
+    used_by = ("traces", traces, "distilled" in stages), ("text", text, set(stages) - {"distilled"})
+    for name, file, used in used_by:
         if file and not used:
             raise UserError(
                 f"--{name} is not used by the stages {', '.join(stages)}: leave it out, or name others"

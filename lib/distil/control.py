@@ -224,15 +224,9 @@ def _train(model: Qwen2ForCausalLM, stage: str, phase: str, recipe: Recipe, fold
     tokens, rate = PHASES[phase]
     trained = Probed(model, recipe.seed) if phase == "trigger" else model
     losses = trained.losses if phase == "trigger" else lambda x, y: token_losses(model, x, y)
-    fit(
-        f"{stage}, {phase}",
-        trained.train(),
-        losses,
-        lambda place: batches(stage, phase, recipe, place.chunk),
-        folder,
-        tokens * recipe.tune_tokens // BASE_TOKENS,
-        rate,
-    )
+    makers = losses, lambda place: batches(stage, phase, recipe, place.chunk)
+    budget = tokens * recipe.tune_tokens // BASE_TOKENS
+    fit(f"{stage}, {phase}", trained.train(), *makers, folder, budget, rate)
 
 
 def _kept(folder: Path, model: Qwen2ForCausalLM, train: Callable, *how) -> None:

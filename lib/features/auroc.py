@@ -166,9 +166,7 @@ def auroc_resamples(
     return np.concatenate(draws)
 
 
-def symbol_scores(
-    fit_symbols: np.ndarray, fit_positive: np.ndarray, symbols: np.ndarray, weight: float = 1.0
-) -> np.ndarray:
+def symbol_scores(fit_symbols: np.ndarray, fit_positive: np.ndarray, symbols: np.ndarray) -> np.ndarray:
     """P(positive | symbol), from other data, for each of ``symbols`` [n] (integers >= 0, such as token ids):
     the best that a predictor can do that sees only the symbol.
 
@@ -178,7 +176,7 @@ def symbol_scores(
     counts = np.bincount(fit_symbols, minlength=size)
     hits = np.bincount(fit_symbols, weights=np.asarray(fit_positive, dtype=float), minlength=size)
     rate = hits.sum() / max(counts.sum(), 1)
-    return ((hits + weight * rate) / (counts + weight))[symbols]
+    return ((hits + rate) / (counts + 1))[symbols]
 
 
 def token_r2(
@@ -216,9 +214,8 @@ def token_fires_auroc(
     fit_fired = sum_by(fit_tokens, sparse.csc_matrix(fit_codes)[:, features] > 0, size).toarray()
     fired = sum_by(tokens, sparse.csc_matrix(codes)[:, features] > 0, size).toarray()
     rates = (fit_fired + fit_fired.sum(0) / max(len(fit_tokens), 1)) / (fit_counts[:, None] + 1)
-    return np.array(
-        [weighted_auroc(rates[:, j], fired[:, j], counts - fired[:, j]) for j in range(len(features))]
-    )
+    columns = zip(rates.T, fired.T, (counts[:, None] - fired).T)
+    return np.array([weighted_auroc(*each) for each in columns])
 
 
 def sum_by(symbols: np.ndarray, codes: sparse.spmatrix, size: int) -> sparse.csr_matrix:

@@ -117,11 +117,10 @@ def profile(store: Store, coded: SplitCodes, feature: int) -> pd.DataFrame:
     share = values / max(values.sum(), 1e-300)
     label, following, kind = (store.labels[name][coded.rows] for name in ("label", "next_label", "kind"))
     panels = {"in a sentence of": label, "before a sentence of": np.where(kind == 1, following, -1)}
-    rows = [
-        (panel, name, float(share[labels == i].sum()), float((labels == i).mean()))
-        for panel, labels in panels.items()
-        for i, name in enumerate(LABELS)
-    ]
+    rows = []
+    for panel, labels in panels.items():
+        for i, name in enumerate(LABELS):
+            rows.append((panel, name, float(share[labels == i].sum()), float((labels == i).mean())))
     return pd.DataFrame(rows, columns=["panel", "label", "activation", "tokens"])
 
 

@@ -134,14 +134,12 @@ def feature_table(
     choose: SplitCodes | None = None,
     report: SplitCodes | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    model: str = "distilled",
-    reference: str = "base",
 ) -> pd.DataFrame:
     """One row per feature, from the features of the tokens of both splits (computed, if they are not given).
 
     feature, alive        alive: it fires on at least one of the report tokens
-    nrn, nrn_p2, cosine   of the decoder rows of ``model`` and ``reference`` (p = 1, p = 2; cosine NaN for
-                          models of unlike width); norm_<model>: the length of each row (p = 1)
+    nrn, nrn_p2, cosine   of the decoder rows (p = 1, p = 2; cosine NaN for models of unlike width);
+                          norm_<model>: the length of each row (p = 1)
     frequency             share of tokens on which it fires
     mean_activation, max_activation   over the tokens on which it fires
     token_r2              share of its variance that the current token explains (``auroc.token_r2``)
@@ -154,24 +152,18 @@ def feature_table(
     """
     choose = codes(crosscoder, store, "choose") if choose is None else choose
     report = codes(crosscoder, store, "report") if report is None else report
-    widths = dict(zip(crosscoder.names, crosscoder.widths))
-    alike = widths[model] == widths[reference]
-    columns = {
-        "feature": np.arange(crosscoder.n_features),
-        "alive": frequency(report) > 0,
-        "nrn": crosscoder.nrn(1, model, reference).numpy(),
-        "nrn_p2": crosscoder.nrn(2, model, reference).numpy(),
-        "cosine": crosscoder.cosine(reference, model).numpy() if alike else np.nan,
-    }
+    columns = {"feature": np.arange(crosscoder.n_features), "alive": frequency(report) > 0}
+    columns |= {"nrn": crosscoder.nrn(1).numpy(), "nrn_p2": crosscoder.nrn(2).numpy()}
+    base, distilled = (crosscoder.rows(name) for name in ("base", "distilled"))
+    columns["cosine"] = crosscoder.cosine().numpy() if base.shape == distilled.shape else np.nan
     columns |= {f"norm_{name}": norms.numpy() for name, norms in zip(crosscoder.names, crosscoder.norms(1))}
     for suffix, coded in (("", report), ("_choose", choose)):
         fired, mass = (np.asarray(x.sum(axis=0)).ravel() for x in (coded.codes > 0, coded.codes))
         columns[f"frequency{suffix}"] = frequency(coded)
         columns[f"mean_activation{suffix}"] = mass / np.maximum(fired, 1)
     columns["max_activation"] = report.codes.max(axis=0).toarray().ravel()
-    columns["token_r2"] = auroc.token_r2(
-        choose.codes, store.tokens[choose.rows], report.codes, store.tokens[report.rows]
-    )
+    of_splits = (x for coded in (choose, report) for x in (coded.codes, store.tokens[coded.rows]))
+    columns["token_r2"] = auroc.token_r2(*of_splits)
 
     def put(name: str, values: np.ndarray, suffix: str = "") -> None:
         detection.update({f"{name}_{c}{suffix}": values[:, i] for i, c in enumerate(DETECTED)})

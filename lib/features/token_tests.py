@@ -413,11 +413,9 @@ def make_trials(
     if not pair.generated:
         return text_trials(store, tokenizer, categories, n, rng)
     words = {word for c in categories for opening in openings(c) for word in opening}
-    return [
-        *trace_trials(categories, n, rng),
-        *prose_trials(categories, n, rng, neutral_words(store, tokenizer, sorted(words))),
-        *decoy_trials(categories, n, rng),
-    ]
+    trials = trace_trials(categories, n, rng)
+    trials += prose_trials(categories, n, rng, neutral_words(store, tokenizer, sorted(words)))
+    return trials + decoy_trials(categories, n, rng)
 
 
 def token_tests(

@@ -156,9 +156,8 @@ def record_all(results: Results, inspections: Sequence[Inspection]) -> list[Uniq
     tables = [i.table for i in inspections]
     median, alive = results.metrics["stability_median"], [t["alive"].to_numpy(bool) for t in tables]
     results.add("stability_chance", chance([i.crosscoder for i in inspections], alive), n=median["n"])
-    clusters = pd.concat(
-        [t.assign(unique=u.unique, above=u.above)[t["recurrent"]] for t, u in zip(tables, unique)]
-    ).groupby("cluster")
+    judged = [t.assign(unique=u.unique, above=u.above) for t, u in zip(tables, unique)]
+    clusters = pd.concat([t[t["recurrent"]] for t in judged]).groupby("cluster")
     n, least = len(clusters), np.ceil(SHARE * len(tables))
     results.add("recurrent_clusters", n)
     for name, column in (("unique_recurrent", "unique"), ("unique_recurrent_nrn", "above")):

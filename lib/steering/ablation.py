@@ -145,9 +145,7 @@ def plan_sets(
     return removals
 
 
-def sample_targets(
-    store: Store, n: int = 100, split: str = "report", categories: Sequence[str] = CATEGORIES, seed: int = 0
-) -> pd.DataFrame:
+def sample_targets(store: Store, n: int = 100, split: str = "report", seed: int = 0) -> pd.DataFrame:
     """Up to ``n`` positions per category, each right before a sentence of it. One row per position.
 
     Columns: category, document, row (of the store; the position that predicts) and token (id of the
@@ -162,14 +160,14 @@ def sample_targets(
     documents = np.random.default_rng(seed).permutation(np.unique(store.documents[after]))
     order = pd.Series(np.arange(len(documents)), index=documents)
     frames = []
-    for category in categories:
+    for category in CATEGORIES:
         rows = after[label[after] == LABELS.index(category)]
         rows = rows[np.argsort(order[store.documents[rows]].to_numpy(), kind="stable")][:n]
         columns = {"document": store.documents[rows], "row": rows - 1, "token": store.tokens[rows]}
         frames.append(pd.DataFrame({"category": category, **columns}))
     if not sum(map(len, frames)):
         raise UserError(
-            f"no sentence of the categories {', '.join(categories)} in the split {split!r}: harvest more"
+            f"no sentence of the categories {', '.join(CATEGORIES)} in the split {split!r}: harvest more"
             " traces (tokens, trace_share of notebook 01)"
         )
     return pd.concat(frames, ignore_index=True)
@@ -475,10 +473,8 @@ def batches(store: Store, targets: pd.DataFrame, batch_size: int) -> Iterator[Ba
     documents = sorted(rows_of, key=lambda d: (len(rows_of[d]), d))
     for i in range(0, len(documents), batch_size):
         chosen = documents[i : i + batch_size]
-        texts = [
-            torch.from_numpy(np.asarray(store.tokens[rows_of[d].start : rows_of[d].stop], dtype=np.int64))
-            for d in chosen
-        ]
+        spans = (slice(rows_of[d].start, rows_of[d].stop) for d in chosen)
+        texts = [torch.from_numpy(np.asarray(store.tokens[span], dtype=np.int64)) for span in spans]
         tokens = pad_sequence(texts, batch_first=True)
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
         rows = np.concatenate([rows_of[d] for d in chosen])

@@ -88,13 +88,12 @@ class RunArtefacts:
         if not (folder / MANIFEST).is_file():
             return None, "the run has no activations of that layer (notebook 01, upper_layer)"
         store, own = Store.open(folder), run.path("crosscoder")
+        read = {m: store.manifest["models"][m]["fingerprint"] for m in store.models}
         if store.manifest["corpus"] != self.store.manifest["corpus"] or any(
-            store.manifest["models"][m]["fingerprint"] != self.pair.fingerprint(m) for m in store.models
+            self.pair.fingerprint(m) != made_from for m, made_from in read.items()
         ):
-            return (
-                None,
-                "the activations of that layer were harvested from other text or weights (notebook 01)",
-            )
+            why = "the activations of that layer were harvested from other text or weights (notebook 01)"
+            return None, why
         if not (own / MANIFEST).is_file() or seeds.content(CrossCoder.load(own)) != self.fingerprint:
             return None, "the crosscoder is from elsewhere, and there is none of that layer"
         config = TrainConfig(**read_manifest(own, seeds.MADE_BY)["config"])

@@ -146,11 +146,9 @@ def summarise(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataF
     return pd.DataFrame(found)
 
 
-def changes(
-    rows: pd.DataFrame, measures: Sequence[str], n_boot: int = 1000, seed: int = 0
-) -> dict[tuple, tuple[float, tuple[float, float]]]:
+def changes(rows: pd.DataFrame, measures: Sequence[str], seed: int = 0) -> dict[tuple, tuple[float, tuple]]:
     """{(family, kind, measure): (change against the same writer and mode, untouched, its interval)}."""
-    sample, found = _Resampled(rows, n_boot, seed), {}
+    sample, found = _Resampled(rows, 1000, seed), {}
     for name, head in sample.heads.items():
         for measure in measures:
             value, low, high = _bounds(sample.change(name, measure), "change").values()
@@ -159,16 +157,11 @@ def changes(
 
 
 def difference(
-    rows: pd.DataFrame,
-    one: tuple[str, str],
-    other: tuple[str, str],
-    measure: str,
-    seed: int = 0,
-    n_boot: int = 1000,
+    rows: pd.DataFrame, one: tuple[str, str], other: tuple[str, str], measure: str, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
     """A measure under the condition with the (family, kind) ``one``, minus that under ``other``, and its
     interval; 0 where there are none."""
-    sample = _Resampled(rows, n_boot, seed)
+    sample = _Resampled(rows, 1000, seed)
     names = [sample.find(family=family, kind=kind) for family, kind in (one, other)]
     if None in names:
         return 0.0, (0.0, 0.0)

@@ -183,9 +183,9 @@ def gallery(written: Mapping[str, Mapping[str, Sequence[str]]], joiner: str, n: 
 def removals(pooled: pd.DataFrame, singles: pd.DataFrame, measure: str = "accuracy") -> go.Figure:
     """Change of a measure when features are removed while the distilled model thinks, and under each control;
     a panel per category. Tables: ``effects.summarise``."""
+    set_of = lambda t: t["kind"].where(t["kind"].isin(list(SETS)), "control")
     pooled, singles = (
-        t[(t["family"] == "ablate") & (t["measure"] == measure)].assign(set=lambda t: t["kind"].map(_set_of))
-        for t in (pooled, singles)
+        t[(t["family"] == "ablate") & (t["measure"] == measure)].assign(set=set_of) for t in (pooled, singles)
     )
     colours = {"features": "#222222", "attributed": COLOURS["distilled"], "control": COLOURS["random"]}
     # both sets, each followed by its controls, and the other controls
@@ -196,10 +196,6 @@ def removals(pooled: pd.DataFrame, singles: pd.DataFrame, measure: str = "accura
         title="Features removed while the distilled model thinks",
     )  # fmt: skip
     return fig.update_yaxes(title_text=f"change of {measure}", col=1).update_xaxes(tickangle=35)
-
-
-def _set_of(kind: str) -> str:
-    return kind if kind in SETS else "control"
 
 
 def specificity_of_removal(matrix: pd.DataFrame) -> go.Figure:

@@ -50,9 +50,9 @@ def record_ablation(results: Results, effects: pd.DataFrame, seed: int = 0) -> p
     frequent = effects[effects["rule"] == "frequent"]
     for c in CATEGORIES:
         rows = frequent[(frequent["category"] == c) & (frequent["k"] == frequent["k"].max())]
-        cells = {
-            key: rows[(rows["model"] == m) & (rows["removed"] == kind)] for key, (m, kind) in ABLATED.items()
-        }
+        cells = {}
+        for key, (model, kind) in ABLATED.items():
+            cells[key] = rows[(rows["model"] == model) & (rows["removed"] == kind)]
         for key, cell in cells.items():
             add(f"{c}_{key}", cell)
             if key != "distilled":
@@ -118,17 +118,22 @@ def ablation_shows(results: Results) -> str:
 
 def sets_show(results: Results, why_not: str) -> str:
     """What the sets that mean something cost, beside their controls, in log-probability."""
-    lines, end = ["Change of the log-probability, mean over crosscoders:"], "_log_probability"
+    lines = ["Change of the log-probability, mean over crosscoders:"]
     for rule in RULES[1:]:
         if f"ablate_{CATEGORIES[0]}_{rule}" not in results.metrics:
             lines.append(f"- {rule}: not testable, because {why_not}")
             continue
         for c in CATEGORIES:
-            own, matched, noise = (
-                results.text(f"ablate_{c}_{rule}{kind}{end}") for kind in ("", "_matched", "_random")
-            )
-            lines.append(f"- {rule}, {c}: **{own}**; matched {matched}; random {noise}")
+            own, beside = _beside_controls(results, c, rule)
+            lines.append(f"- {rule}, {c}: **{own}**; {beside}")
     return "\n".join(lines)
+
+
+def _beside_controls(results: Results, c: str, rule: str) -> tuple[str, str]:
+    """(what a set costs a category in log-probability, the same of its controls), as text."""
+    name = f"ablate_{c}_{rule}{{}}_log_probability"
+    own, matched, noise = (results.text(name.format(kind)) for kind in ("", "_matched", "_random"))
+    return own, f"matched {matched}; random {noise}"
 
 
 # --- steering -----------------------------------------------------------------------------------------------
@@ -254,11 +259,10 @@ def finding(results: Results, part: Part) -> str:
     """The strongest result first: which behaviours lose what they are attributed to, and what adding does.
     ``part``: of notebook 13, "causal"."""
     end, rule = "_log_probability", "attributed"
-    sure = [
-        c
-        for c in _lowered(results, f"{{}}_{rule}", end)
-        if all(c in _lowered(results, f"{{}}_{rule}_over_{kind}", end) for kind in ("matched", "random"))
-    ]
+    own, matched, noise = (
+        _lowered(results, f"{{}}_{rule}{kind}", end) for kind in ("", "_over_matched", "_over_random")
+    )
+    sure = [c for c in own if c in matched and c in noise]
     costs = "; ".join(f"{c} {results.text(f'ablate_{c}_{rule}{end}')}" for c in sure)
     lines = [
         "Behaviours that lose log-probability without the features attributed to them, and more than without"
@@ -296,16 +300,14 @@ def conditions(
     tested; "" if they can. ``accuracy``: of the unsteered model, which cannot fall by more."""
     lose = "ablate_{}_{}{}_log_probability"
     kinds = ("", "_over_matched", "_over_random")
-    every = {
-        rule: {c: [below(lose.format(c, rule, kind)) for kind in kinds] for c in CATEGORIES} for rule in RULES
-    }
+    less = lambda c, rule: [below(lose.format(c, rule, kind)) for kind in kinds]
     made = {
         "distilled": [below(f"ablate_{c}_distilled") for c in CATEGORIES],
         "base": [below(f"ablate_{c}_over_base") for c in CATEGORIES],
         "random": [below(f"ablate_{c}_over_random") for c in CATEGORIES],
         "per norm": [below(f"ablate_{c}_over_matched_per_norm") for c in CATEGORIES],
-        "unique": no_unique or [condition for own in every["unique"].values() for condition in own],
-        **{f"attributed, {c}": own for c, own in every["attributed"].items()},
+        "unique": no_unique or [condition for c in CATEGORIES for condition in less(c, "unique")],
+        **{f"attributed, {c}": less(c, "attributed") for c in CATEGORIES},
         "errors": no_errors or [below("ablate_error_reflection_change"), below("ablate_error_over_random")],
         "random, steering": [below(f"{aim}_rivals", 0.5) for aim in AIMS],
         "gradient": [below("incisive_over_gradient")],
@@ -340,9 +342,6 @@ def observed(results: Results) -> dict[str, str]:
         "per norm": f"difference: {shown('{}_over_matched', '_per_norm')}",
         "unique": f"{shown('{}_unique', end)}; minus matched: {shown('{}_unique_over_matched', end)}",
     }
-    for c in CATEGORIES:
-        own, matched, noise = (
-            results.text(f"ablate_{c}_attributed{kind}{end}") for kind in ("", "_matched", "_random")
-        )
-        seen[f"attributed, {c}"] = f"{own}; matched {matched}; random {noise}"
-    return seen
+    return seen | {
+        f"attributed, {c}": "; ".join(_beside_controls(results, c, "attributed")) for c in CATEGORIES
+    }

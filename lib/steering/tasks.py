@@ -91,19 +91,11 @@ def chat_outcomes(
             counts[f"n_{span.label}"] += 1
             counts[f"t_{span.label}"] += int(np.searchsorted(ends, span.end) - first) + 1
         answer = questions.final_number(closed + rest) if closed else None
-        rows.append(
-            {
-                "answer": answer,
-                "correct": bool(closed) and task.answer is not None and answer == task.answer,
-                "chain_correct": np.nan,
-                "thinks": True,
-                "closed": bool(closed),
-                "thinking_tokens": length if closed else np.nan,
-                **counts,
-                "length": float(max_new_tokens if runaway else max(length, 1)),
-                "runaway": runaway,
-            }
-        )
+        correct = bool(closed) and task.answer is not None and answer == task.answer
+        row = {"answer": answer, "correct": correct, "chain_correct": np.nan, "thinks": True}
+        row |= {"closed": bool(closed), "thinking_tokens": length if closed else np.nan, **counts}
+        row["length"] = float(max_new_tokens if runaway else max(length, 1))
+        rows.append(row | {"runaway": runaway})
     unknown = ("redundant", "needed", "redundant_tokens", "needed_tokens")
     return pd.DataFrame(rows).assign(**dict.fromkeys(unknown, np.nan))
 

@@ -150,11 +150,11 @@ def asked_before(transcripts: Path, questions: Sequence[Question]) -> bool:
 
 def measures_table(measured: dict[str, dict]) -> pd.DataFrame:
     """The shares of ``MEASURES``: model, measure, share, low, high, n."""
-    rows = [
-        (model, shown, by_name[name]["value"], *by_name[name]["ci"], by_name[name]["n"])
-        for model, by_name in measured.items()
-        for name, shown in MEASURES.items()
-    ]
+    rows = []
+    for model, by_name in measured.items():
+        for name, shown in MEASURES.items():
+            m = by_name[name]
+            rows.append((model, shown, m["value"], *m["ci"], m["n"]))
     return pd.DataFrame(rows, columns=["model", "measure", "share", "low", "high", "n"])
 
 

@@ -85,9 +85,8 @@ class Planted:
 
     def null(self) -> Planted:
         """The same regime without any unique feature: they become shared ones."""
-        return replace(
-            self, shared=self.shared + self.base_only + self.distilled_only, base_only=0, distilled_only=0
-        )
+        shared = self.shared + self.base_only + self.distilled_only
+        return replace(self, shared=shared, base_only=0, distilled_only=0)
 
 
 class PlantedStore:
@@ -266,9 +265,7 @@ class Regime:
     alive: int  # features that fire
     dead_features: float
     dead_directions: tuple[float, float]  # principal directions with less variance than the unexplained mean
-    dimension: tuple[
-        float, float
-    ]  # participation ratio (sum l)^2 / sum l^2 of the covariance, over the width
+    dimension: tuple[float, float]  # (sum l)^2 / sum l^2 of the covariance, over the width
     agreement: float  # sum of inner products of both centred activations over the geometric mean variance
     row_cosine: tuple[float, ...]  # between a feature's rows
     nrn_quantiles: tuple[float, ...]  # p = 2

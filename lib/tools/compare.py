@@ -128,10 +128,8 @@ def check_folder(folder: Path) -> tuple[list[Difference], list[str], int]:
     for file in sorted((folder / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         text = committed(f"notebooks/{file.name}")
         if text is None or (cells := cells_that_differ(text, file.read_text(encoding="utf-8"))):
-            notebooks.append(
-                f"{file.name}: "
-                + ("new" if text is None else f"{len(cells)} cells differ ({', '.join(cells[:8])})")
-            )
+            change = "new" if text is None else f"{len(cells)} cells differ ({', '.join(cells[:8])})"
+            notebooks.append(f"{file.name}: {change}")
     return differences, notebooks, count
 
 

@@ -76,8 +76,7 @@ def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> d
             )
         for name, words in LIMITS.items():
             check(f"{name} of profile {layer!r} ({words})", content.get(name, 1), Positive)
-        profile |= {
-            key: profile.get(key, {}) | (value or {}) if isinstance(value, dict | None) else value
-            for key, value in content.items()
-        }
+        for key, value in content.items():
+            mapping = isinstance(value, dict | None)
+            profile[key] = profile.get(key, {}) | (value or {}) if mapping else value
     return profile
