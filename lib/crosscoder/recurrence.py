@@ -64,12 +64,10 @@ def stability(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], se
     return table
 
 
-def recurrent(
-    crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], limit: float = LIMIT, share: float = SHARE
-) -> pd.DataFrame:
+def recurrent(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray]) -> pd.DataFrame:
     """One row per alive feature of each crosscoder: crosscoder (its place in the list), feature, stability
     (mean cosine with its matches in the others), cluster, members (crosscoders with a feature in the
-    cluster), recurrent (these are at least the ``share``: as many as must agree on a verdict).
+    cluster), recurrent (these are at least the ``SHARE``: as many as must agree on a verdict).
 
     A cluster has at most one feature of a crosscoder: of several connected ones the most stable stays, and
     the others are clusters of their own."""
@@ -81,7 +79,7 @@ def recurrent(
         matches = match(crosscoders[a], crosscoders[b], alive[a], alive[b]).query("match >= 0")
         left, right = first[a] + matches["feature"].to_numpy(), first[b] + matches["match"].to_numpy()
         cosines[left, b] = cosines[right, a] = matches["cosine"]
-        edges.append(np.stack([left, right])[:, matches["cosine"] >= limit])
+        edges.append(np.stack([left, right])[:, matches["cosine"] >= LIMIT])
     left, right = np.concatenate(edges, axis=1) if edges else np.empty((2, 0), dtype=int)
     graph = sparse.coo_matrix((np.ones(len(left)), (left, right)), shape=(first[-1], first[-1]))
     rows = np.flatnonzero(np.concatenate(alive))
@@ -94,7 +92,7 @@ def recurrent(
     second = by_stability.duplicated(["cluster", "crosscoder"]).sort_index()
     table.loc[second, "cluster"] = table["cluster"].max() + 1 + np.arange(second.sum())
     table["members"] = table.groupby("cluster")["crosscoder"].transform("size")
-    return table.assign(recurrent=table["members"] >= math.ceil(share * n))
+    return table.assign(recurrent=table["members"] >= math.ceil(SHARE * n))
 
 
 def chance(crosscoders: Sequence[CrossCoder], alive: Sequence[np.ndarray], seed: int = 0) -> float:

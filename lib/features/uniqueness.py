@@ -41,16 +41,15 @@ def score_table(
     model: str = "distilled",
     reference: str = "base",
     n_boot: int = 200,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Every score of uniqueness of every feature on tokens of "report": feature, alive, frequency, nrn,
     nrn_p2, and the columns of ``latent_scaling``; ``side`` "distilled" means that of ``model``."""
-    coded = codes(crosscoder, store, "report", max_tokens, seed)
+    coded = codes(crosscoder, store, "report", max_tokens)
     table = pd.DataFrame({"feature": np.arange(crosscoder.n_features), "frequency": frequency(coded)})
     table.insert(1, "alive", table["frequency"] > 0)
     for name, p in (("nrn", 1), ("nrn_p2", 2)):
         table[name] = crosscoder.nrn(p, model, reference).numpy()
-    scaling = latent_scaling(crosscoder, store, coded.rows, model, reference, n_boot, seed)
+    scaling = latent_scaling(crosscoder, store, coded.rows, model, reference, n_boot)
     # the roles, which all pairs have alike
     scaling["side"] = scaling["side"].replace(dict(zip((model, reference), SIDES)))
     return table.merge(scaling, on="feature", validate="1:1")

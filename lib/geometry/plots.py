@@ -37,11 +37,9 @@ def flat_map(geometry: Geometry, relation: Relation, reference: str = "base") ->
     return pd.concat(frames, ignore_index=True)
 
 
-def arrows(
-    geometry: Geometry, relation: Relation, models: Sequence[str] | None = None, labels: int = 8
-) -> go.Figure:
+def arrows(geometry: Geometry, relation: Relation, models: Sequence[str] | None = None) -> go.Figure:
     """One panel per model: an arrow from each input to its output, and the mean arrow in black; at most
-    ``labels`` pairs are named, the same in all panels."""
+    eight pairs are named, the same in all panels."""
     frame, models = flat_map(geometry, relation), list(models or geometry.points)
     table = geometry.table[geometry.table["relation"] == relation.name].set_index("model")
     title = "{}: relative loss {:.2f}, unexplained {:.2f}"
@@ -49,7 +47,7 @@ def arrows(
     shared = dict(shared_xaxes="all", shared_yaxes="all", horizontal_spacing=0.04)
     fig = make_subplots(1, len(models), subplot_titles=titles, **shared)
     maps = [frame[frame["model"] == model].reset_index(drop=True) for model in models]
-    named = _apart(maps, labels)
+    named = _apart(maps, 8)
     for column, (model, part) in enumerate(zip(models, maps), start=1):
         colour, panel = COLOURS.get(model, COLOURS["random"]), dict(row=1, col=column)
         for i, row in part.iterrows():

@@ -232,7 +232,7 @@ def feature_overlap(
 
 
 def category_cosines(
-    crosscoder: CrossCoder, chosen: Mapping[str, int], alive: np.ndarray, n_null: int = 2000, seed: int = 0
+    crosscoder: CrossCoder, chosen: Mapping[str, int], alive: np.ndarray, n_null: int = 2000
 ) -> pd.DataFrame:
     """Do the categories' features write in like directions? One row per pair of categories and model: cosine
     of their decoder rows.
@@ -240,7 +240,7 @@ def category_cosines(
     ``chosen`` {category: feature}. Columns model, a, b, feature_a, feature_b, cosine, and null_low, null_high
     and p (``_against_null``) of random pairs of different alive features. Two categories with one feature
     have cosine NaN: it would be 1 by construction."""
-    rng, living, records = np.random.default_rng(seed), np.flatnonzero(alive), []
+    rng, living, records = np.random.default_rng(0), np.flatnonzero(alive), []
     if len(living) < 2:
         raise UserError(f"{len(living)} features are alive: cosines of different features need at least two")
     first = rng.integers(len(living), size=n_null)

@@ -176,14 +176,12 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
         yield order[first:stop].tolist()
 
 
-def norm_limits(
-    positions: np.ndarray, norms: Mapping[str, np.ndarray], factor: float = NORM_FACTOR
-) -> dict[str, float]:
-    """Above which norm a token is dropped: ``factor`` times each model's median over all tokens but the first
-    of each text."""
+def norm_limits(positions: np.ndarray, norms: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Above which norm a token is dropped: ``NORM_FACTOR`` times each model's median over all tokens but the
+    first of each text."""
     inner = np.asarray(positions) != 0
     inner = inner if inner.any() else ~inner
-    return {m: factor * float(np.median(np.asarray(n, np.float64)[inner])) for m, n in norms.items()}
+    return {m: NORM_FACTOR * float(np.median(np.asarray(n, np.float64)[inner])) for m, n in norms.items()}
 
 
 def masks(

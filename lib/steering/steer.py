@@ -125,15 +125,9 @@ def _gradients(
 
 
 def candidates(
-    table: pd.DataFrame,
-    crosscoder: CrossCoder,
-    gradients: Mapping[str, Tensor],
-    norm: float,
-    n: int = 2,
-    nrn_over: float = 0.5,
+    table: pd.DataFrame, crosscoder: CrossCoder, gradients: Mapping[str, Tensor], norm: float, n: int = 2
 ) -> pd.DataFrame:
-    """Features worth trying for each label of ``gradients``, among the alive ones with an NRN above
-    ``nrn_over``.
+    """Features worth trying for each label of ``gradients``, among the alive ones with an NRN above 0.5.
 
     ``by`` "reads": the one that predicts the label's sentences best (``auroc_<label>_choose`` of the feature
     table; the paper's way). ``by`` "writes": the ``n`` whose decoder rows promote them most (``influence``).
@@ -141,7 +135,7 @@ def candidates(
     1), times_random (influence over that of a typical random direction of the same norm) and nrn. A feature
     is a candidate of one label only."""
     check("candidates", n, int, low=0)
-    usable = table[table["alive"].astype(bool) & (table["nrn"] > nrn_over)].set_index("feature")
+    usable = table[table["alive"].astype(bool) & (table["nrn"] > 0.5)].set_index("feature")
     if missing := [label for label in gradients if f"auroc_{label}_choose" not in usable]:
         raise UserError(
             f"the feature table has no AUROC of {', '.join(missing)}: run notebook 03_inspect_features again"
@@ -184,7 +178,6 @@ class Steering:
         max_new_tokens: int = 260,
         temperature: float = 1.0,
         seed: int = 0,
-        end_of_thinking: str | None = None,
         medium: Medium = PUZZLES,
         remote: bool | str = False,
         place: str = "thinking",
@@ -197,7 +190,7 @@ class Steering:
             "max_new_tokens": max_new_tokens,
             "temperature": float(temperature),
             "seed": seed,
-            "end_of_thinking": end_of_thinking or medium.end_of_thinking,
+            "end_of_thinking": medium.end_of_thinking,
         }
         self.unsteered = fingerprint(weights, self.options)  # the same at every layer and place
         self.options["place"] = place

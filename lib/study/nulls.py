@@ -149,9 +149,7 @@ def _null_metrics(
     return metrics
 
 
-def thresholds(
-    null: pd.DataFrame, levels: Sequence[float] = LEVELS, n_boot: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def thresholds(null: pd.DataFrame, levels: Sequence[float] = LEVELS, n_boot: int = 1000) -> pd.DataFrame:
     """Thresholds that a share ``level`` of the null's features exceed: score, side, level, threshold, low,
     high (95%), n.
 
@@ -165,7 +163,7 @@ def thresholds(
         usable, direction = extremity(null, score, side), sign(score, side)
         values, which = usable.to_numpy(), None if groups is None else groups[usable.index]
         at = lambda x, level=level: np.quantile(x, 1 - level) if len(x) else np.nan  # noqa: E731
-        low, high = sorted(direction * b for b in bootstrap(values, at, which, n_boot, seed))
+        low, high = sorted(direction * b for b in bootstrap(values, at, which, n_boot))
         rows.append((score, side, level, direction * at(values), low, high, len(values)))
     return pd.DataFrame(rows, columns=["score", "side", "level", "threshold", "low", "high", "n"])
 
