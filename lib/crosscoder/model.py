@@ -53,19 +53,7 @@ from torch.nn import functional
 
 from ..runs import write_json, write_tensors
 from ..settings import UserError, check, integer
-from . import fixed
-from .sparse import (
-    PreActivations,
-    SparseBatch,
-    alone,
-    encode,
-    jump,
-    reconstruct,
-    select_above,
-    select_batch,
-    select_positive,
-    select_rows,
-)
+from . import fixed, sparse
 
 VARIANTS = ("batchtopk", "topk", "l1", "jumprelu")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -353,7 +341,7 @@ class Forward:
     ``entries``, those of the code in the whole batch."""
 
     x: Tensor
-    code: SparseBatch | fixed.DenseBatch
+    code: sparse.SparseBatch | fixed.DenseBatch
     f: Tensor
     x_hat: Tensor
     aux_hat: Tensor | None = None
@@ -373,11 +361,11 @@ def forward(
     precision: str = "float32",
     wanted: int | None = None,
     hint: float | Tensor = 0.0,
-    gather: Callable[[Tensor], Tensor] = alone,
+    gather: Callable[[Tensor], Tensor] = sparse.alone,
     buffers: dict | None = None,
     bandwidth: float = 0.0,
-    strongest: Callable[..., SparseBatch | None] | None = None,
-    add: Callable[[Tensor], Tensor] = alone,
+    strongest: Callable[..., sparse.SparseBatch | None] | None = None,
+    add: Callable[[Tensor], Tensor] = sparse.alone,
     among: Tensor | None = None,
 ) -> Forward:
     """A batch of RAW activations through the crosscoder as training does it (BatchTopK looks at the whole
@@ -392,30 +380,30 @@ def forward(
     x = crosscoder.scaled(acts)
     weights = crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec
     # alone on a GPU, with shapes that are known beforehand (jumprelu's are not)
-    known = gather is alone and crosscoder.variant != "jumprelu" and fixed.wanted_here(x)
+    known = gather is sparse.alone and crosscoder.variant != "jumprelu" and fixed.wanted_here(x)
     if crosscoder.variant == "l1":
-        if known or (precision != "float32" and gather is alone):
+        if known or (precision != "float32" and gather is sparse.alone):
             code, f, sums = fixed.dense(x, *weights, precision != "float32")
             return Forward(x, code, f, sums + crosscoder.b_dec)
         precision = "float32"  # rounding may change a sign
-    encoded = encode(x, *weights[:2], PRECISIONS[precision], crosscoder.means, buffers)
+    encoded = sparse.encode(x, *weights[:2], PRECISIONS[precision], crosscoder.means, buffers)
     edge = None  # jumprelu: the entries within the kernel
     with torch.no_grad():
         per_unit = crosscoder.strength_per_unit()
     if crosscoder.variant == "l1":
-        code = select_positive(encoded)
+        code = sparse.select_positive(encoded)
     elif crosscoder.variant == "topk":
-        code = (fixed.select_rows if known else select_rows)(encoded, per_unit, crosscoder.k)
+        code = (fixed.select_rows if known else sparse.select_rows)(encoded, per_unit, crosscoder.k)
     elif crosscoder.variant == "jumprelu" and bandwidth:
         theta = crosscoder.log_theta.detach().exp()
-        reached = select_above(encoded, per_unit / theta, 1 - bandwidth / 2, crosscoder.k)
+        reached = sparse.select_above(encoded, per_unit / theta, 1 - bandwidth / 2, crosscoder.k)
         ratio = reached.values * (per_unit / theta)[reached.features]
         code = reached.where(ratio > 1, reached.floor)
         edge = reached.where((ratio - 1).abs() < bandwidth / 2, reached.floor)
     elif known:
         code = fixed.select_batch(encoded, per_unit, wanted or crosscoder.k * len(x), hint)
     else:
-        code = select_batch(encoded, per_unit, wanted or crosscoder.k * len(x), hint, gather)
+        code = sparse.select_batch(encoded, per_unit, wanted or crosscoder.k * len(x), hint, gather)
     if dead is None or not aux_k or among is not None and not len(among):
         chosen = None
     elif known and among is not None:
@@ -425,10 +413,10 @@ def forward(
     else:
         chosen = _strongest(encoded, per_unit, aux_k, dead, known)
     if chosen is None:
-        f, sums = reconstruct(*weights, x, code, buffers)
+        f, sums = sparse.reconstruct(*weights, x, code, buffers)
         sums, aux_hat = add(sums), None
     else:  # in one pass over the weights
-        f, sums = reconstruct(*weights, torch.cat([x, x]), code.above(chosen), buffers)
+        f, sums = sparse.reconstruct(*weights, torch.cat([x, x]), code.above(chosen), buffers)
         f, (sums, aux_hat) = f[: len(code.features)], add(sums).split(len(x))
     out = Forward(x, code, f, sums + crosscoder.b_dec, aux_hat)
     if crosscoder.variant == "jumprelu":
@@ -436,16 +424,17 @@ def forward(
         if edge is not None:
             out.near.index_add_(0, edge.features, torch.ones_like(edge.values))
             rise = theta / (bandwidth * per_unit)
-            out.x_hat = jump(out.x_hat, crosscoder.log_theta, crosscoder.W_dec, edge, rise)
+            out.x_hat = sparse.jump(out.x_hat, crosscoder.log_theta, crosscoder.W_dec, edge, rise)
     return out
 
 
 def _strongest(
-    encoded: PreActivations, per_unit: Tensor, k: int, dead: Tensor, known: bool = False
-) -> SparseBatch | None:
+    encoded: sparse.PreActivations, per_unit: Tensor, k: int, dead: Tensor, known: bool = False
+) -> sparse.SparseBatch | None:
     """The k strongest dead features of each token; None if nothing is dead."""
     among = dead.nonzero().squeeze(-1)
-    return (fixed.select_rows if known else select_rows)(encoded, per_unit, k, among) if len(among) else None
+    select = fixed.select_rows if known else sparse.select_rows
+    return select(encoded, per_unit, k, among) if len(among) else None
 
 
 def squared_error(out: Forward) -> Tensor:

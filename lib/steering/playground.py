@@ -26,18 +26,7 @@ from ..figures import COLOURS, labelled_lines
 from ..labels import CATEGORIES, REDUNDANT
 from ..models.decode import context_of
 from ..settings import UserError, check
-from ..text import lexicon, questions
-from ..text.puzzles import (
-    NUMBERS,
-    OPERATIONS,
-    Puzzle,
-    Question,
-    Sentence,
-    apply,
-    equation_of,
-    label_of,
-    sentences_of,
-)
+from ..text import lexicon, puzzles, questions
 from . import generate
 from . import steer as steering
 from .artefacts import RunArtefacts
@@ -61,12 +50,12 @@ class FreeText:
     value: None = None
     operation: str = ""
 
-    def prompt(self) -> list[Sentence]:
+    def prompt(self) -> list[puzzles.Sentence]:
         words = tuple(self.text.split())
-        return [Sentence(words, "other", given=len(words))]
+        return [puzzles.Sentence(words, "other", given=len(words))]
 
 
-def puzzle_of(words: Sequence[str]) -> Puzzle | Question | FreeText:
+def puzzle_of(words: Sequence[str]) -> puzzles.Puzzle | puzzles.Question | FreeText:
     """The puzzle or the easy question that these words put; free text where they are neither, or where not
     exactly one candidate is right.
 
@@ -75,11 +64,15 @@ def puzzle_of(words: Sequence[str]) -> Puzzle | Question | FreeText:
     """
     words = tuple(words[:-2] if tuple(words[-2:]) == ("think", ":") else words)
     operations, numbers, asked = words[2:-8], words[-6:-3], []
-    if len(words) == 5 and words[2] in NUMBERS and words[3] in OPERATIONS:
-        asked = [Question(int(words[2]), words[3])]
-    elif len(words) > 9 and set(operations) <= set(OPERATIONS) and {*numbers, words[-2]} <= set(NUMBERS):
+    if len(words) == 5 and words[2] in puzzles.NUMBERS and words[3] in puzzles.OPERATIONS:
+        asked = [puzzles.Question(int(words[2]), words[3])]
+    elif (
+        len(words) > 9
+        and set(operations) <= set(puzzles.OPERATIONS)
+        and {*numbers, words[-2]} <= set(puzzles.NUMBERS)
+    ):
         candidates = tuple(map(int, numbers))
-        asked = [Puzzle(operations, candidates, c) for c in dict.fromkeys(candidates)]
+        asked = [puzzles.Puzzle(operations, candidates, c) for c in dict.fromkeys(candidates)]
     # of a puzzle's three answers, those that end at the target
     matching = [task for task in asked if task.prompt()[0].words == words]
     return matching[0] if len(matching) == 1 else FreeText(" ".join(words))
@@ -144,12 +137,12 @@ def lines_of(task, transcript: Sequence[str], medium: Medium) -> list[tuple[str,
         text = medium.joiner.join(transcript)
         return [(span.label, [text[span.start : span.end]], False) for span in lexicon.sentences(text)]
     lines = []
-    for words in sentences_of(list(transcript)):
-        equation = equation_of(words)
-        wrong = equation is not None and apply(equation[1], equation[0]) != equation[2]
+    for words in puzzles.sentences_of(list(transcript)):
+        equation = puzzles.equation_of(words)
+        wrong = equation is not None and puzzles.apply(equation[1], equation[0]) != equation[2]
         if words[:2] == ("answer", ":") and len(words) > 2 and task.answer is not None:
             wrong = words[2] != str(task.answer)
-        lines.append((label_of(words), words, wrong))
+        lines.append((puzzles.label_of(words), words, wrong))
     return lines
 
 
