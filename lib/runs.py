@@ -209,17 +209,14 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
 
     ``what`` the holder does, for the error: "training". The lock is beside the folder, .<name>.lock; the
     system holds it, so a process that is killed leaves none."""
-    lock = FileLock(made_folder(folder.parent) / f".{folder.name}.lock", timeout=0)
     try:
-        lock.acquire()
+        held = FileLock(made_folder(folder.parent) / f".{folder.name}.lock", timeout=0).acquire()
     except Timeout:
         raise UserError(
             f"another run is {what} in {path_shown(folder)}: wait for it, or stop it first"
         ) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 # --- fingerprints and manifests: what was made from what ----------------------------------------------------
