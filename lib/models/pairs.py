@@ -78,14 +78,6 @@ class Pair:
         return cls(name, models, **{"corpus": (), **options})
 
     @property
-    def base(self) -> str | Path:
-        return self.models["base"]
-
-    @property
-    def distilled(self) -> str | Path:
-        return self.models["distilled"]
-
-    @property
     def checkpoints(self) -> dict[str, str | Path]:
         return {**self.models, **self.others}
 

@@ -102,13 +102,10 @@ def outputs_of(
             raise _Stop
 
     blocks = decoder_layers(model)
-    hooks = [blocks[i].register_forward_hook(keep) for i in layers]
-    try:
-        with contextlib.suppress(_Stop):
-            model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, contextlib.suppress(_Stop):
+        for layer in layers:
+            hooks.enter_context(blocks[layer].register_forward_hook(keep))
+        model(**inputs)
     return outputs
 
 

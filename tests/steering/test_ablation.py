@@ -136,7 +136,7 @@ def test_what_ndif_cannot_run_is_refused(world, monkeypatch):
     with pytest.raises(UserError, match="no key for NDIF: .*NDIF_API_KEY"):
         reader.open_models(hub, hub.models)
     monkeypatch.setattr(CONFIG.API, "APIKEY", "mine")
-    for wrong in (world.pair.base, "pypi:some==1.0@sha256:0"):
+    for wrong in (world.pair.models["base"], "pypi:some==1.0@sha256:0"):
         with pytest.raises(UserError, match="'base' is .*NDIF runs models of the hub"):
             reader.open_models(replace(hub, models={"base": wrong}), ["base"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
