@@ -76,7 +76,10 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None, 
     rather than left to contradict them (see ``undrawn``)."""
     file = run.figures / f"{name}.csv"
     frame = traces(fig) if data is None else data
-    fig = _with_pair(fig, about or run.pair)
+    title = (
+        f'{fig.layout.title.text or ""} <span style="color:#777777">({html.escape(about or run.pair)})</span>'
+    )
+    fig = go.Figure(fig).update_layout(title_text=title)
     text = table_text(frame, "%.6g", index=any(level is not None for level in frame.index.names))
     # a fixed div id: by default it is random, and the same figure would give another file each time
     options = dict(include_plotlyjs="directory", include_mathjax=False, config={"displaylogo": False})
@@ -90,13 +93,10 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None, 
     elif not _same_numbers(file, text):
         file.with_suffix(".png").unlink(missing_ok=True)
     write_text(file, text)  # last: as long as the numbers are the old ones, the picture counts as old
-    # on disk for print, in the notebook small: under 1 MB in all
-    _display(fig, picture and to_png(fig, scale=_small(fig)))
-
-
-def _with_pair(fig: go.Figure, pair: str) -> go.Figure:
-    title = f'{fig.layout.title.text or ""} <span style="color:#777777">({html.escape(pair)})</span>'
-    return go.Figure(fig).update_layout(title_text=title)
+    # on disk for print, in the notebook at most as wide as a standard figure: under 1 MB in all
+    standard = pio.templates["distilled"].layout.width
+    scale = min(1.0, standard / (fig.layout.width or standard))
+    _display(fig, picture and to_png(fig, scale=scale))
 
 
 def error_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "") -> dict:
@@ -143,12 +143,6 @@ def undrawn(run: Run, notebooks: Sequence[str] = ("",)) -> str | None:
         " Install one (.venv/bin/plotly_get_chrome, or the system's chromium), or name it in BROWSER_PATH,"
         " and run again"
     )
-
-
-def _small(fig: go.Figure) -> float:
-    """The scale at which a figure is at most as wide as a standard one."""
-    standard = pio.templates["distilled"].layout.width
-    return min(1.0, standard / (fig.layout.width or standard))
 
 
 def _display(fig: go.Figure, picture: bytes | None) -> None:

@@ -8,6 +8,7 @@ They lie in the run's folders ``crosscoder`` (the first one, which is shown wher
 data/pairs/<pair>/crosscoders/, so that everybody reads the same features; whoever trains them anew gets
 others, and ``agreement`` says how far they are the same."""
 
+import filecmp
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -59,17 +60,13 @@ def train_all(
         own, one = folder(run, number, name), replace(config, seed=config.seed + number)
         key, source = one.fingerprint(store), shipped(run.pair, one, name)
         if anew:
-            if is_current(own, key) and is_current(source, key) and _same_file(own, source):
+            files = [place / "crosscoder.safetensors" for place in (own, source)]
+            if is_current(own, key) and is_current(source, key) and filecmp.cmp(*files, shallow=False):
                 (own / MANIFEST).unlink()
         elif not is_current(own, key) and is_current(source, key):
             _copy(source, own)
         crosscoders.append(train(store, one, own))
     return crosscoders
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    one, other = ((folder / "crosscoder.safetensors").read_bytes() for folder in (a, b))
-    return one == other
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -16,12 +16,10 @@ from ..distil.trials import labelled
 from ..figures import COLOURS, error_bars, express_bars, plain_titles
 from ..labels import CATEGORIES
 from .ablation import REMOVED
-from .outcomes import RATES
 from .search import REFERENCES
 
 KINDS = {"features": "#222222", "matched": COLOURS["null"], "random": COLOURS["random"]}
 WHO = {"features": "#222222", "gradient": "#7570B3", "mode": "#1B9E77", "random": COLOURS["random"]}
-SENTENCES = {f"rate_{c}": f"{c} per 100 tokens" for c in RATES}
 SMALL = {"size": 5, "opacity": 0.45}
 SETS = {"features": 0, "attributed": 1}  # sets of features of a category, in whole thoughts
 
