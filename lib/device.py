@@ -1,7 +1,5 @@
 """The GPU, if there is one: what runs on it, and how precisely."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

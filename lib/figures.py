@@ -6,10 +6,7 @@ shows the figure in the notebook and writes, below the run's figure folder, ``02
 paper), ``02_nrn.html`` (to hover and zoom; all share one plotly.min.js beside them) and ``02_nrn.csv`` (the
 numbers behind it). In the notebook the figure is shown twice in one output: as plotly's own data, which
 JupyterLab draws, and as a PNG, which GitHub and nbconvert show. PNGs need kaleido and a Chromium; without
-them everything else works, and PNGs whose numbers have not changed stay.
-"""
-
-from __future__ import annotations
+them everything else works, and PNGs whose numbers have not changed stay."""
 
 import html
 import io
@@ -48,14 +45,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 _TIMEOUT = 40.0  # seconds for one PNG; the first one starts the browser (4 s)
 
-_grid = dict(
-    gridcolor="#E8E8E8",
-    linecolor="#444444",
-    zerolinecolor="#BBBBBB",
-    ticks="outside",
-    title_standoff=8,
-    automargin=True,
-)
+_grid = dict(gridcolor="#E8E8E8", linecolor="#444444", zerolinecolor="#BBBBBB", ticks="outside")
+_grid |= dict(title_standoff=8, automargin=True)
 pio.templates["distilled"] = go.layout.Template(
     layout=dict(
         width=760,
@@ -82,11 +73,13 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None, 
     Its title names the pair, or what else it is ``about``. ``data`` are the numbers behind the figure (a
     named index is kept); without it the traces' own values are written. Where no browser can draw the PNG,
     the one that is there is kept if its numbers are still these, to the thousandth part; else it is removed,
-    rather than left to contradict them (see ``undrawn``).
-    """
+    rather than left to contradict them (see ``undrawn``)."""
     file = run.figures / f"{name}.csv"
     frame = traces(fig) if data is None else data
-    fig = _with_pair(fig, about or run.pair)
+    title = (
+        f'{fig.layout.title.text or ""} <span style="color:#777777">({html.escape(about or run.pair)})</span>'
+    )
+    fig = go.Figure(fig).update_layout(title_text=title)
     text = table_text(frame, "%.6g", index=any(level is not None for level in frame.index.names))
     # a fixed div id: by default it is random, and the same figure would give another file each time
     options = dict(include_plotlyjs="directory", include_mathjax=False, config={"displaylogo": False})
@@ -100,13 +93,10 @@ def save(fig: go.Figure, name: str, run: Run, data: pd.DataFrame | None = None, 
     elif not _same_numbers(file, text):
         file.with_suffix(".png").unlink(missing_ok=True)
     write_text(file, text)  # last: as long as the numbers are the old ones, the picture counts as old
-    # on disk for print, in the notebook small: under 1 MB in all
-    _display(fig, picture and to_png(fig, scale=_small(fig)))
-
-
-def _with_pair(fig: go.Figure, pair: str) -> go.Figure:
-    title = f'{fig.layout.title.text or ""} <span style="color:#777777">({html.escape(pair)})</span>'
-    return go.Figure(fig).update_layout(title_text=title)
+    # on disk for print, in the notebook at most as wide as a standard figure: under 1 MB in all
+    standard = pio.templates["distilled"].layout.width
+    scale = min(1.0, standard / (fig.layout.width or standard))
+    _display(fig, picture and to_png(fig, scale=scale))
 
 
 def error_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "") -> dict:
@@ -115,10 +105,10 @@ def error_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "") -
     return dict(array=(high - table[value]).to_numpy(), arrayminus=(table[value] - low).to_numpy())
 
 
-def express_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "") -> dict:
-    """``error_bars`` as the functions of plotly.express take them."""
+def express_bars(table: pd.DataFrame, value: str, low: str = "", high: str = "", axis: str = "y") -> dict:
+    """``error_bars`` as the functions of plotly.express take them, along an ``axis``."""
     bars = error_bars(table, value, low, high)
-    return dict(error_y=bars["array"], error_y_minus=bars["arrayminus"])
+    return {f"error_{axis}": bars["array"], f"error_{axis}_minus": bars["arrayminus"]}
 
 
 def plain_titles(fig: go.Figure, before: str = "") -> go.Figure:
@@ -128,8 +118,7 @@ def plain_titles(fig: go.Figure, before: str = "") -> go.Figure:
 
 def _same_numbers(file: Path, text: str) -> bool:
     """Is the table in ``file`` that of ``text``, but for what another processor's rounding may change, and
-    nobody sees: a thousandth of the largest number of a column?
-    """
+    nobody sees: a thousandth of the largest number of a column?"""
     if not file.is_file():
         return False
     old, new = read_table(file), read_table(io.StringIO(text))
@@ -144,8 +133,7 @@ def _alike(old: pd.Series, new: pd.Series) -> bool:
 
 def undrawn(run: Run, notebooks: Sequence[str] = ("",)) -> str | None:
     """One line that names the figures of these notebooks ("02") that have no PNG, and says how to get one;
-    None if all have theirs.
-    """
+    None if all have theirs."""
     files = sorted(file for number in notebooks for file in run.figures.glob(f"{number}*.html"))
     names = [file.stem for file in files if not file.with_suffix(".png").is_file()]
     if not names:
@@ -155,12 +143,6 @@ def undrawn(run: Run, notebooks: Sequence[str] = ("",)) -> str | None:
         " Install one (.venv/bin/plotly_get_chrome, or the system's chromium), or name it in BROWSER_PATH,"
         " and run again"
     )
-
-
-def _small(fig: go.Figure) -> float:
-    """The scale at which a figure is at most as wide as a standard one."""
-    standard = pio.templates["distilled"].layout.width
-    return min(1.0, standard / (fig.layout.width or standard))
 
 
 def _display(fig: go.Figure, picture: bytes | None) -> None:
@@ -187,9 +169,8 @@ def summary(fig: go.Figure) -> str:
     parts = [f'Figure "{_line(fig.layout.title.text)}"']
     parts += [f"{axis}: {_line(title)}" for axis in "xy" if (title := fig.layout[f"{axis}axis"].title.text)]
     for trace in fig.data[:12]:
-        values = next(
-            (trace[key] for key in ("y", "x", "z", "values") if key in trace and trace[key] is not None), ()
-        )
+        known = (trace[key] for key in ("y", "x", "z", "values") if key in trace)
+        values = next((values for values in known if values is not None), ())
         parts.append(f"{trace.type} {_line(trace.name)}".strip() + f" ({len(values)} points)")
     return "; ".join(parts + ([f"{len(fig.data) - 12} more traces"] if len(fig.data) > 12 else []))
 
@@ -208,9 +189,8 @@ def traces(fig: go.Figure) -> pd.DataFrame:
                 columns[error] = trace[error].array
         if "z" in columns and np.ndim(columns["z"]) == 2:  # a heat map: one row per cell
             grid = pd.DataFrame(np.asarray(columns["z"]), index=columns.get("y"), columns=columns.get("x"))
-            columns = (
-                grid.rename_axis(index="y", columns="x").stack().rename("z").reset_index().to_dict("list")
-            )
+            long = grid.rename_axis(index="y", columns="x").stack().rename("z")
+            columns = long.reset_index().to_dict("list")
         frame = pd.DataFrame({key: pd.Series(np.asarray(values)) for key, values in columns.items()})
         frame.insert(0, "trace", trace.name or str(i))
         frames.append(frame)
@@ -239,8 +219,7 @@ def find_browser() -> str | None:
 def to_png(fig: go.Figure, scale: float = 2) -> bytes | None:
     """The figure as PNG, or None (with one line on standard error, once) where no browser can make it.
 
-    One browser stays open for the life of the process: 0.3 s a figure instead of 4 s.
-    """
+    One browser stays open for the life of the process: 0.3 s a figure instead of 4 s."""
     if _browser["state"] == "broken":
         return None
     try:
@@ -254,12 +233,8 @@ def to_png(fig: go.Figure, scale: float = 2) -> bytes | None:
             kaleido.start_sync_server(path=path, page_generator=page, timeout=_TIMEOUT, silence_warnings=True)
             _browser["state"] = "open"
         template = pio.templates["distilled"].layout
-        opts = dict(
-            format="png",
-            scale=scale,
-            width=fig.layout.width or template.width,
-            height=fig.layout.height or template.height,
-        )
+        size = {side: fig.layout[side] or template[side] for side in ("width", "height")}
+        opts = dict(format="png", scale=scale, **size)
         return _bounded(lambda: kaleido.calc_fig_sync(fig.to_dict(), opts=opts), _TIMEOUT + 5)
     except Exception as error:
         _browser["state"] = "broken"
@@ -273,8 +248,7 @@ def compact(png: bytes) -> bytes:
     kinds): a third of the bytes.
 
     It keeps notebooks small. What is not opaque 8-bit RGBA, row by row as a browser writes it, comes back as
-    it is.
-    """
+    it is."""
     chunks, at = {}, 8
     while at < len(png):
         size, kind = struct.unpack(">I4s", png[at : at + 8])
@@ -297,21 +271,15 @@ def compact(png: bytes) -> bytes:
     table = np.zeros((height, width + 1), np.uint8)
     table[:, 1:] = nearest[which.ravel()].reshape(height, width)
     header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
-    parts = {
-        b"IHDR": header,
-        b"PLTE": palette.tobytes(),
-        b"IDAT": zlib.compress(table.tobytes(), 9),
-        b"IEND": b"",
-    }
-    return png[:8] + b"".join(
-        struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts.items()
-    )
+    parts = {b"IHDR": header, b"PLTE": palette.tobytes()}
+    parts |= {b"IDAT": zlib.compress(table.tobytes(), 9), b"IEND": b""}
+    packed = lambda k, b: struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b))
+    return png[:8] + b"".join(packed(k, b) for k, b in parts.items())
 
 
 def _bounded(work, seconds: float):
     """Call ``work`` in a thread. kaleido waits for ever if its browser dies, and a figure must not stop a
-    run.
-    """
+    run."""
     answer: list = []
 
     def call() -> None:
@@ -351,8 +319,7 @@ def shaded_tokens(
     others.
 
     ``values`` [n] >= 0, one for each of ``words`` [n]; ``maximum`` (default: the largest) is the full shade,
-    so that several lines can share a scale. ``label`` stands before the line. Words are escaped.
-    """
+    so that several lines can share a scale. ``label`` stands before the line. Words are escaped."""
     from IPython.display import HTML
 
     values = np.nan_to_num(np.asarray(values, dtype=float), nan=0.0)
@@ -372,8 +339,7 @@ def shaded_tokens(
 
 def labelled_lines(lines: Sequence[tuple[str, Sequence[str], bool]]):
     """Sentences as HTML, one a line: (label, words, wrong). The bar has the label's colour, wrong ones are
-    underlined.
-    """
+    underlined."""
     from IPython.display import HTML
 
     rows = []

@@ -1,7 +1,5 @@
 """The names of what is labelled: categories of sentences, kinds of text, splits, arrays of labels."""
 
-from __future__ import annotations
-
 CATEGORIES = ("reflection", "deduction", "alternative", "contrast")  # the paper's four, in its order
 REDUNDANT = "verification"
 # what a token's sentence can be; "general": not a trace

@@ -30,24 +30,8 @@ from .settings import (
 )
 from .stats import pooled
 
-__all__ = [
-    "Results",
-    "UserError",
-    "begin",
-    "read_part",
-    "read_results",
-    "scoreboard",
-    # kinds of parameters
-    "Count",
-    "Flag",
-    "Number",
-    "Positive",
-    "Share",
-    "Shares",
-    "Text",
-    "integer",
-    "number",
-]
+__all__ = ["Results", "UserError", "begin", "read_part", "read_results", "scoreboard"]
+__all__ += ["Count", "Flag", "Number", "Positive", "Share", "Shares", "Text", "integer", "number"]
 Kind = TypeVar("Kind")
 FOUND = "**What this run found.** "
 NOT_YET = "*What this run found will stand here when all cells have been run.*"
@@ -64,8 +48,7 @@ def begin(notebook: str, names: Mapping, **kinds) -> Results:
     ``names`` are the notebook's variables; its parameters are pair, run, and those that ``kinds`` names: a
     kind of ``lib.settings`` (``Count``, ``Share``, ``integer(10)``, ``Count | None``, ``list[int]``), or a
     tuple of choices. UserError says which parameter must be what. If ``threads`` is one of them, torch takes
-    so many. Leaves a place for what will be ``found``.
-    """
+    so many. Leaves a place for what will be ``found``."""
     parameters = {name: names[name] for name in ("pair", "run", *kinds)}
     run = Run(names["pair"], names["run"])
     check_kinds(parameters, kinds)
@@ -192,26 +175,14 @@ class Results:
             "metrics": self.metrics,
             "tables": self.tables,
         }
-        return write_text(
-            self.run.results / f"{self.notebook}.json",
-            json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n",
-        )
+        text = json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n"
+        return write_text(self.run.results / f"{self.notebook}.json", text)
 
     def frame(self) -> pd.DataFrame:
         """The metrics as a table for the notebook: one row per metric, without speeds, which differ from run
-        to run.
-        """
-        rows = [
-            {
-                "metric": name,
-                "value": m["value"],
-                "low": (m["ci"] or [None])[0],
-                "high": (m["ci"] or [None])[-1],
-                "n": m["n"],
-            }
-            for name, m in self.metrics.items()
-            if not name.endswith(TIMES)
-        ]
+        to run."""
+        shown = [(name, m) for name, m in self.metrics.items() if not name.endswith(TIMES)]
+        rows = [(name, m["value"], *(m["ci"] or (None, None)), m["n"]) for name, m in shown]
         frame = pd.DataFrame(rows, columns=["metric", "value", "low", "high", "n"]).set_index("metric")
         return frame.astype({"value": float, "low": float, "high": float, "n": "Int64"}).round(4)
 
@@ -225,8 +196,7 @@ class Results:
 def pooled_metric(each: Sequence[Mapping | None]) -> dict:
     """One metric of several crosscoders {value, ci, n}, None for one that has no such number: the mean, an
     interval over crosscoders and documents (``stats.pooled``), the mean n, and what each of them says under
-    "seeds": [value, low, high]. Of one crosscoder: its own metric.
-    """
+    "seeds": [value, low, high]. Of one crosscoder: its own metric."""
     if len(each) == 1:
         return dict(each[0])
     each = [m or {"value": None, "ci": None, "n": None} for m in each]
@@ -307,18 +277,10 @@ def scoreboard(rows: Sequence[Mapping]) -> pd.DataFrame:
 
 PARTS = {  # part of the study: the notebook that computes it
     **dict.fromkeys(("nulls", "seeds", "similarity"), "10"),
-    **{
-        "architectures": "11",
-        "planted": "12",
-        "causal": "13",
-        "transplants": "13",
-        "training": "14",
-        "texts": "14",
-        "paper": "16",
-        "loop": "16",
-        "finders": "17",
-        "verdicts": "18",
-    },
+    **{"architectures": "11", "planted": "12", "finders": "17", "verdicts": "18"},
+    **dict.fromkeys(("causal", "transplants"), "13"),
+    **dict.fromkeys(("training", "texts"), "14"),
+    **dict.fromkeys(("paper", "loop"), "16"),
 }
 
 
@@ -326,8 +288,7 @@ PARTS = {  # part of the study: the notebook that computes it
 class Part:
     """Metrics {name: {value, ci, n}} and tables of one part; false if there are no tables.
 
-    ``note`` says what was read, or why there is nothing.
-    """
+    ``note`` says what was read, or why there is nothing."""
 
     name: str
     note: str
@@ -341,8 +302,7 @@ class Part:
 def read_part(run: Run, part: str, **inputs: str) -> Part:
     """A part of the study ("nulls"), if it was made in this run and from ``inputs``; else an empty one.
 
-    ``inputs``: fingerprints of the notebook's own artefacts, by name (store, crosscoder).
-    """
+    ``inputs``: fingerprints of the notebook's own artefacts, by name (store, crosscoder)."""
     folder = run.figures / "study" / part
     again = make_command("study", run.pair, run.name, PARTS.get(part, part))
     if not (folder / "manifest.json").is_file():

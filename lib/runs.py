@@ -8,8 +8,7 @@ A *run* is one pair of models with one set of budgets; everything it makes lies 
     table = kept_table(run.path("scores"), key, make)    # make() is called only if it was not, from the same
 
 A folder that holds an artefact holds manifest.json, with the artefact's fingerprint, written last: without it
-the artefact does not exist, and with another fingerprint it is stale.
-"""
+the artefact does not exist, and with another fingerprint it is stale."""
 
 from __future__ import annotations
 
@@ -130,8 +129,7 @@ def _refused(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Another name to write ``path`` under, in a folder that is made: flushed to the disk and renamed at the
-    end of the block, removed if it fails. UserError if the disk does not take it.
-    """
+    end of the block, removed if it fails. UserError if the disk does not take it."""
     scratch = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")  # jobs may share a folder
     try:
         with _refused(path):
@@ -147,8 +145,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
     """Another folder to write into; at the end of the block its files, flushed to the disk, take their places
-    in ``folder``. A block that fails changes nothing. UserError if the disk does not take it.
-    """
+    in ``folder``. A block that fails changes nothing. UserError if the disk does not take it."""
     in_folder = {"prefix": ".", "suffix": ".part"}
     with _refused(folder), tempfile.TemporaryDirectory(**in_folder, dir=made_folder(folder)) as scratch:
         yield Path(scratch)
@@ -211,19 +208,15 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
     """Hold the lock of ``folder`` as long as the block lasts; UserError if another process holds it.
 
     ``what`` the holder does, for the error: "training". The lock is beside the folder, .<name>.lock; the
-    system holds it, so a process that is killed leaves none.
-    """
-    lock = FileLock(made_folder(folder.parent) / f".{folder.name}.lock", timeout=0)
+    system holds it, so a process that is killed leaves none."""
     try:
-        lock.acquire()
+        held = FileLock(made_folder(folder.parent) / f".{folder.name}.lock", timeout=0).acquire()
     except Timeout:
         raise UserError(
             f"another run is {what} in {path_shown(folder)}: wait for it, or stop it first"
         ) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 # --- fingerprints and manifests: what was made from what ----------------------------------------------------
@@ -233,8 +226,7 @@ def fingerprint(*parts) -> str:
     """16 hex digits of the SHA-256 of all parts: dataclasses, dicts, lists, numbers, strings, arrays, paths.
 
     A ``Path`` is hashed by its content (of a folder: all files in it), so that a retrained model under an old
-    name counts as new. UserError for a path that does not exist, TypeError for what is no plain data.
-    """
+    name counts as new. UserError for a path that does not exist, TypeError for what is no plain data."""
     text = json.dumps(_plain(parts), separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -287,8 +279,7 @@ def write_manifest(folder: Path, fingerprint: str, **info) -> Path:
 
 def read_manifest(folder: Path, made_by: str, expected: str | None = None) -> dict:
     """The manifest of an artefact. UserError, naming the notebook that makes it (its stem,
-    "01_harvest_activations"), if it is missing or damaged, or has another fingerprint than ``expected``.
-    """
+    "01_harvest_activations"), if it is missing or damaged, or has another fingerprint than ``expected``."""
     file, shown = Path(folder) / MANIFEST, path_shown(folder)
     command = f"({_command(folder, made_by)})"
     if not file.is_file():
@@ -376,8 +367,7 @@ class Progress:
 
     In a kernel it is one display, updated at most twice a second (bars of tqdm freeze at 0% in executed
     notebooks); elsewhere a line on standard error, in place on a terminal, every ten seconds in a log, and so
-    for a kernel that the command line has started.
-    """
+    for a kernel that the command line has started."""
 
     _shown = time.monotonic()  # when a kernel last told the terminal
 
@@ -436,8 +426,7 @@ def kept(
 ) -> Kept:
     """What ``read(folder)`` gives; ``make(folder)`` writes it first, unless it is there under this key.
 
-    ``make`` writes into an empty folder, whose files take their places in ``folder`` when it is done.
-    """
+    ``make`` writes into an empty folder, whose files take their places in ``folder`` when it is done."""
     folder = Path(folder)
     if not is_current(folder, fingerprint):
         with whole_files(folder) as scratch:
@@ -451,8 +440,7 @@ def kept_table(
     folder: Path, fingerprint: str, make: Callable[[], pd.DataFrame], name: str = "table", **info
 ) -> pd.DataFrame:
     """The table that ``make`` computes, kept as ``folder``/``name``.csv under this fingerprint, and read back
-    to the last digit; empty text becomes NaN, the words "null" and "None" stay text.
-    """
+    to the last digit; empty text becomes NaN, the words "null" and "None" stay text."""
 
     def make_file(scratch: Path) -> None:
         write_text(scratch / f"{name}.csv", table_text(make()))

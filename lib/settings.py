@@ -1,7 +1,5 @@
 """What a user may set: kinds of parameters, classes of parameters; and the error of one sentence."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping
@@ -153,8 +151,7 @@ def parameters(cls):
     """A frozen dataclass whose values are checked when it is made, against the kinds that annotate them.
 
     Values are kept as they are given: 2 stays 2, where a number may be 2.0, so that fingerprints stay. A
-    ``__post_init__`` of the class is called afterwards, for what concerns several values.
-    """
+    ``__post_init__`` of the class is called afterwards, for what concerns several values."""
     afterwards = cls.__dict__.get("__post_init__")
     kinds = cache(lambda: get_type_hints(cls, include_extras=True))
 

@@ -3,8 +3,6 @@
 Whole groups (documents, puzzles, pairs of words) are resampled: what stands in one group is not independent.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +19,7 @@ NO_INTERVAL = (math.nan, math.nan)
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion; NaN for n = 0. It holds its level at 0 and 1, p ± 1.96 se not.
 
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference"."""
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}: must be from 0 to n")
     if n == 0:
@@ -113,8 +110,7 @@ def pooled(values, intervals=None, level: float = 0.95) -> tuple[float, float, f
     documents, so that their errors are taken to be the same, which is the widest they can be: the mean's is
     the mean of theirs. Both kinds are independent; their distances from the mean add up as squares (MOVER:
     Zou & Donner 2008, "Construction of confidence limits about effect measures"). NaN with fewer than two
-    crosscoders.
-    """
+    crosscoders."""
     values = np.asarray(values, dtype=float)
     known = ~np.isnan(values)
     if not known.any():
@@ -170,8 +166,7 @@ def jackknife(
 
     ``arrays`` [n, ...], ``groups`` [n] document numbers. The documents are dealt into ``blocks``; se^2 = (b -
     1) / b sum (t_i - mean t)^2, and the interval takes Student's t with b - 1 degrees of freedom (Efron &
-    Tibshirani 1993, ch. 11). n is the number of documents; with fewer than two there is no interval.
-    """
+    Tibshirani 1993, ch. 11). n is the number of documents; with fewer than two there is no interval."""
     check("blocks", blocks, int, low=2)
     value, document = statistic(*arrays), _numbered(groups)
     documents = int(document.max()) + 1
@@ -182,12 +177,8 @@ def jackknife(
         left_out = pd.DataFrame([statistic(*(a[block != i] for a in arrays)) for i in range(b)])
         se = ((b - 1) / b * ((left_out - left_out.mean()) ** 2).sum(skipna=False)) ** 0.5
         half = (stats.t.ppf(0.975, b - 1) * se).to_dict()
-    return pd.DataFrame(
-        [
-            {"statistic": name, "value": v, "low": v - half[name], "high": v + half[name], "n": documents}
-            for name, v in value.items()
-        ]
-    )
+    rows = [(name, v, v - half[name], v + half[name], documents) for name, v in value.items()]
+    return pd.DataFrame(rows, columns=["statistic", "value", "low", "high", "n"])
 
 
 def _numbered(groups) -> np.ndarray:

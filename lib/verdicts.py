@@ -14,10 +14,7 @@ documents, lies on that side of the limit, and if at least SHARE of the crosscod
     undecided                   the interval contains the limit, for each of them too
     not testable, because ...   in the notebook's words
 
-A metric without crosscoders in it is judged by its interval alone, or by its value if it has none.
-"""
-
-from __future__ import annotations
+A metric without crosscoders in it is judged by its interval alone, or by its value if it has none."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -72,8 +69,7 @@ def judge(
     means; NaN where no crosscoder is in it).
 
     ``predictions`` {name: conditions}, or why it cannot be tested. ``observed`` {name: text} in place of the
-    metrics' names and numbers.
-    """
+    metrics' names and numbers."""
     rows = []
     for name, meaning in meanings.items():
         conditions = predictions[name]
@@ -86,9 +82,8 @@ def judge(
         metrics = dict.fromkeys(c.metric for c in conditions)
         seen = "; ".join(f"{metric} {results.text(metric)}" for metric in metrics)
         rows.append((meaning, (observed or {}).get(name, seen), held, pd.Series(shares).min()))
-    return results.table(
-        "scoreboard", pd.DataFrame(rows, columns=["prediction", "observed", "held", "agree"])
-    )
+    columns = ["prediction", "observed", "held", "agree"]
+    return results.table("scoreboard", pd.DataFrame(rows, columns=columns))
 
 
 def least_agreement(board: pd.DataFrame) -> float:

@@ -1,9 +1,6 @@
 """Where two models differ in what they expect: the divergence of their next-token distributions, token by
 token. Activations may differ where nothing is done with it; a distribution that differs is a difference of
-behaviour.
-"""
-
-from __future__ import annotations
+behaviour."""
 
 import numpy as np
 import pandas as pd
@@ -14,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..device import placed
-from ..figures import COLOURS, shaded_tokens
+from ..figures import COLOURS, express_bars, shaded_tokens
 from ..labels import LABELS
 from ..models.reader import length_batches
 from ..stats import bootstrap
@@ -41,11 +38,9 @@ def divergence(
         texts = [torch.tensor(token_lists[i]) for i in batch]
         # padded on the right, where no earlier token sees it
         ids, mask = pad_sequence(texts, True), pad_sequence([torch.ones_like(t) for t in texts], True)
-        log_p, log_q = (
-            m(input_ids=ids.to(m.device), attention_mask=mask.to(m.device)).logits[..., :size].float()
-            for m in (model, reference)
-        )
-        log_p, log_q = log_p.log_softmax(-1), log_q.to(log_p.device).log_softmax(-1)
+        each = (m(input_ids=ids.to(m.device), attention_mask=mask.to(m.device)) for m in (model, reference))
+        log_p, log_q = (output.logits[..., :size].float().log_softmax(-1) for output in each)
+        log_q = log_q.to(log_p.device)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
         for i, own in zip(batch, kl):
             found[starts[i] : starts[i + 1]] = own[: len(token_lists[i])].cpu().numpy()
@@ -78,16 +73,11 @@ def half_of_it(kl: pd.DataFrame) -> float:
 def figure(table: pd.DataFrame) -> go.Figure:
     """The table of ``by_place`` as a point with its interval per kind of sentence and place."""
     fig = px.scatter(
-        table,
-        x="kl",
-        y="sentence",
-        color="place",
-        error_x=table["high"] - table["kl"],
-        error_x_minus=table["kl"] - table["low"],
+        table, x="kl", y="sentence", color="place", **express_bars(table, "kl", "low", "high", axis="x"),
         color_discrete_map={INSIDE: COLOURS["null"], AT_END: "#222222"},
         title="Where do the models expect something else?",
         labels={"kl": "KL(distilled || base), nats per token (95% interval)", "sentence": "", "place": ""},
-    )
+    )  # fmt: skip
     fig.update_layout(scattermode="group", scattergap=0.5).update_traces(orientation="h", marker_size=10)
     return fig.update_xaxes(rangemode="tozero")
 

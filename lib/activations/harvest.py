@@ -9,10 +9,7 @@ tokens are masked, which needs medians over everything:
 
 A token is dropped if **any** model says so, or the models would be compared on different tokens. A harvest
 that was interrupted continues at the next shard and ends with the same bytes; so do any number of jobs that
-share the shards out (docs/cluster.md).
-"""
-
-from __future__ import annotations
+share the shards out (docs/cluster.md)."""
 
 import contextlib
 import hashlib
@@ -89,9 +86,7 @@ def harvest_activations(
     Nothing is done if the store is there, whole, and made from the same; what is damaged or missing is made
     anew. ``layer`` overrides the pair's (default: half depth of each model). ``models`` passes loaded models
     by name, with the pair's weights. ``sizes``: ``shard_tokens`` and ``batch_tokens``. Raises UserError for a
-    full disk (finished shards stay), for activations that are not finite, and for token ids that a model does
-    not have.
-    """
+    full disk (finished shards stay), for activations that are not finite, and unknown token ids."""
     return harvest_layers(pair, documents, {path: layer}, models, device, **sizes)[0]
 
 
@@ -176,8 +171,7 @@ def harvest_part(
     Jobs for parts may run in any order or at once, wherever the folder can be seen; ``merge_parts`` makes
     their shards a store. Whole shards are not made again. ``path``: of the store, or {path: layer} of
     several. Other parameters and errors as in ``harvest_activations``; UserError if the folder holds a
-    harvest of something else.
-    """
+    harvest of something else."""
     paths = path if isinstance(path, Mapping) else {path: layer}
     jobs = [job_of(pair, documents, path, layer, **sizes) for path, layer in paths.items()]
     numbers = _part(jobs[0], *part)
@@ -198,8 +192,7 @@ def merge_parts(
     ``harvest_activations``, whose parameters these are.
 
     No model runs, but the text is gone through, to know which shards there must be. UserError names those
-    that are missing or damaged; their parts, run again, make just these anew.
-    """
+    that are missing or damaged; their parts, run again, make just these anew."""
     job = job_of(pair, documents, path, layer, **sizes)
     _claim(job)
     with ThreadPoolExecutor() as pool:  # checksums of several files at once
@@ -218,8 +211,7 @@ def merge_parts(
 
 @dataclass(frozen=True)
 class Job:
-    """What is read and where it goes. ``content``: all that decides the store, as plain data, for its
-    fingerprint and manifest."""
+    """What is read and where it goes. ``content``: all that decides the store, as plain data."""
 
     pair: Pair
     corpus: Corpus | list[Document]
@@ -261,9 +253,8 @@ def job_of(
         corpus, tokenizer = list(documents), pair.tokenizer()
         tokens = sum(len(d.tokens) for d in corpus)
         arrays = [np.concatenate([np.empty(0, np.int64), *(d.tokens for d in corpus)])]
-        arrays += [
-            np.concatenate([np.empty(0, np.int8), *(d.labels[n] for d in corpus)]) for n in LABEL_ARRAYS
-        ]
+        for name in LABEL_ARRAYS:
+            arrays.append(np.concatenate([np.empty(0, np.int8), *(d.labels[name] for d in corpus)]))
         facts = [[len(d.tokens), d.kind, d.split] for d in corpus]
         text = {"source": "documents", "fingerprint": fingerprint(arrays, facts)}
     content = {
@@ -378,10 +369,8 @@ def _make(
                 began = time.monotonic()
             done += tokens
             progress.update(min(done, jobs[0].tokens), f"{number - numbers.start + 1} shards")
-    return [
-        {name: line.result() if isinstance(line, Future) else line for name, line in own.items()}
-        for own in shards
-    ]
+    written = lambda line: line.result() if isinstance(line, Future) else line
+    return [{name: written(line) for name, line in own.items()} for own in shards]
 
 
 def shards_of(job: Job) -> Iterator[tuple[int, str, int, int, list[Document]]]:
@@ -391,8 +380,7 @@ def shards_of(job: Job) -> Iterator[tuple[int, str, int, int, list[Document]]]:
 
 
 def groups(corpus: Iterable[Document], shard_tokens: int) -> Iterator[tuple[int, list[Document]]]:
-    """(number of the first document, documents) of each shard: whole documents, at least ``shard_tokens``
-    tokens (but the last)."""
+    """(number of the first document, documents) of each shard: whole documents, at least ``shard_tokens``."""
     group: list[Document] = []
     size = first = 0
     for number, document in enumerate(corpus):
@@ -447,9 +435,7 @@ def read_models(
     """{model: activations [tokens, d] in the dtype of a store}, {model: norms [tokens]}, padded positions;
     where the models are.
 
-    UserError for token ids that a model does not have, and for activations that are not finite in documents
-    from number ``first`` on.
-    """
+    UserError for unknown token ids, and activations that are not finite in documents from ``first`` on."""
     raw, padding = _read(job, readers, token_lists)
     return *_stored(job, readers, raw, first), padding
 

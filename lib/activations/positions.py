@@ -1,7 +1,5 @@
 """Where in a text a token stands: sentence ends, categories, phases of a trace."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,8 +23,7 @@ def positions(store: Store, rows: np.ndarray, place: str) -> tuple[np.ndarray, n
     ``place``: the last token of a sentence ("before", the full stop), the one before it ("value", what a step
     ends with), or the first ("marker"). The label is that of the *next* sentence for the first two (-1 at the
     last sentence of a text, a negative for all), and of the token's own at the marker. Text without labels
-    has no such positions.
-    """
+    has no such positions."""
     boundary, label, ahead = PLACES[place]
     at = np.minimum(rows + ahead, len(store.documents) - 1)
     here = (store.labels[boundary][at] == 1) & (store.labels["kind"][at] == 1) & (at == rows + ahead)
@@ -56,8 +53,7 @@ def phase_of(store: Store, rows: np.ndarray) -> np.ndarray:
     """Index into PHASES of each of ``rows``, int8 [n]; -1 in traces without labels or without a think tag.
 
     In the embedded pair's traces the first sentence is the prompt, the last the answer, and all between them
-    is thinking; in real text the think tags tell, whose token ids the store's manifest has.
-    """
+    is thinking; in real text the think tags tell, whose token ids the store's manifest has."""
     rows = np.asarray(rows, dtype=np.int64)
     text_rows = np.flatnonzero(np.isin(store.documents, np.unique(store.documents[rows])))
     starts, documents = store.labels["starts"][text_rows].astype(np.int64), store.documents[text_rows]

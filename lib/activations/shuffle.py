@@ -10,8 +10,7 @@ Neighbouring rows of a store are tokens of one text, and single rows are slow to
 The order is a function of (rows wanted, seed, r) alone; an epoch that is continued in its middle reads at
 most the r blocks before that place. A batch draws on all blocks of the ring, but at both ends of an epoch,
 where it is not full, on fewer: the first n rows come from about sqrt(2 r n / 256) blocks. If all blocks fit
-into the ring, all of them arrive first, and the order is a uniform permutation.
-"""
+into the ring, all of them arrive first, and the order is a uniform permutation."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ class Table:
     """The arrays of one safetensors file, [n, ...] each, read in stretches of rows; UserError if it is
     damaged.
 
-    By plain reads: through safetensors' memory map shuffled reading takes twice the time.
-    """
+    By plain reads: through safetensors' memory map shuffled reading takes twice the time."""
 
     def __init__(self, file: str | Path):
         self.file = Path(file)
@@ -269,10 +267,8 @@ def read_shuffled(
         if raw:
             yield rows, [as_stored(some, code) for some, code in zip(out, ring.codes)]
         else:
-            yield (
-                rows,
-                [widened(*parts, torch.from_numpy(some)) for *parts, some in zip(read, ring.codes, out)],
-            )
+            parts = zip(read, ring.codes, map(torch.from_numpy, out))
+            yield rows, [widened(*each) for each in parts]
 
 
 def _gather(held: np.ndarray, places: np.ndarray, out: np.ndarray, pool: ThreadPoolExecutor | None) -> None:
@@ -393,8 +389,7 @@ class Prefetched:
 
     At most ``ahead`` items wait, and one more is being made. What fails in the thread is raised where the
     item is taken. ``close``, or the end of "with", ends the thread and closes the source; what was prefetched
-    is lost. One that nobody holds any more ends too.
-    """
+    is lost. One that nobody holds any more ends too."""
 
     def __init__(self, source: Iterable, ahead: int = 2):
         check("ahead", ahead, int, low=1)

@@ -10,8 +10,7 @@ One row per token, of all models at once, in the order of the corpus::
     log.jsonl                a line per shard, with its time; not part of the content
 
 A store may be larger than memory: activations are read every time. They are handed out raw, as the model
-computed them; a crosscoder multiplies by ``store.scales``, so that every model has mean norm sqrt(d).
-"""
+computed them; a crosscoder multiplies by ``store.scales``, so that every model has mean norm sqrt(d)."""
 
 from __future__ import annotations
 
@@ -102,8 +101,7 @@ class Store:
         """Open a store; UserError if it is missing, or names the file that is missing, truncated or damaged.
 
         Sizes of files are compared always; checksums, for which everything is read, if ``verify``, by default
-        for a store of up to ``VERIFY_BYTES``.
-        """
+        for a store of up to ``VERIFY_BYTES``."""
         path = Path(path)
         manifest, file = read_manifest(path, MADE_BY), path_shown(path / MANIFEST)
         again = f"remove {path_shown(path)} and run notebook {MADE_BY} again"
@@ -184,8 +182,7 @@ class Store:
         (bytes) bounds what is resident at a time, two prefetched batches included, beside one bit per token
         of the store. It decides the order, as do split, seed and epoch, unless the whole split fits. ``part``
         (i, n): of each batch the rows i, i + n, i + 2n, ... ``raw``: in the dtype of the store, for a GPU,
-        which widens them faster. UserError if ``memory`` is too small, unless it is the default.
-        """
+        which widens them faster. UserError if ``memory`` is too small, unless it is the default."""
         memory = check_reading(batch_size, start, part, memory, sum(self.widths.values()))
         names, shuffle = [f"acts_{m}" for m in self.models], self._shuffle(split, seed, epoch, memory)
         return read_shuffled(self._shards, names, shuffle, batch_size, start, part, raw)
@@ -270,8 +267,7 @@ def read_log(path: Path) -> dict[str, dict]:
 
 
 def open_store(run: Run, pair: Pair) -> Store:
-    """The run's store; UserError if it is missing, damaged, or was harvested from other weights than the
-    pair's."""
+    """The run's store; UserError if it is missing, damaged, or harvested from other weights."""
     store = Store.open(run.path("store"))
     for name in store.models:
         if name not in pair.models or store.manifest["models"][name]["fingerprint"] != pair.fingerprint(name):

@@ -13,10 +13,7 @@ order of the text: a corpus that is sorted by subject has to be mixed first.
 Compared with a store: no disk, but each epoch runs the models again. Scales, means and the limit on norms
 come from the first ``sample_tokens`` tokens of the train split, not from all of it, and a norm above the
 limit is noticed when it is met: such a token makes its batch shorter. Notebooks 03 to 05 look up tokens one
-by one and need a store, though of fewer tokens.
-"""
-
-from __future__ import annotations
+by one and need a store, though of fewer tokens."""
 
 import itertools
 import math
@@ -119,8 +116,7 @@ class Stream:
 
         ``memory`` (bytes) bounds what is held beside the models and their forward passes. Of ``part`` (i, n)
         every process runs all forward passes. UserError if the memory is too small, for activations that are
-        not finite, and if all norms of a batch are above the limit.
-        """
+        not finite, and if all norms of a batch are above the limit."""
         memory = check_reading(batch_size, start, part, memory, sum(self.widths.values()))
         index = SPLITS.index(check("split", split, str, choices=SPLITS))
         windows = self._windows(np.flatnonzero(self._splits == index), self._window_tokens(memory))
@@ -198,8 +194,7 @@ class Stream:
         return [a[torch.from_numpy(inner).to(a.device)] for a in acts.values()], kept
 
     def _estimate(self, lists: list[list[int]]) -> None:
-        """Limits on norms, scales and means, from the sample. Read twice: means are over what the limits
-        leave."""
+        """Limits on norms, scales and means, from the sample; means are over what the limits leave."""
         if not any(len(t) > 1 for t in lists):
             raise UserError(
                 "the text has no token to train on: give documents of the train split, of two tokens or more"

@@ -2,10 +2,7 @@
 
 Two models' residual streams can be compared entry by entry only if they share a width and an origin, as a
 model and its fine-tuned copy do. Cosines are taken about each model's own mean, because a large common mean
-makes any two activations look alike.
-"""
-
-from __future__ import annotations
+makes any two activations look alike."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +14,7 @@ import plotly.graph_objects as go
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..figures import COLOURS, labelled_lines
+from ..figures import COLOURS, express_bars, labelled_lines
 from ..labels import CATEGORIES, KINDS, LABELS, SPLITS
 from ..models.pairs import GENERATED, Pair, decoder_layers
 from ..models.reader import capture
@@ -34,19 +31,17 @@ KIND_COLOURS = {"general": "#777777", "trace": COLOURS["distilled"]}
 
 def describe_models(store: Store, models: Mapping[str, PreTrainedModel]) -> pd.DataFrame:
     """A column per model: architecture, size, the layer that is read."""
-    return pd.DataFrame(
-        {
-            name: {
-                "architecture": type(model).__name__,
-                "parameters": f"{model.num_parameters():,}",
-                "decoder layers": len(decoder_layers(model)),
-                "layer that is read": store.layers[name],
-                "width of the residual stream": store.widths[name],
-                "token ids": model.config.get_text_config().vocab_size,
-            }
-            for name, model in models.items()
+    columns = {}
+    for name, model in models.items():
+        columns[name] = {
+            "architecture": type(model).__name__,
+            "parameters": f"{model.num_parameters():,}",
+            "decoder layers": len(decoder_layers(model)),
+            "layer that is read": store.layers[name],
+            "width of the residual stream": store.widths[name],
+            "token ids": model.config.get_text_config().vocab_size,
         }
-    )
+    return pd.DataFrame(columns)
 
 
 def describe_store(store: Store) -> pd.DataFrame:
@@ -64,8 +59,7 @@ def describe_store(store: Store) -> pd.DataFrame:
 
 
 def contents(store: Store) -> pd.DataFrame:
-    """Kept tokens of every split (columns) by the label of their sentence (rows), with the share of all kept
-    tokens."""
+    """Kept tokens of every split (columns) by the label of their sentence (rows), with its share of them."""
     labels, splits = store.labels["label"][store.kept], store.split[store.kept]
     names = [*LABELS, *(["(no label)"] if (labels < 0).any() else [])]  # the last has the index -1
     counts = np.zeros((len(names), len(SPLITS)), int)
@@ -91,8 +85,7 @@ def dropped(store: Store) -> tuple[float, tuple[float, float], pd.DataFrame]:
 
 
 def labelled_text(document: int, store: Store, tokenizer: PreTrainedTokenizerBase):
-    """One document of the store as HTML, a line per sentence, coloured by category; wrong steps are
-    underlined."""
+    """One document as HTML, a line per sentence, coloured by category; wrong steps are underlined."""
     rows = np.flatnonzero(store.documents == document)
     words = np.array(tokenizer.convert_ids_to_tokens(store.tokens[rows].tolist()), object)
     label, ends, wrong = (store.labels[array][rows] for array in ("label", "ends", "error"))
@@ -111,8 +104,7 @@ def example_trace(store: Store) -> int:
 
 
 def marker_words(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Words with which sentences of the four categories begin: the teacher's in generated text, else
-    ``openers``."""
+    """First words of the four categories' sentences: the teacher's in generated text, else ``openers``."""
     if store.manifest["corpus"]["source"] not in GENERATED:
         return openers(store, tokenizer)
     return list(dict.fromkeys(PARAPHRASES[c][i].split()[0] for c in CATEGORIES for i in range(2)))
@@ -122,10 +114,8 @@ def word_rates(store: Store, tokenizer: PreTrainedTokenizerBase, words: Sequence
     """How often words occur per 1,000 tokens, in general text and in traces (all kept tokens)."""
     kinds = {k: store.tokens[store.kept & (store.labels["kind"] == i)] for i, k in enumerate(KINDS)}
     ids = dict(zip(words, tokenizer.convert_tokens_to_ids(list(words))))
-    rates = {
-        kind: {word: 1000 * float((tokens == i).mean()) if len(tokens) else np.nan for word, i in ids.items()}
-        for kind, tokens in kinds.items()
-    }
+    rate = lambda tokens, i: 1000 * float((tokens == i).mean()) if len(tokens) else np.nan
+    rates = {kind: {word: rate(t, i) for word, i in ids.items()} for kind, t in kinds.items()}
     return pd.DataFrame(rates).rename_axis("word")
 
 
@@ -169,8 +159,7 @@ def norms_by_position(store: Store, longest: int = 120, fewest: int = 20) -> pd.
     norm, n.
 
     All tokens count, dropped ones too: the point is to see why they are dropped. Positions with fewer than
-    ``fewest`` tokens are left out.
-    """
+    ``fewest`` tokens are left out."""
     frame, rows = pd.DataFrame({"position": store.positions, **store.norms}), []
     for position, part in frame[frame.position < longest].groupby("position"):
         for model in store.models if len(part) >= fewest else ():
@@ -206,8 +195,7 @@ def sink_ratio(store: Store, model: str) -> float:
 
 
 def norm_histogram(store: Store, bins: int = 60) -> pd.DataFrame:
-    """Histogram of kept tokens' norms over a common logarithmic grid: columns model, norm (middle of the
-    bin), share."""
+    """Histogram of kept tokens' norms over one logarithmic grid: model, norm (middle of the bin), share."""
     low = min(store.norms[m][store.kept].min() for m in store.models)
     high = max(store.norms[m][store.kept].max() for m in store.models)
     edges = np.geomspace(max(low, 1e-6), high * 1.001, bins + 1)
@@ -242,8 +230,7 @@ def similarity(store: Store, array: str = "label", split: str = "report", seed: 
     vector says "full stop", in both models. Columns: group, n, cosine with its 95% interval (low, high;
     bootstrap over documents), and ``other_token``, the cosine between the first model at a token and the
     second model at another token of the group, the floor that "alike" has to exceed. Of a larger group,
-    ``LARGEST_GROUP`` tokens are taken, in random documents. UserError for unlike widths.
-    """
+    ``LARGEST_GROUP`` tokens are taken, in random documents. UserError for unlike widths."""
     first, second = store.models[:2]
     if store.widths[first] != store.widths[second]:
         raise UserError(
@@ -301,19 +288,13 @@ def random_documents(store: Store, n: int, seed: int = 0) -> tuple[np.ndarray, l
 
 
 def drift(
-    pair: Pair,
-    store: Store,
-    names: Sequence[str],
-    reference: str = "base",
-    documents: int = 200,
-    seed: int = 0,
+    pair: Pair, store: Store, names: Sequence[str], documents: int = 200, seed: int = 0
 ) -> pd.DataFrame:
-    """How far checkpoints of the pair have moved from ``reference``: mean centred cosine at the same tokens,
-    by kind of text.
+    """How far checkpoints of the pair have moved from the base: mean centred cosine at the same tokens, by
+    kind of text.
 
     Runs the models on ``documents`` random documents of the report split: only the pair's own two are in the
-    store. Columns: model, kind, n, cosine, low, high (bootstrap over documents). Position 0 is left out.
-    """
+    store. Columns: model, kind, n, cosine, low, high (bootstrap over documents). Position 0 is left out."""
     rows, token_lists = random_documents(store, documents, seed)
     tokenizer, keep = pair.tokenizer(), store.kept[rows]
 
@@ -322,7 +303,7 @@ def drift(
         acts = capture(pair.load(name), tokenizer, token_lists, layer)[keep]
         return acts - acts.mean(0)
 
-    start, table = centred(reference), []
+    start, table = centred("base"), []
     tokens = pd.DataFrame({"kind": store.labels["kind"][rows], "document": store.documents[rows]})[keep]
     for name in names:
         tokens["cosine"] = torch.cosine_similarity(start, centred(name), dim=1).numpy()
@@ -337,12 +318,10 @@ def drift_figure(moved: pd.DataFrame) -> go.Figure:
     """The table of ``drift`` as a point with its interval per checkpoint and kind of text."""
     axis = "mean cosine with the base at the same token (95% interval)"
     style = dict(color="kind", color_discrete_map=KIND_COLOURS)
-    style |= dict(error_x=moved.high - moved.cosine, error_x_minus=moved.cosine - moved.low)
     style |= dict(labels={"cosine": axis, "model": "", "kind": "text"})
-    fig = px.scatter(
-        moved, x="cosine", y="model", title="How far each checkpoint has moved from the base", **style
-    )
-    return fig.update_traces(marker_size=10)
+    style |= express_bars(moved, "cosine", "low", "high", axis="x")
+    title = "How far each checkpoint has moved from the base"
+    return px.scatter(moved, x="cosine", y="model", title=title, **style).update_traces(marker_size=10)
 
 
 def read_epoch(store: Store, split: str, seed: int, batch_size: int = 4096) -> tuple[np.ndarray, float]:

@@ -1,7 +1,5 @@
 """What is said of a crosscoder by its file, the log of its training, and whoever gives it: to be checked."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import io

@@ -1,10 +1,7 @@
 """The features of tokens, chunk by chunk: the only loop over tokens through a crosscoder.
 
 Features are joint, from the activations of all models as in training (``CrossCoder.encode``), or from one
-model (``CrossCoder.encode_from``).
-"""
-
-from __future__ import annotations
+model (``CrossCoder.encode_from``)."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +31,7 @@ class SplitCodes:
 
 def sample_rows(store: Store, split: str, max_tokens: int | None = None, seed: int = 0) -> np.ndarray:
     """Kept tokens of a split, sorted: all, or those of random whole documents, at most ``max_tokens`` (one
-    document at least). UserError if there are none.
-    """
+    document at least). UserError if there are none."""
     tokens = store.rows(split)
     if len(tokens) == 0:
         raise UserError(
@@ -105,9 +101,8 @@ def sparse_codes(f: Tensor) -> sparse.csr_matrix:
     """f [B, F] of any device; from a GPU come only the entries that are not 0."""
     if not f.is_cuda:
         return sparse.csr_matrix(f.numpy())
-    rows, columns = f.nonzero(as_tuple=True)
-    entries = (part.cpu().numpy() for part in (f[rows, columns], rows, columns))
-    values, *places = entries
+    places = f.nonzero(as_tuple=True)
+    values, *places = (part.cpu().numpy() for part in (f[places], *places))
     return sparse.csr_matrix((values, places), shape=f.shape)
 
 
@@ -148,8 +143,7 @@ def encoder_share(
     crosscoder: CrossCoder, store: Store, tokens: np.ndarray, features: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """{model: [n, len(features)]}: what each model's activation adds to the features' encoder, before ReLU
-    and threshold: for ranking positions, as a share is often too small to fire by itself.
-    """
+    and threshold: for ranking positions, as a share is often too small to fire by itself."""
     shares = {}
     for name, scale, acts in zip(crosscoder.names, crosscoder.scales.tolist(), store.activations(tokens)):
         encoder = crosscoder.W_enc.detach()[list(features), crosscoder.columns(name)]

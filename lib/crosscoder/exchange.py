@@ -3,10 +3,7 @@
 Read into ours, a crosscoder is the same function of raw activations: f and x̂ are equal for every token.
 docs/formats.md has the layouts and formulas. Weights are read without running anything from the file. What
 neither file nor caller says is asked for, never guessed: which model comes first, the scale, the layer. Our
-exports say it in origin.json beside them.
-"""
-
-from __future__ import annotations
+exports say it in origin.json beside them."""
 
 import json
 import pickle
@@ -45,9 +42,8 @@ _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 # keys of a configuration that speak of another rule than ReLU, and values that name one
 _OTHER_SPARSITY = re.compile(r"top_?k|k_sparsity|^k$|^l0$|target_l0|threshold|bandwidth|jump", re.IGNORECASE)
 _OTHER_KIND = re.compile(r"top_?k|jump_?relu|gated|softplus|gelu|silu|sigmoid", re.IGNORECASE)
-_NAMES = re.compile(
-    r"name|path|dir|model|hook|data|repo", re.IGNORECASE
-)  # keys whose values name something else
+# keys whose values name something else
+_NAMES = re.compile(r"name|path|dir|model|hook|data|repo", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,7 @@ class Foreign:
     """A crosscoder from a file, in our form, and the layer whose output each model was read at.
 
     ``has_means``: the file knew the mean activations. If not, ``crosscoder.means`` are 0 until they are taken
-    from a store. ``fve``: what its model card says of each model, if there is one.
-    """
+    from a store. ``fve``: what its model card says of each model, if there is one."""
 
     crosscoder: CrossCoder
     layers: dict[str, int]
@@ -77,8 +72,7 @@ def read_foreign(
     what raw activations are multiplied by}; dictionary_learning holds its own, or reads raw activations.
     ``layer``: index of the decoder layer whose output was read; the input of block n is the output of n - 1.
     ``names``: the order in which they are wanted. UserError if one of these is neither given nor in the file,
-    or if the file is in no format known here.
-    """
+    or if the file is in no format known here."""
     file = weights_file(source)
     state, config, origin = tensors(file), configuration(file), json_beside(file.with_name(ORIGIN))
     form = _format_of(state, file)
@@ -135,13 +129,9 @@ def _replication(state, config: Mapping, order, scales, stated_scales, file: Pat
 def _dictionary_learning(state, config: Mapping, order, scales, stated_scales, file: Path) -> dict:
     """Weights [M, F, d], biases, scales, layer, means and thresholds of the format dictionary_learning."""
     n_models, trainer = len(order), config["trainer"]
-    understood = {
-        "encoder_layers": (None, list(range(n_models))),
-        "num_decoder_layers": (None, n_models),
-        "latent_processor": (None,),
-    }
-    for key, fine in understood.items():
-        if config.get(key) not in fine:
+    understood = {"encoder_layers": list(range(n_models)), "num_decoder_layers": n_models}
+    for key in (*understood, "latent_processor"):
+        if config.get(key) not in (None, understood.get(key)):
             raise UserError(
                 f"{file.name} has {key} = {config[key]}: only crosscoders that read and write all of their"
                 " models, with nothing between, can be expressed here"
@@ -162,11 +152,10 @@ def _dictionary_learning(state, config: Mapping, order, scales, stated_scales, f
         scales = _scales(scales, stated_scales, order, file, "")
     else:
         scales = dict.fromkeys(order, 1.0)
-    theta = (
-        _theta(_threshold(state, file), state, W_dec.double(), config, file) if "threshold" in state else None
-    )
     weights = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "scales": scales}
-    return weights | {"layer": trainer.get("layer"), "means": means, "theta": theta}
+    if "threshold" in state:
+        weights["theta"] = _theta(_threshold(state, file), state, W_dec.double(), config, file)
+    return weights | {"layer": trainer.get("layer"), "means": means}
 
 
 # --- ours, for others ---------------------------------------------------------------------------------------
@@ -177,8 +166,7 @@ def export_replication(crosscoder: CrossCoder, folder: Path, layer: int) -> None
     output the models were read at.
 
     As in the original, activations must be multiplied by the scales before; origin.json has them. UserError,
-    with the reason, for what the format (ReLU, models of one width) cannot express.
-    """
+    with the reason, for what the format (ReLU, models of one width) cannot express."""
     if crosscoder.variant != "l1":
         raise UserError(
             f"this crosscoder is {crosscoder.variant}, and the replication's code applies ReLU alone: every"
@@ -202,8 +190,7 @@ def export_dictionary_learning(crosscoder: CrossCoder, folder: Path, layer: int)
     """Write model.safetensors and config.json as the fork's ``from_pretrained`` reads them, and origin.json.
 
     "l1" becomes a CrossCoder, "batchtopk" a BatchTopKCrossCoder; scales and mean activations become its
-    normalisation. UserError, with the reason, for what the format cannot express.
-    """
+    normalisation. UserError, with the reason, for what the format cannot express."""
     if crosscoder.variant not in ("l1", "batchtopk"):
         raise UserError(
             f"this crosscoder is {crosscoder.variant}: the format has ReLU and one threshold for all"
@@ -370,10 +357,8 @@ def _order(given, stated, n_models: int, file: Path, config: Mapping) -> tuple[s
             " is wrong"
         )
     if (order := check("order", given or stated, list[str] | None)) is None:
-        named = {
-            k: v for k, v in config.items() if k.startswith(("model_", "lm_name")) and isinstance(v, str)
-        }
-        models = ", ".join(f"{key} = {value}" for key, value in named.items())
+        named = [k for k, v in config.items() if k.startswith(("model_", "lm_name")) and isinstance(v, str)]
+        models = ", ".join(f"{key} = {config[key]}" for key in named)
         raise UserError(
             f"{file.name} does not say which of its {n_models} models is "
             f"which{f' (its configuration has {models})' if models else ''}: give "
@@ -442,8 +427,7 @@ def _entries(config: Mapping) -> Iterator[tuple[str, object]]:
 
 
 def _check_sparsity(state: Mapping[str, Tensor], config: Mapping, file: Path) -> None:
-    """UserError unless the file says what fires: with ReLU all that is positive, else what is above its
-    threshold."""
+    """UserError unless the file says what fires: all that is positive (ReLU), or above its threshold."""
     if "threshold" in state:
         _threshold(state, file)
         return
@@ -484,15 +468,12 @@ def _normaliser(state: Mapping[str, Tensor], file: Path) -> tuple[Tensor | None,
 
 def _theta(threshold: float, state, W_dec: Tensor, config: Mapping, file: Path) -> Tensor | None:
     """JumpReLU's threshold on the strength [F] that says the same as f_i n_i > threshold; None if n_i is the
-    strength already. W_dec [M, F, d] float64.
-    """
+    strength already. W_dec [M, F, d] float64."""
     trainer = config["trainer"]
     kind = str(config.get("code_normalization") or trainer.get("code_normalization") or "").upper()
     number = int(state["code_normalization_id"]) if "code_normalization_id" in state else None
-    if kind not in ("", *CODE_NORMALIZATIONS) or number not in (
-        None,
-        *range(1, len(CODE_NORMALIZATIONS) + 1),
-    ):
+    numbers = range(1, len(CODE_NORMALIZATIONS) + 1)
+    if kind not in ("", *CODE_NORMALIZATIONS) or number not in (None, *numbers):
         raise UserError(
             f"{file.name} has the code normalisation {number or kind}: known are"
             f" {', '.join(CODE_NORMALIZATIONS)}"

@@ -5,11 +5,9 @@ step. Here their number is fixed: BatchTopK keeps ``wanted`` entries, TopK k a r
 the rest have the value 0, add nothing and get no gradient. Among equal strengths at the floor, of which
 ``sparse`` keeps all, some are left out; nothing else differs from it but the rounding of sums.
 
-Five functions do the work, ``count``, ``write``, ``dots``, ``sums`` and ``weight_gradients``: here in torch,
-which runs anywhere and is the reference; on a GPU with Triton those of ``triton_kernels``.
-"""
-
-from __future__ import annotations
+Five functions do the work, ``count``, ``write``, ``dots``, ``sums`` and ``weight_gradients``: here and in
+``sparse`` in torch, which runs anywhere and is the reference; on a GPU with Triton those of
+``triton_kernels``."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +18,9 @@ from torch.nn import functional
 
 from . import sparse
 from .sparse import PreActivations, SparseBatch
+from .sparse import dots as dots
+from .sparse import sums as sums
+from .sparse import weight_gradients as weight_gradients
 
 ROOM = 3  # candidates that there is room for, in multiples of the entries wanted
 # thresholds that are tried, in multiples of the last one
@@ -29,8 +30,7 @@ LEVELS = (2.2, 1.5, 1.2, 1.08, 1.03, 1.01, 0.99, 0.97, 0.94, 0.9, 0.84, 0.76, 0.
 @dataclass
 class FixedBatch(SparseBatch):
     """A code whose number of entries does not depend on the data. ``features`` ascend in a row only as far as
-    values are positive; ``short`` (bool): there were more candidates than room, and some were passed over.
-    """
+    values are positive; ``short`` (bool): there were more candidates than room, and some were passed over."""
 
     short: Tensor | None = None
 
@@ -108,8 +108,7 @@ def select_batch(
     them; a number is none.
 
     At one of ``LEVELS`` times the guess enough entries are found in the encoder's products. With twice their
-    rounding below it, no entry that belongs to the largest is passed over, unless room ends (``short``).
-    """
+    rounding below it, no entry that belongs to the largest is passed over, unless room ends (``short``)."""
     B, F = encoded.products.shape
     wanted = min(wanted, B * F)
     guess = hint if isinstance(hint, Tensor) else sparse.guess(encoded, per_unit, wanted)[0]
@@ -152,8 +151,7 @@ def select_rows(
     allowed: Tensor | None = None,
 ) -> FixedBatch:
     """``sparse.select_rows``; of ``among`` [n] those that are ``allowed`` [n] bool. Of rounded products the
-    2 k largest of each row are computed again.
-    """
+    2 k largest of each row are computed again."""
     part, units = (encoded, per_unit) if among is None else (encoded.among(among), per_unit[among])
     units = units if allowed is None else units * allowed
     (B, n), k = part.products.shape, min(k, len(units))
@@ -204,34 +202,6 @@ def write(
     features.scatter_(0, place, numbers % F)
     values.scatter_(0, place, pre.flatten())
     return rows[:room], features[:room], values[:room]
-
-
-def dots(rows: Tensor, features: Tensor, values: Tensor, x: Tensor, W: Tensor) -> Tensor:
-    """x_b . W_i for every entry (b, i), [n]; where ``values`` are 0, anything."""
-    parts = zip(rows.split(sparse.CHUNK), features.split(sparse.CHUNK))
-    return torch.cat([x.new_empty(0), *((x[b] * W[i]).sum(-1) for b, i in parts)])
-
-
-def sums(indptr: Tensor, features: Tensor, values: Tensor, W: Tensor) -> Tensor:
-    """f @ W, [B, D]."""
-    options = {"mode": "sum", "per_sample_weights": values, "include_last_offset": True}
-    return functional.embedding_bag(features, W, indptr, **options)
-
-
-def weight_gradients(
-    rows: Tensor, features: Tensor, values: Tensor, at_code: Tensor, x: Tensor, at_sums: Tensor, F: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Over the entries of each feature: sum at_code x_b [F, D], sum at_code [F], sum f at_sums_b [F, D]."""
-    order = torch.argsort(features, stable=True)
-    columns = torch.searchsorted(features[order], torch.arange(F + 1, device=x.device))
-
-    def transposed(entries: Tensor) -> Tensor:
-        return torch.sparse_csr_tensor(
-            columns, rows[order], entries[order], (F, len(x)), check_invariants=False
-        )
-
-    bias = at_code.new_zeros(F).index_add(0, features, at_code)
-    return transposed(at_code) @ x, bias, transposed(values) @ at_sums
 
 
 # --- which of both ------------------------------------------------------------------------------------------

@@ -2,10 +2,7 @@
 
 Does it reconstruct what each model holds (FVE)? Is what it loses of no importance to the model itself
 (cross-entropy recovered)? Does it use as few features per token as aimed at (L0), and all of its dictionary
-(dead share)?
-"""
-
-from __future__ import annotations
+(dead share)?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -49,14 +46,11 @@ def health_cards(
     - ``dead_fraction``: share of features that fire on no token (Wilson's interval).
     - ``distinct_tokens_seen``: in training; n is the number of tokens shown.
 
-    Intervals are bootstraps over documents: tokens of a document are not independent.
-    """
+    Intervals are bootstraps over documents: tokens of a document are not independent."""
     for crosscoder in crosscoders:
         check_models(crosscoder, store)
-    entropies = {
-        name: cross_entropies(crosscoders, store, name, model, max_tokens, seed)
-        for name, model in (models or {}).items()
-    }
+    given, read = (models or {}).items(), (max_tokens, seed)
+    entropies = {name: cross_entropies(crosscoders, store, name, model, *read) for name, model in given}
     each = ({name: entropies[name][i] for name in entropies} for i in range(len(crosscoders)))
     return [_card(c, store, ces, n_boot, seed) for c, ces in zip(crosscoders, each)]
 
@@ -113,9 +107,7 @@ def cross_entropies(
     """Next-token cross-entropy of one model, summed per document (nats), for each crosscoder: {own,
     reconstruction, mean, tokens}, each [documents]. One pass holds a batch several times: as it is, and with
     the residual stream at the store's layer replaced, where the store kept a position, by the mean of what
-    the first crosscoder was trained on, and by each reconstruction. Documents are drawn until ``max_tokens``
-    are reached.
-    """
+    the first crosscoder was trained on, and by each reconstruction. Documents: up to ``max_tokens``."""
     from nnsight import NNsight
 
     traced = NNsight(placed(model))  # ids go in and logits come out: no tokenizer is needed
@@ -140,9 +132,8 @@ def cross_entropies(
         replacement = torch.zeros(copies, *ids.shape, len(mean), device=mean.device)
         replacement[1] = mean
         for x_hat, crosscoder in zip(replacement[2:], crosscoders):
-            x_hat[kept.to(mean.device)] = torch.cat(
-                [crosscoder.decode(f)[m] for _, _, f in encoded(crosscoder, store, rows)]
-            )
+            decoded = [crosscoder.decode(f)[m] for _, _, f in encoded(crosscoder, store, rows)]
+            x_hat[kept.to(mean.device)] = torch.cat(decoded)
         replaced = torch.cat([torch.zeros_like(kept), *[kept] * (copies - 1)])[..., None].to(device)
         replacement = replacement.flatten(0, 1).to(device, model.dtype)
         inputs = {"input_ids": ids.repeat(copies, 1), "attention_mask": own.long().repeat(copies, 1)}

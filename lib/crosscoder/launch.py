@@ -4,8 +4,6 @@ torchrun --nproc_per_node 2 -m lib train --processes 2 --store STORE --folder FO
 crosscoder = launch(2, store, config, folder)              # the same from a notebook
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import signal
@@ -38,8 +36,7 @@ def launch(
     processes: int, store: str | Path | Store, config: TrainConfig, folder: str | Path, **options
 ) -> CrossCoder:
     """Train on several processes of this machine, started by torchrun; shows their output. ``options`` are
-    those of ``train_here``. UserError with what the first process to end had to say.
-    """
+    those of ``train_here``. UserError with what the first process to end had to say."""
     check("processes", processes, int, low=1)
     options |= {"store": Path(getattr(store, "path", store)).resolve(), "folder": Path(folder).resolve()}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -70,8 +67,7 @@ def train_or_end(config: TrainConfig, processes: int, **options) -> None:
 
     It ends without the interpreter's own end: destructors would wait for the others after an error, and
     torch's threads, which may still run then, abort it now and then ("terminate called without an active
-    exception") when all is done.
-    """
+    exception") when all is done."""
     code = 0
     try:
         train_here(config=config, processes=processes, **options)
@@ -94,9 +90,7 @@ def train_here(
     checkpoint_seconds: float = 30,
 ) -> CrossCoder:
     """This process's part of a training; called in each of ``processes`` that torchrun has started.
-    ``share``: see ``lib.crosscoder.processes``. UserError if there are more or fewer processes, or if one
-    ends.
-    """
+    ``share``: see ``lib.crosscoder.processes``. UserError if their number differs, or one ends."""
     from accelerate import PartialState  # seconds to import, and only needed here
 
     check("processes", processes, int, low=1)

@@ -1,7 +1,5 @@
 """The compiled loops of ``sparse``, for a CPU, and the threads that they take."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,8 +17,7 @@ _loop = numba.njit(cache=True, nogil=True)
 @cache
 def _start_threads() -> None:
     """Start numba's threads. That sets OpenMP's number of threads to all cores, which is torch's number too:
-    it is put back, or a run told to take one thread would take them all, and end with other bits.
-    """
+    it is put back, or a run told to take one thread would take them all, and end with other bits."""
     threads = torch.get_num_threads()
     numba.set_num_threads(1)
     torch.set_num_threads(threads)

@@ -34,8 +34,7 @@ the others are 0 and stay 0, so that its NRN is exactly 0 or 1.
 Sources: Baek & Tegmark 2025 (2503.03730); Lindsey et al. 2024, "Sparse crosscoders"; Bussmann et al. 2024
 (BatchTopK, 2412.06410); Gao et al. 2024 (auxiliary loss, 2406.04093); Minder et al. 2025 (BatchTopK
 crosscoders, 2504.02922); Rajamanoharan et al. 2024 (JumpReLU, 2407.14435); Karvonen et al. 2025 (SAEBench,
-its loss on L0, 2503.09532); Jiralerspong & Bricken 2026 (dedicated features, 2602.11729).
-"""
+its loss on L0, 2503.09532); Jiralerspong & Bricken 2026 (dedicated features, 2602.11729)."""
 
 from __future__ import annotations
 
@@ -54,19 +53,7 @@ from torch.nn import functional
 
 from ..runs import write_json, write_tensors
 from ..settings import UserError, check, integer
-from . import fixed
-from .sparse import (
-    PreActivations,
-    SparseBatch,
-    alone,
-    encode,
-    jump,
-    reconstruct,
-    select_above,
-    select_batch,
-    select_positive,
-    select_rows,
-)
+from . import fixed, sparse
 
 VARIANTS = ("batchtopk", "topk", "l1", "jumprelu")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -98,8 +85,7 @@ class CrossCoder(nn.Module):
     ``W_dec`` [F, D], ``b_dec`` [D]; jumprelu has ``log_theta`` [F]. Buffers: ``scales`` [M] float64;
     ``means`` [D], the mean activation; ``threshold`` on the strength (batchtopk); ``seen`` [2], tokens shown
     in training and how many distinct ones; not saved: ``owner`` [F], the model of a dedicated feature, else
-    -1.
-    """
+    -1."""
 
     def __init__(
         self,
@@ -218,10 +204,8 @@ class CrossCoder(nn.Module):
         own, encoder, bias = acts.to(self.W_enc.dtype) * float(self.scales[i]), self.W_enc, self.b_enc
         if fill == "mean":
             encoder = self.W_enc[:, columns]
-            others = functional.linear(self.means, self.W_enc) - functional.linear(
-                self.means[columns], encoder
-            )
-            bias = self.b_enc + others
+            own_mean = functional.linear(self.means[columns], encoder)
+            bias = self.b_enc + (functional.linear(self.means, self.W_enc) - own_mean)
         elif len(set(self.widths)) > 1:
             raise UserError(
                 f"the models have widths {', '.join(map(str, self.widths))}: an activation fits the slots of"
@@ -266,8 +250,7 @@ class CrossCoder(nn.Module):
     def nrn(self, p: float = 1, model: str = "distilled", reference: str = "base") -> Tensor:
         """Normalized relative norm [F] = ||d^model||_p / (||d^model||_p + ||d^reference||_p); NaN where both
         are 0. The paper takes p = 1; prefer p = 2 where widths differ. Dead features keep what they began
-        with.
-        """
+        with."""
         norms = self.norms(p)
         own, other = norms[self._index(model)], norms[self._index(reference)]
         return own / (own + other)
@@ -339,8 +322,7 @@ class CrossCoder(nn.Module):
 
 def initial_rows(widths: Sequence[int], n_features: int, seed: int) -> Tensor:
     """First decoder rows [F, D]: for each feature one random direction, the same in every model (else the
-    difference would be noise in NRN); a narrower model takes its first coordinates, at the same length.
-    """
+    difference would be noise in NRN); a narrower model takes its first coordinates, at the same length."""
     directions = torch.randn(n_features, max(widths), generator=torch.Generator().manual_seed(seed))
     rows = [INITIAL_NORM * functional.normalize(directions[:, :width], dim=-1) for width in widths]
     return torch.cat(rows, dim=-1)
@@ -356,11 +338,10 @@ class Forward:
     ``aux_hat`` [B, D]: what dead features make of the batch, without bias; None if nothing is dead.
     ``tokens``: of the whole batch, of which these B may be a part; losses are means over the whole batch.
     Jumprelu: ``near`` [F], how many of these tokens have a strength within the kernel about theta;
-    ``entries``, those of the code in the whole batch.
-    """
+    ``entries``, those of the code in the whole batch."""
 
     x: Tensor
-    code: SparseBatch | fixed.DenseBatch
+    code: sparse.SparseBatch | fixed.DenseBatch
     f: Tensor
     x_hat: Tensor
     aux_hat: Tensor | None = None
@@ -380,11 +361,11 @@ def forward(
     precision: str = "float32",
     wanted: int | None = None,
     hint: float | Tensor = 0.0,
-    gather: Callable[[Tensor], Tensor] = alone,
+    gather: Callable[[Tensor], Tensor] = sparse.alone,
     buffers: dict | None = None,
     bandwidth: float = 0.0,
-    strongest: Callable[..., SparseBatch | None] | None = None,
-    add: Callable[[Tensor], Tensor] = alone,
+    strongest: Callable[..., sparse.SparseBatch | None] | None = None,
+    add: Callable[[Tensor], Tensor] = sparse.alone,
     among: Tensor | None = None,
 ) -> Forward:
     """A batch of RAW activations through the crosscoder as training does it (BatchTopK looks at the whole
@@ -395,35 +376,34 @@ def forward(
     keeps; k for each token), ``hint``, ``gather`` and ``buffers`` are those of ``lib.crosscoder.sparse``.
     ``bandwidth``: JumpReLU's h; at 0 there are no thresholds yet, and it selects as BatchTopK. Where
     processes share out the features, ``strongest`` chooses among all that are dead, and ``add`` adds up what
-    they decode. ``among`` [n]: the features to look among for dead ones, so that a GPU need not be asked.
-    """
+    they decode. ``among`` [n]: the features to look among for dead ones, so that a GPU need not be asked."""
     x = crosscoder.scaled(acts)
     weights = crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec
     # alone on a GPU, with shapes that are known beforehand (jumprelu's are not)
-    known = gather is alone and crosscoder.variant != "jumprelu" and fixed.wanted_here(x)
+    known = gather is sparse.alone and crosscoder.variant != "jumprelu" and fixed.wanted_here(x)
     if crosscoder.variant == "l1":
-        if known or (precision != "float32" and gather is alone):
+        if known or (precision != "float32" and gather is sparse.alone):
             code, f, sums = fixed.dense(x, *weights, precision != "float32")
             return Forward(x, code, f, sums + crosscoder.b_dec)
         precision = "float32"  # rounding may change a sign
-    encoded = encode(x, *weights[:2], PRECISIONS[precision], crosscoder.means, buffers)
+    encoded = sparse.encode(x, *weights[:2], PRECISIONS[precision], crosscoder.means, buffers)
     edge = None  # jumprelu: the entries within the kernel
     with torch.no_grad():
         per_unit = crosscoder.strength_per_unit()
     if crosscoder.variant == "l1":
-        code = select_positive(encoded)
+        code = sparse.select_positive(encoded)
     elif crosscoder.variant == "topk":
-        code = (fixed.select_rows if known else select_rows)(encoded, per_unit, crosscoder.k)
+        code = (fixed.select_rows if known else sparse.select_rows)(encoded, per_unit, crosscoder.k)
     elif crosscoder.variant == "jumprelu" and bandwidth:
         theta = crosscoder.log_theta.detach().exp()
-        reached = select_above(encoded, per_unit / theta, 1 - bandwidth / 2, crosscoder.k)
+        reached = sparse.select_above(encoded, per_unit / theta, 1 - bandwidth / 2, crosscoder.k)
         ratio = reached.values * (per_unit / theta)[reached.features]
         code = reached.where(ratio > 1, reached.floor)
         edge = reached.where((ratio - 1).abs() < bandwidth / 2, reached.floor)
     elif known:
         code = fixed.select_batch(encoded, per_unit, wanted or crosscoder.k * len(x), hint)
     else:
-        code = select_batch(encoded, per_unit, wanted or crosscoder.k * len(x), hint, gather)
+        code = sparse.select_batch(encoded, per_unit, wanted or crosscoder.k * len(x), hint, gather)
     if dead is None or not aux_k or among is not None and not len(among):
         chosen = None
     elif known and among is not None:
@@ -433,10 +413,10 @@ def forward(
     else:
         chosen = _strongest(encoded, per_unit, aux_k, dead, known)
     if chosen is None:
-        f, sums = reconstruct(*weights, x, code, buffers)
+        f, sums = sparse.reconstruct(*weights, x, code, buffers)
         sums, aux_hat = add(sums), None
     else:  # in one pass over the weights
-        f, sums = reconstruct(*weights, torch.cat([x, x]), code.above(chosen), buffers)
+        f, sums = sparse.reconstruct(*weights, torch.cat([x, x]), code.above(chosen), buffers)
         f, (sums, aux_hat) = f[: len(code.features)], add(sums).split(len(x))
     out = Forward(x, code, f, sums + crosscoder.b_dec, aux_hat)
     if crosscoder.variant == "jumprelu":
@@ -444,16 +424,17 @@ def forward(
         if edge is not None:
             out.near.index_add_(0, edge.features, torch.ones_like(edge.values))
             rise = theta / (bandwidth * per_unit)
-            out.x_hat = jump(out.x_hat, crosscoder.log_theta, crosscoder.W_dec, edge, rise)
+            out.x_hat = sparse.jump(out.x_hat, crosscoder.log_theta, crosscoder.W_dec, edge, rise)
     return out
 
 
 def _strongest(
-    encoded: PreActivations, per_unit: Tensor, k: int, dead: Tensor, known: bool = False
-) -> SparseBatch | None:
+    encoded: sparse.PreActivations, per_unit: Tensor, k: int, dead: Tensor, known: bool = False
+) -> sparse.SparseBatch | None:
     """The k strongest dead features of each token; None if nothing is dead."""
     among = dead.nonzero().squeeze(-1)
-    return (fixed.select_rows if known else select_rows)(encoded, per_unit, k, among) if len(among) else None
+    select = fixed.select_rows if known else sparse.select_rows
+    return select(encoded, per_unit, k, among) if len(among) else None
 
 
 def squared_error(out: Forward) -> Tensor:
@@ -470,8 +451,7 @@ def l0_loss(crosscoder: CrossCoder, out: Forward, bandwidth: float) -> Tensor:
     """(L0 / k - 1)^2, L0 that of the whole batch: JumpReLU's penalty, with SAEBench's aim (2503.09532).
 
     Its pseudo-gradient reaches log theta alone: dL0 / dlog theta_i = - near_i / (h tokens) (2407.14435, eq.
-    12).
-    """
+    12)."""
     excess = out.entries / (crosscoder.k * out.tokens) - 1
     without_value = (out.near * (crosscoder.log_theta - crosscoder.log_theta.detach())).sum()
     slope = -2 * excess / (crosscoder.k * out.tokens * bandwidth) if bandwidth else 0.0
@@ -481,10 +461,8 @@ def l0_loss(crosscoder: CrossCoder, out: Forward, bandwidth: float) -> Tensor:
 def auxiliary_loss(out: Forward) -> Tensor:
     """mean_batch sum_m ||e_m - ê_m||_2^2: the dead features' share in explaining what is left over.
 
-    e = x - x̂ without gradient; ê = ``aux_hat``, from ReLU(pre) before selection, so that encoder *and*
-    decoder rows of dead features get a gradient. Zero if nothing is dead. Source: Gao et al. 2024, section
-    2.4.
-    """
+    e = x - x̂ without gradient; ê = ``aux_hat``, from ReLU(pre) before selection, so that dead features'
+    encoder *and* decoder rows get a gradient. 0 if nothing is dead. Source: Gao et al. 2024, section 2.4."""
     if out.aux_hat is None:
         return out.x_hat.new_zeros(())
     return ((out.x - out.x_hat).detach() - out.aux_hat).square().sum(-1).sum() / out.tokens

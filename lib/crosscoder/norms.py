@@ -1,7 +1,5 @@
 """Whose is a feature? The lengths of all decoder rows: the census of experiment E1."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,12 +16,10 @@ SHARED = (0.3, 0.7)  # features with an NRN within are called shared
 
 def census(crosscoder: CrossCoder, store) -> pd.DataFrame:
     """One row per feature: feature, frequency (share of the split "report"), alive, nrn_p1, nrn_p2, cosine,
-    and the null cosine_shuffled: the row in base with *another* feature's in distilled.
-    """
+    and the null cosine_shuffled: the row in base with *another* feature's in distilled."""
     frequency = firing_frequency(crosscoder, store)
-    frame = pd.DataFrame(
-        {"feature": np.arange(crosscoder.n_features), "frequency": frequency, "alive": frequency > 0}
-    )
+    columns = {"frequency": frequency, "alive": frequency > 0}
+    frame = pd.DataFrame({"feature": np.arange(crosscoder.n_features), **columns})
     for p in (1, 2):
         frame[f"nrn_p{p}"] = crosscoder.nrn(p).numpy()
     first, second = crosscoder.rows("base"), crosscoder.rows("distilled")
@@ -56,8 +52,7 @@ def over_crosscoders(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def summary(alive: pd.DataFrame, seed: int = 0) -> dict[str, dict]:
     """{metric: {value, ci, n}} of the alive features of a ``census``: the median of NRN and the shares beyond
     0.1 and 0.9; medians of shared features' cosines; the share of features that are not shared; how alike p =
-    1 and p = 2 order them. Intervals are over features.
-    """
+    1 and p = 2 order them. Intervals are over features."""
     within, metrics = alive.nrn_p1.between(*SHARED), {}
     shared = alive[within].assign(cosine_gain=lambda t: t.cosine - t.cosine_shuffled)
 

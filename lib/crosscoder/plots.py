@@ -1,17 +1,16 @@
 """The figures of notebook 02. Each function returns a figure and the numbers it shows."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 
-from ..figures import COLOURS, plain_titles
+from ..figures import COLOURS, express_bars, plain_titles
 from ..results import Part
 
 BY_K = tuple(COLOURS[name] for name in ("distilled", "null", "contrast", "base", "deduction"))
 GREYS = ("#8A8A8A", "#B4B4B4", "#5E5E5E", "#CFCFCF")
+ENDS = ("low", "high")
 
 
 def training_curves(log: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
@@ -21,14 +20,9 @@ def training_curves(log: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
     curves = log.rename(columns=names).melt(["tokens"], list(names.values()), var_name="curve")
     curves["panel"] = np.where(curves.curve.str.startswith("L0"), "features per token", "share")
     fig = px.line(
-        curves,
-        x="tokens",
-        y="value",
-        color="curve",
-        facet_col="panel",
-        facet_col_spacing=0.09,
+        curves, x="tokens", y="value", color="curve", facet_col="panel", facet_col_spacing=0.09,
         title="Training the crosscoder",
-    )
+    )  # fmt: skip
     fig.update_yaxes(matches=None, showticklabels=True, title_text="", rangemode="tozero")
     return plain_titles(fig.update_xaxes(title_text="tokens shown")), curves
 
@@ -42,14 +36,9 @@ def nrn_histogram(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
         for norm, nrn in norms.items()
     )
     fig = px.bar(
-        counts.assign(root=np.sqrt(counts.features)),
-        x="NRN",
-        y="root",
-        facet_row="norm",
-        hover_data=["features"],
-        title="Which model's are the alive features?",
-        height=480,
-    )
+        counts.assign(root=np.sqrt(counts.features)), x="NRN", y="root", facet_row="norm",
+        hover_data=["features"], title="Which model's are the alive features?", height=480,
+    )  # fmt: skip
     most = int(counts.features.max())
     ticks = np.unique(np.square(np.linspace(0, most**0.5, 5)).round().astype(int))  # evenly spaced as drawn
     fig.update_yaxes(tickvals=np.sqrt(ticks), ticktext=list(map(str, ticks)), title_text="features")
@@ -67,14 +56,10 @@ def row_cosines(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
         ["feature", "nrn_p1"], list(kinds.values()), var_name="rows", value_name="cosine similarity"
     )
     fig = px.scatter(
-        points,
-        x="nrn_p1",
-        y="cosine similarity",
-        color="rows",
-        color_discrete_map=dict(zip(kinds.values(), (COLOURS["null"], COLOURS["distilled"]))),
-        opacity=0.6,
+        points, x="nrn_p1", y="cosine similarity", color="rows",
+        color_discrete_map=dict(zip(kinds.values(), (COLOURS["null"], COLOURS["distilled"]))), opacity=0.6,
         title="How alike are a feature's rows in base and distilled?",
-    )
+    )  # fmt: skip
     fig.update_traces(marker_size=4).update_yaxes(range=[-1, 1])
     return fig.update_xaxes(range=[0, 1], title_text="NRN (p = 1)"), alive.drop(columns="alive")
 
@@ -82,8 +67,7 @@ def row_cosines(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
 def nrn_beside_null(own: pd.DataFrame, null: Part) -> tuple[go.Figure, pd.DataFrame]:
     """Share of alive features below every NRN, a curve per crosscoder of the pair and of its nulls, with the
     nulls' 1% thresholds. ``own``: seed, alive, nrn of the pair's features; ``null``: the study's part "nulls"
-    (empty: the pair's curves only).
-    """
+    (empty: the pair's curves only)."""
     tables = [own.assign(pair="this pair")]
     if null:
         tables.append(null.tables["null_scores"])
@@ -93,14 +77,10 @@ def nrn_beside_null(own: pd.DataFrame, null: Part) -> tuple[go.Figure, pd.DataFr
         curves.append(pd.DataFrame({"pair": pair, "seed": seed, "NRN": np.sort(part["nrn"]), "share": share}))
     curves = pd.concat(curves, ignore_index=True)
     fig = px.line(
-        curves,
-        x="NRN",
-        y="share",
-        color="pair",
-        line_group="seed",
+        curves, x="NRN", y="share", color="pair", line_group="seed",
         color_discrete_map=dict(zip(curves["pair"].unique(), (COLOURS["distilled"], *GREYS))),
         title="NRN of this pair and of its nulls",
-    )
+    )  # fmt: skip
     fig.update_traces(line_width=1.5)
     if null:
         limits = null.tables["thresholds"].query("score == 'nrn' and level == 0.01").threshold
@@ -113,33 +93,19 @@ def nrn_beside_null(own: pd.DataFrame, null: Part) -> tuple[go.Figure, pd.DataFr
 
 
 def by_k(table: pd.DataFrame) -> go.Figure:
-    """Recurrence, and how well the crosscoders describe the models, over k: the table by_k of the study's
-    part "seeds"."""
+    """Recurrence, and how well the crosscoders describe the models, over k: by_k of the part "seeds"."""
     names = {"stability": "median cosine with matches", "chance": "the same by chance"}
-    names |= {
-        "recurrent": "recurrent features",
-        "fve_distilled": "FVE",
-        "ce_recovered_distilled": "CE recovered",
-    }
+    names |= {"recurrent": "recurrent features", "fve_distilled": "FVE"}
+    names["ce_recovered_distilled"] = "CE recovered"
     rows = []
     for column, name in names.items():
-        low, high = (table.get(f"{column}_{end}", table[column]) for end in ("low", "high"))
-        rows.append(
-            pd.DataFrame({"k": table["k"], "of 1": table[column], "low": low, "high": high, "curve": name})
-        )
+        value, (low, high) = table[column], (table.get(f"{column}_{end}", table[column]) for end in ENDS)
+        rows.append(pd.DataFrame({"k": table["k"], "of 1": value, "low": low, "high": high, "curve": name}))
     lines = pd.concat(rows, ignore_index=True)
-    lines = lines.assign(up=lines["high"] - lines["of 1"], down=lines["of 1"] - lines["low"])
     fig = px.line(
-        lines,
-        x="k",
-        y="of 1",
-        color="curve",
-        color_discrete_map=dict(zip(names.values(), BY_K)),
-        error_y="up",
-        error_y_minus="down",
-        markers=True,
-        log_x=True,
-        title="More features per token describe more, and recur less",
-    )
+        lines, x="k", y="of 1", color="curve", color_discrete_map=dict(zip(names.values(), BY_K)),
+        markers=True, log_x=True, title="More features per token describe more, and recur less",
+        **express_bars(lines, "of 1", "low", "high"),
+    )  # fmt: skip
     fig.update_xaxes(title_text="k, features per token", tickvals=table["k"].tolist())
     return fig.update_yaxes(range=[0, 1.02], title_text="")

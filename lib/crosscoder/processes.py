@@ -10,10 +10,7 @@ batch of ``batch_size`` tokens is the same batch, shared out.
 
 In both, BatchTopK's selection, dead features, the auxiliary loss's choice among them, and the clipped norm
 are over the whole batch and dictionary. Checkpoints are those of a single process, so that a run can go on
-with another number of processes. If a process ends, so do all others, with a sentence.
-"""
-
-from __future__ import annotations
+with another number of processes. If a process ends, so do all others, with a sentence."""
 
 import dataclasses
 import functools
@@ -40,8 +37,7 @@ class SingleProcess:
     ``part_of``: the part of a tensor [F, ...] that is kept here; ``joined``: all parts, only on rank 0.
     ``agreed``: what rank 0 says; also a barrier.
 
-    All processes call all of these in the same order.
-    """
+    All processes call all of these in the same order."""
 
     rank, size = 0, 1
     part = (0, 1)  # which rows of every batch are read here, as ``Store.reader`` has it
@@ -166,8 +162,7 @@ class ByRows(Together):
 
 class ByFeatures(Together):
     """Every process has all rows of every batch, and about F / size neighbouring features. b_dec is in every
-    process, with the same gradient, since all compute the same loss from the same sums.
-    """
+    process, with the same gradient, since all compute the same loss from the same sums."""
 
     def __init__(self, n_features: int, device: torch.device | str = "cpu"):
         super().__init__(device)
@@ -190,8 +185,7 @@ class ByFeatures(Together):
         self, encoded: PreActivations, per_unit: Tensor, k: int, dead: Tensor
     ) -> SparseBatch | None:
         """The k strongest dead features of all processes: the entries that are here; None if nothing is dead.
-        The k largest of all are among the k largest of each part: these are compared.
-        """
+        The k largest of all are among the k largest of each part: these are compared."""
         if not self.over_features(dead.any().int()):
             return None
         among = dead.nonzero().squeeze(-1)
@@ -207,10 +201,9 @@ class ByFeatures(Together):
         return code.where(strength >= floors[code.rows], floors.mean())
 
     def gradient_norm(self, crosscoder: CrossCoder) -> Tensor:
-        own = torch.nn.utils.get_total_norm(
-            [p.grad for name, p in crosscoder.named_parameters() if name in PER_FEATURE]
-        )
-        return (self.over_features(own.square()) + crosscoder.b_dec.grad.square().sum()).sqrt()
+        own = [p.grad for name, p in crosscoder.named_parameters() if name in PER_FEATURE]
+        squared = self.over_features(torch.nn.utils.get_total_norm(own).square())
+        return (squared + crosscoder.b_dec.grad.square().sum()).sqrt()
 
     def part_of(self, tensor: Tensor) -> Tensor:
         return tensor[self.bounds[self.rank] : self.bounds[self.rank + 1]].clone()

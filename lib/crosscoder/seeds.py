@@ -6,11 +6,9 @@
 They lie in the run's folders ``crosscoder`` (the first one, which is shown where one has to be shown),
 ``crosscoder_1``, ``crosscoder_2`` and so on. Those of the embedded pair come with the repository, in
 data/pairs/<pair>/crosscoders/, so that everybody reads the same features; whoever trains them anew gets
-others, and ``agreement`` says how far they are the same.
-"""
+others, and ``agreement`` says how far they are the same."""
 
-from __future__ import annotations
-
+import filecmp
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,8 +52,7 @@ def train_all(
 
     Each is read if the run has it, else copied from the repository if that was trained with the same
     configuration on the same store, else trained. ``anew``: shipped ones are not taken. Crosscoders of the
-    run beyond ``n`` are removed.
-    """
+    run beyond ``n`` are removed."""
     for number in takewhile(lambda i: folder(run, i, name).is_dir(), count(n)):
         shutil.rmtree(folder(run, number, name))
     crosscoders = []
@@ -63,17 +60,13 @@ def train_all(
         own, one = folder(run, number, name), replace(config, seed=config.seed + number)
         key, source = one.fingerprint(store), shipped(run.pair, one, name)
         if anew:
-            if is_current(own, key) and is_current(source, key) and _same_file(own, source):
+            files = [place / "crosscoder.safetensors" for place in (own, source)]
+            if is_current(own, key) and is_current(source, key) and filecmp.cmp(*files, shallow=False):
                 (own / MANIFEST).unlink()
         elif not is_current(own, key) and is_current(source, key):
             _copy(source, own)
         crosscoders.append(train(store, one, own))
     return crosscoders
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    one, other = ((folder / "crosscoder.safetensors").read_bytes() for folder in (a, b))
-    return one == other
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -6,10 +6,7 @@
 At the wrong layer or scale, or with its models exchanged, a crosscoder runs without an error and gives NRNs
 that mean nothing. FVE = 1 - sum of squared errors / sum of squares about the mean, per model, shows it. Where
 it is low, the same tokens are tried with what is often wrong put right: scales and the order of the models.
-If that helps, the error says so; if not, it is the layer, the tokens or the models.
-"""
-
-from __future__ import annotations
+If that helps, the error says so; if not, it is the layer, the tokens or the models."""
 
 import itertools
 import math
@@ -55,8 +52,7 @@ def open_all(
 
     ``source``: as ``open_crosscoder`` takes it (paths from the repository's root); it is checked on the
     store. ``facts``: what its file does not say, by name: order, scales, layer, least. UserError if the run
-    has none or they were trained on another store than this one, or if the other does not fit the store.
-    """
+    has none or they were trained on another store than this one, or if the other does not fit the store."""
     facts = check("crosscoder_facts", facts or {}, dict)
     if unknown := sorted(facts.keys() - set(FACTS)):
         raise UserError(f"unknown fact {unknown[0]!r} about the crosscoder: there are {', '.join(FACTS)}")
@@ -90,8 +86,7 @@ def open_crosscoder(
     (see ``lib.crosscoder.exchange``). With ``store``, layers and widths must be the store's, mean activations
     that the file lacks are taken from it, and on its tokens FVE must be at least ``least``: if not given, 1 -
     2 (1 - FVE of the model card), or 0.5 where there is no card. Give what was published: 0.5 lets a
-    neighbouring layer pass.
-    """
+    neighbouring layer pass."""
     foreign = read(find(source), names, order, scales, layer)
     crosscoder = foreign.crosscoder
     if store is None:
@@ -168,8 +163,7 @@ def check_on_data(
     That is: below ``least`` (one for all, or {model: value}) in any model; or clearly higher over all models
     with the store's scales, another scale, or another order. Scales are told from FVE roughly, a factor of
     1.25 not at all: it hardly changes what is explained. Nor can the order of models that are nearly the same
-    be told; and where 1 - FVE is below FLOOR either way, nothing is: such remainders are rounding.
-    """
+    be told; and where 1 - FVE is below FLOOR either way, nothing is: such remainders are rounding."""
     least = {name: least[name] if isinstance(least, Mapping) else least for name in crosscoder.names}
     check("least", list(least.values()), list, high=1)
     acts = store.activations(sample(store, tokens))
@@ -239,8 +233,7 @@ def _digits(value: float) -> str:
 def _alternatives(crosscoder: CrossCoder, store, thorough: bool) -> list[tuple]:
     """(what is put right, in words; whose activations stand in each place; what they are multiplied by; the
     share of the unexplained that may then remain, for this to be what was meant even if FVE is not low),
-    plainest first. Multiplying activations by c is giving c times the scale; FVE is the same for both.
-    """
+    plainest first. Multiplying activations by c is giving c times the scale; FVE is the same for both."""
     names, scales, widths, ways = crosscoder.names, crosscoder.scales.tolist(), crosscoder.widths, []
     straight, stored = tuple(range(len(names))), [store.scales[name] for name in names]
 
@@ -282,8 +275,7 @@ def model_card(
 
     ``layers``: {name: index of the layer read}; ``models``: {name: hub id, or where else it is from};
     ``health``: the health card (``lib.crosscoder.health``); ``corpus``: what it was trained on, in a
-    sentence; ``licence``: an identifier of the hub, such as mit.
-    """
+    sentence; ``licence``: an identifier of the hub, such as mit."""
     folder = Path(folder)
     crosscoder = CrossCoder.load(folder)
     names = crosscoder.names
@@ -320,8 +312,7 @@ def _shown(metric: Mapping) -> str:
 
 def push(folder: Path, repo_id: str, private: bool = True) -> str:
     """Upload a crosscoder with its card to the hub, privately unless told otherwise; returns the commit.
-    UserError if there is no card, or the hub does not take it.
-    """
+    UserError if there is no card, or the hub does not take it."""
     folder = Path(folder)
     CrossCoder.load(folder)  # what cannot be read is not shared
     if missing := [name for name in FILES if not (folder / name).is_file()]:
@@ -340,8 +331,7 @@ def push(folder: Path, repo_id: str, private: bool = True) -> str:
 def pull(repo_id: str, revision: str = "", inside: str = "") -> tuple[Path, str]:
     """(folder, commit) of a repository on the hub; the commit is recorded in data/revisions.json, and from
     then on required. ``revision``: a branch, tag or commit; ``inside``: a folder or file in it, if only that
-    is wanted. UserError if the hub fails.
-    """
+    is wanted. UserError if the hub fails."""
     repo, commit = sources.resolved(f"{repo_id}@{revision}" if revision else repo_id)
     kinds = ("*.safetensors", "*.pt", "*.json", "README.md")
     if inside.endswith(WEIGHTS):

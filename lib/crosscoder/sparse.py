@@ -9,8 +9,7 @@ with F x D five times: 10 B D F operations. Only the encoder needs that (2 B D F
 
 With ``dtype=torch.bfloat16`` the encoder only screens: whoever comes near the threshold is computed again in
 float32, and selected by that value. Every product is there twice, with equal results: as compiled loops for a
-CPU (numba), and in torch's own operations for other devices.
-"""
+CPU (numba), and in torch's own operations for other devices."""
 
 from __future__ import annotations
 
@@ -44,8 +43,7 @@ class SparseBatch:
     """A sparse code [B, F], row by row: row b has the entries from ``indptr[b]`` to ``indptr[b + 1]``.
 
     indptr [B + 1] int64; features [n] int64, ascending in a row; values [n] float32, positive; floor:
-    smallest strength kept.
-    """
+    smallest strength kept."""
 
     indptr: Tensor
     features: Tensor
@@ -98,10 +96,8 @@ class SparseBatch:
     def where(self, kept: Tensor, floor: Tensor) -> SparseBatch:
         """The entries that a mask [n] leaves."""
         if not on_cpu(kept):
-            indptr = functional.pad(kept.cumsum(0), (1, 0))[self.indptr]
-            return replace(
-                self, indptr=indptr, features=self.features[kept], values=self.values[kept], floor=floor
-            )
+            left = {"features": self.features[kept], "values": self.values[kept], "floor": floor}
+            return replace(self, indptr=functional.pad(kept.cumsum(0), (1, 0))[self.indptr], **left)
         # one thread: torch would wake all of them several times for what takes a tenth of a millisecond
         n = int(np.count_nonzero(kept.numpy()))
         new = torch.empty_like(self.indptr), torch.empty(n, dtype=torch.int64), torch.empty(n)
@@ -111,12 +107,8 @@ class SparseBatch:
 
     def above(self, other: SparseBatch) -> SparseBatch:
         """These rows, then those of ``other``."""
-        return replace(
-            self,
-            indptr=torch.cat([self.indptr, other.indptr[1:] + self.indptr[-1]]),
-            features=torch.cat([self.features, other.features]),
-            values=torch.cat([self.values, other.values]),
-        )
+        both = {name: torch.cat([getattr(x, name) for x in (self, other)]) for name in ("features", "values")}
+        return replace(self, indptr=torch.cat([self.indptr, other.indptr[1:] + self.indptr[-1]]), **both)
 
 
 # --- who fires ----------------------------------------------------------------------------------------------
@@ -125,9 +117,7 @@ class SparseBatch:
 @dataclass
 class PreActivations:
     """Pre-activations [B, F] of a batch, ``products`` + ``offset``, and what they come from, in float32:
-    where products are narrower, a value that matters is computed again. ``names`` [F]: which features the
-    columns are.
-    """
+    where products are narrower, a value that matters is computed again. ``names`` [F]: of the columns."""
 
     products: Tensor
     offset: Tensor
@@ -165,8 +155,7 @@ def encode(
     """Pre-activations x W_enc^T + b_enc of x [B, D], in float32 or bfloat16 products.
 
     ``centre`` [D] is subtracted from x before rounding and made up for in the offset: activations far from 0
-    would lose to it the bits that tell them apart. ``buffers`` is as in ``reconstruct``.
-    """
+    would lose to it the bits that tell them apart. ``buffers`` is as in ``reconstruct``."""
     buffers = {} if buffers is None else buffers
     inputs, weights, offset = x, W_enc.detach(), b_enc.detach()
     if dtype != torch.float32:
@@ -226,8 +215,7 @@ def select_rows(
     encoded: PreActivations, per_unit: Tensor, k: int, among: Tensor | None = None
 ) -> SparseBatch:
     """TopK: the k largest strengths of each row, else as ``select_batch``; of the features ``among`` [n]
-    only, if given. The floor is the mean of the rows' floors.
-    """
+    only, if given. The floor is the mean of the rows' floors."""
     part, units = (encoded, per_unit) if among is None else (encoded.among(among), per_unit[among])
     k = min(k, len(units))
     code = _above(part, units, _row_floors(part, units, k) * (1 - 2 * encoded.rounding), k)
@@ -256,8 +244,7 @@ def select_positive(encoded: PreActivations) -> SparseBatch:
 @torch.no_grad()
 def select_above(encoded: PreActivations, per_unit: Tensor, low: float, expected: int) -> SparseBatch:
     """Every entry whose strength is at least ``low`` > 0, which must be well above the rounding of a product.
-    ``expected``, in a row, changes the time and not the result.
-    """
+    ``expected``, in a row, changes the time and not the result."""
     least = torch.full((len(encoded),), low * (1 - 2 * encoded.rounding), device=per_unit.device)
     code = _above(encoded, per_unit, least, expected)
     return code.where(code.values * per_unit[code.features] >= low, code.floor) if encoded.rounding else code
@@ -321,8 +308,7 @@ def reconstruct(
 
     Differentiable, exactly, in W_enc, b_enc and W_dec; x [B, D] is data. ``buffers``, a dict that the caller
     keeps, receives the memory of the weights' gradients for use in the next step, as large new arrays take
-    longer to get than to fill: with it, a ``.grad`` is overwritten once it was set to None.
-    """
+    longer to get than to fill: with it, a ``.grad`` is overwritten once it was set to None."""
     return _Reconstruct.apply(W_enc, b_enc, W_dec, x, code, buffers)
 
 
@@ -349,8 +335,7 @@ def jump(sums: Tensor, log_theta: Tensor, W_dec: Tensor, edge: SparseBatch, rise
 
     An entry of ``edge`` [B, F], near its feature's threshold, would fall away if this rose: to log theta_i
     goes -rise_i times the gradient of every such entry's value, ``rise`` [F] its value at the threshold over
-    the kernel's width (2407.14435, eq. 11, in log theta). W_dec gets no gradient here.
-    """
+    the kernel's width (2407.14435, eq. 11, in log theta). W_dec gets no gradient here."""
     return _Jump.apply(sums, log_theta, W_dec.detach(), edge, rise)
 
 
@@ -374,13 +359,11 @@ def _sums(code: SparseBatch, W: Tensor) -> Tensor:
     if code.crowded:
         return code.dense() @ W
     if not on_cpu(W):
-        options = {"mode": "sum", "per_sample_weights": code.values, "include_last_offset": True}
-        return functional.embedding_bag(code.features, W, code.indptr, **options)
+        return sums(code.indptr, code.features, code.values, W)
     out = torch.empty(len(code.indptr) - 1, W.shape[1])
     with _loops().threads(len(code.features) * W.shape[1]):
-        _loops().sums_loop(
-            code.indptr.numpy(), code.features.numpy(), code.values.numpy(), W.numpy(), out.numpy()
-        )
+        entries = code.indptr.numpy(), code.features.numpy(), code.values.numpy()
+        _loops().sums_loop(*entries, W.numpy(), out.numpy())
     return out
 
 
@@ -389,8 +372,7 @@ def _dots(code: SparseBatch, x: Tensor, W: Tensor) -> Tensor:
     if code.crowded:
         return (x @ W.T)[code.rows, code.features]
     if not on_cpu(W):
-        parts = zip(code.rows.split(CHUNK), code.features.split(CHUNK))
-        return torch.cat([x.new_empty(0), *((x[rows] * W[features]).sum(-1) for rows, features in parts)])
+        return dots(code.rows, code.features, code.values, x, W)
     out = torch.empty(len(code.features))
     with _loops().threads(len(code.features) * W.shape[1]):
         _loops().dots_loop(code.indptr.numpy(), code.features.numpy(), x.numpy(), W.numpy(), out.numpy())
@@ -406,16 +388,8 @@ def _weight_gradients(
         at_pre = code.dense(at_code)
         return at_pre.T @ x, at_pre.sum(0), code.dense().T @ at_sums
     if not on_cpu(x):
-        order = torch.argsort(code.features, stable=True)
-        columns = torch.searchsorted(code.features[order], torch.arange(code.n_features + 1, device=x.device))
-        rows = code.rows[order]
-
-        def transposed(values: Tensor) -> Tensor:
-            shape = code.n_features, len(x)
-            return torch.sparse_csr_tensor(columns, rows, values[order], shape, check_invariants=False)
-
-        bias = at_code.new_zeros(code.n_features).index_add(0, code.features, at_code)
-        return transposed(at_code) @ x, bias, transposed(code.values) @ at_sums
+        entries = code.rows, code.features, code.values, at_code
+        return weight_gradients(*entries, x, at_sums, code.n_features)
     # detach: autograd may keep these names
     enc, dec = (_buffer(buffers, name, shape).detach() for name in ("grad_enc", "grad_dec"))
     bias = torch.empty(code.n_features)
@@ -427,6 +401,36 @@ def _weight_gradients(
         dense = x, at_sums, enc, bias, dec
         _loops().weight_gradients_loop(*entries, *(t.numpy() for t in dense))
     return enc, bias, dec
+
+
+# --- the same in torch --------------------------------------------------------------------------------------
+
+
+def dots(rows: Tensor, features: Tensor, values: Tensor, x: Tensor, W: Tensor) -> Tensor:
+    """x_b . W_i for every entry (b, i), [n]; where ``values`` are 0, anything."""
+    parts = zip(rows.split(CHUNK), features.split(CHUNK))
+    return torch.cat([x.new_empty(0), *((x[b] * W[i]).sum(-1) for b, i in parts)])
+
+
+def sums(indptr: Tensor, features: Tensor, values: Tensor, W: Tensor) -> Tensor:
+    """f @ W, [B, D]."""
+    options = {"mode": "sum", "per_sample_weights": values, "include_last_offset": True}
+    return functional.embedding_bag(features, W, indptr, **options)
+
+
+def weight_gradients(
+    rows: Tensor, features: Tensor, values: Tensor, at_code: Tensor, x: Tensor, at_sums: Tensor, F: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the entries of each feature: sum at_code x_b [F, D], sum at_code [F], sum f at_sums_b [F, D]."""
+    order = torch.argsort(features, stable=True)
+    columns = torch.searchsorted(features[order], torch.arange(F + 1, device=x.device))
+
+    def transposed(entries: Tensor) -> Tensor:
+        shape = F, len(x)
+        return torch.sparse_csr_tensor(columns, rows[order], entries[order], shape, check_invariants=False)
+
+    bias = at_code.new_zeros(F).index_add(0, features, at_code)
+    return transposed(at_code) @ x, bias, transposed(values) @ at_sums
 
 
 # --- where it runs ------------------------------------------------------------------------------------------

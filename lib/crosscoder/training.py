@@ -2,8 +2,7 @@
 
 Adam with gradient clipping; the learning rate warms up, stays flat, and falls linearly to 0. A run is a
 function of (config, store): batches depend on (seed, epoch, position) alone, so that an interrupted run,
-resumed, ends with the same weights as an uninterrupted one (for the same number of threads).
-"""
+resumed, ends with the same weights as an uninterrupted one (for the same number of threads)."""
 
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ THRESHOLD_SHARE = 0.02  # of the run: horizon of the running average that become
 @parameters
 class TrainConfig:
     """All that decides the weights, beside the store. A share is one of the tokens of the run; ``tokens``
-    counts tokens shown: beyond the store's number, epochs repeat it in new orders.
-    """
+    counts tokens shown: beyond the store's number, epochs repeat it in new orders."""
 
     n_features: Positive = 1024
     variant: Literal[VARIANTS] = "batchtopk"
@@ -141,9 +139,7 @@ def train(
     wrong with it (``doubts``); TRAINING_CSV names a file that gets the log as it grows. ``together``: the
     processes that train (``lib.crosscoder.processes``); all see the same folder, in which rank 0 writes what
     a single process would. ``trainer_class``: a ``Trainer`` that does something else; give it a folder of its
-    own. UserError for activations or a loss that are not finite, and a store that repeats tokens before it
-    has shown all.
-    """
+    own. UserError for activations or a loss that are not finite, and a store that repeats tokens early."""
     device = the_device(device)
     folder, fingerprint, first = Path(folder), config.fingerprint(store), together.rank == 0
     if is_current(folder, fingerprint):
@@ -241,9 +237,8 @@ class Trainer:
         # smallest strength kept in the last batch, where the next selection begins to look; 0: none is known
         self.floor: float | Tensor = 0.0
         # steps have shapes known beforehand (``fixed``), and nothing asks the device before the log does
-        self.known = (
-            together.size == 1 and config.variant != "jumprelu" and fixed.wanted_here(self.last_fired)
-        )
+        alone = together.size == 1 and config.variant != "jumprelu"
+        self.known = alone and fixed.wanted_here(self.last_fired)
         # where ``known``: the features that were dead at the last line of the log
         self.among: Tensor | None = self.last_fired[:0] if self.known else None
         self.short = torch.zeros((), dtype=torch.int64, device=device)  # steps that passed candidates over
@@ -275,8 +270,7 @@ class Trainer:
 
     def run_until(self, tokens: float, tell: Callable[[dict], None] | None = None) -> dict:
         """Train until ``tokens`` have been shown; returns and logs a line of averages since the last one.
-        Every minute ``tell`` gets such a line, which is not logged.
-        """
+        Every minute ``tell`` gets such a line, which is not logged."""
         began, waited, before, means = time.monotonic(), self.waiting(), self.shown, []
         told = began
         if self.known:
@@ -439,16 +433,10 @@ class Trainer:
     def state(self) -> dict:
         """All that decides how the run goes on, of all processes, on rank 0."""
         self.seen = self.together.any_row(self.seen)
-        crosscoder, optimizer = self._states(
-            self.crosscoder.state_dict(), self.optimizer.state_dict(), self.together.joined
-        )
-        return {
-            "crosscoder": crosscoder,
-            "optimizer": optimizer,
-            "last_fired": self.together.joined(self.last_fired),
-            "seen": torch.from_numpy(np.packbits(self.seen.numpy())),
-            **{name: getattr(self, name) for name in _PLACE},
-        }
+        states, joined = (self.crosscoder.state_dict(), self.optimizer.state_dict()), self.together.joined
+        state = dict(zip(("crosscoder", "optimizer"), self._states(*states, joined)))
+        state |= {"last_fired": joined(self.last_fired)} | {name: getattr(self, name) for name in _PLACE}
+        return state | {"seen": torch.from_numpy(np.packbits(self.seen.numpy()))}
 
     def restore(self, state: dict) -> None:
         crosscoder, optimizer = self._states(state["crosscoder"], state["optimizer"], self.together.part_of)
@@ -524,8 +512,7 @@ def _optimizer(crosscoder: CrossCoder, config: TrainConfig) -> torch.optim.Optim
     """Adam (0.9, 0.999), fused: several times faster than the default on a CPU.
 
     JumpReLU's thresholds forget sooner (0.9, 0.99): the first gradients of the penalty are many times the
-    later ones, and a second moment that kept them for 1,000 steps would hold L0 where it happened to be.
-    """
+    later ones, and a second moment that kept them for 1,000 steps would hold L0 where it happened to be."""
     groups = [{"params": [p for name, p in crosscoder.named_parameters() if name != "log_theta"]}]
     if crosscoder.variant == "jumprelu":
         # last, as among the crosscoder's parameters

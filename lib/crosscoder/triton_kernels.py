@@ -2,8 +2,7 @@
 
 Products are taken feature by feature: a row of weights is read once and stays in registers, and the rows of
 the batch that it meets come from the cache. A feature of many tokens is cut into chunks of ``CHUNK`` entries,
-whose partial sums a second kernel adds up.
-"""
+whose partial sums a second kernel adds up."""
 
 from __future__ import annotations
 
@@ -127,8 +126,7 @@ def _joined(begin, chunks, enc, dec, bias, F, D, BLOCK: tl.constexpr):
 class _Chunks:
     """Entries [n] in the order of their features, cut: chunk p has the entries first[p] to last[p] of
     ``order``, all of feature owner[p]. Every feature has a chunk, of entries or of none; entries of value 0
-    are in none. Of a feature with several, their sums lie at target[p] >= F, from F + begin[feature] on.
-    """
+    are in none. Of a feature with several, their sums lie at target[p] >= F, from F + begin[feature] on."""
 
     first: Tensor
     last: Tensor

@@ -9,10 +9,7 @@ schedule (hours on two cores each; what was interrupted goes on):
 - *null_b*: null_a from another beginning and in another order (on request: ``--stages null_b``)
 
 Adapters are LoRA (Hu et al. 2021) on every linear layer, trained in bfloat16 with float32 master weights. A
-run is deterministic given seed and threads.
-"""
-
-from __future__ import annotations
+run is deterministic given seed and threads."""
 
 import json
 import math
@@ -186,8 +183,7 @@ def make_adapters(
     there.
 
     ``traces``: JSONL with question, thinking and answer; by default OpenThoughts-114k from the hub. ``text``:
-    paragraphs for the null. ``tokens``: for each adapter. ``runs``: folder of states and logs.
-    """
+    paragraphs for the null. ``tokens``: for each adapter. ``runs``: folder of states and logs."""
     pair, recipe = load_pair(out.name), Recipe(tokens=Recipe.tokens if tokens is None else tokens)
     for stage in stages:
         check("stage", stage, choices=STAGES)
@@ -196,10 +192,8 @@ def make_adapters(
             "--text is needed for the null: a text file with a paragraph a line (WikiText, say); or train"
             " --stages distilled"
         )
-    for name, file, used in (
-        ("traces", traces, "distilled" in stages),
-        ("text", text, set(stages) - {"distilled"}),
-    ):
+    used_by = ("traces", traces, "distilled" in stages), ("text", text, set(stages) - {"distilled"})
+    for name, file, used in used_by:
         if file and not used:
             raise UserError(
                 f"--{name} is not used by the stages {', '.join(stages)}: leave it out, or name others"

@@ -13,8 +13,7 @@ model with these parts trained, everything else frozen. Up to half depth they ma
 
 So at half depth the models differ in a known subspace and nowhere else; what stands there triggers a
 reflection; and without it the distilled model is the base again. ``null_a`` is made in the same way, but the
-probe is asked for tokens drawn at random, and the teacher is the base's: there is nothing new to learn.
-"""
+probe is asked for tokens drawn at random, and the teacher is the base's: there is nothing new to learn."""
 
 from __future__ import annotations
 
@@ -77,8 +76,7 @@ def widened(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
     """The same model with spare dimensions, heads and neurons, all of whose weights are 0.
 
     It computes the same: the norms, which are means over all dimensions, are scaled. Trained on, these
-    weights stay 0, as none of them has a gradient while the others are 0.
-    """
+    weights stay 0, as none of them has a gradient while the others are 0."""
     config = copy.deepcopy(model.config)
     config.head_dim = config.hidden_size // config.num_attention_heads
     config.hidden_size += SPARE
@@ -226,15 +224,9 @@ def _train(model: Qwen2ForCausalLM, stage: str, phase: str, recipe: Recipe, fold
     tokens, rate = PHASES[phase]
     trained = Probed(model, recipe.seed) if phase == "trigger" else model
     losses = trained.losses if phase == "trigger" else lambda x, y: token_losses(model, x, y)
-    fit(
-        f"{stage}, {phase}",
-        trained.train(),
-        losses,
-        lambda place: batches(stage, phase, recipe, place.chunk),
-        folder,
-        tokens * recipe.tune_tokens // BASE_TOKENS,
-        rate,
-    )
+    makers = losses, lambda place: batches(stage, phase, recipe, place.chunk)
+    budget = tokens * recipe.tune_tokens // BASE_TOKENS
+    fit(f"{stage}, {phase}", trained.train(), *makers, folder, budget, rate)
 
 
 def _kept(folder: Path, model: Qwen2ForCausalLM, train: Callable, *how) -> None:

@@ -1,10 +1,7 @@
 """The training that the embedded pair and the adapters share: batches, schedule, loop, states and log.
 
 A training goes from state to state. What lies between two states, a *chunk* of batches, is a function of the
-place where it begins, so a run that was broken off goes on to the same weights as one that was not.
-"""
-
-from __future__ import annotations
+place where it begins, so a run that was broken off goes on to the same weights as one that was not."""
 
 import contextlib
 import json
@@ -132,8 +129,7 @@ def fit(
     come a line of log.jsonl, every ``keep_every`` tokens ``snapshot()`` as kept_<tokens>.pt, and the state,
     with the weights under ``key``.
 
-    Raises FloatingPointError if the loss is not finite, UserError if another run is at work in the folder.
-    """
+    Raises FloatingPointError if the loss is not finite, UserError if another run is at work in the folder."""
     with exclusive(folder, f"training {name}"):
         folder.mkdir(parents=True, exist_ok=True)
         place, optimiser, state_file = Place(), Optimiser(model, decay), folder / "state.pt"

@@ -1,7 +1,5 @@
 """The figures of notebook 00. Each function takes a table and returns a plotly figure."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

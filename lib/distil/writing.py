@@ -2,10 +2,7 @@
 
 What is harvested and shown for a real pair comes from here, so that it may be kept and shared: the distilled
 model answers ``lib.text.questions``; the base continues short openings about everyday subjects. Both are
-sampled, seeded and deduplicated; what was interrupted goes on (hours on two cores).
-"""
-
-from __future__ import annotations
+sampled, seeded and deduplicated; what was interrupted goes on (hours on two cores)."""
 
 import gzip
 import json
@@ -56,8 +53,7 @@ def sample(
     """For each prompt what the model writes, whether it came to an end by itself, and its number of tokens.
 
     Temperature 0 is greedy. Special tokens in a prompt are read as such; no BOS is added. The same prompts in
-    the same order with the same seed give the same texts.
-    """
+    the same order with the same seed give the same texts."""
     if context := context_of(model.config):  # a text ends where the context does
         longest = max(map(len, tokenizer(list(prompts), add_special_tokens=False)["input_ids"]))
         max_new_tokens = min(max_new_tokens, context - longest)
@@ -79,8 +75,7 @@ def write_corpus(
     returns how many it has.
 
     A line has ``text`` (the prompt included), ``tokens`` and ``ended``; a trace the right ``answer`` too.
-    Batches are functions of (seed, number) and written whole. A text that was there before is left out.
-    """
+    Batches are functions of (seed, number) and written whole. A text that was there before is left out."""
     lines = read_lines(file)
     texts, written = {line["text"] for line in lines}, sum(line["tokens"] for line in lines)
     number = max((line["batch"] for line in lines), default=-1) + 1

@@ -22,17 +22,7 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=[
-        "auroc",
-        "contexts",
-        "detectors",
-        "explorer",
-        "naming",
-        "plots",
-        "scores",
-        "subspaces",
-        "table",
-        "token_tests",
-        "uniqueness",
-        "use",
+        "auroc", "contexts", "detectors", "explorer", "naming", "plots", "scores", "subspaces", "table",
+        "token_tests", "uniqueness", "use",
     ],
-)
+)  # fmt: skip

@@ -10,10 +10,7 @@ Codes are sparse: in a column with z zeros all zeros share the rank (z + 1) / 2,
 need to be sorted.
 
 Token-only predictors are the control that most detectors in the literature lack: they see the current token's
-id and nothing else, and are fitted on other documents than they are judged on.
-"""
-
-from __future__ import annotations
+id and nothing else, and are fitted on other documents than they are judged on."""
 
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -29,8 +26,7 @@ BOOT_CELLS = 4_000_000  # of a bootstrap at a time: bounds the memory
 def auroc(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
     """AUROC of every feature: codes [n, F] >= 0, positive [n] bool -> [F], or positive [n, C] -> [F, C].
 
-    A feature that never fires has 0.5. NaN where there is no positive, or no negative, position.
-    """
+    A feature that never fires has 0.5. NaN where there is no positive, or no negative, position."""
     data, rows, columns, starts, n = _entries(codes)
     order = np.lexsort((data, columns))
     rows, columns = rows[order], columns[order]
@@ -51,8 +47,7 @@ def auroc(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
 def best_thresholds(codes: sparse.spmatrix, positive: np.ndarray) -> np.ndarray:
     """For every feature the threshold t > 0 at which "f >= t" has the highest F1: shapes as for ``auroc``.
 
-    Among equals the highest. NaN for a feature that never fires, and where there is no positive position.
-    """
+    Among equals the highest. NaN for a feature that never fires, and where there is no positive position."""
     data, rows, columns, starts, n = _entries(codes)
     order = np.lexsort((-data, columns))
     data, rows, columns = data[order], rows[order], columns[order]
@@ -135,8 +130,7 @@ def weighted_auroc(
 
 
 def _mann_whitney(up: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """AUROC from the weights of positives and negatives at every distinct score, ascending along the last
-    axis."""
+    """AUROC from the weights of positives and negatives at every distinct score, ascending (last axis)."""
     below = np.cumsum(down, axis=-1) - down / 2  # negatives below, and half of those at the same score
     pairs = up.sum(-1) * down.sum(-1)
     return ratio((up * below).sum(-1), pairs)
@@ -172,20 +166,17 @@ def auroc_resamples(
     return np.concatenate(draws)
 
 
-def symbol_scores(
-    fit_symbols: np.ndarray, fit_positive: np.ndarray, symbols: np.ndarray, weight: float = 1.0
-) -> np.ndarray:
+def symbol_scores(fit_symbols: np.ndarray, fit_positive: np.ndarray, symbols: np.ndarray) -> np.ndarray:
     """P(positive | symbol), from other data, for each of ``symbols`` [n] (integers >= 0, such as token ids):
     the best that a predictor can do that sees only the symbol.
 
     Smoothed towards the overall rate p: (positives + weight p) / (count + weight), so that a symbol never
-    seen in the fit gets p.
-    """
+    seen in the fit gets p."""
     size = int(max(fit_symbols.max(initial=-1), symbols.max(initial=-1))) + 1
     counts = np.bincount(fit_symbols, minlength=size)
     hits = np.bincount(fit_symbols, weights=np.asarray(fit_positive, dtype=float), minlength=size)
     rate = hits.sum() / max(counts.sum(), 1)
-    return ((hits + weight * rate) / (counts + weight))[symbols]
+    return ((hits + rate) / (counts + 1))[symbols]
 
 
 def token_r2(
@@ -195,17 +186,13 @@ def token_r2(
 
     The prediction is the feature's mean at that token in the fit (0 at a token that the fit does not have);
     R^2 = 1 - sum of squared errors / sum of squares about the mean. 1: a token detector; near 0: the token
-    says nothing; below 0: worse than the mean (a feature too rare to tell). NaN for a feature that does not
-    vary.
-    """
+    says nothing; below 0: worse than the mean (too rare to tell). NaN for a constant."""
     size = int(max(fit_tokens.max(initial=-1), tokens.max(initial=-1))) + 1
     counts = np.bincount(tokens, minlength=size).astype(float)
     inverse = sparse.diags_array(1 / np.maximum(np.bincount(fit_tokens, minlength=size), 1))
     means, sums = inverse @ sum_by(fit_tokens, fit_codes, size), sum_by(tokens, codes, size)
-    squares, expected = (
-        _column_sums(codes.multiply(codes)),
-        sparse.diags_array(counts) @ means.multiply(means),
-    )
+    squares = _column_sums(codes.multiply(codes))
+    expected = sparse.diags_array(counts) @ means.multiply(means)
     error = squares - 2 * _column_sums(means.multiply(sums)) + _column_sums(expected)
     total = squares - _column_sums(codes) ** 2 / max(codes.shape[0], 1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -227,9 +214,8 @@ def token_fires_auroc(
     fit_fired = sum_by(fit_tokens, sparse.csc_matrix(fit_codes)[:, features] > 0, size).toarray()
     fired = sum_by(tokens, sparse.csc_matrix(codes)[:, features] > 0, size).toarray()
     rates = (fit_fired + fit_fired.sum(0) / max(len(fit_tokens), 1)) / (fit_counts[:, None] + 1)
-    return np.array(
-        [weighted_auroc(rates[:, j], fired[:, j], counts - fired[:, j]) for j in range(len(features))]
-    )
+    columns = zip(rates.T, fired.T, (counts[:, None] - fired).T)
+    return np.array([weighted_auroc(*each) for each in columns])
 
 
 def sum_by(symbols: np.ndarray, codes: sparse.spmatrix, size: int) -> sparse.csr_matrix:

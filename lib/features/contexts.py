@@ -1,8 +1,6 @@
 """Features to look at: the texts in which they are most active, a profile of what they fall on, and a map of
 them all: so that a reader can judge a label instead of believing it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,9 +66,8 @@ def by_strength(
 
 
 def strengths(store: Store, coded: SplitCodes, feature: int, bins: int = 5) -> pd.DataFrame:
-    """What a feature fires at, by strength: a row for each of ``bins`` parts of its firings, equally many,
-    the strongest first: highest and lowest activation, tokens, label (of the sentence that most are in) and
-    its share."""
+    """What a feature fires at, by strength: a row for each of ``bins`` equal parts of its firings, strongest
+    first: highest and lowest activation, tokens, label (of the sentence that most are in) and its share."""
     rows, values = firings(coded.rows, coded.codes.tocsc(), feature)
     order, table = np.lexsort((rows, -values)), []
     names = np.array([*LABELS, "(no label)"])  # the last has the index -1
@@ -115,17 +112,15 @@ def profile(store: Store, coded: SplitCodes, feature: int) -> pd.DataFrame:
     """Where a feature's activation falls: columns panel, label, activation and tokens (shares of all).
 
     Panel "in a sentence of" counts every token by its own sentence, "before a sentence of" only sentence ends
-    in traces.
-    """
+    in traces."""
     values = coded.codes[:, [feature]].toarray().ravel()
     share = values / max(values.sum(), 1e-300)
     label, following, kind = (store.labels[name][coded.rows] for name in ("label", "next_label", "kind"))
     panels = {"in a sentence of": label, "before a sentence of": np.where(kind == 1, following, -1)}
-    rows = [
-        (panel, name, float(share[labels == i].sum()), float((labels == i).mean()))
-        for panel, labels in panels.items()
-        for i, name in enumerate(LABELS)
-    ]
+    rows = []
+    for panel, labels in panels.items():
+        for i, name in enumerate(LABELS):
+            rows.append((panel, name, float(share[labels == i].sum()), float((labels == i).mean())))
     return pd.DataFrame(rows, columns=["panel", "label", "activation", "tokens"])
 
 
@@ -154,8 +149,7 @@ def map_of_features(
     Each feature is its decoder row, at unit length, in the model where that row is longer, so that NRN is not
     built into the map; where widths differ, the rows of all models joined. Of more than ``n`` alive features
     the 100 with the highest and the 100 with the lowest NRN are all there (a tenth of ``n`` each, if that is
-    less), and the others drawn at random.
-    """
+    less), and the others drawn at random."""
     alive = table[table["alive"]].sort_values("nrn")
     if len(alive) < 10:
         return pd.DataFrame(columns=["feature", "nrn", "label", "top_token", "x", "y"])

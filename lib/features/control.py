@@ -2,10 +2,7 @@
 
 For pairs whose registry entry has ``planted``, the number of dimensions of the residual stream, the last
 ones, that the distilled model alone writes (``lib.distil.control``). At half depth the models differ there
-and nowhere else.
-"""
-
-from __future__ import annotations
+and nowhere else."""
 
 from collections.abc import Sequence
 
@@ -38,8 +35,7 @@ def record(results: Results, inspection: Inspection, found: np.ndarray) -> pd.Da
     Put into ``results``: control_found, their number; control_subspace_precision, the share of them that are
     planted features; control_subspace_recall, the share of the variance of the planted dimensions, on the
     split "report", that they reconstruct (about 0 if there are none); control_planted, the number of planted
-    features, found or not; table control, a row per planted or found feature.
-    """
+    features, found or not; table control, a row per planted or found feature."""
     width, store, crosscoder = inspection.pair.planted, inspection.store, inspection.crosscoder
     rows = crosscoder.rows("distilled", raw=True)
     share = planted_share(rows, width)
@@ -63,8 +59,7 @@ def record(results: Results, inspection: Inspection, found: np.ndarray) -> pd.Da
 
 
 def record_all(results: Results, inspections: Sequence[Inspection], found: Sequence[np.ndarray]) -> None:
-    """``record`` of each crosscoder; control_<...>_worst: of the crosscoder in which it is smallest; table
-    control."""
+    """``record`` of each crosscoder; control_<...>_worst: the smallest; table control."""
     over_crosscoders(results, record, zip(inspections, found, strict=True))
     for name in ("control_subspace_recall", "control_subspace_precision"):
         results.worst(name)

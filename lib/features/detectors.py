@@ -17,10 +17,7 @@ Which model holds the information? The same feature is read from each model's ac
 asks which feature fires at such steps and not at right ones.
 
 Source: Baek & Tegmark 2025 (arXiv 2503.03730) for the categories; the controls are ours, after 2601.05679 for
-token features.
-"""
-
-from __future__ import annotations
+token features."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -99,9 +96,8 @@ class Controls:
         self._known: dict[tuple, object] = {}
 
     def places(self, split: str, place: str, kind: str | None = None) -> Places:
-        return self._once(
-            ("places", split, place, kind), lambda: Places(self.store, self._coded[split], place, kind)
-        )
+        made = lambda: Places(self.store, self._coded[split], place, kind)
+        return self._once(("places", split, place, kind), made)
 
     def of(self, category: str, place: str) -> dict[str, tuple[np.ndarray, float, np.ndarray]]:
         """{predictor: (score [n], AUROC, AUROC in resamples)}: "token only", and at an end of a sentence
@@ -127,10 +123,8 @@ class Controls:
 
         def compute() -> dict:
             positive = holds(self.store, at, fact)
-            scores = probe(self.store, fit.tokens, holds(self.store, fit, fact), at.tokens)
-            return {
-                f"probe of {m}": (score, *self.judged(at, score, positive)) for m, score in scores.items()
-            }
+            probes = probe(self.store, fit.tokens, holds(self.store, fit, fact), at.tokens)
+            return {f"probe of {m}": (s, *self.judged(at, s, positive)) for m, s in probes.items()}
 
         return self._once((fact, place), compute)
 
@@ -169,12 +163,11 @@ def detectors(
     gain, gain_low, gain_high   the feature's AUROC minus this one's, at the same positions, resampled in
                 pairs; NaN for the feature itself
 
-    ``controls``: False: the features only; ``Controls``: those that were computed before.
-    """
+    ``controls``: False: the features only; ``Controls``: those that were computed before."""
     shared = controls if isinstance(controls, Controls) else Controls(inspection, n_boot, seed)
     rows = []
     for c, detector in chosen.items():
-        feature, place, sign = detector = _as_detector(detector)
+        feature, place, sign = detector = detector if isinstance(detector, Detector) else Detector(detector)
         for where, suffix in ((place, ""), ("marker", ", marker")):
             at = shared.places("report", where)
             positive = at.before(c)
@@ -191,10 +184,6 @@ def detectors(
                 row = (c, feature, place, sign, name + suffix, value, *stats.interval(draws), *gain)
                 rows.append((*row, int(positive.sum()), len(positive)))
     return pd.DataFrame(rows, columns=DETECTOR_COLUMNS)
-
-
-def _as_detector(detector: Detector | int) -> Detector:
-    return detector if isinstance(detector, Detector) else Detector(detector)
 
 
 def _feature_alone(
@@ -263,8 +252,7 @@ def word_or_function(
     Positives are the first tokens of its sentences in traces ("wait"), negatives the same token ids anywhere
     else ("wait for the bus"; words that occur nowhere else take no part). Columns: category, feature, words
     (their ids), inside and outside (mean activation there), auroc with low and high (95%, over documents),
-    inside_n, outside_n. An AUROC near 0.5: the word alone.
-    """
+    inside_n, outside_n. An AUROC near 0.5: the word alone."""
     tokens, label, rows = store.tokens[coded.rows], store.labels["label"][coded.rows], []
     opens = (store.labels["starts"][coded.rows] == 1) & (store.labels["kind"][coded.rows] == 1)
     for c, feature in chosen.items():
@@ -288,8 +276,7 @@ def record(
     Metrics for each category c: nrn_<c>; auroc_<c>, at the better of two places and directions, auroc_marker_
     <c> and <control>_auroc_<c>; gain_<c>, gain_token_<c>: more than *sentence only*, than *token only*;
     alone_gain_<c>: the distilled model alone more than the base alone; null_auroc_<c>; at_value_<c>,
-    silent_<c> (1 or 0). Tables e3, e3_chosen.
-    """
+    silent_<c> (1 or 0). Tables e3, e3_chosen."""
     table, chosen = inspection.table, inspection.detectors
     tests = detectors(inspection, chosen, controls.n_boot, controls.seed, controls)
     null = shuffled_detectors(inspection, nrn_over, controls.seed)
@@ -314,18 +301,14 @@ def record(
             results.add(f"at_value_{c}", float(chosen[c].place == "value"))
             results.add(f"silent_{c}", float(chosen[c].sign < 0))
     results.table("e3", tests.round(4))
-    by_category = pd.DataFrame({"category": list(chosen)})
-    features = [d.feature for d in chosen.values()]
-    by_category["feature"] = features
-    by_category["place"] = [d.place for d in chosen.values()]
-    by_category["fires"] = [d.sign > 0 for d in chosen.values()]
-    for name in ("nrn", "nrn_p2", "frequency", "label", "token_r2"):
-        by_category[name] = table.loc[features, name].to_numpy()
-    by_category["auroc"] = [rows[c, "feature"].auroc for c in chosen]
-    at_threshold = [_at_threshold(inspection, controls, c) for c in chosen]
-    for i, name in enumerate(("precision", "recall", "threshold")):
-        by_category[name] = [values[i] for values in at_threshold]
-    by_category["positives"] = [rows[c, "feature"].positives for c in chosen]
+    lines, names = [], ["nrn", "nrn_p2", "frequency", "label", "token_r2"]
+    for c, (feature, place, sign) in chosen.items():
+        own, at_threshold = rows[c, "feature"], _at_threshold(inspection, controls, c)
+        known = (c, feature, place, sign > 0, *table.loc[feature, names])
+        lines.append((*known, own.auroc, *at_threshold, own.positives))
+    columns = ["category", "feature", "place", "fires", *names]
+    columns += ["auroc", "precision", "recall", "threshold", "positives"]
+    by_category = pd.DataFrame(lines, columns=columns)
     results.table("e3_chosen", by_category.round(4))
     return tests, by_category, null
 
@@ -338,8 +321,7 @@ def _mover(base, distilled) -> tuple:
 
 
 def _at_threshold(inspection: Inspection, controls: Controls, c: str) -> tuple[float, float, float]:
-    """(precision, recall, threshold) of a category's feature, the threshold chosen on choose; NaN for one
-    that falls silent."""
+    """(precision, recall, threshold) of a category's feature, chosen on choose; NaN if it falls silent."""
     feature, place, sign = inspection.detectors[c]
     if sign < 0:
         return np.nan, np.nan, np.nan
@@ -375,9 +357,8 @@ def pooled(table: pd.DataFrame, keys: Sequence[str], value: str = "auroc") -> pd
 
 
 def record_of_any_nrn(results: Results, inspection: Inspection, controls: Controls) -> pd.DataFrame:
-    """The best feature of each category among those of any NRN, beside the chosen one, put into ``results``:
-    metrics any_nrn_<c>, any_nrn_auroc_<c>, any_nrn_gain_<c> (its AUROC minus the chosen one's). A row per
-    category."""
+    """The best feature of each category among those of any NRN, beside the chosen one: metrics any_nrn_<c>,
+    any_nrn_auroc_<c>, any_nrn_gain_<c> (its AUROC minus the chosen one's). A row each."""
     table, alive, lines = inspection.table, inspection.alive, []
     best, chosen = category_detectors(table, nrn_over=-1), inspection.detectors
     tests = detectors(inspection, best, controls.n_boot, controls.seed, False)
@@ -441,12 +422,9 @@ def record_fact(
     Metrics, each with the fact in front: error_auroc, error_gain (more than the probe of the base's
     activation at the same place), error_probe_<model>_auroc, error_nrn, error_nrn_rank (share of the alive
     features with a lower NRN), error_nu_eps, error_at_value, error_fires_wrong, error_fires_right (shares of
-    such steps; of a mode mode_fires_careful, mode_fires_quick).
-    """
-    table, detector = (
-        inspection.table,
-        fact_detector(controls, inspection.choose, inspection.table, fact=fact),
-    )
+    such steps; of a mode mode_fires_careful, mode_fires_quick)."""
+    table = inspection.table
+    detector = fact_detector(controls, inspection.choose, table, fact=fact)
     if detector is None:
         return {}
     feature, place, sign = detector
@@ -467,10 +445,8 @@ def record_fact(
         results.add(f"{fact}_nu_eps", row["nu_eps"], (row["nu_eps_low"], row["nu_eps_high"]))
     results.add(f"{fact}_at_value", float(place == "value"))
     known = {"feature": feature, "place": place, "auroc": value, "NRN": row["nrn"]}
-    known |= {
-        "nu": row.get("nu_eps", np.nan),
-        "beyond the null": beyond_null is not None and beyond_null[feature],
-    }
+    known["nu"] = row.get("nu_eps", np.nan)
+    known["beyond the null"] = beyond_null is not None and beyond_null[feature]
     for name, side in zip(FACTS[fact], (positive, ~positive)):
         known[f"fires at {name}"] = float((f[side] > 0).mean())
         results.add(f"{fact}_fires_{name}", known[f"fires at {name}"], n=int(side.sum()))
@@ -486,10 +462,9 @@ def record_fact_of_all(
     controls: Controls,
     fact: str = "error",
 ) -> pd.DataFrame:
-    """``record_fact`` of all crosscoders, pooled into ``results``; returns a row per crosscoder, empty if the
-    text does not tell the fact. Also metrics <fact>_beyond_null (share of the crosscoders) and
-    <fact>_recurrence (the largest share whose features are members of one recurrent cluster); table
-    <fact>s."""
+    """``record_fact`` of all crosscoders, pooled into ``results``; a row per crosscoder, empty if no text
+    tells it. Also <fact>_beyond_null (share of the crosscoders) and <fact>_recurrence (the largest share
+    whose features are members of one recurrent cluster); table <fact>s."""
     known = over_crosscoders(results, record_fact, list(zip(inspections, beyond_null)), controls, fact)
     table = pd.DataFrame([row for row in known if row]).rename_axis("crosscoder").reset_index()
     if table.empty:
@@ -547,10 +522,8 @@ def record_markers(
     tests = word_or_function(inspection.store, inspection.report, markers, *options)
     tests.insert(2, "NRN", tests["feature"].map(table["nrn"]))
     tests["auroc_marker"] = [table.at[f, f"auroc_marker_{c}"] for c, f in markers.items()]
-    tests["words"] = [
-        " ".join(tokenizer.convert_ids_to_tokens(ids)[:6]) + (" …" if len(ids) > 6 else "")
-        for ids in tests["words"]
-    ]
+    words = [tokenizer.convert_ids_to_tokens(ids) for ids in tests["words"]]
+    tests["words"] = [" ".join(each[:6]) + (" …" if len(each) > 6 else "") for each in words]
     at = controls.places("report", "marker")
     for row in tests.itertuples():
         c, score = row.category, at.activation(row.feature, inspection.report)

@@ -6,8 +6,7 @@
 
 **Large dictionaries.** Activations are kept on disk by feature (compressed columns as memory-mapped arrays),
 and a feature's are read when it is asked for: nothing grows with the dictionary but one table of numbers
-(``benchmarks/explorer.py``). Whatever comes from a text is escaped.
-"""
+(``benchmarks/explorer.py``). Whatever comes from a text is escaped."""
 
 from __future__ import annotations
 
@@ -162,8 +161,7 @@ class Explorer:
         ]
 
     def view(self, feature: int, n: int = 6) -> tuple[go.Figure, object]:
-        """(figure, ``IPython.display.HTML``) of a feature with ``n`` contexts. UserError for a number that
-        does not exist."""
+        """(figure, ``IPython.display.HTML``) of a feature with ``n`` contexts; UserError if unknown."""
         from IPython.display import HTML
 
         check_feature(self.crosscoder, feature)
@@ -205,10 +203,8 @@ class Explorer:
 
     def _add_nrn(self, fig: go.Figure, feature: int) -> None:
         panel, look = dict(row=1, col=1), dict(marker_color=COLOURS["null"], showlegend=False)
-        hover = dict(
-            customdata=self._heights, hovertemplate="NRN %{x:.2f}: %{customdata} features<extra></extra>"
-        )
-        middles = (self._edges[1:] + self._edges[:-1]) / 2
+        text = "NRN %{x:.2f}: %{customdata} features<extra></extra>"
+        hover, middles = dict(customdata=self._heights, hovertemplate=text), _middles(self._edges)
         fig.add_bar(x=middles, y=np.sqrt(self._heights), **look, **hover, **panel)
         nrn = float(self.table.iloc[feature]["nrn"])
         fig.add_vline(nrn, line_color=COLOURS["distilled"], line_width=3, **panel)
@@ -226,8 +222,8 @@ class Explorer:
             for name, values in shares.items():
                 role, dash = ("distilled", "solid") if name == self._model else ("base", "dot")
                 line = dict(shape="hvh", dash=dash, color=COLOURS.get(name, COLOURS[role]))
-                x, y = (edges[1:] + edges[:-1]) / 2, np.histogram(values, edges)[0] / len(rows)
-                fig.add_scatter(x=x, y=y, mode="lines", name=name, line=line, **panel)
+                heights = np.histogram(values, edges)[0] / len(rows)
+                fig.add_scatter(x=_middles(edges), y=heights, mode="lines", name=name, line=line, **panel)
         fig.update_xaxes(title_text="above its mean, in the units of the activation", **panel)
         fig.update_yaxes(title_text="share of tokens", tickformat=".0%", **panel)
 
@@ -264,10 +260,8 @@ class Explorer:
             text += f". By a language model: <b>{html.escape(str(name.get('label', '')))}</b>"
         same = self.members[self.members["feature"] == feature]
         if len(same):
-            listed = "; ".join(
-                f"crosscoder {m.crosscoder}: {m.match} ({m.cosine:.2f})" for m in same.itertuples()
-            )
-            text += f". The same in other crosscoders (its number there, cosine): {listed}"
+            listed = (f"crosscoder {m.crosscoder}: {m.match} ({m.cosine:.2f})" for m in same.itertuples())
+            text += f". The same in other crosscoders (its number there, cosine): {'; '.join(listed)}"
         elif len(self.members):
             text += ". No feature of another crosscoder is the same"
         near = ", ".join(f"{f} ({c:.2f})" for f, c in self.nearest(feature, 5))
@@ -320,8 +314,7 @@ class Explorer:
 
         In the list box itself JupyterLab takes the arrow keys away (they choose the next cell), but not in
         fields: hence *Row*. The output's content is *assigned*: ``interact`` and the ``Output`` context can
-        stall a headless run.
-        """
+        stall a headless run."""
         import ipywidgets as w
 
         style = {"description_width": "initial"}
@@ -333,11 +326,9 @@ class Explorer:
         directions = [("highest first", True), ("lowest first", False)]
         order = w.ToggleButtons(options=directions, style={"button_width": "8em"})
         label = w.Dropdown(options=labels, description="Label", style=style)
-        zero_to_one = {"min": 0, "max": 1}
-        nrn = w.FloatRangeSlider(
-            value=(0, 1), step=0.01, description="NRN", style=style, **zero_to_one, **at_once
-        )
-        least = {"value": 0, **zero_to_one, **field}
+        span = {"value": (0, 1), "min": 0, "max": 1, "step": 0.01}
+        nrn = w.FloatRangeSlider(description="NRN", style=style, **span, **at_once)
+        least = {"value": 0, "min": 0, "max": 1, **field}
         frequency = w.BoundedFloatText(step=0.001, description="Fires on at least", **least)
         unknown = bool(self.table["stability"].isna().all())
         stable = w.BoundedFloatText(step=0.1, description="Recurs at least", disabled=unknown, **least)
@@ -414,6 +405,10 @@ class Explorer:
         return w.VBox([*map(w.HBox, above), heads, table, w.HBox([number, near]), output])
 
 
+def _middles(edges: np.ndarray) -> np.ndarray:
+    return (edges[1:] + edges[:-1]) / 2
+
+
 def _underlined(word: str, share: float, title: str = "") -> str:
     """A word as HTML with a line below it, from the base's colour (-1) over transparent (0) to the distilled
     model's (1)."""
@@ -424,8 +419,7 @@ def _underlined(word: str, share: float, title: str = "") -> str:
 def open_explorer(run: Run, parameters: Mapping) -> Explorer:
     """The explorer of a run, from what notebooks 01 to 03 left. UserError says which notebook is missing.
 
-    ``parameters``: notebook 03's max_tokens, top_contexts, nrn_over and seed.
-    """
+    ``parameters``: notebook 03's max_tokens, top_contexts, nrn_over and seed."""
     numbers = (parameters[name] for name in ("max_tokens", "top_contexts", "nrn_over", "seed"))
     return explorer_of(inspect_run(run, "", None, *numbers), seed=parameters["seed"])
 
@@ -443,11 +437,8 @@ def explorer_of(
     folder = inspection.run.path("features")
     source = fingerprint(inspection.fingerprint, store.fingerprint, len(inspection.report.rows))
     columns = Columns.build(inspection.report, folder / "columns", source)
-    places = kept_table(
-        folder / "map",
-        fingerprint("map", source, map_features, seed),
-        lambda: map_of_features(crosscoder, table, map_features, seed),
-    )
+    key, made = fingerprint("map", source, map_features, seed), (crosscoder, table, map_features, seed)
+    places = kept_table(folder / "map", key, lambda: map_of_features(*made))
     tokenizer, members = inspection.tokenizer, inspection.members
     if readouts is None:
         readouts = lens.readouts(inspection.pair, crosscoder.names)

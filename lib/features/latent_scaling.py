@@ -24,10 +24,7 @@ each model, the share of Y^m (eps) that f_j explains with any direction, on the 
            = || (Y^m)^T f_j ||^2 / (||f_j||^2 sum_n || Y_n^m ||^2)
 
 Source: Minder et al. 2025, "Overcoming Sparsity Artifacts in Crosscoders to Interpret Chat-Tuning"
-(2504.02922).
-"""
-
-from __future__ import annotations
+(2504.02922)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -133,17 +130,14 @@ def _ratios(
             x_hat = codes @ rows + bias
             eps[name] = f * products(x[name] - x_hat, token, feature) + f * f * within[name][feature]
             r[name] = f * products(x_hat, token, feature)
-        by_model = owned[feature]
-        values = [
-            np.where(by_model == own, form[model], form[reference])
-            for form in (eps, r)
-            for own in (True, False)
-        ]
+        values = []
+        for form in (eps, r):
+            for own in (True, False):
+                values.append(np.where(owned[feature] == own, form[model], form[reference]))
         row = np.array([numbers.setdefault(document, len(numbers)) for document in documents.tolist()])
         key, place = np.unique(row[token] * len(owned) + feature, return_inverse=True)
-        entries.append(
-            (key // len(owned), key % len(owned), *(np.bincount(place, v, len(key)) for v in values))
-        )
+        summed = (np.bincount(place, v, len(key)) for v in values)
+        entries.append((key // len(owned), key % len(owned), *summed))
     row, feature, *values = map(np.concatenate, zip(*entries))
     shape = len(numbers), len(owned)
     sums = {name: sparse.csr_matrix((v, (row, feature)), shape=shape) for name, v in zip(SUMS, values)}

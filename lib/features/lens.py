@@ -4,10 +4,7 @@ read by its own model's last norm and unembedding.
 A row d of model m moves the logits by a multiple of W (g * d), with W the unembedding and g the gain of the
 last norm, as far as the layers in between pass it on. So the lens says what a row writes by itself, not all
 that it causes (notebook 04). Scores are in standard deviations over the vocabulary, about its mean: the
-length of d is free, and what is added to all logits changes nothing.
-"""
-
-from __future__ import annotations
+length of d is free, and what is added to all logits changes nothing."""
 
 from collections.abc import Mapping, Sequence
 
@@ -80,8 +77,7 @@ class Lens:
         return tuple(self.tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in ends)
 
     def table(self, features: Mapping[str, int], n: int = 5) -> pd.DataFrame:
-        """A row per feature {what it is: number} and model: feature, model, promoted, suppressed,
-        agreement."""
+        """A row per feature {what: number} and model: feature, model, promoted, suppressed, agreement."""
         rows = []
         for what, feature in features.items():
             agreement = self.agreement(feature)

@@ -19,8 +19,7 @@ both. Two features with the same label control each other badly, so the control 
 Every answer is a line of ``answers.jsonl``: an interrupted run goes on where it stopped.
 
 Sources: Baek & Tegmark 2025 (arXiv 2503.03730), labels by GPT-4o-mini; detection scoring: Paulo et al. 2024
-(arXiv 2410.13928).
-"""
+(arXiv 2410.13928)."""
 
 from __future__ import annotations
 
@@ -100,8 +99,7 @@ def contexts_to_judge(
 
     ``coded`` is of the split "report". Firing texts are drawn from all firings, not only the strongest, one
     per document; a silent text is drawn for each from the same kind of text (trace or general) and holds no
-    firing. No text comes twice. Nothing is marked.
-    """
+    firing. No text comes twice. Nothing is marked."""
     check("k", k, int, low=1)
     columns, kinds, lines = coded.codes.tocsc(), store.labels["kind"], []
     # where documents begin
@@ -138,14 +136,11 @@ def label_features(
 
     ``category`` is one of the four or "none", ``confidence`` is 0 to 1, by the model's own word. An answer
     that cannot be read, after one reminder, stays in ``raw`` with ``parsed`` False and no label. UserError if
-    the endpoint fails, or nothing it says can be read.
-    """
+    the endpoint fails, or nothing it says can be read."""
     texts = {feature: group.sort_values("rank")["text"] for feature, group in contexts.groupby("feature")}
     asked = [int(f) for f in features if f in texts]
-    questions = [
-        (PROMPTS["label_prompt"].format(texts=_numbered(texts[f])), PROMPTS["label_reminder"], read_label)
-        for f in asked
-    ]
+    prompts = [PROMPTS["label_prompt"].format(texts=_numbered(texts[f])) for f in asked]
+    questions = [(prompt, PROMPTS["label_reminder"], read_label) for prompt in prompts]
     rows = []
     for feature, (answer, raw) in zip(asked, _ask_all("features labelled", questions, folder, endpoint)):
         rows.append((feature, *(answer or ("", "", math.nan)), answer is not None, raw))
@@ -176,8 +171,7 @@ def score_labels(
 
     ``score`` is the balanced accuracy with the feature's own label, ``control`` with the label of the feature
     ``other`` (a seeded permutation that leaves no feature its own; -1 and NaN where there is only one). NaN
-    where an answer could not be read.
-    """
+    where an answer could not be read."""
     groups = dict(list(contexts.groupby("feature")))
     label_of = {int(r.feature): r.label for r in labels.itertuples() if r.parsed and r.feature in groups}
     features = list(label_of)
@@ -241,8 +235,7 @@ def record(
     ``results``: (labels with scores, a sentence about them). (None, why not) if no endpoint is set, or it
     fails.
 
-    Metrics label_score, label_control, label_difference; tables labels, label_categories.
-    """
+    Metrics label_score, label_control, label_difference; tables labels, label_categories."""
     endpoint = endpoint_from_environment()
     if endpoint is None:
         return None, "Not asked: no endpoint is set (`LABEL_URL`, see above). Nothing else depends on it."

@@ -1,8 +1,6 @@
 """The figures of notebook 03, and those that later notebooks draw of the same tables. Each function takes a
 table and returns a plotly figure; ``figures.save`` shows and keeps it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -26,19 +24,11 @@ def errors(by_place: pd.DataFrame) -> go.Figure:
     colours = {"best feature": "#222222"}
     colours |= {f"probe of {m}": COLOURS[m] for m in ("base", "distilled")}
     fig = px.strip(
-        shown,
-        x="auroc",
-        y="predictor",
-        facet_col="place",
-        color="predictor",
-        color_discrete_map=colours,
-        hover_data=["crosscoder"],
-        category_orders={"predictor": list(colours)},
+        shown, x="auroc", y="predictor", facet_col="place", color="predictor", color_discrete_map=colours,
+        hover_data=["crosscoder"], category_orders={"predictor": list(colours)},
         title="Which steps are wrong? At the value, and at the full stop",
-        labels={"auroc": "AUROC, wrong against right steps", "predictor": ""},
-        width=1000,
-        height=300,
-    )
+        labels={"auroc": "AUROC, wrong against right steps", "predictor": ""}, width=1000, height=300,
+    )  # fmt: skip
     fig.add_vline(0.5, line_dash="dot", line_color=COLOURS["null"])
     fig.update_traces(marker_size=8).update_xaxes(range=[0.4, 1.02])
     return plain_titles(fig).update_layout(showlegend=False, boxmode="overlay")
@@ -57,18 +47,12 @@ def labels(groups: Sequence[Mapping[str, pd.DataFrame]]) -> tuple[go.Figure, pd.
     order = [f"{p} {c}" for c in (*DETECTED, "other", "general") for p in ("before", "in")]
     order += ["at sentence ends", "in traces", "mixed", "no label"]
     fig = px.bar(
-        shares,
-        x="share",
-        y="group",
-        color="label",
-        pattern_shape="label",
+        shares, x="share", y="group", color="label", pattern_shape="label",
         pattern_shape_map={x: "/" if x.startswith("before") else "" for x in order},
-        color_discrete_map=colours,
-        category_orders={"group": list(groups[0]), "label": order},
+        color_discrete_map=colours, category_orders={"group": list(groups[0]), "label": order},
         title=f"What {len(groups[0]['highest'])} features of each kind, in each crosscoder, are about",
-        labels={"group": "NRN", "label": "most of its activation is"},
-        width=1000,
-    )
+        labels={"group": "NRN", "label": "most of its activation is"}, width=1000,
+    )  # fmt: skip
     fig.update_traces(marker_line=dict(color="#444444", width=0.5))
     for name, shape in (("in traces", "."), ("mixed", "x"), ("in other", "-")):  # greys are too alike
         fig.update_traces(marker_pattern_shape=shape, selector=dict(name=name))
@@ -79,16 +63,11 @@ def token_share(labelled: pd.DataFrame) -> go.Figure:
     """How much of each feature's variance the current token explains (``table.record_extremes``)."""
     explained = "share of variance explained by the token's identity, out of sample"
     fig = px.strip(
-        labelled,
-        x="token_r2",
-        y="group",
-        color="group",
+        labelled, x="token_r2", y="group", color="group",
         hover_data=["feature", "nrn", "label", "top_token"],
-        title="How much the current token explains of each feature",
-        color_discrete_map=GROUPS,
-        category_orders={"group": list(GROUPS)},
-        labels={"token_r2": explained, "group": "NRN"},
-    )
+        title="How much the current token explains of each feature", color_discrete_map=GROUPS,
+        category_orders={"group": list(GROUPS)}, labels={"token_r2": explained, "group": "NRN"},
+    )  # fmt: skip
     low = min(0.0, labelled["token_r2"].min()) - 0.05
     return fig.update_xaxes(range=[low, 1.05]).update_layout(showlegend=False)
 
@@ -97,15 +76,10 @@ def detectors(tests: pd.DataFrame) -> go.Figure:
     """E3: the AUROC of each category's feature and of its controls before the sentence, pooled over
     crosscoders (``detectors.record_all``); small points are single ones."""
     fig = _with_intervals(
-        tests,
-        x="auroc",
-        y="predictor",
-        color="category",
-        height=400,
-        color_discrete_map=COLOURS,
+        tests, x="auroc", y="predictor", color="category", color_discrete_map=COLOURS, height=400,
         title="Predicting the next sentence: the chosen features and their controls",
         labels={"auroc": "AUROC", "predictor": ""},
-    )
+    )  # fmt: skip
     fig.add_vline(x=0.5, line_dash="dot", line_color=COLOURS["null"]).update_traces(marker_size=9)
     return _with_single_ones(fig, tests, "auroc", "predictor").update_layout(showlegend=False)
 
@@ -115,16 +89,11 @@ def token_tests(tests: pd.DataFrame) -> go.Figure:
     small points are single ones."""
     names = {"before": "before the sentence", "marker": "at its first token"}
     fig = _with_intervals(
-        tests.assign(chosen=tests["where"].map(names)),
-        x="rate",
-        y="test",
-        color="chosen",
-        symbol="chosen",
-        height=560,
-        color_discrete_sequence=[COLOURS["distilled"], COLOURS["base"]],
+        tests.assign(chosen=tests["where"].map(names)), x="rate", y="test", color="chosen", symbol="chosen",
+        color_discrete_sequence=[COLOURS["distilled"], COLOURS["base"]], height=560,
         title="Do the features follow the word or its function?",
         labels={"rate": "fires", "test": "", "chosen": "chosen"},
-    )
+    )  # fmt: skip
     fig.update_xaxes(range=[-0.05, 1.05], tickformat=".0%", dtick=0.5)
     fig.update_yaxes(range=[-0.5, tests["test"].nunique() - 0.5])
     fig.update_layout(scattermode="group", scattergap=0.4).update_traces(orientation="h")  # side by side
@@ -163,19 +132,11 @@ def all_detectors(
             parts.append(part.assign(crosscoder=i.number, chosen=part["feature"] == i.chosen.get(c)))
     points = pd.concat(parts, ignore_index=True).dropna()
     fig = px.scatter(
-        points,
-        x="nrn",
-        y="auroc",
-        facet_col="category",
-        color="category",
-        color_discrete_map=COLOURS,
-        hover_data=["feature", "crosscoder"],
-        opacity=0.5,
-        width=1100,
-        height=360,
+        points, x="nrn", y="auroc", facet_col="category", color="category", color_discrete_map=COLOURS,
+        hover_data=["feature", "crosscoder"], opacity=0.5, width=1100, height=360,
         title="Every feature of every crosscoder as a detector of the next sentence",
         labels={"nrn": "NRN", "auroc": "AUROC"},
-    )
+    )  # fmt: skip
     plain_titles(fig.update_traces(marker_size=4).update_layout(showlegend=False))
     if np.isfinite(threshold):
         fig.add_vline(threshold, line_dash="dot", line_color="#BBBBBB")
@@ -189,21 +150,15 @@ def all_detectors(
 
 
 def scaling(table: pd.DataFrame, above: np.ndarray, threshold: float) -> tuple[go.Figure, pd.DataFrame]:
-    """NRN against nu in its error form: (figure, points). The dotted lines are the null's threshold and
-    0.2."""
+    """NRN against nu in its error form: (figure, points). Dotted: the null's threshold, 0.2."""
     usable = table["alive"] & table["nu_eps"].notna()
     points = table[usable].assign(kind=np.where(above[usable], "above the null's 1%", "not above"))
     fig = px.scatter(
-        points,
-        x="nrn",
-        y="nu_eps",
-        color="kind",
-        opacity=0.6,
-        hover_data=["feature", "nu_r", "label"],
+        points, x="nrn", y="nu_eps", color="kind", opacity=0.6, hover_data=["feature", "nu_r", "label"],
         color_discrete_map={"not above": COLOURS["null"], "above the null's 1%": COLOURS["distilled"]},
         title="Unique by its row, unique by its activation?",
         labels={"nrn": "NRN (p = 1)", "nu_eps": "nu, error form", "kind": ""},
-    )
+    )  # fmt: skip
     if np.isfinite(threshold):
         fig.add_vline(threshold, **DOTTED)
     fig.add_hline(0.2, line_dash="dot", line_color="#BBBBBB")
@@ -213,22 +168,15 @@ def scaling(table: pd.DataFrame, above: np.ndarray, threshold: float) -> tuple[g
 
 
 def use(table: pd.DataFrame, limit: float) -> tuple[go.Figure, pd.DataFrame]:
-    """Change of use along NRN (``use.record``): (figure, points). The dotted lines hold 99% of the null's
-    features."""
+    """Change of use along NRN (``use.record``): (figure, points). Dotted: 99% of the null's."""
     kinds = {"unique": "#222222", "reweighted": COLOURS["verification"], "unchanged": COLOURS["null"]}
     alive = table[table["alive"]]
     fig = px.scatter(
-        alive,
-        x="nrn",
-        y="change",
-        color="kind",
-        color_discrete_map=kinds,
-        category_orders={"kind": list(kinds)},
-        opacity=0.6,
-        hover_data=["feature", "q"],
+        alive, x="nrn", y="change", color="kind", color_discrete_map=kinds,
+        category_orders={"kind": list(kinds)}, opacity=0.6, hover_data=["feature", "q"],
         title="How differently do the models use each feature?",
         labels={"nrn": "NRN", "change": "change of use, distilled against base (log)", "kind": ""},
-    )
+    )  # fmt: skip
     for level in (limit, -limit) if np.isfinite(limit) else ():
         fig.add_hline(y=level, annotation_text="99% of the null", annotation_position="top left", **DOTTED)
     columns = ["feature", "nrn", "kind", "change", "change_low", "change_high"]

@@ -1,10 +1,7 @@
 """Notebook 03's predictions as conditions on its metrics (``lib.verdicts``): one row each.
 
 The predictions were written before the run and stay as they were; those on errors, and on what recurs, were
-added after a trial run, and say so. One is called "held" only where it could have failed.
-"""
-
-from __future__ import annotations
+added after a trial run, and say so. One is called "held" only where it could have failed."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -29,11 +26,8 @@ def scoreboard(
     those that every crosscoder has a feature for (``Inspection.categories``)."""
     categories = [c for c in inspections[0].categories if all(c in i.categories for i in inspections)]
     conditions = _conditions(results, inspections, uniqueness[0], categories)
-    observed = {
-        name: _words(results, conditions[name], categories)
-        for name in PREDICTIONS
-        if not isinstance(conditions[name], str)
-    }
+    tested = {name: own for name, own in conditions.items() if not isinstance(own, str)}
+    observed = {name: _words(results, own, categories) for name, own in tested.items()}
     return judge(results, PREDICTIONS, conditions, observed)
 
 

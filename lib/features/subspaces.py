@@ -6,10 +6,7 @@ A category's *group* are its N best detectors of one crosscoder, chosen on the c
 may spread the same directions over different features; then no feature of one is like a feature of the other,
 but the subspaces that the groups span are alike. The cosines of the principal angles between two subspaces
 are the singular values of A^T B, with orthonormal bases A, B (Bjorck & Golub 1973); their mean is 1 for the
-same subspace. In few dimensions all subspaces are somewhat alike: hence random groups of the same size.
-"""
-
-from __future__ import annotations
+same subspace. In few dimensions all subspaces are somewhat alike: hence random groups of the same size."""
 
 from collections.abc import Sequence
 
@@ -29,15 +26,13 @@ COLUMNS = ["category", "mean cosine", "low", "high", "random groups", "best sing
 def principal_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines of the principal angles between the spans of the rows a [n, d] and b [m, d], largest first,
     [min(rank a, rank b)]."""
-    (_, one), (_, other) = (_basis(rows) for rows in (a, b))
-    return np.clip(np.linalg.svd(one @ other.T, compute_uv=False), 0, 1)
+    return np.clip(np.linalg.svd(_basis(a) @ _basis(b).T, compute_uv=False), 0, 1)
 
 
-def _basis(rows: np.ndarray) -> tuple[int, np.ndarray]:
-    """(rank, orthonormal basis [rank, d]) of the span of some rows."""
+def _basis(rows: np.ndarray) -> np.ndarray:
+    """Orthonormal basis [rank, d] of the span of some rows."""
     _, values, right = np.linalg.svd(np.asarray(rows, dtype=np.float64), full_matrices=False)
-    rank = int((values > 1e-8 * max(values.max(initial=0), 1e-300)).sum())
-    return rank, right[:rank]
+    return right[values > 1e-8 * max(values.max(initial=0), 1e-300)]
 
 
 def groups(inspection: Inspection, nrn_over: float = 0.5, size: int = GROUP) -> dict[str, np.ndarray]:
@@ -77,9 +72,8 @@ def record(
             for b, _, pool in there
             for _ in range(max(1, DRAWS // len(there)))
         ]
-        single = [
-            np.abs(_unit(rows[features]) @ _unit(b[group]).T).max(axis=1).mean() for b, group, _ in there
-        ]
+        own_unit = _unit(rows[features])
+        single = [np.abs(own_unit @ _unit(b[group]).T).max(axis=1).mean() for b, group, _ in there]
         values = float(np.mean(cosines)), float(np.mean(random))
         results.add(f"subspace_{c}", values[0], n=len(cosines))
         results.add(f"subspace_random_{c}", values[1], n=len(random))

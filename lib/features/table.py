@@ -19,10 +19,7 @@ in at least 4 of 5 crosscoders.
 on "report"; the crosscoder was trained on neither.
 
 Source: Baek & Tegmark 2025 (arXiv 2503.03730), where a language model labels features from their contexts;
-here the labels are known.
-"""
-
-from __future__ import annotations
+here the labels are known."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -137,14 +134,12 @@ def feature_table(
     choose: SplitCodes | None = None,
     report: SplitCodes | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    model: str = "distilled",
-    reference: str = "base",
 ) -> pd.DataFrame:
     """One row per feature, from the features of the tokens of both splits (computed, if they are not given).
 
     feature, alive        alive: it fires on at least one of the report tokens
-    nrn, nrn_p2, cosine   of the decoder rows of ``model`` and ``reference`` (p = 1, p = 2; cosine NaN for
-                          models of unlike width); norm_<model>: the length of each row (p = 1)
+    nrn, nrn_p2, cosine   of the decoder rows (p = 1, p = 2; cosine NaN for models of unlike width);
+                          norm_<model>: the length of each row (p = 1)
     frequency             share of tokens on which it fires
     mean_activation, max_activation   over the tokens on which it fires
     token_r2              share of its variance that the current token explains (``auroc.token_r2``)
@@ -157,24 +152,18 @@ def feature_table(
     """
     choose = codes(crosscoder, store, "choose") if choose is None else choose
     report = codes(crosscoder, store, "report") if report is None else report
-    widths = dict(zip(crosscoder.names, crosscoder.widths))
-    alike = widths[model] == widths[reference]
-    columns = {
-        "feature": np.arange(crosscoder.n_features),
-        "alive": frequency(report) > 0,
-        "nrn": crosscoder.nrn(1, model, reference).numpy(),
-        "nrn_p2": crosscoder.nrn(2, model, reference).numpy(),
-        "cosine": crosscoder.cosine(reference, model).numpy() if alike else np.nan,
-    }
+    columns = {"feature": np.arange(crosscoder.n_features), "alive": frequency(report) > 0}
+    columns |= {"nrn": crosscoder.nrn(1).numpy(), "nrn_p2": crosscoder.nrn(2).numpy()}
+    base, distilled = (crosscoder.rows(name) for name in ("base", "distilled"))
+    columns["cosine"] = crosscoder.cosine().numpy() if base.shape == distilled.shape else np.nan
     columns |= {f"norm_{name}": norms.numpy() for name, norms in zip(crosscoder.names, crosscoder.norms(1))}
     for suffix, coded in (("", report), ("_choose", choose)):
         fired, mass = (np.asarray(x.sum(axis=0)).ravel() for x in (coded.codes > 0, coded.codes))
         columns[f"frequency{suffix}"] = frequency(coded)
         columns[f"mean_activation{suffix}"] = mass / np.maximum(fired, 1)
     columns["max_activation"] = report.codes.max(axis=0).toarray().ravel()
-    columns["token_r2"] = auroc.token_r2(
-        choose.codes, store.tokens[choose.rows], report.codes, store.tokens[report.rows]
-    )
+    of_splits = (x for coded in (choose, report) for x in (coded.codes, store.tokens[coded.rows]))
+    columns["token_r2"] = auroc.token_r2(*of_splits)
 
     def put(name: str, values: np.ndarray, suffix: str = "") -> None:
         detection.update({f"{name}_{c}{suffix}": values[:, i] for i, c in enumerate(DETECTED)})
@@ -220,10 +209,7 @@ def describe(
     kind, following = store.labels["label"][coded.rows].astype(int), np.full(len(coded.rows), -1)
     index, labels = positions(store, coded.rows, "before")
     following[index] = labels
-    is_end, in_trace = (
-        np.zeros(len(following), dtype=int),
-        (store.labels["kind"][coded.rows] == 1).astype(int),
-    )
+    in_trace, is_end = (store.labels["kind"][coded.rows] == 1).astype(int), np.zeros(len(following), int)
     is_end[index] = 1
     mass = np.maximum(np.asarray(coded.codes.sum(axis=0), dtype=float).ravel(), 1e-300)
     number, names = np.arange(len(mass)), np.array(LABELS)
@@ -279,8 +265,7 @@ def category_features(table: pd.DataFrame, nrn_over: float = 0.5, where: str = "
     ones.
 
     ``where`` "marker": that is best at its first tokens. ``nrn_over`` -1 admits every NRN. A category for
-    which nothing can be chosen is left out.
-    """
+    which nothing can be chosen is left out."""
     infix = {"before": "", "marker": "marker_"}[where]
     rows = table[usable(table, nrn_over)].set_index("feature")
     aurocs = {c: rows[f"auroc_{infix}{c}_choose"].dropna() for c in DETECTED}
@@ -352,9 +337,7 @@ def record_extremes(
     gap (lowest minus highest), reasoning_<group> (the label names one of the four categories).
 
     Returns the features of all groups, with the columns group, fires_from_token (the AUROC with which the
-    current token alone predicts *that* a feature fires) and reasoning (its label names one of the four
-    categories).
-    """
+    current token alone predicts *that* a feature fires) and reasoning (its label names a category)."""
     choose, report, store = inspection.choose, inspection.report, inspection.store
     labelled = pd.concat([part.assign(group=name) for name, part in groups.items()])
     labelled["fires_from_token"] = auroc.token_fires_auroc(
@@ -421,8 +404,7 @@ def as_shares(results: Results, *names: str) -> None:
 
 
 def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Tables of several crosscoders below each other, numbered in a column "crosscoder"; a single one as it
-    is."""
+    """Tables of several crosscoders below each other, with a column "crosscoder"; a single one as it is."""
     if len(frames) == 1:
         return frames[0]
     return pd.concat(dict(enumerate(frames)), names=["crosscoder"]).reset_index(0).reset_index(drop=True)
@@ -442,8 +424,7 @@ def inspect_all(
     (``crosscoder.sharing.open_all``). UserError says which notebook is missing.
 
     If there are several, their tables have the columns of ``follow``, and categories' features are chosen
-    among recurrent ones.
-    """
+    among recurrent ones."""
     pair = load_pair(run.pair)
     store, tokenizer = open_store(run, pair), pair.tokenizer()
     options, inspections = (max_tokens, n_contexts, nrn_over, seed), []
@@ -452,18 +433,13 @@ def inspect_all(
         inspections.append(inspect(crosscoder, store, folder, made_from, tokenizer, *options))
     crosscoders = [i.crosscoder for i in inspections]
     tables, members = follow(crosscoders, [i.table for i in inspections])
-    return [
-        replace(
-            i,
-            table=t,
-            detectors=category_detectors(t, nrn_over),
-            members=m,
-            run=run,
-            pair=pair,
-            number=number,
+    followed = []
+    for number, (i, t, m) in enumerate(zip(inspections, tables, members)):
+        made_from = dict(run=run, pair=pair, number=number)
+        followed.append(
+            replace(i, table=t, detectors=category_detectors(t, nrn_over), members=m, **made_from)
         )
-        for number, (i, t, m) in enumerate(zip(inspections, tables, members))
-    ]
+    return followed
 
 
 def inspect_run(run: Run, *args, **options) -> Inspection:
@@ -478,8 +454,7 @@ def follow(
 
     The tables get the columns stability, cluster, members, recurrent of ``crosscoder.recurrence.recurrent``
     (dead features are in no cluster: -1); members: ``members_of`` each crosscoder. Of a single crosscoder the
-    table stays as it is, and it has no members.
-    """
+    table stays as it is, and it has no members."""
     if len(crosscoders) == 1:
         return list(tables), [pd.DataFrame(columns=MEMBERS)]
     clusters = recurrent(crosscoders, [t["alive"].to_numpy(bool) for t in tables])
@@ -508,8 +483,7 @@ def inspect(
 
     ``crosscoder_fingerprint`` is that in the crosscoder's manifest; ``max_tokens`` bounds the tokens of each
     split; ``nrn_over`` is where the distilled side begins, for ``detectors``. Beside ``feature_table`` the
-    table has the columns of ``latent_scaling``.
-    """
+    table has the columns of ``latent_scaling``."""
     check("n_contexts", n_contexts, int, low=1)
     check("nrn_over", nrn_over, float, low=-1, high=1)
     tokens = {split: len(sample_rows(store, split, max_tokens, seed)) for split in ("choose", "report")}
@@ -584,9 +558,7 @@ def open_artefacts_of_all(
     """The store of a run, and all its crosscoders with their feature tables (columns of ``follow`` included);
     ``source`` and ``facts`` as in ``inspect_all``.
 
-    UserError, naming the notebook that makes it, for what is missing or was computed from something else
-    than there is now.
-    """
+    UserError, naming the notebook that makes it, for what is missing or made from something else."""
     store = open_store(run, pair)
     crosscoders, contents = zip(*open_all(run, store, source, facts))
     folders = [numbered(run, number, "features") for number in range(len(crosscoders))]
@@ -594,12 +566,3 @@ def open_artefacts_of_all(
     nrn_over = read_manifest(folders[0], MADE_BY)["nrn_over"]
     chosen = [category_detectors(table, nrn_over) for table in tables]
     return store, [Artefacts(*parts) for parts in zip(crosscoders, tables, chosen, contents)]
-
-
-def open_artefacts(
-    run: Run, pair: Pair, source: str = "", facts: Mapping | None = None
-) -> tuple[Store, CrossCoder, pd.DataFrame, dict[str, int], str]:
-    """(store, crosscoder, feature table, chosen features, fingerprint of the crosscoder): the first of
-    ``open_artefacts_of_all``."""
-    store, (first, *_) = open_artefacts_of_all(run, pair, source, facts)
-    return store, first.crosscoder, first.table, first.chosen, first.fingerprint

@@ -40,10 +40,7 @@ other ways: it fires on the category's words as such (injected, decoys), or on t
     bound to a wording         less than half of the telltale wording's rate for the other, or the new wording
     more than a token          none of these
 
-The rule looks at rates, not at intervals, and was written before any were known.
-"""
-
-from __future__ import annotations
+The rule looks at rates, not at intervals, and was written before any were known."""
 
 import random
 from collections import defaultdict
@@ -84,9 +81,7 @@ PLAIN_OPENINGS = {  # of the teacher's paraphrases that do without the category'
     "contrast": ("this",),
     "verification": (),
 }
-NEW_WORDINGS = dict(
-    text_table("puzzles")["new_wordings"]
-)  # in the vocabulary, and in nothing that was trained on
+NEW_WORDINGS = dict(text_table("puzzles")["new_wordings"])  # of known words, and in no training text
 NEW_WORDINGS["start"] = NEW_WORDINGS["deduction"]
 TESTS = ("in context", "other sentences", "telltale wording", "other wording", "new wording")
 TESTS += ("injected", "neutral", "unrelated text", "full stops", "decoys")
@@ -146,8 +141,7 @@ def _injection_trials(
 
 
 def _cut(tokens: Sequence, place: int, context: int | None = None) -> tuple[tuple, int]:
-    """The stretch of at most ``context`` tokens that ends ``WINDOW`` tokens after the place, and the place in
-    it."""
+    """The stretch of at most ``context`` tokens that ends ``WINDOW`` after the place, and the place in it."""
     first = max(0, place + WINDOW - context) if context else 0
     return tuple(tokens[first : place + WINDOW]), place - first
 
@@ -166,8 +160,7 @@ def telltales(category: str) -> frozenset[str]:
 
 @dataclass
 class Recorder(Teacher):
-    """A teacher that records what each sentence was made from, (kind, values), so that it can be put in other
-    words."""
+    """A teacher that records what each sentence was made from, (kind, values), to be put in other words."""
 
     sources: list = field(default_factory=list)
 
@@ -378,17 +371,14 @@ class Texts:
             list(words) if is_real else encode([Sentence(words, "")], tokenizer, ids)
             for is_real, words in zip(real, texts)
         ]
-        starts = np.cumsum([0, *map(len, tokens)])
-        self.trials = trials
-        # 1: BOS, before words
-        first = [starts[texts[t.words]] + (not real[texts[t.words]]) for t in trials]
-        places = [np.array(t.places) for t in trials]
-        # an end of a sentence has two places, the full stop and the value before it
-        self._at = [
-            [f + p, f + np.maximum(p - (t.test in AT_ENDS), 0)] for f, p, t in zip(first, places, trials)
-        ]
-        used = np.unique(np.concatenate([at for both in self._at for at in both]))
-        self._at = [[np.searchsorted(used, at) for at in both] for both in self._at]
+        starts, self.trials, both = np.cumsum([0, *map(len, tokens)]), trials, []
+        for t in trials:
+            number, places = texts[t.words], np.array(t.places)
+            first = starts[number] + (not real[number])  # words stand behind a BOS
+            # an end of a sentence has two places, the full stop and the value before it
+            both.append([first + places, first + np.maximum(places - (t.test in AT_ENDS), 0)])
+        used = np.unique(np.concatenate([at for pair_of in both for at in pair_of]))
+        self._at = [[np.searchsorted(used, at) for at in pair_of] for pair_of in both]
         self._acts = {}
         for name in store.layers:  # one model at a time in memory
             self._acts[name] = capture(pair.load(name), tokenizer, tokens, store.layers[name])[used]
@@ -423,11 +413,9 @@ def make_trials(
     if not pair.generated:
         return text_trials(store, tokenizer, categories, n, rng)
     words = {word for c in categories for opening in openings(c) for word in opening}
-    return [
-        *trace_trials(categories, n, rng),
-        *prose_trials(categories, n, rng, neutral_words(store, tokenizer, sorted(words))),
-        *decoy_trials(categories, n, rng),
-    ]
+    trials = trace_trials(categories, n, rng)
+    trials += prose_trials(categories, n, rng, neutral_words(store, tokenizer, sorted(words)))
+    return trials + decoy_trials(categories, n, rng)
 
 
 def token_tests(
@@ -502,8 +490,7 @@ def record(
 
     Metrics: the rates ``METRICS`` of every category; more_than_token_<c>: 1 if that is the verdict, else 0;
     marker_token_features: share of the paper's categories whose feature at first tokens is a token feature.
-    Tables token_tests, token_verdicts, the latter with the AUROC of the feature and of the token alone.
-    """
+    Tables token_tests, token_verdicts, the latter with the AUROC of the feature and of the token alone."""
     table, tests = inspection.table, pd.DataFrame(columns=COLUMNS)
     if texts is not None:
         tests = token_tests(texts, inspection.crosscoder, inspection.detectors, markers)
@@ -513,12 +500,11 @@ def record(
             results.add(f"{name}_{c}", *rates.get((c, where, test), (np.nan, None, 0)))
     judged = verdicts(tests)
     aurocs = {(r.category, r.predictor): r.auroc for r in detectors.itertuples()}
-    aurocs |= {(c, "feature, marker"): table[f"auroc_marker_{c}"] for c in judged["category"]}
     feature, token = [], []
     for row in judged.itertuples():
         suffix = ", marker" if row.where == "marker" else ""
-        value = aurocs[row.category, "feature" + suffix]
-        feature.append(value[row.feature] if suffix else value)
+        own = table.at[row.feature, f"auroc_marker_{row.category}"] if suffix else None
+        feature.append(aurocs[row.category, "feature"] if own is None else own)
         token.append(aurocs[row.category, "token only" + suffix])
     judged.insert(3, "AUROC, token only", token)
     judged.insert(3, "AUROC", feature)

@@ -8,10 +8,7 @@ recur, and how often the rule is right on planted data.
 
 How many features lie beyond a limit by chance is said twice: level x features, and the share of another
 null's crosscoder beyond the same limit, which also has the limit's error in it. The false-discovery rate is
-that share over the share of the pair's features.
-"""
-
-from __future__ import annotations
+that share over the share of the pair's features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,16 +41,15 @@ def score_table(
     model: str = "distilled",
     reference: str = "base",
     n_boot: int = 200,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Every score of uniqueness of every feature on tokens of "report": feature, alive, frequency, nrn,
     nrn_p2, and the columns of ``latent_scaling``; ``side`` "distilled" means that of ``model``."""
-    coded = codes(crosscoder, store, "report", max_tokens, seed)
+    coded = codes(crosscoder, store, "report", max_tokens)
     table = pd.DataFrame({"feature": np.arange(crosscoder.n_features), "frequency": frequency(coded)})
     table.insert(1, "alive", table["frequency"] > 0)
     for name, p in (("nrn", 1), ("nrn_p2", 2)):
         table[name] = crosscoder.nrn(p, model, reference).numpy()
-    scaling = latent_scaling(crosscoder, store, coded.rows, model, reference, n_boot, seed)
+    scaling = latent_scaling(crosscoder, store, coded.rows, model, reference, n_boot)
     # the roles, which all pairs have alike
     scaling["side"] = scaling["side"].replace(dict(zip((model, reference), SIDES)))
     return table.merge(scaling, on="feature", validate="1:1")
@@ -95,14 +91,13 @@ def threshold(limits: pd.DataFrame, score: str, side: str = "distilled", level: 
 class Uniqueness:
     """``unique`` [F]: nu_eps beyond the null's 1% threshold on the distilled model's side; ``above``,
     ``below`` [F]: NRN beyond it on the distilled model's, on the base's side (all False without a null);
-    ``threshold`` of NRN and ``nu_threshold`` (NaN); ``status``: one row per chosen feature; ``null``,
-    ``planted``: parts of the study, empty where they were not computed."""
+    ``threshold`` of NRN (NaN); ``status``: one row per chosen feature; ``null``, ``planted``: parts of the
+    study, empty where they were not computed."""
 
     unique: np.ndarray
     above: np.ndarray
     below: np.ndarray
     threshold: float
-    nu_threshold: float
     status: pd.DataFrame
     null: Part
     planted: Part
@@ -142,8 +137,7 @@ def record_all(results: Results, inspections: Sequence[Inspection]) -> list[Uniq
     clusters of features that lie beyond the null by nu_eps in at least 4 of 5 crosscoders (n: of so many
     recurrent clusters), unique_recurrent_nrn the same by NRN; and those of "planted". For a pair in which
     something was planted also those of ``control.record_all``, and control_null_found: recurrent features
-    beyond the null in a crosscoder of the null itself.
-    """
+    beyond the null in a crosscoder of the null itself."""
     every = [i.fingerprint for i in inspections]
     made_from = {"crosscoder": every[0]} | ({"crosscoders": every} if len(every) > 1 else {})
     null, planted = (read_part(results.run, name, **made_from) for name in ("nulls", "planted"))
@@ -161,9 +155,8 @@ def record_all(results: Results, inspections: Sequence[Inspection]) -> list[Uniq
     tables = [i.table for i in inspections]
     median, alive = results.metrics["stability_median"], [t["alive"].to_numpy(bool) for t in tables]
     results.add("stability_chance", chance([i.crosscoder for i in inspections], alive), n=median["n"])
-    clusters = pd.concat(
-        [t.assign(unique=u.unique, above=u.above)[t["recurrent"]] for t, u in zip(tables, unique)]
-    ).groupby("cluster")
+    judged = [t.assign(unique=u.unique, above=u.above) for t, u in zip(tables, unique)]
+    clusters = pd.concat([t[t["recurrent"]] for t in judged]).groupby("cluster")
     n, least = len(clusters), np.ceil(SHARE * len(tables))
     results.add("recurrent_clusters", n)
     for name, column in (("unique_recurrent", "unique"), ("unique_recurrent_nrn", "above")):
@@ -182,19 +175,18 @@ def record(results: Results, inspection: Inspection, null: Part, planted: Part) 
     (unique_nu_eps_under_0_2), shrunk, decoupled. nu_median: of the alive features of the distilled side, nu_
     median_null of the null's. unique_<c>, above_null_<c>: 1 if the chosen feature lies beyond. stability_
     median; stable_<c>: of the feature that would be chosen if it need not recur. Table status: a row per
-    chosen feature.
-    """
+    chosen feature."""
     table, number, nowhere = inspection.table, inspection.number, np.zeros(len(inspection.table), dtype=bool)
     alive, limits = int(table["alive"].sum()), None
     scored = "nu_eps" in table and table["nu_eps"].notna().any()
-    above, below, unique = nowhere, nowhere, nowhere
+    above, below, unique, by_nrn = nowhere, nowhere, nowhere, np.nan
     nu = extremity(table, "nu_eps", "distilled") if scored else pd.Series(dtype=float)
     results.add("nu_median", -nu.median() if len(nu) else np.nan, n=len(nu))
     if null:
         limits = of_seed(null.tables["thresholds"], number)
         above, below = (beyond(table, limits, "nrn", side) for side in SIDES)
         unique = beyond(table, limits, "nu_eps") if scored and _has(limits, "nu_eps") else nowhere
-        results.add("nrn_threshold", threshold(limits, "nrn"))
+        by_nrn = results.add("nrn_threshold", threshold(limits, "nrn"))
     results.add("unique_above_null", above.sum() if null else np.nan, n=alive)
     results.add("unique_by_nu", unique.sum() if null else np.nan, n=alive)
     if null:
@@ -202,9 +194,8 @@ def record(results: Results, inspection: Inspection, null: Part, planted: Part) 
         results.add("unique_by_nu_share", unique.mean(), wilson(int(unique.sum()), alive), alive)
         for score, short, hits in (("nu_eps", "nu", unique), ("nrn", "nrn", above)):
             if _has(limits, score):
-                _record_chance(
-                    results, short, score, hits, extremity(table, score, "distilled"), limits, null, number
-                )
+                n = len(extremity(table, score, "distilled"))
+                _record_chance(results, short, score, hits, n, limits, null, number)
         if scored:
             with_nu = table[above & table["nu_eps"].notna()]
             record_share(results, "unique_nu_eps_under_0_2", with_nu["nu_eps_high"] < 0.2)
@@ -230,10 +221,7 @@ def record(results: Results, inspection: Inspection, null: Part, planted: Part) 
     status |= {"beyond the null by nu": unique[features], "NRN": table["nrn"][features].to_numpy()}
     status |= {"above the null": above[features], "stability over seeds": stability[features].to_numpy()}
     status = results.table("status", pd.DataFrame(status))
-    by_nrn, by_nu = (
-        threshold(limits, score) if null and _has(limits, score) else np.nan for score in ("nrn", "nu_eps")
-    )
-    return Uniqueness(unique, above, below, by_nrn, by_nu, status, null, planted)
+    return Uniqueness(unique, above, below, by_nrn, status, null, planted)
 
 
 def _has(limits: pd.DataFrame, score: str) -> bool:
@@ -245,15 +233,14 @@ def _record_chance(
     short: str,
     score: str,
     hits: np.ndarray,
-    values: pd.Series,
+    n: int,
     limits: pd.DataFrame,
     null: Part,
     number: int,
 ) -> None:
-    """How many of the features with a score (``values``) lie beyond the limit by chance, and how many of the
+    """How many of the ``n`` features with a score lie beyond the limit by chance, and how many of the
     ``hits`` that explains; see ``record``."""
-    n = len(values)
-    results.add({"nu": "nu_eps_threshold", "nrn": "nrn_threshold"}[short], threshold(limits, score))
+    results.add(f"{score}_threshold", threshold(limits, score))
     results.add(f"{short}_chance", LEVELS[0] * n, n=n)
     others = null.tables.get("null_scores")
     if others is None:
@@ -264,9 +251,8 @@ def _record_chance(
     false = hit / of if of else np.nan
     results.add(f"{short}_false", false, wilson(hit, of) if of else None, of)
     discovered = hits.sum() / n if n else 0
-    results.add(
-        f"{short}_false_discovery", min(1.0, false / discovered) if discovered else np.nan, n=int(hits.sum())
-    )
+    rate = min(1.0, false / discovered) if discovered else np.nan
+    results.add(f"{short}_false_discovery", rate, n=int(hits.sum()))
     if short == "nu":
         results.add("nu_median_null", -extremity(other, score, "distilled").median(), n=of)
 

@@ -26,10 +26,7 @@ resample documents; p is that of a t-test on the documents' differences, q its a
 (Benjamini-Hochberg). With thousands of tokens nearly every difference is significant. Whether it is *large*
 is judged against a pair in which nothing was distilled (``change_limit``, ``reweighted``).
 
-Source: the question is that of 2026 crosscoder studies of distillation; the measures are ours.
-"""
-
-from __future__ import annotations
+Source: the question is that of 2026 crosscoder studies of distillation; the measures are ours."""
 
 import warnings
 from dataclasses import dataclass
@@ -90,8 +87,7 @@ def explained(crosscoder: CrossCoder, store: Store, solo: SoloCodes) -> pd.DataF
     """How much of each model's variance its own code, and the joint code, explain, in scaled space: columns
     model, reading ("solo" or "joint"), fve (share of the variance about the mean), l0.
 
-    A solo code that explains much less than the joint one is off the crosscoder's usual input.
-    """
+    A solo code that explains much less than the joint one is off the crosscoder's usual input."""
     rows = []
     for m, name in enumerate(crosscoder.names):
         acts = store.activations(solo.rows)[store.models.index(name)].numpy()
@@ -207,8 +203,7 @@ def record(
     features), the last also with the median change taken away (_centred), use_change_median, use_limit;
     use_change_<c> of the chosen features; use_size_<phase>, the median |change| there; use_gap, reweighted
     minus unique; use_thinking_gap, the size while thinking minus the largest of the other phases. Tables use_
-    readings, use_chosen, use_by_group.
-    """
+    readings, use_chosen, use_by_group."""
     crosscoder, store, nrn = inspection.crosscoder, inspection.store, inspection.table["nrn"]
     rows = sample_rows(store, "report", max_tokens, seed)
     solo = solo_codes(crosscoder, store, rows, "slots" if len(set(crosscoder.widths)) == 1 else "alone")
@@ -235,11 +230,10 @@ def record(
 
     columns = [f"frequency_{reading}" for reading in ("base", "distilled", JOINT)]
     columns += ["change", "change_low", "change_high", "q", "kind"]
-    lines = [
-        {"category": c, "feature": f, "NRN": nrn[f], **table.loc[f, columns]}
-        for c, f in inspection.chosen.items()
-    ]
-    of_chosen = pd.DataFrame(lines)
+    chosen = inspection.chosen.items()
+    of_chosen = pd.DataFrame(
+        [{"category": c, "feature": f, "NRN": nrn[f], **table.loc[f, columns]} for c, f in chosen]
+    )
     for row in of_chosen.itertuples():
         results.add(f"use_change_{row.category}", row.change, (row.change_low, row.change_high), len(rows))
     results.table("use_chosen", of_chosen.round(4))

@@ -20,10 +20,7 @@ easy to misread, so each has its own number:
   over pairs**.
 
 Shapes: vectors [n_words, d] (``words``); points [n_words, dims] after PCA; a and b [n_pairs, dims] are inputs
-and outputs of a relation.
-"""
-
-from __future__ import annotations
+and outputs of a relation."""
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,8 +42,7 @@ def pca(vectors: np.ndarray, dims: int = DIMS) -> tuple[np.ndarray, float]:
     """Centre vectors [n_words, d] and project them on the ``dims`` directions of largest variance: (points
     [n_words, dims], share of the variance kept).
 
-    UserError unless there are more distinct vectors than dimensions: n of them span n - 1 at most.
-    """
+    UserError unless there are more distinct vectors than dimensions: n of them span n - 1 at most."""
     check("dims", dims, int, low=1)
     vectors = np.asarray(vectors, dtype=np.float64)
     centred = vectors - vectors.mean(0)
@@ -93,8 +89,7 @@ def parallelogram_null(a: np.ndarray, b: np.ndarray, sigma2: float) -> float:
     """Mean of ``parallelogram_exact`` over all ways to pair the same words, 2 (tr S_in + tr S_out) / sigma^2.
 
     The variance of b - a is var(a) + var(b) - 2 cov(a, b), and over all pairings the mean of the covariance
-    is 0. About 4 where inputs and outputs share a mean, less where they are two clusters.
-    """
+    is 0. About 4 where inputs and outputs share a mean, less where they are two clusters."""
     return 2 * (trace_cov(a) + trace_cov(b)) / sigma2
 
 
@@ -126,8 +121,7 @@ def bootstrap_scores(a: np.ndarray, b: np.ndarray, sigma2: float, draws: np.ndar
     ``stats.group_weights``.
 
     A bootstrap sample draws the same pair twice, which makes variances low by (n - 1) / n: corrected here.
-    The PCA and sigma^2, with which the words are measured, stay as they are.
-    """
+    The PCA and sigma^2, with which the words are measured, stay as they are."""
     n, share = len(a), draws / len(a)
 
     def variance(x: np.ndarray) -> np.ndarray:  # population variance of each sample, total over dimensions
@@ -202,8 +196,7 @@ def analyse(
 
     vectors: model -> [n_words, d_m], rows in the order of ``words`` (widths may differ). ``scope`` is what
     PCA and sigma^2 are taken over: "vocabulary", the words of all relations together, or "relation", the
-    relation's own words. The papers do not say which. UserError as in ``pca``.
-    """
+    relation's own words. The papers do not say which. UserError as in ``pca``."""
     check("scope", scope, str, choices=("vocabulary", "relation"))
     for name, value in (("quadruples", quadruples), ("shuffles", shuffles), ("boots", boots)):
         check(name, value, int, low=1)
@@ -225,9 +218,8 @@ def analyse(
         for model, v in vectors.items():
             p = points[model] if scope == "vocabulary" else pca(v[own], dims)[0]
             a, b = ((p[own] if scope == "vocabulary" else p)[side] for side in sides)
-            row, draws[name, model] = _measure(
-                a, b, mean_square(p), quads, boot, shuffles, _rng(seed, name, 3)
-            )
+            how = mean_square(p), quads, boot, shuffles, _rng(seed, name, 3)
+            row, draws[name, model] = _measure(a, b, *how)
             rows.append({"relation": name, "model": model, "pairs": n, "words": len(own), **row})
             if row["step"] < 0.1:
                 warnings.append(
@@ -272,18 +264,16 @@ def _summaries(table: pd.DataFrame, draws: dict, reference: str) -> tuple[pd.Dat
     interval.
 
     The relations are taken as given: the interval of a mean says how it depends on the words, not on which
-    relations.
-    """
+    relations."""
     relations, means, differences = list(table["relation"].unique()), [], []
     values = {model: part.set_index("relation") for model, part in table.groupby("model", sort=False)}
     for model in values:
         mean = {"model": model, "relations": len(relations)}
         rows = [{"relation": name, "model": model} for name in (*relations, "mean")]
         for statistic in STATISTICS:
+            of_all = lambda m, statistic=statistic: np.stack([draws[r, m][statistic] for r in relations])
             own, other = (values[m][statistic].to_numpy() for m in (model, reference))
-            own_draws, other_draws = (
-                np.stack([draws[r, m][statistic] for r in relations]) for m in (model, reference)
-            )
+            own_draws, other_draws = of_all(model), of_all(reference)
             mean |= _with_interval(statistic, _nanmean(own), _nanmean(own_draws))
             changes, change_draws = own - other, own_draws - other_draws
             changes = (*changes, _nanmean(changes))
@@ -327,8 +317,7 @@ def choices(
     at a time: the dimensions, the scope, the carriers.
 
     readings: model -> [n_words, n_carriers, d_m], as from ``read_models``. One row per choice and model; what
-    the words are too few for is left out.
-    """
+    the words are too few for is left out."""
     average = {model: read.mean(1) for model, read in readings.items()}
     largest = min(len(words) - 1, *(v.shape[1] for v in average.values()))
     tried = [(f"PCA to {k} dimensions", average, {"dims": k}) for k in (5, 10, 20, 40) if k <= largest]

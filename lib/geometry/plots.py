@@ -1,7 +1,5 @@
 """The figures of notebook 05, from a ``parallelograms.Geometry``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,8 +19,7 @@ def flat_map(geometry: Geometry, relation: Relation, reference: str = "base") ->
     Each model's words are projected on their own two main directions (a second PCA). Those axes are arbitrary
     up to a turn, so every other model's map is turned (orthogonal Procrustes) to lie as well as possible on
     the reference's. Columns: model, input, output, x0, y0, x1, y1, shown (share of the relation's variance
-    that the plane keeps).
-    """
+    that the plane keeps)."""
     own = [geometry.words.index(word) for word in relation.words]
     sides = [[relation.words.index(pair[side]) for pair in relation.pairs] for side in (0, 1)]
     frames, turned_to = [], None
@@ -40,22 +37,17 @@ def flat_map(geometry: Geometry, relation: Relation, reference: str = "base") ->
     return pd.concat(frames, ignore_index=True)
 
 
-def arrows(
-    geometry: Geometry, relation: Relation, models: Sequence[str] | None = None, labels: int = 8
-) -> go.Figure:
+def arrows(geometry: Geometry, relation: Relation, models: Sequence[str] | None = None) -> go.Figure:
     """One panel per model: an arrow from each input to its output, and the mean arrow in black; at most
-    ``labels`` pairs are named, the same in all panels."""
+    eight pairs are named, the same in all panels."""
     frame, models = flat_map(geometry, relation), list(models or geometry.points)
     table = geometry.table[geometry.table["relation"] == relation.name].set_index("model")
-    titles = [
-        f"{m}: relative loss {table.loc[m, 'relative']:.2f}, unexplained "
-        f"{table.loc[m, 'offset_unexplained']:.2f}"
-        for m in models
-    ]
+    title = "{}: relative loss {:.2f}, unexplained {:.2f}"
+    titles = [title.format(m, *table.loc[m, ["relative", "offset_unexplained"]]) for m in models]
     shared = dict(shared_xaxes="all", shared_yaxes="all", horizontal_spacing=0.04)
     fig = make_subplots(1, len(models), subplot_titles=titles, **shared)
     maps = [frame[frame["model"] == model].reset_index(drop=True) for model in models]
-    named = _apart(maps, labels)
+    named = _apart(maps, 8)
     for column, (model, part) in enumerate(zip(models, maps), start=1):
         colour, panel = COLOURS.get(model, COLOURS["random"]), dict(row=1, col=column)
         for i, row in part.iterrows():
@@ -89,18 +81,10 @@ def _arrow(row: pd.Series, colour: str, width: float, named: bool = False) -> go
     words = (row["input"], row["output"])
     marker = dict(symbol=["circle", "arrow"], size=[4, 6 + 2 * width], angleref="previous", color=colour)
     return go.Scatter(
-        x=(row.x0, row.x1),
-        y=(row.y0, row.y1),
-        mode="lines+markers+text" if named else "lines+markers",
-        text=words,
-        textposition="top center",
-        textfont_size=11,
-        line=dict(color=colour, width=width),
-        marker=marker,
-        hoverinfo="text",
-        hovertext=words,
-        opacity=1 if width > 2 else 0.7,
-    )
+        x=(row.x0, row.x1), y=(row.y0, row.y1), mode="lines+markers+text" if named else "lines+markers",
+        text=words, textposition="top center", textfont_size=11, line=dict(color=colour, width=width),
+        marker=marker, hoverinfo="text", hovertext=words, opacity=1 if width > 2 else 0.7,
+    )  # fmt: skip
 
 
 def scores(geometry: Geometry, models: Sequence[str] | None = None) -> go.Figure:
@@ -140,15 +124,11 @@ def _by_relation(
         value, low, high = (part[statistic + end] for end in ("", "_low", "_high"))
         above, below = (high - value).clip(lower=0), (value - low).clip(lower=0)
         fig.add_scatter(
-            x=value,
-            y=y,
-            mode="markers",
-            name=model,
+            x=value, y=y, mode="markers", name=model,
             marker=dict(color=COLOURS.get(model, COLOURS["random"]), size=9),
             error_x=dict(type="data", symmetric=False, array=above, arrayminus=below, thickness=1.5),
-            hovertext=part["relation"],
-            hoverinfo="text+x",
-        )
+            hovertext=part["relation"], hoverinfo="text+x",
+        )  # fmt: skip
     names = part["relation"]
     fig.update_yaxes(tickvals=np.arange(len(names)), ticktext=names, autorange="reversed", zeroline=False)
     return fig.update_layout(height=120 + height * len(names))

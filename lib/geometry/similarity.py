@@ -24,10 +24,7 @@ of either space leaves alone:
 
 Intervals come from a jackknife over blocks of documents, not from a bootstrap: a resample holds a token
 twice, and two copies of one token are a similarity that no estimator without diagonal can know to leave out
-(and a covariance of fewer distinct tokens has a lower rank).
-"""
-
-from __future__ import annotations
+(and a covariance of fewer distinct tokens has a lower rank)."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -74,8 +71,7 @@ def procrustes(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
     ``distance`` ||XQ - Y||_F with both centred and of norm 1 (0 to sqrt 2); ``unexplained`` the share of y's
     variance that remains after the best rotation and scale; ``unexplained_unrotated`` with the axes as they
-    are (NaN for unlike widths). NaN where a model does not vary.
-    """
+    are (NaN for unlike widths). NaN where a model does not vary."""
     x, y = (v - v.mean(0) for v in _pair(x, y))
     norms = np.linalg.norm(x), np.linalg.norm(y)
     if min(norms) == 0:
@@ -85,11 +81,8 @@ def procrustes(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     wide = [np.pad(v, ((0, 0), (0, width - v.shape[1]))) for v in (x, y)]
     alike = min(float(orthogonal_procrustes(*wide)[1]), 1.0)
     still = float((x * y).sum()) if x.shape == y.shape else float("nan")
-    return {
-        "distance": (2 * (1 - alike)) ** 0.5,
-        "unexplained": 1 - alike**2,
-        "unexplained_unrotated": 1 - max(still, 0.0) ** 2,
-    }
+    unexplained = {"unexplained": 1 - alike**2, "unexplained_unrotated": 1 - max(still, 0.0) ** 2}
+    return {"distance": (2 * (1 - alike)) ** 0.5, **unexplained}
 
 
 def spectrum(x: np.ndarray) -> np.ndarray:
@@ -219,8 +212,7 @@ def feature_overlap(
     drawn (with ``chosen`` in it or not). features, overlap (of the ``dims`` leading directions of the set,
     see ``span``), smallest_angle and largest_angle in degrees, null (mean over ``n_null`` random sets of like
     size), null_low, null_high and p (``_against_null``). All NaN if nothing is chosen, or the pool is too
-    small.
-    """
+    small."""
     chosen, pool = np.asarray(chosen, dtype=int), np.asarray(pool, dtype=int)
     if not 0 < len(chosen) <= len(pool):
         names = ("overlap", "smallest_angle", "largest_angle", "null", "null_low", "null_high", "p")
@@ -240,16 +232,15 @@ def feature_overlap(
 
 
 def category_cosines(
-    crosscoder: CrossCoder, chosen: Mapping[str, int], alive: np.ndarray, n_null: int = 2000, seed: int = 0
+    crosscoder: CrossCoder, chosen: Mapping[str, int], alive: np.ndarray, n_null: int = 2000
 ) -> pd.DataFrame:
     """Do the categories' features write in like directions? One row per pair of categories and model: cosine
     of their decoder rows.
 
     ``chosen`` {category: feature}. Columns model, a, b, feature_a, feature_b, cosine, and null_low, null_high
     and p (``_against_null``) of random pairs of different alive features. Two categories with one feature
-    have cosine NaN: it would be 1 by construction.
-    """
-    rng, living, records = np.random.default_rng(seed), np.flatnonzero(alive), []
+    have cosine NaN: it would be 1 by construction."""
+    rng, living, records = np.random.default_rng(0), np.flatnonzero(alive), []
     if len(living) < 2:
         raise UserError(f"{len(living)} features are alive: cosines of different features need at least two")
     first = rng.integers(len(living), size=n_null)

@@ -3,10 +3,7 @@
 A word's vector is the residual stream at its last token, in a few fixed carrier prompts, averaged. It is
 never read at position 0: there an attention sink drowns the word (in SmolLM2 norms of 22,000 against 180 in
 context, mutual cosines above 0.9999). The carriers are the same for every word, else the offset between
-inputs and outputs of a relation would be the offset between their carriers.
-"""
-
-from __future__ import annotations
+inputs and outputs of a relation would be the offset between their carriers."""
 
 import json
 import zlib
@@ -55,8 +52,7 @@ def load_relations(
     format of Todd et al. 2023 ("Function Vectors in Large Language Models").
 
     Of a relation with more than ``max_pairs`` distinct pairs a seeded random subset is used. A relative
-    folder is looked for from the repository's root. UserError for a missing folder or another format.
-    """
+    folder is looked for from the repository's root. UserError for a missing folder or another format."""
     check("max_pairs", max_pairs, integer(MIN_PAIRS) | None)
     files = sorted((ROOT / user_path(folder)).glob("*.json"))
     if not files:
@@ -96,8 +92,7 @@ def word_tokens(
     last token is the word's last; a BOS that means the same to all models comes first.
 
     UserError if a carrier does not end with {word}, if a word or a carrier holds a token that the tokenizer
-    does not know (the words are listed), or if a word would be read at position 0.
-    """
+    does not know (the words are listed), or if a word would be read at position 0."""
     check("carriers", carriers, list)
     if not carriers or not all(isinstance(c, str) and c.endswith("{word}") for c in carriers):
         raise UserError(
@@ -151,8 +146,7 @@ def read_models(
     """``read_words`` of several models of a pair: {name: [n_words, n_carriers, d_m]}.
 
     Kept in ``folder`` (one file a model): nothing is read again while words, carriers, layer and weights are
-    the same. ``layer`` None: the pair's own, or half depth.
-    """
+    the same. ``layer`` None: the pair's own, or half depth."""
     layer = pair.layer if layer is None else layer
     tokenizer, vectors = pair.tokenizer(), {}
     for name in names:

@@ -1,8 +1,5 @@
 """What is checked of a model before anything is computed with it: its weights against their file, its
-tokenizer on a paragraph, and, on a few tokens, that notebooks get from it what the model itself gives.
-"""
-
-from __future__ import annotations
+tokenizer on a paragraph, and, on a few tokens, that notebooks get from it what the model itself gives."""
 
 import contextlib
 import re
@@ -32,20 +29,16 @@ def check_weights(model: PreTrainedModel, info: Mapping, what: str) -> None:
     """UserError unless every weight of the model is in its file and the reverse, all are numbers, and the
     head is the embedding where the configuration says so; ``info`` as transformers' loader gives it."""
     shapes = [f"{k} is {list(a)}, by config.json {list(b)}" for k, a, b in sorted(info["mismatched_keys"])]
+    finite = lambda w: not w.numel() or all(map(torch.isfinite, w.aminmax()))
     kinds = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),
         "of another shape": shapes,
         "not readable": list(info["error_msgs"]),
-        "not finite": [
-            k for k, w in model.named_parameters() if w.numel() and not all(map(torch.isfinite, w.aminmax()))
-        ],
+        "not finite": [k for k, w in model.named_parameters() if not finite(w)],
     }
-    if faults := [
-        f"{len(keys)} weights are {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in kinds.items()
-        if keys
-    ]:
+    first = lambda keys: f"{', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+    if faults := [f"{len(ks)} weights are {kind} ({first(ks)})" for kind, ks in kinds.items() if ks]:
         raise UserError(
             f"the {what} has weights that are not those of its config.json: {'; '.join(faults)}; give a"
             " folder that save_pretrained wrote, of the model itself and not of a wrapper around it"

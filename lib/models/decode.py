@@ -5,10 +5,7 @@ leave the batch, and the cache, whose layers (``RoomyLayer``) have room to grow:
 keys and values at every token, 40% of a step at 800 rows of the embedded pair. ``generate`` decodes plainly;
 in ``decode`` the caller runs the model, so that steered decoding shares the loop. The loop is ours, and not
 transformers' ``generate``: that takes from a checkpoint's generation_config.json what is not set (penalties,
-top-p, blocked n-grams, ends), and two models of a pair would write by different rules.
-"""
-
-from __future__ import annotations
+top-p, blocked n-grams, ends), and two models of a pair would write by different rules."""
 
 import contextlib
 import zlib
@@ -18,14 +15,8 @@ from itertools import takewhile
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    LogitsProcessor,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import LogitsProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..settings import UserError
 
@@ -79,8 +70,7 @@ def generate(
 
     Greedy, unless a ``RowNoise`` is among the ``processors`` of logits, or a ``temperature`` is given: then
     from the ``top_k`` likeliest tokens (0: all), by torch's own random numbers. ``add_special_tokens``:
-    whether the tokenizer adds BOS.
-    """
+    whether the tokenizer adds BOS."""
     ids, mask = padded(tokenizer, prompts, add_special_tokens)
     length, ends = ids.shape[1], ends_of(tokenizer)
 
@@ -153,8 +143,7 @@ def legs(
     ``ids`` and ``mask`` [rows, length] are the prompts, padded on the left. ``step(ids, mask, rows, cache,
     n)`` continues ids by up to n tokens and returns ids [rows, longer]; ``rows`` are the numbers of the rows
     that are left, and ``cache`` holds all their positions but the last (nothing, at first). A row ends at one
-    of ``ends`` or after ``max_new_tokens``. UserError if so many do not fit in the model's context.
-    """
+    of ``ends`` or after ``max_new_tokens``. UserError if so many do not fit in the model's context."""
     length, rows, cache = ids.shape[1], torch.arange(len(ids)), roomy_cache(config)
     if (context := context_of(config)) and length + max(max_new_tokens, 1) > context:
         raise UserError(
@@ -242,8 +231,7 @@ class TaskNoise(RowNoise):
     Every task has its own generator, seeded by the task: it draws the same noise in every condition, which
     makes comparisons sharper, and in every batch. Rows of one task in a batch share each draw.
 
-    Source: Gumbel 1954; Maddison et al. 2014, "A* sampling".
-    """
+    Source: Gumbel 1954; Maddison et al. 2014, "A* sampling"."""
 
     def __init__(self, tasks: Sequence, temperature: float, seed: int):
         names, self.temperature = list(dict.fromkeys(map(repr, tasks))), temperature

@@ -8,8 +8,7 @@ and ``distilled``), told apart by name and never by position, and any number of 
     layer = half_depth(model)               # its residual stream after half of the layers is what we read
     nulls = pair.between("null_a", "null_b")
 
-Weights are safetensors; no code of a model repository is run, nothing is unpickled.
-"""
+Weights are safetensors; no code of a model repository is run, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -52,8 +51,7 @@ class Pair:
     "pypi:..."); a folder may hold an adapter, which is added to the weights of ``base``. There may be one
     model, or more than two. ``layer`` None means half depth. ``dictionary`` and ``tokens`` are defaults for
     notebooks. ``remote``: interventions run on NDIF's servers (True), or along the same path here ("local").
-    ``planted``: dimensions of the residual stream, the last ones, that are the distilled model's own.
-    """
+    ``planted``: dimensions of the residual stream, the last ones, that are the distilled model's own."""
 
     name: str
     models: dict[str, str | Path]
@@ -73,20 +71,11 @@ class Pair:
     def of(cls, base: str | Path, distilled: str | Path, name: str = "pair", **options) -> Pair:
         """A pair without a registry: two folders, hub ids or packages; a folder is looked for from here.
 
-        ``options`` are the other fields; its text is then given by ``text.corpus.override``.
-        """
+        ``options`` are the other fields; its text is then given by ``text.corpus.override``."""
         here = Path.cwd() / "none"
         models = {"base": base, "distilled": distilled}
         models = {key: _resolve(str(source), here) for key, source in models.items()}
         return cls(name, models, **{"corpus": (), **options})
-
-    @property
-    def base(self) -> str | Path:
-        return self.models["base"]
-
-    @property
-    def distilled(self) -> str | Path:
-        return self.models["distilled"]
 
     @property
     def checkpoints(self) -> dict[str, str | Path]:
@@ -349,8 +338,7 @@ def check_vocabularies(
     """The ids on which the vocabularies differ; UserError unless all are among the known ``differing_ids``.
 
     Both models are fed the same ids, which is only meaningful if an id is the same token for both. Ids that
-    are known to differ (chat templates, think tags) are kept out of the corpus by ``lib.text.corpus``.
-    """
+    are known to differ (chat templates, think tags) are kept out of the corpus by ``lib.text.corpus``."""
     vocabularies = {name: {i: token for token, i in t.get_vocab().items()} for name, t in tokenizers.items()}
     (first, reference), *rest = vocabularies.items()
     differing: dict[int, str] = {}

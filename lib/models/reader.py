@@ -2,8 +2,7 @@
 
 An nnsight trace saves the output of one decoder layer and stops the forward there (later layers do not run);
 where nnsight is not installed, as on a borrowed machine that only trains, hooks do the same.
-Texts of like length are batched and padded on the right, which causal attention never sees.
-"""
+Texts of like length are batched and padded on the right, which causal attention never sees."""
 
 from __future__ import annotations
 
@@ -103,13 +102,10 @@ def outputs_of(
             raise _Stop
 
     blocks = decoder_layers(model)
-    hooks = [blocks[i].register_forward_hook(keep) for i in layers]
-    try:
-        with contextlib.suppress(_Stop):
-            model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, contextlib.suppress(_Stop):
+        for layer in layers:
+            hooks.enter_context(blocks[layer].register_forward_hook(keep))
+        model(**inputs)
     return outputs
 
 
@@ -131,11 +127,8 @@ def capture(
     """Residual stream of some short texts: float32 [all tokens, d], list after list, position 0 included.
     ``layer`` None is half depth; batches are padded on the ``side`` "right" or "left". The result is on the
     CPU."""
-    return (
-        read_all(LayerReader(placed(model), tokenizer, layer), token_lists, side, batch_tokens)[0]
-        .float()
-        .cpu()
-    )
+    reader = LayerReader(placed(model), tokenizer, layer)
+    return read_all(reader, token_lists, side, batch_tokens)[0].float().cpu()
 
 
 def read_all(
@@ -180,14 +173,12 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
         yield order[first:stop].tolist()
 
 
-def norm_limits(
-    positions: np.ndarray, norms: Mapping[str, np.ndarray], factor: float = NORM_FACTOR
-) -> dict[str, float]:
-    """Above which norm a token is dropped: ``factor`` times each model's median over all tokens but the first
-    of each text."""
+def norm_limits(positions: np.ndarray, norms: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Above which norm a token is dropped: ``NORM_FACTOR`` times each model's median over all tokens but the
+    first of each text."""
     inner = np.asarray(positions) != 0
     inner = inner if inner.any() else ~inner
-    return {m: factor * float(np.median(np.asarray(n, np.float64)[inner])) for m, n in norms.items()}
+    return {m: NORM_FACTOR * float(np.median(np.asarray(n, np.float64)[inner])) for m, n in norms.items()}
 
 
 def masks(
@@ -241,8 +232,7 @@ def head_envoy(model: TransformersModel):
         head.skip(functional.linear(hidden, head.weight.float(), bias)[None])
         logits = model.output.logits[0].float()  # [positions, vocabulary]
 
-    so that the vocabulary is only unembedded where it is asked for.
-    """
+    so that the vocabulary is only unembedded where it is asked for."""
     return _envoy(model, model._module.get_output_embeddings())
 
 
@@ -251,8 +241,7 @@ def open_models(pair: Pair, names: Sequence[str]) -> dict[str, TransformersModel
     are run elsewhere (``pair.remote``), their skeletons without weights.
 
     NDIF (https://ndif.us) runs models of the hub at the commit that it has loaded. UserError for weights that
-    no server has (folders, adapters, packages), and where there is no key for NDIF.
-    """
+    no server has (folders, adapters, packages), and where there is no key for NDIF."""
     if pair.remote:
         return {name: _remote(pair, name) for name in names}
     return {name: wrap(placed(pair.load(name)), pair.tokenizer(name)) for name in names}

@@ -1,7 +1,5 @@
 """The registry of pairs, data/pairs.yaml or a file of one's own: its entries, checked, without any model."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

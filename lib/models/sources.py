@@ -13,8 +13,6 @@ transformers model, float32 safetensors, in data/models/ (ignored by git). GGUF 
 are not those of the hub's model of the same name, so an adapter belongs to one of the two, and says to which.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import json
@@ -55,8 +53,7 @@ def resolved(source: str, kind: str = "model", file: Path | None = None) -> tupl
 
     The commit that is recorded in ``file`` (data/revisions.json), or else the one that the hub names now,
     which is then recorded. UserError if the registry pins another commit than the recorded one, if the hub
-    does not answer and nothing is recorded, and if there is no such repository, or none for this user.
-    """
+    does not answer and nothing is recorded, and if there is no such repository, or none for this user."""
     file = file or REVISIONS
     repo, _, revision = source.partition("@")
     record = _read_record(file)
@@ -168,8 +165,7 @@ def dataset_rows(source: str) -> Iterator[dict]:
     """The rows of a data set's split in their order, as they arrive; of text files the lines, as {"text":
     line}. UserError if the hub fails, or has no such configuration or split.
 
-    Files are taken in turns: the next row comes from the one of which the smallest share has been read.
-    """
+    Files are taken in turns: the next row comes from the one of which the smallest share has been read."""
     import datasets  # a second; most runs need none
 
     repo, pattern, config, split = dataset(source)
@@ -208,9 +204,8 @@ def _unnamed(repo: str, commit: str, config: str | None, split: str) -> UserErro
 
     try:
         configs = datasets.get_dataset_config_names(repo, revision=commit)
-        if config not in (None, *configs) or (
-            config is None and len(configs) > 1 and "default" not in configs
-        ):
+        several = len(configs) > 1 and "default" not in configs
+        if config not in (None, *configs) or (config is None and several):
             return UserError(
                 f"the data set {repo} has the configurations {', '.join(configs)}: name one, as"
                 f" {repo}#{configs[0]}"
@@ -337,11 +332,9 @@ def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         # by the names in the file, where the adapter's own name, "default", is left out
         state = {name.replace(".default", ""): x for name, x in model.state_dict().items()} | own
-        missing = own.keys() - tensors.keys()
-        unknown = {
-            n for n, x in tensors.items() if n not in state or not torch.equal(state[n], x.to(state[n]))
-        }
-        if odd := missing | unknown:
+        missing, known = own.keys() - tensors.keys(), state.keys() & tensors.keys()
+        same = {n for n in known if torch.equal(state[n], tensors[n].to(state[n]))}
+        if odd := missing | (tensors.keys() - same):
             raise ValueError(f"{len(odd)} tensors are missing or unknown, {min(odd)} among them")
         ids = torch.arange(1, 9)[None]
         right = model(input_ids=ids).logits

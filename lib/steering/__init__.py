@@ -22,15 +22,7 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=[
-        "ablation",
-        "effects",
-        "experiments",
-        "generate",
-        "outcomes",
-        "plots",
-        "report",
-        "search",
-        "steer",
+        "ablation", "effects", "experiments", "generate", "outcomes", "plots", "report", "search", "steer",
     ],
     submod_attrs={"artefacts": ["open_run"], "playground": ["Playground"], "ablation": ["Removal"]},
-)
+)  # fmt: skip

@@ -23,8 +23,7 @@ the same frequency and are *outside the set*, whatever their NRN:
     attributed   for each category the features whose removal is predicted to cost it most (``attribution``),
                  chosen on the split "choose"
 
-Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on faithfulness; the controls are ours.
-"""
+Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on faithfulness; the controls are ours."""
 
 from __future__ import annotations
 
@@ -50,6 +49,7 @@ from ..stats import group_weights, interval, pooled_table
 
 REMOVED = ("features", "matched", "random")
 RULES = ("frequent", "unique", "attributed")
+HEAD = ["category", "document", "row"]  # of a target
 
 
 # --- which features, which positions ------------------------------------------------------------------------
@@ -75,8 +75,7 @@ def frequent_features(
     number.
 
     ``table`` has columns feature, alive, nrn and ``frequency``. The k% are counted over all alive features,
-    whatever their NRN: with few of them (0.5% of 400 is 2) the result may well be empty.
-    """
+    whatever their NRN: with few of them (0.5% of 400 is 2) the result may well be empty."""
     check("k", k, float, low=0.0, high=100.0)
     alive = table[table["alive"].astype(bool)].sort_values([frequency, "feature"], ascending=[False, True])
     top = alive.head(int(np.ceil(len(alive) * k / 100)))
@@ -146,15 +145,12 @@ def plan_sets(
     return removals
 
 
-def sample_targets(
-    store: Store, n: int = 100, split: str = "report", categories: Sequence[str] = CATEGORIES, seed: int = 0
-) -> pd.DataFrame:
+def sample_targets(store: Store, n: int = 100, split: str = "report", seed: int = 0) -> pd.DataFrame:
     """Up to ``n`` positions per category, each right before a sentence of it. One row per position.
 
     Columns: category, document, row (of the store; the position that predicts) and token (id of the
     sentence's first token, the one predicted). Whole documents are drawn until every category has enough, or
-    none is left. A category that does not occur has none; UserError if no category does.
-    """
+    none is left. A category that does not occur has none; UserError if no category does."""
     check("n", n, int, low=1)
     check("split", split, str, choices=SPLITS)
     label, starts = store.labels["label"], store.labels["starts"] == 1
@@ -164,14 +160,14 @@ def sample_targets(
     documents = np.random.default_rng(seed).permutation(np.unique(store.documents[after]))
     order = pd.Series(np.arange(len(documents)), index=documents)
     frames = []
-    for category in categories:
+    for category in CATEGORIES:
         rows = after[label[after] == LABELS.index(category)]
         rows = rows[np.argsort(order[store.documents[rows]].to_numpy(), kind="stable")][:n]
         columns = {"document": store.documents[rows], "row": rows - 1, "token": store.tokens[rows]}
         frames.append(pd.DataFrame({"category": category, **columns}))
     if not sum(map(len, frames)):
         raise UserError(
-            f"no sentence of the categories {', '.join(categories)} in the split {split!r}: harvest more"
+            f"no sentence of the categories {', '.join(CATEGORIES)} in the split {split!r}: harvest more"
             " traces (tokens, trace_share of notebook 01)"
         )
     return pd.concat(frames, ignore_index=True)
@@ -207,8 +203,7 @@ def logits_at(
     whole batch would not fit. With ``targets`` [targets], ids of
     tokens: [targets, 2], the logit and the log-probability of these alone, which is all that then comes back
     from where the model runs (``remote``: as nnsight has it). ``hidden`` [batch, length, d] is what the layer
-    gives (``hidden_at``), where it is known: then the model begins above it.
-    """
+    gives (``hidden_at``), where it is known: then the model begins above it."""
     rows, columns = at
     blocks, head = layer_envoys(model), head_envoy(model)
     with model.trace({"input_ids": tokens, "attention_mask": mask}, remote=remote):
@@ -258,9 +253,8 @@ def gradients(
         rows, columns = batch.at
         token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
         names = list(dict.fromkeys(batch.targets["category"]))
-        chosen = [
-            torch.from_numpy(np.flatnonzero(batch.targets["category"].to_numpy() == name)) for name in names
-        ]
+        category = batch.targets["category"].to_numpy()
+        chosen = [torch.from_numpy(np.flatnonzero(category == name)) for name in names]
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask}
         block, head = layer_envoys(model)[layer], head_envoy(model)
         with torch.enable_grad(), model.trace(inputs, remote=remote):
@@ -271,9 +265,8 @@ def gradients(
             logits = model.output.logits[0].float()
             target = logits.log_softmax(-1).gather(1, token.to(h.device)[:, None])[:, 0]
             sums = [target[some.to(h.device)].sum() for some in chosen]
-            found = torch.stack(
-                [torch.autograd.grad(total, push, retain_graph=True)[0] for total in sums]
-            ).save()
+            each = [torch.autograd.grad(total, push, retain_graph=True)[0] for total in sums]
+            found = torch.stack(each).save()
         yield batch, {name: g[batch.kept_at].cpu() for name, g in zip(names, found)}
 
 
@@ -291,8 +284,7 @@ def attribution(
     first order: - sum over positions of f_i (d_i . gradient), mean over targets. For each crosscoder
     {category: [F]}; negative: the targets lose. All positions that a target can see count.
 
-    Source: attribution patching (Nanda 2023); for features, Marks et al. 2024 (arXiv 2403.19647).
-    """
+    Source: attribution patching (Nanda 2023); for features, Marks et al. 2024 (arXiv 2403.19647)."""
     sizes = targets.groupby("category", sort=False).size()
     totals = [{c: torch.zeros(crosscoder.n_features) for c in sizes.index} for crosscoder in crosscoders]
     rows = [(encoder(crosscoder), crosscoder.rows(name, raw=True)) for crosscoder in crosscoders]
@@ -380,12 +372,9 @@ def measure(
                             draws = [random_like(vectors, generator) for _ in range(random_draws)]
                         if removal.features:
                             change = np.mean([scores(name, batch, d) for d in draws], axis=0) - before
-                        records.append(
-                            batch.targets[["category", "document", "row"]].assign(
-                                model=name, rule=removal.rule, k=removal.k, removed=kind, logit=change[:, 0],
-                                log_probability=change[:, 1], norm=norm,
-                            )
-                        )  # fmt: skip
+                        values = dict(logit=change[:, 0], log_probability=change[:, 1], norm=norm)
+                        what = dict(model=name, rule=removal.rule, k=removal.k, removed=kind)
+                        records.append(batch.targets[HEAD].assign(**what, **values))
             progress.update(progress.done + len(batch.mask))
     return pd.concat(records, ignore_index=True)
 
@@ -406,8 +395,7 @@ def own_effects(
     The set: NRN (p = 1, of the second model) above 0.5 and among the k% that fire most often *on the targets*
     of that category; beside it as many random features of the whole dictionary. Columns: category, document,
     row, model, k, set and random (change of the target's logit against the intact model), own (set minus
-    random). Not kept positions, such as the first, stay as they are.
-    """
+    random). Not kept positions, such as the first, stay as they are."""
     generator, records, encode = np.random.default_rng(seed), [], encoder(crosscoder)
     nrn = crosscoder.nrn(1, *crosscoder.names[::-1]).numpy()
     decoders = {name: (crosscoder.rows(name, raw=True), crosscoder.bias(name, raw=True)) for name in models}
@@ -433,26 +421,19 @@ def own_effects(
                         replaced = hidden - batch.scatter(error + codes[:, some] @ rows[some])
                         found = logits_at(*text, targets=token, hidden=replaced)[:, 0]
                         changes[kind] = (found - intact).numpy()
-                    frame = batch.targets[["category", "document", "row"]].assign(model=name, k=k, **changes)
+                    frame = batch.targets[HEAD].assign(model=name, k=k, **changes)
                     records.append(frame.assign(own=changes["set"] - changes["random"]))
     return pd.concat(records, ignore_index=True)
 
 
 def removal_table(table: pd.DataFrame, removals: Sequence[Removal]) -> pd.DataFrame:
     """One row per removal: how many features, their mean frequency (split "choose") and NRN."""
-    columns = table.set_index("feature")[["frequency_choose", "nrn"]]
-    means = pd.DataFrame([columns.loc[list(r.features)].mean() for r in removals])
-    means.columns = ["mean firing frequency", "mean NRN"]
-    first = [
-        {
-            "rule": f"{r.rule} {r.category}".strip(),
-            "k (%)": r.k,
-            "removed": r.kind,
-            "features": len(r.features),
-        }
-        for r in removals
-    ]
-    return pd.concat([pd.DataFrame(first), means], axis=1).round(3)
+    columns, rows = table.set_index("feature")[["frequency_choose", "nrn"]], []
+    for r in removals:
+        means = columns.loc[list(r.features)].mean()
+        rows.append((f"{r.rule} {r.category}".strip(), r.k, r.kind, len(r.features), *means))
+    names = ["rule", "k (%)", "removed", "features", "mean firing frequency", "mean NRN"]
+    return pd.DataFrame(rows, columns=names).round(3)
 
 
 @dataclass
@@ -492,10 +473,8 @@ def batches(store: Store, targets: pd.DataFrame, batch_size: int) -> Iterator[Ba
     documents = sorted(rows_of, key=lambda d: (len(rows_of[d]), d))
     for i in range(0, len(documents), batch_size):
         chosen = documents[i : i + batch_size]
-        texts = [
-            torch.from_numpy(np.asarray(store.tokens[rows_of[d].start : rows_of[d].stop], dtype=np.int64))
-            for d in chosen
-        ]
+        spans = (slice(rows_of[d].start, rows_of[d].stop) for d in chosen)
+        texts = [torch.from_numpy(np.asarray(store.tokens[span], dtype=np.int64)) for span in spans]
         tokens = pad_sequence(texts, batch_first=True)
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
         rows = np.concatenate([rows_of[d] for d in chosen])
@@ -518,8 +497,7 @@ def estimates(
     the same positions; intervals over documents.
 
     ``per_norm`` is the sum of logit changes over the sum of removed norms: a ratio of means, stable where
-    single norms are near 0; NaN if nothing is removed. Without any rows all are NaN.
-    """
+    single norms are near 0; NaN if nothing is removed. Without any rows all are NaN."""
     if effects.empty or (other is not None and other.empty):
         return dict.fromkeys(VALUES, (float("nan"),) * 3)
     drawn = []
@@ -540,8 +518,7 @@ def estimates(
 
 def summarise(effects: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Means of ``measure`` with 95% intervals over documents (``estimates``): one row per category, model,
-    rule, k and kind of removal, with columns <value>, <value>_low and <value>_high for VALUES; n and
-    documents."""
+    rule, k and kind of removal, with columns <value>, _low and _high for VALUES; n, documents."""
     rows, keys = [], ["category", "model", "rule", "k", "removed"]
     for key, group in effects.groupby(keys, sort=False):
         row = dict(zip(keys, key))

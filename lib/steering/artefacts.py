@@ -29,8 +29,7 @@ from .tasks import Medium, medium_of
 class RunArtefacts:
     """``table``: one row per feature; ``chosen`` {category: feature}; ``fingerprint``: the crosscoder's;
     ``models`` {name: model}, on NDIF's servers if the pair is remote; ``medium``: how this pair is asked.
-    ``number``: of the crosscoder among the run's; ``others``: the same with each of the others, for the
-    first."""
+    ``number``: of the crosscoder among the run's; ``others``: the rest, for the first."""
 
     run: Run
     pair: Pair
@@ -80,8 +79,37 @@ class RunArtefacts:
         return null, ""
 
     def upper(self) -> tuple[RunArtefacts | None, str]:
-        """``open_upper``."""
-        return open_upper(self)
+        """(the same at the layer before the last block, ""), or (None, why it cannot be tested).
+
+        Notebook 01 keeps the activations of that layer in the run's folder ``store_upper``. As many
+        crosscoders as the run has, of the same configuration, are read, copied from the repository, or
+        trained. Their tables are measured on the split "choose" alone."""
+        run, folder = self.run, self.run.path("store_upper")
+        if not (folder / MANIFEST).is_file():
+            return None, "the run has no activations of that layer (notebook 01, upper_layer)"
+        store, own = Store.open(folder), run.path("crosscoder")
+        read = {m: store.manifest["models"][m]["fingerprint"] for m in store.models}
+        if store.manifest["corpus"] != self.store.manifest["corpus"] or any(
+            self.pair.fingerprint(m) != made_from for m, made_from in read.items()
+        ):
+            why = "the activations of that layer were harvested from other text or weights (notebook 01)"
+            return None, why
+        if not (own / MANIFEST).is_file() or seeds.content(CrossCoder.load(own)) != self.fingerprint:
+            return None, "the crosscoder is from elsewhere, and there is none of that layer"
+        config = TrainConfig(**read_manifest(own, seeds.MADE_BY)["config"])
+        n, each = len(self.each), []
+        for number, crosscoder in enumerate(seeds.train_all(store, config, run, n, name="crosscoder_upper")):
+            content = seeds.content(crosscoder)
+
+            def compute(crosscoder=crosscoder) -> pd.DataFrame:
+                chosen = codes(crosscoder, store, "choose")
+                return feature_table(crosscoder, store, chosen, chosen)
+
+            key = fingerprint("upper features", 1, store.fingerprint, content)
+            table = kept_table(run.path("steering") / f"features_upper_{number}", key, compute)
+            parts = {"store": store, "crosscoder": crosscoder, "table": table, "fingerprint": content}
+            each.append(replace(self, **parts, chosen={}, number=number, others=()))
+        return replace(each[0], others=tuple(each[1:])), ""
 
     def sets(self, targets: pd.DataFrame, n: int, null: Part) -> list[list[ablation.Removal]]:
         """For each crosscoder the sets that mean something (``ablation.plan_sets``): unique features, and the
@@ -153,36 +181,3 @@ def open_run(run: Run, source: str = "", facts: Mapping | None = None) -> RunArt
         for number, one in enumerate(artefacts)
     )  # fmt: skip
     return replace(first, others=tuple(others))
-
-
-def open_upper(opened: RunArtefacts) -> tuple[RunArtefacts | None, str]:
-    """(the same at the layer before the last block, ""), or (None, why it cannot be tested).
-
-    Notebook 01 keeps the activations of that layer in the run's folder ``store_upper``. As many crosscoders
-    as the run has, of the same configuration, are read, copied from the repository, or trained. Their tables
-    are measured on the split "choose" alone.
-    """
-    run, folder = opened.run, opened.run.path("store_upper")
-    if not (folder / MANIFEST).is_file():
-        return None, "the run has no activations of that layer (notebook 01, upper_layer)"
-    store, own = Store.open(folder), run.path("crosscoder")
-    if store.manifest["corpus"] != opened.store.manifest["corpus"] or any(
-        store.manifest["models"][m]["fingerprint"] != opened.pair.fingerprint(m) for m in store.models
-    ):
-        return None, "the activations of that layer were harvested from other text or weights (notebook 01)"
-    if not (own / MANIFEST).is_file() or seeds.content(CrossCoder.load(own)) != opened.fingerprint:
-        return None, "the crosscoder is from elsewhere, and there is none of that layer"
-    config = TrainConfig(**read_manifest(own, seeds.MADE_BY)["config"])
-    n, each = len(opened.each), []
-    for number, crosscoder in enumerate(seeds.train_all(store, config, run, n, name="crosscoder_upper")):
-        content = seeds.content(crosscoder)
-
-        def compute(crosscoder=crosscoder) -> pd.DataFrame:
-            chosen = codes(crosscoder, store, "choose")
-            return feature_table(crosscoder, store, chosen, chosen)
-
-        key = fingerprint("upper features", 1, store.fingerprint, content)
-        table = kept_table(run.path("steering") / f"features_upper_{number}", key, compute)
-        parts = {"store": store, "crosscoder": crosscoder, "table": table, "fingerprint": content}
-        each.append(replace(opened, **parts, chosen={}, number=number, others=()))
-    return replace(each[0], others=tuple(each[1:])), ""

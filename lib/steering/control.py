@@ -1,9 +1,6 @@
 """The positive control: is a planted behaviour lost without the features that were found, and there when they
 are added? For pairs with ``planted`` (``lib.features.control``), whose distilled model reflects after errors
-because of what it writes there.
-"""
-
-from __future__ import annotations
+because of what it writes there."""
 
 from collections.abc import Mapping, Sequence
 
@@ -67,8 +64,7 @@ def record(
 
     Metrics: control_ablation, the change of P(reflection | error); control_imposition, that of P(reflection |
     right step); control_<...>_random, the same of random directions of equal norm; ..._worst, of the
-    crosscoder in which it is least (0 if it found nothing).
-    """
+    crosscoder in which it is least (0 if it found nothing)."""
     models = {name: opened.pair.load(name) for name in opened.crosscoder.names}
     for own, one in results.over(opened.each):
         found = tuple(one.unique(null).tolist())
@@ -78,18 +74,12 @@ def record(
             continue
         vector, removed = trigger(one, found), Scale(found)
         noise = torch.randn(len(vector), generator=torch.Generator().manual_seed(seed))
-        added = {
-            "features": AddVector(tuple(vector.tolist()), float(vector.norm())),
-            "random": AddVector(tuple(noise.tolist()), float(vector.norm())),
-        }
         what = {("removed", "features"): removed, ("removed", "random"): RandomLike(removed, seed)}
-        what |= {("added", kind): vectors for kind, vectors in added.items()}
-        conditions = [experiments.untouched("distilled")] + [
-            Condition(
-                done, kind, PLANTED, Treatment("distilled", x, "ends" if done == "added" else "thinking")
-            )
-            for (done, kind), x in what.items()
-        ]
+        for kind, added in (("features", vector), ("random", noise)):
+            what["added", kind] = AddVector(tuple(added.tolist()), float(vector.norm()))
+        conditions, place = [experiments.untouched("distilled")], {"removed": "thinking", "added": "ends"}
+        for (done, kind), x in what.items():
+            conditions.append(Condition(done, kind, PLANTED, Treatment("distilled", x, place[done])))
         rows = thoughts(one, models, tasks, conditions, "control", max_new_tokens, seed)
         changes = effects.changes(rows, [measure for _, measure, _ in NAMES.values()], seed=seed)
         for name, (done, measure, _) in NAMES.items():

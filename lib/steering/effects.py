@@ -6,8 +6,6 @@ differences are paired; a rate is a ratio of sums over puzzles. What has no deno
 without errors) is NaN. In the tables the model that writes is called ``speaker``, the other one ``listener``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -112,8 +110,7 @@ class _Resampled:
 
 
 def _bounds(draws: np.ndarray, value: str, low: str = "", high: str = "") -> dict[str, float]:
-    """Value and interval under these names; NaN where undefined in the data, or in more than half of the
-    resamples."""
+    """Value and interval under these names; NaN where undefined in the data, or in most resamples."""
     defined, ends = draws[1:][~np.isnan(draws[1:])], (np.nan, np.nan)
     if not np.isnan(draws[0]) and len(defined) > len(draws) / 2:
         ends = interval(defined)
@@ -137,8 +134,7 @@ def summarise(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataF
 
     Columns HEAD, measure, value, low, high, change (against the same writer and mode,
     untouched), change_low, change_high, n. ``met_c``: P(c follows | the sentence end calls for c);
-    ``strays_c``: P(c follows | it does not); ``rate_c``: sentences per puzzle.
-    """
+    ``strays_c``: P(c follows | it does not); ``rate_c``: sentences per puzzle."""
     sample, found = _Resampled(rows, n_boot, seed), []
     for name, head in sample.heads.items():
         before = sample.untouched(head)
@@ -150,11 +146,9 @@ def summarise(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.DataF
     return pd.DataFrame(found)
 
 
-def changes(
-    rows: pd.DataFrame, measures: Sequence[str], n_boot: int = 1000, seed: int = 0
-) -> dict[tuple, tuple[float, tuple[float, float]]]:
+def changes(rows: pd.DataFrame, measures: Sequence[str], seed: int = 0) -> dict[tuple, tuple[float, tuple]]:
     """{(family, kind, measure): (change against the same writer and mode, untouched, its interval)}."""
-    sample, found = _Resampled(rows, n_boot, seed), {}
+    sample, found = _Resampled(rows, 1000, seed), {}
     for name, head in sample.heads.items():
         for measure in measures:
             value, low, high = _bounds(sample.change(name, measure), "change").values()
@@ -163,16 +157,11 @@ def changes(
 
 
 def difference(
-    rows: pd.DataFrame,
-    one: tuple[str, str],
-    other: tuple[str, str],
-    measure: str,
-    seed: int = 0,
-    n_boot: int = 1000,
+    rows: pd.DataFrame, one: tuple[str, str], other: tuple[str, str], measure: str, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
     """A measure under the condition with the (family, kind) ``one``, minus that under ``other``, and its
     interval; 0 where there are none."""
-    sample = _Resampled(rows, n_boot, seed)
+    sample = _Resampled(rows, 1000, seed)
     names = [sample.find(family=family, kind=kind) for family, kind in (one, other)]
     if None in names:
         return 0.0, (0.0, 0.0)
@@ -191,21 +180,17 @@ def gap_shares(
     condition and measure.
 
     Columns HEAD, measure, value (of the writer under the condition), speaker_value, listener_value, share,
-    low, high, n. NaN where the gap's interval contains 0 or a rate has no denominator.
-    """
+    low, high, n. NaN where the gap's interval contains 0 or a rate has no denominator."""
     sample, found = _Resampled(rows, n_boot, seed), []
     for name, head in sample.heads.items():
         if head["family"] not in ("swap", "impose"):
             continue
         for measure in measures:
             own, other = sample.gap(name, measure)
-            values = {
-                "value": sample.draws(name, measure)[0],
-                "speaker_value": own[0],
-                "listener_value": other[0],
-            }
+            values = {"measure": measure, "value": sample.draws(name, measure)[0]}
+            values |= {"speaker_value": own[0], "listener_value": other[0]}
             values |= _bounds(sample.share(name, measure), "share", "low", "high")
-            found.append({**head, "measure": measure, **values, "n": sample.n})
+            found.append({**head, **values, "n": sample.n})
     return pd.DataFrame(found)
 
 
@@ -215,8 +200,7 @@ def by_layers(rows: pd.DataFrame, measures: Sequence[str] = ("thinking", "answer
 
     Columns upper, mode, layers, measure, value, low, high (Wilson's), share (of the gap to the other model,
     that is closed), share_low, share_high (those of the value: the gap counts as known), n. The share is NaN
-    where the models do not differ.
-    """
+    where the models do not differ."""
     counts = rows.groupby(["speaker", "mode", "kind"], sort=False)[[MEASURES[m][0] for m in measures]].sum()
     n, found = rows["task"].nunique(), []
     for (upper, mode, layers), row in counts.sort_index(level="kind", sort_remaining=False).iterrows():
@@ -238,8 +222,7 @@ def extra_placed(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Da
     Columns HEAD, rate (sentences of the category per puzzle), met, strays (see ``summarise``), advantage =
     met - strays, each with _low and _high; extra (additional sentences per puzzle) and extra_placed: the
     share of them that stand where they belong (NaN unless there are more; it may leave 0 to 1 where sentences
-    move). ``chance``: the share of sentence ends that call for it, untouched.
-    """
+    move). ``chance``: the share of sentence ends that call for it, untouched."""
     sample, found = _Resampled(rows, n_boot, seed), []
     for name, head in sample.heads.items():
         if (head["mode"], head["speaker"]) != ("think", "distilled"):
@@ -282,8 +265,7 @@ def metrics(rows: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> dict[str, 
     placed_gain_<c>: met - strays with the feature added, minus that with a logit bias. swap_forward (the
     distilled model's features in the base), swap_backward, impose_<set> (the distilled model's use in the
     base), impose_back_<set>: shares of the gap in thinking rate, paired differences of them as
-    <one>_over_<other>; swap_backward_answers is of ``answers``: not thinking is not yet answering.
-    """
+    <one>_over_<other>; swap_backward_answers is of ``answers``: not thinking is not yet answering."""
     every = pd.concat([rows, *(pooled(rows, kind) for kind in CONTROLS.values())], ignore_index=True)
     sample, found = _Resampled(every, n_boot, seed), {}
 

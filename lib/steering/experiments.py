@@ -17,10 +17,7 @@ the share that opens with "answer :" as the base does, is reported beside it.
 
 Use is encoded from each model alone (the other at its mean), which is *not* what the crosscoder was trained
 on; ``Use.fve`` says how much of its own model such a code still explains, and ``Reconstruct("own")`` what it
-costs by itself. The paper (arXiv 2503.03730) asks for faithfulness by logits; these experiments are ours.
-"""
-
-from __future__ import annotations
+costs by itself. The paper (arXiv 2503.03730) asks for faithfulness by logits; these experiments are ours."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -96,8 +93,7 @@ def measure_use(
     """Use on traces of a split (kept tokens of at most ``max_tokens``, whole documents).
 
     Columns feature, and for both models, as encoded from each alone, and "joint": use_<model> (mean
-    activation) and frequency_<model>. UserError if the split has no traces.
-    """
+    activation) and frequency_<model>. UserError if the split has no traces."""
     rows = sample_rows(store, split, max_tokens, 0)
     rows = rows[store.labels["kind"][rows] == 1]
     if len(rows) == 0:
@@ -199,8 +195,7 @@ def ablations(
     Kinds: features (zero) and attributed, each with "..., matched" (as many others that fire as often on
     traces) and "..., random" (directions of the norm that is removed); of the former also mean (f_i set to
     its mean on choose), mean difference (subtracted, same norm) and logit bias (``BIAS`` off the first words'
-    logits at sentence ends).
-    """
+    logits at sentence ends)."""
     frequency = table.assign(frequency_traces=use.table["frequency_joint"].to_numpy())
     means, every = use.table["use_joint"].to_numpy(), [untouched("distilled")]
     for c in dict.fromkeys((*sets, *attributed)):
@@ -297,8 +292,7 @@ def placements(task: Puzzle, words: Sequence[str]) -> list[tuple[str, str]]:
 
     By the teacher's grammar: a wrong step calls for reflection until it is mended; a branch that is complete
     and misses the target for contrast; contrast for alternative; a branch that is not complete for deduction;
-    everything else for "other".
-    """
+    everything else for "other"."""
     sentences, found = sentences_of(list(words)), []
     call, mended, value, taken = "other", None, None, 0
     for sentence, following in zip(sentences, sentences[1:]):
@@ -342,8 +336,7 @@ def strengthenings(
     feature: decoder row of the category's best feature; mean difference, random: a vector of the same length,
     ``strength`` x ``norm`` (mean residual norm); amplify: the set's own contribution once more, 8 x
     ``strength`` times; logit bias: 8 x ``strength``. ``strengths`` {(category, method): strengths}; TRIED for
-    all by default.
-    """
+    all by default."""
     width = crosscoder.widths[crosscoder.names.index("distilled")]
     noise = torch.randn(len(sets), width, generator=torch.Generator().manual_seed(seed))
     every = [untouched("distilled")]
@@ -391,8 +384,7 @@ def transplanted(lower: PreTrainedModel, upper: PreTrainedModel, layers: int) ->
 
     At each token it is ``upper`` with the whole residual stream of ``lower`` in place of its own: the most
     that anything which is carried over at that layer can do. Modules are shared, not copied. UserError for
-    models of other shapes.
-    """
+    models of other shapes."""
     stacks = [decoder_layers(model) for model in (lower, upper)]
     check("layers", layers, int, low=0, high=min(map(len, stacks)))
     shapes = [(model.config.hidden_size, len(stack)) for model, stack in zip((lower, upper), stacks)]
@@ -435,8 +427,7 @@ def run(
     other sentence ends; and c follows).
 
     Transcripts are kept in ``folder``, one file per condition, under a fingerprint of ``weights`` (of models
-    and crosscoder), condition, tasks and limits: what is there is read, an interrupted run goes on.
-    """
+    and crosscoder), condition, tasks and limits: what is there is read, an interrupted run goes on."""
     conditions, tokenizer, files = list(dict.fromkeys(conditions)), pair.tokenizer(), []
     for condition in conditions:
         decided_by = (weights, condition.treatment, TEMPERATURE, [repr(t) for t in tasks])

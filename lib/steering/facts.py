@@ -2,8 +2,6 @@
 are wrong, and whether the thought is a careful one. Its features and directions, and thoughts without
 them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -74,8 +72,7 @@ def record_errors(
     Metrics: n_error_features; p_reflect_given_error and ..._correct, with the endings _ablated and _random
     (directions of the same norm); ablate_error_ and random_error_, with reflection_change (of P(reflection |
     error), against untouched) and accuracy_change; ablate_error_over_random (of P(reflection | error), minus
-    that with random directions). Returns why nothing was measured, "" if it was.
-    """
+    that with random directions). Returns why nothing was measured, "" if it was."""
     if not (opened.store.labels["error"] == 1).any():
         return "the text does not say which steps are wrong"
     models = {name: opened.pair.load(name) for name in opened.crosscoder.names}

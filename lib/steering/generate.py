@@ -8,12 +8,10 @@ within one token the other model has to be read first. A model on a remote serve
 
 A row of a batch is a task under one treatment and depends on no other row; rows of one task use the same
 random numbers (``models.decode.TaskNoise``). ``transcripts`` makes them in any number, ``steered`` adds one
-vector to each row, ``steered_stream`` is watched, and ``kept_transcripts`` keeps them on disk.
-"""
+vector to each row, ``steered_stream`` is watched, and ``kept_transcripts`` keeps them on disk."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import warnings
 import zlib
@@ -30,7 +28,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from ..crosscoder.model import CrossCoder
 from ..models.decode import TaskNoise, continued, decode, ends_of, legs, padded, roomy_cache, until
 from ..models.pairs import decoder_layers
-from ..models.reader import embedding_envoy, layer_envoys
+from ..models.reader import embedding_envoy, layer_envoys, outputs_of
 from ..runs import Progress, write_text
 from ..settings import UserError, check
 from .interventions import LogitBias, RowVectors, State
@@ -48,8 +46,7 @@ class Treatment:
 
     "thinking": from the last token of the prompt to the end of thinking; "ends": there, but only at full
     stops, where the next sentence is decided; "everywhere": at every token but the first, which crosscoders
-    do not learn, the prompt included; "prompt": before the prompt's last token; "all": at every token.
-    """
+    do not learn, the prompt included; "prompt": before the prompt's last token; "all": at every token."""
 
     writer: str
     intervention: object | None = None
@@ -76,8 +73,7 @@ def transcripts(
     ``models`` {name: model} for the crosscoder's names, ``layers`` {name: index of the decoder layer that it
     reads}. In mode "free" a row may have ``max_new_tokens`` + 2 tokens, so that thoughts are as long as in
     mode "think". Rows of one writer and mode are decoded together, in the given order. UserError for a model
-    that is missing or that the crosscoder does not read, ValueError for unknown modes and places.
-    """
+    that is missing or that the crosscoder does not read, ValueError for unknown modes and places."""
     if len(tasks) != len(treatments):
         raise ValueError(f"{len(tasks)} tasks for {len(treatments)} treatments: must be one each")
     for treatment in treatments:
@@ -120,8 +116,7 @@ def steered(
     ``vectors`` [tasks, d] is what is added to the output of ``layer`` (strength included; a row of zeros is
     not steered). ``how``: ``temperature`` (0, greedy, unless given; above it thoughts are sampled), ``seed``,
     ``remote``, and ``place``: "thinking" until the row has written ``end_of_thinking`` (None: to the end; "":
-    the medium's), "ends" likewise, where the newest token is ``sentence_end``, "prompt" or "all".
-    """
+    the medium's), "ends" likewise, where the newest token is ``sentence_end``, "prompt" or "all"."""
     if len(vectors) != len(tasks):
         raise ValueError(f"{len(vectors)} vectors for {len(tasks)} tasks: must be one each")
     written, size = [], batch_size or medium.batch_rows
@@ -186,29 +181,15 @@ def _token(tokenizer: PreTrainedTokenizerBase, name: str, word: str | None) -> i
     return token
 
 
-class _Stop(Exception):
-    """The other model has been read: its later layers need not run."""
-
-
 class _Batch:
-    """One batch of rows with one writer. ``end`` and ``stop``: ids of the tokens that end thinking and
-    sentences."""
+    """One batch of rows with one writer. ``end``, ``stop``: ids that end thinking, sentences."""
 
     remote: bool | str = False
 
     def __init__(
-        self,
-        models,
-        tokenizer,
-        layers,
-        tasks,
-        treatments,
-        temperature,
-        seed,
-        medium,
-        crosscoder=None,
+        self, models, tokenizer, layers, tasks, treatments, temperature, seed, medium, crosscoder=None,
         numbers=None,
-    ):
+    ):  # fmt: skip
         """``numbers``: of the rows, among all that are generated."""
         self.models, self.layers, self.crosscoder = models, layers, crosscoder
         self.tokenizer, self.medium, self.ends = tokenizer, medium, ends_of(tokenizer)
@@ -288,24 +269,16 @@ class _Batch:
             "all": mask[:, seen:] > 0,
         }
 
-    def _run(self, name: str, hook, inputs: dict, cache, **options):
-        """The forward of a model, ``hook`` on the layer that is read."""
+    def _prepared(self, name: str, inputs: dict, cache) -> tuple[PreTrainedModel, dict]:
+        """A model, and the inputs of its forward."""
         model = self.models[name]
         model = model._module if isinstance(model, TransformersModel) else model
         inputs = {key: x.to(model.device) for key, x in inputs.items()}
-        with decoder_layers(model)[self.layers[name]].register_forward_hook(hook):
-            return model(**inputs, use_cache=True, past_key_values=cache, **options)
+        return model, {**inputs, "use_cache": True, "past_key_values": cache}
 
     def _read(self, name: str, inputs: dict, cache) -> Tensor:
-        found = []
-
-        def stop(module, args, output):
-            found.append(output)
-            raise _Stop
-
-        with contextlib.suppress(_Stop):
-            self._run(name, stop, inputs, cache)
-        return found[0]
+        model, inputs = self._prepared(name, inputs, cache)
+        return outputs_of(model, [self.layers[name]], inputs)[0]
 
     def _write(self, inputs, cache, read, where, rows) -> Tensor:
         """Logits [rows, vocabulary] after the newest token."""
@@ -327,8 +300,9 @@ class _Batch:
                 edited[chosen] += change.to(edited.device)
             return edited
 
-        logits = self._run(self.writer, edit, inputs, cache, logits_to_keep=1).logits[:, -1]
-        return logits.float().cpu()
+        model, given = self._prepared(self.writer, inputs, cache)
+        with decoder_layers(model)[self.layers[self.writer]].register_forward_hook(edit):
+            return model(**given, logits_to_keep=1).logits[:, -1].float().cpu()
 
 
 # of transformers' ``generate``: without them a checkpoint's generation_config.json would decide
@@ -419,8 +393,7 @@ def kept_transcripts(
     The rest is generated, as many conditions at a time as fill two batches (which is what an interruption can
     cost), those of one ``group`` together. A batch is decoded until its last row has ended, so tasks of
     similar length go together: ``lengths`` gives them [tasks] from the conditions that are there.
-    ``write(rows)`` makes transcripts for rows (task, condition).
-    """
+    ``write(rows)`` makes transcripts for rows (task, condition)."""
     done = {i: read for i, file in enumerate(files) if (read := file.read()) is not None}
     groups: dict[Hashable, list[int]] = {}
     for i in range(len(files)):

@@ -7,10 +7,7 @@ encode from one model alone, the other's slot is filled with its mean (``fill`` 
 width, with the same scaled activation ("slots"). Neither is what the crosscoder was trained on: compare swaps
 with ``Reconstruct("own")``. All but ``Reconstruct`` and ``Transplant`` keep the crosscoder's error.
 
-The names of the classes and their fields stand in fingerprints of transcripts that are kept on disk.
-"""
-
-from __future__ import annotations
+The names of the classes and their fields stand in fingerprints of transcripts that are kept on disk."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,8 +28,7 @@ class State:
 
     ``acts`` {model: raw [rows, positions, d_m]}; ``position`` [rows, positions] in the text; ``key`` [rows],
     a number that belongs to the task; ``rows`` [rows], their numbers among all rows that are generated.
-    Features are computed when they are asked for, once.
-    """
+    Features are computed when they are asked for, once."""
 
     crosscoder: CrossCoder | None
     writer: str
@@ -58,8 +54,7 @@ class State:
         return self.computed[source, fill]
 
     def decoder(self, model: str | None = None) -> Tensor:
-        """Raw decoder rows [F, d] of ``model`` (the writer's by default), in the units of the writer's
-        stream."""
+        """Raw decoder rows [F, d] of ``model`` (default: the writer's), in the writer's units."""
         crosscoder, model = self.crosscoder, model or self.writer
         if ("decoder", model) not in self.computed:
             width = dict(zip(crosscoder.names, crosscoder.widths))
@@ -79,8 +74,7 @@ class Scale:
 
     Weight -1 and offset 0 remove the features (zero-ablation); offset = mean activation replaces them by
     their mean; weight g - 1 multiplies their use by g. ``source``: "joint" or "own". ``decoder`` None is the
-    writer's own; another model's must have the same width.
-    """
+    writer's own; another model's must have the same width."""
 
     features: tuple[int, ...]
     weights: tuple[float, ...] | float = -1.0
@@ -103,8 +97,7 @@ class Scale:
 @dataclass(frozen=True)
 class Swap:
     """sum_i (f_i^source - f_i^own) d_i^writer: the features as ``source`` ("other" or "joint") gives them, in
-    place of those that the writer alone gives. ``features`` None: all.
-    """
+    place of those that the writer alone gives. ``features`` None: all."""
 
     source: str = "other"
     features: tuple[int, ...] | None = None
@@ -119,9 +112,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """decode(f)^writer - h: the residual stream is replaced, with the error. ``source``: "joint", "own" or
-    "other".
-    """
+    """decode(f)^writer - h: the stream is replaced, with the error. ``source``: "joint", "own", "other"."""
 
     source: str
     fill: str = "mean"
@@ -212,8 +203,7 @@ class RowVectors:
 
 @dataclass(frozen=True)
 class LogitBias:
-    """No change of the residual stream: ``value`` is added to the logits of ``words`` where the intervention
-    acts."""
+    """No change of the residual stream: ``value`` is added to the logits of ``words`` where it acts."""
 
     words: tuple[str, ...]
     value: float

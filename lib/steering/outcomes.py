@@ -6,10 +6,7 @@ tasks untouched.
     best = choose(table, "shorter", {"deduction": 1})      # on the split for choosing; report on another
 
 Differences are paired: the bootstrap resamples tasks. A ratio is one of mean lengths. Over-thinking is length
-without better answers, incisive thinking brevity without worse ones; so length is never reported alone.
-"""
-
-from __future__ import annotations
+without better answers, incisive thinking brevity without worse ones; so length is never reported alone."""
 
 from collections.abc import Mapping, Sequence
 
@@ -70,16 +67,13 @@ def compare(outcomes: pd.DataFrame, n_boot: int = 1000, seed: int = 0) -> pd.Dat
     mean lengths), accuracy, chain (answer and every step right), accuracy_change, chain_change, runaway
     (share), redundant_ratio and needed_ratio (of tokens; NaN where the unsteered model has none), and for
     every c of RATES rate_c (sentences per 100 tokens of thought) and rate_ratio_c (against the unsteered
-    model). Then n. The unsteered model is the first row.
-    """
+    model). Then n. The unsteered model is the first row."""
     columns = ["length", "correct", "chain_correct", "runaway", "redundant_tokens", "needed_tokens"]
     columns += [f"n_{c}" for c in RATES]
     names = ["length", "accuracy", "chain", "runaway", "redundant", "needed", *RATES]
     keys = ["direction", "label", "strength"]
-    cells = {
-        key: group.sort_values("task")[columns].to_numpy(dtype=float)
-        for key, group in outcomes.groupby(keys, sort=False)
-    }
+    groups = outcomes.groupby(keys, sort=False)
+    cells = {key: group.sort_values("task")[columns].to_numpy(dtype=float) for key, group in groups}
     base = next(values for key, values in cells.items() if key[0] == NO_STEERING)
     n = len(base)
     # row 0: the data itself
@@ -124,8 +118,7 @@ def choose(
     ``labels``: the labels that may be used, as a list, or with a sign each ({"deduction": 1, "verification":
     -1}). Limits: the share of tasks by which accuracy or the chain of steps may fall, and the share of
     thoughts that may never end. Where no condition keeps to them, the one that exceeds them least is taken.
-    The row gets ``within_limits``.
-    """
+    The row gets ``within_limits``."""
     check("aim", aim, str, choices=("longer", "shorter"))
     signs = dict(labels) if isinstance(labels, Mapping) else dict.fromkeys(labels, 0)
     usable = comparison[comparison["label"].isin(signs)]

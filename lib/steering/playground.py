@@ -7,8 +7,7 @@
 It steers by ``lib.steering.generate``, in the same unit and with the same random numbers as the experiments
 of notebook 04. **One thought is an anecdote**: it shows what a vector does, not how often. "random" is a
 random direction of the same norm. *Where*: "thinking", from the prompt's last position until the thought is
-closed, as in all experiments; "prompt", the positions before it; "all", every position, the answer's too.
-"""
+closed, as in all experiments; "prompt", the positions before it; "all", every position, the answer's too."""
 
 from __future__ import annotations
 
@@ -27,18 +26,7 @@ from ..figures import COLOURS, labelled_lines
 from ..labels import CATEGORIES, REDUNDANT
 from ..models.decode import context_of
 from ..settings import UserError, check
-from ..text import lexicon, questions
-from ..text.puzzles import (
-    NUMBERS,
-    OPERATIONS,
-    Puzzle,
-    Question,
-    Sentence,
-    apply,
-    equation_of,
-    label_of,
-    sentences_of,
-)
+from ..text import lexicon, puzzles, questions
 from . import generate
 from . import steer as steering
 from .artefacts import RunArtefacts
@@ -62,12 +50,12 @@ class FreeText:
     value: None = None
     operation: str = ""
 
-    def prompt(self) -> list[Sentence]:
+    def prompt(self) -> list[puzzles.Sentence]:
         words = tuple(self.text.split())
-        return [Sentence(words, "other", given=len(words))]
+        return [puzzles.Sentence(words, "other", given=len(words))]
 
 
-def puzzle_of(words: Sequence[str]) -> Puzzle | Question | FreeText:
+def puzzle_of(words: Sequence[str]) -> puzzles.Puzzle | puzzles.Question | FreeText:
     """The puzzle or the easy question that these words put; free text where they are neither, or where not
     exactly one candidate is right.
 
@@ -76,11 +64,15 @@ def puzzle_of(words: Sequence[str]) -> Puzzle | Question | FreeText:
     """
     words = tuple(words[:-2] if tuple(words[-2:]) == ("think", ":") else words)
     operations, numbers, asked = words[2:-8], words[-6:-3], []
-    if len(words) == 5 and words[2] in NUMBERS and words[3] in OPERATIONS:
-        asked = [Question(int(words[2]), words[3])]
-    elif len(words) > 9 and set(operations) <= set(OPERATIONS) and {*numbers, words[-2]} <= set(NUMBERS):
+    if len(words) == 5 and words[2] in puzzles.NUMBERS and words[3] in puzzles.OPERATIONS:
+        asked = [puzzles.Question(int(words[2]), words[3])]
+    elif (
+        len(words) > 9
+        and set(operations) <= set(puzzles.OPERATIONS)
+        and {*numbers, words[-2]} <= set(puzzles.NUMBERS)
+    ):
         candidates = tuple(map(int, numbers))
-        asked = [Puzzle(operations, candidates, c) for c in dict.fromkeys(candidates)]
+        asked = [puzzles.Puzzle(operations, candidates, c) for c in dict.fromkeys(candidates)]
     # of a puzzle's three answers, those that end at the target
     matching = [task for task in asked if task.prompt()[0].words == words]
     return matching[0] if len(matching) == 1 else FreeText(" ".join(words))
@@ -96,8 +88,7 @@ class Comparison:
     ``transcripts`` {"unsteered" | "steered": tokens as text}; ``ended`` says of each whether it has come to
     its end; ``how`` is what was asked, in words; ``table`` has a row for each: tokens (length of the
     thought), end, answer, right (None: nobody knows), every step right, and the number of sentences of each
-    label; ``lines``: of ``lines_of``.
-    """
+    label; ``lines``: of ``lines_of``."""
 
     task: object
     prompt: str
@@ -146,12 +137,12 @@ def lines_of(task, transcript: Sequence[str], medium: Medium) -> list[tuple[str,
         text = medium.joiner.join(transcript)
         return [(span.label, [text[span.start : span.end]], False) for span in lexicon.sentences(text)]
     lines = []
-    for words in sentences_of(list(transcript)):
-        equation = equation_of(words)
-        wrong = equation is not None and apply(equation[1], equation[0]) != equation[2]
+    for words in puzzles.sentences_of(list(transcript)):
+        equation = puzzles.equation_of(words)
+        wrong = equation is not None and puzzles.apply(equation[1], equation[0]) != equation[2]
         if words[:2] == ("answer", ":") and len(words) > 2 and task.answer is not None:
             wrong = words[2] != str(task.answer)
-        lines.append((label_of(words), words, wrong))
+        lines.append((puzzles.label_of(words), words, wrong))
     return lines
 
 
@@ -242,8 +233,7 @@ class Playground:
 
         ``feature``: a number, a category with a chosen feature, "random", or a direction; ``strength`` in
         mean residual norms, negative to take away; ``where``: "prompt", "thinking" or "all"; ``seed``: of the
-        random numbers, the playground's by default. UserError for what does not exist.
-        """
+        random numbers, the playground's by default. UserError for what does not exist."""
         direction = self.direction(feature, model)
         strength = float(check("strength", strength, float, low=-STRONGEST, high=STRONGEST))
         check("where", where, str, choices=generate.STEERED)
@@ -261,17 +251,9 @@ class Playground:
             thoughts = dict(zip(SIDES, written))
             yield Comparison(task, asked, how, thoughts, dict(zip(SIDES, ended)), table, lines)
 
-    def compare(
-        self,
-        prompt,
-        feature: Feature,
-        strength: float,
-        where: str = "thinking",
-        model: str = "distilled",
-        seed: int | None = None,
-    ) -> Comparison:
+    def compare(self, *asked, **how) -> Comparison:
         """Both thoughts as they end; the parameters are those of ``stream``."""
-        *_, last = self.stream(prompt, feature, strength, where, model, seed)
+        *_, last = self.stream(*asked, **how)
         return last
 
     def _table(self, task, written: Sequence[Sequence[str]], ended: Sequence[bool]) -> pd.DataFrame:
@@ -281,17 +263,14 @@ class Playground:
         for (_, row), over in zip(facts.iterrows(), ended):
             end = "not ended" if not over else "limit reached" if row["runaway"] else "thought not closed"
             known, chain = over and task.answer is not None, row["chain_correct"]
-            rows.append(
-                {
-                    "tokens": int(row["length"]),
-                    "end": "thought closed" if row["closed"] else end,
-                    "answer": None if pd.isna(row["answer"]) else row["answer"],
-                    "right": bool(row["correct"]) if known else None,
-                    "every step right": bool(chain) if known and pd.notna(chain) else None,
-                    **{label: int(row[f"n_{label}"]) for label in labels},
-                }
-            )
-        return pd.DataFrame(rows, index=list(SIDES), dtype=object)  # None stays None
+            answer = None if pd.isna(row["answer"]) else row["answer"]
+            right = bool(row["correct"]) if known else None
+            every_step = bool(chain) if known and pd.notna(chain) else None
+            end = "thought closed" if row["closed"] else end
+            counts = (int(row[f"n_{label}"]) for label in labels)
+            rows.append((int(row["length"]), end, answer, right, every_step, *counts))
+        columns = ["tokens", "end", "answer", "right", "every step right", *labels]
+        return pd.DataFrame(rows, list(SIDES), columns, dtype=object)  # None stays None
 
     def widget(self) -> Panel:
         """The playground with fields and buttons, to be shown as a cell's last line."""
@@ -308,8 +287,7 @@ _MESSAGE = (
 
 
 class Panel(ipywidgets.VBox):
-    """Fields, two buttons and the two growing texts. ``Generate`` while something is generated begins
-    anew."""
+    """Fields, two buttons and the two growing texts. ``Generate`` while it generates begins anew."""
 
     def __init__(self, playground: Playground):
         self.playground, self._turn, self._stopped, self._task = playground, 0, False, None
@@ -388,9 +366,8 @@ class Panel(ipywidgets.VBox):
                 await asyncio.sleep(0.01)  # the kernel hears Stop
             tokens = sum(map(len, last.transcripts.values())) if last else 0
             message = "Done" if last and all(last.ended.values()) else "Stopped"
-            message += (
-                f": {tokens} tokens in {time.monotonic() - start:.1f} s, the first after {first:.2f} s."
-            )
+            took = time.monotonic() - start
+            message += f": {tokens} tokens in {took:.1f} s, the first after {first:.2f} s."
             failed = False
         except UserError as error:
             message = str(error)

@@ -1,10 +1,7 @@
 """The figures of notebooks 04 and 13. Each function takes tables and returns a plotly figure.
 
 Single crosscoders are small points; lines and diamonds are their means, with intervals over crosscoders and
-documents (or puzzles).
-"""
-
-from __future__ import annotations
+documents (or puzzles)."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -19,12 +16,10 @@ from ..distil.trials import labelled
 from ..figures import COLOURS, error_bars, express_bars, plain_titles
 from ..labels import CATEGORIES
 from .ablation import REMOVED
-from .outcomes import RATES
 from .search import REFERENCES
 
 KINDS = {"features": "#222222", "matched": COLOURS["null"], "random": COLOURS["random"]}
 WHO = {"features": "#222222", "gradient": "#7570B3", "mode": "#1B9E77", "random": COLOURS["random"]}
-SENTENCES = {f"rate_{c}": f"{c} per 100 tokens" for c in RATES}
 SMALL = {"size": 5, "opacity": 0.45}
 SETS = {"features": 0, "attributed": 1}  # sets of features of a category, in whole thoughts
 
@@ -63,8 +58,7 @@ def points(
 
 
 def ablation_per_norm(pooled: pd.DataFrame, singles: pd.DataFrame) -> go.Figure:
-    """The effect of the largest k per unit of removed norm; a row of panels per model. Both tables:
-    ``report.at_largest_k``."""
+    """The effect per unit of removed norm, of ``report.at_largest_k``; a row of panels per model."""
     fig = points(
         singles, pooled, "removed", "per_norm", "removed", KINDS, facet_col="category", facet_row="model",
         category_orders={"category": CATEGORIES, "removed": list(REMOVED)}, width=1000, height=560,
@@ -107,8 +101,7 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
     """(figure, its data): length of thought and accuracy on the puzzles for reporting, a column of panels per
     aim {metric: name}; features of all crosscoders, the references' directions, random directions.
 
-    ``curves``: table "dose_response"; ``metrics``: of ``report.record_steering``.
-    """
+    ``curves``: table "dose_response"; ``metrics``: of ``report.record_steering``."""
     rows, single = [], []
     measures = {"length_ratio": "length ratio", "accuracy_change": "change of accuracy"}
     for aim, label in names.items():
@@ -121,13 +114,8 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
                         continue
                     metric = metrics[name]
                     key = {"aim": label, "measure": measure, "what": f"{layer}: {who}", "who": who}
-                    rows.append(
-                        {
-                            **key,
-                            "value": metric["value"],
-                            **dict(zip(("value_low", "value_high"), metric["ci"])),
-                        }
-                    )
+                    ends = dict(zip(("value_low", "value_high"), metric["ci"]))
+                    rows.append({**key, "value": metric["value"], **ends})
                     single += [{**key, "value": own[0]} for own in metric.get("seeds", ())]
     data = pd.DataFrame(rows)
     fig = points(
@@ -193,9 +181,9 @@ def gallery(written: Mapping[str, Mapping[str, Sequence[str]]], joiner: str, n: 
 def removals(pooled: pd.DataFrame, singles: pd.DataFrame, measure: str = "accuracy") -> go.Figure:
     """Change of a measure when features are removed while the distilled model thinks, and under each control;
     a panel per category. Tables: ``effects.summarise``."""
+    set_of = lambda t: t["kind"].where(t["kind"].isin(list(SETS)), "control")
     pooled, singles = (
-        t[(t["family"] == "ablate") & (t["measure"] == measure)].assign(set=lambda t: t["kind"].map(_set_of))
-        for t in (pooled, singles)
+        t[(t["family"] == "ablate") & (t["measure"] == measure)].assign(set=set_of) for t in (pooled, singles)
     )
     colours = {"features": "#222222", "attributed": COLOURS["distilled"], "control": COLOURS["random"]}
     # both sets, each followed by its controls, and the other controls
@@ -206,10 +194,6 @@ def removals(pooled: pd.DataFrame, singles: pd.DataFrame, measure: str = "accura
         title="Features removed while the distilled model thinks",
     )  # fmt: skip
     return fig.update_yaxes(title_text=f"change of {measure}", col=1).update_xaxes(tickangle=35)
-
-
-def _set_of(kind: str) -> str:
-    return kind if kind in SETS else "control"
 
 
 def specificity_of_removal(matrix: pd.DataFrame) -> go.Figure:
@@ -227,10 +211,9 @@ def specificity_of_removal(matrix: pd.DataFrame) -> go.Figure:
 def gap_shares(pooled: pd.DataFrame, singles: pd.DataFrame, family: str) -> go.Figure:
     """Share of the gap in thinking rate that each condition of ``family`` closes, a panel per direction; 1 is
     the whole way. Tables: ``effects.gap_shares``."""
+    names = lambda t: dict(condition=t["kind"] + ": " + t["target"], writer=t["speaker"] + " writes")
     pooled, singles = (
-        t[(t["family"] == family) & (t["measure"] == "thinking")].assign(
-            condition=t["kind"] + ": " + t["target"], writer=t["speaker"] + " writes"
-        )
+        t[(t["family"] == family) & (t["measure"] == "thinking")].assign(**names(t))
         for t in (pooled, singles)
     )
     pooled = pooled.rename(columns={"low": "share_low", "high": "share_high"})
@@ -251,17 +234,11 @@ def placement(table: pd.DataFrame) -> go.Figure:
     for (c, kind), part in table.groupby(["target", "kind"], sort=False):
         panel = CATEGORIES.index(c)
         fig.add_scatter(
-            x=part["strays"],
-            y=part["met"],
-            name=kind,
-            showlegend=False,
-            mode="markers",
+            x=part["strays"], y=part["met"], name=kind, showlegend=False, mode="markers",
             marker=dict(color=COLOURS[c], size=11, symbol=symbols[kind], line=dict(width=1, color="#222222")),
-            error_x=error_bars(part, "strays"),
-            error_y=error_bars(part, "met"),
-            row=panel // 2 + 1,
+            error_x=error_bars(part, "strays"), error_y=error_bars(part, "met"), row=panel // 2 + 1,
             col=panel % 2 + 1,
-        )
+        )  # fmt: skip
     for kind, symbol in symbols.items():  # in no category's colour
         marker = dict(color="white", size=11, symbol=symbol, line=dict(width=1, color="#222222"))
         fig.add_scatter(x=[None], y=[None], name=kind, mode="markers", marker=marker, row=1, col=1)

@@ -1,7 +1,5 @@
 """What notebook 04 reports: its numbers by name, sentences that say what they show, its predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -9,6 +7,7 @@ import pandas as pd
 
 from ..labels import CATEGORIES
 from ..results import Part, Results
+from ..text.tables import table
 from ..verdicts import Condition, above, below
 from . import control as control
 from . import facts as facts
@@ -40,8 +39,7 @@ def record_ablation(results: Results, effects: pd.DataFrame, seed: int = 0) -> p
     Of the rule "frequent", at the largest k: ablate_<category>_<key> for the keys of ABLATED, and
     ablate_<category>_over_<key>, the cost in the distilled model minus that under the key (base, random,
     matched). Of the others ablate_<category>_<rule>, ..._<rule>_<kind> and ..._<rule>_over_<kind> (kinds
-    random, matched). Each in logits, and with the endings _log_probability and _per_norm.
-    """
+    random, matched). Each in logits, and with the endings _log_probability and _per_norm."""
 
     def add(name: str, rows: pd.DataFrame, other: pd.DataFrame | None = None) -> None:
         for value, (mean, *ends) in estimates(rows, other, seed=seed).items():
@@ -52,9 +50,9 @@ def record_ablation(results: Results, effects: pd.DataFrame, seed: int = 0) -> p
     frequent = effects[effects["rule"] == "frequent"]
     for c in CATEGORIES:
         rows = frequent[(frequent["category"] == c) & (frequent["k"] == frequent["k"].max())]
-        cells = {
-            key: rows[(rows["model"] == m) & (rows["removed"] == kind)] for key, (m, kind) in ABLATED.items()
-        }
+        cells = {}
+        for key, (model, kind) in ABLATED.items():
+            cells[key] = rows[(rows["model"] == model) & (rows["removed"] == kind)]
         for key, cell in cells.items():
             add(f"{c}_{key}", cell)
             if key != "distilled":
@@ -93,8 +91,7 @@ def at_largest_k(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _lowered(results: Results, names: str, end: str = "") -> list[str]:
-    """Categories whose metric ablate_<name><end> has its interval below 0; {} in ``names`` is the
-    category."""
+    """Categories whose metric ablate_<name><end> has its interval below 0; {}: the category."""
     found = []
     for c in CATEGORIES:
         metric = results.metrics[f"ablate_{names.format(c)}{end}"]
@@ -121,17 +118,22 @@ def ablation_shows(results: Results) -> str:
 
 def sets_show(results: Results, why_not: str) -> str:
     """What the sets that mean something cost, beside their controls, in log-probability."""
-    lines, end = ["Change of the log-probability, mean over crosscoders:"], "_log_probability"
+    lines = ["Change of the log-probability, mean over crosscoders:"]
     for rule in RULES[1:]:
         if f"ablate_{CATEGORIES[0]}_{rule}" not in results.metrics:
             lines.append(f"- {rule}: not testable, because {why_not}")
             continue
         for c in CATEGORIES:
-            own, matched, noise = (
-                results.text(f"ablate_{c}_{rule}{kind}{end}") for kind in ("", "_matched", "_random")
-            )
-            lines.append(f"- {rule}, {c}: **{own}**; matched {matched}; random {noise}")
+            own, beside = _beside_controls(results, c, rule)
+            lines.append(f"- {rule}, {c}: **{own}**; {beside}")
     return "\n".join(lines)
+
+
+def _beside_controls(results: Results, c: str, rule: str) -> tuple[str, str]:
+    """(what a set costs a category in log-probability, the same of its controls), as text."""
+    name = f"ablate_{c}_{rule}{{}}_log_probability"
+    own, matched, noise = (results.text(name.format(kind)) for kind in ("", "_matched", "_random"))
+    return own, f"matched {matched}; random {noise}"
 
 
 # --- steering -----------------------------------------------------------------------------------------------
@@ -233,8 +235,7 @@ def steering_shows(results: Results, found: Mapping[str, Found]) -> str:
 
 
 def needed_and_redundant(results: Results) -> pd.DataFrame:
-    """Tokens of needed and of redundant sentences under the chosen conditions, as ratios: aim, tokens, ratio,
-    ratio_low, ratio_high."""
+    """Tokens of needed and of redundant sentences as ratios: aim, tokens, ratio, ratio_low, ratio_high."""
     rows = []
     for aim, label in AIM_NAMES.items():
         for tokens in ("needed", "redundant"):
@@ -258,11 +259,10 @@ def finding(results: Results, part: Part) -> str:
     """The strongest result first: which behaviours lose what they are attributed to, and what adding does.
     ``part``: of notebook 13, "causal"."""
     end, rule = "_log_probability", "attributed"
-    sure = [
-        c
-        for c in _lowered(results, f"{{}}_{rule}", end)
-        if all(c in _lowered(results, f"{{}}_{rule}_over_{kind}", end) for kind in ("matched", "random"))
-    ]
+    own, matched, noise = (
+        _lowered(results, f"{{}}_{rule}{kind}", end) for kind in ("", "_over_matched", "_over_random")
+    )
+    sure = [c for c in own if c in matched and c in noise]
     costs = "; ".join(f"{c} {results.text(f'ablate_{c}_{rule}{end}')}" for c in sure)
     lines = [
         "Behaviours that lose log-probability without the features attributed to them, and more than without"
@@ -290,34 +290,7 @@ def thoughts_show(part: Part) -> str:
 
 # --- predictions --------------------------------------------------------------------------------------------
 
-PREDICTIONS = {
-    "distilled": "without the frequent features, the first tokens of all four categories lose support in the "
-    "distilled model",
-    "base": "in the base model they lose less",
-    "random": "random vectors of the same norm cost the distilled model less",
-    "per norm": "per unit of removed norm, these features matter more than equally frequent shared ones",
-    "unique": "recurrent features beyond the null: without them all four lose log-probability, and more than "
-    "without matched features or random vectors",
-    **{
-        f"attributed, {c}": f"{c}: without the features attributed to it, it loses log-probability, and more "
-        "than without matched features or random vectors"
-        for c in CATEGORIES
-    },
-    "errors": "without the features of errors reflections after errors become rarer, and more so than with "
-    "random directions of the same norm",
-    "over-thinking": "added, a feature makes thoughts at least 1.5 times as long",
-    "incisive thinking": "added or taken away, a feature makes thoughts at most 0.85 times as long, and "
-    "accuracy falls by at most 5 points",
-    "random, steering": "no random direction of the same norm makes thoughts as long, or as short, without "
-    "loss",
-    **{
-        f"{label}, {layer}": f"the same of {label} at {LAYER_NAMES[layer]}"
-        for layer in LAYER_NAMES
-        for label in AIM_NAMES.values()
-    },
-    "gradient": "a feature shortens thoughts more than the gradient's direction, which needs no crosscoder",
-    "specific": "each category's feature, added, raises the rate of its own sentences most",
-}
+PREDICTIONS = table("predictions_04")
 
 
 def conditions(
@@ -327,16 +300,14 @@ def conditions(
     tested; "" if they can. ``accuracy``: of the unsteered model, which cannot fall by more."""
     lose = "ablate_{}_{}{}_log_probability"
     kinds = ("", "_over_matched", "_over_random")
-    every = {
-        rule: {c: [below(lose.format(c, rule, kind)) for kind in kinds] for c in CATEGORIES} for rule in RULES
-    }
+    less = lambda c, rule: [below(lose.format(c, rule, kind)) for kind in kinds]
     made = {
         "distilled": [below(f"ablate_{c}_distilled") for c in CATEGORIES],
         "base": [below(f"ablate_{c}_over_base") for c in CATEGORIES],
         "random": [below(f"ablate_{c}_over_random") for c in CATEGORIES],
         "per norm": [below(f"ablate_{c}_over_matched_per_norm") for c in CATEGORIES],
-        "unique": no_unique or [condition for own in every["unique"].values() for condition in own],
-        **{f"attributed, {c}": own for c, own in every["attributed"].items()},
+        "unique": no_unique or [condition for c in CATEGORIES for condition in less(c, "unique")],
+        **{f"attributed, {c}": less(c, "attributed") for c in CATEGORIES},
         "errors": no_errors or [below("ablate_error_reflection_change"), below("ablate_error_over_random")],
         "random, steering": [below(f"{aim}_rivals", 0.5) for aim in AIMS],
         "gradient": [below("incisive_over_gradient")],
@@ -371,9 +342,6 @@ def observed(results: Results) -> dict[str, str]:
         "per norm": f"difference: {shown('{}_over_matched', '_per_norm')}",
         "unique": f"{shown('{}_unique', end)}; minus matched: {shown('{}_unique_over_matched', end)}",
     }
-    for c in CATEGORIES:
-        own, matched, noise = (
-            results.text(f"ablate_{c}_attributed{kind}{end}") for kind in ("", "_matched", "_random")
-        )
-        seen[f"attributed, {c}"] = f"{own}; matched {matched}; random {noise}"
-    return seen
+    return seen | {
+        f"attributed, {c}": "; ".join(_beside_controls(results, c, "attributed")) for c in CATEGORIES
+    }

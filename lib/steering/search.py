@@ -7,10 +7,7 @@ For each layer there is a *reference* that needs no crosscoder: the direction al
 probability rises most (``steer.influence``). With it the place is chosen for each aim: all tokens of the
 thought, or its full stops only. Then a few features of every crosscoder are tried there, and for each aim the
 best condition is kept, crosscoder by crosscoder. Where the text says which thoughts are careful, so are its
-direction, as a second reference, and each crosscoder's feature for it (``facts.mode_directions``).
-"""
-
-from __future__ import annotations
+direction, as a second reference, and each crosscoder's feature for it (``facts.mode_directions``)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -178,8 +175,7 @@ def report(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(thoughts, curves): the conditions chosen for an aim, of all crosscoders and of the reference, on
     ``tasks`` for reporting, with random directions at the chosen strengths; and ``outcomes.compare`` of them,
-    with columns layer, aim, place and crosscoder (REFERENCES, RANDOM). The unsteered model is the first
-    row."""
+    with columns layer, aim, place and crosscoder (REFERENCES, RANDOM). First row: unsteered."""
     store, numbers = found.opened.store, (*found.references, *(one.number for one in found.opened.each))
     width, norm = store.widths["distilled"], store.mean_norms["distilled"]
     controls = steer.random_directions(random_directions, width, norm, seed)
@@ -216,8 +212,7 @@ def gallery(
 
 
 def best_layer(found: Mapping[str, Found], aim: str) -> str:
-    """The layer at which an aim was reached best on the puzzles for choosing, by the mean over
-    crosscoders."""
+    """The layer at which an aim was reached best on the puzzles for choosing, by ``Found.score``."""
     sign = 1 if AIMS[aim][0] == "longer" else -1
     return max(found, key=lambda layer: sign * found[layer].score(aim))
 

@@ -11,8 +11,7 @@ greedy decoding never says what is never the likeliest sentence. *Over-thinking*
 answer does not get better. *Incisive thinking*: it shrinks and the answer does not get worse. What is
 steered, and how strongly, is chosen on validation puzzles and reported on test puzzles.
 
-Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on steering; units, splits and controls are ours.
-"""
+Source: Baek & Tegmark 2025 (arXiv 2503.03730), section on steering; units, splits and controls are ours."""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ class Direction:
 def feature_direction(
     crosscoder: CrossCoder, feature: int, norm: float, label: str = "feature", model: str = "distilled"
 ) -> Direction:
-    """The raw decoder row of a feature in ``model``, brought to ``norm``. UserError for a feature that does
-    not exist."""
+    """The raw decoder row of a feature in ``model``, brought to ``norm``; UserError for an unknown one."""
     row = crosscoder.rows(model, raw=True)[check_feature(crosscoder, feature)].detach().float()
     if row.norm() == 0:
         raise UserError(f"feature {feature} has no decoder row in {model}: it cannot steer")
@@ -68,8 +66,7 @@ def feature_direction(
 
 
 def random_directions(n: int, width: int, norm: float, seed: int = 0) -> list[Direction]:
-    """``n`` random directions of the same norm: the control for "any push of this size would have done
-    it"."""
+    """``n`` random directions of the same norm: the control for "any push would have done it"."""
     noise = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
     return [Direction(f"random {i}", "random", row * (norm / row.norm())) for i, row in enumerate(noise)]
 
@@ -83,8 +80,7 @@ def influence(
     The probability is the sum over all first words of the label (the medium knows them), averaged over the
     sentence ends of ``documents`` traces of the split; the push is one vector added at every position of the
     thinking, in the distilled model. Its scalar product with a direction is the change that this direction
-    would make, to first order (attribution; Nanda 2023, "Attribution patching").
-    """
+    would make, to first order (attribution; Nanda 2023, "Attribution patching")."""
     check("documents", documents, int, low=1)
     store, model, medium = opened.store, opened.models["distilled"], opened.medium
     ends = (store.labels["ends"] == 1) & (store.labels["kind"] == 1) & (store.split == SPLITS.index(split))
@@ -100,9 +96,8 @@ def influence(
         )
     drawn = np.random.default_rng(seed).permutation(np.unique(frame["document"]))[:documents]
     frame = frame[frame["document"].isin(drawn)]
-    openings = [
-        torch.tensor(medium.opens(store, model.tokenizer, label), dtype=torch.long) for label in labels
-    ]
+    ids = (medium.opens(store, model.tokenizer, label) for label in labels)
+    openings = [torch.tensor(own, dtype=torch.long) for own in ids]
     total = torch.zeros(len(labels), store.widths["distilled"])
     for batch in batches(store, frame, batch_size=32):
         total += _gradients(model, store.layers["distilled"], batch, openings, opened.pair.remote)
@@ -131,24 +126,17 @@ def _gradients(
 
 
 def candidates(
-    table: pd.DataFrame,
-    crosscoder: CrossCoder,
-    gradients: Mapping[str, Tensor],
-    norm: float,
-    n: int = 2,
-    nrn_over: float = 0.5,
+    table: pd.DataFrame, crosscoder: CrossCoder, gradients: Mapping[str, Tensor], norm: float, n: int = 2
 ) -> pd.DataFrame:
-    """Features worth trying for each label of ``gradients``, among the alive ones with an NRN above
-    ``nrn_over``.
+    """Features worth trying for each label of ``gradients``, among the alive ones with an NRN above 0.5.
 
     ``by`` "reads": the one that predicts the label's sentences best (``best_aurocs`` on
     the choose split; the paper's way). ``by`` "writes": the ``n`` whose decoder rows promote them most (``influence``).
     Columns label, feature, by, auroc, influence (first-order change of the sentence's probability at strength
     1), times_random (influence over that of a typical random direction of the same norm) and nrn. A feature
-    is a candidate of one label only.
-    """
+    is a candidate of one label only."""
     check("candidates", n, int, low=0)
-    usable = table[table["alive"].astype(bool) & (table["nrn"] > nrn_over)].set_index("feature")
+    usable = table[table["alive"].astype(bool) & (table["nrn"] > 0.5)].set_index("feature")
     if missing := [label for label in gradients if f"auroc_{label}_choose" not in usable]:
         raise UserError(
             f"the feature table has no AUROC of {', '.join(missing)}: run notebook 03_inspect_features again"
@@ -169,9 +157,8 @@ def candidates(
             best = scores.drop(index=list(taken))[column].dropna().nlargest(wanted).index
             chosen[label].append(scores.loc[best].assign(by=by))
             taken |= set(best)
-    frame = (
-        pd.concat([part for parts in chosen.values() for part in parts]).rename_axis("feature").reset_index()
-    )
+    frame = pd.concat([part for parts in chosen.values() for part in parts])
+    frame = frame.rename_axis("feature").reset_index()
     return frame[["label", "feature", "by", "auroc", "influence", "times_random", "nrn"]]
 
 
@@ -181,8 +168,7 @@ class Steering:
     ``remote`` says where the model runs, ``place`` where the vector is added (``generate.steered``).
     ``weights`` is the fingerprint of its weights; directions, strengths, tasks and limits are added to it, so
     a transcript is used again only if all that decides it is the same. The unsteered ones are those of every
-    layer and place.
-    """
+    layer and place."""
 
     def __init__(
         self,
@@ -193,7 +179,6 @@ class Steering:
         max_new_tokens: int = 260,
         temperature: float = 1.0,
         seed: int = 0,
-        end_of_thinking: str | None = None,
         medium: Medium = PUZZLES,
         remote: bool | str = False,
         place: str = "thinking",
@@ -206,7 +191,7 @@ class Steering:
             "max_new_tokens": max_new_tokens,
             "temperature": float(temperature),
             "seed": seed,
-            "end_of_thinking": end_of_thinking or medium.end_of_thinking,
+            "end_of_thinking": medium.end_of_thinking,
         }
         self.unsteered = fingerprint(weights, self.options)  # the same at every layer and place
         self.options["place"] = place
@@ -232,9 +217,8 @@ class Steering:
         for (direction, strength), words in zip(conditions, self._transcripts(name, tasks, conditions)):
             frame = self.medium.outcomes(tasks, words, self.options["max_new_tokens"])
             first = [direction.name, direction.label] if direction else [NO_STEERING, NO_STEERING]
-            for i, value in enumerate((*first, strength, range(len(tasks)))):
-                frame.insert(i, ("direction", "label", "strength", "task")[i], value)
-            frames.append(frame)
+            names = dict(zip(("direction", "label"), first), strength=strength, task=range(len(tasks)))
+            frames.append(pd.concat([pd.DataFrame(names, index=frame.index), frame], axis=1))
         return pd.concat(frames, ignore_index=True)
 
     def _transcripts(
@@ -244,14 +228,14 @@ class Steering:
         for direction, strength in conditions:
             strength = float(check("strength", strength, float))
             plain = direction is None or strength == 0
-            label = stem = NO_STEERING
-            vector = torch.zeros(self.model.config.get_text_config().hidden_size)
-            if not plain:
+            if plain:
+                label = stem = NO_STEERING
+                vector = torch.zeros(self.model.config.get_text_config().hidden_size)
+                made_from, folder = self.unsteered, self.folder / Path(name).name
+            else:
                 label, vector = direction.name, strength * direction.vector
                 stem = f"{re.sub('[^a-z0-9]+', '-', label.lower())}_{strength:+.3f}"
-            made_from, folder = self.fingerprint, self.folder / name
-            if plain:
-                made_from, folder = self.unsteered, self.folder / Path(name).name
+                made_from, folder = self.fingerprint, self.folder / name
             key = fingerprint(made_from, vector.numpy(), [repr(t) for t in tasks])
             info = {"direction": label, "strength": strength}
             files.append(TranscriptFile(folder / f"{stem}.json", key, info))

@@ -8,10 +8,7 @@ same columns either way::
     tasks = medium.tasks("report", 200, seed)
 
 A transcript is a list of tokens as text. In chat, sentences are labelled by the lexicon, a check cannot be
-told from a reflection that was needed, and no step can be verified: what follows from those is NaN.
-"""
-
-from __future__ import annotations
+told from a reflection that was needed, and no step can be verified: what follows from those is NaN."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -43,8 +40,7 @@ class Medium:
     that a task begins with, thinking opened; ``special_tokens``: whether the tokenizer adds its own to it;
     ``transcript`` makes tokens as text from generated ids; ``outcomes`` one row of facts per task;
     ``behaviours``: labels whose features are tried; ``opens(store, tokenizer, label)``: ids of the tokens
-    that open the label's sentences; ``batch_rows`` are decoded together.
-    """
+    that open the label's sentences; ``batch_rows`` are decoded together."""
 
     name: str
     tasks: Callable[[str, int, int], list]
@@ -82,8 +78,7 @@ def chat_outcomes(
     ``length``: tokens up to the closing tag of the thought (``max_new_tokens`` and ``runaway`` where the
     limit came first); ``correct``: the thought was closed and the answer after it ends with the right number;
     n_c and t_c: sentences of category c in the thought, and their tokens. ``chain_correct``, redundant and
-    needed counts are NaN: free text has no verifier.
-    """
+    needed counts are NaN: free text has no verifier."""
     rows, tag = [], chat.CLOSE.strip()
     for task, pieces in zip(tasks, transcripts, strict=True):
         ends, text = np.cumsum([len(p) for p in pieces], dtype=int), "".join(pieces)
@@ -96,19 +91,11 @@ def chat_outcomes(
             counts[f"n_{span.label}"] += 1
             counts[f"t_{span.label}"] += int(np.searchsorted(ends, span.end) - first) + 1
         answer = questions.final_number(closed + rest) if closed else None
-        rows.append(
-            {
-                "answer": answer,
-                "correct": bool(closed) and task.answer is not None and answer == task.answer,
-                "chain_correct": np.nan,
-                "thinks": True,
-                "closed": bool(closed),
-                "thinking_tokens": length if closed else np.nan,
-                **counts,
-                "length": float(max_new_tokens if runaway else max(length, 1)),
-                "runaway": runaway,
-            }
-        )
+        correct = bool(closed) and task.answer is not None and answer == task.answer
+        row = {"answer": answer, "correct": correct, "chain_correct": np.nan, "thinks": True}
+        row |= {"closed": bool(closed), "thinking_tokens": length if closed else np.nan, **counts}
+        row["length"] = float(max_new_tokens if runaway else max(length, 1))
+        rows.append(row | {"runaway": runaway})
     unknown = ("redundant", "needed", "redundant_tokens", "needed_tokens")
     return pd.DataFrame(rows).assign(**dict.fromkeys(unknown, np.nan))
 

@@ -3,10 +3,7 @@
 Everything is measured on what no adapter was trained on: held-out traces and paragraphs, and word problems of
 this project in wordings of the report split. All models get the same prompts, the same limit and greedy
 decoding. ``appraise`` keeps what it measures in the pair's folder (evaluation.json, transcripts/) and goes on
-with the model at which it was interrupted; remove evaluation.json after a new training.
-"""
-
-from __future__ import annotations
+with the model at which it was interrupted; remove evaluation.json after a new training."""
 
 import json
 import re
@@ -48,8 +45,7 @@ def appraise(
     for these very questions is read; the other models are asked, which takes minutes each.
 
     ``traces``, ``text``: files that the adapters were trained on; losses are measured on their held-out
-    parts, and left out without them.
-    """
+    parts, and left out without them."""
     pair = load_pair(pair) if isinstance(pair, str) else pair
     folder = folder or ROOT / "data" / "pairs" / pair.name
     evaluation, transcripts = folder / "evaluation.json", folder / "transcripts"
@@ -128,8 +124,7 @@ def measures(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[s
 
     ``thinks``: the answer begins with <think>; ``closes``: it closes the thought too; ``ends``: by itself;
     ``accuracy``: of those questions that have a number, the answer (what follows the thought, if there is
-    one) ends with it; an unfinished thought is wrong.
-    """
+    one) ends with it; an unfinished thought is wrong."""
     thinks = [text.lstrip().startswith("<think>") for text, _, _ in answers]
     closes = [t and "</think>" in text for t, (text, _, _) in zip(thinks, answers)]
     right = [
@@ -155,11 +150,11 @@ def asked_before(transcripts: Path, questions: Sequence[Question]) -> bool:
 
 def measures_table(measured: dict[str, dict]) -> pd.DataFrame:
     """The shares of ``MEASURES``: model, measure, share, low, high, n."""
-    rows = [
-        (model, shown, by_name[name]["value"], *by_name[name]["ci"], by_name[name]["n"])
-        for model, by_name in measured.items()
-        for name, shown in MEASURES.items()
-    ]
+    rows = []
+    for model, by_name in measured.items():
+        for name, shown in MEASURES.items():
+            m = by_name[name]
+            rows.append((model, shown, m["value"], *m["ci"], m["n"]))
     return pd.DataFrame(rows, columns=["model", "measure", "share", "low", "high", "n"])
 
 

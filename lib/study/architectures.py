@@ -3,10 +3,7 @@
 Kinds of crosscoders may only be compared where they are equally sparse: BatchTopK and TopK have the L0 that
 they are given, JumpReLU is trained to it, and for L1 lambda is searched (``match_l1``). ``origins`` reads a
 crosscoder of three models, base -> style -> distilled (``style``: an earlier checkpoint of the distillation):
-which models use a feature, by its share ||d_i^m|| / sum_n ||d_i^n||, says when it came and when it went.
-"""
-
-from __future__ import annotations
+which models use a feature, by its share ||d_i^m|| / sum_n ||d_i^n||, says when it came and when it went."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -67,8 +64,7 @@ def compute_architectures(
     (``compare``); tables have a column seed. The lambda of L1 is searched on the pair with the first seed,
     and is that of all other L1 crosscoders. ``boots``: resamples of documents; ``dedicated``: share of the
     dictionary that the dedicated crosscoder reserves for each model; ``tokens``: shown to what is trained
-    here, 0 for as many as to the run's own crosscoders.
-    """
+    here, 0 for as many as to the run's own crosscoders."""
     config, stores = variant.config(), {"pair": variant.store}
     config = replace(config, tokens=tokens or config.tokens)
     _, stores["null"] = variant.harvested("base", "null_a")
@@ -186,16 +182,12 @@ def least_share(limit: float) -> float:
 def origin_metrics(tables: Sequence[pd.DataFrame]) -> dict[str, dict]:
     """The metrics of one crosscoder of three models: in_all, came_with_style, came_with_function, shares of
     its features; function_minus_style, the difference of the last two. ``tables``: ``origins`` of the alive
-    features at the null's threshold and at both ends of its interval; the intervals, over features, cover
-    all three."""
-    metrics = {
-        origin.replace(" ", "_"): _share(*(table["origin"].to_numpy() == origin for table in tables))
-        for origin in ("in all", "came with style", "came with function")
-    }
-    values = [
-        table["origin"].map({"came with function": 1.0, "came with style": -1.0}).fillna(0.0)
-        for table in tables
-    ]
+    features at the null's threshold and at both ends of its interval; intervals cover all three."""
+    origins, metrics = [table["origin"] for table in tables], {}
+    for origin in ("in all", "came with style", "came with function"):
+        metrics[origin.replace(" ", "_")] = _share(*(own.to_numpy() == origin for own in origins))
+    signs = {"came with function": 1.0, "came with style": -1.0}
+    values = [own.map(signs).fillna(0.0) for own in origins]
     bounds = np.array([bootstrap(v) for v in values])
     ends = bounds[:, 0].min(), bounds[:, 1].max()
     metrics["function_minus_style"] = metric(values[0].mean(), ends, len(values[0]))
@@ -246,8 +238,7 @@ def describe(crosscoder: CrossCoder, store: Store, n_boot: int = 1000, seed: int
     with _low and _high: 95%, bootstrap over documents, for ``dead`` Wilson's over features. Of the alive:
     nrn_mean, nrn_sd, nrn_over_0_7, nrn_under_0_3 (shares), nrn_q01 ... nrn_q99; cosine_median, of those with
     a row in both models (NaN if these differ in width). dedicated_<model>: number of features reserved for
-    it, and used_<model>: how many of these are alive.
-    """
+    it, and used_<model>: how many of these are alive."""
     quality = health_card(crosscoder, store, n_boot=n_boot, seed=seed)
     alive = torch.from_numpy(firing_frequency(crosscoder, store) > 0)
     row: dict = {"variant": crosscoder.variant, "features": crosscoder.n_features}
@@ -263,9 +254,7 @@ def describe(crosscoder: CrossCoder, store: Store, n_boot: int = 1000, seed: int
     one, other = crosscoder.rows("base"), crosscoder.rows("distilled")
     both = alive & (one.norm(dim=1) > 0) & (other.norm(dim=1) > 0)
     comparable = one.shape == other.shape and bool(both.any())
-    row["cosine_median"] = (
-        float(crosscoder.cosine("base", "distilled")[both].median()) if comparable else np.nan
-    )
+    row["cosine_median"] = float(crosscoder.cosine()[both].median()) if comparable else np.nan
     for m, name in enumerate(crosscoder.names):
         own = crosscoder.owner == m
         row |= {f"dedicated_{name}": int(own.sum()), f"used_{name}": int((own & alive).sum())}
@@ -289,8 +278,7 @@ def match_l1(
     lambda, about as a power of it: from config.l1 lambda moves by factors of 4 until k lies between two
     tries, then to where a straight line between their logarithms meets k. Ends within ``tolerance`` (share of
     k), or after ``most`` tries with the nearest. L0 depends on the length of a run too: a lambda found in
-    short ones is near, and L0 is reported as reached.
-    """
+    short ones is near, and L0 is reported as reached."""
     check("k", k, float, low=1e-3, high=config.n_features)
     tries: dict[float, float] = {}
     guess, tokens = config.l1 or 1.0, min(tokens or config.tokens, config.tokens)
@@ -320,8 +308,7 @@ def origins(
     crosscoder, each one made from the one before it. A threshold of 0.15 means: a row less than 0.35 times as
     long as those of two models that have the feature alike, which between two models is an NRN below 0.26.
     What noise of training does to these shares is for a null to say. Dead features have rows too: leave them
-    out. With unlike widths take p = 2, as in ``CrossCoder.nrn``.
-    """
+    out. With unlike widths take p = 2, as in ``CrossCoder.nrn``."""
     if len(names) != 3:
         raise UserError(
             f"names are {', '.join(names)}: there must be three models, each made from the one before it"
@@ -347,13 +334,10 @@ def plot_origins(frame: pd.DataFrame, names: Sequence[str] = NAMES) -> go.Figure
         part = frame[frame["origin"] == origin]
         if len(part) and origin != "in none":
             fig.add_scatterternary(
-                **{axis: part[f"share_{name}"] for axis, name in axes.items()},
-                mode="markers",
-                name=f"{origin} ({len(part)})",
-                text=part["feature"],
-                marker=dict(size=5, color=COLOURS[colour], opacity=0.7),
-                hovertemplate=hover,
-            )
+                **{axis: part[f"share_{name}"] for axis, name in axes.items()}, mode="markers",
+                name=f"{origin} ({len(part)})", text=part["feature"],
+                marker=dict(size=5, color=COLOURS[colour], opacity=0.7), hovertemplate=hover,
+            )  # fmt: skip
     style = dict(ticks="outside", tickformat=".1f", gridcolor="#E8E8E8")
     styles = {f"{axis}axis": dict(title=name, **style) for axis, name in axes.items()}
     title = "Which model's feature is it? Shares of its decoder rows"

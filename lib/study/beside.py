@@ -4,10 +4,7 @@ The notebooks measure with controls and in units of their own. Here E4 to E7 are
 does them, with each crosscoder of the run: E4 in a reconstruction (``ablation.own_effects``), E5 by adding
 one decoder row as it is, at every position; E6 as the mean NRN of all features, dead ones too; E7 as the
 relative distance of two offsets (``offset_losses``). One thing is not copied: words are read in context, not
-at position 0, where the attention sink stands for every word.
-"""
-
-from __future__ import annotations
+at position 0, where the attention sink stands for every word."""
 
 from collections.abc import Mapping, Sequence
 
@@ -60,9 +57,8 @@ def relations(run: Run, layer: int | None, dims: Sequence[int]) -> pd.DataFrame:
             losses[model] = offset_losses(*(points[side] for side in places))
         means = {model: values.mean() for model, values in losses.items()}
         ends = zip(("difference", "low", "high"), over_words(losses["distilled"] - losses["base"]))
-        rows.append(
-            {"relation": relation.name, "dims": k, "words": len(relation.pairs), **means, **dict(ends)}
-        )
+        head = {"relation": relation.name, "dims": k, "words": len(relation.pairs)}
+        rows.append(head | means | dict(ends))
     return pd.DataFrame(rows)
 
 
@@ -77,8 +73,7 @@ def compute_paper(
     is added; ``dims``: of the PCA, 0 for none. Metrics, pooled over crosscoders: here_nrn_mean, here_nrn_sd;
     here_own_<category>_<model> (k 20%); here_added_norm_<category> (of the row, over the mean residual norm);
     here_words_<category> (ratio of lengths); here_loss_change, mean over relations with 20 components.
-    Tables: "own", "added", "relations".
-    """
+    Tables: "own", "added", "relations"."""
     opened = open_run(variant.run)
     store, tasks = opened.store, opened.medium.tasks("report", puzzles, variant.seed)
     sites = sample_targets(store, targets, "report", seed=variant.seed)
@@ -130,16 +125,8 @@ def paper_rows() -> list[tuple[str, str, str, float, str, str]]:
         rows.append(("E1", "features per token", size, last.l0[size], "02", "l0"))
         explained = last.explained_variance[size]
         rows.append(("E1", "explained variance", size, explained, "02", "fve_distilled"))
-        rows.append(
-            (
-                "E6",
-                "mean NRN of all features",
-                size,
-                numbers("E6", size)["nrn_mean"],
-                "paper",
-                "here_nrn_mean",
-            )
-        )
+        mean = numbers("E6", size)["nrn_mean"]
+        rows.append(("E6", "mean NRN of all features", size, mean, "paper", "here_nrn_mean"))
     rows.append(("E6", "spread of NRN", "14B", numbers("E6", "14B")["nrn_sd"], "paper", "here_nrn_sd"))
     labels = numbers("E2", "1.5B")
     for side in ("highest", "lowest"):
@@ -153,9 +140,8 @@ def paper_rows() -> list[tuple[str, str, str, float, str, str]]:
     said = numbers("E5", "1.5B")
     for category, feature in STEERED.items():
         ratio = said[f"words_after_feature_{feature}"] / said[f"words_before_feature_{feature}"]
-        rows.append(
-            ("E5", f"words with a row of {category} added", "1.5B", ratio, "paper", f"here_words_{category}")
-        )
+        what = f"words with a row of {category} added"
+        rows.append(("E5", what, "1.5B", ratio, "paper", f"here_words_{category}"))
     share = said["norm_of_the_added_row"] / said["norm_of_a_scaled_residual"]
     rows.append(("E5", "norm of the added row, share", "1.5B", share, "paper", "here_added_norm_reflection"))
     geometry = differences()
@@ -179,9 +165,8 @@ def beside(pairs: Sequence[str] = ("tiny", "smol"), run: str = "default") -> pd.
 def _metrics(run: Run, place: str) -> Mapping[str, Mapping]:
     if place == "paper":
         return read_part(run, place).metrics
-    return (
-        read_results(run, place)["metrics"] if (run.figures / "results" / f"{place}.json").is_file() else {}
-    )
+    made = (run.figures / "results" / f"{place}.json").is_file()
+    return read_results(run, place)["metrics"] if made else {}
 
 
 def _text(found: Mapping | None) -> str:

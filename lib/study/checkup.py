@@ -14,10 +14,7 @@ both with 0. With S = (W_b + W_d) / 2, training has determined of a row at least
 (||S||^2 + ||D||^2).
 
 **Zero rows.** A buffer that is not filled shows rows of zeros, and the crosscoder learns them: x̂(0) = 0. One
-that never saw any gives its bias there, about as far from 0 as the mean activation is.
-"""
-
-from __future__ import annotations
+that never saw any gives its bias there, about as far from 0 as the mean activation is."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -289,8 +286,7 @@ def page_of(
     ``facts``: what its file does not say: order, scales ("store": those of these tokens), layer; and claims
     to be tested: fve (a number, or {model: number}), l0, shown, distinct. ``log``: of its training.
     ``null``: a crosscoder of base and null_a; without it the run's part "nulls", if it is about this very
-    crosscoder. ``others``: with other seeds; of a run's crosscoder they are found.
-    """
+    crosscoder. ``others``: with other seeds; of a run's crosscoder they are found."""
     facts = dict(facts or {})
     if unknown := sorted(facts.keys() - FACTS.keys()):
         raise UserError(f"unknown fact {unknown[0]!r} about the crosscoder: there are {', '.join(FACTS)}")

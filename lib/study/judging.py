@@ -13,8 +13,6 @@ seeds (``recommend``) and judged on fresh ones (``judge``). Learned and planted 
                 0.7, whatever it is called: features that were not learned cannot be recalled
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -67,8 +65,7 @@ def scores(crosscoder: CrossCoder, store: PlantedStore, rows: np.ndarray) -> pd.
     feature, side, alive (it fires on some of ``rows``); nrn_p1, nrn_p2 as seen from the side; nu_eps, nu_r,
     NaN if the other side has the longer row; nearest (number of the most similar planted feature), cosine
     (with it), kind (of it), hits (planted features unique to the side with a cosine above 0.7, as text),
-    matched and matched_cosine (one-to-one; -1 for none).
-    """
+    matched and matched_cosine (one-to-one; -1 for none)."""
     table = latent_scaling(crosscoder, store, rows, n_boot=0)
     fires = np.zeros(crosscoder.n_features, dtype=bool)
     for _, _, f in encoded(crosscoder, store, rows):
@@ -77,15 +74,11 @@ def scores(crosscoder: CrossCoder, store: PlantedStore, rows: np.ndarray) -> pd.
     similarity[~fires] = -1  # a dead feature is not similar to any
     learned, planted = linear_sum_assignment(-similarity)
     nearest, alike = similarity.argmax(1), similarity > 0.7
-    facts = pd.DataFrame(
-        {"nearest": nearest, "cosine": similarity.max(1), "kind": np.array(KINDS)[store.kinds[nearest]]}
-    )
-
+    facts = pd.DataFrame({"nearest": nearest, "cosine": similarity.max(1)})
+    facts["kind"] = np.array(KINDS)[store.kinds[nearest]]
     matched = pd.DataFrame({"matched": -1, "matched_cosine": -1.0}, index=facts.index)
-    matched.loc[learned, "matched"], matched.loc[learned, "matched_cosine"] = (
-        planted,
-        similarity[learned, planted],
-    )
+    matched.loc[learned, "matched"] = planted
+    matched.loc[learned, "matched_cosine"] = similarity[learned, planted]
     parts = []
     for side, other in (MODELS[::-1], MODELS):
         own = np.flatnonzero(store.kinds == KINDS.index(f"{side}_only"))
@@ -208,8 +201,7 @@ def evaluate(
     ``configs`` {name of the architecture: its config, for our regime ``ours``}; the config's seed is
     replaced. ``seeds`` {split: seeds} hold for our regime (the first of ``settings``); the others are
     reported on the first ``axis_seeds`` of split "report" only, since nothing is chosen there. Each (setting,
-    architecture, seed) is kept in ``folder`` as soon as it is done, and not computed again.
-    """
+    architecture, seed) is kept in ``folder`` as soon as it is done, and not computed again."""
     folder, tables = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     wanted = cells(configs, ours, settings, seeds, axis_seeds)
@@ -280,12 +272,9 @@ def cells(
         data += [(split, replace(changed, seed=seed)) for split in own for seed in own[split]]
         for split, planted in data:
             for name, config in configs.items():
-                fields = {
-                    f: max(1, round(getattr(config, f) * factor)) for f, factor in setting.config.items()
-                }
-                wanted.append(
-                    Cell(setting, name, split, planted, replace(config, seed=planted.seed, **fields))
-                )
+                changes = {f: max(1, round(getattr(config, f) * x)) for f, x in setting.config.items()}
+                own_config = replace(config, seed=planted.seed, **changes)
+                wanted.append(Cell(setting, name, split, planted, own_config))
     return wanted
 
 
@@ -306,8 +295,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     sides apart.
 
     setting, value, architecture, split, method, side; precision, precision_low, precision_high, the same for
-    recall; found; seeds; silent: seeds in which nothing was flagged, so that precision is not defined.
-    """
+    recall; found; seeds; silent: seeds in which nothing was flagged, so that precision is not defined."""
     keys, rows = ["setting", "value", "architecture", "split", "method", "side"], []
     for key, part in table.groupby(keys, sort=False):
         row = dict(zip(keys, key))
@@ -328,9 +316,7 @@ def recommend(table: pd.DataFrame) -> dict[str, str]:
     """{"architecture", "method"}: chosen on split "choose", in our regime.
 
     The pair whose weaker side is best: both models' unique features, precision and recall, averaged over the
-    seeds; the smallest of these four counts, their mean decides ties. A method that flags nothing has
-    precision 0 here.
-    """
+    seeds; the smallest of these four counts, their mean decides ties. Nothing flagged: precision 0."""
     ours = table[(table["split"] == "choose") & (table["setting"] == OURS.name)]
     if ours.empty:
         raise UserError("the table has no seeds to choose on in our regime: evaluate it with them")
@@ -346,8 +332,7 @@ def judge(
 ) -> dict[str, dict]:
     """{"precision", "recall", "found"}: {value, ci, n} of a rule on split "report" of a setting; n seeds.
 
-    A seed in which the rule flags nothing has no precision: it is left out there, and counts as recall 0.
-    """
+    A seed in which the rule flags nothing has no precision: it is left out there, and counts as recall 0."""
     wanted = {"split": "report", "setting": setting.name, "value": setting.value, "side": side, **rule}
     part = table[(table[list(wanted)] == list(wanted.values())).all(axis=1)]
     metrics = {}
@@ -373,8 +358,7 @@ def recurrence(
     (medians of ``stability`` over the living features). Each crosscoder is kept in ``folder``.
 
     Living features, L0 and FVE do not tell how many features there are: an over-complete dictionary has its
-    own. But what it splits, it splits otherwise with another seed.
-    """
+    own. But what it splits, it splits otherwise with another seed."""
     rows, first = [], []
     acts = store.activations(sample_rows(store, "report", 20_000))
     for k in ks:
@@ -421,8 +405,7 @@ def compute_planted(
     (three seeds to choose a rule, five fresh ones to judge it). With a quarter of the tokens, stored and
     shown, follow the over-complete dictionary and other settings, one seed each: the FIRST of SETTINGS.
     ``everything``: all of them, and other architectures. ``small``: two architectures, two settings and two
-    seeds, to see that everything works.
-    """
+    seeds, to see that everything works."""
     folder, size = variant.folder("planted"), {"batch_size": 512, "aux_k": 16, "dead_after": 0.1}
     dictionary = TrainConfig(n_features=256, tokens=dictionary_tokens, seed=variant.seed)
     curve, crosscoders = recurrence(variant.store, dictionary, variant.folder("dictionaries"))

@@ -10,10 +10,7 @@ these is put into an L1 crosscoder one after the other (ARMS), on three stores:
 
 Kept as in the rest of this study: batch size, learning rate and its schedule, the mean from which training
 begins. A small dictionary sees fewer tokens, so what is repeated keeps two proportions of the published run:
-TOKENS_PER_FEATURE distinct tokens, each shown hundreds or thousands of times.
-"""
-
-from __future__ import annotations
+TOKENS_PER_FEATURE distinct tokens, each shown hundreds or thousands of times."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -145,8 +142,7 @@ def compute_loop(
 
     Tables: "arms", one row per store, arm and seed (``measured``, and recurrent, the share of its features
     that recur with the other seeds); "own", ``summary`` of E4 by store, arm and seed; "match_l1". Metrics:
-    ``pooled``.
-    """
+    ``pooled``."""
     config = variant.config()
     config = replace(config, tokens=tokens or config.tokens, variant="l1", precision="float32")
     others, null_store = variant.harvested("base", "null_a")
@@ -157,9 +153,8 @@ def compute_loop(
     for name, store in stores.items():
         mine = _config(config, store)
         if name != "null":  # whose lambda is the pair's
-            lam, tried = match_l1(
-                store, mine.k, mine, variant.folder(f"loop/match_{name}"), tolerance=0.1, most=6
-            )
+            folder = variant.folder(f"loop/match_{name}")
+            lam, tried = match_l1(store, mine.k, mine, folder, tolerance=0.1, most=6)
             tries.append(tried.assign(store=name))
         sites = models = None
         if name != "planted":
@@ -258,12 +253,8 @@ def _largest(own: pd.DataFrame) -> pd.DataFrame:
 
 def plot(table: pd.DataFrame, own: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
     """(figure, its data): every quantity of SHOWN by arm, a colour per store; points are seeds."""
-    long = (
-        table.merge(_largest(own), how="left")
-        .melt(["store", "arm", "seed"], list(SHOWN), "quantity")
-        .dropna()
-    )
-    long["quantity"] = long["quantity"].map(SHOWN)
+    long = table.merge(_largest(own), how="left").melt(["store", "arm", "seed"], list(SHOWN), "quantity")
+    long = long.dropna().replace({"quantity": SHOWN})
     colours = dict(zip(STORES, (COLOURS["distilled"], COLOURS["base"], COLOURS["null"])))
     fig = px.strip(
         long, x="arm", y="value", color="store", facet_col="quantity", color_discrete_map=colours,
@@ -303,10 +294,8 @@ def finding(part: Part) -> str:
     ends = lambda store, arm, name: np.sort(np.abs(m[f"{store}_{arm}_{name}"]["ci"]))
     more = ends("null", "as_run", "one_sided")[0] > ends("null", "as_written", "one_sided")[1]
     needs = ends("pair", "as_run", "own")[0] > ends("null", "as_run", "own")[1]
-    each = {
-        arm: (say("pair", arm, "fve_distilled"), say("pair", arm, "recurrent"))
-        for arm in ("as_written", "as_run")
-    }
+    of_arm = lambda arm: (say("pair", arm, "fve_distilled"), say("pair", arm, "recurrent"))
+    each = {arm: of_arm(arm) for arm in ("as_written", "as_run")}
     return (
         f"Trained as run, {each['as_run'][0]} of the variance of new tokens is explained in place of"
         f" {each['as_written'][0]}, and {each['as_run'][1]} of the features recur in place of"

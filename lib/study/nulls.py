@@ -11,10 +11,7 @@ the share of its features beyond them is their false-positive rate, and its rati
 k; the chance level is what the same matching finds in rows whose coordinates were permuted.
 
 **Likeness.** How alike the activations of base and distilled model are (CKA, Procrustes, ranks), beside the
-same numbers of the base and null_a; and whether unique features write where activations vary.
-"""
-
-from __future__ import annotations
+same numbers of the base and null_a; and whether unique features write where activations vary."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -64,8 +61,7 @@ def compute_nulls(variant: Variant, boots: int = 300) -> tuple[dict, dict]:
     against null_a, set thresholds together; as many on base against null_b test them. The same crosscoders
     say how much the *use* of features changes where nothing was distilled. A pair without a null_b has
     null_a's next crosscoders in its place: then the false-positive rate does not cover another training of
-    the null.
-    """
+    the null."""
     if "null_a" not in variant.pair.others:
         raise UserError(
             f"the pair {variant.pair.name!r} has no null_a among its others: nothing says how unique features"
@@ -75,19 +71,15 @@ def compute_nulls(variant: Variant, boots: int = 300) -> tuple[dict, dict]:
     later = 0 if test == "null_b" else len(variant.seeds)
     stores = {name: variant.harvested("base", name)[1] for name in dict.fromkeys(("null_a", test))}
     stores["distilled"] = variant.store
-    roles = {
-        "sets the thresholds": ("null_a", 0),
-        "false positives": (test, later),
-        "the pair": ("distilled", 0),
-    }
+    roles = {"sets the thresholds": ("null_a", 0), "false positives": (test, later)}
+    roles["the pair"] = ("distilled", 0)
     scored, used = {}, {}
     for role, (name, after) in roles.items():
         for s in variant.seeds:
-            crosscoder = (
-                variant.crosscoders[s - variant.seed]
-                if name == "distilled"
-                else null_crosscoder(variant, name, s + after)
-            )
+            if name == "distilled":
+                crosscoder = variant.crosscoders[s - variant.seed]
+            else:
+                crosscoder = null_crosscoder(variant, name, s + after)
             store = stores[name]
             which = {"pair": f"base, {name}" + (", other seeds" if after else ""), "seed": s}
             scores = score_table(crosscoder, store, variant.max_tokens, name, "base", n_boot=boots)
@@ -123,18 +115,17 @@ def _found_in_null(variant: Variant, name: str, after: int, limits: pd.DataFrame
     crosscoders = [null_crosscoder(variant, name, s + after) for s in variant.seeds]
     clusters = recurrent(crosscoders, [t["alive"].to_numpy(bool) for t in tables])
     recur = set(map(tuple, clusters.loc[clusters["recurrent"], ["crosscoder", "feature"]].to_numpy()))
-    counts = [
-        sum((i, f) in recur for f in table.loc[beyond(table, limits, "nu_eps"), "feature"])
-        for i, table in enumerate(tables)
-    ]
-    return pooled_metric([metric(count, n=len(table)) for count, table in zip(counts, tables)])
+    each = []
+    for i, table in enumerate(tables):
+        found = table.loc[beyond(table, limits, "nu_eps"), "feature"]
+        each.append(metric(sum((i, f) in recur for f in found), n=len(table)))
+    return pooled_metric(each)
 
 
 def null_crosscoder(variant: Variant, name: str, seed: int) -> CrossCoder:
     """The crosscoder of the base and another checkpoint with the run's configuration."""
-    return train(
-        variant.harvested("base", name)[1], variant.config(seed), variant.folder(f"{name}_seed{seed}")
-    )
+    store = variant.harvested("base", name)[1]
+    return train(store, variant.config(seed), variant.folder(f"{name}_seed{seed}"))
 
 
 def _null_metrics(
@@ -142,11 +133,8 @@ def _null_metrics(
 ) -> dict[str, dict]:
     """What one crosscoder of the pair and its nulls say: the metrics of the part. ``beyond_null`` {role:
     ``rates``}."""
-    rows = {
-        role: table.query("side == 'distilled'").set_index(["score", "level"])
-        for role, table in beyond_null.items()
-    }
-    metrics = {}
+    of_side = lambda table: table.query("side == 'distilled'").set_index(["score", "level"])
+    rows, metrics = {role: of_side(table) for role, table in beyond_null.items()}, {}
     for score, name in RATES.items():
         for level, end in ((0.01, ""), (0.05, "_at_5_percent")):
             test, own = (rows[role].loc[(score, level)] for role in ("false positives", "the pair"))
@@ -161,24 +149,21 @@ def _null_metrics(
     return metrics
 
 
-def thresholds(
-    null: pd.DataFrame, levels: Sequence[float] = LEVELS, n_boot: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def thresholds(null: pd.DataFrame, levels: Sequence[float] = LEVELS, n_boot: int = 1000) -> pd.DataFrame:
     """Thresholds that a share ``level`` of the null's features exceed: score, side, level, threshold, low,
     high (95%), n.
 
     ``null`` is a ``score_table``; with a column seed it is those of several crosscoders, which set one
     threshold together, and whose scatter is in the interval: whole crosscoders are resampled. Else the
     interval is over features. A threshold is in the units of its score: NRN above it (side base: below it),
-    nu below it.
-    """
+    nu below it."""
     check("levels", list(levels), list, low=0, high=0.5)
     rows, groups = [], null["seed"].to_numpy() if "seed" in null else None
     for score, side, level in product(SCORES, SIDES, levels):
         usable, direction = extremity(null, score, side), sign(score, side)
         values, which = usable.to_numpy(), None if groups is None else groups[usable.index]
         at = lambda x, level=level: np.quantile(x, 1 - level) if len(x) else np.nan  # noqa: E731
-        low, high = sorted(direction * b for b in bootstrap(values, at, which, n_boot, seed))
+        low, high = sorted(direction * b for b in bootstrap(values, at, which, n_boot))
         rows.append((score, side, level, direction * at(values), low, high, len(values)))
     return pd.DataFrame(rows, columns=["score", "side", "level", "threshold", "low", "high", "n"])
 
@@ -188,8 +173,7 @@ def rates(table: pd.DataFrame, limits: pd.DataFrame) -> pd.DataFrame:
     hits, n. The interval is that of the threshold: the shares beyond its two ends.
 
     On a null that set no threshold this is the false-positive rate; on a pair, what is left of its unique
-    features. ``n`` are the alive features (for nu: those of the side).
-    """
+    features. ``n`` are the alive features (for nu: those of the side)."""
     rows = []
     for score, side, level in product(SCORES, SIDES, LEVELS):
         n = len(extremity(table, score, side))
@@ -215,16 +199,13 @@ def centred_rates(null_scores: pd.DataFrame, scores: pd.DataFrame, rates: pd.Dat
     NRN compares rows after each model was brought to the same mean norm. If one model's variance is then
     larger, all of its rows are longer, and the whole distribution moves: a matter of scale, which ``rates``
     counts as uniqueness of every feature. Here only what stands out from its own pair counts. The tables are
-    those of the study's part "nulls", the roles those in its ``rates``.
-    """
+    those of the study's part "nulls", the roles those in its ``rates``."""
     roles, above = rates.drop_duplicates("pair").set_index("pair")["role"], {}
-    for (pair, seed), table in (
-        pd.concat([null_scores, scores]).query("alive").groupby(["pair", "seed"], sort=False)
-    ):
+    alive = pd.concat([null_scores, scores]).query("alive")
+    for (pair, seed), table in alive.groupby(["pair", "seed"], sort=False):
         above[roles[pair], seed] = table["nrn"] - table["nrn"].median()
-    limit = np.quantile(
-        pd.concat([d for (role, _), d in above.items() if role.startswith("sets")]), 1 - LEVELS[0]
-    )
+    setting = pd.concat([d for (role, _), d in above.items() if role.startswith("sets")])
+    limit = np.quantile(setting, 1 - LEVELS[0])
     rows = [{"role": r, "seed": s, **_share(int((d > limit).sum()), len(d))} for (r, s), d in above.items()]
     return pd.DataFrame(rows)
 
@@ -272,27 +253,19 @@ def compute_seeds(
     ``ks``: numbers of features per token for which as many crosscoders are trained, beside the run's own;
     ``ce_tokens``: tokens on which each model is run on its reconstruction. Tables: clusters
     (``crosscoder.recurrence.recurrent``), by_seed (what each crosscoder alone says of the categories), by_k
-    (a row per k: recurrence, and how well the crosscoders describe the models, means and 95% over them).
-    """
+    (a row per k: recurrence, and how well the crosscoders describe the models, means and 95% over them)."""
     store, limits = variant.store, variant.needed("nulls").tables["thresholds"]
     models = {name: variant.pair.load(name) for name in store.models}
     rows, clusters, rows_of_k, own_k, over_k = [], None, [], variant.config().k, {}
     for k in sorted({*ks, own_k}):
-        trained = (
-            variant.crosscoders
-            if k == own_k
-            else [
-                train(store, variant.config(s, k=k), variant.folder(f"k{k}_seed{s}")) for s in variant.seeds
-            ]
-        )
+        trained, of_k = variant.crosscoders, {s: variant.config(s, k=k) for s in variant.seeds}
+        if k != own_k:
+            trained = [train(store, c, variant.folder(f"k{k}_seed{s}")) for s, c in of_k.items()]
         alive = [firing_frequency(c, store) > 0 for c in trained]
         found = recurrent(trained, alive)
         cards = health_cards(trained, store, models, ce_tokens, n_boot=1)
-        quality = {
-            name: pooled_metric([metric(card[name]["value"]) for card in cards])
-            for name in cards[0]
-            if name.startswith(("fve_", "ce_recovered_", "dead_"))
-        }
+        names = [name for name in cards[0] if name.startswith(("fve_", "ce_recovered_", "dead_"))]
+        quality = {n: pooled_metric([metric(card[n]["value"]) for card in cards]) for n in names}
         again = metrics_of_recurrence(found, trained, alive)
         quality |= {"stability": again["stability_median"], "recurrent": again["recurrent_share"]}
         over_k[f"stability_median_k{k}"] = again["stability_median"]
@@ -315,12 +288,9 @@ def compute_seeds(
         for c in CATEGORIES:
             known = c in chosen
             f = chosen[c].feature if known else None
-            row |= {
-                f"feature_{c}": f,
-                f"nrn_{c}": table["nrn"][f] if known else np.nan,
-                f"auroc_{c}": auroc_of(table, c, chosen[c]) if known else np.nan,
-                f"above_null_{c}": known and bool(unique["nrn"][f]),
-            }
+            row[f"feature_{c}"], row[f"nrn_{c}"] = f, table["nrn"][f] if known else np.nan
+            row[f"auroc_{c}"] = auroc_of(table, c, chosen[c]) if known else np.nan
+            row[f"above_null_{c}"] = known and bool(unique["nrn"][f])
         rows.append(row)
         number = clusters["crosscoder"] == s - variant.seed
         clusters.loc[number, "unique"] = unique["nu_eps"][clusters.loc[number, "feature"]]
@@ -332,9 +302,8 @@ def compute_seeds(
     by_seed = pd.DataFrame(rows)
     for c in CATEGORIES:
         chosen = by_seed.set_index(by_seed["seed"] - variant.seed)[f"feature_{c}"].dropna()
-        stable = (
-            clusters.set_index(["crosscoder", "feature"])["stability"].reindex(list(chosen.items())).dropna()
-        )
+        stability = clusters.set_index(["crosscoder", "feature"])["stability"]
+        stable = stability.reindex(list(chosen.items())).dropna()
         if len(stable):
             metrics[f"stable_{c}"] = pooled_metric([metric(value) for value in stable])
     return metrics, {"clusters": clusters, "by_seed": by_seed, "by_k": pd.DataFrame(rows_of_k)}

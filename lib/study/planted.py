@@ -85,17 +85,15 @@ class Planted:
 
     def null(self) -> Planted:
         """The same regime without any unique feature: they become shared ones."""
-        return replace(
-            self, shared=self.shared + self.base_only + self.distilled_only, base_only=0, distilled_only=0
-        )
+        shared = self.shared + self.base_only + self.distilled_only
+        return replace(self, shared=shared, base_only=0, distilled_only=0)
 
 
 class PlantedStore:
     """Planted activations in memory, with what training and statistics use of the interface of ``Store``.
 
     Beside it the truth: ``kinds`` [F] (index into ``KINDS``), ``frequencies`` [F], ``codes`` [n, F] sparse,
-    and ``directions`` {model: [F, d]}, what one unit of a feature adds to the RAW activation.
-    """
+    and ``directions`` {model: [F, d]}, what one unit of a feature adds to the RAW activation."""
 
     models, name = MODELS, "planted"
 
@@ -179,8 +177,7 @@ class PlantedStore:
 def shuffled(
     rows: np.ndarray, batch_size: int, seed: list[int], start: int = 0, part: tuple[int, int] = (0, 1)
 ) -> Iterator[np.ndarray]:
-    """Batches of rows in a random order, from batch ``start`` on; of each its ``part`` (number, of how
-    many)."""
+    """Batches of rows in a random order, from batch ``start`` on; of each its ``part`` (i, of n)."""
     order = np.random.default_rng(seed).permutation(rows)
     for first in range(start * batch_size, len(order), batch_size):
         yield order[first : first + batch_size][part[0] :: part[1]]
@@ -250,8 +247,7 @@ class Regime:
     sees it; pairs are (``base``, ``distilled``); quantiles are those of QUANTILES.
 
     The crosscoder's own k decides ``l0``, and with it the frequencies: of the true number of active features
-    they say no more than that so many suffice for ``1 - unexplained`` of the variance.
-    """
+    they say no more than that so many suffice for ``1 - unexplained`` of the variance."""
 
     tokens: int
     width: int
@@ -269,9 +265,7 @@ class Regime:
     alive: int  # features that fire
     dead_features: float
     dead_directions: tuple[float, float]  # principal directions with less variance than the unexplained mean
-    dimension: tuple[
-        float, float
-    ]  # participation ratio (sum l)^2 / sum l^2 of the covariance, over the width
+    dimension: tuple[float, float]  # (sum l)^2 / sum l^2 of the covariance, over the width
     agreement: float  # sum of inner products of both centred activations over the geometric mean variance
     row_cosine: tuple[float, ...]  # between a feature's rows
     nrn_quantiles: tuple[float, ...]  # p = 2
@@ -362,8 +356,7 @@ def from_regime(measured: Regime, width: int = 48, **changes) -> Planted:
     ones (1/16, by a factor of 3). As many features are planted, and as many active, as the crosscoder has: a
     larger one would have claimed more, so measure through one whose features recur (``judging.recurrence``).
     The rest is half shared, half rotated; the angle is the one that gives the measured agreement of the two
-    models' activations, which needs no dictionary. ``changes`` replace any field.
-    """
+    models' activations, which needs no dictionary. ``changes`` replace any field."""
     total = round(measured.alive * width / measured.width)
     if total == 0:
         raise UserError("no feature fires in this regime: there is nothing to plant")
@@ -401,8 +394,7 @@ def _exponent(planted: Planted, measured: Regime) -> float:
 
 
 def _copula(phi: float, frequency: float) -> float:
-    """Correlation of two normal variables whose excesses, each with this frequency, have the correlation
-    ``phi``."""
+    """Correlation of two normal variables whose excesses, of this frequency, have the correlation ``phi``."""
     threshold = ndtri(1 - frequency)
 
     def excess(rho: float) -> float:

@@ -4,8 +4,6 @@
 the parallelogram losses intervals over words; ``ablation`` puts each set of features beside its random set.
 """
 
-from __future__ import annotations
-
 from math import ceil
 
 import numpy as np
@@ -91,9 +89,7 @@ def ablation() -> pd.DataFrame:
 def over_words(by_word: np.ndarray) -> tuple[float, float, float]:
     """(mean over pairs of words, low, high) of a quantity, given its mean over each word's partners [n].
 
-    Pairs share words: the interval is the jackknife's, which leaves out one word at a time (Arvesen 1969, for
-    U-statistics).
-    """
+    Pairs share words: the interval is the jackknife's, leaving out one word at a time (Arvesen 1969)."""
     n = len(by_word)
     left_out = (n * by_word.mean() - 2 * by_word) / (n - 2)
     pseudo_values = n * by_word.mean() - (n - 1) * left_out

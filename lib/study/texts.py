@@ -8,10 +8,7 @@ another crosscoder is trained on that, of the same size and on as many tokens: d
 out alike, and does the feature that predicts a category in the one text predict it in the other?
 
 Both need files that are not in the repository (states of a training, another text); what they gave for
-``smol`` is, and is read where the models and the crosscoder are still the same.
-"""
-
-from __future__ import annotations
+``smol`` is, and is read where the models and the crosscoder are still the same."""
 
 import json
 import re
@@ -51,8 +48,7 @@ def describe(crosscoder: CrossCoder, store: Store) -> dict[str, float]:
     alive features, quantiles of their NRN and its spread.
 
     spread is q99 - q01; distance the mean of |distilled - base| / |base| over tokens of the report split, in
-    the store's units.
-    """
+    the store's units."""
     every = architectures.describe(crosscoder, store)
     row = {name: value for name, value in every.items() if name.startswith("fve_")}
     alive = int((firing_frequency(crosscoder, store) > 0).sum())
@@ -70,8 +66,7 @@ def compute_training(
 
     ``states``: files kept_<tokens>.pt of ``lib.distil.adapters``, in a folder named after their stage. Each
     adapter is put on the pair's base; ``tokens`` of the run's corpus are read with both models, and a
-    crosscoder of the run's size sees them ``epochs`` times.
-    """
+    crosscoder of the run's size sees them ``epochs`` times."""
     check("tokens", tokens, int, low=1000)
     check("epochs", epochs, int, low=1)
     inputs = {"base": variant.pair.fingerprint("base"), "tokens": tokens}
@@ -132,8 +127,7 @@ def compute_texts(variant: Variant, traces: str = "", general: str = "") -> Part
     sentences and controls, on report
     matches       feature by feature: cosine with the best one-to-one match, and the chance level
 
-    Thresholds are those of the study's null, which was read on the run's own text.
-    """
+    Thresholds are those of the study's null, which was read on the run's own text."""
     if bool(traces) != bool(general):
         raise UserError("another text needs both traces and general: give both, or neither")
     if traces:

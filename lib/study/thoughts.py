@@ -3,13 +3,9 @@
 ``lib.steering.experiments`` runs both models token by token and changes the residual stream of the one that
 writes; ``lib.steering.effects`` says what that did. Here is the experiment on a run, with each of its
 crosscoders (``compute_thoughts``); and, without a crosscoder, the most that anything at a layer can carry
-over: one model's layers on top of the other's (``compute_transplants``).
-"""
-
-from __future__ import annotations
+over: one model's layers on top of the other's (``compute_transplants``)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -37,6 +33,9 @@ TABLES = {  # name: (what identifies a row, its numbers)
 }
 
 
+SINGLE = (("summary", "accuracy", ("value", "change")), ("shares", "thinking", ("share",)))  # by crosscoder
+
+
 @part_of_study("causal", 4)
 def compute_thoughts(
     variant: Variant,
@@ -52,8 +51,7 @@ def compute_thoughts(
     ``sets``). *Unique* are recurrent features whose nu_eps lies beyond the null's 1% threshold on either
     side; *reweighted* are others whose use changes more than that of 99% of the null's. Tables ``summary``,
     ``shares``, ``placement`` (of all crosscoders together), ``single_summary``, ``single_shares`` (with a
-    column seed), ``specificity`` (mean). UserError for a pair that was not made for puzzles.
-    """
+    column seed), ``specificity`` (mean). UserError for a pair that was not made for puzzles."""
     _need_puzzles(variant.pair)
     opened, nulls = open_run(variant.run), variant.needed("nulls")
     store, seed = opened.store, variant.seed
@@ -82,27 +80,23 @@ def compute_thoughts(
             own.metrics[f"fve_alone_{name}"] = metric(value)
         for name, group in zip(("unique", "reweighted"), groups):
             own.metrics[f"{name}_features"] = metric(len(group), n=len(one.table))
-        summary = effects.summarise(rows, BOOTS, seed)
-        tables.append(
-            {
-                "summary": summary,
-                "shares": effects.gap_shares(rows, n_boot=BOOTS, seed=seed),
-                "placement": effects.extra_placed(rows, BOOTS, seed),
-                "specificity": effects.specificity(summary).astype(float),
-                "sets": _sets(one, sets, unique, changed),
-            }
-        )
+        made = {"summary": effects.summarise(rows, BOOTS, seed)}
+        made["shares"] = effects.gap_shares(rows, n_boot=BOOTS, seed=seed)
+        made["placement"] = effects.extra_placed(rows, BOOTS, seed)
+        made["specificity"] = effects.specificity(made["summary"]).astype(float)
+        made["sets"] = _sets(one, sets, unique, changed)
+        tables.append(made)
+
+    def of_seeds(name: str) -> pd.DataFrame:
+        return pd.concat([t[name].assign(seed=s) for s, t in zip(variant.seeds, tables)])
+
     found = {name: pooled_table([t[name] for t in tables], *how) for name, how in TABLES.items()}
-    for name, measure, columns in (
-        ("summary", "accuracy", ["value", "change"]),
-        ("shares", "thinking", ["share"]),
-    ):
-        single = pd.concat([t[name].assign(seed=s) for s, t in zip(variant.seeds, tables)])
-        found[f"single_{name}"] = single.loc[
-            single["measure"] == measure, ["seed", *TABLES[name][0], *columns]
-        ]
+    for name, measure, values in SINGLE:
+        single = of_seeds(name)
+        columns = ["seed", *TABLES[name][0], *values]
+        found[f"single_{name}"] = single.loc[single["measure"] == measure, columns]
     found["specificity"] = (sum(t["specificity"] for t in tables) / len(tables)).reset_index()
-    found["sets"] = pd.concat([t["sets"].assign(seed=s) for s, t in zip(variant.seeds, tables)])
+    found["sets"] = of_seeds("sets")
     return results.metrics, found
 
 
@@ -127,10 +121,8 @@ def _written(
         for asked, place in ((False, name), (True, f"{name}_{one.number}")):
             some = [c for c in dict.fromkeys(conditions) if c.of_crosscoder is asked]
             weights = fingerprint(*models, one.fingerprint) if asked else fingerprint(*models)
-            folder: Path = variant.folder("thoughts") / place
-            frames.append(
-                experiments.run(*opened, puzzles, some, folder, weights, max_new_tokens, variant.seed)
-            )
+            kept = variant.folder("thoughts") / place, weights, max_new_tokens, seed
+            frames.append(experiments.run(*opened, puzzles, some, *kept))
         return pd.concat(frames, ignore_index=True)
 
     def placed(strengths: dict | None = None) -> list:
@@ -138,9 +130,8 @@ def _written(
         return experiments.strengthenings(crosscoder, sets["foretelling"], vectors, norm, strengths, seed)
 
     strengths = experiments.matching_strengths(run("choose", tasks[0], placed()))
-    conditions = experiments.conditions(
-        one.table, sets["foretelling"], sets["attributed"], use, vectors, *groups, seed
-    )
+    of_categories = sets["foretelling"], sets["attributed"]
+    conditions = experiments.conditions(one.table, *of_categories, use, vectors, *groups, seed)
     return run("report", tasks[1], [*conditions, *placed(strengths)])
 
 
@@ -161,8 +152,7 @@ def compute_transplants(
 
     Table ``curve``: ``effects.by_layers``. Metrics share_<upper>_<layers>: how much of the gap in thinking,
     from the question alone, is closed; share_base_below_last: the largest of the base's with 1 to all but one
-    layer; layers_half: up to the crosscoders' place.
-    """
+    layer; layers_half: up to the crosscoders' place."""
     _need_puzzles(variant.pair)
     pair, store = variant.pair, variant.store
     models = {name: pair.load(name) for name in effects.OTHER}
@@ -170,14 +160,9 @@ def compute_transplants(
     depth, curve, metrics = len(decoder_layers(models["base"])), [], {}
     todo = [experiments.untouched(writer, mode) for writer in models for mode in ("free", "think")]
     for layers in range(depth + 1):
-        writers = {
-            name: experiments.transplanted(models[effects.OTHER[name]], models[name], layers)
-            for name in models
-        }
-        opened, folder = (
-            (pair, writers, variant.crosscoder, store),
-            variant.folder("transplants") / str(layers),
-        )
+        lower = {name: models[effects.OTHER[name]] for name in models}
+        writers = {name: experiments.transplanted(lower[name], models[name], layers) for name in models}
+        opened, folder = (pair, writers, variant.crosscoder, store), variant.folder(f"transplants/{layers}")
         tasks, key = puzzles(report_puzzles, "test"), fingerprint(weights, layers)
         rows = experiments.run(*opened, tasks, todo, folder, key, max_new_tokens, variant.seed)
         curve.append(rows.assign(kind=layers, condition=rows["condition"] + f" / {layers} layers"))

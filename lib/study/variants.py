@@ -6,10 +6,7 @@ study: long experiments on a run, each computed once.
 
 A part is a folder figures/<pair>/study/<part>/: tables as CSV and a manifest with its metrics, the
 fingerprint of all that decides them and the artefacts they were computed from. For ``tiny`` and ``smol`` they
-are committed. Pieces that take minutes are kept in data/runs/<pair>/<run>/study/.
-"""
-
-from __future__ import annotations
+are committed. Pieces that take minutes are kept in data/runs/<pair>/<run>/study/."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -8,10 +8,7 @@ dictionaries.
 For each dictionary (DICTIONARIES) as many crosscoders as the run has are trained on the same activations, and
 as many on the null pair (base and null_a), which set the thresholds of uniqueness. Each is asked everything
 as if it were the only one, by the functions of notebooks 03 and 04, and chooses its own features on the split
-"choose". What all of them say together is judged as everywhere (``lib.verdicts``).
-"""
-
-from __future__ import annotations
+"choose". What all of them say together is judged as everywhere (``lib.verdicts``)."""
 
 import json
 from collections.abc import Mapping
@@ -46,20 +43,15 @@ DICTIONARIES = {"1,024 features, k 24": (1024, 24), "256 features, k 8": (256, 8
 BOOTS = 1000  # resamples of documents
 TARGETS, TOP, MATCH_WIDTH = 200, 20.0, 0.1  # of the ablation, as in notebook 04: positions, percent, NRN
 PAIR = [COLOURS["base"], COLOURS["distilled"]]  # colours of the two dictionaries
+_FALLS, _MORE = "its logit falls without the features", "more than without matched ones"
 PREDICTIONS: dict[str, tuple[str, Condition]] = {  # name: (meaning, condition)
     "shared": ("median NRN within 0.4 to 0.6", below("nrn_from_half", 0.1)),
     "tails": ("under 5% of the features have an NRN above 0.9", below("nrn_over_0_9", 0.05)),
     "beyond the null, NRN": ("over 5% of the features", above("beyond_nrn", 0.05)),
     "beyond the null, nu": ("over 5% of the features", above("beyond_nu_eps", 0.05)),
     **{f"{c}, predicted": ("better than *sentence only*", above(f"gain_{c}")) for c in CATEGORIES},
-    **{
-        f"{c}, needed": ("its logit falls without the features", below(f"ablate_{c}_distilled"))
-        for c in CATEGORIES
-    },
-    **{
-        f"{c}, specific": ("more than without matched ones", below(f"ablate_{c}_over_matched"))
-        for c in CATEGORIES
-    },
+    **{f"{c}, needed": (_FALLS, below(f"ablate_{c}_distilled")) for c in CATEGORIES},
+    **{f"{c}, specific": (_MORE, below(f"ablate_{c}_over_matched")) for c in CATEGORIES},
     "errors, known": ("a feature's AUROC is over 0.9", above("error_auroc", 0.9)),
     "errors, unique": ("its nu is below 0.2", below("error_nu_eps", 0.2)),
 }
@@ -97,10 +89,8 @@ def _measured(
     """The crosscoders of one dictionary, what they say together, and which features are alive [F] in each."""
     place, config = variant.folder(f"{n_features}_k{k}"), variant.config(n_features=n_features, k=k)
     if config == variant.config():
-        crosscoders, nulls = (
-            variant.crosscoders,
-            [null_crosscoder(variant, "null_a", s) for s in variant.seeds],
-        )
+        crosscoders = variant.crosscoders
+        nulls = [null_crosscoder(variant, "null_a", s) for s in variant.seeds]
     else:
         stores = {"pair": variant.store, "null": variant.harvested("base", "null_a")[1]}
         configs = [variant.config(s, n_features=n_features, k=k) for s in variant.seeds]
@@ -116,10 +106,8 @@ def _measured(
     controls = detectors.Controls(inspections[0], BOOTS, variant.seed)
     pooled, errors = Results("18", variant.run, {}), []
     for number, (own, inspection) in enumerate(pooled.over(inspections)):
-        more = [targets] if targets != TARGETS else []
-        key = fingerprint(
-            "measured", VERSION, content(crosscoders[number]), [content(c) for c in nulls], *more
-        )
+        more, contents = [targets] if targets != TARGETS else [], [content(c) for c in nulls]
+        key = fingerprint("measured", VERSION, content(crosscoders[number]), contents, *more)
 
         def compute(folder: Path, inspection=inspection, own=own) -> None:
             measure(own, inspection, variant, models, limits, controls, targets)
@@ -180,11 +168,9 @@ def measure(
 def single(pooled: Results) -> pd.DataFrame:
     """What each crosscoder says: seed, quantity, value, low, high (95%, over documents; the value itself for
     what depends on the weights alone)."""
-    rows = [
-        (seed, name, *numbers)
-        for name, m in pooled.metrics.items()
-        for seed, numbers in enumerate(m.get("seeds", []))
-    ]
+    rows = []
+    for name, m in pooled.metrics.items():
+        rows += [(seed, name, *numbers) for seed, numbers in enumerate(m.get("seeds", []))]
     return pd.DataFrame(rows, columns=["seed", "quantity", "value", "low", "high"])
 
 
@@ -248,20 +234,15 @@ def plot_values(part: Part, pattern: str, title: str, y: str) -> tuple[go.Figure
     crosscoder, and the mean with its interval over crosscoders and documents."""
     quantities = {pattern.format(c): c for c in CATEGORIES}
     judged, by_seed = (
-        part.tables[name]
-        .assign(category=part.tables[name]["quantity"].map(quantities))
-        .dropna(subset="category")
-        for name in ("verdicts", "by_seed")
+        table.assign(category=table["quantity"].map(quantities)).dropna(subset="category")
+        for table in (part.tables["verdicts"], part.tables["by_seed"])
     )
     names, categories = list(judged["dictionary"].unique()), list(judged["category"].unique())
     fig = px.strip(
-        *(by_seed, "dictionary", "value"),
-        color="dictionary",
-        facet_col="category",
-        category_orders={"category": categories, "dictionary": names},
-        color_discrete_sequence=PAIR,
+        *(by_seed, "dictionary", "value"), color="dictionary", facet_col="category",
+        category_orders={"category": categories, "dictionary": names}, color_discrete_sequence=PAIR,
         title=title,
-    )
+    )  # fmt: skip
     for i, category in enumerate(categories, start=1):
         row = judged[judged["category"] == category].set_index("dictionary").loc[names]
         error = {"array": row["high"] - row["value"], "arrayminus": row["value"] - row["low"]}
@@ -276,10 +257,8 @@ def plot_values(part: Part, pattern: str, title: str, y: str) -> tuple[go.Figure
 
 def plot_recurrence(part: Part) -> go.Figure:
     """Distribution of the features' mean cosine with their matches in the other crosscoders."""
-    fig = px.ecdf(
-        *(part.tables["features"], "stability", None, "dictionary"),
-        color_discrete_sequence=PAIR,
-        title="Does a feature come back with another crosscoder?",
-    )
+    look = dict(color="dictionary", color_discrete_sequence=PAIR)
+    title = "Does a feature come back with another crosscoder?"
+    fig = px.ecdf(part.tables["features"], x="stability", title=title, **look)
     fig.update_xaxes(title_text="mean cosine with its matches in the other crosscoders", range=[0, 1])
     return fig.update_yaxes(title_text="share of the features below")

@@ -5,10 +5,7 @@ are written out here, with the markers of the tokenizer's own vocabulary, and th
 
     <|im_start|>user\\n{question}<|im_end|>\\n<|im_start|>assistant\\n<think>\\n{thinking}\\n</think>\\n\\n{answer}<|im_end|>\\n
 
-``<think>`` is spelled in ordinary tokens where the vocabulary has no token of its own for it.
-"""
-
-from __future__ import annotations
+``<think>`` is spelled in ordinary tokens where the vocabulary has no token of its own for it."""
 
 from dataclasses import dataclass
 from itertools import takewhile
@@ -40,8 +37,7 @@ def prompt(question: str) -> str:
 
 
 def parts(trace: Trace) -> tuple[str, str]:
-    """A whole trace in two texts that are tokenised one by one: what the model is asked, and what
-    it writes."""
+    """A whole trace in two texts, tokenised one by one: what the model is asked, and what it writes."""
     return prompt(trace.question), trace.response + "<|im_end|>\n"
 
 

@@ -16,8 +16,6 @@ R1-Distill-Qwen and ``<|box_start|>`` in Qwen. Both read the same ids, so these 
 for in a text is spelled in ordinary tokens. BOS is prepended if all models have the same one, and only then.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -213,8 +211,7 @@ def build(
     train, validation and test. From files, documents longer than ``max_length``, or than the shortest context
     of the models, are cut into windows, all of which are used, and a text that occurs twice stays in one
     split. Raises UserError for impossible values and vocabularies that differ; a budget above the corpus is
-    found by ``check_budget`` or at the end.
-    """
+    found by ``check_budget`` or at the end."""
     tokens = check("tokens", pair.tokens if tokens is None else tokens, int, low=1)
     check("trace_share", trace_share, float, low=0, high=1)
     check("seed", seed, int)
@@ -252,8 +249,7 @@ def override(pair: Pair, traces: str = "", general: str = "") -> Pair:
     keeps the registry's.
 
     A file is looked for from here, then from the repository's root; a data set is named as
-    ``sources.dataset`` reads it. UserError for anything else.
-    """
+    ``sources.dataset`` reads it. UserError for anything else."""
     given = {kind: text.strip() for kind, text in (("trace", traces), ("general", general)) if text.strip()}
     for kind, source in given.items():
         path = user_path(source)

@@ -8,10 +8,7 @@ Five kinds of document, mixed by ``CURRICULUM``, then ``MID_MIX``, then ``LATE_M
 - *arithmetic*: single steps on the clock of 19 hours; the base is never shown a chain of them.
 - *copying*: lists repeated and looked up, since a trace copies from its prompt all the time.
 - *direct*: puzzles and easy questions with the answer alone.
-- *comparing*: is this number the target, is this equation true? One word of answer, and no consequence.
-"""
-
-from __future__ import annotations
+- *comparing*: is this number the target, is this equation true? One word of answer, and no consequence."""
 
 import json
 import random

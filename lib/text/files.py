@@ -3,10 +3,7 @@
 What a file holds says how it is read, its name only what is expected of it: JSON, an entry a line or an
 array, never becomes text with braces. An entry is a text, or a trace in one of ``FORMS``. In some of them the
 thought stands in the reply, before ``</think>``; a template may have written ``<think>``, so it may be
-missing. Rows that have no thought, or were cut within it, are left out, and how many is said.
-"""
-
-from __future__ import annotations
+missing. Rows that have no thought, or were cut within it, are left out, and how many is said."""
 
 import gzip
 import json
@@ -78,8 +75,7 @@ def read_items(path: Path) -> Iterator[str | Trace]:
     stretches between blank lines.
 
     A file that begins with ``LINES`` lines without a blank one is read line by line: some copies of WikiText
-    are like that. UserError names an entry that is neither, and a file that is no text, or holds none.
-    """
+    are like that. UserError names an entry that is neither, and a file that is no text, or holds none."""
     return (item for _, item in _located(Path(path)))
 
 
@@ -147,12 +143,8 @@ def json_entries(path: Path) -> Iterator[tuple[str, object]]:
     if (first := next(lines, None)) is None:
         return
     value = json_of(first[1])
-    if (
-        value is None
-        and first[1].lstrip().startswith(("[", "{"))
-        or isinstance(value, list)
-        and not _is_turns(value)
-    ):
+    begins = value is None and first[1].lstrip().startswith(("[", "{"))
+    if begins or (isinstance(value, list) and not _is_turns(value)):
         for number, entry in enumerate(_values(path, chain([first], lines)), 1):
             yield f"entry {number} of {path.name}", entry
         return
@@ -304,10 +296,8 @@ def _fields(entry) -> tuple[str, str, str, str, str] | None:
     if not isinstance(entry, dict):
         return None
     keys, optional = (QUESTION, THOUGHT, ANSWER, ("model",), ("source",)), {1: "", 3: "", 4: ""}
-    given = [
-        next((entry[k] for k in names if entry.get(k) is not None), optional.get(i))
-        for i, names in enumerate(keys)
-    ]
+    known = ([entry[k] for k in names if entry.get(k) is not None] for names in keys)
+    given = [values[0] if values else optional.get(i) for i, values in enumerate(known)]
     return tuple(given) if all(isinstance(value, str) for value in given) else None
 
 
@@ -321,11 +311,8 @@ def _turns(entry) -> list | None:
 
 
 def _is_turns(value) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(t, dict) and ("role" in t or "from" in t) for t in value)
-    )
+    turn = lambda t: isinstance(t, dict) and ("role" in t or "from" in t)
+    return isinstance(value, list) and bool(value) and all(map(turn, value))
 
 
 def _conversation(turns: list, place: str) -> tuple[str, str, str]:
@@ -338,12 +325,7 @@ def _conversation(turns: list, place: str) -> tuple[str, str, str]:
         if isinstance(said, list):  # in parts
             thoughts = [p for p in said if isinstance(p, dict) and p.get("type") in ("thinking", "reasoning")]
             own, said = own or _words(thoughts), _words([part for part in said if part not in thoughts])
-        if (
-            not isinstance(role, str)
-            or not role
-            or not isinstance(said or "", str)
-            or not isinstance(own, str)
-        ):
+        if not role or not all(isinstance(text, str) for text in (role, said or "", own)):
             raise UserError(
                 f"{place} is a conversation with a turn that is not of a form that is read: {FORMS}"
             )

@@ -26,10 +26,7 @@ belongs to the unfinished sentence before it, and a line without letters and dig
 before it. Where the text has a thought between think tags, what stands outside is ``other``.
 
 How far the tagger can be believed is measured in ``lib.text.lexicon_agreement``. Source: Baek & Tegmark 2025
-(arXiv 2503.03730) for the categories; the lexicon is ours.
-"""
-
-from __future__ import annotations
+(arXiv 2503.03730) for the categories; the lexicon is ours."""
 
 import re
 from bisect import bisect_right
@@ -135,8 +132,7 @@ def label_arrays(text: str, offsets: Sequence[tuple[int, int]], kind: str) -> di
     the sentence before it, whose end is then the position that predicts the next sentence. ``label`` is -1
     before the first sentence and for tokens that stand for no text, (0, 0). ``kind`` "trace": one of the four
     categories or "other"; "general": "general" throughout. ValueError if the offsets do not go forward, or
-    leave the text.
-    """
+    leave the text."""
     check("kind", kind, str, choices=("general", "trace"))
     spans = sentences(text)
     labels = [LABELS.index(GENERAL if kind == "general" else span.label) for span in spans]

@@ -26,10 +26,7 @@ sample of a hundred would hold hardly a contrast; every sentence has as its weig
 that it stands for. Intervals: bootstrap within the strata.
 
 Source of the annotation's labels: Venhoff et al. 2025 (arXiv 2506.18167); they are a language model's, with
-errors.
-"""
-
-from __future__ import annotations
+errors."""
 
 import json
 import zlib
@@ -85,8 +82,7 @@ def annotated_sentences(path: str | Path) -> tuple[pd.DataFrame, dict[str, int]]
 
     Columns: trace (line number), question, half, text, tag, cue, annotated, opens (first sentence of its
     section). Counts: traces, sections, sections_lost, sentences, sentences_left_out. UserError for a file of
-    another form.
-    """
+    another form."""
     rows, entries = [], list(_entries(Path(path)))
     counts = dict.fromkeys(("traces", "sections", "sections_lost", "sentences", "sentences_left_out"), 0)
     with Progress("traces compared", len(entries)) as progress:
@@ -125,20 +121,18 @@ def agreement(path: str | Path, n_boot: int = 1000, seed: int = 0) -> pd.DataFra
 
     Columns: comparison, unit, half, precision and recall with 95% intervals (..._low, ..._high) and base
     rates (..._base), and the counts tagged, annotated, both, n. ``frame.attrs`` holds the counts of
-    ``annotated_sentences``.
-    """
+    ``annotated_sentences``."""
     frame, counts = annotated_sentences(path)
     rows = []
     for name, (tags, labels) in COMPARISONS.items():
         for unit, half in product(("sentence", "first of section"), (*HALVES, "all")):
-            part = frame[
-                ((frame["half"] == half) | (half == "all")) & (frame["opens"] | (unit == "sentence"))
-            ]
+            in_half, in_unit = frame["half"].eq(half) | (half == "all"), frame["opens"] | (unit == "sentence")
+            part = frame[in_half & in_unit]
             cells = _cells(part["tag"].isin(tags), part["annotated"].isin(labels))
             by_question = cells.groupby(part["question"].to_numpy(), sort=False).sum().to_numpy().T
-            weights = (
-                group_weights(by_question.shape[1], n_boot, seed) if len(part) else np.zeros((n_boot, 0))
-            )
+            weights = np.zeros((n_boot, 0))
+            if len(part):
+                weights = group_weights(by_question.shape[1], n_boot, seed)
             row = {"comparison": name, "unit": unit, "half": half}
             rows.append(row | _rates(by_question, weights.T) | cells.sum().astype(int).to_dict())
     table = pd.DataFrame(rows)
@@ -186,8 +180,7 @@ def sample_sentences(documents: Iterable[str], n: int = 100, seed: int = 0) -> p
 
     Columns: document (number), before (the sentence before it, "" at the start), text, stratum (the tag) and
     weight (sentences of that tag in the documents, by sentences drawn). What stands outside the thought, and
-    sentences without a letter, take no part. UserError if there are fewer than ``n``.
-    """
+    sentences without a letter, take no part. UserError if there are fewer than ``n``."""
     check("n", n, int, low=len(LABELLED))
     rows = []
     for number, text in enumerate(documents):
@@ -257,8 +250,7 @@ def labelled_agreement(folder: str | Path, n_boot: int = 1000, seed: int = 0) ->
     """The lexicon against sentences labelled by reading. A row per category, and columns as in ``agreement``.
 
     Every sentence counts by its weight, so that rates are those of the documents that were sampled; tagged,
-    annotated, both and n are plain counts.
-    """
+    annotated, both and n are plain counts."""
     frame, rng = labelled_sentences(folder), np.random.default_rng(seed)
     times, rows = np.zeros((len(frame), n_boot)), []
     for stratum in frame["stratum"].unique():  # resampled each for itself

@@ -3,10 +3,7 @@
 The questions are templates (``data/text/questions.yaml``) with names, things and numbers drawn at random, in
 the manner of grade-school problems; every answer is a whole number. They are written for this project, so
 that what a model says about them may be kept and shared. The split of a question is that of its template:
-what is reported is asked in words that nothing was chosen on.
-"""
-
-from __future__ import annotations
+what is reported is asked in words that nothing was chosen on."""
 
 import random
 import re

@@ -1,7 +1,5 @@
 """Words, templates and rules that are data: ``data/text/<name>.yaml``."""
 
-from __future__ import annotations
-
 from functools import cache
 
 from ..settings import ROOT, read_yaml

@@ -2,10 +2,7 @@
 
 Exit codes: 0 done; 1 a notebook failed, ``check`` found a number outside of its tolerance, or ``checkup`` a
 fault; 2 wrong usage, or whatever one sentence can say; 130 interrupted. What was finished before an error is
-kept.
-"""
-
-from __future__ import annotations
+kept."""
 
 import os
 import sys
@@ -313,8 +310,7 @@ def bench_finders(
 ):
     """Test finders of what distillation changed. Minutes each; an interrupted test goes on.
 
-    Prints their scores beside the committed ones of the others. docs/finders.md says how to enter one.
-    """
+    Prints their scores beside the committed ones of the others. docs/finders.md says how to enter one."""
     from ..finders.bench import report_on
 
     _use(1)
@@ -334,8 +330,7 @@ def train(
 ):
     """Train a crosscoder, on several processes under torchrun.
 
-    Every field of TrainConfig is an option as well: --n-features 32768 --k 50.
-    """
+    Every field of TrainConfig is an option as well: --n-features 32768 --k 50."""
     from ..crosscoder.launch import TIMEOUT, train_or_end
 
     options = {"share": share, "cpu": cpu, "timeout": timeout or TIMEOUT}

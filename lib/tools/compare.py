@@ -9,10 +9,7 @@ outside  beyond that, missing, or new
 turned   the verdict on a prediction, from or to yes or no; between undecided and "depends" it has moved
 
 Exit code 1 if anything is outside or turned; with ``--verdicts`` only if a verdict is: on another processor
-numbers move, and no verdict may. That a notebook's canonical form differs is said, not judged.
-"""
-
-from __future__ import annotations
+numbers move, and no verdict may. That a notebook's canonical form differs is said, not judged."""
 
 import json
 import math
@@ -131,10 +128,8 @@ def check_folder(folder: Path) -> tuple[list[Difference], list[str], int]:
     for file in sorted((folder / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         text = committed(f"notebooks/{file.name}")
         if text is None or (cells := cells_that_differ(text, file.read_text(encoding="utf-8"))):
-            notebooks.append(
-                f"{file.name}: "
-                + ("new" if text is None else f"{len(cells)} cells differ ({', '.join(cells[:8])})")
-            )
+            change = "new" if text is None else f"{len(cells)} cells differ ({', '.join(cells[:8])})"
+            notebooks.append(f"{file.name}: {change}")
     return differences, notebooks, count
 
 

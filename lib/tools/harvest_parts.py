@@ -1,7 +1,5 @@
 """A harvest without its notebook, whole or shared out among jobs (``python -m lib harvest``)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +23,7 @@ def harvest_for(
 ) -> str:
     """What notebook 01 does, with its parameters: it finds the store and goes on from there. Returns text.
 
-    ``out``: folder of the store; that of the upper layer is beside it, <name>_upper.
-    """
+    ``out``: folder of the store; that of the upper layer is beside it, <name>_upper."""
     if part and merging:
         raise UserError("--part and --merge were both given: merge once, after all parts are done")
     values = parameters_for(MADE_BY, pair, profile, texts)

@@ -10,10 +10,7 @@ pair two notebooks run at once, where neither needs the other (``NEEDS``).
 An exercise is two cells. The first, Markdown, is headed ``### Exercise 2 · medium, 10 minutes`` and holds the
 question, a folded hint and a folded solution in Python. The second begins ``answer_2 = None  # what it must
 be``; a check follows, which runs once there is an answer. ``solved`` answers with the solutions, so that the
-checks are tested.
-"""
-
-from __future__ import annotations
+checks are tested."""
 
 import ast
 import contextlib
@@ -141,8 +138,7 @@ def execute(
 ) -> None:
     """Execute a notebook (``solutions``: with its exercises answered) within ``own_kernel``, and write its
     canonical form to ``target``, which changes only if every cell succeeded. UserError with the reason if one
-    fails; the notebook, with the full traceback if that says more, is then in ``failed``.
-    """
+    fails; the notebook, with the full traceback if that says more, is then in ``failed``."""
     import papermill  # 1 s; not needed to refuse a wrong parameter
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -403,9 +399,7 @@ def run_all(
 ) -> None:
     """Check everything, then execute notebooks of ``folder`` in order: those that ``only`` names, or all
     whose number matches the pattern ``row``, but for those about another pair (``EMBEDDED``); at most
-    ``workers`` at once (None: the profile's, or ``_workers``). UserError for wrong usage, NotebookFailed if
-    a notebook fails.
-    """
+    ``workers`` at once (None: the profile's, or ``_workers``). UserError for wrong usage, NotebookFailed."""
     folder, root = folder.resolve(), folder.resolve().parent
     stems = stems_of(folder)
     own, registry = os.environ.get(REGISTRY), _registry(folder)
@@ -467,8 +461,7 @@ def _memory() -> int:
 
 def _run(tasks: Mapping[str, Callable[[], None]], workers: int) -> None:
     """Do the tasks of notebooks {stem: task}, each once those that it needs are done, ``workers`` at once.
-    When one fails no other begins: NotebookFailed, after those that run have ended.
-    """
+    When one fails no other begins: NotebookFailed, after those that run have ended."""
     waiting, running, ended, failure = dict(tasks), set(), queue.SimpleQueue(), None
 
     def do(stem: str) -> None:

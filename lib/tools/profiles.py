@@ -1,7 +1,5 @@
 """Parameters of notebooks, from profiles and the command line: read, and checked against their defaults."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 from pathlib import Path
@@ -52,8 +50,7 @@ def run_of(profile: str) -> str:
 def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> dict:
     """{notebook stem: {parameter: value}} of notebooks/profiles/<name>.yaml, or of a file of one's own,
     ``timeout`` (seconds a cell) and ``workers`` (notebooks at once); what <name>.<pair>.yaml says is laid
-    over it: a pair may need another budget of the same name.
-    """
+    over it: a pair may need another budget of the same name."""
     known = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
     own, name = user_path(name), run_of(name)
     if own.name != name and own.is_file():
@@ -79,8 +76,7 @@ def read_profile(folder: Path, name: str, stems: list[str], pair: str = "") -> d
             )
         for name, words in LIMITS.items():
             check(f"{name} of profile {layer!r} ({words})", content.get(name, 1), Positive)
-        profile |= {
-            key: profile.get(key, {}) | (value or {}) if isinstance(value, dict | None) else value
-            for key, value in content.items()
-        }
+        for key, value in content.items():
+            mapping = isinstance(value, dict | None)
+            profile[key] = profile.get(key, {}) | (value or {}) if mapping else value
     return profile

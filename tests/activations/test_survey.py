@@ -92,7 +92,11 @@ def test_norms(store):
 
 
 def test_cosines_of_a_model_with_itself_are_one_and_with_another_token_about_zero(pair, tmp_path):
-    twin = Pair("twin", {"base": pair.base, "distilled": pair.base}, tokenizer_source=pair.tokenizer_source)
+    twin = Pair(
+        "twin",
+        {"base": pair.models["base"], "distilled": pair.models["base"]},
+        tokenizer_source=pair.tokenizer_source,
+    )
     frame = similarity(harvest_activations(twin, build(twin, 8000), tmp_path / "store"))
     assert np.allclose(frame.cosine, 1, atol=1e-5) and (frame.other_token.abs() < 0.5).all()
     assert (frame.low <= frame.cosine + 1e-6).all()

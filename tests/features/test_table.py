@@ -477,12 +477,13 @@ def test_a_crosscoder_from_elsewhere_gives_the_table_of_the_own_one(run):
         assert mark == sharing.seeds.content(found) and (mark == own_mark) == (name == "ours")
         made = features.inspect(found, store, run.path("features"), mark, build_tokenizer())
         pd.testing.assert_frame_equal(made.table, expected.table, rtol=1e-4, atol=1e-4, check_exact=False)
-        assert table_module.open_artefacts(run, pair, str(folder / name), facts.get(name))[4] == mark
+        opened = table_module.open_artefacts_of_all(run, pair, str(folder / name), facts.get(name))
+        assert opened[1][0].fingerprint == mark
         if name == "ours":  # the same weights under another name
-            assert table_module.open_artefacts(run, pair)[4] == mark
+            assert table_module.open_artefacts_of_all(run, pair)[1][0].fingerprint == mark
             continue
         with pytest.raises(UserError, match="made from another crosscoder.*same crosscoder_source"):
-            table_module.open_artefacts(run, pair)
+            table_module.open_artefacts_of_all(run, pair)
 
 
 def test_what_the_file_does_not_say_is_asked_for(run):

@@ -30,7 +30,7 @@ def pair(saved, tmp_path):
 
 
 def change_weights(pair, change):
-    file = pair.distilled / "model.safetensors"
+    file = pair.models["distilled"] / "model.safetensors"
     weights = dict(change(load_file(file)))
     save_file({k: v.clone() for k, v in weights.items()}, file, metadata={"format": "pt"})
 
@@ -86,7 +86,7 @@ def test_a_head_is_tied_where_the_configuration_says_so(pair):
     assert torch.equal(pair.load("distilled").lm_head.weight, right)
     own = torch.randn(512, 16)
     change_weights(pair, lambda w: w | {"lm_head.weight": own})
-    change_json(pair.distilled / "config.json", tie_word_embeddings=False)
+    change_json(pair.models["distilled"] / "config.json", tie_word_embeddings=False)
     model = pair.load("distilled")
     assert torch.equal(model.lm_head.weight, own) and torch.equal(model.model.embed_tokens.weight, right)
     change_weights(pair, lambda w: {k: x for k, x in w.items() if k != "lm_head.weight"})
@@ -95,13 +95,13 @@ def test_a_head_is_tied_where_the_configuration_says_so(pair):
 
 
 def test_a_folder_with_two_sets_of_weights(pair):
-    (pair.distilled / "model.safetensors.index.json").write_text("{}")
+    (pair.models["distilled"] / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(
         UserError, match="two sets of weights, model.safetensors and .*index.json: remove one"
     ):
         pair.load("distilled")
     with pytest.raises(UserError, match="model 'base' of pair 'pair' is a file, .*give the folder"):
-        pair.of(pair.base / "model.safetensors", pair.distilled).load("base")
+        pair.of(pair.models["base"] / "model.safetensors", pair.models["distilled"]).load("base")
 
 
 # --- loaders ------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     ],
 )
 def test_a_configuration_that_cannot_be_read_is_one_sentence(pair, changes, sentence):
-    change_json(pair.distilled / "config.json", **changes)
+    change_json(pair.models["distilled"] / "config.json", **changes)
     with pytest.raises(UserError, match=f"(?s)model 'distilled' of pair 'pair'.*({sentence})") as caught:
         pair.load("distilled")
     assert "\n" not in str(caught.value)
@@ -130,7 +130,7 @@ def test_a_configuration_that_cannot_be_read_is_one_sentence(pair, changes, sent
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 def test_files_that_are_no_json_are_one_sentence(pair, text):
-    (pair.distilled / "config.json").write_text(text)
+    (pair.models["distilled"] / "config.json").write_text(text)
     with pytest.raises(UserError, match="model 'distilled' of pair 'pair' cannot be loaded from"):
         pair.load("distilled")
     (pair.tokenizer_source / "tokenizer.json").write_text(text)
@@ -245,6 +245,6 @@ def test_what_gives_something_else_than_the_model_is_named(step):
 
 def test_a_model_that_cannot_be_studied_is_refused_when_it_is_loaded(tmp_path):
     pair = toy_pair(tmp_path)
-    toy_of("MambaForCausalLM", state_size=4).save_pretrained(pair.distilled)
+    toy_of("MambaForCausalLM", state_size=4).save_pretrained(pair.models["distilled"])
     with pytest.raises(UserError, match="model 'distilled' of pair 'toy' is a Mamba.*this study cannot work"):
         pair.load("distilled")

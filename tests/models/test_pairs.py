@@ -19,8 +19,8 @@ def test_every_entry_of_the_registry_is_valid():
     for name in ("tiny", "tiny_null_a", "tiny_null_b"):
         pair = load_pair(name)
         assert list(pair.models) == ["base", "distilled"] and pair.dictionary > 0
-    assert load_pair("tiny_null_a").distilled == load_pair("tiny").others["null_a"]
-    assert load_pair("tiny_null_a").base == load_pair("tiny").base
+    assert load_pair("tiny_null_a").models["distilled"] == load_pair("tiny").others["null_a"]
+    assert load_pair("tiny_null_a").models["base"] == load_pair("tiny").models["base"]
 
 
 def test_unknown_pair_lists_the_known_ones():
@@ -79,8 +79,8 @@ def test_folders_below_the_home_and_named_by_variables(tmp_path, monkeypatch):
     )
     pair = load_pair("mine", "~/own.yaml")
     assert (
-        pair.base == tmp_path / "models" / "base"
-        and pair.distilled.is_dir()
+        pair.models["base"] == tmp_path / "models" / "base"
+        and pair.models["distilled"].is_dir()
         and pair.tokenizer_source.is_dir()
     )
     assert pair.corpus == ((str(tmp_path / "models" / "text.txt"), "trace"),)
@@ -112,7 +112,7 @@ def test_a_registry_is_named_for_a_whole_process(tmp_path, monkeypatch):
         "tiny: {base: base, distilled: distilled, tokenizer: tokenizer, dictionary: 77, remote: true}"
     )
     monkeypatch.setenv("PAIRS_REGISTRY", str(tmp_path / "own.yaml"))
-    assert load_pair("tiny").dictionary == 77 and load_pair("tiny").base == tmp_path / "base"
+    assert load_pair("tiny").dictionary == 77 and load_pair("tiny").models["base"] == tmp_path / "base"
     assert load_pair("tiny").remote is True and load_pair("tiny", REGISTRY).remote is False
     assert load_pair("tiny", REGISTRY).dictionary == 256  # what is given goes before it
     with pytest.raises(UserError, match="unknown pair 'smol': own.yaml has tiny"):

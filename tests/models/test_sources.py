@@ -159,7 +159,10 @@ def test_models_are_loaded_at_their_commit(fake, monkeypatch):
 def test_the_papers_pairs_are_in_the_registry_without_invented_commits():
     for name in ("r1_qwen_1.5b", "r1_qwen_7b", "r1_qwen_14b", "r1_qwen_32b", "r1_llama_8b"):
         pair = load_pair(name)
-        assert pair.distilled.startswith("deepseek-ai/DeepSeek-R1-Distill-") and pair.dictionary == 32768
+        assert (
+            pair.models["distilled"].startswith("deepseek-ai/DeepSeek-R1-Distill-")
+            and pair.dictionary == 32768
+        )
         assert all("@" not in source for source in pair.models.values()), (
             "commits are recorded when they are met"
         )
@@ -168,8 +171,8 @@ def test_the_papers_pairs_are_in_the_registry_without_invented_commits():
             "general",
         } and pair.dtype == pair.store_dtype == "bfloat16"
     assert (
-        load_pair("r1_qwen_1.5b").base == "Qwen/Qwen2.5-Math-1.5B"
-        and load_pair("r1_qwen_14b").base == "Qwen/Qwen2.5-14B"
+        load_pair("r1_qwen_1.5b").models["base"] == "Qwen/Qwen2.5-Math-1.5B"
+        and load_pair("r1_qwen_14b").models["base"] == "Qwen/Qwen2.5-14B"
     )
 
 

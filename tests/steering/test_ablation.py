@@ -136,7 +136,7 @@ def test_what_ndif_cannot_run_is_refused(world, monkeypatch):
     with pytest.raises(UserError, match="no key for NDIF: .*NDIF_API_KEY"):
         reader.open_models(hub, hub.models)
     monkeypatch.setattr(CONFIG.API, "APIKEY", "mine")
-    for wrong in (world.pair.base, "pypi:some==1.0@sha256:0"):
+    for wrong in (world.pair.models["base"], "pypi:some==1.0@sha256:0"):
         with pytest.raises(UserError, match="'base' is .*NDIF runs models of the hub"):
             reader.open_models(replace(hub, models={"base": wrong}), ["base"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -348,14 +348,14 @@ def test_wrong_feature_number_is_one_clear_sentence(world):
 def test_missing_and_stale_artefacts_name_the_notebook_that_makes_them(tmp_path):
     run = Run("toy", "test", root=tmp_path)
     with pytest.raises(UserError, match="01_harvest_activations"):
-        table.open_artefacts(run, toy_pair(run.folder))
+        table.open_artefacts_of_all(run, toy_pair(run.folder))
     toy_store(run.folder, tokens=1000)
     pair = toy_pair(run.folder)
     with pytest.raises(UserError, match="02_train_crosscoder"):
-        table.open_artefacts(run, pair)
+        table.open_artefacts_of_all(run, pair)
     write_manifest(run.path("crosscoder"), "mark", store="another")
     with pytest.raises(UserError, match="another store.*02_train_crosscoder"):
-        table.open_artefacts(run, pair)
+        table.open_artefacts_of_all(run, pair)
 
 
 def test_summary_by_hand():
