@@ -114,7 +114,10 @@ class Truth:
 
     @property
     def width(self) -> int:
-        return self.planted.width if self.planted else 104 if self.name == "control" else 96
+        """Numbers in a direction: of the planted regime, or as the base's configuration says."""
+        if self.planted:
+            return self.planted.width
+        return load_pair(self.pair).config("base").get_text_config().hidden_size
 
     def open(self, budget: Budget, seed: int, folder: Path, null: bool = False) -> Data:
         """The data, for a finder; whatever is made from them lies below ``folder``. With another seed

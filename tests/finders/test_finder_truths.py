@@ -10,6 +10,7 @@ import torch
 from lib.finders import truths
 from lib.finders.claims import Claims
 from lib.finders.truths import EASY, REGIME, TRUTHS, Budget, Rare, Rarest, Reweighted
+from lib.models.pairs import Pair, load_pair
 from lib.settings import UserError
 from lib.study.planted import KINDS, PlantedStore
 
@@ -100,13 +101,13 @@ def test_the_control_is_judged_by_its_dimensions():
     assert recall(np.array([False, False, True, True])) == 0
 
 
-def test_widths_are_those_of_the_pairs():
-    from lib.models.pairs import load_pair
-
-    for truth in TRUTHS.values():
-        if truth.pair:
-            config = load_pair(truth.pair).load("base").config
-            assert truth.width == config.hidden_size
+def test_widths_are_those_of_weights_that_are_not_loaded(monkeypatch):
+    expected = {
+        name: load_pair(one.pair).load("base").get_input_embeddings().weight.shape[1] if one.pair else 24
+        for name, one in TRUTHS.items()
+    }
+    monkeypatch.setattr(Pair, "load", None)
+    assert {name: one.width for name, one in TRUTHS.items()} == expected
 
 
 def test_an_unknown_truth_is_named():
