@@ -140,8 +140,8 @@ def report_on(names: Sequence[str], truths: Sequence[str] = (), seeds: int = 4, 
 
 @part_of_study("finders", VERSION)
 def compute_finders(
-    variant: Variant, truths: tuple = tuple(TRUTHS), seeds: int = 4, null_seeds: int = 1,
-    planted_tokens: int = 200_000, tokens: int = 150_000, epochs: int = 2, targets: int = 40,
+    variant: Variant, truths: tuple, seeds: int, null_seeds: int, planted_tokens: int, tokens: int,
+    epochs: int, targets: int,
 ) -> tuple[dict, dict]:  # fmt: skip
     """The part "finders": all of FINDERS on some truths (``bench``). Tables "scores", "summary"; metrics:
     ``report.named``."""
