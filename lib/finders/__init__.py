@@ -3,9 +3,8 @@ Open ``finder.py`` first; docs/finders.md says how to enter another one.
 
 finder        what a finder is: a function of data that returns claims, under a name
 claims        directions with a side and a confidence, and the file in which anybody can give them
-means         finders that train nothing: mean differences, principal components
-dictionary    what finders that train a dictionary share: views of a store, two more losses
-dictionaries  sparse autoencoders and crosscoders, by NRN, latent scaling, use and attribution
+methods       one finder a file: mean differences, principal components, sparse autoencoders, crosscoders
+dictionary    what finders that train a dictionary share: views of a store, features as claims
 truths        planted data, the positive control, the embedded pair; which claims are right
 scores        precision, recall, calibration, recurrence, causal effects
 bench         every finder on every truth; the part "finders" of the study

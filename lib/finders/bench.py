@@ -23,7 +23,7 @@ from ..runs import Progress, Run, fingerprint, kept, write_json
 from ..settings import UserError
 from ..study.variants import Variant, part_of_study
 from ..study.variants import open_variant as open_variant
-from . import dictionaries, means  # noqa: F401  (they enter their finders)
+from . import methods  # noqa: F401  (they enter themselves)
 from .claims import Claims, Place, read_claims, write_claims
 from .finder import FINDERS, fit
 from .report import named
@@ -64,8 +64,8 @@ def cell(
 
 
 def _source(name: str) -> str:
-    """The text of a finder's function, so that a finder that is being written is tried anew; "" where it has
-    none."""
+    """The text of a finder's function, so that a finder that is being written is tried anew, and with it the
+    names that it uses; "" where it has none."""
     with contextlib.suppress(OSError):
         return inspect.getsource(FINDERS[name].find)
     return ""
@@ -140,8 +140,8 @@ def report_on(names: Sequence[str], truths: Sequence[str] = (), seeds: int = 4, 
 
 @part_of_study("finders", VERSION)
 def compute_finders(
-    variant: Variant, truths: tuple = tuple(TRUTHS), seeds: int = 4, null_seeds: int = 1,
-    planted_tokens: int = 200_000, tokens: int = 150_000, epochs: int = 2, targets: int = 40,
+    variant: Variant, truths: tuple, seeds: int, null_seeds: int, planted_tokens: int, tokens: int,
+    epochs: int, targets: int,
 ) -> tuple[dict, dict]:  # fmt: skip
     """The part "finders": all of FINDERS on some truths (``bench``). Tables "scores", "summary"; metrics:
     ``report.named``."""

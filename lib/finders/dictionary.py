@@ -1,5 +1,5 @@
-"""What finders that train a dictionary share: the views that a dictionary of one model reads, the losses that
-are not those of a crosscoder, and features as claims."""
+"""What finders that train a dictionary share: the views that a dictionary of one model reads, features as
+claims, and two of the rankings, by NRN and by change of use."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..crosscoder.codes import encoded, sample_rows
-from ..crosscoder.model import SHARED, CrossCoder, Forward
+from ..crosscoder.model import CrossCoder
 from ..crosscoder.training import Trainer, train
+from ..features.use import SoloCodes, use_table
 from .claims import SIDES, Claims
 from .finder import CHOSEN, Data
 
@@ -49,30 +49,6 @@ class View:
             yield rows, self.mixed(acts)
 
 
-class Delta(Trainer):
-    """A second loss: dedicated features alone must reconstruct x_distilled - x_base, about its mean."""
-
-    def losses(self, out: Forward, done: float) -> tuple[Tensor, Tensor, Tensor]:
-        loss, error, extra = super().losses(out, done)
-        own = self.crosscoder.owner[out.code.features] != SHARED
-        parts = out.f[own, None] * self.crosscoder.W_dec[out.code.features[own]]
-        x_hat = torch.zeros_like(out.x).index_add(0, out.code.rows[own], parts)
-        base, other = self.crosscoder.split(out.x - self.crosscoder.b_dec.detach() - x_hat)
-        return loss + (other - base).square().sum() / out.tokens, error, extra
-
-
-class Bridge(Trainer):
-    """||e_d||^2 + ||e_b||^2 + 2 lambda e_d . e_b, between a crosscoder (lambda 0) and a dictionary of the
-    difference (-1)."""
-
-    weight = -0.5
-
-    def losses(self, out: Forward, done: float) -> tuple[Tensor, Tensor, Tensor]:
-        loss, error, extra = super().losses(out, done)
-        base, other = self.crosscoder.split(out.x - out.x_hat)
-        return loss + 2 * self.weight * (base * other).sum() / out.tokens, error, extra
-
-
 def trained(data: Data, name: str, store=None, trainer: type[Trainer] | None = None, **changes) -> CrossCoder:
     """A dictionary of the data's size and seed, trained once and kept in the data's folder."""
     config = replace(data.config, **changes)
@@ -93,3 +69,16 @@ def features(data: Data, crosscoder: CrossCoder, second, confidence) -> Claims:
     side = np.array(SIDES, dtype=object)[np.asarray(second, dtype=int)]
     rows = (crosscoder.rows(m, raw=True).numpy()[order] for m in crosscoder.names)
     return Claims.of(*rows, side[order], np.asarray(confidence)[order])
+
+
+def by_nrn(data: Data, crosscoder: CrossCoder) -> Claims:
+    """Confidence 2 |NRN - 1/2| (p = 2)."""
+    nrn = crosscoder.nrn(2, *data.store.models[::-1]).numpy()
+    return features(data, crosscoder, nrn > 0.5, 2 * np.abs(nrn - 0.5))
+
+
+def by_change(data: Data, solo: SoloCodes) -> tuple[np.ndarray, np.ndarray]:
+    """(does the second model use the feature more? [F], confidence 1 - exp(-|change of use|) [F])."""
+    base, other = data.store.models
+    change = use_table(solo, n_boot=1, model=other, reference=base)["change"].to_numpy()
+    return change > 0, 1 - np.exp(-np.abs(change))

@@ -85,6 +85,12 @@ def fit(name: str, data: Data) -> Claims:
     return FINDERS[name].find(data)
 
 
+def differences(data: Data, rows: np.ndarray) -> torch.Tensor:
+    """x_distilled - x_base on some rows of the store, both scaled [n, d]."""
+    base, other = data.scaled(rows)
+    return other - base
+
+
 def sided(
     data: Data, rows: np.ndarray, v: torch.Tensor, f: torch.Tensor, order=None, side: str = ""
 ) -> Claims:

@@ -5,6 +5,7 @@ easy         half of them, sparse and independent
 rare         as planted, but each model's own features fire on 0.5% of the tokens
 rarest       the same on 0.05%
 reweighted   no feature is one model's own; 16 are used four times as often by one model
+drift        as planted, but whatever both models have is rotated, and further, or rescaled
 control      the pair tiny_planted: the last 8 dimensions are the distilled model's own
 tiny         the embedded pair: what does the removal of a direction cost the behaviours?
 
@@ -49,6 +50,7 @@ EASY = replace(
     REGIME, shared=11, rotated=11, rescaled=2, base_only=4, distilled_only=4, l0=1.0, exponent=0.5,
     correlation=0.0, noise=0.01, dead_directions=0.0,
 )  # fmt: skip
+DRIFT = replace(REGIME, shared=0, rotated=36, rescaled=12, angle=70.0)
 USED = 0.25  # of the tokens on which a reweighted feature fires it does so in the other model
 
 
@@ -114,7 +116,10 @@ class Truth:
 
     @property
     def width(self) -> int:
-        return self.planted.width if self.planted else 104 if self.name == "control" else 96
+        """Numbers in a direction: of the planted regime, or as the base's configuration says."""
+        if self.planted:
+            return self.planted.width
+        return load_pair(self.pair).config("base").get_text_config().hidden_size
 
     def open(self, budget: Budget, seed: int, folder: Path, null: bool = False) -> Data:
         """The data, for a finder; whatever is made from them lies below ``folder``. With another seed
@@ -201,6 +206,7 @@ TRUTHS = {
         Truth("rare", "features of one model that fire on 0.5% of the tokens", 16, REGIME, Rare),
         Truth("rarest", "the same on 0.05%", 16, REGIME, Rarest),
         Truth("reweighted", "features that one model uses four times as often", 16, REGIME, Reweighted),
+        Truth("drift", "features of one model; whatever both have is rotated or rescaled", 16, DRIFT),
         Truth(
             "control",
             "what is written into the last 8 dimensions (pair tiny_planted)",

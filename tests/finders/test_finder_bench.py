@@ -59,7 +59,7 @@ def right_claims(truth):
     return Claims.of(*np.array(rows).swapaxes(0, 1), sides, np.ones(len(sides)))
 
 
-@pytest.mark.parametrize("name", ["planted", "easy", "rare", "rarest", "reweighted"])
+@pytest.mark.parametrize("name", ["planted", "easy", "rare", "rarest", "reweighted", "drift"])
 def test_a_file_with_the_truth_has_a_precision_and_a_recall_of_one(name, tmp_path):
     claims = right_claims(truths.TRUTHS[name])
     path = write_claims(tmp_path / "mine.json", "oracle", {(name, 0, False): claims})

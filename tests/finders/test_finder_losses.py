@@ -9,9 +9,11 @@ import torch
 
 from lib.crosscoder.model import CrossCoder
 from lib.crosscoder.training import TrainConfig, Trainer, train
-from lib.finders import bench, dictionaries
-from lib.finders.dictionary import Bridge, Delta, View, features
+from lib.finders import bench
+from lib.finders.dictionary import View, by_nrn, features
 from lib.finders.finder import FINDERS, Data, fit, sided
+from lib.finders.methods.bridge import Bridge
+from lib.finders.methods.delta import Delta
 from lib.settings import UserError
 from lib.study.planted import Planted, PlantedStore
 
@@ -126,7 +128,7 @@ def test_features_are_claimed_by_the_lengths_of_their_rows(data):
     crosscoder.W_dec[:, 12:] *= 0.5
     crosscoder.W_dec[:5, :12] = 0
     crosscoder.W_enc[7], crosscoder.b_enc[7] = 0, -1  # dead
-    claims = dictionaries.by_nrn(data, crosscoder)
+    claims = by_nrn(data, crosscoder)
     assert len(claims) <= 19 and (claims.side[claims.confidence > 0.9] == "distilled").all()
     confident = (claims.confidence > 0.9).sum()
     assert 0 < confident <= 5 and claims.confidence[confident:] == pytest.approx(1 / 3, abs=1e-5)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lib.finders import truths
-from lib.finders.claims import Claims
-from lib.finders.truths import EASY, REGIME, TRUTHS, Budget, Rare, Rarest, Reweighted
+from lib.finders import scores, truths
+from lib.finders.claims import SIDES, Claims
+from lib.finders.truths import DRIFT, EASY, REGIME, TRUTHS, Budget, Rare, Rarest, Reweighted
+from lib.models.pairs import Pair, load_pair
 from lib.settings import UserError
 from lib.study.planted import KINDS, PlantedStore
 
@@ -39,6 +40,35 @@ def test_reweighted_features_stand_in_both_models_and_are_used_by_one():
         assert used[1] / used[0] == pytest.approx(truths.USED, abs=0.05)
     shared = np.flatnonzero(store.kinds == KINDS.index("shared"))
     assert (store.used("base")[:, shared] != store.used("distilled")[:, shared]).nnz == 0
+
+
+def test_whatever_both_models_have_drifts_and_the_others_are_as_in_the_regime():
+    planted, drift = (PlantedStore(replace(p, tokens=TOKENS)) for p in (REGIME, DRIFT))
+    for kind in ONE_SIDED:
+        assert (drift.kinds == kind).sum() == (planted.kinds == kind).sum()
+    base, distilled = (drift.directions[m] / ratio for m, ratio in (("base", 1), ("distilled", 0.916)))
+    lengths = np.linalg.norm(base, axis=1), np.linalg.norm(distilled, axis=1)
+    rotated, rescaled = (drift.kinds == KINDS.index(kind) for kind in ("rotated", "rescaled"))
+    assert rotated.sum() + rescaled.sum() + 16 == len(drift.kinds) == REGIME.features
+    assert (base * distilled).sum(1)[rotated] == pytest.approx(np.cos(np.radians(70)))
+    assert lengths[0][rotated] == pytest.approx(lengths[1][rotated])
+    ratio = lengths[1][rescaled] / lengths[0][rescaled]
+    assert np.sort(ratio) == pytest.approx([1 / 3] * 6 + [3] * 6)
+    assert (base * distilled).sum(1)[rescaled] == pytest.approx(np.prod(lengths, axis=0)[rescaled])
+
+
+def test_who_takes_drift_for_something_new_loses_precision(tmp_path):
+    """Claims of all features, by how much their rows differ."""
+    precision = {}
+    for name in ("planted", "drift"):
+        truth = TRUTHS[name]
+        data = truth.open(Budget(planted_tokens=TOKENS), 0, tmp_path)
+        rows = [data.store.directions[m] * data.store.scales[m] for m in SIDES]
+        side = np.where(np.linalg.norm(rows[1], axis=1) > np.linalg.norm(rows[0], axis=1), *SIDES[::-1])
+        differ = np.linalg.norm(rows[1] - rows[0], axis=1)
+        claims = Claims.of(*rows, side, differ / differ.max())
+        precision[name] = scores.score(truth, data, claims, 0)["precision"]
+    assert precision["drift"] < precision["planted"] - 0.2
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +130,13 @@ def test_the_control_is_judged_by_its_dimensions():
     assert recall(np.array([False, False, True, True])) == 0
 
 
-def test_widths_are_those_of_the_pairs():
-    from lib.models.pairs import load_pair
-
-    for truth in TRUTHS.values():
-        if truth.pair:
-            config = load_pair(truth.pair).load("base").config
-            assert truth.width == config.hidden_size
+def test_widths_are_those_of_weights_that_are_not_loaded(monkeypatch):
+    expected = {
+        name: load_pair(one.pair).load("base").get_input_embeddings().weight.shape[1] if one.pair else 24
+        for name, one in TRUTHS.items()
+    }
+    monkeypatch.setattr(Pair, "load", None)
+    assert {name: one.width for name, one in TRUTHS.items()} == expected
 
 
 def test_an_unknown_truth_is_named():
