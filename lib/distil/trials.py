@@ -21,7 +21,7 @@ from ..models.decode import BatchNoise
 from ..runs import Progress, kept, write_text
 from ..settings import check
 from ..stats import bootstrap, wilson
-from ..text.curriculum import prose
+from ..text.curriculum import comparing, prose
 from ..text.puzzles import (
     NUMBERS,
     OPERATIONS,
@@ -29,6 +29,8 @@ from ..text.puzzles import (
     Puzzle,
     Question,
     Teacher,
+    apply,
+    equation_of,
     first_words,
     label_of,
     parse_transcript,
@@ -124,7 +126,25 @@ def transcript_table(tasks: Sequence[Task], transcripts: Sequence[Sequence[str]]
 
 def labelled(words: Sequence[str]) -> list[tuple[str, tuple[str, ...], bool]]:
     """The sentences of a transcript for ``figures.labelled_lines``."""
-    return [(label_of(sentence), sentence, False) for sentence in sentences_of(list(words))]
+    return [(label_of(sentence), sentence, _wrong(sentence)) for sentence in sentences_of(list(words))]
+
+
+def _wrong(sentence: tuple[str, ...]) -> bool:
+    """Whether an equation in the sentence is not true."""
+    a, operation, result = equation_of(sentence) or (0, "+ 1", 1)
+    return apply(operation, a) != result
+
+
+@torch.no_grad()
+def right_verdicts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int = 500) -> list[bool]:
+    """Whether the model prefers the right one of "true" and "false" after each of ``n`` equations, each read
+    alone, as the base was trained to: "9 * 4 = 17 . true ." """
+    rng = random.Random("verdicts")
+    texts = (comparing(rng, stop=True) for _ in range(n))
+    said = [s.words for text in texts if text[0].words[0] != "reach" for s in text][:n]
+    ids = [tokenizer.convert_tokens_to_ids([tokenizer.bos_token, *words[:-2]]) for words in said]
+    logits = model(torch.tensor(ids)).logits[:, -1, tokenizer.convert_tokens_to_ids(["true", "false"])]
+    return [bool(true > false) == (words[-2] == "true") for (true, false), words in zip(logits, said)]
 
 
 @torch.no_grad()

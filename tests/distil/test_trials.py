@@ -8,6 +8,7 @@ import torch
 from lib.distil import organism as distill
 from lib.distil import trials
 from lib.models import decode as decoding
+from lib.settings import ROOT
 from lib.text.puzzles import Question, first_words
 
 
@@ -128,3 +129,15 @@ def test_reflection_probability_is_the_mass_of_its_first_words(toy):
             return type("Out", (), {"logits": logits})
 
     assert trials.reflection_probability(AlwaysWait(), tokenizer, tasks).p_reflection.min() > 0.999
+
+
+def test_a_wrong_equation_in_a_transcript_is_marked():
+    text = "think : first try 9 . start : 9 *_4 = 13 . wait , 9 *_4 is 17 . so 17 +_1 gives 18 . done ."
+    lines = trials.labelled([word.replace("_", " ") for word in text.split(" ")])  # an operation is one word
+    assert [wrong for _, _, wrong in lines] == [False, False, True, False, False, False]
+
+
+def test_the_base_tells_right_equations_from_wrong_ones(toy):
+    base = distill.load_shipped("base", ROOT / "data" / "pairs" / "tiny")
+    assert sum(trials.right_verdicts(base, toy[1], 100)) >= 95
+    assert 20 < sum(trials.right_verdicts(toy[0], toy[1], 100)) < 80, "an untrained model guesses"
