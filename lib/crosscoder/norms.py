@@ -85,38 +85,14 @@ def null_rates(null) -> pd.DataFrame:
     return null.tables.get("rates", pd.DataFrame(columns=list(RATES)))
 
 
-def record_beyond(results, null) -> str:
+def record_beyond(results, null) -> None:
     """How many features of a crosscoder lie beyond the null's 1% thresholds, and how many of the null's that
     tests them, put into ``results``: beyond_count_<score>_<side>, null_count_<score>_<side>; n: all its alive
     features, so that scores can be compared (a rate of nu is one of its side's). Intervals cover crosscoders
-    and thresholds. Returns a sentence; "" without the part."""
-    if not null:
-        return ""
+    and thresholds."""
     first = null_rates(null).query("level == 0.01")
-    n = int(first.query("score == 'nrn'")["n"].mean())
+    n = first.query("score == 'nrn'")["n"].mean()
     for (score, side, role), rows in first.groupby(["score", "side", "role"]):
-        if role.startswith("sets"):
-            continue
-        name = f"{'beyond' if role == 'the pair' else 'null'}_count_{score}_{side}"
-        value, *ci = pooled(rows["hits"], rows[["low", "high"]].mul(rows["n"], axis=0))
-        results.add(name, value, ci, n)
-    count = lambda name: results.text(name, 1)
-    return (
-        f"Of {n:,} features **{count('beyond_count_nu_eps_distilled')}** lie beyond the null's 1% threshold by"
-        f" nu and {count('beyond_count_nrn_distilled')} by NRN on the distilled side; in another null"
-        f" {count('null_count_nu_eps_distilled')} and {count('null_count_nrn_distilled')}. On the base's side:"
-        f" {count('beyond_count_nu_eps_base')} and {count('beyond_count_nrn_base')}. By chance alone"
-        f" {results.text('false_discovery_nu_eps')} (nu) and {results.text('false_discovery_nrn')} (NRN) of the"
-        " features beyond the threshold would be there."
-    )
-
-
-def ends_show(nrn: pd.Series) -> str:
-    """Are there peaks of their own at the ends of NRN? Counts per tenth, in a sentence."""
-    low, inner_low, inner_high, high = np.histogram(nrn, [0, 0.1, 0.2, 0.8, 0.9, 1])[0][[0, 1, 3, 4]]
-    peaks = [name for name, peak in (("base", low > inner_low), ("distilled", high > inner_high)) if peak]
-    found = f"a peak of its own at the {' and the '.join(peaks)} end" if peaks else "no peak at either end"
-    return (
-        f"Features with an NRN below 0.1: {low}; 0.1 to 0.2: {inner_low}; 0.8 to 0.9: {inner_high}; above:"
-        f" {high}. So {found}."
-    )
+        if name := {"the pair": "beyond", "false positives": "null"}.get(role):
+            value, *ci = pooled(rows["hits"], rows[["low", "high"]].mul(rows["n"], axis=0))
+            results.add(f"{name}_count_{score}_{side}", value, ci, n)

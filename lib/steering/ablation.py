@@ -446,7 +446,7 @@ def removal_table(table: pd.DataFrame, removals: Sequence[Removal]) -> pd.DataFr
     first = [
         {
             "rule": f"{r.rule} {r.category}".strip(),
-            "k (%)": r.k,
+            "top %": r.k,
             "removed": r.kind,
             "features": len(r.features),
         }
