@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from torch.nn.functional import cosine_similarity
 
-from ..stats import bootstrap, wilson
+from ..stats import bootstrap, pooled, wilson
 from .codes import firing_frequency
 from .model import CrossCoder
 
@@ -78,3 +78,16 @@ RATES = ("score", "side", "level", "rate", "low", "high", "hits", "n", "pair", "
 def null_rates(null) -> pd.DataFrame:
     """Shares of features beyond the null's thresholds, of the part "nulls"; empty if not computed."""
     return null.tables.get("rates", pd.DataFrame(columns=list(RATES)))
+
+
+def record_beyond(results, null) -> None:
+    """How many features of a crosscoder lie beyond the null's 1% thresholds, and how many of the null's that
+    tests them, put into ``results``: beyond_count_<score>_<side>, null_count_<score>_<side>; n: all its alive
+    features, so that scores can be compared (a rate of nu is one of its side's). Intervals cover crosscoders
+    and thresholds."""
+    first = null_rates(null).query("level == 0.01")
+    n = first.query("score == 'nrn'")["n"].mean()
+    for (score, side, role), rows in first.groupby(["score", "side", "role"]):
+        if name := {"the pair": "beyond", "false positives": "null"}.get(role):
+            value, *ci = pooled(rows["hits"], rows[["low", "high"]].mul(rows["n"], axis=0))
+            results.add(f"{name}_count_{score}_{side}", value, ci, n)

@@ -27,26 +27,50 @@ def training_curves(log: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
     return plain_titles(fig.update_xaxes(title_text="tokens shown")), curves
 
 
-def nrn_histogram(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
-    """Histograms of NRN with p = 1 and p = 2, from the alive features of a census; square-root counts."""
+def nrn_histogram(alive: pd.DataFrame, null: Part | None = None) -> tuple[go.Figure, pd.DataFrame]:
+    """Histograms of NRN with p = 1 and p = 2, from the alive features of a census; square-root counts. With
+    the part "nulls": beside them those of the null pair that tests its thresholds, and these."""
     centres, edges = np.arange(0.01, 1, 0.02).round(2), np.linspace(0, 1, 51)
-    norms = {"p = 1 (paper)": alive.nrn_p1, "p = 2": alive.nrn_p2}
-    counts = pd.concat(
-        pd.DataFrame({"norm": norm, "NRN": centres, "features": np.histogram(nrn, bins=edges)[0]})
-        for norm, nrn in norms.items()
-    )
+    norms, other = {"nrn": "p = 1 (paper)", "nrn_p2": "p = 2"}, pd.DataFrame(columns=["nrn", "nrn_p2"])
+    if null:
+        other = null.tables["null_scores"].query("alive")
+        other = other[other["pair"] == other["pair"].iloc[-1]]
+    counts = pd.DataFrame()
+    for (column, norm), nrn in zip(norms.items(), (alive.nrn_p1, alive.nrn_p2)):
+        own, noise = (np.histogram(x, bins=edges)[0] for x in (nrn, other[column].astype(float)))
+        part = pd.DataFrame({"norm": norm, "NRN": centres, "features": own, "null": noise})
+        counts = pd.concat([counts, part], ignore_index=True)
     fig = px.bar(
-        counts.assign(root=np.sqrt(counts.features)), x="NRN", y="root", facet_row="norm",
-        hover_data=["features"], title="Which model's are the alive features?", height=480,
-    )  # fmt: skip
-    most = int(counts.features.max())
+        counts.assign(root=np.sqrt(counts.features)),
+        x="NRN",
+        y="root",
+        facet_row="norm",
+        hover_data=["features"],
+        title="Which model's are the alive features?",
+        height=480,
+    )
+    fig.update_traces(marker_color=COLOURS["distilled"], name="this pair").update_layout(bargap=0.05)
+    plain_titles(fig)
+    if null:
+        limits = (
+            null.tables["thresholds"].query("level == 0.01").groupby(["score", "side"])["threshold"].mean()
+        )
+        for row, (column, norm) in enumerate(reversed(norms.items()), start=1):  # plotly counts from below
+            part = counts[counts["norm"] == norm]
+            look = dict(mode="lines", line=dict(shape="hvh", color="#222222", width=1.2), name="a null pair")
+            fig.add_scatter(
+                x=part["NRN"], y=np.sqrt(part["null"]), showlegend=row == 1, **look, row=row, col=1
+            )
+            for limit in limits[column]:
+                fig.add_vline(x=limit, line_dash="dot", line_width=1, line_color="#444444", row=row, col=1)
+        fig.data[0].showlegend = True
+    most = int(counts[["features", "null"]].to_numpy().max())
     ticks = np.unique(np.square(np.linspace(0, most**0.5, 5)).round().astype(int))  # evenly spaced as drawn
     fig.update_yaxes(tickvals=np.sqrt(ticks), ticktext=list(map(str, ticks)), title_text="features")
     fig.update_yaxes(range=[0, 1.05 * most**0.5])
     fig.update_xaxes(range=[0, 1])
     fig.update_xaxes(title_text="NRN: 0 base only, 0.5 shared, 1 distilled only", row=1)
-    fig.update_traces(marker_color=COLOURS["distilled"]).update_layout(bargap=0.05)
-    return plain_titles(fig), counts
+    return fig, counts if null else counts.drop(columns="null")
 
 
 def row_cosines(alive: pd.DataFrame) -> tuple[go.Figure, pd.DataFrame]:
@@ -93,19 +117,29 @@ def nrn_beside_null(own: pd.DataFrame, null: Part) -> tuple[go.Figure, pd.DataFr
 
 
 def by_k(table: pd.DataFrame) -> go.Figure:
-    """Recurrence, and how well the crosscoders describe the models, over k: by_k of the part "seeds"."""
-    names = {"stability": "median cosine with matches", "chance": "the same by chance"}
-    names |= {"recurrent": "recurrent features", "fve_distilled": "FVE"}
-    names["ce_recovered_distilled"] = "CE recovered"
+    """Recurrence, and how well the crosscoders describe the models, over k: the table by_k of the study's
+    part "seeds"."""
+    cosine, share = "cosine with matches", "share"
+    names = {"stability": ("median", cosine), "chance": ("median by chance", cosine)}
+    names |= {"recurrent": ("recurrent features", share), "fve_distilled": ("FVE", share)}
+    names |= {"ce_recovered_distilled": ("CE recovered", share)}
     rows = []
-    for column, name in names.items():
-        value, (low, high) = table[column], (table.get(f"{column}_{end}", table[column]) for end in ENDS)
-        rows.append(pd.DataFrame({"k": table["k"], "of 1": value, "low": low, "high": high, "curve": name}))
+    for column, (name, panel) in names.items():
+        low, high = (table.get(f"{column}_{end}", table[column]) for end in ("low", "high"))
+        rows.append(table[["k"]].assign(value=table[column], low=low, high=high, curve=name, panel=panel))
     lines = pd.concat(rows, ignore_index=True)
     fig = px.line(
-        lines, x="k", y="of 1", color="curve", color_discrete_map=dict(zip(names.values(), BY_K)),
-        markers=True, log_x=True, title="More features per token describe more, and recur less",
-        **express_bars(lines, "of 1", "low", "high"),
-    )  # fmt: skip
+        lines,
+        x="k",
+        y="value",
+        color="curve",
+        facet_col="panel",
+        color_discrete_map=dict(zip((name for name, _ in names.values()), BY_K)),
+        **express_bars(lines, "value", "low", "high"),
+        markers=True,
+        log_x=True,
+        width=900,
+        title="More features per token describe more, and recur less",
+    )
     fig.update_xaxes(title_text="k, features per token", tickvals=table["k"].tolist())
-    return fig.update_yaxes(range=[0, 1.02], title_text="")
+    return plain_titles(fig.update_yaxes(range=[0, 1.02], title_text=""))

@@ -33,7 +33,7 @@ from ..runs import Run, fingerprint, kept, kept_table
 from ..settings import UserError, check
 from . import lens as lens
 from .contexts import activations_at, by_strength, headline, map_of_features, strongest, window
-from .table import Inspection, inspect_run
+from .table import PLACES, Inspection, inspect_run
 
 ARRAYS = ("bounds", "rows", "values")  # of ``Columns``
 PAGE = 200  # rows of the table at a time
@@ -250,7 +250,11 @@ class Explorer:
             "explained by the token alone (R²)": number("token_r2", ".2f"),
             "ν_ε": number("nu_eps", ".2f"),
             "recurs in other crosscoders (cosine)": number("stability", ".2f"),
-            **{f"AUROC before {c}": number(f"auroc_{c}", ".2f") for c in CATEGORIES},
+            **{
+                f"AUROC before {c}, at the {name}": number(f"{column}_{c}", ".2f")
+                for c in CATEGORIES
+                for name, column in (("value", PLACES["value"]), ("full stop", PLACES["before"]))
+            },
         }
         shown = "; ".join(f"{name} <b>{value}</b>" for name, value in facts.items() if value is not None)
         text = f"<p>{shown}.</p><p>By rule: <b>{html.escape(str(row['label']) or 'no label')}</b>"

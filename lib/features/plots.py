@@ -88,16 +88,23 @@ def token_tests(tests: pd.DataFrame) -> go.Figure:
     """How often each category's features fire in each test, pooled over crosscoders (``detectors.pooled``);
     small points are single ones."""
     names = {"before": "before the sentence", "marker": "at its first token"}
+    tests = tests.assign(chosen=tests["where"].map(names))
     fig = _with_intervals(
-        tests.assign(chosen=tests["where"].map(names)), x="rate", y="test", color="chosen", symbol="chosen",
-        color_discrete_sequence=[COLOURS["distilled"], COLOURS["base"]], height=560,
+        tests,
+        x="rate",
+        y="test",
+        color="chosen",
+        symbol="chosen",
+        height=560,
+        color_discrete_sequence=[COLOURS["distilled"], COLOURS["base"]],
         title="Do the features follow the word or its function?",
         labels={"rate": "fires", "test": "", "chosen": "chosen"},
     )  # fmt: skip
     fig.update_xaxes(range=[-0.05, 1.05], tickformat=".0%", dtick=0.5)
     fig.update_yaxes(range=[-0.5, tests["test"].nunique() - 0.5])
     fig.update_layout(scattermode="group", scattergap=0.4).update_traces(orientation="h")  # side by side
-    return _with_single_ones(fig, tests, "rate", "test").update_layout(legend=dict(orientation="h", y=-0.2))
+    fig = _with_single_ones(fig, tests, "rate", "test", "chosen")
+    return fig.update_layout(legend=dict(orientation="h", y=-0.2))
 
 
 def _with_intervals(tests: pd.DataFrame, x: str, y: str, **options) -> go.Figure:
@@ -108,13 +115,18 @@ def _with_intervals(tests: pd.DataFrame, x: str, y: str, **options) -> go.Figure
     return plain_titles(px.scatter(tests.drop(columns="each"), x=x, y=y, **bars, **options))
 
 
-def _with_single_ones(fig: go.Figure, tests: pd.DataFrame, x: str, y: str) -> go.Figure:
-    """Small grey points for the values of single crosscoders (column ``each``), if there are several."""
-    for column, (_, part) in enumerate(tests.groupby("category", sort=False), start=1):
-        single = part.explode("each")
-        if len(single) > len(part):
-            points = dict(x=single["each"], y=single[y], mode="markers", hoverinfo="x", showlegend=False)
-            fig.add_scatter(**points, marker=dict(size=4, color="#777777"), row=1, col=column)
+def _with_single_ones(fig: go.Figure, tests: pd.DataFrame, x: str, y: str, series: str = "") -> go.Figure:
+    """Small points for the values of single crosscoders (column ``each``), if there are several: grey, or
+    beside their ``series`` (a column) in its colour."""
+    colours = {trace.name: trace.marker.color for trace in fig.data}
+    for column, (_, panel) in enumerate(tests.groupby("category", sort=False), start=1):
+        for name, part in panel.groupby(series, sort=False) if series else [("", panel)]:
+            single = part.explode("each")
+            if len(single) > len(part):
+                points = dict(x=single["each"], y=single[y], mode="markers", hoverinfo="x", showlegend=False)
+                points |= dict(offsetgroup=name, orientation="h") if series else {}
+                look = dict(size=4, color=colours[name] if series else "#777777", opacity=0.6)
+                fig.add_scatter(**points, marker=look, row=1, col=column)
     return fig
 
 
@@ -168,12 +180,21 @@ def scaling(table: pd.DataFrame, above: np.ndarray, threshold: float) -> tuple[g
 
 
 def use(table: pd.DataFrame, limit: float) -> tuple[go.Figure, pd.DataFrame]:
-    """Change of use along NRN (``use.record``): (figure, points). Dotted: 99% of the null's."""
-    kinds = {"unique": "#222222", "reweighted": COLOURS["verification"], "unchanged": COLOURS["null"]}
-    alive = table[table["alive"]]
+    """Change of use along NRN (``use.record``): (figure, points). The dotted lines hold 99% of the null's
+    features."""
+    kinds = {"unique": ("NRN beyond the null", "#222222")}
+    kinds |= {"reweighted": ("used differently", COLOURS["verification"])}
+    kinds |= {"unchanged": ("neither", COLOURS["null"])}
+    alive, names = table[table["alive"]], {kind: name for kind, (name, _) in kinds.items()}
     fig = px.scatter(
-        alive, x="nrn", y="change", color="kind", color_discrete_map=kinds,
-        category_orders={"kind": list(kinds)}, opacity=0.6, hover_data=["feature", "q"],
+        alive.assign(kind=alive["kind"].replace(names)),
+        x="nrn",
+        y="change",
+        color="kind",
+        color_discrete_map=dict(kinds.values()),
+        category_orders={"kind": list(names.values())},
+        opacity=0.6,
+        hover_data=["feature", "q"],
         title="How differently do the models use each feature?",
         labels={"nrn": "NRN", "change": "change of use, distilled against base (log)", "kind": ""},
     )  # fmt: skip

@@ -7,20 +7,7 @@ independent, and Wilson's intervals hold. A feature *fires* if its joint code is
 it was chosen to fire: ``marker``, the first three tokens of a sentence of c ("wait , 9"), or ``before``, the
 last token before the sentence, where the next category is decided, or the value before that token.
 
-=================  ===========================================================================================
-in context         new traces of the teacher: a sentence of c, chosen at random
-other sentences    the same traces, before (in) a sentence of another kind
-telltale wording,  ``marker``: the sentence of c opens with a telltale word; or is one of the teacher's
-other wording,     paraphrases without it ("that should be 4 ."); or is worded as no model has ever seen
-new wording        ("look , 9 * 4 = 17 ."). ``before``: the same of the sentence that *ends* there, for that
-                   is all that the feature can have read
-injected           the telltale opening ("wait ,") put into unrelated prose, half of the time where a sentence
-                   begins: at its first token or within the next two
-neutral            the same places with words of like frequency that no trace contains, commas kept
-unrelated text     the same places with nothing put in
-full stops         ``before`` only: ends of sentences of that prose: the same token, another function
-decoys             the telltale words where prose has them in another sense ("wait for the bus")
-=================  ===========================================================================================
+The texts are those of ``MEANINGS``.
 
 **Real text** (``text_trials``) was not written to order: the three wordings are missing, and the rest is cut
 out of documents of the split "report", as stretches of at most ``CONTEXT`` tokens. There an *opening* is one
@@ -83,8 +70,19 @@ PLAIN_OPENINGS = {  # of the teacher's paraphrases that do without the category'
 }
 NEW_WORDINGS = dict(text_table("puzzles")["new_wordings"])  # of known words, and in no training text
 NEW_WORDINGS["start"] = NEW_WORDINGS["deduction"]
-TESTS = ("in context", "other sentences", "telltale wording", "other wording", "new wording")
-TESTS += ("injected", "neutral", "unrelated text", "full stops", "decoys")
+MEANINGS = {  # test: its texts; c is the category, *its place* the first three tokens, or the end before
+    "in context": "new traces of the teacher: a sentence of c, chosen at random",
+    "other sentences": "the same traces, at its place in a sentence of another kind",
+    "telltale wording": "the sentence of c (before it: the one that ends there) opens with a telltale word",
+    "other wording": "the same with one of the teacher's paraphrases without it ('that should be 4 .')",
+    "new wording": "the same, worded as no model has ever seen ('look , 9 * 4 = 17 .')",
+    "injected": "the telltale opening ('wait ,') put into unrelated prose, half of it at a sentence's start",
+    "neutral": "the same places with words of like frequency that no trace contains, commas kept",
+    "unrelated text": "the same places with nothing put in",
+    "full stops": "before only: ends of sentences of that prose: the same token, another function",
+    "decoys": "the telltale words where prose has them in another sense ('wait for the bus')",
+}
+TESTS = tuple(MEANINGS)
 POSITIONS = ("before", "marker")
 AT_ENDS = ("in context", "other sentences", "telltale wording", "other wording", "new wording", "full stops")
 COLUMNS = ["category", "where", "feature", "test", "rate", "low", "high", "n"]

@@ -428,12 +428,19 @@ def own_effects(
 
 def removal_table(table: pd.DataFrame, removals: Sequence[Removal]) -> pd.DataFrame:
     """One row per removal: how many features, their mean frequency (split "choose") and NRN."""
-    columns, rows = table.set_index("feature")[["frequency_choose", "nrn"]], []
-    for r in removals:
-        means = columns.loc[list(r.features)].mean()
-        rows.append((f"{r.rule} {r.category}".strip(), r.k, r.kind, len(r.features), *means))
-    names = ["rule", "k (%)", "removed", "features", "mean firing frequency", "mean NRN"]
-    return pd.DataFrame(rows, columns=names).round(3)
+    columns = table.set_index("feature")[["frequency_choose", "nrn"]]
+    means = pd.DataFrame([columns.loc[list(r.features)].mean() for r in removals])
+    means.columns = ["mean firing frequency", "mean NRN"]
+    first = [
+        {
+            "rule": f"{r.rule} {r.category}".strip(),
+            "top %": r.k,
+            "removed": r.kind,
+            "features": len(r.features),
+        }
+        for r in removals
+    ]
+    return pd.concat([pd.DataFrame(first), means], axis=1).round(3)
 
 
 @dataclass

@@ -232,11 +232,13 @@ class Playground:
         last one that comes is the whole. To stop, stop asking.
 
         ``feature``: a number, a category with a chosen feature, "random", or a direction; ``strength`` in
-        mean residual norms, negative to take away; ``where``: "prompt", "thinking" or "all"; ``seed``: of the
-        random numbers, the playground's by default. UserError for what does not exist."""
+        mean residual norms, negative to take away; ``where``: "prompt", "thinking", "ends" (its full stops)
+        or "all"; ``seed``: of the random numbers, the playground's by default. UserError for what does not
+        exist.
+        """
         direction = self.direction(feature, model)
         strength = float(check("strength", strength, float, low=-STRONGEST, high=STRONGEST))
-        check("where", where, str, choices=generate.STEERED)
+        check("where", where, str, choices=(*generate.STEERED, "ends"))
         seed = check("seed", self.seed if seed is None else seed, int)
         task, vector = self.task(prompt, model), strength * direction.vector
         how = f"{model} model, {direction.name} at strength {strength:g}, where: {where}, seed {seed}"

@@ -16,11 +16,13 @@ from ..distil.trials import labelled
 from ..figures import COLOURS, error_bars, express_bars, plain_titles
 from ..labels import CATEGORIES
 from .ablation import REMOVED
+from .report import LAYER_NAMES
 from .search import REFERENCES
 
 KINDS = {"features": "#222222", "matched": COLOURS["null"], "random": COLOURS["random"]}
 WHO = {"features": "#222222", "gradient": "#7570B3", "mode": "#1B9E77", "random": COLOURS["random"]}
 SMALL = {"size": 5, "opacity": 0.45}
+SHAPES = ("circle", "square", "x", "triangle-up")  # of the groups of ``points``, in order
 SETS = {"features": 0, "attributed": 1}  # sets of features of a category, in whole thoughts
 
 
@@ -28,13 +30,14 @@ def ablation(pooled: pd.DataFrame, singles: pd.DataFrame, value: str = "log_prob
     """What the first token of a sentence loses without the frequent features, by k; a row of panels per
     model. ``pooled``: ``ablation.pool``; ``singles``: ``summarise`` of each crosscoder."""
     pooled, singles = (
-        t[t["rule"] == "frequent"].sort_values("k").assign(k=lambda t: t["k"].map("{:g} %".format))
+        t[t["rule"] == "frequent"].sort_values("k").assign(k=lambda t: t["k"].map("top {:g}%".format))
         for t in (pooled, singles)
     )
     order = {"removed": list(REMOVED), "category": CATEGORIES, "k": list(pooled["k"].unique())}
     fig = points(
         singles, pooled, "k", value, "removed", KINDS, facet_col="category", facet_row="model", width=1100,
-        height=560, category_orders=order, title="What the first token of a sentence loses, by k",
+        height=560, category_orders=order,
+        title="What the first token of a sentence loses without frequent features",
     )  # fmt: skip
     fig.update_layout(boxmode="group", scattermode="group").update_xaxes(type="category")
     return fig.update_yaxes(title_text=f"change of its {value.replace('_', '-')}", col=1)
@@ -46,7 +49,10 @@ def points(
     """Small points of single crosscoders beside the mean (a diamond) with its interval, ``y``_low to
     ``y``_high. ``how``: of plotly.express."""
     fig = px.strip(singles, x=x, y=y, color=colour, color_discrete_map=dict(colours), **how)
-    fig.update_traces(marker=SMALL, jitter=0.6).update_layout(boxmode="overlay")
+    fig.update_traces(marker=SMALL, jitter=0.6)
+    fig.update_layout(boxmode="overlay", legend_itemsizing="constant")
+    shapes = dict(zip(colours, SHAPES))
+    fig.for_each_trace(lambda t: t.update(marker_symbol=shapes.get(t.name, "circle")))
     means = px.scatter(
         pooled, x=x, y=y, color=colour, color_discrete_map=dict(colours), **how, **express_bars(pooled, y)
     )
@@ -54,6 +60,8 @@ def points(
     known = set(singles[colour])
     means.for_each_trace(lambda t: t.update(showlegend=bool(t.showlegend) and t.name not in known))
     fig.add_traces(means.data)
+    mean = dict(symbol="diamond", size=9, color="#222222")
+    fig.add_scatter(x=[None], y=[None], mode="markers", name="mean, 95%", marker=mean)
     return plain_titles(fig.update_xaxes(title_text=""))
 
 
@@ -62,7 +70,7 @@ def ablation_per_norm(pooled: pd.DataFrame, singles: pd.DataFrame) -> go.Figure:
     fig = points(
         singles, pooled, "removed", "per_norm", "removed", KINDS, facet_col="category", facet_row="model",
         category_orders={"category": CATEGORIES, "removed": list(REMOVED)}, width=1000, height=560,
-        title=f"Per unit of removed norm (k = {pooled['k'].iloc[0]:g} %)",
+        title=f"Per unit of removed norm (top {pooled['k'].iloc[0]:g}%)",
     )  # fmt: skip
     return fig.update_yaxes(title_text="logit per mean norm", col=1)
 
@@ -84,8 +92,9 @@ def search(table: pd.DataFrame) -> go.Figure:
     against accuracy; a panel per layer."""
     who = table["crosscoder"].map(REFERENCES).fillna("feature")
     fig = px.scatter(
-        table.assign(direction_of=who), x="length_ratio", y="accuracy_change", color="label",
-        symbol="direction_of", facet_col="layer", color_discrete_map=COLOURS, opacity=0.6, width=1000,
+        table.assign(direction_of=who, layer=table["layer"].replace(LAYER_NAMES)), x="length_ratio",
+        y="accuracy_change", color="label", symbol="direction_of", facet_col="layer", opacity=0.6,
+        color_discrete_map=COLOURS, width=1000,
         symbol_map={"gradient": "x", "mode": "diamond", "feature": "circle"},
         hover_data=["direction", "strength", "place"],
         title="The search on validation puzzles: each point is one direction at one strength",
@@ -113,9 +122,19 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
                     if (name := f"{prefix}_{value}_{layer}") not in metrics:  # no thought is careful
                         continue
                     metric = metrics[name]
-                    key = {"aim": label, "measure": measure, "what": f"{layer}: {who}", "who": who}
-                    ends = dict(zip(("value_low", "value_high"), metric["ci"]))
-                    rows.append({**key, "value": metric["value"], **ends})
+                    key = {
+                        "aim": label,
+                        "measure": measure,
+                        "what": f"{LAYER_NAMES[layer]}:<br>{who}",
+                        "who": who,
+                    }
+                    rows.append(
+                        {
+                            **key,
+                            "value": metric["value"],
+                            **dict(zip(("value_low", "value_high"), metric["ci"])),
+                        }
+                    )
                     single += [{**key, "value": own[0]} for own in metric.get("seeds", ())]
     data = pd.DataFrame(rows)
     fig = points(
@@ -145,13 +164,14 @@ def specificity(grid: pd.DataFrame, strength: float) -> go.Figure:
         np.log2(grid.clip(lower=2**-4, upper=2**4)), text_auto=".1f", zmin=-4, zmax=4,
         color_continuous_scale="RdBu_r", aspect="auto",
         title=f"Rates with a feature added (strength {strength:g}), as powers of 2",
-        labels={"x": "rate of", "y": "feature of", "color": "log2"},
+        labels={"x": "rate of", "y": "feature of", "color": "log2 of the<br>rate's ratio"},
     )  # fmt: skip
 
 
 def gallery(written: Mapping[str, Mapping[str, Sequence[str]]], joiner: str, n: int = 120):
-    """Thoughts side by side, {prompt: {condition: tokens}}, each cut to ``n`` tokens, as HTML. Those of
-    puzzles have a line per sentence in the colour of its label (hover for its name)."""
+    """Thoughts side by side, {prompt: {condition: tokens}}, as HTML: of each ``n`` tokens,
+    from before the first at which they differ if that comes late. Those of puzzles have a line per sentence
+    in the colour of its label (hover for its name)."""
     from IPython.display import HTML
 
     def lines(words: Sequence[str]) -> str:
@@ -165,9 +185,11 @@ def gallery(written: Mapping[str, Mapping[str, Sequence[str]]], joiner: str, n: 
 
     parts = []
     for prompt, conditions in written.items():
+        same = next((i for i, w in enumerate(zip(*conditions.values())) if len({*w}) > 1), 0)
+        a = same - n // 4 if same > n // 2 else 0
         columns = "".join(
-            f'<div style="flex:1"><b>{html.escape(name)}</b> ({len(words)} tokens){lines(words[:n])}'
-            f"{' …' if len(words) > n else ''}</div>"
+            f'<div style="flex:1"><b>{html.escape(name)}</b> ({len(words)} tokens){"… " if a else ""}'
+            f"{lines(words[a : a + n])}{' …' if len(words) > a + n else ''}</div>"
             for name, words in conditions.items()
         )
         parts.append(f"<p>{html.escape(prompt)}</p><div style='display:flex;gap:16px'>{columns}</div>")

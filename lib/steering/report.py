@@ -104,7 +104,7 @@ def ablation_shows(results: Results) -> str:
     """Which categories lose support, by logit and by log-probability."""
     table = results.tables["ablation"]
     k = max(row[table["columns"].index("k")] for row in table["rows"])
-    lines = [f"At k = {k:g} %, the interval lies below 0 for these categories:"]
+    lines = [f"The top {k:g}%: the interval lies below 0 for these categories:"]
     for key in ABLATED:
         logit, log_probability = (_and(_lowered(results, f"{{}}_{key}", e)) for e in ("", "_log_probability"))
         lines.append(f"- {key}: {logit} by logit; {log_probability} by log-probability")
@@ -336,12 +336,22 @@ def observed(results: Results) -> dict[str, str]:
 
     end = "_log_probability"
     seen = {
-        "distilled": shown("{}_distilled"),
-        "base": f"difference: {shown('{}_over_base')}",
-        "random": f"difference: {shown('{}_over_random')}",
-        "per norm": f"difference: {shown('{}_over_matched', '_per_norm')}",
+        "distilled": f"{shown('{}_distilled')}; log-probability: {shown('{}_distilled', end)}",
+        **{
+            key: f"difference: {shown(f'{{}}_over_{key}')}; log-probability: {shown(f'{{}}_over_{key}', end)}"
+            for key in ("base", "random")
+        },
+        "per norm": f"difference: {shown('{}_over_matched', '_per_norm')}; log-probability, not per norm:"
+        f" {shown('{}_over_matched', end)}",
         "unique": f"{shown('{}_unique', end)}; minus matched: {shown('{}_unique_over_matched', end)}",
     }
-    return seen | {
-        f"attributed, {c}": "; ".join(_beside_controls(results, c, "attributed")) for c in CATEGORIES
-    }
+    for c in CATEGORIES:
+        own, matched, noise = (
+            results.text(f"ablate_{c}_attributed{kind}{end}") for kind in ("", "_matched", "_random")
+        )
+        seen[f"attributed, {c}"] = f"{own}; matched {matched}; random {noise}"
+    if all((name := f"{aim}_rivals") in results.metrics for aim in AIMS):
+        of = f"of {results.metrics[name]['n']} directions"
+        each = (f"{label} {results.text(f'{aim}_rivals')} {of}" for aim, label in AIM_NAMES.items())
+        seen["random, steering"] = "; ".join(each)
+    return seen
