@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..device import placed
 from ..figures import COLOURS, express_bars, shaded_tokens
-from ..labels import LABELS
+from ..labels import KINDS, LABELS
 from ..models.reader import length_batches
 from ..stats import bootstrap
 from .store import Store
@@ -64,6 +64,13 @@ def by_place(kl: pd.DataFrame, store: Store, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(table, columns=columns).sort_values("kl", ascending=False, ignore_index=True)
 
 
+def by_kind(kl: pd.DataFrame, store: Store, seed: int = 0) -> dict[str, tuple]:
+    """The mean divergence of each kind of text: {kind: (mean, interval over documents, tokens)}."""
+    parts = {kind: kl[store.labels["kind"][kl["row"]] == i] for i, kind in enumerate(KINDS)}
+    ends = lambda part: bootstrap(part["kl"].to_numpy(), groups=part["document"], seed=seed)
+    return {kind: (part["kl"].mean(), ends(part), len(part)) for kind, part in parts.items()}
+
+
 def half_of_it(kl: pd.DataFrame) -> float:
     """The smallest share of the tokens that holds half of all divergence."""
     largest = np.sort(kl["kl"].to_numpy())[::-1].cumsum()
@@ -83,7 +90,7 @@ def figure(table: pd.DataFrame) -> go.Figure:
 
 
 def shaded(document: int, kl: pd.DataFrame, store: Store, tokenizer: PreTrainedTokenizerBase):
-    """A text with every token shaded by how far the models part over what comes next."""
+    """A text with every token shaded by the divergence of what the models expect next."""
     part = kl[kl["document"] == document]
     words = tokenizer.convert_ids_to_tokens(store.tokens[part["row"]].tolist())
     return shaded_tokens(words, part["kl"], colour=COLOURS["distilled"])

@@ -213,9 +213,13 @@ def histogram_figure(histogram: pd.DataFrame, mean_norms: Mapping[str, float]) -
     fig = px.line(
         histogram, x="norm", y="share", color="model", log_x=True, title=title, labels=labels, **style
     )
-    for model, norm in mean_norms.items():
-        fig.add_vline(x=norm, line_dash="dash", line_color=COLOURS.get(model), annotation_text="mean")
-    return fig
+    for row, (model, norm) in enumerate(mean_norms.items()):
+        fig.add_vline(x=norm, line_dash="dash", line_color=COLOURS.get(model))
+        # an annotation of a log axis stands at the logarithm, unlike a line
+        place = dict(x=np.log10(norm), y=1 - 0.06 * row, yref="paper", yanchor="bottom", showarrow=False)
+        fig.add_annotation(text=f"mean, {model}", font_color=COLOURS.get(model), **place)
+    ends = histogram.norm[histogram.share > 0].agg(["min", "max"])
+    return fig.update_xaxes(range=np.log10(ends) + [-0.05, 0.05])
 
 
 def comparable(store: Store) -> bool:

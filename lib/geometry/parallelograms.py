@@ -297,12 +297,29 @@ def shown(row: Mapping, statistic: str = "score") -> str:
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}], {verdict(low, high)}"
 
 
-def is_higher(found: Geometry, model: str) -> tuple[str, bool | None]:
+def is_higher(found: Geometry, model: str, statistic: str = "score") -> tuple[str, bool | None]:
     """(mean difference of the loss from the reference as text, whether it is higher; None if undecided)."""
     rows = found.differences[found.differences["relation"] == "mean"].set_index("model")
-    row = rows.loc[model]
-    held = {"lower": False, "higher": True}.get(verdict(row["score_low"], row["score_high"]))
-    return shown(row), held
+    text = shown(rows.loc[model], statistic)
+    return text, {"lower": False, "higher": True}.get(text.split(", ")[-1])
+
+
+def answer(found: Geometry, beyond: Geometry | None = None) -> str:
+    """What distillation did to the arrows, in words. ``beyond``: the same with null_a as the reference."""
+    rows = found.differences[found.differences["relation"] == "mean"].set_index("model")
+    words = {True: "less parallel", False: "more parallel", None: "neither clearly more nor less parallel"}
+    text = f"Distillation leaves arrows **{words[is_higher(found, 'distilled')[1]]}**."
+    for statistic in ("score", "relative"):
+        own = is_higher(found, "distilled", statistic)
+        text += f" {LABELS[statistic].capitalize()}: {own[0]}"
+        if beyond:
+            null = is_higher(found, "null_a", statistic)
+            text += f"; null_a {null[0]}; beyond null_a {is_higher(beyond, 'distilled', statistic)[0]}"
+            if null[1] is not None and null[1] == own[1]:
+                change, part = (rows.loc[model, statistic] for model in ("distilled", "null_a"))
+                text += f": {part:+.3f} of the {change:+.3f} is what further training does"
+        text += "."
+    return text
 
 
 def choices(

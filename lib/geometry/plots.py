@@ -123,9 +123,13 @@ def _by_relation(
             fig.add_scatter(x=bars, y=np.repeat(y, 3), **look, **legend)
         value, low, high = (part[statistic + end] for end in ("", "_low", "_high"))
         above, below = (high - value).clip(lower=0), (value - low).clip(lower=0)
+        symbol = "circle" if model in COLOURS else "diamond"  # a null: black, since its bars are grey
         fig.add_scatter(
-            x=value, y=y, mode="markers", name=model,
-            marker=dict(color=COLOURS.get(model, COLOURS["random"]), size=9),
+            x=value,
+            y=y,
+            mode="markers",
+            name=model,
+            marker=dict(color=COLOURS.get(model, "black"), symbol=symbol, size=9),
             error_x=dict(type="data", symmetric=False, array=above, arrayminus=below, thickness=1.5),
             hovertext=part["relation"], hoverinfo="text+x",
         )  # fmt: skip

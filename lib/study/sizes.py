@@ -53,6 +53,7 @@ READ = {  # quantity: (notebook, metric, what its interval is over)
     "steered_accuracy_change": ("04", "overthink_accuracy_change", "puzzles"),
     "random_length_ratio": ("04", "random_length_ratio", "puzzles"),
 }
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "triangle-down", "star")  # of curves
 SHOWN = {
     "parameters": "parameters (log scale)",
     "gain": "gain from distillation (accuracy)",
@@ -278,8 +279,10 @@ def ranks(table: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
 
 
 def text(line: pd.DataFrame, digits: int = 2) -> str:
-    """A ``series`` as prose shows it, from the smallest pair to the largest: ``0.50, 0.51, 0.52``."""
-    return ", ".join("n/a" if pd.isna(v) else f"{v:.{digits}f}" for v in line["value"])
+    """A ``series`` as prose shows it, from the smallest pair to the largest: ``0.50 [0.48, 0.52], 0.51``."""
+    show = lambda v: "n/a" if pd.isna(v) else f"{v:.{digits}f}"
+    ends = ["" if pd.isna(a + b) else f" [{show(a)}, {show(b)}]" for a, b in zip(line["low"], line["high"])]
+    return ", ".join(show(v) + e for v, e in zip(line["value"], ends))
 
 
 # --- figures ------------------------------------------------------------------------------------------------
@@ -295,20 +298,21 @@ def plot(
     """One panel per entry of ``panels`` {title: {curve: quantity}}, each quantity against ``x`` (a quantity,
     too) with its 95% interval.
 
-    A curve has the colour of its first word (a model, a category, "null", "random"); the second one of a
-    colour in a panel is dashed, and a control, which begins with "null" or "random", dotted. ``flat``: {panel
-    title: height of a dotted line}. Against anything but size the points are not joined; those of the first
-    curve are named.
+    A curve has the colour of its first word (a model, a category, "null", "random") and a symbol of its own;
+    the second one of a colour in a panel is dashed, and a control, which begins with "null" or "random",
+    dotted. ``flat``: {panel title: height of a dotted line}. Against anything but size the points are not
+    joined; those of the first curve are named.
     """
     fig = make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.09)
-    across, legend, by_size = series(table, x)["value"], set(), x == "parameters"
+    across, by_size = series(table, x)["value"], x == "parameters"
+    names, legend = list(dict.fromkeys(name for curves in panels.values() for name in curves)), set()
     for column, (panel, curves) in enumerate(panels.items(), start=1):
         used = set()
         for name, quantity in curves.items():
             line, kind = series(table, quantity), name.split()[0].strip(",:")
             colour = COLOURS.get(kind, COLOURS["random"])
             dash = "dot" if kind in ("null", "random") else "dash" if colour in used else "solid"
-            symbol = {"solid": "circle", "dash": "circle-open", "dot": "diamond-open"}[dash]
+            symbol = SYMBOLS[names.index(name) % len(SYMBOLS)] + ("" if dash == "solid" else "-open")
             mode = "lines+markers" if by_size else "markers" if used else "markers+text"
             fig.add_scatter(
                 x=across[line.index], y=line["value"], text=line.index, name=name, legendgroup=name,
@@ -323,8 +327,8 @@ def plot(
     if by_size:
         fig.update_xaxes(type="log", tickvals=across, ticktext=[f"{n / 1e6:.2f}M" for n in across])
     else:  # room for the names
-        room = 0.25 * max(float(across.max() - across.min()), 1e-3)
-        fig.update_xaxes(range=[across.min() - room, across.max() + room])
+        room = 0.2 * max(float(across.max() - across.min()), 1e-3)
+        fig.update_xaxes(range=[across.min() - room, across.max() + 2 * room])
     fig.update_xaxes(title_text=SHOWN.get(x, x)).update_annotations(font_size=13)
     fig.update_layout(title=title, width=max(560, 420 * len(panels)), height=440, margin_t=90)
     return fig.update_layout(legend=dict(orientation="h", y=-0.22))

@@ -51,6 +51,10 @@ def test_planted_divergence_is_found_at_its_place(pair, store):
     )  # fmt: skip
     assert table["n"].sum() <= len(rows) and (table["kl"][1:] == 0).all()
     assert divergence.half_of_it(kl) == pytest.approx(np.ceil(decided.sum() / 2) / len(rows))
+    kinds = divergence.by_kind(kl, store)
+    assert sum(n for *_, n in kinds.values()) == len(rows)
+    mean, (low, high), n = kinds["trace"]
+    assert mean == pytest.approx(2 * decided.sum() / n) and low < mean < high and kinds["general"][0] == 0
     assert {t.name for t in divergence.figure(table).data} == {divergence.AT_END, divergence.INSIDE}
     text = divergence.shaded(int(kl["document"].iloc[0]), kl, store, pair.tokenizer()).data
     assert text.count("<span") == (kl["document"] == kl["document"].iloc[0]).sum()

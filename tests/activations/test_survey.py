@@ -13,6 +13,7 @@ from lib.activations import harvest_activations
 from lib.activations.survey import (
     contents,
     drift,
+    histogram_figure,
     labelled_text,
     norm_histogram,
     norms_by_position,
@@ -88,7 +89,13 @@ def test_norms(store):
         (frame.position == 4) & (frame.model == "distilled") & (frame["quantile"] == "median")
     ].norm.item()
     assert np.isclose(median, np.median(store.norms["distilled"][store.positions == 4]))
-    assert np.allclose(norm_histogram(store).groupby("model").share.sum(), 1)
+    histogram = norm_histogram(store)
+    assert np.allclose(histogram.groupby("model").share.sum(), 1)
+    fig = histogram_figure(histogram, {"base": 5.0, "distilled": 7.0})
+    low, high = fig.layout.xaxis.range  # of a log axis: logarithms
+    present = np.log10(histogram.norm[histogram.share > 0])
+    assert low < present.min() < low + 0.1 and high - 0.1 < present.max() < high
+    assert [a.x for a in fig.layout.annotations] == pytest.approx([np.log10(5), np.log10(7)])
 
 
 def test_cosines_of_a_model_with_itself_are_one_and_with_another_token_about_zero(pair, tmp_path):

@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from lib.distil.organism import Recipe, build_model, build_tokenizer
-from lib.geometry import plots, words
+from lib.geometry import parallelograms, plots, words
 from lib.geometry.parallelograms import (
     analyse,
     bootstrap_scores,
@@ -331,6 +331,24 @@ def test_pictures():
     assert distilled == pytest.approx(base, abs=1e-8)
     assert len(plots.arrows(found, relations[0]).data) == 2 * 31
     assert len(plots.scores(found).data) == 4 and len(plots.differences(found, "relative").data) == 1
+
+
+def test_the_answer_names_the_part_that_further_training_has():
+    def changes(**models):
+        columns = [s + end for s in parallelograms.STATISTICS for end in ("", "_low", "_high")]
+        rows = [("mean", m, *loss, *relative, 0, -1, 1) for m, (loss, relative) in models.items()]
+        frame = pd.DataFrame(rows, columns=["relation", "model", *columns])
+        return parallelograms.Geometry(None, frame, None, (), {}, {}, [])
+
+    found = changes(
+        distilled=((0.5, 0.3, 0.7), (0.09, 0.05, 0.13)), null_a=((0, -0.1, 0.1), (0.06, 0.03, 0.1))
+    )
+    beyond = changes(distilled=((0.5, 0.3, 0.7), (0.03, -0.01, 0.07)))
+    said = parallelograms.answer(found, beyond)
+    assert said.startswith("Distillation leaves arrows **less parallel**.")
+    assert "beyond null_a +0.030 [-0.010, +0.070], not distinguishable: +0.060 of the +0.090 is" in said
+    assert said.count("is what further training does") == 1, "the null's loss does not change"
+    assert "null_a" not in parallelograms.answer(found)
 
 
 # --- words --------------------------------------------------------------------------------------------------

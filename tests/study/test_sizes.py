@@ -44,6 +44,8 @@ def test_a_series_is_in_the_order_of_size():
         and line["parameters"].tolist() == [100, 200, 300]
     )
     assert sizes.text(line, 1) == "4.0, 5.0, 6.0"
+    known = table(x=[(5, 4.5, 5.5), 4.0, 6.0])
+    assert sizes.text(sizes.series(known, "x"), 1) == "4.0, 5.0 [4.5, 5.5], 6.0"
     part = table(x=[5.0, 4.0, 6.0]).query("not (quantity == 'x' and pair == 'b')")
     assert sizes.text(sizes.series(part, "x")) == "4.00, n/a, 6.00"
     with pytest.raises(UserError, match="'y': there are parameters, x"):
@@ -89,6 +91,9 @@ def test_curves_against_size():
     )
     assert (first.line.dash, second.line.dash, null.line.dash) == ("solid", "dash", "dot"), (
         "told apart without colour"
+    )
+    assert len({t.marker.symbol for t in (first, second, null, base)}) == 4, (
+        "a legend entry has its own symbol"
     )
     assert fig.layout.xaxis.type == "log" and [s.y0 for s in fig.layout.shapes] == [0.5]
 
