@@ -132,7 +132,7 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
                     key = {
                         "aim": label,
                         "measure": measure,
-                        "what": f"{LAYER_NAMES[layer]}:<br>{who}",
+                        "what": f"{LAYER_NAMES[layer].replace('the layer before', 'before<br>')}:<br>{who}",
                         "who": who,
                     }
                     rows.append(
