@@ -103,6 +103,7 @@ def token_tests(tests: pd.DataFrame) -> go.Figure:
     fig.update_xaxes(range=[-0.05, 1.05], tickformat=".0%", dtick=0.5)
     fig.update_yaxes(range=[-0.5, tests["test"].nunique() - 0.5])
     fig.update_layout(scattermode="group", scattergap=0.4).update_traces(orientation="h")  # side by side
+    fig.for_each_trace(lambda t: t.update(offsetgroup=t.name))
     fig = _with_single_ones(fig, tests, "rate", "test", "chosen")
     return fig.update_layout(legend=dict(orientation="h", y=-0.2))
 

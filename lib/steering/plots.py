@@ -122,12 +122,8 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
                     if (name := f"{prefix}_{value}_{layer}") not in metrics:  # no thought is careful
                         continue
                     metric = metrics[name]
-                    key = {
-                        "aim": label,
-                        "measure": measure,
-                        "what": f"{LAYER_NAMES[layer]}:<br>{who}",
-                        "who": who,
-                    }
+                    what = f"{LAYER_NAMES[layer].removeprefix('the layer ')}: {who}"
+                    key = {"aim": label, "measure": measure, "what": what, "who": who}
                     rows.append(
                         {
                             **key,
@@ -144,7 +140,7 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
     )  # fmt: skip
     for row, axis in ((1, "y"), (2, "y3")):  # one scale for each measure
         fig.update_yaxes(matches=axis, row=row)
-    return fig.update_yaxes(title_text=""), data
+    return fig.update_yaxes(title_text="").update_xaxes(tickangle=35), data
 
 
 def needed_and_redundant(table: pd.DataFrame) -> go.Figure:
