@@ -102,8 +102,8 @@ class RecipeWithModes(Recipe):
 
 
 RECIPES = {
-    # At a rate of 1.5e-3 it depended on the seed whether an error is known at half depth (AUROC of a probe .95
-    # and .74; 1.00 at this one), and after 5M tokens a dictionary of 256 features held it in part (.72 to .92).
+    # At a rate of 1.5e-3 it depended on the seed whether an error is known at half depth (AUROC of a probe
+    # .95 and .74; 1.00 at this one), and after 5M tokens a dictionary held it in part (.72 to .92).
     "tiny": RecipeWithModes(tune_tokens=8_000_000, tune_rate=5e-4),
     # Three sizes (0.18, 0.66 and 2.07 million parameters): notebook 06 asks what grows with the model.
     "tiny_small": Recipe.of_width(48, 128),

@@ -31,8 +31,8 @@ from torch.nn import functional
 from ..activations.positions import PHASES, phase_of
 from ..activations.store import SPLITS
 from ..crosscoder.model import CrossCoder, check_feature
-from ..features.table import best_aurocs
 from ..distil.trials import Task
+from ..features.table import best_aurocs
 from ..models.reader import head_envoy, layer_envoys
 from ..runs import fingerprint, write_manifest
 from ..settings import UserError, check
