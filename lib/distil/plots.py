@@ -54,7 +54,6 @@ def forbidden(table: pd.DataFrame) -> go.Figure:
         bars.append(go.Bar(x=part.forbidden, y=part.solved, name=decoding, error_y=error, **style))
     title = "Puzzles solved with one behaviour forbidden"
     fig = _titled(bars, title, "forbidden", "share solved (95% interval)", yaxis_range=[0, 1.02])
-    # one candidate of three
     return fig.add_hline(1 / 3, line_dash="dot", annotation_text="chance", annotation_position="right")
 
 
