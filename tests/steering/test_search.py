@@ -90,6 +90,9 @@ def test_the_gallery_shows_the_extremes_and_the_median_beside_the_unsteered_and_
     assert "a &lt; b" in text and "with &lt;it&gt;" in text and "(15 tokens)" in text and text.count("…") == 2
     text = plots.gallery(written, " ").data
     assert 'title="reflection"' in text and "wait , 4 + 5 = 9 ." in text
+    alike = ["so"] * 30
+    late = plots.gallery({"": {"unsteered": alike + ["10"], "steered": alike + ["9"]}}, " ", n=8).data
+    assert "10" in late and "9" in late and late.count("… ") == 2, "cut around the first difference"
     assert "so4+5=10." in plots.gallery(written, "").data, "free text is joined as it was cut"
 
 

@@ -10,6 +10,8 @@ import torch
 from toys import toy_store
 
 from lib.crosscoder.model import CrossCoder
+from lib.crosscoder.norms import record_beyond
+from lib.crosscoder.plots import nrn_histogram
 from lib.labels import CATEGORIES
 from lib.results import Part, Results
 from lib.runs import Run
@@ -228,6 +230,20 @@ def test_rates_are_means_over_the_crosscoders_with_what_each_of_them_says(comput
         assert [value for value, _, _ in found["seeds"]] == pytest.approx(each.tolist())
         assert found["ci"][0] < found["value"] < found["ci"][1]
     assert {len(m["seeds"]) for m in metrics.values()} == {5}
+
+
+def test_counts_beyond_the_null_are_of_all_features_of_a_crosscoder(computed):
+    metrics, tables, *_ = computed(("null_a", "null_b"))
+    results, part = Results("02", Run("toy", "test"), {}), Part("nulls", "", metrics, tables)
+    record_beyond(results, part)
+    rates = tables["rates"].query("level == 0.01").set_index(["score", "side", "role"])["hits"]
+    for name, role in (("beyond", "the pair"), ("null", "false positives")):
+        for score, side in (("nrn", "distilled"), ("nu_eps", "base")):
+            found = results.metrics[f"{name}_count_{score}_{side}"]
+            assert found["value"] == pytest.approx(rates[score, side, role].mean()) and found["n"] == 400
+    scores = tables["scores"].rename(columns={"nrn": "nrn_p1"})
+    _, histogram = nrn_histogram(scores[scores["alive"]], part)
+    assert histogram.groupby("norm")["null"].sum().eq(5 * 400).all(), "the null that tests the thresholds"
 
 
 def test_the_scatter_of_the_nulls_crosscoders_is_in_the_interval_of_their_threshold():
