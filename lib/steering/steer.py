@@ -130,8 +130,8 @@ def candidates(
 ) -> pd.DataFrame:
     """Features worth trying for each label of ``gradients``, among the alive ones with an NRN above 0.5.
 
-    ``by`` "reads": the one that predicts the label's sentences best (``best_aurocs`` on
-    the choose split; the paper's way). ``by`` "writes": the ``n`` whose decoder rows promote them most (``influence``).
+    ``by`` "reads": the one that predicts the label's sentences best (``best_aurocs`` on the choose split; the
+    paper's way). ``by`` "writes": the ``n`` whose decoder rows promote them most (``influence``).
     Columns label, feature, by, auroc, influence (first-order change of the sentence's probability at strength
     1), times_random (influence over that of a typical random direction of the same norm) and nrn. A feature
     is a candidate of one label only."""

@@ -483,7 +483,7 @@ def test_thoughts_are_made_once_and_an_interrupted_run_goes_on(toys, tmp_path, m
     summary = effects.summarise(made, 20)
     effects.gap_shares(made, n_boot=20)
     drawn = plots.removals(summary, summary)
-    assert {trace.name for trace in drawn.data} == {"features"}
+    assert {trace.name for trace in drawn.data} == {"features", "mean, 95%"}
 
 
 def test_a_transplant_is_one_model_up_to_a_layer_and_the_other_above(toys):
