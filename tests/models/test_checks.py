@@ -23,7 +23,7 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def pair(saved, tmp_path):
     """A copy of a toy pair, to be damaged."""
-    shutil.copytree(saved.base.parent, tmp_path / "copy")
+    shutil.copytree(saved.models["base"].parent, tmp_path / "copy")
     return type(saved).of(
         *(tmp_path / "copy" / n for n in ("base", "distilled")), tokenizer_source=tmp_path / "copy/tokenizer"
     )
