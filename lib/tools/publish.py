@@ -149,7 +149,7 @@ class Sources:
         """The categories whose interval lies above 0; {} in ``pattern`` is the category."""
         metrics = self.metrics(pair, notebook)
         intervals = {c: metrics[pattern.format(c)]["ci"] for c in CATEGORIES}
-        return " and ".join(c for c, ci in intervals.items() if ci and ci[0] > 0) or "no category"
+        return _listed([c for c, ci in intervals.items() if ci and ci[0] > 0])
 
     def held(self, notebook: str, beginning: str) -> list[str]:
         """The predictions of a notebook on the embedded pair that begin so and are said to hold."""
@@ -159,7 +159,7 @@ class Sources:
     def attributed(self) -> str:
         """The categories whose attributed features are said to be needed (notebook 04)."""
         test = "{}: without the features attributed to it"
-        return " and ".join(c for c in CATEGORIES if self.held("04", test.format(c))) or "no category"
+        return _listed([c for c in CATEGORIES if self.held("04", test.format(c))])
 
     def lowered(self, pair: str, notebook: str, pattern: str) -> int:
         """Of how many categories the interval of a change lies below 0; {} in ``pattern`` is the category."""
@@ -224,6 +224,10 @@ class Sources:
             more = bool(row["gain"]["ci"]) and row["gain"]["ci"][0] > 0
             rows.append(row | {"all": shares and more and stable and all(beyond)})
         return rows
+
+
+def _listed(categories: Sequence[str]) -> str:
+    return "all four" if len(categories) == len(CATEGORIES) else ", ".join(categories) or "no category"
 
 
 def _rows(table: Mapping) -> list[dict]:
