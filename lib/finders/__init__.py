@@ -16,5 +16,5 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=["bench", "claims", "report", "scores", "truths"],
-    submod_attrs={"bench": ["fit", "open_variant"]},
+    submod_attrs={"bench": ["open_variant"]},
 )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +27,7 @@ from . import methods  # noqa: F401  (they enter themselves)
 from .claims import Claims, Place, read_claims, write_claims
 from .finder import FINDERS, fit
 from .report import named
-from .scores import SCORES, merge_null, null_claims, recurrence, score, summary
+from .scores import SCORES, null_claims, recurrence, score, summary
 from .truths import TRUTHS, Budget, Truth, truth
 
 VERSION = 1  # of finders and scores
@@ -78,28 +78,30 @@ def bench(
     so many of the seeds are tried on the nulls too. A finder that depends on no seed is tried once; one that
     needs labels, where there are some."""
     chosen = [truth(name) for name in truths]
-    files = {name: _file(name) for name in names if name not in FINDERS}
-    cells: list[tuple] = []
-    for one, name in itertools.product(chosen, names):
-        label, given = files.get(name, (name, None))
-        for place in _places(one, name, seeds, null_seeds, given):
-            cells.append((label, one, place, budget, folder, given and given[place]))
+    finders = [(name, None) if name in FINDERS else _file(name) for name in names]
+    cells = [
+        (name, one, place, given and given[place])
+        for one in chosen
+        for name, given in finders
+        for place in _places(one, name, seeds, null_seeds, given)
+    ]
     if not cells:
         raise UserError(f"none of {', '.join(names)} can be tested on {', '.join(truths)}")
-    rows, nulls, claims = [], [], {}
+    found = defaultdict(lambda: ({}, {}))  # {(finder, truth): of the truth, of its null {seed: cell}}
     with Progress("finders, cells", len(cells)) as progress:
-        for number, (label, one, place, *more) in enumerate(cells):
-            progress.update(number, f"{label} on {one.name}, seed {place[1]}")
-            found, row = cell(label, one, place, *more)
-            (nulls if place[2] else rows).append(row)
-            if not place[2]:
-                claims.setdefault((one.name, label), []).append(found)
+        for number, (name, one, place, given) in enumerate(cells):
+            _, seed, null = place
+            progress.update(number, f"{name} on {one.name}, seed {seed}")
+            found[name, one][null][seed] = cell(name, one, place, budget, folder, given)
         progress.update(len(cells))
-    for (name, label), each in claims.items():
-        own = [row for row in rows if (row["truth"], row["finder"]) == (name, label)]
-        for row, share in zip(own, recurrence(each, TRUTHS[name].claims)):
-            row["recurrence"] = share
-    return merge_null(rows, nulls)
+    rows = []
+    for (_, one), (own, nulls) in found.items():
+        shares = recurrence([claims for claims, _ in own.values()], one.claims)
+        for (seed, (_, row)), share in zip(own.items(), shares):
+            _, of_null = nulls.get(seed, (None, {}))
+            rows.append(row | of_null | {"recurrence": share})
+    table = pd.DataFrame(rows, columns=["truth", "finder", "seed", "claims", *SCORES])
+    return table.astype(dict.fromkeys(SCORES, float))
 
 
 def _file(name: str) -> tuple[str, dict[Place, Claims]]:
@@ -131,11 +133,7 @@ def report_on(names: Sequence[str], truths: Sequence[str] = (), seeds: int = 4, 
     if known is not None and not small:
         others = known[known["truth"].isin(chosen) & ~known["finder"].isin(table["finder"])]
         table = pd.concat([table, others]).sort_values(["truth", "f1"], ascending=[True, False])
-    shown = table[["truth", "finder", "seeds", *SCORES]].round(2)
-    return shown.to_string(index=False, na_rep="")
-
-
-# --- the part "finders" -------------------------------------------------------------------------------------
+    return table[["truth", "finder", "seeds", *SCORES]].round(2).to_string(index=False, na_rep="")
 
 
 @part_of_study("finders", VERSION)

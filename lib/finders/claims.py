@@ -2,11 +2,7 @@
 
 A claim is a direction in each model's residual stream (RAW units; only its line matters), the side of the
 model that has it, or uses it more, and a confidence from 0 to 1: how probable the finder thinks it is that
-the claim is right. A file of claims is JSON; docs/finders.md has an example::
-
-    {"finder": "my method", "sets": [
-        {"truth": "easy", "seed": 0, "null": false, "claims": [
-            {"side": "distilled", "confidence": 0.9, "distilled": [0.1, ...]}, ...]}, ...]}
+the claim is right. A file of claims is JSON, as docs/finders.md shows it.
 """
 
 from __future__ import annotations
@@ -90,16 +86,14 @@ def read_claims(path: Path, widths: Mapping[str, int] | None = None) -> tuple[st
         where = f"{shown}, set {number}"
         _has(one, where, KEYS)
         place = one["truth"], one["seed"], one["null"]
-        width = None
-        if widths is not None:
-            width = widths[check(f"{where}: truth", one["truth"], tuple(widths))]
+        width = widths[check(f"{where}: truth", one["truth"], tuple(widths))] if widths else 0
         if place in found:
             raise UserError(f"{where}: truth {place[0]!r}, seed {place[1]}, null {place[2]} is there twice")
         found[place] = _claims(one["claims"], where, width)
     return content["finder"], found
 
 
-def _claims(rows: list, where: str, width: int | None) -> Claims:
+def _claims(rows: list, where: str, width: int) -> Claims:
     parsed = {side: [] for side in SIDES}
     for number, row in enumerate(rows):
         here = f"{where}, claim {number}"
@@ -107,7 +101,7 @@ def _claims(rows: list, where: str, width: int | None) -> Claims:
         for side in SIDES:
             vector = row.get(side, [])
             check(f"{here}: {side}", vector, list[float])
-            width = width or len(vector) or None
+            width = width or len(vector)
             if side == row["side"] and not any(vector):
                 raise UserError(
                     f"{here} has no direction in its own model: give {side!r}, a list that is not 0"
@@ -115,18 +109,16 @@ def _claims(rows: list, where: str, width: int | None) -> Claims:
             if vector and len(vector) != width:
                 raise UserError(f"{here}: {side} has {len(vector)} numbers: it must have {width}")
             parsed[side].append(vector)
-    full = {s: [v or [0.0] * (width or 0) for v in vectors] for s, vectors in parsed.items()}
-    rows_of = (np.array(full[s], dtype=float).reshape(len(rows), width or 0) for s in SIDES)
-    return Claims.of(*rows_of, [r["side"] for r in rows], [r["confidence"] for r in rows])
+    full = (np.array([v or [0.0] * width for v in parsed[s]]).reshape(len(rows), width) for s in SIDES)
+    return Claims.of(*full, [r["side"] for r in rows], [r["confidence"] for r in rows])
 
 
 def _has(content, where: str, kinds: Mapping) -> None:
     """UserError unless ``content`` is a mapping with these entries, each of its kind."""
+    names = ", ".join(kinds)
     if not isinstance(content, Mapping):
-        raise UserError(
-            f"{where} is a {type(content).__name__}: it must be a mapping with {', '.join(kinds)}"
-        )
+        raise UserError(f"{where} is a {type(content).__name__}: it must be a mapping with {names}")
     for name, kind in kinds.items():
         if name not in content:
-            raise UserError(f"{where} has no {name!r}: it must have {', '.join(kinds)}")
+            raise UserError(f"{where} has no {name!r}: it must have {names}")
         check(f"{where}: {name}", content[name], kind)

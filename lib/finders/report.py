@@ -1,5 +1,4 @@
-"""What the scores of finders say: the best one of each truth, who beats the crosscoder by NRN, and
-figures."""
+"""What the scores of finders say: the best of each truth, who beats the crosscoder by NRN, and figures."""
 
 from __future__ import annotations
 
@@ -53,17 +52,16 @@ def best(group: pd.DataFrame) -> str:
     return first.set_index("finder")["f1"].idxmax()
 
 
-def beats(scores: pd.DataFrame, reference: str = NRN) -> pd.DataFrame:
-    """F1 of each finder minus that of the reference, seed by seed: truth, finder, gain, low, high (95%, over
-    seeds), beats (low above 0)."""
-    rows = []
-    for (name, finder), part in scores.groupby(["truth", "finder"], sort=False):
-        other = scores[(scores["truth"] == name) & (scores["finder"] == reference)].set_index("seed")["f1"]
+def beats(scores: pd.DataFrame) -> pd.DataFrame:
+    """F1 of each finder minus that of the crosscoder by NRN, seed by seed: truth, finder, gain, low, high
+    (95%, over seeds), beats (low above 0)."""
+    rows, by_nrn = [], scores["finder"] == NRN
+    for (name, finder), part in scores[~by_nrn].groupby(["truth", "finder"], sort=False):
+        other = scores[by_nrn & (scores["truth"] == name)].set_index("seed")["f1"]
         own = part.set_index("seed")["f1"]
         gain = own - other if len(own) > 1 else own.iloc[0] - other
-        if finder != reference:
-            low, high = t_interval(gain)
-            rows.append((name, finder, gain.mean(), low, high, bool(low > 0)))
+        low, high = t_interval(gain)
+        rows.append((name, finder, gain.mean(), low, high, bool(low > 0)))
     return pd.DataFrame(rows, columns=["truth", "finder", "gain", "low", "high", "beats"])
 
 
@@ -76,13 +74,13 @@ def winners(gains: pd.DataFrame) -> list[str]:
 
 def shows(part: Part) -> str:
     """For each truth the best finder beside the crosscoder by NRN, in words."""
-    lines, say = [], lambda name: interval_text(part.metrics[name])
-    for name, group in part.tables["scores"].groupby("truth", sort=False):
-        lines.append(
-            f"*{name}*: {best(group)}, precision {say(f'best_precision_{name}')}, recall"
-            f" {say(f'best_recall_{name}')} (by NRN {say(f'nrn_precision_{name}')} and"
-            f" {say(f'nrn_recall_{name}')})"
-        )
+    say = lambda name: interval_text(part.metrics[name])
+    lines = [
+        f"*{name}*: {best(group)}, precision {say(f'best_precision_{name}')}, recall"
+        f" {say(f'best_recall_{name}')} (by NRN {say(f'nrn_precision_{name}')} and"
+        f" {say(f'nrn_recall_{name}')})"
+        for name, group in part.tables["scores"].groupby("truth", sort=False)
+    ]
     return "Best finder of each truth: " + "; ".join(lines) + "."
 
 

@@ -17,7 +17,8 @@ The unit of norm is the mean norm of the residual stream. Both are of claims of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -73,49 +74,28 @@ def recurrence(each: Sequence[Claims], n: int) -> list[float]:
     """Of each set of claims: the mean share of its first n that the first n of another set make too; NaN of a
     single set."""
     first = [claims.some(slice(n)) for claims in each]
-    shares = []
-    for one in first:
-        own = [_again(one, other) for other in first if other is not one]
-        shares.append(float(np.mean(own)) if own and len(one) else float("nan"))
-    return shares
+    shares = [[_again(one, other) for other in first if other is not one] for one in first]
+    return [float(np.mean(own)) if own else float("nan") for own in shares]
 
 
 def _again(one: Claims, other: Claims) -> float:
-    found = 0
-    for side in SIDES:
-        cosine = one.own(side) @ other.own(side).T
-        found += int((cosine.max(1, initial=-1) >= LIMIT).sum())
-    return found / max(len(one), 1)
+    cosines = (one.own(side) @ other.own(side).T for side in SIDES)
+    found = sum((cosine.max(1, initial=-1) >= LIMIT).sum() for cosine in cosines)
+    return found / len(one) if len(one) else float("nan")
 
 
 def null_claims(claims: Claims, n: int) -> int:
     return int((claims.confidence[:n] >= SURE).sum())
 
 
-class _Batch:
-    """What additions to the residual stream of a batch of documents do to the log-probabilities of its
-    targets."""
-
-    def __init__(self, store: Store, models: Sequence, batch: Batch, generator: torch.Generator):
-        self.store, self.models, self.batch, self.generator = store, models, batch, generator
-        self.token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
-        self.intact = [self._scores(number, None) for number in range(len(models))]
-
-    def _scores(self, number: int, added: torch.Tensor | None) -> torch.Tensor:
-        batch, layer = self.batch, self.store.layers[self.store.models[number]]
-        text = self.models[number], layer, batch.tokens, batch.mask
-        if number not in batch.hidden:
-            batch.hidden[number] = hidden_at(*text)
-        hidden = batch.hidden[number] if added is None else batch.hidden[number] + batch.scatter(added)
-        return logits_at(*text, batch.at, targets=self.token, hidden=hidden)[:, 1].double()
-
-    def change(self, number: int, added: torch.Tensor, *names: str) -> dict[str, np.ndarray]:
-        """Under these names: the change in a model, that by random directions of the same norm, and this
-        norm."""
-        both = added, random_like(added, self.generator)
-        norm = self.batch.visible_mean(added.norm(dim=1)) / self.store.mean_norms[self.store.models[number]]
-        changes = [(self._scores(number, a) - self.intact[number]).numpy() for a in both]
-        return dict(zip(names, (*changes, norm)))
+def _log_probabilities(store: Store, models: Sequence, batch: Batch, number: int, added=None) -> np.ndarray:
+    """Of a batch's targets in a model to whose residual stream ``added`` [kept tokens, d] is added."""
+    text = models[number], store.layers[store.models[number]], batch.tokens, batch.mask
+    if number not in batch.hidden:
+        batch.hidden[number] = hidden_at(*text)
+    hidden = batch.hidden[number] if added is None else batch.hidden[number] + batch.scatter(added)
+    token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
+    return logits_at(*text, batch.at, targets=token, hidden=hidden)[:, 1].double().numpy()
 
 
 @torch.no_grad()
@@ -134,13 +114,17 @@ def causal_effects(
     mean = store.means[store.models[1]].float()
     for batch in batches(store, targets, 64):
         base, other = store.activations(batch.kept_rows)
-        one = _Batch(store, models, batch, generator)
+        scores = partial(_log_probabilities, store, models, batch)
+        intact = scores(0), scores(1)
+        steps = [(1, mean - other, "lost", "norm"), (0, other - base, "gained", "norm_imposed")]
         for claim, projector in projectors.items():
-            frame = one.change(1, (mean - other) @ projector, "lost", "lost_random", "norm")
-            if claim == SPAN:
-                imposed = (other - base) @ projector
-                frame |= one.change(0, imposed, "gained", "gained_random", "norm_imposed")
-            records.append(batch.targets[["category", "document", "row"]].assign(claim=claim, **frame))
+            frame = batch.targets[["category", "document", "row"]].assign(claim=claim)
+            for number, step, name, norm in steps if claim == SPAN else steps[:1]:
+                added = step @ projector
+                for column, vectors in ((name, added), (f"{name}_random", random_like(added, generator))):
+                    frame[column] = scores(number, vectors) - intact[number]
+                frame[norm] = batch.visible_mean(added.norm(dim=1)) / store.mean_norms[store.models[number]]
+            records.append(frame)
     return pd.concat(records, ignore_index=True)
 
 
@@ -153,13 +137,13 @@ def _projector(v: torch.Tensor) -> torch.Tensor:
 
 def span_effects(effects: pd.DataFrame) -> dict[str, float]:
     """necessity and sufficiency, of ``causal_effects``; NaN where nothing was removed or imposed."""
-    span, found = effects[effects["claim"] == SPAN], {}
-    names = {"necessity": ("lost", "norm", -1), "sufficiency": ("gained", "norm_imposed", 1)}
-    for name, (what, norm, sign) in names.items():
-        total = span[norm].sum()
-        own = (span[what] - span[f"{what}_random"]).sum()
-        found[name] = float(sign * own / total) if total > 1e-9 else float("nan")
-    return found
+    span = effects[effects["claim"] == SPAN]
+
+    def per_norm(change: str, norm: str) -> float:
+        own, total = (span[change] - span[f"{change}_random"]).sum(), span[norm].sum()
+        return float(own / total) if total > 1e-9 else float("nan")
+
+    return {"necessity": -per_norm("lost", "norm"), "sufficiency": per_norm("gained", "norm_imposed")}
 
 
 def causal_claims(effects: pd.DataFrame, n: int) -> tuple[np.ndarray, Callable]:
@@ -188,19 +172,9 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
     of SCORES with _low and _high."""
     rows = []
     for (truth, finder), part in scores.groupby(["truth", "finder"], sort=False):
-        row: dict = {"truth": truth, "finder": finder, "seeds": len(part)}
+        row = {"truth": truth, "finder": finder, "seeds": len(part)}
         for name in SCORES:
             ends = (name, f"{name}_low", f"{name}_high")
             row |= dict(zip(ends, (part[name].mean(), *interval(name, part[name]))))
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def merge_null(rows: Sequence[Mapping], nulls: Sequence[Mapping]) -> pd.DataFrame:
-    """Scores by truth, finder and seed, with the null_claims of the same seed (NaN where it was not run)."""
-    table, keys = pd.DataFrame(rows), ["truth", "finder", "seed"]
-    found = pd.DataFrame(nulls, columns=[*keys, "null_claims"])
-    table = table.merge(found, "left", keys)
-    for name in SCORES:
-        table[name] = table.get(name, pd.Series(np.nan, index=table.index)).astype(float)
-    return table

@@ -1,13 +1,4 @@
-"""What is true, and which claims are right.
-
-planted      the regime measured on the pair tiny (notebook 12): of 64 features 16 are one model's own
-easy         half of them, sparse and independent
-rare         as planted, but each model's own features fire on 0.5% of the tokens
-rarest       the same on 0.05%
-reweighted   no feature is one model's own; 16 are used four times as often by one model
-drift        as planted, but whatever both models have is rotated, and further, or rescaled
-control      the pair tiny_planted: the last 8 dimensions are the distilled model's own
-tiny         the embedded pair: what does the removal of a direction cost the behaviours?
+"""What is true (TRUTHS, below), and which claims are right.
 
 On planted data a claim is right if, of all directions that are planted in the model of its side, that of a
 target of this side is the nearest, with a cosine of at least LIMIT. On the control: if most of its squared
@@ -33,7 +24,7 @@ from ..crosscoder.training import TrainConfig
 from ..features.control import MOSTLY, planted_share
 from ..models.pairs import load_pair
 from ..models.reader import wrap
-from ..settings import Positive, UserError, parameters
+from ..settings import Positive, UserError, check, parameters
 from ..steering.ablation import sample_targets
 from ..study.planted import KINDS, MODELS, Planted, PlantedStore
 from ..text.corpus import build
@@ -60,8 +51,7 @@ class Rare(PlantedStore):
     name, often = "rare", 0.005
 
     def fired(self, frequencies: np.ndarray) -> np.ndarray:
-        one_sided = np.isin(self.kinds, [KINDS.index(f"{m}_only") for m in MODELS])
-        return np.where(one_sided, self.often, frequencies)
+        return np.where(self.kinds >= KINDS.index("base_only"), self.often, frequencies)
 
 
 class Rarest(Rare):
@@ -80,13 +70,10 @@ class Reweighted(PlantedStore):
     def used(self, model: str) -> sparse.csr_matrix:
         (other,) = set(MODELS) - {model}
         codes = self.codes.copy()
-        thinned = np.flatnonzero(np.isin(codes.indices, np.flatnonzero(self.targets(other))))
+        thinned = np.flatnonzero(self.kinds[codes.indices] == KINDS.index(f"{other}_only"))
         rng = np.random.default_rng([self.planted.seed, MODELS.index(model)])
         codes.data[thinned[rng.random(len(thinned)) > USED]] = 0
         return codes
-
-    def targets(self, side: str) -> np.ndarray:
-        return self.kinds == KINDS.index(f"{side}_only")
 
 
 @parameters
@@ -151,12 +138,12 @@ class Truth:
 
 def _judge_planted(store: PlantedStore, claims: Claims) -> tuple[np.ndarray, Callable]:
     right, hit = np.zeros(len(claims), dtype=bool), np.full(len(claims), -1)
-    total = 0
+    total = (store.kinds >= KINDS.index("base_only")).sum()
     for side in SIDES:
         rows, target = store.directions[side], store.kinds == KINDS.index(f"{side}_only")
         length = np.linalg.norm(rows, axis=1, keepdims=True)
         cosine = claims.own(side) @ np.where(length > 0, rows / length.clip(1e-12), 0).T
-        of_side, total = claims.side == side, total + target.sum()
+        of_side = claims.side == side
         if of_side.any():
             hit[of_side] = cosine.argmax(1)
             right[of_side] = target[cosine.argmax(1)] & (cosine.max(1) >= LIMIT)
@@ -198,28 +185,21 @@ def opened(name: str, model: str):
     return wrap(pair.load(model), pair.tokenizer(model))
 
 
-TRUTHS = {
-    truth.name: truth
-    for truth in (
-        Truth("planted", "features of one model; the regime measured on the pair tiny", 16, REGIME),
-        Truth("easy", "the same, few, sparse and independent", 8, EASY),
-        Truth("rare", "features of one model that fire on 0.5% of the tokens", 16, REGIME, Rare),
-        Truth("rarest", "the same on 0.05%", 16, REGIME, Rarest),
-        Truth("reweighted", "features that one model uses four times as often", 16, REGIME, Reweighted),
-        Truth("drift", "features of one model; whatever both have is rotated or rescaled", 16, DRIFT),
-        Truth(
-            "control",
-            "what is written into the last 8 dimensions (pair tiny_planted)",
-            8,
-            pair="tiny_planted",
-        ),
-        Truth("tiny", "directions that the behaviours need (causal)", 8, pair="tiny", causal=True),
-    )
-}
+EVERY = (
+    Truth("planted", "features of one model; the regime measured on the pair tiny", 16, REGIME),
+    Truth("easy", "the same, few, sparse and independent", 8, EASY),
+    Truth("rare", "features of one model that fire on 0.5% of the tokens", 16, REGIME, Rare),
+    Truth("rarest", "the same on 0.05%", 16, REGIME, Rarest),
+    Truth("reweighted", "features that one model uses four times as often", 16, REGIME, Reweighted),
+    Truth("drift", "features of one model; whatever both have is rotated or rescaled", 16, DRIFT),
+    Truth(
+        "control", "what is written into the last 8 dimensions (pair tiny_planted)", 8, pair="tiny_planted"
+    ),
+    Truth("tiny", "directions that the behaviours need (causal)", 8, pair="tiny", causal=True),
+)
+TRUTHS = {one.name: one for one in EVERY}
 
 
 def truth(name: str) -> Truth:
     """UserError for an unknown name."""
-    if name not in TRUTHS:
-        raise UserError(f"unknown truth {name!r}: there are {', '.join(TRUTHS)}")
-    return TRUTHS[name]
+    return TRUTHS[check("truth", name, tuple(TRUTHS))]

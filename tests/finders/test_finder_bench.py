@@ -51,9 +51,7 @@ def right_claims(truth):
     store = truth.open(BUDGET, 0, None if truth.pair else "unused").store
     rows, sides = [], []
     for side in store.models:
-        own = np.flatnonzero(
-            store.targets(side) if hasattr(store, "targets") else store.kinds == 3 + (side != "base")
-        )
+        own = np.flatnonzero(store.kinds == 3 + (side != "base"))
         rows += [[store.directions[m][f] for m in store.models] for f in own]
         sides += [side] * len(own)
     return Claims.of(*np.array(rows).swapaxes(0, 1), sides, np.ones(len(sides)))
@@ -79,4 +77,4 @@ def test_the_command_says_what_there_is(capsys):
     assert main(["bench-finders", "nonsense"]) == 2
     assert "unknown finder 'nonsense': there are" in capsys.readouterr().err
     assert main(["bench-finders", "diff-SAE", "--truths", "hard"]) == 2
-    assert "unknown truth 'hard': there are planted, easy" in capsys.readouterr().err
+    assert "truth is 'hard': it must be one of planted, easy" in capsys.readouterr().err

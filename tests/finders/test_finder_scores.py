@@ -116,7 +116,8 @@ def table_of(values):
         for (truth, finder), each in values.items()
         for seed, f1 in enumerate(each)
     ]
-    return scores.merge_null(rows, [r | {"null_claims": 3.0} for r in rows if r["seed"] == 0])
+    table = pd.DataFrame(rows).reindex(columns=["truth", "finder", "seed", *scores.SCORES])
+    return table.assign(null_claims=np.where(table["seed"] == 0, 3.0, np.nan))
 
 
 def test_the_best_is_chosen_on_the_first_seed_and_reported_on_the_others():

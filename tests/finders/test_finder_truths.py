@@ -32,7 +32,7 @@ def test_rare_features_are_rare_and_the_others_as_before(store, often):
 def test_reweighted_features_stand_in_both_models_and_are_used_by_one():
     store = Reweighted(replace(REGIME, tokens=TOKENS, noise=0.0))
     for side, other in (("base", "distilled"), ("distilled", "base")):
-        own = np.flatnonzero(store.targets(side))
+        own = np.flatnonzero(store.kinds == KINDS.index(f"{side}_only"))
         rows = [store.directions[m][own] * store.scales[m] for m in (side, other)]
         cosine = (rows[0] * rows[1]).sum(1) / np.prod([np.linalg.norm(r, axis=1) for r in rows], axis=0)
         assert cosine == pytest.approx(1.0)
@@ -140,5 +140,5 @@ def test_widths_are_those_of_weights_that_are_not_loaded(monkeypatch):
 
 
 def test_an_unknown_truth_is_named():
-    with pytest.raises(UserError, match="unknown truth 'hard': there are planted"):
+    with pytest.raises(UserError, match="truth is 'hard': it must be one of planted"):
         truths.truth("hard")

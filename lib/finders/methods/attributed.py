@@ -1,5 +1,3 @@
-"""The crosscoder's features, ranked by what their removal is predicted to cost the behaviours."""
-
 import numpy as np
 
 from ...steering.ablation import attribution

@@ -1,5 +1,3 @@
-"""A feature of the base's dictionary is claimed for the model that uses it more."""
-
 import numpy as np
 import torch
 from scipy import sparse

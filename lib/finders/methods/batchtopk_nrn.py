@@ -1,5 +1,3 @@
-"""The finder of notebook 03, which the others are compared with."""
-
 from ..claims import Claims
 from ..dictionary import by_nrn, trained
 from ..finder import Data, finder

@@ -1,5 +1,3 @@
-"""Does the feature explain anything in the other model? (``features.latent_scaling``)"""
-
 from ...features.latent_scaling import latent_scaling
 from ..claims import Claims
 from ..dictionary import features, trained

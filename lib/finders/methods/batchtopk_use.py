@@ -1,5 +1,3 @@
-"""The crosscoder's features, ranked by how much more one model activates them (``features.use``)."""
-
 from ...features.use import solo_codes
 from ..claims import Claims
 from ..dictionary import by_change, features, trained

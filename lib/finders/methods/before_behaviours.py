@@ -1,5 +1,3 @@
-"""What the distilled model adds before behaviours. A mean does not say whose: the side is the distilled."""
-
 import numpy as np
 import torch
 

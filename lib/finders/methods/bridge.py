@@ -1,5 +1,3 @@
-"""A crosscoder that is trained half way to a dictionary of the difference, ranked by NRN."""
-
 from torch import Tensor
 
 from ...crosscoder.model import Forward

@@ -1,5 +1,3 @@
-"""A crosscoder some of whose features are one model's by construction, ranked by NRN."""
-
 from ..claims import Claims
 from ..dictionary import by_nrn, trained
 from ..finder import Data, finder

@@ -1,5 +1,3 @@
-"""A dedicated crosscoder with a second loss, ranked by NRN."""
-
 import torch
 from torch import Tensor
 

@@ -1,5 +1,3 @@
-"""Features of the difference, each claimed for the model that has it (``sided``)."""
-
 import torch
 
 from ...crosscoder.codes import encoded

@@ -1,5 +1,3 @@
-"""The crosscoder with an L1 penalty instead of a fixed number of active features, ranked by NRN."""
-
 from dataclasses import replace
 
 from ...study.architectures import match_l1

@@ -1,5 +1,3 @@
-"""What the distilled model adds on average. A mean does not say whose it is: the side is the distilled."""
-
 import torch
 
 from ...crosscoder.codes import sample_rows

@@ -1,5 +1,3 @@
-"""Where the difference varies most; each component is claimed for the model that has it (``sided``)."""
-
 import torch
 
 from ...crosscoder.codes import sample_rows

@@ -1,5 +1,3 @@
-"""What a finder scores that has the features and nothing by which to rank them."""
-
 import numpy as np
 
 from ..claims import Claims
