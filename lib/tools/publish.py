@@ -243,7 +243,9 @@ def render(template: str, root: Path = ROOT, **values) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {f.__name__: f for f in (number, interval, figure, decimals, median, share, cell, listed)}
+    environment.filters |= {
+        f.__name__: f for f in (number, interval, figure, decimals, median, share, cell, listed)
+    }
     environment.globals |= {
         "categories": CATEGORIES,
         "same_feature": SAME_FEATURE,
