@@ -30,7 +30,6 @@ NUMBERS = (
     "percent",
     "count",
     "lowered",
-    "above_zero",
     "attributed",
     "speed",
     "json",
@@ -145,11 +144,11 @@ class Sources:
             dictionaries.setdefault(row["dictionary"], []).append(row)
         return dictionaries
 
-    def above_zero(self, pair: str, notebook: str, pattern: str) -> str:
-        """The categories whose interval lies above 0; {} in ``pattern`` is the category."""
-        metrics = self.metrics(pair, notebook)
-        intervals = {c: metrics[pattern.format(c)]["ci"] for c in CATEGORIES}
-        return _listed([c for c, ci in intervals.items() if ci and ci[0] > 0])
+    def beyond_zero(self, pair: str, notebook: str, pattern: str, side: int = -1) -> list[str]:
+        """The categories whose interval lies below 0, or above (``side`` 1); {} in ``pattern`` is the
+        category."""
+        intervals = {c: self.metrics(pair, notebook)[pattern.format(c)]["ci"] for c in CATEGORIES}
+        return [c for c, ci in intervals.items() if ci and (ci[1] < 0 if side < 0 else ci[0] > 0)]
 
     def held(self, notebook: str, beginning: str) -> list[str]:
         """The predictions of a notebook on the embedded pair that begin so and are said to hold."""
@@ -159,13 +158,12 @@ class Sources:
     def attributed(self) -> str:
         """The categories whose attributed features are said to be needed (notebook 04)."""
         test = "{}: without the features attributed to it"
-        return _listed([c for c in CATEGORIES if self.held("04", test.format(c))])
+        return listed([c for c in CATEGORIES if self.held("04", test.format(c))])
 
-    def lowered(self, pair: str, notebook: str, pattern: str) -> int:
-        """Of how many categories the interval of a change lies below 0; {} in ``pattern`` is the category."""
-        metrics = self.metrics(pair, notebook)
-        intervals = (metrics[pattern.format(category)]["ci"] for category in CATEGORIES)
-        return sum(bool(ci) and ci[1] < 0 for ci in intervals)
+    def lowered(self, pair: str, notebook: str, pattern: str) -> str:
+        """Of how many of the four categories the interval of a change lies below 0, and which."""
+        found = self.beyond_zero(pair, notebook, pattern)
+        return f"{len(found)} of 4" + (f" ({', '.join(found)})" if found else "")
 
     def speed(self, name: str) -> dict:
         content = self.json("benchmarks/results.json")
@@ -226,7 +224,7 @@ class Sources:
         return rows
 
 
-def _listed(categories: Sequence[str]) -> str:
+def listed(categories: Sequence[str]) -> str:
     return "all four" if len(categories) == len(CATEGORIES) else ", ".join(categories) or "no category"
 
 
@@ -245,7 +243,9 @@ def render(template: str, root: Path = ROOT, **values) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {f.__name__: f for f in (number, interval, figure, decimals, median, share, cell)}
+    environment.filters |= {
+        f.__name__: f for f in (number, interval, figure, decimals, median, share, cell, listed)
+    }
     environment.globals |= {
         "categories": CATEGORIES,
         "same_feature": SAME_FEATURE,

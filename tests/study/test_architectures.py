@@ -309,6 +309,6 @@ def test_every_kind_is_trained_with_every_seed(toy_variant, tmp_path):
     part = Part("architectures", "", metrics, tables)
     figure, shares = plot_shares(part)
     assert len(shares) == 3 * 5 * 3 and set(shares.crosscoder) == {"all", 0, 1}
-    assert sum(t.marker.symbol == "diamond" for t in figure.data) == 15
+    assert sum(t.marker.symbol == "diamond" for t in figure.data) == 15 + 1  # in the legend
     drawn = plot_nrn(tables["nrn"])
     assert len(drawn.data) == 10 + 20  # a mean and two single crosscoders of each kind, on pair and null

@@ -44,7 +44,8 @@ def test_numbers_of_readme_by_hand(tmp_path):
     metrics |= {"share": metric(0.0413), "large": metric(0.98), "none": metric(None)}
     put(tmp_path, "figures/tiny/results/04.json", {"metrics": metrics})
     sources = publish.Sources(tmp_path)
-    assert sources.lowered("tiny", "04", "x_{}") == 2
+    assert sources.lowered("tiny", "04", "x_{}") == f"2 of 4 ({', '.join(CATEGORIES[:2])})"
+    assert sources.beyond_zero("tiny", "04", "x_{}", 1) == []
     assert (
         sources.percent("tiny", "04", "share") == "4.1%" and sources.percent("tiny", "04", "large") == "98%"
     )
