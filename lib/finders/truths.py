@@ -186,7 +186,7 @@ def opened(name: str, model: str):
 
 
 EVERY = (
-    Truth("planted", "features of one model; the regime measured on the pair tiny", 16, REGIME),
+    Truth("planted", "features of one model; the regime measured on the pair tiny_medium", 16, REGIME),
     Truth("easy", "the same, few, sparse and independent", 8, EASY),
     Truth("rare", "features of one model that fire on 0.5% of the tokens", 16, REGIME, Rare),
     Truth("rarest", "the same on 0.05%", 16, REGIME, Rarest),
