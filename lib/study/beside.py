@@ -93,12 +93,15 @@ def compute_paper(
             values[f"here_own_{row.category}_{row.model}"] = metric(row.own, (row.low, row.high), row.n)
         decoder = one.crosscoder.rows("distilled")  # as it is: the scale is not undone
         chosen = {c: one.chosen[c] for c in STEERED if c in one.chosen}
-        directions = [Direction(f"row {f} of {one.number}", c, decoder[f]) for c, f in chosen.items()]
+        directions: dict[int, Direction] = {}  # one feature may stand for both categories
+        for c, f in chosen.items():
+            directions.setdefault(f, Direction(f"row {f} of {one.number}", c, decoder[f]))
         if directions:
-            thoughts = steering.run("paper/all/report", tasks, [(d, 1.0) for d in directions])
+            thoughts = steering.run("paper/all/report", tasks, [(d, 1.0) for d in directions.values()])
             compared = outcomes.compare(thoughts, seed=variant.seed).set_index("direction")
-            added.append(compared.loc[[d.name for d in directions]].assign(crosscoder=one.number))
-        for c, direction in zip(chosen, directions):
+            added.append(compared.loc[[d.name for d in directions.values()]].assign(crosscoder=one.number))
+        for c, f in chosen.items():
+            direction = directions[f]
             ratio = outcomes.estimate(compared.loc[direction.name], "length_ratio")
             values[f"here_words_{c}"] = metric(*ratio, len(tasks))
             share = float(direction.vector.norm()) / store.mean_norms["distilled"]
