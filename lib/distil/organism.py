@@ -177,6 +177,7 @@ def train_stage(
     For ``distilled``, weights are kept every ``keep_every`` of the run: ``style`` is chosen among them.
     """
     budgets = dict(base=recipe.base_tokens, midtrain=recipe.mid_tokens, latetrain=recipe.late_tokens)
+    rates = dict(base=recipe.base_rate, midtrain=recipe.mid_rate, latetrain=recipe.mid_rate)
     budget = budgets.get(stage, recipe.tune_tokens)
     fit(
         stage,
@@ -185,9 +186,7 @@ def train_stage(
         lambda place: chunk_batches(stage, recipe, place.chunk, min(1.0, place.tokens / budget)),
         folder,
         budget,
-        {"base": recipe.base_rate, "midtrain": recipe.mid_rate, "latetrain": recipe.mid_rate}.get(
-            stage, recipe.tune_rate
-        ),
+        rates.get(stage, recipe.tune_rate),
         decay=0.05,
         keep_every=keep_every * budget if stage == "distilled" else math.inf,
         snapshot=model.state_dict,

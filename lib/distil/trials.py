@@ -131,7 +131,9 @@ def labelled(words: Sequence[str]) -> list[tuple[str, tuple[str, ...], bool]]:
 
 def _wrong(sentence: tuple[str, ...]) -> bool:
     """Whether an equation in the sentence is not true."""
-    a, operation, result = equation_of(sentence) or (0, "+ 1", 1)
+    if (equation := equation_of(sentence)) is None:
+        return False
+    a, operation, result = equation
     return apply(operation, a) != result
 
 

@@ -253,9 +253,17 @@ class Playground:
             thoughts = dict(zip(SIDES, written))
             yield Comparison(task, asked, how, thoughts, dict(zip(SIDES, ended)), table, lines)
 
-    def compare(self, *asked, **how) -> Comparison:
+    def compare(
+        self,
+        prompt,
+        feature: Feature,
+        strength: float,
+        where: str = "thinking",
+        model: str = "distilled",
+        seed: int | None = None,
+    ) -> Comparison:
         """Both thoughts as they end; the parameters are those of ``stream``."""
-        *_, last = self.stream(*asked, **how)
+        *_, last = self.stream(prompt, feature, strength, where, model, seed)
         return last
 
     def _table(self, task, written: Sequence[Sequence[str]], ended: Sequence[bool]) -> pd.DataFrame:
