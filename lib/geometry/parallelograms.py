@@ -300,8 +300,9 @@ def shown(row: Mapping, statistic: str = "score") -> str:
 def is_higher(found: Geometry, model: str, statistic: str = "score") -> tuple[str, bool | None]:
     """(mean difference of the loss from the reference as text, whether it is higher; None if undecided)."""
     rows = found.differences[found.differences["relation"] == "mean"].set_index("model")
-    text = shown(rows.loc[model], statistic)
-    return text, {"lower": False, "higher": True}.get(text.split(", ")[-1])
+    row = rows.loc[model]
+    held = {"lower": False, "higher": True}.get(verdict(row[f"{statistic}_low"], row[f"{statistic}_high"]))
+    return shown(row, statistic), held
 
 
 def answer(found: Geometry, beyond: Geometry | None = None) -> str:
