@@ -49,7 +49,7 @@ from . import trials
 from .fit import Batch, batches_of, claim, fit, token_losses
 
 STAGES = ("base", "midtrain", "latetrain", "distilled", "control", "null_a", "null_b")
-# the same again on other documents {stage: as which}
+# the same on other documents {stage: as which}; their weights are not shipped
 AGAIN = {f"{stage}_{seed}": stage for seed in (1, 2) for stage in ("distilled", "null_a")}
 CHUNK_DOCUMENTS = 2000
 TEACHERS = {  # of the stages of the positive control (control.py); that of "distilled" is the recipe's
@@ -205,7 +205,7 @@ def stages_of(name: str) -> tuple[str, ...]:
 
 
 def train_all(
-    out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print, base: Path | None = None
+    out: Path, recipe: Recipe, stages: Sequence[str] = STAGES, report=print, base: Path | None = None
 ) -> None:
     """Train the stages in order, each resumable, below ``out`` (checkpoints and logs). ``base``: the folder
     of a pair whose base they begin with; None: they train their own."""
@@ -260,7 +260,7 @@ def choose_style(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFas
     )
 
 
-def ship(runs: Path, out: Path, recipe: Recipe, stages: tuple[str, ...] = STAGES, report=print) -> None:
+def ship(runs: Path, out: Path, recipe: Recipe, stages: Sequence[str] = STAGES, report=print) -> None:
     """Write the models of ``stages`` (bfloat16 safetensors), the log and the recipe below ``out``; where
     there is a ``control``, the ``style`` checkpoint too, and beside a base of its own the tokenizer, which
     other pairs share."""
@@ -323,7 +323,8 @@ def distil_briefly(
 
 def make_pair(out: Path, runs: Path | None = None, stages: Sequence[str] = ()) -> None:
     """Train the embedded pair that is named like the folder ``out``, or go on with it, and ship it there.
-    ``stages``: train these only, and ship nothing. ``runs``: folder of checkpoints and logs."""
+    ``stages``: train these only, and ship nothing; but those of ``AGAIN`` begin with the shipped base, and
+    their weights are written beside it. ``runs``: folder of checkpoints and logs."""
     if out.name == "tiny_planted":
         from .control import make_control
 
@@ -336,7 +337,11 @@ def make_pair(out: Path, runs: Path | None = None, stages: Sequence[str] = ()) -
     for stage in stages:
         check("stage", stage, choices=known)
     runs = runs or Path("data/runs") / f"distil_{out.name}"
-    base = None if "base" in known else out.parent / "tiny"
-    train_all(runs, recipe, tuple(stages or known), base=base)
+    again, known = [s for s in stages if s in AGAIN], [s for s in known if s not in AGAIN]
+    train_all(runs, recipe, again, base=out)
+    for stage in again:
+        save(_trained(runs / stage / "final.pt", recipe, build_tokenizer()), out / stage)
+    if others := tuple(s for s in stages or known if s not in again):
+        train_all(runs, recipe, others, base=None if "base" in known else out.parent / "tiny")
     if not stages:
         ship(runs, out, recipe, known)

@@ -198,7 +198,9 @@ def publish():
 def distil(
     out: PairFolder,
     runs: Runs = None,
-    stages: _option(list[str], "NAME ...", "train only these, ship nothing") = (),
+    stages: _option(
+        list[str], "NAME ...", "train only these; ships nothing but distilled_1 and the like"
+    ) = (),
     threads: Threads = 1,
 ):
     """Train an embedded pair, or go on with it. An hour on two cores for data/pairs/tiny."""

@@ -178,6 +178,20 @@ def test_the_three_sizes_differ_in_width_and_what_follows_from_it():
     )
 
 
+def test_a_further_training_begins_with_the_shipped_base_and_is_all_that_is_written(tmp_path, monkeypatch):
+    recipe = replace(distill.RECIPES["tiny"], **{**asdict(SMALL), "tune_tokens": 500})
+    monkeypatch.setitem(distill.RECIPES, "tiny", recipe)
+    base = distill.build_model(recipe, len(prose.vocabulary()))
+    distill.save(base, tmp_path / "tiny" / "base")
+    distill.make_pair(tmp_path / "tiny", tmp_path / "runs", ["distilled_1"])
+    assert {p.name for p in (tmp_path / "tiny").iterdir()} == {"base", "distilled_1"}
+    shipped, trained = (
+        distill.load_shipped(n, tmp_path / "tiny").state_dict() for n in ("base", "distilled_1")
+    )
+    moved = [(trained[n] - shipped[n]).abs().max().item() for n in shipped]
+    assert 0 < max(moved) < 0.1, "a few steps away from the base"
+
+
 def test_a_size_without_a_control_ships_neither_style_nor_tokenizer(tmp_path):
     assert {"control", "distilled_2"} < set(distill.stages_of("tiny"))
     assert distill.stages_of("tiny_medium") == ("distilled", "null_a", "null_b"), "it has the base of tiny"
