@@ -31,11 +31,13 @@ NUMBERS = (
     "count",
     "lowered",
     "attributed",
+    "by_training",
     "speed",
     "json",
     "csv",
 )  # in templates
 PAIRS = ("tiny", "smol")  # whose results are committed: the embedded pair, and the real one
+TRAININGS = ("tiny", "tiny_1", "tiny_2")  # the embedded pair, distilled three times, on other documents
 # page -> template
 PAGES = {
     "README.md": "README.md.j2",
@@ -150,20 +152,34 @@ class Sources:
         intervals = {c: self.metrics(pair, notebook)[pattern.format(c)]["ci"] for c in CATEGORIES}
         return [c for c, ci in intervals.items() if ci and (ci[1] < 0 if side < 0 else ci[0] > 0)]
 
-    def held(self, notebook: str, beginning: str) -> list[str]:
-        """The predictions of a notebook on the embedded pair that begin so and are said to hold."""
-        rows = self.boards("tiny")[notebook]
+    def held(self, notebook: str, beginning: str, pair: str = "tiny") -> list[str]:
+        """The predictions of a notebook on an embedded pair that begin so and are said to hold."""
+        rows = self.boards(pair)[notebook]
         return [r["prediction"] for r in rows if r["prediction"].startswith(beginning) and r["held"] == YES]
 
-    def attributed(self) -> str:
-        """The categories whose attributed features are said to be needed (notebook 04)."""
+    def attributed(self, *pairs: str) -> str:
+        """The categories whose attributed features are said to be needed (notebook 04), in all ``pairs``."""
         test = "{}: without the features attributed to it"
-        return listed([c for c in CATEGORIES if self.held("04", test.format(c))])
+        needed = (c for c in CATEGORIES if all(self.held("04", test.format(c), p) for p in pairs or ["tiny"]))
+        return listed(list(needed))
 
     def lowered(self, pair: str, notebook: str, pattern: str) -> str:
         """Of how many of the four categories the interval of a change lies below 0, and which."""
         found = self.beyond_zero(pair, notebook, pattern)
         return f"{len(found)} of 4" + (f" ({', '.join(found)})" if found else "")
+
+    def by_training(self) -> list[dict]:
+        """The predictions of 02 to 04 that were tested in all three trainings of tiny, with their verdicts."""
+        rows = []
+        for notebook in ("02", "03", "04"):
+            first, *others = (
+                {row["prediction"]: row["held"] for row in self.boards(pair)[notebook]} for pair in TRAININGS
+            )
+            for prediction in first:
+                held = [first[prediction], *(board.get(prediction) for board in others)]
+                if not any(verdict is None or verdict.startswith("not testable") for verdict in held):
+                    rows.append(dict(notebook=notebook, prediction=prediction, held=held))
+        return rows
 
     def speed(self, name: str) -> dict:
         content = self.json("benchmarks/results.json")
@@ -250,6 +266,7 @@ def render(template: str, root: Path = ROOT, **values) -> str:
         "categories": CATEGORIES,
         "same_feature": SAME_FEATURE,
         "sources": sources,
+        "trainings": TRAININGS,
         **{pair: functools.partial(sources.metric, pair) for pair in PAIRS},
         **{name: getattr(sources, name) for name in NUMBERS},
     }
