@@ -169,7 +169,7 @@ class Sources:
         return f"{len(found)} of 4" + (f" ({', '.join(found)})" if found else "")
 
     def by_training(self) -> list[dict]:
-        """The predictions of 02 to 04 that were tested in all three trainings of tiny, with their verdicts."""
+        """The predictions of 02 to 04 that were tested in all three trainings, with their verdicts."""
         rows = []
         for notebook in ("02", "03", "04"):
             first, *others = (
