@@ -169,16 +169,16 @@ class Sources:
         return f"{len(found)} of 4" + (f" ({', '.join(found)})" if found else "")
 
     def by_training(self) -> list[dict]:
-        """The predictions of 02 to 04 that were tested in all three trainings, with their verdicts."""
-        rows = []
+        """The predictions of 02 to 04 that were tested in all three trainings: their verdicts, and whether
+        these are the same."""
+        boards, rows = [self.boards(pair) for pair in TRAININGS], []
         for notebook in ("02", "03", "04"):
-            first, *others = (
-                {row["prediction"]: row["held"] for row in self.boards(pair)[notebook]} for pair in TRAININGS
-            )
+            first, *others = ({row["prediction"]: row["held"] for row in board[notebook]} for board in boards)
             for prediction in first:
                 held = [first[prediction], *(board.get(prediction) for board in others)]
                 if not any(verdict is None or verdict.startswith("not testable") for verdict in held):
-                    rows.append(dict(notebook=notebook, prediction=prediction, held=held))
+                    same = len(set(held)) == 1
+                    rows.append(dict(notebook=notebook, prediction=prediction, held=held, same=same))
         return rows
 
     def speed(self, name: str) -> dict:
