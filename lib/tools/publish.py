@@ -163,6 +163,10 @@ class Sources:
         needed = (c for c in CATEGORIES if all(self.held("04", test.format(c), p) for p in pairs or ["tiny"]))
         return listed(list(needed))
 
+    def in_trainings(self, notebook: str, beginning: str) -> int:
+        """In how many of TRAININGS a prediction that begins so is said to hold."""
+        return sum(bool(self.held(notebook, beginning, pair)) for pair in TRAININGS)
+
     def lowered(self, pair: str, notebook: str, pattern: str) -> str:
         """Of how many of the four categories the interval of a change lies below 0, and which."""
         found = self.beyond_zero(pair, notebook, pattern)
