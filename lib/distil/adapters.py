@@ -7,6 +7,8 @@ schedule (hours on two cores each; what was interrupted goes on):
   ``</think>``
 - *null_a*: the same on encyclopedic text: how far any adapter moves the model, when nothing is taught
 - *null_b*: null_a from another beginning and in another order (on request: ``--stages null_b``)
+- *null_traces*: the traces of *distilled* without their reflections: how far an adapter moves the model that
+  learns everything but these (on request)
 
 Adapters are LoRA (Hu et al. 2021) on every linear layer, trained in bfloat16 with float32 master weights. A
 run is deterministic given seed and threads."""
@@ -28,9 +30,11 @@ from ..runs import whole_files, write_text
 from ..settings import ROOT, Count, NotNegative, Positive, UserError, check, parameters
 from ..text.chat import Trace, encode_trace
 from ..text.files import hub_items, read_texts, read_traces
+from ..text.lexicon import sentences
 from .fit import Batch, Place, Window, batches_of, claim, fit, token_losses
 
-STAGES = ("distilled", "null_a", "null_b")
+STAGES = ("distilled", "null_a", "null_b", "null_traces")
+OF_TRACES = {"distilled", "null_traces"}
 HELD_OUT = 0.05  # share of questions, and of paragraphs, that no adapter sees
 HUB_TRACES = "hub:open-thoughts/OpenThoughts-114k"
 STATE_EVERY = 25  # steps between states to resume from: about three minutes
@@ -156,6 +160,15 @@ def ship(model: peft.PeftModel, state_file: Path, out: Path, trained_on: str) ->
         (scratch / "README.md").unlink(missing_ok=True)  # peft's own model card is an empty form
 
 
+def without(trace: Trace, label: str = "reflection") -> Trace:
+    """The trace without the sentences of its thought that have a label (``lib.text.lexicon``)."""
+    kept, last = "", 0
+    for span in sentences(trace.thinking):
+        kept += trace.thinking[last : span.end] if span.label != label else ""
+        last = span.end
+    return replace(trace, thinking=kept)
+
+
 def traces_of(file: Path | None, recipe: Recipe) -> list[Trace]:
     """The traces to learn from: no question that is held out; from the hub no more than the
     recipe can use."""
@@ -187,12 +200,12 @@ def make_adapters(
     pair, recipe = load_pair(out.name), Recipe(tokens=Recipe.tokens if tokens is None else tokens)
     for stage in stages:
         check("stage", stage, choices=STAGES)
-    if not text and set(stages) != {"distilled"}:
+    if not text and set(stages) - OF_TRACES:
         raise UserError(
             "--text is needed for the null: a text file with a paragraph a line (WikiText, say); or train"
             " --stages distilled"
         )
-    used_by = ("traces", traces, "distilled" in stages), ("text", text, set(stages) - {"distilled"})
+    used_by = ("traces", traces, OF_TRACES & set(stages)), ("text", text, set(stages) - OF_TRACES)
     for name, file, used in used_by:
         if file and not used:
             raise UserError(
@@ -206,8 +219,10 @@ def make_adapters(
         window = min(recipe.window, pair.context or recipe.window)
         seeded = replace(recipe, seed=recipe.seed + (stage == "null_b"), window=window)
         tokenizer, model = pair.tokenizer("base"), adapted(pair.load("base"), seeded)
-        if stage == "distilled":
-            windows = trace_windows(traces_of(traces, seeded), tokenizer, seeded)
+        if stage in OF_TRACES:
+            read = traces_of(traces, seeded)
+            read = [without(trace) for trace in read] if stage == "null_traces" else read
+            windows = trace_windows(read, tokenizer, seeded)
         else:
             windows = text_windows((t for t in paragraphs(text) if not held_out(t)), tokenizer, seeded)
         train(model, windows, seeded, runs / stage)

@@ -28,7 +28,7 @@ from .claims import Claims, Place, read_claims, write_claims
 from .finder import FINDERS, fit
 from .report import named
 from .scores import SCORES, null_claims, recurrence, score, summary
-from .truths import TRUTHS, Budget, Truth, truth
+from .truths import KNOWN, TRUTHS, Budget, Truth, truth
 
 VERSION = 1  # of finders and scores
 SMALL = Budget(planted_tokens=8_000, tokens=20_000, epochs=1, targets=12)
@@ -39,7 +39,8 @@ def cell(
 ) -> tuple[Claims, dict]:
     """(claims, scores) of a finder, or of ``given`` claims, at a truth, seed and null; kept in ``folder``."""
     _, seed, null = place
-    decided = one.planted or [load_pair(one.pair).fingerprint(m) for m in ("base", "distilled", "null_a")]
+    models = ("base", "null_a" if null else "distilled")
+    decided = one.planted or [load_pair(one.pair).fingerprint(model) for model in models]
     how = _source(name) if given is None else given.plain()
     key = fingerprint("finders", VERSION, name, one.name, seed, null, decided, asdict(budget), how)
     slug = "".join(c if c.isalnum() else "_" for c in name)
@@ -107,7 +108,7 @@ def bench(
 def _file(name: str) -> tuple[str, dict[Place, Claims]]:
     if not Path(name).is_file():
         fit(name, None)  # says which finders there are
-    label, sets = read_claims(Path(name), {one.name: one.width for one in TRUTHS.values()})
+    label, sets = read_claims(Path(name), {one.name: one.width for one in KNOWN.values()})
     if label in FINDERS:
         raise UserError(f"{name} calls its finder {label!r}, which is one of ours: give it another name")
     if all(null for *_, null in sets):

@@ -7,10 +7,12 @@ import plotly.express as px
 import plotly.graph_objects as go
 
 from ..figures import COLOURS, SCALE, plain_titles
-from ..results import Part, interval_text
+from ..results import Part, interval_text, read_part
+from ..runs import Run
 from ..stats import t_interval
 from ..study.variants import metric
 from .scores import interval
+from .truths import REAL
 
 NRN = "BatchTopK crosscoder, NRN"
 CONTROL = "random features"  # no finder
@@ -25,6 +27,7 @@ SHOWN = {  # score: what the figure says of it
     "necessity": "necessity, nats per norm",
     "sufficiency": "sufficiency, nats per norm",
 }
+SHOWN_REAL = ("precision", "recall", "null_claims", "necessity", "sufficiency")
 
 
 def named(scores: pd.DataFrame) -> dict[str, dict]:
@@ -82,6 +85,27 @@ def shows(part: Part) -> str:
         for name, group in part.tables["scores"].groupby("truth", sort=False)
     ]
     return "Best finder of each truth: " + "; ".join(lines) + "."
+
+
+def real(run: str = "default") -> tuple[pd.DataFrame, str] | None:
+    """(scores by finder on the truth smol, means and 95% over seeds; what they say) if they were computed."""
+    found = read_part(Run("smol", run), "finders").tables.get("summary")
+    if found is None:
+        return None
+    table = found.set_index("finder")
+    say = lambda finder, name: interval_text(
+        {"value": table.loc[finder, name], "ci": list(table.loc[finder, [f"{name}_low", f"{name}_high"]])}
+    )
+    first = table.drop(CONTROL)["necessity"].idxmax()
+    needed = table.index[table["necessity_low"] > 0]
+    text = (
+        f"In `smol` the claims of *{first}* are the most necessary: {say(first, 'necessity')} nats per norm"
+        f" (by NRN {say(NRN, 'necessity')}, {CONTROL} {say(CONTROL, 'necessity')}). The interval over seeds"
+        f" lies above 0 for {', '.join(needed) or 'no finder'}. By NRN {table.loc[NRN, 'null_claims']:.1f} of"
+        f" {REAL.claims} claims are as sure where the traces had no reflections."
+    )
+    columns = [f"{name}{end}" for name in SHOWN_REAL for end in ("", "_low", "_high")]
+    return table[columns].round(2), text
 
 
 def plot_f1(summary: pd.DataFrame) -> go.Figure:

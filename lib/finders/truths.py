@@ -91,7 +91,8 @@ class Budget:
 @dataclass(frozen=True)
 class Truth:
     """``about``: what is to be found; ``claims``: how many of a finder are judged; ``planted`` and its
-    ``store``, or a ``pair``; ``causal``: what is right is measured in the models."""
+    ``store``, or a ``pair``, on which a dictionary has ``n_features`` and ``k``; ``causal``: what is right is
+    measured in the models; ``numbers``: in a direction, where the base's configuration is not at hand."""
 
     name: str
     about: str
@@ -99,13 +100,16 @@ class Truth:
     planted: Planted | None = None
     store: type[PlantedStore] = PlantedStore
     pair: str = ""
+    n_features: int = 256  # as notebook 02
+    k: int = 8
     causal: bool = False
+    numbers: int = 0
 
     @property
     def width(self) -> int:
         """Numbers in a direction: of the planted regime, or as the base's configuration says."""
-        if self.planted:
-            return self.planted.width
+        if self.planted or self.numbers:
+            return self.numbers or self.planted.width
         return load_pair(self.pair).config("base").get_text_config().hidden_size
 
     def open(self, budget: Budget, seed: int, folder: Path, null: bool = False) -> Data:
@@ -120,7 +124,7 @@ class Truth:
         else:
             folder = Path(folder) / self.name / ("null" if null else "pair")
             store = harvested(self.pair, budget.tokens, null, folder)
-            names, size = store.models, {"n_features": 256, "k": 8}  # as notebook 02
+            names, size = store.models, {"n_features": self.n_features, "k": self.k}
             labels = {"targets": sample_targets(store, budget.targets, "choose")}
             labels["open_model"] = lambda: opened(self.pair, names[1])
         config = TrainConfig(tokens=budget.epochs * store.count("train"), seed=seed, **size)
@@ -198,8 +202,14 @@ EVERY = (
     Truth("tiny", "directions that the behaviours need (causal)", 8, pair="tiny", causal=True),
 )
 TRUTHS = {one.name: one for one in EVERY}
+# asked for by name alone: the weights of its null are not shipped
+REAL = Truth(
+    "smol", "the same, in a real language model", 8, pair="smol_traces", n_features=1024, k=16, causal=True,
+    numbers=576,
+)  # fmt: skip
+KNOWN = TRUTHS | {REAL.name: REAL}
 
 
 def truth(name: str) -> Truth:
     """UserError for an unknown name."""
-    return TRUTHS[check("truth", name, tuple(TRUTHS))]
+    return KNOWN[check("truth", name, tuple(KNOWN))]

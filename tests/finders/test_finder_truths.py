@@ -9,7 +9,7 @@ import torch
 
 from lib.finders import scores, truths
 from lib.finders.claims import SIDES, Claims
-from lib.finders.truths import DRIFT, EASY, REGIME, TRUTHS, Budget, Rare, Rarest, Reweighted
+from lib.finders.truths import DRIFT, EASY, REAL, REGIME, TRUTHS, Budget, Rare, Rarest, Reweighted
 from lib.models.pairs import Pair, load_pair
 from lib.settings import UserError
 from lib.study.planted import KINDS, PlantedStore
@@ -137,6 +137,7 @@ def test_widths_are_those_of_weights_that_are_not_loaded(monkeypatch):
     }
     monkeypatch.setattr(Pair, "load", None)
     assert {name: one.width for name, one in TRUTHS.items()} == expected
+    assert REAL.width == 576  # of SmolLM2-135M, whose configuration may have to be fetched
 
 
 def test_an_unknown_truth_is_named():
