@@ -216,10 +216,7 @@ def adapters(
     traces: _option(Path, "FILE", "JSONL with question, thinking and answer") = None,
     text: _option(Path, "FILE", "text with a paragraph a line, for the null") = None,
     tokens: _option(int, "N", "to train on (default: the recipe's)", min=1) = None,
-    stages: _option(list[str], "NAME ...", "of distilled, null_a, null_b, null_traces") = (
-        "distilled",
-        "null_a",
-    ),
+    stages: _option(list[str], "NAME ...", "also null_b, null_traces") = ("distilled", "null_a"),
     runs: Runs = None,
     registry: Registry = None,
     threads: Threads = 2,

@@ -203,6 +203,16 @@ def test_what_is_shipped_is_the_adapter_that_was_trained(tokenizer, tmp_path):
         assert (merged(x).logits - meant).abs().max() < 0.05 * change
 
 
+def test_a_trace_loses_its_reflections_and_nothing_else():
+    whole = Trace(
+        "How many?", "So there are 3.\n\nWait, let me check. Hence 4. Wait, no.", "The answer is 4."
+    )
+    found = lora.without(whole)
+    assert found.thinking == "So there are 3. Hence 4."
+    assert (found.question, found.answer) == (whole.question, whole.answer)
+    assert lora.without(found) == found
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
 
@@ -280,6 +290,15 @@ def test_the_null_reads_text_and_no_adapter_what_is_held_out(command, tmp_path):
         for stage in ("distilled", "null_a")
     )
     assert not torch.equal(a, b)
+
+
+def test_the_null_of_traces_learns_the_same_but_no_reflection(command, tmp_path):
+    run, seen, *_ = command
+    stages = ("--stages", "distilled", "null_traces")
+    assert run("--traces", str(tmp_path / "traces.jsonl"), *stages, "--tokens", "900") == 0
+    taught, without = (" ".join(texts) for texts in seen.values())
+    assert "First, I count." in taught and "First, I count." in without
+    assert "Wait." in taught and "Wait." not in without
 
 
 def test_a_run_of_another_recipe_is_not_gone_on_with(command, tmp_path, capsys):
