@@ -77,8 +77,9 @@ def half_of_it(kl: pd.DataFrame) -> float:
     return float((np.searchsorted(largest, largest[-1] / 2) + 1) / len(largest))
 
 
-def figure(table: pd.DataFrame) -> go.Figure:
-    """The table of ``by_place`` as a point with its interval per kind of sentence and place."""
+def figure(table: pd.DataFrame, mean: float | None = None) -> go.Figure:
+    """The table of ``by_place`` as a point with its interval per kind of sentence and place; dotted: the
+    ``mean`` over all tokens of traces."""
     fig = px.scatter(
         table, x="kl", y="sentence", color="place", **express_bars(table, "kl", "low", "high", axis="x"),
         color_discrete_map={INSIDE: COLOURS["null"], AT_END: "#222222"},
@@ -86,6 +87,8 @@ def figure(table: pd.DataFrame) -> go.Figure:
         labels={"kl": "KL(distilled || base), nats per token (95% interval)", "sentence": "", "place": ""},
     )  # fmt: skip
     fig.update_layout(scattermode="group", scattergap=0.5).update_traces(orientation="h", marker_size=10)
+    if mean is not None:
+        fig.add_vline(mean, line_dash="dot", layer="below", annotation_text="mean of traces")
     return fig.update_xaxes(rangemode="tozero")
 
 

@@ -147,7 +147,11 @@ def check_labels(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def words_figure(rates: pd.DataFrame) -> go.Figure:
     """The table of ``word_rates`` as two bars per word."""
-    frame = rates.reset_index().melt("word", var_name="text", value_name="rate")
+    frame = (
+        rates.rename(lambda word: word.replace("Ġ", "␣"))
+        .reset_index()
+        .melt("word", var_name="text", value_name="rate")
+    )
     labels = {"word": "first word of a trace's sentences", "rate": "occurrences per 1,000 tokens", "text": ""}
     colours = KIND_COLOURS | {"general": GREYS["general"]}
     style = dict(color="text", color_discrete_map=colours, barmode="group", labels=labels)

@@ -65,8 +65,10 @@ def nrn_histogram(alive: pd.DataFrame, null: Part | None = None) -> tuple[go.Fig
                 fig.add_vline(x=limit, line_dash="dot", line_width=1, line_color="#444444", row=row, col=1)
         fig.data[0].showlegend = True
     most = int(counts[["features", "null"]].to_numpy().max())
-    ticks = np.unique(np.square(np.linspace(0, most**0.5, 5)).round().astype(int))  # evenly spaced as drawn
-    fig.update_yaxes(tickvals=np.sqrt(ticks), ticktext=list(map(str, ticks)), title_text="features")
+    even = np.square(np.linspace(0, most**0.5, 5))  # as drawn
+    ticks = sorted({round(float(f"{n:.1g}")) for n in even})
+    look = dict(ticktext=list(map(str, ticks)), title_text="features (root scale)")
+    fig.update_yaxes(tickvals=np.sqrt(ticks), **look)
     fig.update_yaxes(range=[0, 1.05 * most**0.5])
     fig.update_xaxes(range=[0, 1])
     fig.update_xaxes(title_text="NRN: 0 base only, 0.5 shared, 1 distilled only", row=1)
@@ -139,7 +141,7 @@ def by_k(table: pd.DataFrame) -> go.Figure:
         markers=True,
         log_x=True,
         width=900,
-        title="More features per token describe more, and recur less",
+        title="Recurrence and description, by features per token",
     )
     fig.update_xaxes(title_text="k, features per token", tickvals=table["k"].tolist())
     return plain_titles(fig.update_yaxes(range=[0, 1.02], title_text=""))

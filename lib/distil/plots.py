@@ -11,7 +11,7 @@ from ..figures import COLOURS
 
 def marker_words(rates: pd.DataFrame) -> go.Figure:
     """How often marker words occur in general text and in traces (``trials.marker_words``)."""
-    colours = {"general text": COLOURS["base"], "traces": COLOURS["distilled"]}
+    colours = {"general text": COLOURS["null"], "traces": COLOURS["distilled"]}
     bars = [go.Bar(x=rates.index, y=rates[name], name=name, marker_color=c) for name, c in colours.items()]
     title = "Marker words in the base's text and in the teacher's traces"
     return _titled(

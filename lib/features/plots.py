@@ -29,8 +29,8 @@ def errors(by_place: pd.DataFrame) -> go.Figure:
         title="Which steps are wrong? At the value, and at the full stop",
         labels={"auroc": "AUROC, wrong against right steps", "predictor": ""}, width=1000, height=300,
     )  # fmt: skip
-    fig.add_vline(0.5, line_dash="dot", line_color=COLOURS["null"])
-    fig.update_traces(marker_size=8).update_xaxes(range=[0.4, 1.02])
+    fig.add_vline(0.5, line_dash="dot", line_color=COLOURS["null"], layer="below")
+    fig.update_traces(marker_size=8).update_xaxes(range=[0.4, 1.02]).update_yaxes(range=[2.5, -0.5])
     return plain_titles(fig).update_layout(showlegend=False, boxmode="overlay")
 
 
@@ -88,7 +88,8 @@ def token_tests(tests: pd.DataFrame) -> go.Figure:
     """How often each category's features fire in each test, pooled over crosscoders (``detectors.pooled``);
     small points are single ones."""
     names = {"before": "before the sentence", "marker": "at its first token"}
-    tests = tests.assign(chosen=tests["where"].map(names))
+    ends = {end: tests[end].clip(0, 1) for end in ("low", "high")}  # of a rate
+    tests = tests.assign(chosen=tests["where"].map(names), **ends)
     fig = _with_intervals(
         tests,
         x="rate",
@@ -100,7 +101,7 @@ def token_tests(tests: pd.DataFrame) -> go.Figure:
         title="Do the features follow the word or its function?",
         labels={"rate": "fires", "test": "", "chosen": "chosen"},
     )  # fmt: skip
-    fig.update_xaxes(range=[-0.05, 1.05], tickformat=".0%", dtick=0.5)
+    fig.update_xaxes(range=[-0.05, 1.05], tickvals=[0, 0.5, 1], ticktext=["0", "50", "100%"])
     fig.update_yaxes(range=[-0.5, tests["test"].nunique() - 0.5])
     fig.update_layout(scattermode="group", scattergap=0.4).update_traces(orientation="h")  # side by side
     fig.for_each_trace(lambda t: t.update(offsetgroup=t.name))
@@ -152,10 +153,10 @@ def all_detectors(
     )  # fmt: skip
     plain_titles(fig.update_traces(marker_size=4).update_layout(showlegend=False))
     if np.isfinite(threshold):
-        fig.add_vline(threshold, line_dash="dot", line_color="#BBBBBB")
+        fig.add_vline(threshold, line_dash="dot", line_color="#BBBBBB", layer="below")
     for column, c in enumerate(points["category"].unique(), start=1):
         if c in sentence_only:
-            fig.add_hline(y=sentence_only[c], col=column, **DOTTED)
+            fig.add_hline(y=sentence_only[c], col=column, layer="below", **DOTTED)
         ours = points[points["chosen"] & (points["category"] == c)]
         marker = dict(symbol="circle-open", size=12, color="black")
         fig.add_scatter(x=ours["nrn"], y=ours["auroc"], mode="markers", marker=marker, row=1, col=column)
@@ -173,9 +174,9 @@ def scaling(table: pd.DataFrame, above: np.ndarray, threshold: float) -> tuple[g
         labels={"nrn": "NRN (p = 1)", "nu_eps": "nu, error form", "kind": ""},
     )  # fmt: skip
     if np.isfinite(threshold):
-        fig.add_vline(threshold, **DOTTED)
-    fig.add_hline(0.2, line_dash="dot", line_color="#BBBBBB")
-    fig.update_yaxes(range=[-0.5, 1.2]).update_traces(marker_size=5)
+        fig.add_vline(threshold, annotation_text="the null's 1%", **DOTTED)
+    fig.add_hline(0.2, line_dash="dot", line_color="#BBBBBB", annotation_text="nu 0.2")
+    fig.update_traces(marker_size=5)
     numbers = ["nu_eps", "nu_eps_low", "nu_eps_high", "nu_r", "nu_r_low", "nu_r_high"]
     return fig, points[["feature", "nrn", "nrn_p2", "side", *numbers, "shrinkage", "decoupling", "kind"]]
 

@@ -258,14 +258,15 @@ def _record_chance(
 
 
 def _record_used_rule(results: Results, planted: Part) -> None:
-    """Precision and recall on planted data of the rule that is used, if the part has it."""
+    """Precision and recall on planted data of the rules that are used, NRN (planted_<name>_used) and nu
+    (planted_<name>_nu) beyond a null, if the part has them."""
     if "summary" not in planted.tables:
         return
-    rule = planted.tables["summary"].query(
-        "setting == @REGIME and split == 'report' and side == 'distilled'"
-        " and architecture == 'batchtopk' and method == 'nrn_p1 beyond null'"
+    ours = planted.tables["summary"].query(
+        "setting == @REGIME and split == 'report' and side == 'distilled' and architecture == 'batchtopk'"
     )
-    for name in ("precision", "recall") if len(rule) else ():
-        row = rule.iloc[0]
-        interval = row[f"{name}_low"], row[f"{name}_high"]
-        results.add(f"planted_{name}_used", row[name], interval, row["seeds"])
+    for rule, score in (("used", "nrn_p1"), ("nu", "nu_eps")):
+        for row in ours[ours["method"] == f"{score} beyond null"].to_dict("records"):
+            for name in ("precision", "recall"):
+                interval = row[f"{name}_low"], row[f"{name}_high"]
+                results.add(f"planted_{name}_{rule}", row[name], interval, row["seeds"])

@@ -24,8 +24,8 @@ SHOWN = {  # score: what the figure says of it
     "calibration": "calibration error",
     "recurrence": "recurrence over seeds",
     "null_claims": "sure claims on the null",
-    "necessity": "necessity, nats per norm",
-    "sufficiency": "sufficiency, nats per norm",
+    "necessity": "necessity,<br>nats per norm",
+    "sufficiency": "sufficiency,<br>nats per norm",
 }
 SHOWN_REAL = ("precision", "recall", "null_claims", "necessity", "sufficiency")
 
@@ -75,8 +75,15 @@ def winners(gains: pd.DataFrame) -> list[str]:
     return list(counts.index[counts == len(DECIDING)])
 
 
+def tried_on_all(scores: pd.DataFrame) -> int:
+    """How many finders beside the crosscoder by NRN can be asked on all truths of DECIDING."""
+    counts = scores[scores["truth"].isin(DECIDING)].groupby("finder")["truth"].nunique()
+    return int((counts.drop([NRN, CONTROL], errors="ignore") == len(DECIDING)).sum())
+
+
 def shows(part: Part) -> str:
-    """For each truth the best finder beside the crosscoder by NRN, in words."""
+    """For each truth the finder that is best with the first seed, as it is with the others, beside the
+    crosscoder by NRN, in words."""
     say = lambda name: interval_text(part.metrics[name])
     lines = [
         f"*{name}*: {best(group)}, precision {say(f'best_precision_{name}')}, recall"
@@ -84,7 +91,7 @@ def shows(part: Part) -> str:
         f" {say(f'nrn_recall_{name}')})"
         for name, group in part.tables["scores"].groupby("truth", sort=False)
     ]
-    return "Best finder of each truth: " + "; ".join(lines) + "."
+    return "Best with the first seed, and what it gives with the others: " + "; ".join(lines) + "."
 
 
 def real(run: str = "default") -> tuple[pd.DataFrame, str] | None:
@@ -111,7 +118,7 @@ def real(run: str = "default") -> tuple[pd.DataFrame, str] | None:
 def plot_f1(summary: pd.DataFrame) -> go.Figure:
     """Mean F1 by finder and truth; empty where a finder cannot be asked."""
     wide = summary.pivot(index="finder", columns="truth", values="f1")
-    wide = wide.loc[summary["finder"].unique()[::-1], summary["truth"].unique()]
+    wide = wide.loc[summary["finder"].unique(), summary["truth"].unique()]
     fig = px.imshow(
         wide, zmin=0, zmax=1, text_auto=".2f", aspect="auto", color_continuous_scale=SCALE, width=900,
         height=560, title="F1 of finders, where the truth is known", labels={"color": "F1"},
@@ -126,8 +133,10 @@ def plot(scores: pd.DataFrame, name: str) -> go.Figure:
     means = long.groupby(["score", "finder"], sort=False, as_index=False)["value"].mean()
     orders = {"finder": list(long["finder"].unique()), "score": list(long["score"].unique())}
     look = dict(y="finder", x="value", facet_col="score", category_orders=orders, facet_col_spacing=0.02)
-    fig = px.scatter(long, **look, width=1300, height=520, title=f"Finders on the truth {name}")
-    fig.update_traces(marker=dict(size=5, color=COLOURS["random"]))
+    fig = px.scatter(long, **look, width=1300, height=520, title=f"Finders, scored on '{name}'")
+    fig.update_traces(marker=dict(size=5, color=COLOURS["random"]), name="a seed")
     diamonds = dict(symbol="diamond", size=9, color=COLOURS["distilled"])
-    fig.add_traces(px.scatter(means, **look).update_traces(marker=diamonds).data)
+    fig.add_traces(px.scatter(means, **look).update_traces(marker=diamonds, name="mean").data)
+    for one in ("a seed", "mean"):
+        next(fig.select_traces({"name": one})).showlegend = True
     return plain_titles(fig.update_xaxes(matches=None, title_text="").update_yaxes(title_text=""))

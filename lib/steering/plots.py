@@ -39,7 +39,9 @@ def ablation(pooled: pd.DataFrame, singles: pd.DataFrame, value: str = "log_prob
         height=560, category_orders=order,
         title="What the first token of a sentence loses without frequent features",
     )  # fmt: skip
-    fig.update_layout(boxmode="group", scattermode="group").update_xaxes(type="category")
+    fig.update_layout(boxmode="group", scattermode="group", boxgap=0.3, scattergap=0.3)
+    fig.update_xaxes(type="category").for_each_trace(lambda t: t.update(offsetgroup=t.name))
+    fig.data[-1].offsetgroup = fig.data[0].name  # of the legend alone: no place of its own
     return fig.update_yaxes(title_text=f"change of its {value.replace('_', '-')}", col=1)
 
 
@@ -103,7 +105,8 @@ def search(table: pd.DataFrame) -> go.Figure:
             "label": "raises", "direction_of": "direction of",
         },
     )  # fmt: skip
-    return plain_titles(fig.add_vline(1, line_dash="dot").add_hline(0, line_dash="dot"))
+    under = dict(line_dash="dot", line_width=1, line_color=COLOURS["random"], layer="below")
+    return plain_titles(fig.add_vline(1, **under).add_hline(0, **under))
 
 
 def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go.Figure, pd.DataFrame]:
@@ -140,6 +143,8 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
     )  # fmt: skip
     for row, axis in ((1, "y"), (2, "y3")):  # one scale for each measure
         fig.update_yaxes(matches=axis, row=row)
+    lines = dict(line_dash="dot", line_width=1, line_color=COLOURS["random"], layer="below")
+    fig.add_hline(0, row=1, **lines).add_hline(1, row=2, **lines)  # plotly counts from below
     return fig.update_yaxes(title_text="").update_xaxes(tickangle=35), data
 
 
@@ -147,7 +152,7 @@ def needed_and_redundant(table: pd.DataFrame) -> go.Figure:
     """``report.needed_and_redundant``: tokens of needed and of redundant sentences, as ratios."""
     fig = px.bar(
         table, x="aim", y="ratio", color="tokens", barmode="group",
-        color_discrete_map={"needed": "#222222", "redundant": COLOURS["null"]},
+        color_discrete_map={"needed": COLOURS["random"], "redundant": "#DDDDDD"},
         title="Tokens of needed and of redundant sentences, against the unsteered model",
         labels={"aim": "", "ratio": "ratio (1 = unsteered)"}, **express_bars(table, "ratio"),
     )  # fmt: skip
@@ -216,12 +221,10 @@ def removals(pooled: pd.DataFrame, singles: pd.DataFrame, measure: str = "accura
 
 def specificity_of_removal(matrix: pd.DataFrame) -> go.Figure:
     """Heatmap of ``effects.specificity``, red for more and blue for fewer, as in ``specificity``; a blue
-    diagonal says that each set carries its own category."""
-    table = matrix.astype(float)
-    limit = max(1.0, float(np.nanmax(np.abs(table.to_numpy()))))
+    diagonal says that each set carries its own category. Colours end at -1 (all gone) and 1."""
     return px.imshow(
-        table, text_auto=".2f", zmin=-limit, zmax=limit, color_continuous_scale="RdBu_r", aspect="auto",
-        labels={"x": "rate of", "y": "features removed of", "color": "relative<br>change"},
+        matrix.astype(float), text_auto=".2f", zmin=-1, zmax=1, color_continuous_scale="RdBu_r",
+        aspect="auto", labels={"x": "rate of", "y": "features removed of", "color": "relative<br>change"},
         title="Which sentences go with which removed features?", width=620, height=480,
     )  # fmt: skip
 
@@ -237,7 +240,7 @@ def gap_shares(pooled: pd.DataFrame, singles: pd.DataFrame, family: str) -> go.F
     pooled = pooled.rename(columns={"low": "share_low", "high": "share_high"})
     fig = points(
         singles, pooled, "condition", "share", "speaker", COLOURS, facet_col="writer", width=1000,
-        title="How much of the gap in thinking follows?",
+        title=f"How much of the gap in thinking follows? {family.capitalize()}",
     )  # fmt: skip
     fig.update_yaxes(title_text="share of the gap", col=1).update_layout(showlegend=False)
     return fig.add_hline(y=1, line_dash="dot", line_color=COLOURS["random"]).add_hline(y=0, line_width=1)
@@ -260,8 +263,8 @@ def placement(table: pd.DataFrame) -> go.Figure:
     for kind, symbol in symbols.items():  # in no category's colour
         marker = dict(color="white", size=11, symbol=symbol, line=dict(width=1, color="#222222"))
         fig.add_scatter(x=[None], y=[None], name=kind, mode="markers", marker=marker, row=1, col=1)
-    fig.update_xaxes(title_text="P(c follows | not called for)", row=2)
-    fig.update_yaxes(title_text="P(c follows | called for)", col=1)
+    fig.update_xaxes(title_text="P(category follows | not called for)", row=2)
+    fig.update_yaxes(title_text="P(category follows | called for)", col=1)
     title = "More of a category: where it belongs, or anywhere?"
     return fig.update_layout(title=title, width=1000, height=720)
 

@@ -7,6 +7,7 @@ import pandas as pd
 
 from ..labels import CATEGORIES
 from ..results import Part, Results
+from ..stats import wilson
 from ..text.tables import table
 from ..verdicts import Condition, above, below
 from . import control as control
@@ -281,10 +282,14 @@ def thoughts_show(part: Part) -> str:
         return part.note
     results = Results("04", None, {})
     results.metrics.update(part.metrics)
-    costs = "; ".join(f"{c} {results.text(f'ablate_accuracy_attributed_{c}')}" for c in CATEGORIES)
+    costs, noise, matched = (
+        "; ".join(f"{c} {results.text(f'ablate_accuracy_attributed_{c}{end}')}" for c in CATEGORIES)
+        for end in ("", "_over_random", "_over_matched")
+    )
     return (
         f"In whole thoughts, removing the features that a category is attributed to changes accuracy by:"
-        f" {costs}; random directions by {results.text('ablate_accuracy_random')}. ({part.note})"
+        f" {costs}. Minus what random directions of equal norm do: {noise}. Minus what features that fire as"
+        f" often do: {matched}. ({part.note})"
     )
 
 
@@ -294,10 +299,20 @@ PREDICTIONS = table("predictions_04")
 
 
 def conditions(
-    found: Mapping[str, Found], no_unique: str, no_upper: str, accuracy: float = 1.0, no_errors: str = ""
+    found: Mapping[str, Found],
+    no_unique: str,
+    no_upper: str,
+    accuracy: float = 1.0,
+    no_errors: str = "",
+    random_directions: int = 4,
 ) -> dict[str, list[Condition] | str]:
     """What PREDICTIONS mean in metrics. ``no_unique``, ``no_upper``, ``no_errors``: why these cannot be
-    tested; "" if they can. ``accuracy``: of the unsteered model, which cannot fall by more."""
+    tested; "" if they can. ``accuracy``: of the unsteered model, which cannot fall by more. The gradient has
+    to be beaten at both layers, as each method has a better one of its own."""
+    most = wilson(0, random_directions)[1]
+    too_few = (
+        f"none of {random_directions} random directions may still mean {most:.0%} of all" if most > 0.5 else ""
+    )
     lose = "ablate_{}_{}{}_log_probability"
     kinds = ("", "_over_matched", "_over_random")
     less = lambda c, rule: [below(lose.format(c, rule, kind)) for kind in kinds]
@@ -309,8 +324,8 @@ def conditions(
         "unique": no_unique or [condition for c in CATEGORIES for condition in less(c, "unique")],
         **{f"attributed, {c}": less(c, "attributed") for c in CATEGORIES},
         "errors": no_errors or [below("ablate_error_reflection_change"), below("ablate_error_over_random")],
-        "random, steering": [below(f"{aim}_rivals", 0.5) for aim in AIMS],
-        "gradient": [below("incisive_over_gradient")],
+        "random, steering": too_few or [below(f"{aim}_rivals", 0.5) for aim in AIMS],
+        "gradient": [below(f"incisive_over_gradient_{layer}") for layer in found],
         "specific": [above("specific_share", 0.99)],
     }
     for layer in ("", *LAYER_NAMES):

@@ -19,7 +19,7 @@ import torch
 
 from ..distil.adapters import Recipe, Window, held_out, paragraphs, text_windows, token_losses, trace_windows
 from ..distil.writing import BATCH, read_lines, sample, write_lines
-from ..figures import express_bars
+from ..figures import COLOURS, express_bars
 from ..models.pairs import Pair, load_pair
 from ..runs import Progress, write_text
 from ..settings import ROOT, UserError, user_path
@@ -162,6 +162,7 @@ def plot_measures(measured: dict[str, dict]) -> go.Figure:
     """Shares of answers, a bar per model, with 95% intervals."""
     table = measures_table(measured)
     bars = express_bars(table, "share", "low", "high")
-    look = dict(barmode="group", title="Answers to word problems", **bars)
+    colours = {name: COLOURS[name.split("_")[0]] for name in measured}
+    look = dict(barmode="group", title="Answers to word problems", color_discrete_map=colours, **bars)
     fig = px.bar(table, x="measure", y="share", color="model", **look)
     return fig.update_yaxes(range=[0, 1.02], title_text="share of answers").update_xaxes(title_text="")

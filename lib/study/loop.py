@@ -255,14 +255,14 @@ def plot(table: pd.DataFrame, own: pd.DataFrame) -> tuple[go.Figure, pd.DataFram
     """(figure, its data): every quantity of SHOWN by arm, a colour per store; points are seeds."""
     long = table.merge(_largest(own), how="left").melt(["store", "arm", "seed"], list(SHOWN), "quantity")
     long = long.dropna().replace({"quantity": SHOWN})
-    colours = dict(zip(STORES, (COLOURS["distilled"], COLOURS["base"], COLOURS["null"])))
+    colours = dict(zip(STORES, (COLOURS["distilled"], COLOURS["null"], "#222222")))
     fig = px.strip(
         long, x="arm", y="value", color="store", facet_col="quantity", color_discrete_map=colours,
         category_orders={"arm": list(ARMS), "quantity": list(SHOWN.values())}, width=1300,
         title="What each part of the published loop changes", facet_col_spacing=0.05,
     )  # fmt: skip
     fig.update_traces(jitter=0.2, marker_size=5).update_yaxes(matches=None, showticklabels=True)
-    return plain_titles(fig.update_xaxes(tickangle=35, title_text="")), long
+    return plain_titles(fig.update_xaxes(tickangle=35, title_text="").update_yaxes(title_text="")), long
 
 
 def wide(table: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:

@@ -30,7 +30,7 @@ from ..crosscoder.training import train
 from ..features.detectors import detectors
 from ..features.table import Inspection, category_features, feature_table
 from ..features.uniqueness import SCORES, beyond, score_table
-from ..figures import express_bars, plain_titles
+from ..figures import COLOURS, express_bars, plain_titles
 from ..labels import CATEGORIES
 from ..models.pairs import Pair
 from ..results import Part, read_part
@@ -111,6 +111,7 @@ def plot_training(training: pd.DataFrame) -> go.Figure:
     lines = training.melt(["stage", "trained"], list(names), var_name="measure").replace({"measure": names})
     fig = px.line(
         lines, x="trained", y="value", color="stage", facet_col="measure", markers=True,
+        facet_col_spacing=0.1, color_discrete_map=COLOURS,
         title="Along training", labels={"trained": "tokens trained on", "value": ""},
     )  # fmt: skip
     return plain_titles(fig.update_yaxes(matches=None, showticklabels=True, rangemode="tozero"))

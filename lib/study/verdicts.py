@@ -261,4 +261,5 @@ def plot_recurrence(part: Part) -> go.Figure:
     title = "Does a feature come back with another crosscoder?"
     fig = px.ecdf(part.tables["features"], x="stability", title=title, **look)
     fig.update_xaxes(title_text="mean cosine with its matches in the other crosscoders", range=[0, 1])
+    fig.add_vline(0.7, line_dash="dot", annotation_text="0.7")
     return fig.update_yaxes(title_text="share of the features below")
