@@ -311,7 +311,9 @@ def conditions(
     to be beaten at both layers, as each method has a better one of its own."""
     most = wilson(0, random_directions)[1]
     too_few = (
-        f"none of {random_directions} random directions may still mean {most:.0%} of all" if most > 0.5 else ""
+        f"none of {random_directions} random directions may still mean {most:.0%} of all"
+        if most > 0.5
+        else ""
     )
     lose = "ablate_{}_{}{}_log_probability"
     kinds = ("", "_over_matched", "_over_random")
