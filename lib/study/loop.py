@@ -12,7 +12,7 @@ Kept as in the rest of this study: batch size, learning rate and its schedule, t
 begins. A small dictionary sees fewer tokens, so what is repeated keeps two proportions of the published run:
 TOKENS_PER_FEATURE distinct tokens, each shown hundreds or thousands of times."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -31,7 +31,8 @@ from ..features.table import describe
 from ..figures import COLOURS, plain_titles
 from ..labels import CATEGORIES
 from ..models.reader import wrap
-from ..results import Part, interval_text, pooled_metric
+from ..results import Part, interval_text, pooled_metric, read_part
+from ..runs import Run
 from ..stats import bootstrap
 from ..steering.ablation import own_effects, sample_targets
 from .architectures import OVER, UNDER, match_l1
@@ -291,7 +292,8 @@ def finding(part: Part) -> str:
     than as written where nothing was distilled; an own effect of E4 as large there as on the pair."""
     m = part.metrics
     say = lambda store, arm, name: interval_text(m[f"{store}_{arm}_{name}"])
-    ends = lambda store, arm, name: np.sort(np.abs(m[f"{store}_{arm}_{name}"]["ci"]))
+    sizes = lambda low, high: (0.0 if low < 0 < high else min(abs(low), abs(high)), max(abs(low), abs(high)))
+    ends = lambda store, arm, name: sizes(*m[f"{store}_{arm}_{name}"]["ci"])
     more = ends("null", "as_run", "one_sided")[0] > ends("null", "as_written", "one_sided")[1]
     needs = ends("pair", "as_run", "own")[0] > ends("null", "as_run", "own")[1]
     of_arm = lambda arm: (say("pair", arm, "fve_distilled"), say("pair", arm, "recurrent"))
@@ -301,6 +303,12 @@ def finding(part: Part) -> str:
         f" {each['as_written'][0]}, and {each['as_run'][1]} of the features recur in place of"
         f" {each['as_written'][1]}. One-sided features {'are' if more else 'are not'} made by the loop (null:"
         f" {say('null', 'as_run', 'one_sided')} as run, {say('null', 'as_written', 'one_sided')} as written);"
-        f" E4's own effect {'needs the models' if needs else 'does not need the models'} (pair"
+        f" E4's own effect {'needs the models' if needs else 'is not shown to need the models'} (pair"
         f" {say('pair', 'as_run', 'own')}, null {say('null', 'as_run', 'own')})."
     )
+
+
+def elsewhere(pairs: Sequence[str], run: str = "default") -> str:
+    """``finding`` of those of some pairs for which the arms were computed; "" if there is none."""
+    parts = {pair: read_part(Run(pair, run), "loop") for pair in pairs}
+    return " ".join(f"On `{pair}`: {finding(part)}" for pair, part in parts.items() if part)
