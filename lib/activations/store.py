@@ -198,7 +198,13 @@ class Store:
         return sum(line["tokens"] for line in lines) / max(sum(line["seconds"] for line in lines), 1e-9)
 
     def _joined(self, name: str) -> np.ndarray:
-        return np.concatenate([table.read(name) for table in self._shards])
+        try:
+            return np.concatenate([table.read(name) for table in self._shards])
+        except KeyError:
+            raise UserError(
+                f"{path_shown(self.path)} has no labels {name!r}: an older version of this code made it;"
+                f" remove it and run notebook {MADE_BY} again"
+            ) from None
 
     def _wanted_of(self, split: str) -> Wanted:
         check("split", split, str, choices=SPLITS)

@@ -168,3 +168,10 @@ def test_the_default_memory_grows_with_the_batches_of_wide_pairs():
         assert ring_blocks(memory, 2 * width, 10**6) >= 16
     with pytest.raises(UserError, match="batches of 4,096 tokens need at least 2114 MB"):
         check_reading(4096, 0, (0, 1), 10**9, 7168)
+
+
+def test_a_store_of_before_a_label_says_to_harvest_again(store):
+    for table in store._shards:
+        del table._entries["mode"]
+    with pytest.raises(UserError, match="has no labels 'mode'.*run notebook"):
+        store.labels["mode"]
