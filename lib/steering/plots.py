@@ -21,6 +21,8 @@ from .search import REFERENCES
 
 KINDS = {"features": "#222222", "matched": COLOURS["null"], "random": COLOURS["random"]}
 WHO = {"features": "#222222", "gradient": "#7570B3", "mode": "#1B9E77", "random": COLOURS["random"]}
+# lines where steering changes nothing
+UNCHANGED = dict(line_dash="dot", line_width=1, line_color=COLOURS["random"], layer="below")
 SMALL = {"size": 5, "opacity": 0.45}
 SHAPES = ("circle", "square", "x", "triangle-up")  # of the groups of ``points``, in order
 SETS = {"features": 0, "attributed": 1}  # sets of features of a category, in whole thoughts
@@ -105,8 +107,7 @@ def search(table: pd.DataFrame) -> go.Figure:
             "label": "raises", "direction_of": "direction of",
         },
     )  # fmt: skip
-    under = dict(line_dash="dot", line_width=1, line_color=COLOURS["random"], layer="below")
-    return plain_titles(fig.add_vline(1, **under).add_hline(0, **under))
+    return plain_titles(fig.add_vline(1, **UNCHANGED).add_hline(0, **UNCHANGED))
 
 
 def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go.Figure, pd.DataFrame]:
@@ -143,8 +144,7 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
     )  # fmt: skip
     for row, axis in ((1, "y"), (2, "y3")):  # one scale for each measure
         fig.update_yaxes(matches=axis, row=row)
-    lines = dict(line_dash="dot", line_width=1, line_color=COLOURS["random"], layer="below")
-    fig.add_hline(0, row=1, **lines).add_hline(1, row=2, **lines)  # plotly counts from below
+    fig.add_hline(0, row=1, **UNCHANGED).add_hline(1, row=2, **UNCHANGED)  # plotly counts from below
     return fig.update_yaxes(title_text="").update_xaxes(tickangle=35), data
 
 

@@ -21,8 +21,8 @@ import plotly.express as px
 import plotly.graph_objects as go
 
 from ..crosscoder.model import CrossCoder
+from ..crosscoder.recurrence import LIMIT, recurrent
 from ..crosscoder.recurrence import metrics as metrics_of_recurrence
-from ..crosscoder.recurrence import recurrent
 from ..crosscoder.seeds import content
 from ..crosscoder.training import train
 from ..features import detectors
@@ -261,5 +261,5 @@ def plot_recurrence(part: Part) -> go.Figure:
     title = "Does a feature come back with another crosscoder?"
     fig = px.ecdf(part.tables["features"], x="stability", title=title, **look)
     fig.update_xaxes(title_text="mean cosine with its matches in the other crosscoders", range=[0, 1])
-    fig.add_vline(0.7, line_dash="dot", annotation_text="0.7")
+    fig.add_vline(LIMIT, line_dash="dot", annotation_text=f"{LIMIT:g}")
     return fig.update_yaxes(title_text="share of the features below")
