@@ -13,7 +13,9 @@
     harvest   both models of the 1.5B pair (configuration of Qwen2.5-1.5B, random weights, half depth) against
               two plain forwards
     whole     streamed straight into training; and from a store on disk; hours for 400 million tokens
-    smol      the pair ``smol`` streamed into 16,384 features, if its weights and text are there
+    smol      the pair ``smol`` at a card's size, if the weights of its base are there (6 minutes; not among
+              those of gpu.sh): adapters of high rank on all traces, and on traces without reflections, all
+              text read, five crosscoders of 16,384 features for each of the two
 
 It needs torch, transformers and safetensors, beside two small packages (``gpu.sh --wheels`` brings them).
 """
@@ -28,9 +30,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +47,8 @@ from lib.crosscoder import fixed, sparse
 from lib.crosscoder.sparse import encode
 from lib.crosscoder.training import TrainConfig, Trainer, train
 from lib.device import tf32, to_host
-from lib.models.pairs import Pair
+from lib.models.pairs import Pair, load_pair
+from lib.settings import ROOT, UserError
 
 OUT = Path(__file__).with_name("gpu.json")
 SIZES = {
@@ -58,8 +62,9 @@ SIZES = {
 class Machine:
     """Where the parts run: the device, the sizes, and what a CPU has to pretend."""
 
-    def __init__(self, device: str, small: bool):
+    def __init__(self, device: str, small: bool, traces: Path | None = None, text: Path | None = None):
         self.device, self.size, self.cuda = device, SIZES[small], device.startswith("cuda")
+        self.traces, self.text = traces, text or ROOT / "data/pairs/smol/corpus/general.jsonl.gz"
         self.small = small
 
     def wait(self) -> None:
@@ -503,18 +508,104 @@ def timed(on: Machine, trainer: Trainer) -> dict:
     return found
 
 
-def smol(on: Machine) -> dict:
-    from lib.activations.stream import Stream
-    from lib.models.pairs import load_pair
+# --- smol at a card's size ----------------------------------------------------------------------------------
+
+AT_SIZE = {
+    False: dict(rank=256, learnt=4_000_000, batch=16_384, features=16_384, k=64, shown=20_000_000)
+    | dict(read=20_000_000, seeds=5),
+    True: dict(rank=2, learnt=400, batch=200, features=64, k=4, shown=2_000, read=2_000, seeds=2),
+}
+BEYOND, SAME = 0.99, 0.7  # quantile of the null's NRN; cosine of features that are the same
+
+
+def base_of(on: Machine, folder: Path) -> Pair:
+    """The pair ``smol``, its base alone; in small a random model with the vocabulary of ``tiny``."""
+    if not on.traces:
+        raise UserError("smol needs --traces: JSONL with question, thinking and answer")
+    if not on.small:
+        return replace(load_pair("smol"), dtype="bfloat16", others={})
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = load_pair("tiny").tokenizer()
+    config = RandomPair("small", {}).config("base").to_dict() | {"vocab_size": len(tokenizer)}
+    Qwen2ForCausalLM(Qwen2Config(**config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Pair.of(folder, folder / "distilled", "small")
+
+
+def smol(on: Machine) -> Iterator[dict]:
+    """From a base to features that only its distilled model has, beside an adapter that learnt the same
+    traces without their reflections. Text is read as far as it goes."""
+    from lib.activations.harvest import harvest_activations
+    from lib.distil.adapters import Recipe, make_adapter
     from lib.text.corpus import build
 
-    if on.small:
-        return {"not_run": "small"}
-    pair = load_pair("smol")
-    models = {name: pair.load(name) for name in pair.models}
-    stream = Stream(pair, build(pair, pair.tokens), models=models, batch_tokens=65_536, device=on.device)
-    config = TrainConfig(16_384, k=64, tokens=10**9, batch_size=BATCH, rate=3e-4, precision="bfloat16")
-    return timed(on, Trainer(stream, config, on.device))
+    size, found = AT_SIZE[on.small], {"seconds_of": {}}
+    began = time.perf_counter()
+
+    def done(what: str, **numbers) -> dict:
+        nonlocal began
+        found["seconds_of"][what] = round(time.perf_counter() - began, 1)
+        found.update(numbers)
+        began = time.perf_counter()
+        return found
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        pair = base_of(on, folder / "base")
+        recipe = Recipe(
+            size["rank"], 2 * size["rank"], size["learnt"], batch_tokens=size["batch"], keep_every=10**9
+        )
+        for stage in ("distilled", "null_traces"):
+            make_adapter(pair, stage, recipe, on.traces, folder / "states", folder)
+            lines = (folder / "states" / stage / "log.jsonl").read_text().splitlines()
+            yield done(stage, **{f"loss_{stage}": json.loads(lines[-1])["loss"]})
+        own = {name: folder / name for name in ("distilled", "null_traces")}
+        pair = replace(pair, models={"base": pair.models["base"], **own})
+        pair = replace(pair, corpus=((str(on.traces), "trace"), (str(on.text), "general")))
+        texts, corpus = [], build(pair, size["read"])
+        with suppress(UserError):  # the text ends before the budget does
+            texts.extend(corpus)
+        stores, crosscoders = {}, {}
+        for name in own:
+            both, place = pair.between("base", name), folder / "stores" / name
+            stores[name] = harvest_activations(both, texts, place, device=on.device)
+            yield done(f"harvest_{name}", tokens=len(stores[name]))
+        options = dict(k=size["k"], tokens=size["shown"], batch_size=BATCH if not on.small else 64, rate=1e-3)
+        config = TrainConfig(size["features"], precision="bfloat16", **options)
+        for seed, name in product(range(size["seeds"]), reversed(own)):
+            place = folder / f"{name}_{seed}"
+            crosscoder = train(stores[name], replace(config, seed=seed), place, device=on.device)
+            line = json.loads((place / "log.jsonl").read_text().splitlines()[-1])
+            crosscoders[name, seed] = crosscoder, fired(crosscoder, stores[name], on.device)
+            numbers = {place.name: {key: line[key] for key in ("fve", "l0", "dead")}}
+            yield done(place.name, **numbers, **unique_beside_null(crosscoders))
+
+
+@torch.no_grad()
+def fired(crosscoder, store, device: str) -> torch.Tensor:
+    """Which features fire on the tokens kept for reports, [F]."""
+    found = torch.zeros(crosscoder.n_features, dtype=torch.bool, device=device)
+    crosscoder.to(device)
+    for _, acts in store.reader("report", BATCH, 0):
+        found |= (crosscoder.encode([a.to(device) for a in acts]) > 0).any(0)
+    crosscoder.cpu()
+    return found.cpu()
+
+
+def unique_beside_null(crosscoders: dict) -> dict[str, list[float]]:
+    """Of each crosscoder: the share of its alive features whose NRN lies beyond the null's first one, on the
+    pair and on the null's others; and the share of the pair's first that another seed has, too."""
+    nrn = {(name, s): c.nrn(1, name)[alive] for (name, s), (c, alive) in crosscoders.items()}
+    limit = nrn.pop(("null_traces", 0)).quantile(BEYOND)
+    rows = [c.W_dec.detach()[alive] for (name, _), (c, alive) in crosscoders.items() if name == "distilled"]
+    rows = [torch.nn.functional.normalize(row, dim=1) for row in rows]
+    share = lambda yes: float(yes.float().mean())  # noqa: E731
+    return {
+        "beyond_null": [share(x > limit) for (name, _), x in nrn.items() if name == "distilled"],
+        "false_beyond_null": [share(x > limit) for (name, _), x in nrn.items() if name != "distilled"],
+        "recurs": [share((rows[0] @ other.T).amax(1) >= SAME) for other in rows[1:]],
+    }
 
 
 PARTS = {"right": right, "step": step, "harvest": harvest, "whole": whole, "smol": smol}
@@ -541,13 +632,15 @@ def write(out: Path, name: str, found: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all, if none is named")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all but smol, if none is named")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--traces", type=Path, help="of smol: to learn from and to read")
+    parser.add_argument("--text", type=Path, help="of smol: to read beside them (default: its corpus)")
     options = parser.parse_args(arguments)
-    on, failed = Machine(options.device, options.small), False
-    for name in options.parts or PARTS:
+    on, failed = Machine(options.device, options.small, options.traces, options.text), False
+    for name in options.parts or [name for name in PARTS if name != "smol"]:
         began = time.perf_counter()
         try:
             found = PARTS[name](on)
@@ -555,9 +648,9 @@ def main(arguments: list[str] | None = None) -> int:
                 found = some
                 write(options.out, name, found | {"seconds": round(time.perf_counter() - began, 1)})
         except Exception as error:
-            failed = name != "smol"
+            failed = True
             write(options.out, name, {"failed": f"{type(error).__name__}: {error}"[:500]})
-            if not isinstance(error, (ImportError, OSError)):
+            if not isinstance(error, (ImportError, OSError, UserError)):
                 import traceback
 
                 traceback.print_exc()

@@ -25,7 +25,8 @@ import peft
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.pairs import load_pair
+from ..device import placed
+from ..models.pairs import Pair, load_pair
 from ..runs import whole_files, write_text
 from ..settings import ROOT, Count, NotNegative, Positive, UserError, check, parameters
 from ..text.chat import Trace, encode_trace
@@ -184,6 +185,24 @@ def traces_of(file: Path | None, recipe: Recipe) -> list[Trace]:
     return traces
 
 
+def make_adapter(
+    pair: Pair, stage: str, recipe: Recipe, source: Path | None, runs: Path, out: Path, report=print
+) -> None:
+    """Train the adapter of one stage on the pair's base, on a GPU if there is one, and ship it to
+    ``out``/<stage>; ``source`` is the file with what it learns from, and ``runs``/<stage> has its state."""
+    window = min(recipe.window, pair.context or recipe.window)
+    recipe = replace(recipe, seed=recipe.seed + (stage == "null_b"), window=window)
+    tokenizer, model = pair.tokenizer("base"), placed(adapted(pair.load("base"), recipe))
+    if stage in OF_TRACES:
+        read = traces_of(source, recipe)
+        read = [without(trace) for trace in read] if stage == "null_traces" else read
+        windows = trace_windows(read, tokenizer, recipe)
+    else:
+        windows = text_windows((t for t in paragraphs(source) if not held_out(t)), tokenizer, recipe)
+    train(model, windows, recipe, runs / stage, report)
+    ship(model, runs / stage / "state.pt", out / stage, pair.shown("base"))
+
+
 def make_adapters(
     out: Path,
     traces: Path | None = None,
@@ -216,17 +235,7 @@ def make_adapters(
     runs = runs or ROOT / "data" / "runs" / f"distil_{pair.name}"
     claim(runs, recipe)
     for stage in stages:
-        window = min(recipe.window, pair.context or recipe.window)
-        seeded = replace(recipe, seed=recipe.seed + (stage == "null_b"), window=window)
-        tokenizer, model = pair.tokenizer("base"), adapted(pair.load("base"), seeded)
-        if stage in OF_TRACES:
-            read = traces_of(traces, seeded)
-            read = [without(trace) for trace in read] if stage == "null_traces" else read
-            windows = trace_windows(read, tokenizer, seeded)
-        else:
-            windows = text_windows((t for t in paragraphs(text) if not held_out(t)), tokenizer, seeded)
-        train(model, windows, seeded, runs / stage)
-        ship(model, runs / stage / "state.pt", out / stage, pair.shown("base"))
+        make_adapter(pair, stage, recipe, traces if stage in OF_TRACES else text, runs, out)
     logs = [runs / stage / "log.jsonl" for stage in STAGES]
     write_text(out / "log.jsonl", "".join(log.read_text() for log in logs if log.is_file()))
     write_text(out / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n")

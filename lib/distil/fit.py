@@ -65,6 +65,7 @@ def padded(windows: Sequence[Window]) -> Batch:
 
 def token_losses(model: PreTrainedModel, x: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy in nats [learnt tokens] of the targets ``y`` [rows, length]."""
+    x, y = x.to(model.device), y.to(model.device)
     learnt = y[:, 1:] != -100
     head = model.get_output_embeddings()
     # the model's own logits, caps and scales included, but of these positions alone

@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen2Config
 
 from benchmarks import gpu, true_size
+from lib.crosscoder import CrossCoder
 from lib.distil.organism import build_tokenizer
 from lib.models.pairs import decoder_layers, load_pair
 from lib.settings import ROOT
@@ -37,7 +38,12 @@ sys.exit(code)
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    words = [sys.executable, "-c", BARE, "--device", "cpu", "--small", "--out", str(out)]
+    traces = [
+        {"question": f"{i} socks?", "thinking": "I count. Wait, no. " * 9, "answer": "4"} for i in range(40)
+    ]
+    (out.parent / "traces.jsonl").write_text("\n".join(map(json.dumps, traces)))
+    words = [sys.executable, "-c", BARE, *gpu.PARTS, "--device", "cpu", "--small", "--out", str(out)]
+    words += ["--traces", str(out.parent / "traces.jsonl")]
     done = subprocess.run(
         words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
@@ -67,7 +73,31 @@ def test_every_part_leaves_its_numbers(parts):
         assert parts["whole"][way]["tokens_per_second"] > 0 and -1 < parts["whole"][way]["fve"] < 1
     hours = list(parts["whole"]["hours_for_400M"].values())
     assert hours == sorted(hours) and len(hours) == 3
-    assert "not_run" in parts["smol"]
+
+
+def test_smol_at_the_size_of_a_card_goes_from_a_base_to_features_beside_a_null(parts):
+    smol = parts["smol"]
+    assert smol["loss_distilled"] < 7 and smol["tokens"] > 0
+    assert len(smol["beyond_null"]) == 2 and len(smol["false_beyond_null"]) == len(smol["recurs"]) == 1
+    assert 0 < smol["distilled_1"]["fve"] < 1 and smol["distilled_1"]["l0"] == pytest.approx(4)
+
+
+def test_features_beyond_a_null_and_those_that_recur_are_counted():
+    def one(name, rows):
+        crosscoder = CrossCoder([2, 2], len(rows), ("base", name), k=1)
+        with torch.no_grad():
+            crosscoder.W_dec.copy_(torch.tensor(rows))
+        return crosscoder, torch.tensor([True] * (len(rows) - 1) + [False])
+
+    shared, own, dead = [1.0, 0, 1, 0], [0.1, 0, 0, 1], [0.0, 0, 0, 9]
+    crosscoders = {
+        ("null_traces", 0): one("null_traces", [shared, shared, dead]),
+        ("distilled", 0): one("distilled", [shared, own, dead]),
+        ("null_traces", 1): one("null_traces", [shared, own, dead]),
+        ("distilled", 1): one("distilled", [shared, shared, dead]),
+    }
+    found = gpu.unique_beside_null(crosscoders)
+    assert found == {"beyond_null": [0.5, 0.0], "false_beyond_null": [0.5], "recurs": [0.5]}
 
 
 def test_what_was_measured_before_a_part_was_cut_off_stays(tmp_path):
@@ -86,7 +116,7 @@ def test_one_command_runs_all_parts(tmp_path):
         words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable}
     )
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(out.read_text())["parts"]) == set(gpu.PARTS)
+    assert set(json.loads(out.read_text())["parts"]) == set(gpu.PARTS) - {"smol"}
 
 
 def test_a_dry_run_takes_widths_and_tokenizer_from_a_folder(tmp_path):
