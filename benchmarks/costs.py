@@ -1,11 +1,11 @@
 """What the paper's runs take, on paper: time, memory and disk, from formulas, stated rates, and what was
 measured here.
 
-    python -m benchmarks.costs [--write] [--tflops 312] [--utilisation 0.4] [--gigabytes-per-second 2000]
+    python -m benchmarks.costs [--write]
 
 Prints the assumptions and the tables of docs/costs.md, and writes them there with ``--write``. Rates are
-those of one accelerator (default: an A100); a second table is for this machine, whose rates are measured by a
-product of matrices and by an Adam step. benchmarks/results.json, where it is, gives what harvesting costs
+those of ``CARDS``; a last table is for this machine, whose rates are measured by a product of matrices and by
+an Adam step. benchmarks/results.json, where it is, gives what harvesting costs
 beyond its forward passes.
 
 Per token, with D the widths of all models together, F features, k of them active::
@@ -39,6 +39,8 @@ TRUE_SIZE = ROOT / "benchmarks" / "true_size.json"
 TOKENS, FEATURES, ACTIVE, BATCH, CONTEXT = 400_000_000, 32_768, 50, 4_096, 1_024
 ADAM_BYTES = 28  # moved per parameter and step: seven float32
 MEMORY_SHARE = 0.8  # of the memory's peak, that Adam reaches
+UTILISATION = 0.4  # of the peak in bfloat16, that products reach
+CARDS = {"A100": (312e12, 2e12), "H100": (989e12, 3.35e12)}  # peaks: operations and bytes a second
 KEPT_BYTES = 16  # held per parameter: weight, gradient, two moments
 
 
@@ -184,7 +186,7 @@ def space_table(rates: Rates) -> list[str]:
         [
             "pair",
             "disk, stored",
-            "read while training",
+            "read while training (A100)",
             "disk, streamed",
             "memory: harvest (both models)",
             "memory: training",
@@ -216,19 +218,32 @@ def seconds(work) -> float:
     return time.perf_counter() - began
 
 
-def page(accelerator: Rates, stated: str, here: Rates) -> str:
+def card(name: str) -> Rates:
+    """What a card of ``CARDS`` is taken to reach."""
+    flops, memory = CARDS[name]
+    return Rates(name, UTILISATION * flops, MEMORY_SHARE * memory)
+
+
+def page(here: Rates) -> str:
     measured = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     entry = measured.get("harvest_vs_limit")
     overhead = max(entry["value"], 1.0) if entry else 1.15
     source = (
         "`harvest_vs_limit` of benchmarks/results.json" if entry else "the aim: it has not been measured here"
     )
+    peaks = "; ".join(
+        f"{name} {flops / 1e12:g} TFLOP/s, {memory / 1e9:,.0f} GB/s"
+        for name, (flops, memory) in CARDS.items()
+    )
     assumptions = [
         (
             f"{TOKENS / 1e6:.0f} million tokens in windows of {CONTEXT:,}, two models at half depth,"
             f" {FEATURES:,} features, {ACTIVE} active per token, batches of {BATCH:,} tokens, one epoch."
         ),
-        f"{stated}. Nothing else bounds the time: not the disk, and not the tokenizer.",
+        (
+            f"One card: {UTILISATION:.0%} of its peak in bfloat16, and for Adam {MEMORY_SHARE:.0%} of its"
+            f" memory's ({peaks}). Nothing else bounds the time: not the disk, and not the tokenizer."
+        ),
         f"A harvest takes {overhead:.2f} times its forward passes ({source}).",
         (
             '"Sparse" is a step with one dense product, the encoder\'s; "dense" is the step of public'
@@ -259,10 +274,11 @@ def page(accelerator: Rates, stated: str, here: Rates) -> str:
             "",
             *(f"- {line}" for line in assumptions),
             "",
-            f"## Time, {accelerator.name}",
-            "",
-            *time_table(accelerator, overhead),
-            "",
+            *(
+                line
+                for name in CARDS
+                for line in (f"## Time, {name}", "", *time_table(card(name), overhead), "")
+            ),
             (
                 "The harvest can be shared out among any number of jobs ([cluster.md](cluster.md)): its time"
                 " is divided by their number."
@@ -270,7 +286,7 @@ def page(accelerator: Rates, stated: str, here: Rates) -> str:
             "",
             "## Disk and memory",
             "",
-            *space_table(accelerator),
+            *space_table(card("A100")),
             "",
             "## Time, the machine that wrote this page",
             "",
@@ -316,28 +332,9 @@ def true_size() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--tflops",
-        type=float,
-        default=312,
-        help="peak of the accelerator in bfloat16, 10^12 operations a second",
-    )
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached")
-    parser.add_argument(
-        "--gigabytes-per-second", type=float, default=2000, help="peak of the accelerator's memory"
-    )
-    parser.add_argument("--name", default="A100", help="of the accelerator")
     parser.add_argument("--write", action="store_true", help=f"write docs/{PAGE.name}")
     options = parser.parse_args()
-    share = options.utilisation
-    accelerator = Rates(
-        options.name, share * options.tflops * 1e12, MEMORY_SHARE * options.gigabytes_per_second * 1e9
-    )
-    stated = (
-        f"One {options.name}: {share:.0%} of {options.tflops:g} TFLOP/s in bfloat16, and for Adam"
-        f" {MEMORY_SHARE:.0%} of {options.gigabytes_per_second:,.0f} GB/s"
-    )
-    text = page(accelerator, stated, measured_rates())
+    text = page(measured_rates())
     print(text)
     if options.write:
         PAGE.parent.mkdir(exist_ok=True)

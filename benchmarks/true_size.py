@@ -128,11 +128,10 @@ def hours(config) -> list[str]:
         config.tie_word_embeddings,
     )
     lines = [f"the paper's run, {costs.TOKENS / 1e6:.0f}M tokens and {costs.FEATURES:,} features, on paper:"]
-    for name, flops, memory in (("A100", 312e12, 2e12), ("H100", 989e12, 3.35e12)):
-        rates = costs.Rates(name, 0.4 * flops, costs.MEMORY_SHARE * memory)
+    for rates in map(costs.card, costs.CARDS):
         training = costs.hours(costs.sparse_flops(model), rates) + costs.adam_hours(model, rates)
         harvest = costs.hours(model.harvest_flops, rates)
-        lines.append(f"  {name}: harvest {costs.shown(harvest)}, training {costs.shown(training)}")
+        lines.append(f"  {rates.name}: harvest {costs.shown(harvest)}, training {costs.shown(training)}")
     half, training = costs.models_gigabytes(model) / 2, costs.training_gigabytes(model)
     lines.append(
         f"  memory: models to half depth about {half:.0f} GB, training {training:.0f} GB;"
