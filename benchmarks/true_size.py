@@ -102,7 +102,9 @@ def run(pair: str, profile: str, registry: Path, notebooks: dict[str, dict]) -> 
         given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
         words = ["--pair", pair, "--profile", profile, "--registry", str(registry), "--only", notebook]
         if not file.is_file():
-            subprocess.run([sys.executable, "-m", "lib", "figures", *words, *given], cwd=ROOT, check=True)
+            done = subprocess.run([sys.executable, "-m", "lib", "figures", *words, *given], cwd=ROOT)
+            if done.returncode:  # it has said why
+                sys.exit(done.returncode)
         results = json.loads(file.read_text())
         found[notebook] = {
             "seconds": round(results["wall_seconds"]),

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..device import placed
 from ..models.pairs import Pair, load_pair
-from ..runs import whole_files, write_text
+from ..runs import read_state, whole_files, write_text
 from ..settings import ROOT, Count, NotNegative, Positive, UserError, check, parameters
 from ..text.chat import Trace, encode_trace
 from ..text.files import hub_items, read_texts, read_traces
@@ -150,14 +150,14 @@ def train(
 def ship(model: peft.PeftModel, state_file: Path, out: Path, trained_on: str) -> None:
     """Write the adapter of a state, the last or one that was kept, as bfloat16 safetensors, which say what
     model they belong to; never the optimiser's state."""
-    state = torch.load(state_file, weights_only=True)
+    state = read_state(state_file)
     state = state.get("adapter", state)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             weight.data.copy_(state[name])
     model.peft_config["default"].base_model_name_or_path = trained_on
     with whole_files(out) as scratch:
-        model.to(torch.bfloat16).save_pretrained(scratch)
+        model.to("cpu", torch.bfloat16).save_pretrained(scratch)
         (scratch / "README.md").unlink(missing_ok=True)  # peft's own model card is an empty form
 
 

@@ -207,7 +207,9 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
     from nnsight import TransformersModel
 
     check_architecture(model, decoder_layers(model), "model")
-    return TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+    # without a device nnsight would move the model to the first GPU, also one that has no room for it
+    options = dict(task="text-generation", device=model.device)
+    return TransformersModel(model, tokenizer=tokenizer, **options)
 
 
 def _envoy(model: TransformersModel, module: nn.Module):

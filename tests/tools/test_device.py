@@ -1,0 +1,93 @@
+"""All that uses a GPU, on a device that refuses what a GPU refuses (``tests/other_device.py``)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lib.settings import ROOT
+
+USE = """
+import random
+import sys
+from pathlib import Path
+
+from tests import other_device
+sys.path.insert(0, "tests")
+import torch
+from toys import toy_pair, toy_store
+from benchmarks import gpu
+from lib.crosscoder import TrainConfig, health_cards, train
+from lib.features.uniqueness import score_table
+from lib.features.use import solo_codes, use_table
+from lib.models.reader import open_models
+from lib.steering import ablation, generate
+from lib.text.puzzles import sample_puzzle
+
+folder = Path(sys.argv[1])
+with other_device.Device():
+    words = ["--device", other_device.NAME, "--small", "--out", str(folder / "gpu.json")]
+    words += ["--traces", str(folder / "traces.jsonl")]
+    assert gpu.main(["right", "harvest", "whole", "smol", *words]) == 0
+
+    store, pair = toy_store(folder, 2000, (16, 16)), toy_pair(folder, (16, 16))
+    crosscoder = train(store, TrainConfig(32, k=4, tokens=2000, batch_size=256), folder / "crosscoder")
+    models = open_models(pair, pair.models)
+    assert {model._module.device.type for model in models.values()} == {other_device.NAME}
+    plain = {name: pair.load(name) for name in pair.models}
+    health_cards([crosscoder], store, plain, max_tokens=300, n_boot=5)
+    score_table(crosscoder, store, 300, n_boot=5)
+    use_table(solo_codes(crosscoder, store, store.rows("report")), n_boot=5)
+    model, layer = models["distilled"], store.layers["distilled"]
+    tokens = torch.randint(4, 100, (2, 8))
+    hidden = ablation.hidden_at(model, layer, tokens, torch.ones_like(tokens))
+    at = torch.arange(2), torch.tensor([7, 5])
+    ablation.logits_at(model, layer, tokens, torch.ones_like(tokens), at, 0 * hidden)
+    generate.steered(model, layer, [sample_puzzle(random.Random(0))], torch.ones(1, 16), 4)
+"""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("device")
+    traces = [
+        {"question": f"{i} socks?", "thinking": "I count. Wait, no. " * 9, "answer": "4"} for i in range(40)
+    ]
+    (folder / "traces.jsonl").write_text("\n".join(map(json.dumps, traces)))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    return json.loads((folder / "gpu.json").read_text())["parts"]
+
+
+def test_nothing_mixes_a_device_with_the_cpu_and_no_step_waits(parts):
+    assert parts["right"]["waits_in_a_step"] | {"jumprelu": 0} == dict.fromkeys(
+        ("batchtopk", "topk", "l1", "jumprelu"), 0
+    )
+    assert parts["right"]["waits_in_a_step"]["jumprelu"] > 0  # so waits are seen
+    assert parts["right"]["resumed_run_equal"] and parts["right"]["moved_checkpoint_equal"]
+    assert parts["whole"]["streamed"]["tokens"] > 0 and parts["smol"]["tokens"] > 0
+
+
+def test_the_device_refuses_what_a_gpu_refuses():
+    code = (
+        "from tests import other_device as o; import torch\n"
+        "with o.Device():\n"
+        "    a = torch.ones(3, device=o.NAME)\n"
+        "    for wrong in (lambda: a + torch.ones(3), lambda: a.numpy()):\n"
+        "        try: wrong()\n"
+        "        except (RuntimeError, TypeError) as error: print(type(error).__name__)\n"
+        "    w = torch.nn.Parameter(2 * a); (w * a + torch.tensor(1.0)).sum().backward()\n"
+        "    print(w.grad.device.type, w.grad.tolist())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split("\n")[:3] == ["RuntimeError", "TypeError", "cudax [1.0, 1.0, 1.0]"], done.stderr[
+        -2000:
+    ]
