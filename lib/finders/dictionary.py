@@ -58,7 +58,7 @@ def trained(data: Data, name: str, store=None, trainer: type[Trainer] | None = N
 def strengths(crosscoder: CrossCoder, store, rows: np.ndarray) -> np.ndarray:
     """Mean length that each feature contributes on some rows [F]; 0 is dead."""
     total = sum(f.sum(0) for _, _, f in encoded(crosscoder, store, rows)) / len(rows)
-    return (total * crosscoder.strength_per_unit()).numpy()
+    return (total.cpu() * crosscoder.strength_per_unit()).numpy()
 
 
 def features(data: Data, crosscoder: CrossCoder, second, confidence) -> Claims:

@@ -27,7 +27,7 @@ import torch
 from ..activations.store import Store
 from ..crosscoder.recurrence import LIMIT
 from ..stats import bootstrap, t_interval
-from ..steering.ablation import Batch, batches, hidden_at, logits_at, random_like, sample_targets
+from ..steering.ablation import Batch, batches, changed, hidden_at, logits_at, random_like, sample_targets
 from .claims import SIDES, Claims
 from .finder import Data
 from .truths import Truth, opened
@@ -93,7 +93,8 @@ def _log_probabilities(store: Store, models: Sequence, batch: Batch, number: int
     text = models[number], store.layers[store.models[number]], batch.tokens, batch.mask
     if number not in batch.hidden:
         batch.hidden[number] = hidden_at(*text)
-    hidden = batch.hidden[number] if added is None else batch.hidden[number] + batch.scatter(added)
+    hidden = batch.hidden[number]
+    hidden = hidden if added is None else changed(hidden, batch.scatter(added))
     token = torch.from_numpy(batch.targets["token"].to_numpy(dtype=np.int64))
     return logits_at(*text, batch.at, targets=token, hidden=hidden)[:, 1].double().numpy()
 

@@ -23,7 +23,7 @@ from ..crosscoder.recurrence import LIMIT
 from ..crosscoder.training import TrainConfig
 from ..features.control import MOSTLY, planted_share
 from ..models.pairs import load_pair
-from ..models.reader import wrap
+from ..models.reader import open_models
 from ..settings import Positive, UserError, check, parameters
 from ..steering.ablation import sample_targets
 from ..study.planted import KINDS, MODELS, Planted, PlantedStore
@@ -185,8 +185,7 @@ def harvested(name: str, tokens: int, null: bool, folder: Path) -> Store:
 @cache
 def opened(name: str, model: str):
     """A model of a pair as nnsight sees it."""
-    pair = load_pair(name)
-    return wrap(pair.load(model), pair.tokenizer(model))
+    return open_models(load_pair(name), [model])[model]
 
 
 EVERY = (

@@ -233,6 +233,11 @@ def hidden_at(model: TransformersModel, layer: int, tokens: Tensor, mask: Tensor
     return hidden
 
 
+def changed(hidden: Tensor, by: Tensor) -> Tensor:
+    """``hidden`` + ``by``, where ``hidden`` is, and rounded to its dtype once."""
+    return (hidden + by.to(hidden.device)).to(hidden.dtype)
+
+
 def random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:
     """A random direction for every vector of ``vectors`` [..., d], with the norm of that vector."""
     noise = torch.randn(vectors.shape, generator=generator)
@@ -340,7 +345,7 @@ def measure(
             batch.hidden[name] = hidden_at(*text)
         hidden, removed = batch.hidden.get(name), None if removed is None else batch.scatter(removed)
         if hidden is not None and removed is not None:
-            hidden, removed = hidden - removed.to(hidden.device), None
+            hidden, removed = changed(hidden, -removed), None
         found = logits_at(*text, batch.at, removed, remote, token, hidden)
         if not torch.isfinite(found).all():
             raise UserError("a logit is not finite: the model or the crosscoder is damaged")
@@ -418,7 +423,8 @@ def own_effects(
                 for k, both in sets.items():
                     changes = {}
                     for kind, some in both.items():
-                        replaced = hidden - batch.scatter(error + codes[:, some] @ rows[some])
+                        change = batch.scatter(error + codes[:, some] @ rows[some])
+                        replaced = changed(hidden, -change)
                         found = logits_at(*text, targets=token, hidden=replaced)[:, 0]
                         changes[kind] = (found - intact).numpy()
                     frame = batch.targets[HEAD].assign(model=name, k=k, **changes)

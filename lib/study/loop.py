@@ -30,7 +30,7 @@ from ..crosscoder.training import TrainConfig, Trainer, train
 from ..features.table import describe
 from ..figures import COLOURS, plain_titles
 from ..labels import CATEGORIES
-from ..models.reader import wrap
+from ..models.reader import open_models
 from ..results import Part, interval_text, pooled_metric, read_part
 from ..runs import Run
 from ..stats import bootstrap
@@ -160,8 +160,7 @@ def compute_loop(
         sites = models = None
         if name != "planted":
             sites = sample_targets(store, targets, "report", seed=variant.seed)
-            tokenizer = pairs[name].tokenizer()
-            models = {model: wrap(pairs[name].load(model), tokenizer) for model in store.models}
+            models = open_models(pairs[name], store.models)
         for arm, trainer, repeated, zeros in arms():
             distinct = min(round(TOKENS_PER_FEATURE * mine.n_features), store.count("train"))
             made = []

@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 import torch
 from nnsight import CONFIG
-from toys import toy_pair, toy_store
+from toys import toy_model, toy_pair, toy_store
 
 from lib import runs
 from lib.activations.store import SPLITS
 from lib.crosscoder.model import CrossCoder
+from lib.distil.organism import build_tokenizer
 from lib.features import table
 from lib.labels import CATEGORIES, LABELS
 from lib.models import reader
@@ -103,6 +104,16 @@ def test_a_model_that_begins_above_the_layer_ends_the_same(world, name):
         assert torch.equal(
             ablation.logits_at(*text, at, hidden=hidden - change), ablation.logits_at(*text, at, change)
         )
+
+
+def test_a_model_in_bfloat16_goes_on_from_a_change_in_float32():
+    model = reader.wrap(toy_model(16, 0).bfloat16(), build_tokenizer())
+    tokens, at = torch.randint(4, 300, (2, 8)), (torch.arange(2), torch.tensor([7, 5]))
+    text = (model, 1, tokens, torch.ones_like(tokens))
+    hidden, change = ablation.hidden_at(*text), torch.randn(2, 8, 16)
+    found = ablation.logits_at(*text, at, hidden=ablation.changed(hidden, -change))
+    assert torch.equal(found, ablation.logits_at(*text, at, change))
+    assert not torch.allclose(found, ablation.logits_at(*text, at), atol=0.01)
 
 
 def test_remote_execution_path_gives_the_same(world):
