@@ -103,7 +103,7 @@ def sided(
     ``side``: where it is "distilled" by definition, as of a mean difference; then the confidence is |beta| of
     this model over the sum of both.
     """
-    v = v / v.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    v, f = v / v.norm(dim=1, keepdim=True).clamp(min=1e-12), f.cpu()  # a GPU may have encoded
     f = f - f.mean(0) if len(f) > 1 and float(f.var(0).max()) > 0 else f  # a constant has a mean alone
     betas = torch.stack([(x @ v.T * f).sum(0) for x in data.scaled(rows)]).double()
     size, second = betas.abs(), betas[1].abs() > betas[0].abs()
