@@ -117,6 +117,7 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
     ``curves``: table "dose_response"; ``metrics``: of ``report.record_steering``."""
     rows, single = [], []
     measures = {"length_ratio": "length ratio", "accuracy_change": "change of accuracy"}
+    unchanged = {"length ratio": 1, "change of accuracy": 0}
     for aim, label in names.items():
         prefixes = {"features": aim} | {name: f"{name}_{aim}" for name in REFERENCES.values()}
         prefixes["random"] = "random" if aim == "overthink" else f"random_{aim}"
@@ -142,9 +143,10 @@ def steering(curves: pd.DataFrame, metrics: Mapping, names: Mapping) -> tuple[go
         facet_row="measure", category_orders={"what": list(dict.fromkeys(data["what"]))}, width=1000,
         height=640, title="Steered on test puzzles, crosscoder by crosscoder",
     )  # fmt: skip
-    for row, axis in ((1, "y"), (2, "y3")):  # one scale for each measure
-        fig.update_yaxes(matches=axis, row=row)
-    fig.add_hline(0, row=1, **UNCHANGED).add_hline(1, row=2, **UNCHANGED)  # plotly counts from below
+    # one scale for each measure that there is; plotly counts rows from below
+    for row, measure in enumerate(reversed(data["measure"].unique()), 1):
+        axis = fig.get_subplot(row, 1).yaxis.plotly_name.replace("axis", "")
+        fig.update_yaxes(matches=axis, row=row).add_hline(unchanged[measure], row=row, **UNCHANGED)
     return fig.update_yaxes(title_text="").update_xaxes(tickangle=35), data
 
 

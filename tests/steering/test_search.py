@@ -112,3 +112,14 @@ def test_directions_are_named_after_their_crosscoder():
         for n in (0, 3)
     ]
     assert names == ["contrast 2", "contrast 2 of 3"]
+
+
+def test_a_measure_that_no_thought_gives_has_no_panel():
+    one = {"value": 1.2, "ci": [1.1, 1.3], "seeds": [[1.2, 1.1, 1.3]]}
+    metrics = {"overthink_length_ratio_half": one, "random_length_ratio_half": one}
+    curves, names = pd.DataFrame({"layer": ["half"]}), {"overthink": "over-thinking"}
+    panels = {"length ratio": 1, "change of accuracy": 0}
+    for more in ({}, {"overthink_accuracy_change_half": one}):
+        fig, data = plots.steering(curves, metrics | more, names)
+        drawn = [panels[measure] for measure in data["measure"].unique()]
+        assert [line.y0 for line in fig.layout.shapes] == drawn[::-1]
