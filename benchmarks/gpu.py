@@ -421,7 +421,9 @@ def harvest(on: Machine) -> Iterator[dict]:
     texts = documents(on, pair, on.size["shard"])
     lists, tokens = [d.tokens for d in texts], sum(len(d.tokens) for d in texts)
     layer = on.size["layers"] - 1
-    found = {"tokens": tokens, "batch_tokens": {}}
+    size = on.size
+    reached = rates(on, 2 * size["width"], size["features"], size["batches"][0])
+    found = {"tokens": tokens, "rates": reached, "batch_tokens": {}}
     for batch_tokens in (8_192, 32_768, 65_536) if not on.small else (256,):
         job = job_of(pair, texts, "", layer, batch_tokens=batch_tokens)
         readers = readers_of([job], models, on.device)
@@ -443,12 +445,12 @@ def harvest(on: Machine) -> Iterator[dict]:
         on.peak()
         rounds = 3 if on.cuda else 1
         seconds, least = on.seconds(ours, rounds), on.seconds(limit, rounds)
-        flops = 2 * MODELS[0].harvest_flops / 2 if not on.small else 0.0
+        flops = MODELS[0].harvest_flops if not on.small else 0.0
         found["batch_tokens"][batch_tokens] = {
             "tokens_per_second": tokens / seconds,
             "limit_tokens_per_second": tokens / least,
             "times_the_limit": seconds / least,
-            "flops": flops * tokens / seconds,
+            "share_of_product_rate": flops * tokens / seconds / reached["flops"],
             "peak_gb": on.peak(),
         }
         yield found

@@ -52,6 +52,10 @@ def points(
 ) -> go.Figure:
     """Small points of single crosscoders beside the mean (a diamond) with its interval, ``y``_low to
     ``y``_high. ``how``: of plotly.express."""
+    panels = [how[facet] for facet in ("facet_row", "facet_col") if facet in how]
+    if panels:  # also those in which no single crosscoder has a point
+        alone = ~pd.MultiIndex.from_frame(pooled[panels]).isin(pd.MultiIndex.from_frame(singles[panels]))
+        singles = pd.concat([singles, pooled[alone].assign(**{y: np.nan})])
     fig = px.strip(singles, x=x, y=y, color=colour, color_discrete_map=dict(colours), **how)
     fig.update_traces(marker=SMALL, jitter=0.6)
     fig.update_layout(boxmode="overlay", legend_itemsizing="constant")

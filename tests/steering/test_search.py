@@ -119,7 +119,8 @@ def test_a_measure_that_no_thought_gives_has_no_panel():
     metrics = {"overthink_length_ratio_half": one, "random_length_ratio_half": one}
     curves, names = pd.DataFrame({"layer": ["half"]}), {"overthink": "over-thinking"}
     panels = {"length ratio": 1, "change of accuracy": 0}
-    for more in ({}, {"overthink_accuracy_change_half": one}):
+    alone = {"value": 0.1, "ci": [0.0, 0.2]}  # of no single crosscoder
+    for more in ({}, {"overthink_accuracy_change_half": one}, {"overthink_accuracy_change_half": alone}):
         fig, data = plots.steering(curves, metrics | more, names)
         drawn = [panels[measure] for measure in data["measure"].unique()]
         assert [line.y0 for line in fig.layout.shapes] == drawn[::-1]
