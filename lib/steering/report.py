@@ -200,13 +200,22 @@ def record_specificity(results: Results, grids: Sequence[pd.DataFrame]) -> None:
         own.add("specific_share", np.mean([c == x for c, x in best.items()]) if best else np.nan, n=len(best))
 
 
-def specificity_shows(results: Results, grids: Sequence[pd.DataFrame]) -> str:
-    """How often a category's feature raises its own sentences most, and of which categories."""
+def specificity_shows(results: Results, grids: Sequence[pd.DataFrame], mean: pd.DataFrame) -> str:
+    """How often a category's feature raises its own sentences most, and of which categories; the strongest
+    effect in the ``mean`` of the grids, if any sentence was written at all."""
     best = [raises_most(grid) for grid in grids]
     counts = {c: sum(own.get(c) == c for own in best) for c in CATEGORIES}
     each = "; ".join(f"{c} {n} of {len(grids)}" for c, n in counts.items())
     share = results.text("specific_share")
-    return f"Share of the categories whose feature raises its own sentences most: {share}. ({each})"
+    text = f"Share of the categories whose feature raises its own sentences most: {share}. ({each})"
+    power = np.log2(mean.clip(lower=2**-4)).stack()
+    if not len(power):
+        return text
+    feature_of, rate = power.abs().idxmax()
+    return (
+        f"{text} The strongest effect, mean over crosscoders: the feature of {feature_of} multiplies the rate"
+        f" of {rate} by {2 ** power[feature_of, rate]:.2f}."
+    )
 
 
 def raises_most(grid: pd.DataFrame) -> dict[str, str]:
