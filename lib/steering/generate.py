@@ -292,8 +292,9 @@ class _Batch:
                 place = where[treatment.place][chosen]
                 if treatment.intervention is None or i in self.bias_ids or not place.any():
                     continue
-                state = State(
-                    self.crosscoder, self.writer, {name: x[chosen] for name, x in acts.items()},
+                state = State(  # on the CPU, where the crosscoder and the random draws are
+                    self.crosscoder, self.writer,
+                    {name: x[chosen].float().cpu() for name, x in acts.items()},
                     inputs["position_ids"][chosen], self.key[rows][chosen], self.numbers[rows][chosen],
                 )  # fmt: skip
                 change = treatment.intervention.change(state) * place[..., None]

@@ -24,6 +24,7 @@ from lib.features.uniqueness import score_table
 from lib.features.use import solo_codes, use_table
 from lib.models.reader import open_models
 from lib.steering import ablation, generate
+from lib.steering.interventions import Scale
 from lib.text.puzzles import sample_puzzle
 
 folder = Path(sys.argv[1])
@@ -45,7 +46,11 @@ with other_device.Device():
     hidden = ablation.hidden_at(model, layer, tokens, torch.ones_like(tokens))
     at = torch.arange(2), torch.tensor([7, 5])
     ablation.logits_at(model, layer, tokens, torch.ones_like(tokens), at, 0 * hidden)
-    generate.steered(model, layer, [sample_puzzle(random.Random(0))], torch.ones(1, 16), 4)
+    tasks, scaled = [sample_puzzle(random.Random(0))], generate.Treatment("distilled", Scale((0, 1)))
+    generate.steered(model, layer, tasks, torch.ones(1, 16), 4)
+    generate.transcripts(models, pair.tokenizer(), store.layers, crosscoder, tasks, [scaled], 4)
+    targets = ablation.sample_targets(store, 3)
+    ablation.own_effects(store, crosscoder, models, targets, [50])
 """
 
 
