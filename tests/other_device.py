@@ -13,6 +13,7 @@ import warnings
 import safetensors.torch
 import torch
 from torch.utils import backend_registration
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -127,17 +128,6 @@ _autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
 _autocast.fallback(torch.library.fallthrough_kernel)
 
 
-def _of_data(make):
-    """torch.tensor and torch.as_tensor, which do not ask a backend in Python."""
-
-    def made(data, *args, device=None, **options):
-        away = device is not None and torch.device(device).type == NAME
-        made = make(here(data), *args, device=None if away else device, **options)
-        return made.to(NAME) if away or isinstance(data, There) else made
-
-    return made
-
-
 def _on_host(write):
     return lambda what, *args, **options: write(tree_map(here, what), *args, **options)
 
@@ -150,9 +140,9 @@ class _Event:
         pass
 
 
+_device_constructors()  # with torch.device("meta"): looks for torch's own function
 _empty = torch.empty
 torch.empty = lambda *size, pin_memory=False, **options: _empty(*size, **options)
-torch.tensor, torch.as_tensor = _of_data(torch.tensor), _of_data(torch.as_tensor)
 torch.save, safetensors.torch.save_file = _on_host(torch.save), _on_host(safetensors.torch.save_file)
 torch.cuda.Event = _Event
 torch.cuda.synchronize = torch.cuda.reset_peak_memory_stats = lambda: None

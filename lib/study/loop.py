@@ -291,8 +291,8 @@ def finding(part: Part) -> str:
     than as written where nothing was distilled; an own effect of E4 as large there as on the pair."""
     m = part.metrics
     compared = ("null_as_run_one_sided", "null_as_written_one_sided", "pair_as_run_own", "null_as_run_own")
-    if any(m[name]["ci"] is None for name in compared):
-        return "What the loop does is not testable, because one seed has no interval."
+    if any(None in (m[name]["ci"] or [None]) for name in compared):
+        return "What the loop does is not testable, because a number has no interval."
     say = lambda store, arm, name: interval_text(m[f"{store}_{arm}_{name}"])
     sizes = lambda low, high: (0.0 if low < 0 < high else min(abs(low), abs(high)), max(abs(low), abs(high)))
     ends = lambda store, arm, name: sizes(*m[f"{store}_{arm}_{name}"]["ci"])

@@ -34,13 +34,17 @@ with other_device.Device():
     assert gpu.main(["right", "harvest", "whole", "smol", *words]) == 0
 
     store, pair = toy_store(folder, 2000, (16, 16)), toy_pair(folder, (16, 16))
+    rows = store.rows("report")
+    here = toy_store(folder / "cpu", 2000, (16, 16), device="cpu")
+    for own, other in zip(store.activations(rows), here.activations(rows)):
+        assert torch.allclose(own.float(), other.float(), rtol=1e-2, atol=1e-2)
     crosscoder = train(store, TrainConfig(32, k=4, tokens=2000, batch_size=256), folder / "crosscoder")
     models = open_models(pair, pair.models)
     assert {model._module.device.type for model in models.values()} == {other_device.NAME}
     plain = {name: pair.load(name) for name in pair.models}
     health_cards([crosscoder], store, plain, max_tokens=300, n_boot=5)
     score_table(crosscoder, store, 300, n_boot=5)
-    use_table(solo_codes(crosscoder, store, store.rows("report")), n_boot=5)
+    use_table(solo_codes(crosscoder, store, rows), n_boot=5)
     model, layer = models["distilled"], store.layers["distilled"]
     tokens = torch.randint(4, 100, (2, 8))
     hidden = ablation.hidden_at(model, layer, tokens, torch.ones_like(tokens))
