@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
@@ -95,24 +96,30 @@ def shows(part: Part) -> str:
 
 
 def real(run: str = "default") -> tuple[pd.DataFrame, str] | None:
-    """(scores by finder on the truth smol, means and 95% over seeds; what they say) if they were computed."""
+    """(scores by finder on the truth smol as text, means and 95% over seeds; what they say) if they were
+    computed."""
     found = read_part(Run("smol", run), "finders").tables.get("summary")
     if found is None:
         return None
     table = found.set_index("finder")
-    say = lambda finder, name: interval_text(
-        {"value": table.loc[finder, name], "ci": list(table.loc[finder, [f"{name}_low", f"{name}_high"]])}
-    )
+
+    def say(finder: str, name: str) -> str:
+        ends = [float(table.loc[finder, f"{name}_{end}"]) for end in ("low", "high")]
+        value = float(table.loc[finder, name])
+        return interval_text({"value": value, "ci": None if np.isnan(ends).any() else ends})
+
     first = table.drop(CONTROL)["necessity"].idxmax()
     needed = table.index[table["necessity_low"] > 0]
     text = (
         f"In `smol` the claims of *{first}* are the most necessary: {say(first, 'necessity')} nats per norm"
         f" (by NRN {say(NRN, 'necessity')}, {CONTROL} {say(CONTROL, 'necessity')}). The interval over seeds"
-        f" lies above 0 for {', '.join(needed) or 'no finder'}. By NRN {table.loc[NRN, 'null_claims']:.1f} of"
-        f" {REAL.claims} claims are as sure where the traces had no reflections."
+        f" lies above 0 for {'; '.join(needed) or 'no finder'}. The share of its first {REAL.claims} claims that"
+        f" have an effect is {say(first, 'precision')} (by NRN {say(NRN, 'precision')}, {CONTROL}"
+        f" {say(CONTROL, 'precision')}); {table.loc[first, 'null_claims']:.0f} (by NRN"
+        f" {table.loc[NRN, 'null_claims']:.0f}) are as sure where the traces had no reflections."
     )
-    columns = [f"{name}{end}" for name in SHOWN_REAL for end in ("", "_low", "_high")]
-    return table[columns].round(2), text
+    scores = {name: [say(finder, name) for finder in table.index] for name in SHOWN_REAL}
+    return pd.DataFrame(scores, index=table.index), text
 
 
 def plot_f1(summary: pd.DataFrame) -> go.Figure:
