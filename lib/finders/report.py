@@ -113,8 +113,8 @@ def real(run: str = "default") -> tuple[pd.DataFrame, str] | None:
     text = (
         f"In `smol` the claims of *{first}* are the most necessary: {say(first, 'necessity')} nats per norm"
         f" (by NRN {say(NRN, 'necessity')}, {CONTROL} {say(CONTROL, 'necessity')}). The interval over seeds"
-        f" lies above 0 for {'; '.join(needed) or 'no finder'}. The share of its first {REAL.claims} claims that"
-        f" have an effect is {say(first, 'precision')} (by NRN {say(NRN, 'precision')}, {CONTROL}"
+        f" lies above 0 for {'; '.join(needed) or 'no finder'}. The share of its first {REAL.claims}"
+        f" claims that have an effect is {say(first, 'precision')} (by NRN {say(NRN, 'precision')}, {CONTROL}"
         f" {say(CONTROL, 'precision')}); {table.loc[first, 'null_claims']:.0f} (by NRN"
         f" {table.loc[NRN, 'null_claims']:.0f}) are as sure where the traces had no reflections."
     )
