@@ -15,7 +15,7 @@
     whole     streamed straight into training; and from a store on disk; hours for 400 million tokens
     smol      the pair ``smol`` at a card's size, if the weights of its base are there (6 minutes; not among
               those of gpu.sh): adapters of high rank on all traces, and on traces without reflections, all
-              text read, five crosscoders of 16,384 features for each of the two
+              text read, crosscoders of 16,384 features, five and two
 
 It needs torch, transformers and safetensors, beside two small packages (``gpu.sh --wheels`` brings them).
 """
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import cycle, product
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -514,8 +515,9 @@ def timed(on: Machine, trainer: Trainer) -> dict:
 
 AT_SIZE = {
     False: dict(rank=256, learnt=4_000_000, batch=16_384, features=16_384, k=64, shown=20_000_000)
-    | dict(read=20_000_000, seeds=5),
-    True: dict(rank=2, learnt=400, batch=200, features=64, k=4, shown=2_000, read=2_000, seeds=2),
+    | dict(read=20_000_000, seeds={"distilled": 5, "null_traces": 2}),
+    True: dict(rank=2, learnt=400, batch=200, features=64, k=4, shown=2_000, read=2_000)
+    | dict(seeds={"distilled": 2, "null_traces": 2}),
 }
 BEYOND, SAME = 0.99, 0.7  # quantile of the null's NRN; cosine of features that are the same
 
@@ -568,20 +570,21 @@ def smol(on: Machine) -> Iterator[dict]:
         texts, corpus = [], build(pair, size["read"])
         with suppress(UserError):  # the text ends before the budget does
             texts.extend(corpus)
-        stores, crosscoders = {}, {}
-        for name in own:
-            both, place = pair.between("base", name), folder / "stores" / name
-            stores[name] = harvest_activations(both, texts, place, device=on.device)
-            yield done(f"harvest_{name}", tokens=len(stores[name]))
         options = dict(k=size["k"], tokens=size["shown"], batch_size=BATCH if not on.small else 64, rate=1e-3)
         config = TrainConfig(size["features"], precision="bfloat16", **options)
-        for seed, name in product(range(size["seeds"]), reversed(own)):
-            place = folder / f"{name}_{seed}"
-            crosscoder = train(stores[name], replace(config, seed=seed), place, device=on.device)
-            line = json.loads((place / "log.jsonl").read_text().splitlines()[-1])
-            crosscoders[name, seed] = crosscoder, fired(crosscoder, stores[name], on.device)
-            numbers = {place.name: {key: line[key] for key in ("fve", "l0", "dead")}}
-            yield done(place.name, **numbers, **unique_beside_null(crosscoders))
+        crosscoders = {}
+        for name in reversed(own):  # the null's first: what it says is asked of each of the others
+            both, place = pair.between("base", name), folder / "store"
+            store = harvest_activations(both, texts, place, device=on.device)
+            yield done(f"harvest_{name}", tokens=len(store))
+            for seed in range(size["seeds"][name]):
+                at = folder / f"{name}_{seed}"
+                crosscoder = train(store, replace(config, seed=seed), at, device=on.device)
+                line = json.loads((at / "log.jsonl").read_text().splitlines()[-1])
+                crosscoders[name, seed] = crosscoder, fired(crosscoder, store, on.device)
+                numbers = {at.name: {key: line[key] for key in ("fve", "l0", "dead")}}
+                yield done(at.name, **numbers, **unique_beside_null(crosscoders))
+            shutil.rmtree(place)  # one of 20M tokens takes 46 GB
 
 
 @torch.no_grad()
