@@ -5,8 +5,7 @@ measured here.
 
 Prints the assumptions and the tables of docs/costs.md, and writes them there with ``--write``. Rates are
 those of ``CARDS``; a last table is for this machine, whose rates are measured by a product of matrices and by
-an Adam step. benchmarks/results.json, where it is, gives what harvesting costs
-beyond its forward passes.
+an Adam step. benchmarks/results.json, where it is, gives what harvesting costs beyond its forward passes.
 
 Per token, with D the widths of all models together, F features, k of them active::
 

@@ -46,7 +46,7 @@ from benchmarks.step import Ours, crosscoder
 from benchmarks.true_size import CONFIG
 from lib.crosscoder import fixed, sparse
 from lib.crosscoder.sparse import encode
-from lib.crosscoder.training import TrainConfig, Trainer, train
+from lib.crosscoder.training import TrainConfig, Trainer, read_log, train
 from lib.device import tf32, to_host
 from lib.models.pairs import Pair, load_pair
 from lib.settings import ROOT, UserError
@@ -231,8 +231,7 @@ def run(on: Machine, precision: str) -> float:
     config = config_of(on, precision)
     with tempfile.TemporaryDirectory() as folder:
         train(Memory(4 * config.batch_size, 64 if not on.small else 8), config, folder, device=on.device)
-        lines = (Path(folder) / "log.jsonl").read_text().splitlines()
-    return json.loads(lines[-1])["fve"]
+        return read_log(Path(folder))[-1]["fve"]
 
 
 def resumed(on: Machine) -> tuple[bool, bool]:
@@ -562,8 +561,7 @@ def smol(on: Machine) -> Iterator[dict]:
         )
         for stage in ("distilled", "null_traces"):
             make_adapter(pair, stage, recipe, on.traces, folder / "states", folder)
-            lines = (folder / "states" / stage / "log.jsonl").read_text().splitlines()
-            yield done(stage, **{f"loss_{stage}": json.loads(lines[-1])["loss"]})
+            yield done(stage, **{f"loss_{stage}": read_log(folder / "states" / stage)[-1]["loss"]})
         own = {name: folder / name for name in ("distilled", "null_traces")}
         pair = replace(pair, models={"base": pair.models["base"], **own})
         pair = replace(pair, corpus=((str(on.traces), "trace"), (str(on.text), "general")))
@@ -580,7 +578,7 @@ def smol(on: Machine) -> Iterator[dict]:
             for seed in range(size["seeds"][name]):
                 at = folder / f"{name}_{seed}"
                 crosscoder = train(store, replace(config, seed=seed), at, device=on.device)
-                line = json.loads((at / "log.jsonl").read_text().splitlines()[-1])
+                line = read_log(at)[-1]
                 crosscoders[name, seed] = crosscoder, fired(crosscoder, store, on.device)
                 numbers = {at.name: {key: line[key] for key in ("fve", "l0", "dead")}}
                 yield done(at.name, **numbers, **unique_beside_null(crosscoders))

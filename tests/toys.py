@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +154,14 @@ def toy_store(
         Path(folder) / "store",
         **{"shard_tokens": 1500, "batch_tokens": 2048, **options},
     )
+
+
+def toy_traces(folder: Path) -> Path:
+    """A file of forty traces with reflections, in ``folder``."""
+    file, thought = folder / "traces.jsonl", "I count. Wait, no. " * 9
+    traces = [{"question": f"{i} socks?", "thinking": thought, "answer": "4"} for i in range(40)]
+    file.write_text("\n".join(map(json.dumps, traces)))
+    return file
 
 
 class Interrupted(Exception):

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests import other_device
 sys.path.insert(0, "tests")
 import torch
-from toys import toy_pair, toy_store
+from toys import toy_pair, toy_store, toy_traces
 from benchmarks import gpu
 from lib.crosscoder import TrainConfig, health_cards, train
 from lib.features.uniqueness import score_table
@@ -30,7 +30,7 @@ from lib.text.puzzles import sample_puzzle
 folder = Path(sys.argv[1])
 with other_device.Device():
     words = ["--device", other_device.NAME, "--small", "--out", str(folder / "gpu.json")]
-    words += ["--traces", str(folder / "traces.jsonl")]
+    words += ["--traces", str(toy_traces(folder))]
     assert gpu.main(["right", "harvest", "whole", "smol", *words]) == 0
 
     store, pair = toy_store(folder, 2000, (16, 16)), toy_pair(folder, (16, 16))
@@ -61,10 +61,6 @@ with other_device.Device():
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("device")
-    traces = [
-        {"question": f"{i} socks?", "thinking": "I count. Wait, no. " * 9, "answer": "4"} for i in range(40)
-    ]
-    (folder / "traces.jsonl").write_text("\n".join(map(json.dumps, traces)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", USE, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True

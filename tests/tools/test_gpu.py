@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from toys import toy_traces
 from transformers import Qwen2Config
 
 from benchmarks import gpu, true_size
@@ -38,12 +39,8 @@ sys.exit(code)
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    traces = [
-        {"question": f"{i} socks?", "thinking": "I count. Wait, no. " * 9, "answer": "4"} for i in range(40)
-    ]
-    (out.parent / "traces.jsonl").write_text("\n".join(map(json.dumps, traces)))
     words = [sys.executable, "-c", BARE, *gpu.PARTS, "--device", "cpu", "--small", "--out", str(out)]
-    words += ["--traces", str(out.parent / "traces.jsonl")]
+    words += ["--traces", str(toy_traces(out.parent))]
     done = subprocess.run(
         words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
